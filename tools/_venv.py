@@ -1,0 +1,201 @@
+"""The environment that quickstart.py and run_tests.py share: made once, reused while it fits.
+
+Standard library only, and syntax that an old Python can still parse: the first thing to say on one
+is which Python is needed, not a traceback.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import venv
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+OLDEST_PYTHON = (3, 10)
+if sys.version_info < OLDEST_PYTHON:
+    sys.exit(
+        "error: vitlinear needs Python {}.{} or newer; this is {} ({})".format(
+            *OLDEST_PYTHON, sys.version.split()[0], sys.executable
+        )
+    )
+
+ROOT = Path(__file__).resolve().parent.parent
+STAMP_NAME = "vitlinear-install.json"
+# What pip says, in order of preference, when the cause is one the reader can do something about.
+_CAUSES = (
+    (r"No space left on device", "the disk is full; torch and its CUDA libraries take about 6 GB"),
+    (
+        r"Temporary failure in name resolution|Name or service not known|getaddrinfo failed"
+        r"|Failed to establish a new connection|ConnectTimeout|Network is unreachable"
+        r"|Connection refused|ProxyError|Tunnel connection failed|Could not connect",
+        "no package index could be reached; check the network, or point PIP_INDEX_URL at a mirror",
+    ),
+    (
+        r"No matching distribution found|ResolutionImpossible",
+        "a pinned package does not exist for this Python and platform; see constraints.txt",
+    ),
+)
+# Lines that pip prints by the hundred and that nobody watches an install for.
+_NOISE = re.compile(
+    r"Requirement already satisfied|Using cached|\[notice\]|^\s*$|^Looking in|WARNING: Location"
+)
+
+
+class SetupError(Exception):
+    """Why the environment could not be made; the message is one line and says what to do."""
+
+
+def venv_dir() -> Path:
+    """Where the environment lives: ``.venv`` here, or ``$VITLINEAR_VENV``."""
+    return Path(os.environ.get("VITLINEAR_VENV") or ROOT / ".venv").absolute()
+
+
+def program(name: str) -> Path:
+    """The path of a program inside the environment, such as ``python`` or ``vitlinear``."""
+    windows = os.name == "nt"
+    return venv_dir() / ("Scripts" if windows else "bin") / (name + (".exe" if windows else ""))
+
+
+def say(message: str) -> None:
+    """Prints one progress line at once, also into a pipe."""
+    print("==> " + message, flush=True)
+
+
+def ensure(extras: list[str]) -> Path:
+    """Makes sure the environment has vitlinear, editable, with these extras at the pinned versions.
+
+    A stamp file, written only after an install that succeeded, records what the environment was
+    made from. While it matches, nothing is installed. An environment made for other extras is
+    extended, never narrowed, so that the two commands can share one.
+
+    Args:
+        extras: names from ``[project.optional-dependencies]``.
+
+    Returns:
+        The environment's Python.
+
+    Raises:
+        SetupError: Python lacks venv, there is no network or disk space, or pip failed.
+    """
+    python, stamp = program("python"), venv_dir() / STAMP_NAME
+    usable = python.exists() and _runs(python)
+    recorded = _read_stamp(stamp) if usable else {}
+    made_from = _fingerprint()
+    same = recorded.get("made_from") == made_from
+    if same and set(extras) <= set(recorded["extras"]):
+        return python
+
+    wanted = sorted(set(extras) | set(recorded.get("extras", ())))
+    started = time.monotonic()
+    if not usable:
+        _create()
+    stamp.unlink(missing_ok=True)
+    say(f"installing vitlinear[{','.join(wanted)}] with the versions of constraints.txt")
+    if not recorded:
+        say("the first time, torch is downloaded: about 3 GB, a few minutes")
+    _pip_install(python, wanted)
+    stamp.write_text(json.dumps({"made_from": made_from, "extras": wanted}) + "\n")
+    say(f"environment ready after {time.monotonic() - started:.0f} s: {venv_dir()}")
+    return python
+
+
+def run(command: list[str | Path]) -> int:
+    """Runs a command from the repository root and returns its exit status."""
+    return subprocess.call([str(part) for part in command], cwd=ROOT)
+
+
+def script(main: Callable[[list[str]], int]) -> NoReturn:
+    """Runs a script's main function and exits with its status; errors take one line."""
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except SetupError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _fingerprint() -> str:
+    digest = hashlib.sha256()
+    for name in ("pyproject.toml", "constraints.txt"):
+        digest.update((ROOT / name).read_bytes())
+    digest.update(str(ROOT).encode())  # an editable install points at this folder
+    return digest.hexdigest()
+
+
+def _read_stamp(stamp: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(stamp.read_text())
+        return content if {"made_from", "extras"} <= set(content) else {}
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def _runs(python: Path) -> bool:
+    """Whether the environment's Python starts, is new enough and has pip."""
+    check = f"import sys, pip; sys.exit(sys.version_info < {OLDEST_PYTHON})"
+    try:
+        return subprocess.run([str(python), "-c", check], capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
+def _create() -> None:
+    if importlib.util.find_spec("ensurepip") is None:
+        # Debian and Ubuntu split it off, and say so only after half an environment exists.
+        raise SetupError(
+            "this Python cannot make virtual environments: ensurepip is missing. "
+            "On Debian or Ubuntu: apt install python3-venv "
+            f"(or python{sys.version_info[0]}.{sys.version_info[1]}-venv)"
+        )
+    say(f"making {venv_dir()} with Python {sys.version.split()[0]}")
+    try:
+        venv.EnvBuilder(clear=True, with_pip=True, symlinks=os.name != "nt").create(venv_dir())
+    except subprocess.CalledProcessError as error:
+        raise SetupError(
+            f"pip could not be put into {venv_dir()} (ensurepip exit status {error.returncode}). "
+            "On Debian or Ubuntu: apt install python3-venv"
+        ) from error
+    except OSError as error:
+        raise SetupError(f"cannot make {venv_dir()}: {error.strerror}") from error
+
+
+def _pip_install(python: Path, extras: list[str]) -> None:
+    log = venv_dir() / "install.log"
+    command = [str(python), "-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
+    command += ["--progress-bar", "off", "--retries", "3", "-c", "constraints.txt"]
+    command += ["-e", f".[{','.join(extras)}]"]
+    tail: deque[str] = deque(maxlen=200)
+    with log.open("w") as copy:
+        pip = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        assert pip.stdout is not None
+        for line in pip.stdout:
+            copy.write(line)
+            tail.append(line)
+            if not _NOISE.search(line):
+                print("    " + line.rstrip(), flush=True)
+        status = pip.wait()
+    if status:
+        raise SetupError(_explain("".join(tail), status, log))
+
+
+def _explain(output: str, status: int, log: Path) -> str:
+    for pattern, cause in _CAUSES:
+        if re.search(pattern, output):
+            return f"{cause} (log: {log})"
+    return f"pip failed with exit status {status}; its output is in {log}"

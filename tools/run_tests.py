@@ -1,0 +1,28 @@
+#!/usr/bin/env python3
+"""Runs every test from a bare checkout: makes ``.venv`` if it has to, then pytest in it.
+
+    python3 tools/run_tests.py              # everything, as continuous integration does
+    python3 tools/run_tests.py -k ravlt -x  # what follows is handed to pytest
+
+Tests run in two processes, each with one thread; ``-n 0`` runs them in one, and
+``VITLINEAR_TEST_WORKERS`` sets another number.
+"""
+
+import os
+
+import _venv
+
+EXTRAS = ["dev", "train", "export", "analysis"]
+# The one place that says how the suite is spread over processes.
+WORKERS = os.environ.get("VITLINEAR_TEST_WORKERS", "2")
+
+
+def main(arguments: list[str]) -> int:
+    """Prepares the environment and returns pytest's exit status."""
+    python = _venv.ensure(EXTRAS)
+    spread = ["-n", WORKERS, "--dist", "worksteal"] if WORKERS != "0" else []
+    return _venv.run([python, "-m", "pytest", *spread, *arguments])
+
+
+if __name__ == "__main__":
+    _venv.script(main)
