@@ -1,3 +1,11 @@
-"""Vision backbones with linear attention, registered with timm."""
+"""Vision backbones with linear attention.
+
+Importing the package registers every model with timm::
+
+    import timm, vitlinear
+    model = timm.create_model("ravlt_s")
+"""
+
+from . import models as models
 
 __version__ = "0.1.0"

@@ -1,0 +1,10 @@
+"""Everything that vitlinear takes from timm's private modules, in one place.
+
+timm gives no promise about modules whose names begin with an underscore, yet every timm model is
+built from them. An upgrade of timm that moves one breaks this file and no other.
+"""
+
+from timm.models._features import feature_take_indices
+from timm.models._features_fx import register_notrace_function
+
+__all__ = ["feature_take_indices", "register_notrace_function"]

@@ -1,0 +1,34 @@
+"""From whatever a training script saved to a bare state dict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from timm.models import clean_state_dict
+from torch import Tensor
+
+# Where training scripts put the weights, best first: averaged weights are what they evaluate.
+WRAPPERS = ("model_ema", "state_dict_ema", "model", "state_dict")
+
+
+def unwrap_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Find the weights in a checkpoint.
+
+    Takes a bare state dict or one under ``model_ema``, ``state_dict_ema``, ``model`` or
+    ``state_dict``, with or without the ``module.`` prefix of DistributedDataParallel.
+
+    Raises:
+        ValueError: No tensors are found.
+    """
+    for key in WRAPPERS:
+        if isinstance(inner := checkpoint.get(key), Mapping) and inner:
+            return unwrap_state_dict(inner)
+    state_dict = {k: v for k, v in checkpoint.items() if isinstance(v, Tensor)}
+    if not state_dict:
+        found = ", ".join(map(str, list(checkpoint)[:8])) or "nothing"
+        raise ValueError(
+            f"no weights in this checkpoint: expected tensors, bare or under one of "
+            f"{', '.join(WRAPPERS)}; found {found}"
+        )
+    return clean_state_dict(state_dict)

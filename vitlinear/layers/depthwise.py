@@ -1,0 +1,39 @@
+"""Depthwise convolution of a channels-last token map."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class DepthwiseConv(nn.Conv2d):
+    """K x K depthwise convolution, stride 1, same size, on [B, H, W, C].
+
+    A subclass of `nn.Conv2d` with its weight [C, 1, K, K], so that whatever knows convolutions
+    (counters, quantisers, folding of x + conv(x) into the weight) knows this one. The permutes are
+    views: in memory the input is what PyTorch calls a channels_last image already.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        kernel_size: int,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Make the convolution.
+
+        Args:
+            dim: Channels, C.
+            kernel_size: K, odd.
+            device: Where the parameters live.
+            dtype: Type of the parameters.
+        """
+        super().__init__(
+            dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, device=device, dtype=dtype
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, H, W, C] -> [B, H, W, C]."""
+        x = self._conv_forward(x.permute(0, 3, 1, 2), self.weight, self.bias)
+        return x.permute(0, 2, 3, 1)

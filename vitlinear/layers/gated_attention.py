@@ -1,0 +1,93 @@
+"""Attention of the RALA and MALA pyramids: one projection, rotary positions, LePE, output gate."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import RotaryTables, get_mechanism, linear_attention, softmax_attention
+from ..ops.backend import check_backend
+from .depthwise import DepthwiseConv
+
+
+class GatedAttention(nn.Module):
+    """proj((Attention(q, k, v) + dw5(v)) * o) with q, k, v, o from one projection of the input.
+
+    The depthwise convolution of the values is the locally-enhanced position encoding (LePE). The
+    output multiplier o has no activation. Source: released code of RALA (arXiv:2411.07635) and
+    MALA (arXiv:2507.00698).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        attn_type: str,
+        proj_drop: float = 0.0,
+        backend: str = "auto",
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Make the attention.
+
+        Args:
+            dim: Channels, C.
+            num_heads: Heads, each of C / num_heads channels.
+            attn_type: A linear mechanism of `vitlinear.ops.MECHANISMS`, or ``'softmax'``.
+            proj_drop: Dropout rate of the output.
+            backend: One of `vitlinear.ops.BACKENDS`.
+            device: Where the parameters live.
+            dtype: Type of the parameters.
+
+        Raises:
+            ValueError: dim does not divide into heads of a multiple of 4 channels, or attn_type
+                or backend is unknown.
+        """
+        super().__init__()
+        if dim % num_heads or dim // num_heads % 4:
+            raise ValueError(
+                f"dim {dim} does not divide into {num_heads} heads of a multiple of 4 channels"
+            )
+        if attn_type != "softmax":
+            get_mechanism(attn_type)
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.attn_type = attn_type
+        self.backend = check_backend(backend)
+        self.qkvo = nn.Linear(dim, 4 * dim, device=device, dtype=dtype)
+        self.lepe = DepthwiseConv(dim, 5, device=device, dtype=dtype)
+        self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor, rotary: RotaryTables) -> Tensor:
+        """Attend over the whole map.
+
+        Args:
+            x: [B, H, W, C].
+            rotary: Tables of the H x W grid for this head_dim.
+
+        Returns:
+            [B, H, W, C].
+        """
+        B, H, W, C = x.shape
+        qkvo = self.qkvo(x).reshape(B, H * W, 4, self.num_heads, self.head_dim)
+        q, k, v, o = qkvo.unbind(2)
+        lepe = self.lepe(v.reshape(B, H, W, C)).reshape(B, H * W, self.num_heads, self.head_dim)
+        # lepe stands first because it decides the layout of the sum: [B, N, h, D], ready for proj.
+        x = (lepe + self.attend(q, k, v, rotary)) * o
+        x = self.proj(x.reshape(B, H, W, C))
+        return self.proj_drop(x)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, rotary: RotaryTables) -> Tensor:
+        """The attention proper, [B, N, h, D] -> [B, N, h, D]."""
+        if torch.jit.is_scripting():
+            # TorchScript knows registered operators, not our Python dispatch.
+            rows, cols = rotary
+            if self.attn_type == "softmax":
+                return torch.ops.vitlinear.softmax_attention(q, k, v, rows, cols, None)[0]
+            return torch.ops.vitlinear.linear_attention(q, k, v, rows, cols, None, self.attn_type)[
+                0
+            ]
+        if self.attn_type == "softmax":
+            return softmax_attention(q, k, v, rotary, backend=self.backend)
+        return linear_attention(q, k, v, self.attn_type, rotary, backend=self.backend)

@@ -1,0 +1,42 @@
+"""Feed-forward networks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .depthwise import DepthwiseConv
+
+
+class ConvMlp(nn.Module):
+    """Feed-forward network with a depthwise convolution inside: fc2(y + dw3(y)), y = GELU(fc1(x))."""
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        drop: float = 0.0,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Make the network.
+
+        Args:
+            dim: Channels in and out.
+            hidden_dim: Channels in between.
+            drop: Dropout rate of the output.
+            device: Where the parameters live.
+            dtype: Type of the parameters.
+        """
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim, device=device, dtype=dtype)
+        self.act = nn.GELU()
+        self.dwconv = DepthwiseConv(hidden_dim, 3, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(hidden_dim, dim, device=device, dtype=dtype)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, H, W, C] -> [B, H, W, C]."""
+        x = self.act(self.fc1(x))
+        x = x + self.dwconv(x)
+        return self.drop(self.fc2(x))

@@ -1,0 +1,19 @@
+"""Attention as functions on tensors. Knows nothing of modules, models or timm."""
+
+from .attention import linear_attention, softmax_attention
+from .backend import BACKENDS, Choice, choose_backend
+from .mechanisms import MECHANISMS, Mechanism, get_mechanism
+from .rotary import RotaryTables, rotary_tables
+
+__all__ = [
+    "BACKENDS",
+    "MECHANISMS",
+    "Choice",
+    "Mechanism",
+    "RotaryTables",
+    "choose_backend",
+    "get_mechanism",
+    "linear_attention",
+    "rotary_tables",
+    "softmax_attention",
+]

@@ -1,0 +1,119 @@
+"""The public attention functions: check the inputs, choose a backend, run it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import eager
+from . import library as library  # registers torch.ops.vitlinear.*
+from .backend import choose_backend
+from .mechanisms import get_mechanism
+from .rotary import RotaryTables
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mechanism: str = "elu",
+    rotary: RotaryTables | None = None,
+    key_padding_mask: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention whose cost grows linearly with the number of tokens.
+
+    Per head, with feature map phi, key weights w and eps given by the mechanism
+    (`vitlinear.ops.mechanisms`), rotation R, and sums over the N tokens::
+
+        out_i = R(phi(q_i))^T S / (phi(q_i) . m + eps)
+        S = 1/N sum_j w_j R(phi(k_j)) v_j^T        m = 1/N sum_j w_j phi(k_j)
+
+    Args:
+        q: Queries, [B, N, h, D], float16, bfloat16, float32 or float64, any strides: views of
+            one projection need no copy.
+        k: Keys, like q.
+        v: Values, like q.
+        mechanism: Key in `MECHANISMS`.
+        rotary: Tables of an H x W grid with H * W = N, from `rotary_tables`.
+        key_padding_mask: [B, N] bool, **True for padding**, as in `torch.nn.MultiheadAttention`.
+            Padded tokens count nowhere, means divide by the number of the others, and their own
+            output is 0. What they hold does not matter, NaN included.
+        backend: ``auto``, ``eager`` or ``library``; see `vitlinear.ops.backend`.
+
+    Returns:
+        [B, N, h, D] in the type of q. Sums are kept in float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: Shapes or types do not fit, or a name is unknown.
+    """
+    row = get_mechanism(mechanism)
+    check_inputs(q, k, v, rotary, key_padding_mask)
+    if choose_backend(backend).backend == "eager":
+        return eager.linear_attention(q, k, v, row, rotary, key_padding_mask)
+    rows, cols = (None, None) if rotary is None else rotary
+    return torch.ops.vitlinear.linear_attention(q, k, v, rows, cols, key_padding_mask, mechanism)[0]
+
+
+def softmax_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rotary: RotaryTables | None = None,
+    key_padding_mask: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Softmax attention, softmax(R(q) R(k)^T / sqrt(D)) v, for the late stages of pyramids.
+
+    Args, returns and errors as for `linear_attention`. The eager backend runs on
+    `torch.nn.functional.scaled_dot_product_attention`.
+    """
+    check_inputs(q, k, v, rotary, key_padding_mask)
+    if choose_backend(backend).backend == "eager":
+        return eager.softmax_attention(q, k, v, rotary, key_padding_mask)
+    rows, cols = (None, None) if rotary is None else rotary
+    return torch.ops.vitlinear.softmax_attention(q, k, v, rows, cols, key_padding_mask)[0]
+
+
+def check_inputs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rotary: RotaryTables | None,
+    key_padding_mask: Tensor | None,
+) -> None:
+    """Check shapes and types of the inputs of an attention.
+
+    Raises:
+        ValueError: Something does not fit; the message names it.
+    """
+    if q.dim() != 4:
+        raise ValueError(f"q, k and v must be [B, N, h, D], got q of shape {tuple(q.shape)}")
+    if k.shape != q.shape or v.shape != q.shape:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        raise ValueError(f"q, k and v must have one shape, got {shapes}")
+    if not q.is_floating_point() or k.dtype != q.dtype or v.dtype != q.dtype:
+        raise ValueError(
+            f"q, k and v must have one floating-point type, got {q.dtype}, {k.dtype}, {v.dtype}"
+        )
+    if rotary is not None:
+        rows, cols = rotary
+        if rows.shape[0] * cols.shape[0] != q.shape[1]:
+            raise ValueError(
+                f"rotary tables of a {rows.shape[0]} x {cols.shape[0]} grid do not fit "
+                f"{q.shape[1]} tokens"
+            )
+        pairs = q.shape[-1] // 4
+        if q.shape[-1] % 4 or rows.shape[1:] != (pairs, 2) or cols.shape[1:] != (pairs, 2):
+            raise ValueError(
+                f"rotary tables of shapes {tuple(rows.shape)}, {tuple(cols.shape)} do not fit "
+                f"head_dim {q.shape[-1]}; make them with rotary_tables"
+            )
+    if key_padding_mask is not None:
+        if key_padding_mask.dtype != torch.bool:
+            raise ValueError(f"key_padding_mask must be bool, got {key_padding_mask.dtype}")
+        if key_padding_mask.shape != q.shape[:2]:
+            raise ValueError(
+                f"key_padding_mask must be [B, N] = {tuple(q.shape[:2])}, "
+                f"got {tuple(key_padding_mask.shape)}"
+            )

@@ -1,0 +1,185 @@
+"""The linear-cost formulas in plain, differentiable PyTorch.
+
+What layers run on CPUs, under `torch.compile`, in exported programs and wherever a second
+derivative is wanted. States, normalisers and softmax statistics are float32 (float64 for float64
+inputs) whatever the type of the inputs, autocast or not.
+
+Inside this folder heads stand before tokens: q, k, v, out are [B, h, N, D], views of the
+[B, N, h, D] that callers hold. F is the width of the feature map, here F = D.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .mechanisms import Mechanism
+from .rotary import RotaryTables, rotate, token_table
+
+
+class LinearAttentionState(NamedTuple):
+    """What the sums over tokens leave behind: all that backward needs besides q, k and v.
+
+    Attributes:
+        state: S, [B, h, F, D].
+        norm: m, [B, h, 1, F].
+        query: The mean query qbar, [B, h, 1, F]; None unless the mechanism weighs keys.
+        logsumexp: log sum_j exp(s qbar . phi(k_j)), [B, h, 1, 1]; None likewise.
+    """
+
+    state: Tensor
+    norm: Tensor
+    query: Tensor | None = None
+    logsumexp: Tensor | None = None
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which sums over tokens are kept."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """Keep autocast from rounding the states back to half precision.
+
+    Nothing is entered when autocast is off: the context would otherwise appear as a sub-program
+    in exported graphs, and on meta tensors it raises.
+    """
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
+
+
+class Tokens(NamedTuple):
+    """Inputs brought into the form that the formulas work in."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    table: Tensor | None  # [N, D/2, 2]
+    valid: Tensor | None  # [B, 1, N, 1], True for tokens that exist
+    count: Tensor | int  # number of those, in the accumulation type, [B, 1, 1, 1] or N
+
+
+def prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rotary: RotaryTables | None,
+    key_padding_mask: Tensor | None,
+) -> Tokens:
+    """Heads before tokens, accumulation type, padded tokens zeroed."""
+    dtype = accumulation_dtype(q.dtype)
+    q, k, v = (x.transpose(1, 2).to(dtype) for x in (q, k, v))
+    table = None if rotary is None else token_table(rotary).to(dtype)
+    if key_padding_mask is None:
+        return Tokens(q, k, v, table, None, q.shape[2])
+    valid = ~key_padding_mask[:, None, :, None]
+    # Whatever stands in padding, NaN included, must not reach a sum as 0 * NaN.
+    q, k, v = (x.masked_fill(~valid, 0) for x in (q, k, v))
+    count = valid.sum(2, keepdim=True).clamp(min=1).to(dtype)
+    return Tokens(q, k, v, table, valid, count)
+
+
+def global_query_logits(query: Tensor, k_features: Tensor, valid: Tensor | None) -> Tensor:
+    """Logits of the key weights, s qbar . phi(k_j), as [B, h, N, 1]; padding gets -inf."""
+    scale = k_features.shape[-1] ** -0.5
+    logits = k_features @ (scale * query).transpose(-1, -2)
+    if valid is not None:
+        # A sample of padding alone would give softmax nothing to normalise by.
+        valid = valid | ~valid.any(dim=2, keepdim=True)
+        logits = logits.masked_fill(~valid, -torch.inf)
+    return logits
+
+
+def linear_attention_forward(
+    tokens: Tokens, mechanism: Mechanism
+) -> tuple[Tensor, LinearAttentionState]:
+    """Output and state of a linear attention.
+
+    The order of the steps is chosen for what autograd keeps, which besides the views q, k, v is
+    one tensor for each of: exp in phi(q) and phi(k), phi(q), phi(k), and the two sides of the
+    read-out. Factors that depend on the token go onto features that are kept anyway.
+
+    Returns:
+        Output [B, h, N, D] in the accumulation type, and the state.
+    """
+    q, k, v, table, valid, count = tokens
+    phi = mechanism.phi.function
+    q_features, k_features = phi(q), phi(k)
+
+    query = logsumexp = None
+    if mechanism.weighs_keys:
+        present = q_features if valid is None else q_features * valid
+        query = present.sum(dim=2, keepdim=True) / count
+        logits = global_query_logits(query, k_features, valid)
+        logsumexp = logits.logsumexp(dim=2, keepdim=True)
+        weighted = k_features * (logits - logsumexp).exp()  # w_j / N
+        per_token: Tensor | float = 1.0
+    else:
+        weighted = k_features if valid is None else k_features * valid
+        per_token = 1.0 / count
+
+    norm = weighted.sum(dim=2, keepdim=True) * per_token
+    rotated = weighted if table is None else rotate(weighted, table)
+    state = (rotated.transpose(-1, -2) @ v) * per_token
+
+    normaliser = q_features @ norm.transpose(-1, -2)
+    q_scaled = q_features / (normaliser + mechanism.eps)
+    if table is not None:
+        q_scaled = rotate(q_scaled, table)
+    out = q_scaled @ state
+    if valid is not None:
+        out = out.masked_fill(~valid, 0)
+    return out, LinearAttentionState(state, norm, query, logsumexp)
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mechanism: Mechanism,
+    rotary: RotaryTables | None = None,
+    key_padding_mask: Tensor | None = None,
+) -> Tensor:
+    """Linear attention, [B, N, h, D] in and out; see `vitlinear.ops.linear_attention`."""
+    with without_autocast(q):
+        tokens = prepare(q, k, v, rotary, key_padding_mask)
+        out, _ = linear_attention_forward(tokens, mechanism)
+        return out.transpose(1, 2).to(q.dtype)
+
+
+def softmax_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rotary: RotaryTables | None = None,
+    key_padding_mask: Tensor | None = None,
+) -> Tensor:
+    """Rotary softmax attention on SDPA, [B, N, h, D] in and out.
+
+    Only the rotation runs in the accumulation type; SDPA's fused kernels take the input type and
+    accumulate in float32 themselves. See `vitlinear.ops.softmax_attention`.
+    """
+    dtype = q.dtype
+    if rotary is not None:
+        with without_autocast(q):
+            table = token_table(rotary).to(accumulation_dtype(dtype))
+            q, k = (rotate(x.transpose(1, 2).to(table.dtype), table).to(dtype) for x in (q, k))
+    else:
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
+    v = v.transpose(1, 2)
+    if key_padding_mask is None:
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+    padded = key_padding_mask[:, None, :, None]
+    q, k, v = (x.masked_fill(padded, 0) for x in (q, k, v))
+    attend = ~key_padding_mask[:, None, None, :]
+    # A sample of padding alone attends to all of its zeros: SDPA would give NaN for no keys.
+    attend = attend | ~attend.any(dim=-1, keepdim=True)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=attend)
+    return out.masked_fill(padded, 0).transpose(1, 2)

@@ -1,0 +1,104 @@
+"""Two-dimensional rotary position encoding of tokens on a grid.
+
+Of the D channels of a head, the first half turns with the token's row, the second half with its
+column. Each half holds g = D/4 neighbouring pairs (x0, x1), and pair t turns by position * w_t::
+
+    (x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin),      w_t = 10000^(-t / (g - 1)), t = 0..g-1
+
+The frequencies include both ends, 1 and 1/10000, as in the released RALA, MALA and NaLaFormer
+models. Tables are kept per axis, H x g and W x g, because a table per token would be as large as
+the queries themselves for a single high-resolution image.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class RotaryTables(NamedTuple):
+    """Cosines and sines of the rotation angles, one table for each axis of the grid.
+
+    Attributes:
+        rows: [H, g, 2], cosine and sine of row * w_t.
+        cols: [W, g, 2], cosine and sine of column * w_t.
+    """
+
+    rows: Tensor
+    cols: Tensor
+
+
+def rotary_tables(
+    height: int,
+    width: int,
+    head_dim: int,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    base: float = 10000.0,
+) -> RotaryTables:
+    """Make the rotary tables of an H x W grid.
+
+    Args:
+        height: Rows of the grid, H.
+        width: Columns of the grid, W.
+        head_dim: Channels of a head, D; a multiple of 4.
+        device: Where the tables live.
+        dtype: float32 or float64. Half precision would ruin the angles of far tokens, so give the
+            accumulation type of the attention, not the type of its inputs.
+        base: Inverse of the lowest frequency.
+
+    Returns:
+        Tables of shapes [H, D/4, 2] and [W, D/4, 2].
+
+    Raises:
+        ValueError: head_dim is no multiple of 4.
+    """
+    if head_dim % 4:
+        raise ValueError(f"2-D rotary encoding needs a head_dim divisible by 4, got {head_dim}")
+    # Rounded to float32 whatever the table's type: that is what published checkpoints hold, and
+    # at position 100 a differently rounded frequency already shows in the eighth digit.
+    steps = torch.linspace(0.0, 1.0, head_dim // 4, device=device, dtype=torch.float32)
+    frequencies = torch.pow(base, steps).reciprocal().to(dtype)
+    longest = torch.arange(max(height, width), device=device, dtype=dtype)
+    angles = longest[:, None] * frequencies
+    table = torch.stack((angles.cos(), angles.sin()), dim=-1)
+    return RotaryTables(table[:height], table[:width])
+
+
+def token_table(tables: RotaryTables) -> Tensor:
+    """Spread the axis tables over the grid: [N, D/2, 2] with tokens in row-major order."""
+    rows, cols = tables
+    grid = (rows.shape[0], cols.shape[0], -1, -1)
+    per_token = torch.cat((rows[:, None].expand(grid), cols[None, :].expand(grid)), dim=2)
+    return per_token.flatten(0, 1)
+
+
+def rotate(x: Tensor, table: Tensor, inverse: bool = False) -> Tensor:
+    """Rotate channel pairs of tokens.
+
+    Args:
+        x: [..., N, D] in the table's dtype.
+        table: [N, D/2, 2] from `token_table`.
+        inverse: Turn backwards, which is also the transpose of the rotation.
+
+    Returns:
+        [..., N, D].
+    """
+    if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export():
+        # Inductor fuses this form and ONNX has no complex numbers.
+        cos, sin = table.unbind(-1)
+        if inverse:
+            sin = -sin
+        x0, x1 = x.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack((x0 * cos - x1 * sin, x1 * cos + x0 * sin), dim=-1).flatten(-2)
+    # In eager mode one complex product is one vectorised pass; the form above is about ten slow
+    # ones. It also keeps only the table for backward.
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    turn = torch.view_as_complex(table)
+    if inverse:
+        turn = turn.conj()
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turn).flatten(-2)
