@@ -1,0 +1,8 @@
+"""Classify image files: the same as `vitlinear predict`."""
+
+import sys
+
+from vitlinear.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["predict", *sys.argv[1:]]))

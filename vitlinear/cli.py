@@ -1,0 +1,82 @@
+"""The ``vitlinear`` command.
+
+A sub-command is one line of `COMMANDS`: its module has ``main(argv, prog)``, which parses its own
+flags, raises `UserError` for a user's mistake, and is imported only when asked for.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+import vitlinear
+from vitlinear.errors import UserError
+
+COMMANDS = {
+    "train": ("vitlinear.train.run", "train a classifier"),
+    "validate": ("vitlinear.train.validate", "accuracy and loss of a checkpoint or model"),
+    "predict": ("vitlinear.train.predict", "classes of image files"),
+}
+
+
+def _usage() -> str:
+    lines = [f"  {name:<16}{summary}" for name, (_, summary) in COMMANDS.items()]
+    return "\n".join(
+        (
+            "usage: vitlinear [--help] [--version] COMMAND ...",
+            "",
+            "Linear-attention vision backbones for timm.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "`vitlinear COMMAND --help` lists a command's options.",
+        )
+    )
+
+
+def _dispatch(argv: Sequence[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage())
+        return
+    if argv[0] == "--version":
+        print(f"vitlinear {vitlinear.__version__}")
+        return
+    name = argv[0]
+    if name not in COMMANDS:
+        from vitlinear.train.config import did_you_mean
+
+        kind = "option" if name.startswith("-") else "command"
+        raise UserError(
+            f"unknown {kind} '{name}'{did_you_mean(name, COMMANDS)}; `vitlinear --help` lists them"
+        )
+    importlib.import_module(COMMANDS[name][0]).main(argv[1:], prog=f"vitlinear {name}")
+
+
+def _message(error: UserError) -> str:
+    """Returns one line; a data worker's error arrives wrapped in that process's traceback."""
+    text = str(error).rstrip().rsplit(f"{UserError.__module__}.{UserError.__name__}: ", 1)[-1]
+    return " ".join(text.split())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        argv: Arguments without the program's name; by default the process's own.
+
+    Returns:
+        Exit status: 0, or 2 for a user's mistake, or 130 when interrupted.
+    """
+    try:
+        _dispatch(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        print(f"error: {_message(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

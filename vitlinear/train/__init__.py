@@ -1,0 +1,1 @@
+"""What ``vitlinear train``, ``validate`` and ``predict`` are made of, on timm's own pieces."""

@@ -1,0 +1,196 @@
+"""The flags, under timm's names, in the groups that ``--help`` shows.
+
+Defaults are the recipe that the published families share (AdamW, cosine, five epochs of warm-up,
+learning rate 5e-4 per 512 images); augmentation is off until asked for, as in timm.
+"""
+
+import argparse
+from argparse import BooleanOptionalAction
+
+from vitlinear.train.config import KeyValues, Parser
+
+
+def _at_least(low: float, kind: type) -> "type":
+    """Returns an argparse type: ``kind``, refused below ``low``."""
+
+    def convert(text: str) -> float:
+        value = kind(text)
+        if not value >= low:
+            raise argparse.ArgumentTypeError(f"must be at least {low:g}, got {text}")
+        return value
+
+    convert.__name__ = kind.__name__  # argparse prints it: "invalid int value: 'x'"
+    return convert  # type: ignore[return-value]
+
+
+COUNT = _at_least(1, int)
+NATURAL = _at_least(0, int)
+RATE = _at_least(0.0, float)
+
+
+def add_data_arguments(parser: Parser) -> None:
+    """Which images."""
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--dataset",
+        default=None,
+        metavar="NAME",
+        help="digits (comes with scikit-learn), fashion_mnist, or any name that timm's "
+        "create_dataset takes: torch/cifar10, hfds/..., wds/...; omit it for a folder or tar of "
+        "images in --data-dir",
+    )
+    group.add_argument("--data-dir", default=None, metavar="DIR", help="where the data set lies")
+    group.add_argument("--val-split", default="validation", metavar="NAME", help="held-out split")
+    group.add_argument("--class-map", default=None, metavar="FILE", help="class name per line")
+    group.add_argument(
+        "--dataset-download", action=BooleanOptionalAction, default=False, help="fetch torch/ data"
+    )
+    group.add_argument(
+        "--input-img-mode", default=None, metavar="MODE", help="PIL mode (default: L or RGB)"
+    )
+    group.add_argument("-j", "--workers", type=NATURAL, default=4, metavar="N", help="processes")
+    group.add_argument("--pin-mem", action=BooleanOptionalAction, default=False, help="pin memory")
+
+
+def add_input_arguments(parser: Parser) -> None:
+    """How an image becomes a tensor, for evaluation."""
+    group = parser.add_argument_group("input")
+    group.add_argument("--img-size", type=COUNT, default=None, metavar="N", help="square input")
+    group.add_argument("--in-chans", type=COUNT, default=None, metavar="N", help="channels")
+    group.add_argument(
+        "--input-size", type=COUNT, nargs=3, default=None, metavar=("C", "H", "W"), help="input"
+    )
+    group.add_argument("--crop-pct", type=RATE, default=None, metavar="P", help="centre crop part")
+    group.add_argument("--crop-mode", default=None, choices=("center", "squash", "border"))
+    group.add_argument("--mean", type=float, nargs="+", default=None, metavar="M")
+    group.add_argument("--std", type=float, nargs="+", default=None, metavar="S")
+    group.add_argument("--interpolation", default=None, metavar="NAME", help="bicubic, bilinear")
+
+
+def add_device_arguments(parser: Parser) -> None:
+    """Where it runs and in which precision."""
+    group = parser.add_argument_group("device")
+    group.add_argument(
+        "--device", default=None, metavar="DEV", help="default: cuda if there is one"
+    )
+    group.add_argument("--amp", action=BooleanOptionalAction, default=False, help="autocast")
+    group.add_argument("--amp-dtype", default="float16", choices=("float16", "bfloat16"))
+    group.add_argument("--channels-last", action=BooleanOptionalAction, default=False)
+
+
+def add_model_arguments(parser: Parser, default: str | None) -> None:
+    """Which model."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model", default=default, metavar="NAME", help="any timm or vitlinear name"
+    )
+    group.add_argument(
+        "--model-kwargs",
+        nargs="*",
+        action=KeyValues,
+        default={},
+        metavar="K=V",
+        help="constructor arguments; given here, they replace those of --config",
+    )
+    group.add_argument(
+        "--num-classes", type=COUNT, default=None, metavar="N", help="default: from the data"
+    )
+    group.add_argument("--pretrained", action=BooleanOptionalAction, default=False)
+
+
+def add_training_arguments(parser: Parser) -> None:
+    """Everything that only ``train`` has."""
+    group = parser.add_argument_group("weights")
+    group.add_argument("--initial-checkpoint", default=None, metavar="FILE", help="start weights")
+    group.add_argument("--drop", type=RATE, default=None, metavar="P", help="classifier dropout")
+    group.add_argument("--drop-path", type=RATE, default=None, metavar="P", help="stochastic depth")
+    group.add_argument("--grad-checkpointing", action=BooleanOptionalAction, default=False)
+    group.add_argument(
+        "--torchcompile", nargs="?", const="inductor", default=None, metavar="BACKEND"
+    )
+    group.add_argument("--torchcompile-mode", default=None, metavar="MODE")
+    group.add_argument("--sync-bn", action=BooleanOptionalAction, default=False)
+    group.add_argument("--dist-bn", default="reduce", choices=("", "broadcast", "reduce"))
+
+    group = parser.add_argument_group("optimiser")
+    group.add_argument("--opt", default="adamw", metavar="NAME", help="any timm optimiser")
+    group.add_argument("--opt-eps", type=RATE, default=None, metavar="E")
+    group.add_argument("--opt-betas", type=RATE, nargs="+", default=None, metavar="B")
+    group.add_argument("--opt-kwargs", nargs="*", action=KeyValues, default={}, metavar="K=V")
+    group.add_argument("--momentum", type=RATE, default=0.9)
+    group.add_argument("--weight-decay", type=RATE, default=0.05)
+    group.add_argument("--layer-decay", type=RATE, default=None)
+    group.add_argument("--clip-grad", type=RATE, default=None, metavar="X")
+    group.add_argument("--clip-mode", default="norm", choices=("norm", "value", "agc"))
+    group.add_argument("--grad-accum-steps", type=COUNT, default=1, metavar="N")
+
+    group = parser.add_argument_group("schedule")
+    group.add_argument("--epochs", type=COUNT, default=300)
+    group.add_argument(
+        "--stop-epoch", type=COUNT, default=None, metavar="N", help="end early, same schedule"
+    )
+    group.add_argument("-b", "--batch-size", type=COUNT, default=128, help="per process and step")
+    group.add_argument("--lr", type=RATE, default=None, help="absolute; overrides --lr-base")
+    group.add_argument("--lr-base", type=RATE, default=5e-4, help="for --lr-base-size images")
+    group.add_argument("--lr-base-size", type=COUNT, default=512)
+    group.add_argument("--lr-base-scale", default="linear", choices=("linear", "sqrt"))
+    group.add_argument("--sched", default="cosine", metavar="NAME", help="any timm schedule")
+    group.add_argument("--sched-on-updates", action=BooleanOptionalAction, default=False)
+    group.add_argument("--warmup-epochs", type=NATURAL, default=5)
+    group.add_argument("--warmup-lr", type=RATE, default=1e-6)
+    group.add_argument("--warmup-prefix", action=BooleanOptionalAction, default=False)
+    group.add_argument("--cooldown-epochs", type=NATURAL, default=0)
+    group.add_argument("--min-lr", type=RATE, default=1e-5)
+    group.add_argument("--decay-epochs", type=RATE, default=90)
+    group.add_argument("--decay-milestones", type=COUNT, nargs="+", default=[90, 180, 270])
+    group.add_argument("--decay-rate", type=RATE, default=0.1)
+
+    group = parser.add_argument_group("augmentation")
+    group.add_argument("--train-split", default="train", metavar="NAME")
+    group.add_argument("--no-aug", action="store_true", help="resize and crop only")
+    group.add_argument("--train-crop-mode", default=None, choices=("rrc", "rkrc", "rkrr"))
+    group.add_argument("--scale", type=RATE, nargs=2, default=[0.08, 1.0], metavar=("LO", "HI"))
+    group.add_argument("--ratio", type=RATE, nargs=2, default=[0.75, 4 / 3], metavar=("LO", "HI"))
+    group.add_argument("--hflip", type=RATE, default=0.5)
+    group.add_argument("--vflip", type=RATE, default=0.0)
+    group.add_argument("--color-jitter", type=RATE, default=0.4)
+    group.add_argument("--aa", default=None, metavar="POLICY", help="e.g. rand-m9-mstd0.5-inc1")
+    group.add_argument("--aug-repeats", type=RATE, default=0, metavar="N", help="repeated aug.")
+    group.add_argument("--train-interpolation", default="random", metavar="NAME")
+    group.add_argument("--reprob", type=RATE, default=0.0, help="random erasing probability")
+    group.add_argument("--remode", default="pixel", choices=("const", "rand", "pixel"))
+    group.add_argument("--recount", type=COUNT, default=1)
+    group.add_argument("--mixup", type=RATE, default=0.0, metavar="ALPHA")
+    group.add_argument("--cutmix", type=RATE, default=0.0, metavar="ALPHA")
+    group.add_argument("--mixup-prob", type=RATE, default=1.0)
+    group.add_argument("--mixup-switch-prob", type=RATE, default=0.5)
+    group.add_argument("--mixup-mode", default="batch", choices=("batch", "pair", "elem"))
+    group.add_argument("--mixup-off-epoch", type=NATURAL, default=0, help="0: never off")
+    group.add_argument("--smoothing", type=RATE, default=0.1)
+
+    group = parser.add_argument_group("average of the weights")
+    group.add_argument("--model-ema", action=BooleanOptionalAction, default=False)
+    group.add_argument("--model-ema-decay", type=RATE, default=0.9998)
+    group.add_argument("--model-ema-warmup", action=BooleanOptionalAction, default=False)
+
+    group = parser.add_argument_group("run")
+    group.add_argument("-c", "--config", default=None, metavar="FILE", help="YAML of flag values")
+    group.add_argument(
+        "--output",
+        default=None,
+        metavar="DIR",
+        help="run folder (default: output/train/TIME-MODEL)",
+    )
+    group.add_argument("--experiment", default=None, metavar="NAME", help="sub-folder of --output")
+    group.add_argument("--overwrite", action="store_true", help="replace an earlier run there")
+    group.add_argument(
+        "--resume", default=None, metavar="PATH", help="a last_state.pt, or auto: the run folder's"
+    )
+    group.add_argument("--validation-batch-size", type=COUNT, default=None)
+    group.add_argument("--eval-metric", default="top1", choices=("top1", "top5", "loss"))
+    group.add_argument("--log-interval", type=COUNT, default=50, metavar="N", help="updates")
+    group.add_argument("--plot", action=BooleanOptionalAction, default=True, help="curves.png")
+    group.add_argument("--seed", type=NATURAL, default=42)
+    group.add_argument(
+        "--deterministic", action=BooleanOptionalAction, default=False, help="also on a GPU"
+    )

@@ -1,0 +1,264 @@
+"""Files of a run: weights as safetensors that describe themselves, training state as a .pt.
+
+A weights file holds, besides the tensors, what it takes to use them (`Card`): validate and
+predict need nothing else. Every file is written under a temporary name, flushed to the disk and
+renamed, so that under its own name there is only ever a whole one.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from timm.models import load_state_dict as read_foreign_weights
+from torch import nn
+
+from vitlinear.errors import UserError
+from vitlinear.train.model import build_model, check_model_name
+
+CARD_KEY = "vitlinear"
+STATE_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """What a weights file says about itself.
+
+    Attributes:
+        model: Name for ``timm.create_model``.
+        model_kwargs: Its constructor arguments.
+        num_classes: Width of the classifier.
+        in_chans: Input channels.
+        data_config: ``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct``,
+            ``crop_mode``.
+        image_mode: PIL mode of the input images.
+        class_names: In label order, where known.
+        dataset: Name of the data set, if it was not a folder.
+        epoch: Epochs trained, counted from 1.
+        metric: Name and value of the held-out metric.
+        weights: ``model`` or ``ema`` (the moving average).
+    """
+
+    model: str
+    model_kwargs: dict[str, Any]
+    num_classes: int
+    in_chans: int
+    data_config: dict[str, Any]
+    image_mode: str
+    class_names: list[str] | None = None
+    dataset: str | None = None
+    epoch: int = 0
+    metric: dict[str, float] = dataclasses.field(default_factory=dict)
+    weights: str = "model"
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Calls ``write`` on a temporary neighbour of ``path``, syncs it and renames it to ``path``."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        raise
+    if os.name == "posix":  # the rename itself survives a power cut once its folder is synced
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file atomically."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def save_weights(path: Path, state_dict: dict[str, torch.Tensor], card: Card) -> None:
+    """Writes tensors and card to a safetensors file."""
+    # clone: safetensors refuses tensors that share memory
+    tensors = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in state_dict.items()
+    }
+    metadata = {"format": "pt", CARD_KEY: json.dumps(dataclasses.asdict(card), sort_keys=True)}
+    # Through bytes: the library's own writer makes files that only their owner can read.
+    data = safetensors.torch.save(tensors, metadata=metadata)
+    write_atomically(path, lambda temporary: temporary.write_bytes(data))
+
+
+def read_card(path: Path) -> Card | None:
+    """Returns the card of a weights file, None if it is another program's.
+
+    Raises:
+        UserError: The file is missing, or is a damaged safetensors file.
+    """
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} does not exist")
+    if path.suffix != ".safetensors":
+        return None
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get(CARD_KEY)
+        return Card(**json.loads(text)) if text else None
+    except (safetensors.SafetensorError, OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"checkpoint {path} is truncated or corrupt ({error}); use another copy"
+        ) from error
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Reads the tensors of any checkpoint timm can read: safetensors, .pth, .bin."""
+    try:
+        return read_foreign_weights(str(path), device="cpu")
+    except (
+        safetensors.SafetensorError, OSError, RuntimeError, EOFError, KeyError, ValueError,
+        pickle.UnpicklingError, zipfile.BadZipFile,
+    ) as error:  # fmt: skip
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"checkpoint {path} is truncated, corrupt or not a weights file ({reason}); "
+            "use another copy"
+        ) from error
+
+
+def load_into(model: nn.Module, weights: dict[str, torch.Tensor], path: Path, name: str) -> None:
+    """Loads a state dict strictly.
+
+    Raises:
+        UserError: The names or shapes are another model's.
+    """
+    own = model.state_dict()
+    missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    wrong = [key for key in own.keys() & weights.keys() if own[key].shape != weights[key].shape]
+    if missing or extra or wrong:
+        example = (
+            f"{wrong[0]} is {tuple(weights[wrong[0]].shape)}, not {tuple(own[wrong[0]].shape)}"
+            if wrong
+            else f"no {missing[0]}"
+            if missing
+            else f"unexpected {extra[0]}"
+        )
+        raise UserError(
+            f"checkpoint {path} does not fit {name}: {example} ({len(missing)} missing, "
+            f"{len(extra)} unexpected, {len(wrong)} of another shape); give the --model and "
+            "--model-kwargs it was made with"
+        )
+    model.load_state_dict(weights)
+
+
+def load_model(
+    path: str | Path,
+    *,
+    model: str | None = None,
+    model_kwargs: dict[str, Any] | None = None,
+    num_classes: int | None = None,
+    in_chans: int | None = None,
+) -> tuple[nn.Module, Card | None]:
+    """Builds the model of a checkpoint and loads it.
+
+    Args:
+        path: A weights file: ours, which needs no more, or one that timm can read.
+        model: Model name; for our files, must agree with the card.
+        model_kwargs: Constructor arguments, for other files.
+        num_classes: Likewise.
+        in_chans: Likewise.
+
+    Returns:
+        The model on the CPU in eval mode, and the card if the file has one.
+    """
+    path = Path(path)
+    card = read_card(path)
+    if card is None:
+        if path.name.endswith("_state.pt"):
+            raise UserError(
+                f"{path} is training state (for --resume); give best.safetensors or "
+                "last.safetensors beside it"
+            )
+        if model is None:
+            raise UserError(f"checkpoint {path} does not say which model it is: give --model")
+        check_model_name(model)
+        weights = read_weights(path)
+        built = build_model(
+            model, num_classes=num_classes, in_chans=in_chans, **(model_kwargs or {})
+        )
+    else:
+        if model is not None and model != card.model:
+            raise UserError(
+                f"checkpoint {path} is of {card.model}, not {model}; "
+                "leave --model out, or give the right file"
+            )
+        for flag, wanted, has in (
+            ("--num-classes", num_classes, card.num_classes),
+            ("--in-chans", in_chans, card.in_chans),
+        ):
+            if wanted is not None and wanted != has:
+                raise UserError(f"checkpoint {path} has {flag} {has}, not {wanted}: leave it out")
+        weights = read_weights(path)
+        built = build_model(
+            card.model, **card.model_kwargs, num_classes=card.num_classes, in_chans=card.in_chans
+        )
+    load_into(built, weights, path, model or (card.model if card else ""))
+    return built.eval(), card
+
+
+def initial_weights(model: nn.Module, path: str | Path, name: str) -> bool:
+    """Starts a model from a checkpoint; a classifier of another width stays as it is.
+
+    Returns:
+        Whether the classifier was left out.
+    """
+    path = Path(path)
+    card = read_card(path)
+    if card is not None and card.model != name:
+        raise UserError(f"checkpoint {path} is of {card.model}, not {name}: give its --model")
+    weights, own = read_weights(path), model.state_dict()
+    heads = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    prefixes = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
+    head_keys = [key for key in own if prefixes and key.startswith(prefixes)]
+    new_head = any(key in weights and weights[key].shape != own[key].shape for key in head_keys)
+    if new_head:
+        weights = {**weights, **{key: own[key] for key in head_keys}}
+    load_into(model, weights, path, name)
+    return new_head
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Writes the training state; tensors, numbers, strings and containers only."""
+    state = {"version": STATE_VERSION, **state}
+    write_atomically(path, lambda temporary: torch.save(state, temporary))
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Reads a training state without running code from it.
+
+    Raises:
+        UserError: Missing, damaged, or not a training state.
+    """
+    if not path.is_file():
+        raise UserError(f"cannot resume: {path} does not exist; --resume wants a last_state.pt")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError,
+        zipfile.BadZipFile,
+    ) as error:  # fmt: skip
+        raise UserError(
+            f"cannot resume: {path} is truncated, corrupt or not a last_state.pt"
+        ) from error
+    if not isinstance(state, dict) or state.get("version") != STATE_VERSION:
+        raise UserError(f"cannot resume: {path} is not a training state of this version")
+    return state

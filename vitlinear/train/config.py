@@ -1,0 +1,148 @@
+"""A parser whose mistakes are `UserError`s, and the YAML file that flags are laid over.
+
+Precedence: built-in default < ``--config`` file < command line. A key of the file is the name of a
+flag (``weight_decay`` or ``weight-decay``); a key that no flag has is an error, never ignored.
+"""
+
+import argparse
+import ast
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from vitlinear.errors import UserError
+
+# How a run was started, not what it computes: left out of the saved arguments so that
+# `--config RUN/args.yaml` means "the same again", not "resume that one".
+LAUNCH_KEYS = frozenset({"config", "resume", "overwrite"})
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Returns ``" (did you mean a, b?)"`` for near misses of ``name``, or an empty string."""
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
+    return f" (did you mean {', '.join(near)}?)" if near else ""
+
+
+class Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` that raises `UserError` and suggests near names."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        # An abbreviation that works today would break when a later flag shares its prefix.
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(**kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        """Raises instead of printing the usage and exiting."""
+        raise UserError(f"{message}; `{self.prog} --help` lists the options")
+
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        """Parses ``args``; an option nobody defined is named, with its nearest neighbours."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = unknown[0].split("=", 1)[0]
+            self.error(f"unknown option {flag}{did_you_mean(flag, self._option_string_actions)}")
+        return parsed
+
+
+class KeyValues(argparse.Action):
+    """``--model-kwargs a=1 b='[2,3]'`` as a dict; values are Python literals, or else strings."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        """Stores the pairs."""
+        pairs: dict[str, Any] = {}
+        for item in values or ():
+            key, equals, text = str(item).partition("=")
+            if not equals or not key:
+                parser.error(f"{option_string}: expected KEY=VALUE, got {item!r}")
+            try:
+                pairs[key] = ast.literal_eval(text)
+            except (ValueError, SyntaxError):
+                pairs[key] = text
+        setattr(namespace, self.dest, pairs)
+
+
+def parse_with_config(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parses ``argv`` over the YAML file that its ``--config`` names, if any.
+
+    Raises:
+        UserError: The file is missing, is not a YAML mapping, or holds a key or value that no
+            flag accepts.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("-c", "--config", nargs="?", default=None)
+    path = first.parse_known_args(argv)[0].config
+    if path:
+        parser.set_defaults(**read_config(Path(path), parser))
+    return parser.parse_args(argv)
+
+
+def read_config(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """Reads a YAML file of flag values and checks each against ``parser``."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read --config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--config {path} is not valid YAML: {reason}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path} must be a mapping of flag names to values")
+    actions = {action.dest: action for action in parser._actions if action.dest != "help"}
+    values = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name not in actions or name in LAUNCH_KEYS:
+            hint = did_you_mean(name, actions.keys() - LAUNCH_KEYS)
+            raise UserError(f"--config {path}: unknown key '{key}'{hint}")
+        try:
+            values[name] = _converted(actions[name], value)
+        except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+            raise UserError(f"--config {path}: bad value for '{key}': {error}") from error
+    return values
+
+
+def _converted(action: argparse.Action, value: Any) -> Any:
+    """Gives a YAML value the type its flag would have given it on the command line."""
+    if value is None:
+        return None
+    if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
+        if not isinstance(value, bool):
+            raise ValueError(f"expected true or false, got {value!r}")
+        return value
+    if isinstance(action, KeyValues):
+        if not isinstance(value, dict):
+            raise ValueError(f"expected a mapping, got {value!r}")
+        return value
+    if action.nargs in ("*", "+") or isinstance(action.nargs, int):
+        if not isinstance(value, list):
+            raise ValueError(f"expected a list, got {value!r}")
+        if isinstance(action.nargs, int) and len(value) != action.nargs:
+            raise ValueError(f"expected {action.nargs} values, got {len(value)}")
+        return [_scalar(action, item) for item in value]
+    return _scalar(action, value)
+
+
+def _scalar(action: argparse.Action, value: Any) -> Any:
+    if isinstance(value, (bool, list, dict)):
+        raise ValueError(f"expected a single value, got {value!r}")
+    # Through text, as from the command line: PyYAML reads `1e-3` as a string, argparse does not.
+    converted = action.type(str(value)) if callable(action.type) else str(value)
+    if action.choices is not None and converted not in action.choices:
+        raise ValueError(f"expected one of {', '.join(map(str, action.choices))}, got {value!r}")
+    return converted
+
+
+def saved_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the arguments that describe a run, ready for YAML and for `read_config`."""
+    return {key: value for key, value in sorted(vars(args).items()) if key not in LAUNCH_KEYS}

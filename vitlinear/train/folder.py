@@ -1,0 +1,89 @@
+"""The folder of a run: made when the run starts, gone again if it fails before its first epoch."""
+
+import contextlib
+import datetime
+from pathlib import Path
+from types import TracebackType
+
+from vitlinear.errors import UserError
+
+STATE, LAST, BEST = "last_state.pt", "last.safetensors", "best.safetensors"
+ARGUMENTS, CURVES = "args.yaml", "curves.png"
+METRICS = ("summary.csv", "metrics.jsonl")
+FILES = (STATE, LAST, BEST, ARGUMENTS, CURVES, *METRICS)
+
+
+def run_folder(output: str | None, experiment: str | None, model: str) -> Path:
+    """Returns where a run's files go.
+
+    ``--output`` itself, or ``--experiment`` below it; without either, a name made of the time and
+    the model, below ``output/train``.
+    """
+    if output is None and experiment is None:
+        safe = "".join(char if char.isalnum() else "_" for char in model)
+        experiment = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{safe}"
+    folder = Path(output or "output/train").expanduser()
+    return folder / experiment if experiment else folder
+
+
+class RunFolder:
+    """Context manager that creates a run folder, and removes what it made if no epoch ended.
+
+    Args:
+        path: The folder.
+        resume: Continue the run that is there.
+        overwrite: Delete the files of the run that is there.
+    """
+
+    def __init__(self, path: Path, resume: bool = False, overwrite: bool = False) -> None:
+        self.path, self.resume, self.overwrite = path, resume, overwrite
+        self.made: list[Path] = []
+        self.fresh = False
+
+    def check(self) -> None:
+        """Refuses a folder that holds another run, unless told otherwise; writes nothing."""
+        if self.resume or self.overwrite:
+            return
+        for name in FILES:
+            if (self.path / name).exists():
+                raise UserError(
+                    f"{self.path} already holds a run ({name}): use --resume auto to continue it, "
+                    "--overwrite to replace it, or another --output"
+                )
+
+    def __enter__(self) -> "RunFolder":
+        self.check()
+        self.made = [path for path in (self.path, *self.path.parents) if not path.exists()]
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / ".writable"
+            probe.touch()
+            probe.unlink()
+            if self.overwrite:
+                for name in FILES:
+                    (self.path / name).unlink(missing_ok=True)
+        except OSError as error:
+            self._remove_made()
+            raise UserError(
+                f"output folder {self.path} is not writable ({error.strerror}): "
+                "choose another --output"
+            ) from error
+        self.fresh = not any((self.path / name).exists() for name in FILES)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is not None and self.fresh and not (self.path / STATE).exists():
+            for name in FILES:
+                with contextlib.suppress(OSError):
+                    (self.path / name).unlink(missing_ok=True)
+            self._remove_made()
+
+    def _remove_made(self) -> None:
+        for path in self.made:  # innermost first
+            with contextlib.suppress(OSError):
+                path.rmdir()  # only ever an empty folder

@@ -1,0 +1,141 @@
+"""The ``predict`` command: the likeliest classes of image files."""
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from timm.data import ImageNetInfo, create_transform, get_img_extensions, infer_imagenet_subset
+from timm.utils.misc import natural_key
+from torch import nn
+from tqdm import tqdm
+
+from vitlinear.errors import UserError
+from vitlinear.train import arguments
+from vitlinear.train import model as models
+from vitlinear.train.checkpoint import Card, write_text
+from vitlinear.train.config import Parser
+from vitlinear.train.setup import make_autocast
+from vitlinear.train.sources import unreadable_image
+from vitlinear.train.validate import add_checkpoint_argument, checkpoint_or_model, image_mode
+
+
+def parse_arguments(
+    argv: Sequence[str] | None, prog: str = "vitlinear predict"
+) -> argparse.Namespace:
+    """Parses flags."""
+    parser = Parser(
+        prog=prog,
+        description="Classify image files. A checkpoint of `vitlinear train` knows everything "
+        "else; other weights need --model, and --pretrained fetches a model's own.",
+    )
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, or folders (recursive)")
+    add_checkpoint_argument(parser)
+    arguments.add_model_arguments(parser, default=None)
+    arguments.add_input_arguments(parser)
+    arguments.add_device_arguments(parser)
+    group = parser.add_argument_group("report")
+    group.add_argument("--topk", type=arguments.COUNT, default=5, metavar="K", help="classes shown")
+    group.add_argument("-b", "--batch-size", type=arguments.COUNT, default=64)
+    group.add_argument("--json", action="store_true", help="JSON on standard output")
+    group.add_argument("--results-file", default=None, metavar="FILE", help="JSON to a file")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None, prog: str = "vitlinear predict") -> None:
+    """Runs the command; prints nothing before every image was read."""
+    args = parse_arguments(argv, prog)
+    results = predict(args)
+    text = json.dumps(results, indent=2)
+    if args.results_file:
+        write_text(Path(args.results_file), text + "\n")
+    if args.json:
+        print(text)
+    elif not args.results_file:
+        for result in results:
+            shown = ", ".join(
+                f"{guess['class']} {100 * guess['probability']:.1f} %"
+                for guess in result["predictions"]
+            )
+            print(f"{result['file']}: {shown}")
+
+
+def find_images(inputs: Sequence[str]) -> list[Path]:
+    """Returns the files meant by ``inputs``: themselves, and the images below folders, in order."""
+    found: list[Path] = []
+    extensions = get_img_extensions(as_set=True)
+    for name in inputs:
+        path = Path(name).expanduser()
+        if path.is_file():
+            found.append(path)
+        elif path.is_dir():
+            below = [file for file in path.rglob("*") if file.suffix.lower() in extensions]
+            if not below:
+                raise UserError(
+                    f"folder {path} holds no images ({', '.join(sorted(extensions))}): "
+                    "give another, or name the files"
+                )
+            found += sorted(below, key=lambda file: natural_key(str(file)))
+        else:
+            raise UserError(f"image {path} does not exist")
+    return found
+
+
+def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Classifies images as ``args`` say.
+
+    Returns:
+        Per image ``file`` and ``predictions``, a list of ``class``, ``index``, ``probability``
+        with the likeliest first.
+    """
+    files = find_images(args.images)
+    if not args.checkpoint and not args.pretrained:
+        raise UserError("no weights: give --checkpoint FILE, or --model NAME --pretrained")
+    device = models.choose_device(args.device)
+    model, card, config = checkpoint_or_model(args)
+    names = _class_names(model, card)
+    mode = image_mode(args, card, config["input_size"][0])
+    transform = create_transform(**config, is_training=False)
+    layout = torch.channels_last if args.channels_last else torch.preserve_format
+    model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
+    autocast = make_autocast(args, device)
+    topk = min(args.topk, len(names))
+    results: list[dict[str, Any]] = []
+    batches = range(0, len(files), args.batch_size)
+    for start in tqdm(batches, desc="predict", leave=False, disable=None):
+        chunk = files[start : start + args.batch_size]
+        images = torch.stack([transform(image) for image in _opened(chunk, mode)])
+        with torch.inference_mode(), autocast():
+            logits = model(images.to(device=device, memory_format=layout))
+        values, indices = logits.float().softmax(dim=1).topk(topk, dim=1)
+        for file, row, places in zip(chunk, values.tolist(), indices.tolist(), strict=True):
+            guesses = [
+                {"class": names[place], "index": place, "probability": value}
+                for value, place in zip(row, places, strict=True)
+            ]
+            results.append({"file": str(file), "predictions": guesses})
+    return results
+
+
+def _opened(files: Sequence[Path], mode: str) -> Iterator[Image.Image]:
+    for path in files:
+        try:
+            with Image.open(path) as image:
+                yield image.convert(mode)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise unreadable_image(path, error) from error
+
+
+def _class_names(model: nn.Module, card: Card | None) -> list[str]:
+    """Returns names for the model's outputs: trained, or ImageNet's, or else numbers."""
+    if card is not None and card.class_names:
+        return card.class_names
+    count = int(model.num_classes)  # type: ignore[arg-type]
+    subset = infer_imagenet_subset(model) if card is None else None
+    if subset:
+        info = ImageNetInfo(subset)
+        return [info.index_to_description(index) for index in range(count)]
+    return [str(index) for index in range(count)]

@@ -1,0 +1,235 @@
+"""What a run is built from: model, data, task, optimiser and schedule, out of parsed flags."""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import math
+import os
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.scheduler.scheduler import Scheduler
+from timm.task import ClassificationTask
+from timm.utils import NativeScaler, init_distributed_device, is_distributed_env, random_seed
+from torch import nn
+
+from vitlinear.errors import UserError
+from vitlinear.train import data as datasets
+from vitlinear.train import model as models
+from vitlinear.train.checkpoint import Card, initial_weights
+from vitlinear.train.loop import Updater, updates_per_epoch
+
+
+@dataclasses.dataclass
+class Run:
+    """The parts of a training run.
+
+    Attributes:
+        args: Flags, with what the launcher adds (``rank``, ``world_size``, ``distributed``).
+        device: Where it runs.
+        task: Model, its moving average, and loss.
+        updater: The optimiser's side.
+        autocast: Returns the context of a forward pass.
+        train_loader: Training batches.
+        eval_loader: Held-out batches.
+        epochs: Length of the schedule.
+        updates_per_epoch: Optimiser updates in an epoch.
+        card: What the weights files will say; epoch and metric are added later.
+        notes: Lines for the user about what was decided.
+    """
+
+    args: argparse.Namespace
+    device: torch.device
+    task: ClassificationTask
+    updater: Updater
+    autocast: Any
+    train_loader: Any
+    eval_loader: Any
+    epochs: int
+    updates_per_epoch: int
+    card: Card
+    notes: list[str]
+
+
+def start_device(args: argparse.Namespace) -> torch.device:
+    """Chooses the device, joins the process group of torchrun or SLURM, and sets its modes.
+
+    Adds ``distributed``, ``world_size``, ``rank`` and ``local_rank`` to ``args``.
+    """
+    device = models.choose_device(args.device)
+    if is_distributed_env() and device.type == "cuda":
+        device = torch.device("cuda")
+    # timm's function writes into what it is given; the flags themselves stay as the user gave them
+    place = argparse.Namespace(device=str(device))
+    device = init_distributed_device(place)
+    for key in ("distributed", "world_size", "rank", "local_rank"):
+        setattr(args, key, getattr(place, key))
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    elif device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+    return device
+
+
+def make_autocast(args: argparse.Namespace, device: torch.device) -> Any:
+    """Returns a function that makes the context of a forward pass."""
+    if not args.amp:
+        return contextlib.nullcontext
+    dtype = getattr(torch, args.amp_dtype)
+    return functools.partial(torch.autocast, device_type=device.type, dtype=dtype)
+
+
+def learning_rate(args: argparse.Namespace, world_size: int) -> float:
+    """Returns ``--lr``, or ``--lr-base`` scaled from ``--lr-base-size`` to the global batch."""
+    if args.lr is not None:
+        return float(args.lr)
+    ratio = args.batch_size * args.grad_accum_steps * world_size / args.lr_base_size
+    return float(args.lr_base * (math.sqrt(ratio) if args.lr_base_scale == "sqrt" else ratio))
+
+
+def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
+    """Builds a timm optimiser."""
+    flags = argparse.Namespace(**{**vars(args), "lr": learning_rate(args, args.world_size)})
+    try:
+        return create_optimizer_v2(model, **{**optimizer_kwargs(flags), **args.opt_kwargs})
+    except (ValueError, TypeError, AssertionError) as error:
+        raise UserError(f"--opt {args.opt}: {' '.join(str(error).split())}") from error
+
+
+def make_schedule(
+    args: argparse.Namespace, optimizer: torch.optim.Optimizer, updates: int
+) -> tuple[Scheduler | None, int]:
+    """Builds a timm schedule; returns it with the number of epochs, cool-down included."""
+    if args.sched == "plateau":
+        raise UserError("--sched plateau is deprecated in timm and not offered: use cosine")
+    try:
+        scheduler, epochs = create_scheduler_v2(
+            optimizer, **scheduler_kwargs(args), updates_per_epoch=updates
+        )
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"--sched {args.sched}: {' '.join(str(error).split())}") from error
+    return scheduler, int(epochs)
+
+
+def _num_classes(args: argparse.Namespace, names: list[str] | None) -> int:
+    if names is None:
+        if args.num_classes is None:
+            raise UserError(f"{args.dataset} does not say how many classes it has: --num-classes N")
+        return int(args.num_classes)
+    if args.num_classes not in (None, len(names)):
+        raise UserError(
+            f"--num-classes {args.num_classes} does not match the data, which has {len(names)} "
+            "classes: leave it out, or give all classes with --class-map"
+        )
+    return len(names)
+
+
+def set_up(args: argparse.Namespace) -> Run:
+    """Builds every part of a run; writes no file.
+
+    Raises:
+        UserError: Something in the flags or the data cannot work.
+    """
+    models.check_model_name(args.model)
+    device = start_device(args)
+    random_seed(args.seed)  # the same initial weights in every process
+    in_chans = args.input_size[0] if args.input_size else args.in_chans
+    # Channels decide how images are read, and only the model knows its default number.
+    mode = datasets.image_mode(in_chans or 3, args.input_img_mode)
+    train_set = datasets.open_from_arguments(args, True, mode)
+    eval_set = datasets.open_from_arguments(args, False, mode)
+    names = datasets.class_names(train_set)
+    datasets.check_same_classes(
+        names, datasets.class_names(eval_set), "the training split", "the held-out split"
+    )
+    num_classes = _num_classes(args, names)
+
+    model = models.build_model(
+        args.model,
+        pretrained=args.pretrained,
+        num_classes=num_classes,
+        in_chans=in_chans,
+        drop_rate=args.drop,
+        drop_path_rate=args.drop_path,
+        **{"img_size": args.img_size, "input_size": args.input_size, **args.model_kwargs},
+    )
+    notes = []
+    if args.initial_checkpoint and initial_weights(model, args.initial_checkpoint, args.model):
+        notes.append(f"{args.initial_checkpoint}: its classifier does not fit, starting a new one")
+    if args.grad_checkpointing:
+        models.enable_checkpointing(model, args.model)
+    config = models.data_config(model, vars(args))
+    card = Card(
+        model=args.model,
+        model_kwargs={
+            key: value
+            for key, value in model._model_args.items()  # type: ignore[union-attr, operator]
+            if key not in ("num_classes", "in_chans", "drop_rate", "drop_path_rate")
+        },
+        num_classes=num_classes,
+        in_chans=config["input_size"][0],
+        data_config=config,
+        image_mode=mode,
+        class_names=names,
+        dataset=args.dataset,
+    )
+    train_loader = datasets.train_loader(train_set, args, config, num_classes, device)
+    eval_loader = datasets.eval_loader(
+        eval_set,
+        batch_size=args.validation_batch_size or args.batch_size,
+        data_config=config,
+        workers=args.workers,
+        device=device,
+        distributed=args.distributed,
+        pin_memory=args.pin_mem,
+    )
+
+    layout = torch.channels_last if args.channels_last else torch.preserve_format
+    model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
+    if args.distributed and args.sync_bn:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    optimizer = make_optimizer(args, model)
+    mixing = args.mixup > 0 or args.cutmix > 0
+    task = ClassificationTask(
+        model,
+        criterion_kwargs={"smoothing": args.smoothing, "soft_targets": mixing},
+        device=device,
+        verbose=False,
+    )
+    if args.model_ema:
+        task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
+    if args.torchcompile:
+        task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+    if args.distributed:
+        task.prepare_distributed(device_ids=[device] if device.type == "cuda" else None)
+
+    updates = updates_per_epoch(len(train_loader), args.grad_accum_steps)
+    scheduler, epochs = make_schedule(args, optimizer, updates)
+    scaled = args.amp and args.amp_dtype == "float16"
+    updater = Updater(
+        task,
+        optimizer,
+        scheduler,
+        NativeScaler(device=device.type) if scaled else None,
+        accumulate=args.grad_accum_steps,
+        clip_grad=args.clip_grad,
+        clip_mode=args.clip_mode,
+        ema=args.model_ema,
+    )
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    notes.append(
+        f"{args.model}: {parameters / 1e6:.2f} M parameters, input {config['input_size']}, "
+        f"{num_classes} classes; {len(train_set)} training and {len(eval_set)} held-out images; "
+        f"{device}, {args.world_size} process(es)"
+    )
+    return Run(
+        args, device, task, updater, make_autocast(args, device), train_loader, eval_loader,
+        epochs, updates, card, notes,
+    )  # fmt: skip

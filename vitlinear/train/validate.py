@@ -1,0 +1,182 @@
+"""The ``validate`` command: loss, top-1 and top-5 of a checkpoint or a timm model."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from timm.task import ClassificationEvaluator
+from torch import nn
+
+from vitlinear.errors import UserError
+from vitlinear.train import arguments
+from vitlinear.train import data as datasets
+from vitlinear.train import model as models
+from vitlinear.train.checkpoint import Card, load_model, write_text
+from vitlinear.train.config import Parser
+from vitlinear.train.evaluate import PerClass, evaluate
+from vitlinear.train.setup import make_autocast
+
+
+def parse_arguments(
+    argv: Sequence[str] | None, prog: str = "vitlinear validate"
+) -> argparse.Namespace:
+    """Parses flags."""
+    parser = Parser(
+        prog=prog,
+        description="Accuracy and loss on a held-out set. A checkpoint of `vitlinear train` knows "
+        "its model, its input and, unless it was a folder, its data set.",
+    )
+    add_checkpoint_argument(parser)
+    arguments.add_data_arguments(parser)
+    arguments.add_model_arguments(parser, default=None)
+    arguments.add_input_arguments(parser)
+    arguments.add_device_arguments(parser)
+    group = parser.add_argument_group("report")
+    group.add_argument("-b", "--batch-size", type=arguments.COUNT, default=256)
+    group.add_argument("--per-class", action="store_true", help="a table with each class")
+    group.add_argument("--results-file", default=None, metavar="FILE", help="numbers as JSON")
+    return parser.parse_args(argv)
+
+
+def add_checkpoint_argument(parser: Parser) -> None:
+    """The flag that validate and predict share."""
+    parser.add_argument(
+        "--checkpoint", default=None, metavar="FILE", help="best.safetensors, or a file timm reads"
+    )
+
+
+def checkpoint_or_model(args: argparse.Namespace) -> tuple[nn.Module, Card | None, dict[str, Any]]:
+    """Returns the model that flags mean (in eval mode), its card if any, and its data config."""
+    in_chans = args.input_size[0] if args.input_size else args.in_chans
+    sizes = {"img_size": args.img_size, "input_size": args.input_size}
+    if args.checkpoint:
+        if args.pretrained:
+            raise UserError("--pretrained and --checkpoint exclude each other")
+        model, card = load_model(
+            args.checkpoint,
+            model=args.model,
+            model_kwargs={**sizes, **args.model_kwargs},
+            num_classes=args.num_classes,
+            in_chans=in_chans,
+        )
+    else:
+        if args.model is None:
+            raise UserError("nothing to run: give --checkpoint FILE, or --model NAME --pretrained")
+        card = None
+        model = models.build_model(
+            args.model,
+            pretrained=args.pretrained,
+            num_classes=args.num_classes,
+            in_chans=in_chans,
+            **{**sizes, **args.model_kwargs},
+        ).eval()
+    asked = {key: value for key, value in vars(args).items() if value is not None}
+    if card is None:
+        return model, None, models.data_config(model, asked)
+    trained = dict(card.data_config)
+    if "img_size" in asked or "input_size" in asked:
+        del trained["input_size"]
+    return model, card, models.data_config(model, {**trained, **asked})
+
+
+def image_mode(args: argparse.Namespace, card: Card | None, in_chans: int) -> str:
+    """Returns the PIL mode: as asked for, or as trained, or the default for the channels."""
+    asked = getattr(args, "input_img_mode", None)
+    return datasets.image_mode(in_chans, asked or (card.image_mode if card else None))
+
+
+def main(argv: Sequence[str] | None, prog: str = "vitlinear validate") -> None:
+    """Runs the command."""
+    args = parse_arguments(argv, prog)
+    metrics = validate(args)
+    print(
+        f"top-1 {metrics['top1']:.2f} %, top-5 {metrics['top5']:.2f} %, loss {metrics['loss']:.4f} "
+        f"on {metrics['images']} images"
+    )
+    if args.per_class:
+        print(_table(metrics["per_class"]))
+    if args.results_file:
+        write_text(Path(args.results_file), json.dumps(metrics, indent=2) + "\n")
+
+
+def validate(args: argparse.Namespace) -> dict[str, Any]:
+    """Evaluates as ``args`` say.
+
+    Returns:
+        ``model``, ``checkpoint``, ``images``, ``loss``, ``top1``, ``top5``; with ``--per-class``
+        also ``per_class``, a list of ``class``, ``images``, ``correct``, ``top1``.
+    """
+    device = models.choose_device(args.device)
+    model, card, config = checkpoint_or_model(args)
+    if args.dataset is None and args.data_dir is None and card is not None:
+        args.dataset = card.dataset
+    mode = image_mode(args, card, config["input_size"][0])
+    dataset = datasets.open_dataset(
+        args.dataset,
+        train=False,
+        mode=mode,
+        data_dir=args.data_dir,
+        split=args.val_split,
+        class_map=args.class_map,
+        download=args.dataset_download,
+        batch_size=args.batch_size,
+    )
+    names = datasets.class_names(dataset)
+    num_classes = int(model.num_classes)  # type: ignore[arg-type]
+    if names is not None and len(names) != num_classes:
+        raise UserError(
+            f"the model has {num_classes} classes, the data {len(names)}: give the data set it was "
+            "trained on, or all its classes with --class-map"
+        )
+    if card is not None:
+        datasets.check_same_classes(card.class_names, names, "the checkpoint", "the data set")
+    loader = datasets.eval_loader(
+        dataset,
+        batch_size=args.batch_size,
+        data_config=config,
+        workers=args.workers,
+        device=device,
+        pin_memory=args.pin_mem,
+    )
+    counter: ClassificationEvaluator = (
+        PerClass(num_classes, device=device) if args.per_class else ClassificationEvaluator(device)
+    )
+    metrics = evaluate(
+        model.to(device),
+        loader,
+        make_autocast(args, device),
+        evaluator=counter,
+        title="validate",
+        channels_last=args.channels_last,
+    )
+    report: dict[str, Any] = {
+        "model": card.model if card else args.model,
+        "checkpoint": args.checkpoint,
+        "images": counter.num_samples,
+        **metrics,
+    }
+    if isinstance(counter, PerClass):
+        labels = names or [str(label) for label in range(num_classes)]
+        report["per_class"] = [
+            {
+                "class": name,
+                "images": images,
+                "correct": correct,
+                "top1": 100 * correct / images if images else None,
+            }
+            for name, images, correct in zip(
+                labels, counter.images.tolist(), counter.correct.tolist(), strict=True
+            )
+        ]
+    return report
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    width = max(5, *(len(row["class"]) for row in rows))
+    lines = [f"{'class':<{width}}  {'images':>7}  {'correct':>7}  {'top-1 %':>7}"]
+    for row in rows:
+        top1 = "-" if row["top1"] is None else f"{row['top1']:.2f}"
+        lines.append(f"{row['class']:<{width}}  {row['images']:>7}  {row['correct']:>7}  {top1:>7}")
+    return "\n".join(lines)
