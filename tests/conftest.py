@@ -1,0 +1,45 @@
+"""What holds for every test: one thread, one rule for GPU tests, the peer suite's summary."""
+
+import os
+
+# Before torch is imported: several pytest processes share the cores, and one thread sums in one
+# order, so a result does not depend on the machine's core count.
+for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_variable, "1")
+
+import pytest  # noqa: E402  (the thread counts come first)
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+PEER_RESULT = "peer_suite"  # the user property under which tests/peer records what it ran
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips tests marked ``gpu`` where there is no CUDA device; the summary says how many."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Prints what timm's suite ran inside the tests of tests/peer.
+
+    It stands here because with pytest-xdist only the root conftest is loaded in the process that
+    prints; test properties travel to it, captured output does not.
+    """
+    lines = [
+        value
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        if getattr(report, "when", None) == "call"
+        for name, value in report.user_properties
+        if name == PEER_RESULT
+    ]
+    if lines:
+        terminalreporter.section("timm's own test suite on our models")
+        for line in sorted(lines):
+            terminalreporter.write_line(line)
