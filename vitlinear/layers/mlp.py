@@ -9,7 +9,7 @@ from .depthwise import DepthwiseConv
 
 
 class ConvMlp(nn.Module):
-    """Feed-forward network with a depthwise convolution inside: fc2(y + dw3(y)), y = GELU(fc1(x))."""
+    """Feed-forward network fc2(y + dw3(y)), y = GELU(fc1(x)), dw3 a depthwise convolution."""
 
     def __init__(
         self,

@@ -45,35 +45,41 @@ def linear_attention_backward(
 
     if valid is not None:
         grad_out = grad_out.masked_fill(~valid, 0)
+    grad_out = grad_out.contiguous()
 
-    q_features = phi.function(q)
-    inverse_normaliser = 1.0 / (q_features @ norm.transpose(-1, -2) + mechanism.eps)
-    u = turn(grad_out @ state.transpose(-1, -2), inverse=True)
-    grad_normaliser = -(inverse_normaliser**2) * (q_features * u).sum(-1, keepdim=True)
-    grad_q = inverse_normaliser * u + grad_normaliser * norm
-    grad_state = turn(inverse_normaliser * q_features).transpose(-1, -2) @ grad_out
-    grad_norm = grad_normaliser.transpose(-1, -2) @ q_features
+    # In-place below only on tensors made here: it is what keeps the peak under the formula's.
+    features = phi.function(q).contiguous()
+    inverse_normaliser = (features @ norm.transpose(-1, -2) + mechanism.eps).reciprocal()
+    grad_q = turn(grad_out @ state.transpose(-1, -2), inverse=True).mul_(inverse_normaliser)
+    grad_normaliser = -inverse_normaliser * (features * grad_q).sum(-1, keepdim=True)
+    grad_q.addcmul_(grad_normaliser, norm)
+    grad_norm = grad_normaliser.transpose(-1, -2) @ features
+    grad_state = turn(features.mul_(inverse_normaliser)).transpose(-1, -2) @ grad_out
+    del features, grad_out
 
-    k_features = phi.function(k)
-    y = turn(v @ grad_state.transpose(-1, -2), inverse=True) + grad_norm
+    features = phi.function(k).contiguous()
+    y = turn(v @ grad_state.transpose(-1, -2), inverse=True).add_(grad_norm)
     if mechanism.weighs_keys:
         assert query is not None and logsumexp is not None
-        weight = (global_query_logits(query, k_features, valid) - logsumexp).exp()
+        weight = (global_query_logits(query, features, valid) - logsumexp).exp()
         mean = (grad_state * state).sum((-1, -2), keepdim=True)
         mean = mean + (grad_norm * norm).sum(-1, keepdim=True)
-        grad_logits = weight * ((k_features * y).sum(-1, keepdim=True) - mean)
-        scale = k_features.shape[-1] ** -0.5
-        grad_query = scale * grad_logits.transpose(-1, -2) @ k_features
-        grad_q = grad_q + grad_query / count
-        grad_k = weight * y + grad_logits * (scale * query)
+        grad_logits = weight * ((features * y).sum(-1, keepdim=True) - mean)
+        scale = features.shape[-1] ** -0.5
+        grad_query = scale * grad_logits.transpose(-1, -2) @ features
+        grad_q.add_(grad_query / count)
+        grad_k = y.mul_(weight).addcmul_(grad_logits, scale * query)
     else:
         weight = (torch.ones_like(k[..., :1]) if valid is None else valid) / count
-        grad_k = weight * y
-    grad_v = turn(weight * k_features) @ grad_state
+        grad_k = y.mul_(weight)
+    grad_v = turn(features.mul_(weight)) @ grad_state
+    del features
 
-    grad_q, grad_k = grad_q * phi.derivative(q), grad_k * phi.derivative(k)
+    grad_q.mul_(phi.derivative(q))
+    grad_k.mul_(phi.derivative(k))
     if valid is not None:
-        grad_q, grad_k, grad_v = (x.masked_fill(~valid, 0) for x in (grad_q, grad_k, grad_v))
+        for grad in (grad_q, grad_k, grad_v):
+            grad.masked_fill_(~valid, 0)
     return grad_q, grad_k, grad_v
 
 

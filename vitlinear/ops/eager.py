@@ -101,16 +101,18 @@ def linear_attention_forward(
 ) -> tuple[Tensor, LinearAttentionState]:
     """Output and state of a linear attention.
 
-    The order of the steps is chosen for what autograd keeps, which besides the views q, k, v is
-    one tensor for each of: exp in phi(q) and phi(k), phi(q), phi(k), and the two sides of the
-    read-out. Factors that depend on the token go onto features that are kept anyway.
+    The order of the steps is chosen for what autograd keeps. Besides q, k, v that is phi(q), phi(k),
+    the rotated queries and the rotated keys, one tensor each: factors that depend on the token
+    multiply features that are kept anyway, before the rotation, which keeps nothing.
 
     Returns:
         Output [B, h, N, D] in the accumulation type, and the state.
     """
     q, k, v, table, valid, count = tokens
     phi = mechanism.phi.function
-    q_features, k_features = phi(q), phi(k)
+    # Contiguous after phi, not before: phi then keeps the view that it was given, and no matrix
+    # product below makes, and keeps, a copy of its own.
+    q_features, k_features, v = phi(q).contiguous(), phi(k).contiguous(), v.contiguous()
 
     query = logsumexp = None
     if mechanism.weighs_keys:
@@ -129,7 +131,7 @@ def linear_attention_forward(
     state = (rotated.transpose(-1, -2) @ v) * per_token
 
     normaliser = q_features @ norm.transpose(-1, -2)
-    q_scaled = q_features / (normaliser + mechanism.eps)
+    q_scaled = q_features * (normaliser + mechanism.eps).reciprocal()
     if table is not None:
         q_scaled = rotate(q_scaled, table)
     out = q_scaled @ state
