@@ -49,7 +49,11 @@ _NOISE = re.compile(
 
 
 class SetupError(Exception):
-    """Why the environment could not be made; the message is one line and says what to do."""
+    """What went wrong, in one line that says what to do, and the exit status that it means."""
+
+    def __init__(self, message: str, status: int = 2) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 def venv_dir() -> Path:
@@ -111,13 +115,27 @@ def run(command: list[str | Path]) -> int:
     return subprocess.call([str(part) for part in command], cwd=ROOT)
 
 
+def output(command: list[str | Path]) -> str:
+    """Runs a command from the repository root and returns what it printed, stripped.
+
+    Raises:
+        SetupError: the command failed; its own message has been printed.
+    """
+    done = subprocess.run(
+        [str(part) for part in command], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    if done.returncode:
+        raise SetupError(f"{Path(command[0]).name} failed", done.returncode)
+    return done.stdout.strip()
+
+
 def script(main: Callable[[list[str]], int]) -> NoReturn:
     """Runs a script's main function and exits with its status; errors take one line."""
     try:
         sys.exit(main(sys.argv[1:]))
     except SetupError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.status)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -4,7 +4,7 @@
 arguments and leaves its head behind when it is pruned, two mistakes that real models make.
 """
 
-# No `from __future__ import annotations` in a model file: torch.fx copies forward's annotations into
+# No `from __future__ import annotations` in a model file: torch.fx copies annotations of forward to
 # the code it generates, and TorchScript cannot read them there once they are strings.
 
 from typing import Any
