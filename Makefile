@@ -1,0 +1,38 @@
+# Short names for the commands below; nothing here that cannot be typed. `make -n <target>` shows one.
+PYTHON ?= python3
+BIN := $(or $(VITLINEAR_VENV),.venv)/bin
+
+.PHONY: help venv test peer lint format types demo ci clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
+
+venv:  ## make .venv with everything the tests need
+	$(PYTHON) tools/run_tests.py --version
+
+test:  ## run every test; ARGS="-k name -x" goes to pytest
+	$(PYTHON) tools/run_tests.py $(ARGS)
+
+peer:  ## run timm's own suite on our models; VITLINEAR_PEER_MODELS=all for every size
+	$(PYTHON) tools/run_tests.py tests/peer $(ARGS)
+
+lint: venv  ## ruff's rules and formatting, checked
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: venv  ## ruff's fixes and formatting, applied
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: venv  ## mypy on ops, layers and train
+	$(BIN)/mypy
+
+demo:  ## train, evaluate and predict on digits
+	$(PYTHON) tools/quickstart.py
+
+ci:  ## what continuous integration runs
+	.ci/run
+
+clean:  ## remove builds and caches; the environment and output/ stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis tests/peer/.suite
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
