@@ -18,8 +18,8 @@ from vitlinear.errors import UserError
 from vitlinear.train import arguments, folder
 from vitlinear.train.checkpoint import read_state, save_state, save_weights, write_text
 from vitlinear.train.config import Parser, parse_with_config, saved_arguments
-from vitlinear.train.data import start_epoch
 from vitlinear.train.evaluate import evaluate
+from vitlinear.train.loader import start_epoch
 from vitlinear.train.logger import MetricsLog, check_plotting, plot_curves
 from vitlinear.train.loop import train_one_epoch
 from vitlinear.train.setup import Run, set_up
@@ -88,7 +88,7 @@ def _where(args: argparse.Namespace) -> tuple[Path, Path | None]:
     if args.resume not in (None, "", "auto"):
         state = Path(args.resume).expanduser()
         state = state / folder.STATE if state.is_dir() else state
-        if args.output or args.experiment:
+        if state.is_file() and (args.output or args.experiment):
             wanted = folder.run_folder(args.output, args.experiment, args.model)
             if wanted.resolve() != state.parent.resolve():
                 raise UserError(

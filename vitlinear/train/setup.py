@@ -18,6 +18,7 @@ from torch import nn
 
 from vitlinear.errors import UserError
 from vitlinear.train import data as datasets
+from vitlinear.train import loader as loaders
 from vitlinear.train import model as models
 from vitlinear.train.checkpoint import Card, initial_weights
 from vitlinear.train.loop import Updater, updates_per_epoch
@@ -180,8 +181,8 @@ def set_up(args: argparse.Namespace) -> Run:
         class_names=names,
         dataset=args.dataset,
     )
-    train_loader = datasets.train_loader(train_set, args, config, num_classes, device)
-    eval_loader = datasets.eval_loader(
+    train_loader = loaders.train_loader(train_set, args, config, num_classes, device)
+    eval_loader = loaders.eval_loader(
         eval_set,
         batch_size=args.validation_batch_size or args.batch_size,
         data_config=config,
@@ -193,6 +194,8 @@ def set_up(args: argparse.Namespace) -> Run:
 
     layout = torch.channels_last if args.channels_last else torch.preserve_format
     model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
+    if args.sync_bn and device.type != "cuda":
+        raise UserError(f"--sync-bn works between GPUs only, not on {device}: leave it out")
     if args.distributed and args.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     optimizer = make_optimizer(args, model)

@@ -91,7 +91,7 @@ def unreadable_image(name: str | Path, error: Exception) -> UserError:
 def digits(train: bool) -> ArraySource:
     """The 1797 hand-written 8x8 digits that scikit-learn carries (grey levels 0..16, here 0..255).
 
-    The held-out set is a fifth of each class, 359 images in all; drawn with numpy's `RandomState(0)`,
+    The held-out set is a fifth of each class, 359 in all; drawn with numpy's `RandomState(0)`,
     whose stream numpy has frozen, so that it is the same images on every machine.
     """
     try:

@@ -12,6 +12,7 @@ from torch import nn
 from vitlinear.errors import UserError
 from vitlinear.train import arguments
 from vitlinear.train import data as datasets
+from vitlinear.train import loader as loaders
 from vitlinear.train import model as models
 from vitlinear.train.checkpoint import Card, load_model, write_text
 from vitlinear.train.config import Parser
@@ -132,7 +133,7 @@ def validate(args: argparse.Namespace) -> dict[str, Any]:
         )
     if card is not None:
         datasets.check_same_classes(card.class_names, names, "the checkpoint", "the data set")
-    loader = datasets.eval_loader(
+    loader = loaders.eval_loader(
         dataset,
         batch_size=args.batch_size,
         data_config=config,

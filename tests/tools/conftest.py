@@ -1,0 +1,47 @@
+"""Fixtures of the command tests: the command in this process, a data set, a trained checkpoint."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.train.helpers import image_folder, train
+from vitlinear.cli import main
+
+
+class Result(NamedTuple):
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Result]
+
+
+@pytest.fixture
+def vitlinear(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs ``vitlinear`` with the given arguments."""
+
+    def run(*args: object) -> Result:
+        capsys.readouterr()
+        code = main([str(arg) for arg in args])
+        return Result(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder data set of three classes; tests only read it."""
+    return image_folder(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that tells the three classes apart."""
+    path = tmp_path_factory.mktemp("trained") / "run"
+    train(images, path, "--epochs", 12, "--lr", 1e-2, "--color-jitter", 0, "--scale", 0.8, 1.0)
+    return path / "best.safetensors"

@@ -1,0 +1,85 @@
+"""The command itself, and the thin scripts beside it."""
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import vitlinear as package
+from tests.tools.conftest import Command
+from vitlinear.cli import COMMANDS
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_help_lists_the_commands(vitlinear: Command) -> None:
+    for flags in ([], ["--help"], ["-h"]):
+        result = vitlinear(*flags)
+        assert result.code == 0
+        assert all(name in result.out for name in COMMANDS)
+
+
+def test_version(vitlinear: Command) -> None:
+    assert vitlinear("--version").out == f"vitlinear {package.__version__}\n"
+
+
+def test_unknown_command_and_option(vitlinear: Command) -> None:
+    result = vitlinear("trian")
+    assert result.code == 2 and result.out == ""
+    assert result.err == (
+        "error: unknown command 'trian' (did you mean train?); `vitlinear --help` lists them\n"
+    )
+    assert "unknown option '--verson'" in vitlinear("--verson").err
+
+
+@pytest.mark.parametrize("name", ["train", "validate", "predict"])
+def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from vitlinear.cli import main
+
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    assert stop.value.code == 0
+    assert f"usage: vitlinear {name}" in capsys.readouterr().out
+
+
+def test_interrupting_is_quiet(vitlinear: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vitlinear.train import run
+
+    def interrupted(argv: list[str], prog: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "main", interrupted)
+    assert vitlinear("train") == (130, "", "interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "message"),
+    [
+        ("train", ["--dataset", "digit"], "unknown data set 'digit'"),
+        ("validate", [], "nothing to run"),
+        ("predict", ["nowhere.png"], "nowhere.png does not exist"),
+    ],
+)
+def test_scripts_are_the_commands(
+    script: str,
+    flags: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "tools" / f"{script}.py"), run_name="__main__")
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_in_a_process_of_its_own(tmp_path: Path) -> None:
+    """One line, status 2, no traceback, no folder: also as the shell sees it."""
+    command = [sys.executable, "-m", "vitlinear.cli", "train", "--model", "ravlt_q"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: unknown model 'ravlt_q'")
+    assert done.stderr.count("\n") == 1 and list(tmp_path.iterdir()) == []

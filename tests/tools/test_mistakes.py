@@ -1,0 +1,178 @@
+"""Each mistake of a user: one line that names the thing and the remedy, status 2, nothing left."""
+
+import builtins
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tools.conftest import Command
+from tests.train.helpers import TINY_FLAGS, image_folder, tiny_flags
+
+
+@pytest.fixture
+def refused(vitlinear: Command, tmp_path: Path) -> Iterator[Any]:
+    """Runs a command that must fail with a message holding the given parts."""
+
+    def run(*args: object, says: tuple[str, ...]) -> None:
+        before = sorted(tmp_path.rglob("*"))
+        code, out, err = vitlinear(*args)
+        assert code == 2, (out, err)
+        assert err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1
+        assert "Traceback" not in err
+        for part in says:
+            assert part in err
+        assert sorted(tmp_path.rglob("*")) == before, "files were left behind"
+
+    yield run
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--model", "ravlt_x"], ["unknown model 'ravlt_x'", "did you mean ravlt_"]),
+        (["--model", "ravlt_t.in22k"], ["ravlt_t.in22k"]),
+        (["--model", ""], ["no model: give --model NAME"]),
+        (["--model-kwargs", "depthss=[1]"], ["cannot build test_ravlt", "depthss"]),
+        (["--epoch", "3"], ["unknown option --epoch", "--epochs"]),
+        (["--in-chans", "5"], ["5 channels", "--in-chans 1 or 3"]),
+        (["--in-chans", "1", "--input-size", "3", "32", "32"], ["channel"]),
+        (["--mean", "0.5", "0.5"], ["mean must have one value or 3"]),
+        (["--num-classes", "7"], ["--num-classes 7", "has 3 classes", "leave it out"]),
+        (["--device", "warp"], ["--device warp cannot be used here"]),
+        (["--device", "cuda:99"], ["--device cuda:99 cannot be used here"]),
+        (["--opt", "adamx"], ["--opt adamx"]),
+        (["--sched", "cosinus"], ["--sched cosinus"]),
+        (["--sched", "plateau"], ["plateau", "use cosine"]),
+        (["-b", "64"], ["24 images, fewer than one batch of 64", "lower --batch-size"]),
+        (["--initial-checkpoint", "none.safetensors"], ["none.safetensors does not exist"]),
+        (["--resume", "none.pt"], ["none.pt does not exist"]),
+        (["--data-dir", "/nowhere"], ["/nowhere does not exist"]),
+        (["--dataset", "torch/nothing"], ["torch/nothing"]),
+        (["--dataset", "fashion_mnist"], ["Fashion-MNIST not found", "apt install"]),
+        (["--dataset", "imagenet"], ["unknown data set 'imagenet'", "digits"]),
+        (["--config", "none.yaml"], ["none.yaml"]),
+        (["--pretrained", "--model", "test_ravlt"], ["test_ravlt"]),
+    ],
+)
+def test_train(
+    refused: Any, images: Path, tmp_path: Path, flags: list[str], says: list[str]
+) -> None:
+    base = tiny_flags(images, tmp_path / "new" / "run")
+    if flags[0] == "--model-kwargs":
+        base = [*base[: base.index("--model-kwargs")], *base[base.index("-j") :]]
+    refused("train", *base, *flags, says=tuple(says))
+
+
+def test_train_without_data(refused: Any) -> None:
+    refused("train", *TINY_FLAGS, says=("no data: give --dataset NAME or --data-dir FOLDER",))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_truncated_image(refused: Any, tmp_path: Path, workers: int) -> None:
+    """Found only when it is read, by a data worker perhaps: still one line, and no run folder."""
+    root = image_folder(tmp_path / "images")
+    path = root / "train" / "bee" / "3.png"
+    path.write_bytes(path.read_bytes()[:-500])
+    flags = tiny_flags(root, tmp_path / "new" / "run", "-j", workers)
+    refused("train", *flags, says=("cannot read image", "bee/3.png", "replace or remove it"))
+
+
+def test_empty_class_folder(refused: Any, tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "images")
+    (root / "train" / "dog").mkdir()
+    refused("train", *tiny_flags(root, tmp_path / "run"), says=("train/dog holds no images",))
+
+
+def test_splits_of_different_classes(refused: Any, tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "images")
+    (root / "val" / "cat").rename(root / "val" / "cow")
+    refused("train", *tiny_flags(root, tmp_path / "run"), says=("differ", "cat, cow"))
+
+
+def test_no_training_folder(refused: Any, tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "images")
+    (root / "val").rename(root / "test")
+    refused("train", *tiny_flags(root, tmp_path / "run"), says=("no 'validation' folder",))
+
+
+def test_output_that_cannot_be_written(refused: Any, images: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    flags = tiny_flags(images, tmp_path / "file" / "run")
+    refused("train", *flags, says=("file/run is not writable", "choose another --output"))
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "sklearn"])
+def test_missing_optional_package(
+    refused: Any, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    real_find, real_import = importlib.util.find_spec, builtins.__import__
+
+    def find(name: str, *args: Any) -> Any:
+        return None if name == package else real_find(name, *args)
+
+    def refuse(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.split(".")[0] == package:
+            raise ImportError(name, name=package)
+        return real_import(name, *args, **kwargs)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find)
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    flags = tiny_flags(images, tmp_path / "run", "--dataset", "digits", "--plot")
+    refused("train", *flags, says=("pip install 'vitlinear[train]'",))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("webdataset") is not None, reason="it is installed")
+def test_missing_reader_package(refused: Any, images: Path, tmp_path: Path) -> None:
+    flags = tiny_flags(images, tmp_path / "run", "--dataset", "wds/x")
+    refused("train", *flags, says=("wds/x", "install webdataset"))
+
+
+def test_validate(refused: Any, images: Path, checkpoint: Path, tmp_path: Path) -> None:
+    base = ("validate", "-j", 0)
+    with_data = (*base, "--data-dir", images)
+    refused(*base, says=("nothing to run", "--checkpoint FILE"))
+    refused(*base, "--checkpoint", checkpoint, says=("no data",))
+    refused(*with_data, "--checkpoint", tmp_path, says=("does not exist",))
+    both = (*with_data, "--checkpoint", checkpoint)
+    refused(*both, "--model", "ravlt_t", says=("is of test_ravlt, not ravlt_t",))
+    refused(*both, "--in-chans", 1, says=("--in-chans 3, not 1",))
+    refused(*both, "--num-classes", 4, says=("--num-classes 3, not 4",))
+    refused(*both, "--pretrained", says=("exclude each other",))
+    refused(
+        *base, "--checkpoint", checkpoint, "--dataset", "digits",
+        says=("3 classes, the data 10", "--class-map"),
+    )  # fmt: skip
+    renamed = image_folder(tmp_path / "renamed")
+    (renamed / "val" / "ant").rename(renamed / "val" / "dog")
+    refused(
+        *base, "--checkpoint", checkpoint, "--data-dir", renamed,
+        says=("the checkpoint and the data set differ", "ant, dog"),
+    )  # fmt: skip
+    results = tmp_path / "no" / "results.json"
+    refused(*both, "--results-file", results, says=("cannot write", "results.json"))
+
+
+def test_predict(refused: Any, images: Path, checkpoint: Path, tmp_path: Path) -> None:
+    image = images / "val" / "ant" / "0.png"
+    base = ("predict", "--checkpoint", checkpoint)
+    refused("predict", says=("IMAGE",))
+    refused("predict", image, says=("no weights", "--checkpoint FILE"))
+    refused(*base, tmp_path / "none.png", says=("none.png does not exist",))
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    refused(*base, empty, says=("empty holds no images", ".png"))
+    damaged = tmp_path / "damaged.png"
+    damaged.write_bytes(image.read_bytes()[:900])
+    refused(*base, image, damaged, says=("cannot read image", "damaged.png"))
+    text = tmp_path / "text.png"
+    text.write_text("hello")
+    refused(*base, text, says=("text.png: not an image",))
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(checkpoint.read_bytes()[:-7])
+    refused("predict", "--checkpoint", broken, image, says=("broken.safetensors is truncated",))
+    state = checkpoint.with_name("last_state.pt")
+    refused("predict", "--checkpoint", state, image, says=("training state", "best.safetensors"))
+    refused(*base, image, "--topk", 0, says=("must be at least 1",))

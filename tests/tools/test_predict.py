@@ -1,0 +1,88 @@
+"""``vitlinear predict``."""
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from tests.tools.conftest import Command
+from tests.train.helpers import CLASSES, train
+from vitlinear.train.data import export_sample
+
+
+def test_files_and_folders(
+    vitlinear: Command, images: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    one = images / "val" / "cat" / "2.png"
+    flags = ("--checkpoint", checkpoint, "--json", "-b", 4)
+    result = vitlinear("predict", one, images / "val", *flags, "--topk", 9)
+    assert result.code == 0, result.err
+    results = json.loads(result.out)
+    assert [item["file"] for item in results[:2]] == [str(one), str(images / "val/ant/0.png")]
+    assert len(results) == 10
+    right = 0
+    for item in results:
+        guesses = item["predictions"]
+        assert sorted(guess["class"] for guess in guesses) == list(CLASSES)
+        values = [guess["probability"] for guess in guesses]
+        assert values == sorted(values, reverse=True) and sum(values) == pytest.approx(1, abs=1e-5)
+        right += Path(item["file"]).parent.name == guesses[0]["class"]
+    assert right >= 8  # a third would be chance
+    # in batches or alone, the same answer
+    alone = vitlinear("predict", one, "--checkpoint", checkpoint)
+    first = results[0]["predictions"][0]
+    assert alone.out.startswith(f"{one}: {first['class']} {100 * first['probability']:.1f} %")
+
+
+def test_results_go_to_a_file_when_asked(
+    vitlinear: Command, images: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "results.json"
+    flags = ("--checkpoint", checkpoint, "--results-file", file, "--topk", 1)
+    result = vitlinear("predict", images / "val", *flags)
+    assert result.out == ""
+    assert [len(item["predictions"]) for item in json.loads(file.read_text())] == [1] * 9
+
+
+def test_a_grey_model_takes_colour_images(vitlinear: Command, images: Path, tmp_path: Path) -> None:
+    train(images, tmp_path / "run", "--in-chans", 1, "--epochs", 1, "--mean", 0.5, "--std", 0.5)
+    flags = ("--checkpoint", tmp_path / "run" / "last.safetensors")
+    colour, grey = tmp_path / "colour.png", tmp_path / "grey.png"
+    with Image.open(images / "val" / "ant" / "0.png") as image:
+        image.save(colour)
+        image.convert("L").save(grey)
+    first, second = vitlinear("predict", colour, grey, *flags).out.splitlines()
+    assert first.split(": ")[1] == second.split(": ")[1]
+
+
+def test_an_exported_digit(vitlinear: Command, tmp_path: Path) -> None:
+    """The path of the quickstart: train on digits, export one, classify it."""
+    from tests.train.helpers import TINY_FLAGS
+
+    flags = ["--dataset", "digits", "--output", tmp_path / "run", *TINY_FLAGS, "--no-plot"]
+    flags += ["--in-chans", 1, "--mean", 0.5, "--std", 0.5, "-j", 0, "--epochs", 1]
+    result = vitlinear("train", *flags)
+    assert result.code == 0, result.err
+    label = export_sample("digits", 0, tmp_path / "digit.png")
+    checkpoint = tmp_path / "run" / "best.safetensors"
+    result = vitlinear("predict", "--checkpoint", checkpoint, tmp_path / "digit.png", "--topk", 10)
+    assert result.code == 0, result.err
+    names = [part.split()[0] for part in result.out.split(": ", 1)[1].split(", ")]
+    assert sorted(names) == [str(digit) for digit in range(10)] and label in names
+    # the checkpoint knows its data set
+    result = vitlinear("validate", "--checkpoint", checkpoint, "-j", 0)
+    assert result.code == 0 and "on 359 images" in result.out
+
+
+def test_weights_of_timm_get_imagenet_names(
+    vitlinear: Command, images: Path, tmp_path: Path
+) -> None:
+    torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "net.pth")
+    flags = ("--model", "test_resnet", "--checkpoint", tmp_path / "net.pth", "--topk", 1)
+    result = vitlinear("predict", images / "val" / "ant" / "0.png", *flags, "--json")
+    assert result.code == 0, result.err
+    guess = json.loads(result.out)[0]["predictions"][0]
+    assert not guess["class"].isdigit() and 0 <= guess["index"] < 1000

@@ -1,0 +1,47 @@
+"""What the training tests share: a small image folder, and flags of a run that takes a second."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vitlinear.train import run
+
+CLASSES = ("ant", "bee", "cat")
+TINY = {
+    "embed_dims": (8, 8, 16, 16),
+    "depths": (1, 1, 1, 1),
+    "num_heads": (1, 1, 1, 1),
+    "mlp_ratios": (1.0, 1.0, 1.0, 1.0),
+    "head_width": 16,
+}
+TINY_FLAGS = ["--model", "test_ravlt", "--img-size", "32", "--model-kwargs"] + [
+    f"{key}={value}".replace(" ", "") for key, value in TINY.items()
+]
+
+
+def image_folder(root: Path, train: int = 8, val: int = 3, size: int = 32) -> Path:
+    """Writes a learnable folder data set: each class is a hue plus noise."""
+    random = np.random.RandomState(0)
+    for split, count in (("train", train), ("val", val)):
+        for label, name in enumerate(CLASSES):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = random.randint(0, 100, (size, size, 3))
+                pixels[..., label] += 150
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index}.png")
+    return root
+
+
+def tiny_flags(data: Path, output: Path, *more: Any) -> list[str]:
+    """Flags of a run of two epochs of three updates."""
+    flags = ["--data-dir", data, "--output", output, *TINY_FLAGS]
+    flags += ["-j", 0, "-b", 8, "--epochs", 2, "--lr", 1e-3, "--warmup-epochs", 1, "--no-plot"]
+    return [str(flag) for flag in (*flags, *more)]
+
+
+def train(data: Path, output: Path, *more: Any) -> dict[str, Any]:
+    """Runs `tiny_flags` in this process."""
+    return run.train(run.parse_arguments(tiny_flags(data, output, *more)))

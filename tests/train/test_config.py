@@ -1,0 +1,111 @@
+"""Flags over YAML over defaults."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vitlinear.errors import UserError
+from vitlinear.train.config import read_config, saved_arguments
+from vitlinear.train.run import parse_arguments
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "classification").glob("*.yaml"))
+
+
+def written(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_precedence_is_default_then_file_then_flag(tmp_path: Path) -> None:
+    config = written(tmp_path, "epochs: 7\nbatch-size: 16\namp: true\nlr: 1e-3\n")
+    args = parse_arguments(["--epochs", "9", "-c", config, "--no-amp"])
+    assert (args.epochs, args.batch_size, args.amp, args.weight_decay) == (9, 16, False, 0.05)
+    assert args.lr == 1e-3  # PyYAML reads 1e-3 as a string
+
+
+def test_lists_and_mappings(tmp_path: Path) -> None:
+    config = written(tmp_path, "scale: [0.5, 1]\nmodel_kwargs: {depths: [1, 1], act: gelu}\n")
+    args = parse_arguments(["--config", config])
+    assert args.scale == [0.5, 1.0]
+    assert args.model_kwargs == {"depths": [1, 1], "act": "gelu"}
+    args = parse_arguments(["--config", config, "--model-kwargs", "depths=(2,2)", "name=x"])
+    assert args.model_kwargs == {"depths": (2, 2), "name": "x"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("weigth_decay: 0.1", "unknown key 'weigth_decay' (did you mean weight_decay"),
+        ("resume: auto", "unknown key 'resume'"),
+        ("help: true", "unknown key 'help'"),
+        ("epochs: many", "bad value for 'epochs': invalid literal"),
+        ("epochs: 1.5", "bad value for 'epochs'"),
+        ("epochs: 0", "must be at least 1"),
+        ("amp: 1", "expected true or false"),
+        ("lr: [1]", "expected a single value"),
+        ("scale: 0.5", "expected a list"),
+        ("scale: [0.5]", "expected 2 values, got 1"),
+        ("model_kwargs: [1]", "expected a mapping"),
+        ("clip_mode: soft", "expected one of norm, value, agc"),
+        ("- 1", "must be a mapping"),
+        ("a: [", "is not valid YAML"),
+    ],
+)
+def test_bad_files_say_what_is_wrong(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_arguments(["--config", written(tmp_path, text)])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--epoch", "3"], "unknown option --epoch (did you mean --epochs"),
+        (["--epochs"], "argument --epochs: expected one argument"),
+        (["--epochs", "x"], "invalid int value: 'x'"),
+        (["--lr", "-1"], "must be at least 0"),
+        (["--lr", "nan"], "must be at least 0"),
+        (["--model-kwargs", "depth"], "expected KEY=VALUE, got 'depth'"),
+        (["--config", "/nowhere.yaml"], "cannot read --config /nowhere.yaml"),
+    ],
+)
+def test_bad_flags_say_what_is_wrong(flags: list[str], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_arguments(flags)
+    assert message in str(caught.value)
+
+
+def test_saved_arguments_are_a_config_again(tmp_path: Path) -> None:
+    flags = [
+        "--model-kwargs",
+        "depths=[1,1]",
+        "--opt-betas",
+        "0.9",
+        "0.95",
+        "--amp",
+        "--lr",
+        "3e-4",
+    ]
+    args = parse_arguments([*flags, "--resume", "auto", "--overwrite"])
+    config = written(tmp_path, yaml.safe_dump(saved_arguments(args)))
+    again = parse_arguments(["--config", config])
+    assert saved_arguments(again) == saved_arguments(args)
+    assert (again.resume, again.overwrite) == (None, False)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_parse(path: Path) -> None:
+    args = parse_arguments(["--config", str(path)])
+    for key, value in yaml.safe_load(path.read_text()).items():
+        assert getattr(args, key) == value
+
+
+def test_read_config_needs_no_command_line(tmp_path: Path) -> None:
+    from vitlinear.train.config import Parser
+
+    parser = Parser(prog="x")
+    parser.add_argument("--count", type=int)
+    assert read_config(Path(written(tmp_path, "count: 3")), parser) == {"count": 3}

@@ -1,0 +1,193 @@
+"""Updates: accumulation, clipping, schedule, precision."""
+
+import contextlib
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from timm.scheduler import create_scheduler_v2
+from timm.task import ClassificationTask
+from torch import nn
+
+from tests.train.helpers import train
+from vitlinear.errors import UserError
+from vitlinear.train.evaluate import PerClass, evaluate
+from vitlinear.train.loop import Updater, train_one_epoch, updates_per_epoch
+from vitlinear.train.run import parse_arguments, set_schedule
+from vitlinear.train.setup import learning_rate
+
+
+def batches(count: int, size: int = 4) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (
+            torch.randn(size, 5, generator=generator, dtype=torch.float64),
+            torch.randint(0, 3, (size,), generator=generator),
+        )
+        for _ in range(count)
+    ]
+
+
+def updater(net: nn.Module, **kwargs: object) -> Updater:
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    task = ClassificationTask(net, verbose=False)
+    return Updater(task, optimizer, None, None, **kwargs)  # type: ignore[arg-type]
+
+
+def epoch(up: Updater, data: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, float]:
+    return train_one_epoch(up, data, contextlib.nullcontext, show_progress=False)
+
+
+def merged(
+    data: list[tuple[torch.Tensor, torch.Tensor]], group: int
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The same data in batches that hold a whole group each."""
+    return [
+        tuple(map(torch.cat, zip(*data[start : start + group], strict=True)))  # type: ignore[misc]
+        for start in range(0, len(data), group)
+    ]
+
+
+@pytest.mark.parametrize(("count", "group"), [(6, 3), (7, 3), (2, 3), (5, 1)])
+def test_accumulation_equals_large_batches_with_the_remainder(count: int, group: int) -> None:
+    """The last group of an epoch is smaller; its gradients must be a mean all the same."""
+    torch.manual_seed(0)
+    net = nn.Linear(5, 3, dtype=torch.float64)
+    other = copy.deepcopy(net)
+    first = updater(net, accumulate=group)
+    second = updater(other)
+    metrics = epoch(first, batches(count))
+    expected = epoch(second, merged(batches(count), group))
+    assert first.updates == second.updates == updates_per_epoch(count, group)
+    for ours, theirs in zip(net.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    if group == 1:
+        assert metrics["loss"] == expected["loss"]
+
+
+def test_loss_and_top1_are_means_over_images() -> None:
+    torch.manual_seed(0)
+    net = nn.Linear(5, 3, dtype=torch.float64)
+    data = batches(3) + batches(1, size=2)
+    up = updater(net)
+    up.optimizer.param_groups[0]["lr"] = 0.0
+    metrics = epoch(up, data)
+    images, labels = map(torch.cat, zip(*data, strict=True))
+    logits = net(images)
+    loss = nn.functional.cross_entropy(logits, labels).item()
+    assert metrics["loss"] == pytest.approx(loss, rel=1e-12)
+    top1 = 100 * (logits.argmax(1) == labels).double().mean().item()
+    assert metrics["top1"] == pytest.approx(top1)
+
+
+def test_clipping_bounds_the_update() -> None:
+    torch.manual_seed(0)
+    net = nn.Linear(5, 3, dtype=torch.float64)
+    before = [parameter.clone() for parameter in net.parameters()]
+    epoch(updater(net, clip_grad=1e-3), batches(1))
+    pairs = zip(before, net.parameters(), strict=True)
+    step = torch.cat([(old - new).flatten() for old, new in pairs])
+    assert step.norm().item() == pytest.approx(0.1 * 1e-3, rel=1e-3)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run() -> None:
+    net = nn.Linear(5, 3, dtype=torch.float64)
+    data = batches(1)
+    data[0][0][0, 0] = float("nan")
+    with pytest.raises(UserError, match="loss became nan within 1 updates: lower --lr"):
+        epoch(updater(net), data)
+
+
+@pytest.mark.parametrize("on_updates", [False, True])
+def test_learning_rates_of_a_run_and_of_a_resumed_one(on_updates: bool) -> None:
+    """Warm-up starts at its own rate (not at the peak), and a later start joins the same curve."""
+
+    def rates(first: int) -> list[float]:
+        net = nn.Linear(5, 3, dtype=torch.float64)
+        up = updater(net, updates=3 * first)
+        up.scheduler, _ = create_scheduler_v2(
+            up.optimizer, "cosine", num_epochs=6, warmup_epochs=2, warmup_lr=1e-3, min_lr=1e-2,
+            step_on_epochs=not on_updates, updates_per_epoch=3,
+        )  # fmt: skip
+        assert up.scheduler is not None
+        set_schedule(up.scheduler, first, 3 * first)
+        found = []
+        for number in range(first, 6):
+            for batch in batches(3):
+                found.append(up.optimizer.param_groups[0]["lr"])
+                loss = up.task(*batch)["loss"]
+                up.backward(loss, 1, True)
+            up.scheduler.step(number + 1)
+        return found
+
+    whole = rates(0)
+    assert whole[0] == pytest.approx(1e-3) and max(whole) < 0.1
+    assert whole[6:] == sorted(whole[6:], reverse=True)
+    assert len(set(whole)) == (18 if on_updates else 6)
+    assert rates(4) == pytest.approx(whole[12:])
+
+
+def test_learning_rate_scales_with_the_global_batch() -> None:
+    args = parse_arguments(["-b", "64", "--grad-accum-steps", "2"])
+    assert learning_rate(args, world_size=8) == pytest.approx(1e-3)
+    args = parse_arguments(["-b", "128", "--lr-base-scale", "sqrt"])
+    assert learning_rate(args, world_size=1) == pytest.approx(2.5e-4)
+    assert learning_rate(parse_arguments(["--lr", "0.3"]), world_size=8) == 0.3
+
+
+class Fixed(nn.Module):
+    """Yields the logits it is given."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+@pytest.mark.parametrize("classes", [3, 8])
+def test_evaluation_against_its_definition(classes: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(23, classes, generator=generator)
+    labels = torch.randint(0, classes, (23,), generator=generator)
+    loader = list(zip(logits.split(5), labels.split(5), strict=True))
+    counter = PerClass(classes)
+    net = Fixed().train()
+    metrics = evaluate(net, loader, contextlib.nullcontext, evaluator=counter)
+    assert net.training
+    order = logits.argsort(dim=1, descending=True)
+    hits = order == labels[:, None]
+    assert metrics["top1"] == pytest.approx(100 * hits[:, 0].double().mean().item())
+    assert metrics["top5"] == pytest.approx(100 * hits[:, :5].any(1).double().mean().item())
+    loss = nn.functional.cross_entropy(logits.double(), labels).item()
+    assert metrics["loss"] == pytest.approx(loss, rel=1e-6)
+    for label in range(classes):
+        assert counter.images[label] == (labels == label).sum()
+        assert counter.correct[label] == hits[labels == label, 0].sum()
+    if classes <= 5:
+        assert metrics["top5"] == 100.0
+
+
+def test_a_label_beyond_the_classes_is_an_error() -> None:
+    loader = [(torch.zeros(2, 3), torch.tensor([0, 3]))]
+    with pytest.raises(UserError, match="label 3, the model only 3 classes"):
+        evaluate(Fixed(), loader, contextlib.nullcontext)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--amp --amp-dtype bfloat16 --channels-last",
+        "--amp --amp-dtype float16 --clip-grad 1",
+        "--grad-checkpointing --grad-accum-steps 2 --clip-grad 0.01 --clip-mode agc",
+        "--torchcompile eager --model-ema",
+        "--sched-on-updates --drop-path 0.2 --drop 0.1 --aa rand-m9-mstd0.5-inc1",
+        "--mixup 0.8 --cutmix 1 --reprob 0.25 --mixup-off-epoch 1",
+        "--deterministic --no-aug --layer-decay 0.8 --opt-betas 0.9 0.99 --opt-kwargs eps=1e-7",
+    ],
+)
+def test_every_switch_trains(folder: Path, tmp_path: Path, flags: str) -> None:
+    before = torch.are_deterministic_algorithms_enabled()
+    try:
+        result = train(folder, tmp_path / "run", *flags.split())
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert result["epoch"] == 2 and 0 <= result["best"]["value"] <= 100

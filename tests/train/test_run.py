@@ -1,0 +1,174 @@
+"""Whole runs: files, equal seeds, resuming, several processes."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from tests.train.helpers import CLASSES, tiny_flags, train
+from vitlinear.errors import UserError
+from vitlinear.train.checkpoint import read_card, read_state, read_weights
+from vitlinear.train.folder import FILES
+
+# Everything that draws random numbers or keeps state between updates.
+FULL = ["--epochs", 4, "--model-ema", "--model-ema-decay", 0.9, "--drop-path", 0.2]
+FULL += ["--mixup", 0.8, "--reprob", 0.5, "--aa", "rand-m9-mstd0.5-inc1"]
+FULL += ["--sched-on-updates", "--clip-grad", 1]
+
+
+def weights(path: Path, name: str = "last.safetensors") -> dict[str, torch.Tensor]:
+    return read_weights(path / name)
+
+
+def assert_same_bits(first: Any, second: Any) -> None:
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        assert torch.equal(value, second[key]), key
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_same_seed_same_bits_and_resumed_equals_whole(
+    folder: Path, tmp_path: Path, workers: int
+) -> None:
+    flags = (*FULL, "-j", workers)
+    train(folder, tmp_path / "a", *flags)
+    train(folder, tmp_path / "b", *flags)
+    for name in ("last.safetensors", "best.safetensors"):
+        assert_same_bits(weights(tmp_path / "a", name), weights(tmp_path / "b", name))
+
+    train(folder, tmp_path / "c", *flags, "--stop-epoch", 2)
+    assert read_state(tmp_path / "c" / "last_state.pt")["epoch"] == 2
+    torch.rand(11)  # a new process would not be where the old one stopped, either
+    result = train(folder, tmp_path / "c", *flags, "--resume", "auto")
+    assert result["epoch"] == 4
+    for name in ("last.safetensors", "best.safetensors"):
+        assert_same_bits(weights(tmp_path / "a", name), weights(tmp_path / "c", name))
+    whole, resumed = (read_state(tmp_path / run / "last_state.pt") for run in "ac")
+    assert_same_bits(whole["state_dict"], resumed["state_dict"])
+    assert_same_bits(whole["state_dict_ema"], resumed["state_dict_ema"])
+    assert whole["best"] == resumed["best"] and whole["updates"] == resumed["updates"]
+    for key, value in whole["optimizer"]["state"].items():
+        assert_same_bits(value, resumed["optimizer"]["state"][key])
+    rows = [metrics(tmp_path / run) for run in "ac"]
+    assert [row["epoch"] for row in rows[1]] == [1, 2, 3, 4]
+    timing = ("seconds", "images_per_s")
+    assert [{k: v for k, v in row.items() if k not in timing} for row in rows[0]] == [
+        {k: v for k, v in row.items() if k not in timing} for row in rows[1]
+    ]
+
+
+def test_another_seed_is_another_run(folder: Path, tmp_path: Path) -> None:
+    train(folder, tmp_path / "a", "--epochs", 1)
+    train(folder, tmp_path / "b", "--epochs", 1, "--seed", 43)
+    first, second = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert not torch.equal(first["head.fc.weight"], second["head.fc.weight"])
+
+
+def test_float16_scaler_survives_resuming(folder: Path, tmp_path: Path) -> None:
+    flags = ("--amp", "--amp-dtype", "float16", "--epochs", 3)
+    train(folder, tmp_path / "a", *flags)
+    train(folder, tmp_path / "b", *flags, "--stop-epoch", 1)
+    train(folder, tmp_path / "b", *flags, "--resume", tmp_path / "b" / "last_state.pt")
+    assert_same_bits(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    states = [read_state(tmp_path / run / "last_state.pt")["scaler"] for run in "ab"]
+    assert states[0] == states[1]
+
+
+def metrics(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_files_of_a_run(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "run"
+    result = train(folder, path, "--model-ema", "--plot", "--experiment", "")
+    assert sorted(file.name for file in path.iterdir()) == sorted(FILES)
+    rows = metrics(path)
+    with open(path / "summary.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [{k: float(v) for k, v in row.items()} for row in table] == rows
+    for name in ("lr", "train_loss", "train_top1", "eval_loss", "eval_top5", "ema_top1", "seconds"):
+        assert all(name in row for row in rows)
+    assert (path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    saved = yaml.safe_load((path / "args.yaml").read_text())
+    assert saved["epochs"] == 2 and "rank" not in saved and "resume" not in saved
+    best, last = (read_card(path / name) for name in ("best.safetensors", "last.safetensors"))
+    assert best is not None and last is not None
+    assert best.class_names == list(CLASSES) and best.epoch == result["best"]["epoch"]
+    assert best.metric == {"top1": result["best"]["value"]}
+    assert best.weights == result["best"]["weights"] and (last.weights, last.epoch) == ("ema", 2)
+    best_value = max(max(row["eval_top1"], row["ema_top1"]) for row in rows)
+    assert result["best"]["value"] == best_value
+
+
+def test_saved_arguments_repeat_the_run(folder: Path, tmp_path: Path) -> None:
+    from vitlinear.train import run
+
+    train(folder, tmp_path / "a", "--epochs", 1)
+    again = ["--config", str(tmp_path / "a" / "args.yaml"), "--output", str(tmp_path / "b")]
+    run.train(run.parse_arguments(again))
+    assert_same_bits(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+def test_a_run_is_not_overwritten_unasked(folder: Path, tmp_path: Path) -> None:
+    train(folder, tmp_path / "run", "--epochs", 1)
+    before = (tmp_path / "run" / "last_state.pt").read_bytes()
+    with pytest.raises(UserError, match="already holds a run .*--resume auto .*--overwrite"):
+        train(folder, tmp_path / "run", "--epochs", 1)
+    assert (tmp_path / "run" / "last_state.pt").read_bytes() == before
+    train(folder, tmp_path / "run", "--epochs", 1, "--overwrite", "--seed", 1)
+    assert len(metrics(tmp_path / "run")) == 1
+
+
+def test_resuming_refuses_another_run(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    train(folder, path, "--epochs", 2, "--stop-epoch", 1)
+    for flags, message in (
+        (("--seed", 7), "with seed 7: it was started with 42"),
+        (("--model-ema",), "with model_ema True"),
+        (("--opt", "sgd"), "with opt sgd"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train(folder, path, "--resume", "auto", *flags)
+    with pytest.raises(UserError, match="--sync-bn works between GPUs only"):
+        train(folder, tmp_path / "new", "--sync-bn")
+    with pytest.raises(UserError, match="none.pt does not exist"):
+        train(folder, tmp_path, "--resume", tmp_path / "none.pt")
+    with pytest.raises(UserError, match="continues in .*run, not in .*other"):
+        train(folder, tmp_path / "other", "--resume", path)
+    assert train(folder, path, "--resume", path, "--epochs", 2)["epoch"] == 2
+
+
+def test_resume_auto_starts_where_there_is_nothing(folder: Path, tmp_path: Path) -> None:
+    assert train(folder, tmp_path / "new", "--resume", "auto", "--epochs", 1)["epoch"] == 1
+
+
+def test_a_run_that_fails_before_its_first_epoch_leaves_nothing(
+    folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="the loss became"):
+        train(folder, tmp_path / "deep" / "run", "--lr", 1e30, "--warmup-epochs", 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_processes(folder: Path, tmp_path: Path) -> None:
+    """torchrun: one set of files, exact counts over uneven shards."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["tools/train.py", *tiny_flags(folder, tmp_path / "run", "-b", 4, "--model-ema")]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [*command, "--grad-accum-steps", "2", "--aug-repeats", "2", "--device", "cpu"],
+        cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = metrics(tmp_path / "run")
+    assert len(rows) == 2
+    for row in rows:  # nine held-out images: five and four per process
+        assert (row["eval_top1"] * 9 / 100) == pytest.approx(round(row["eval_top1"] * 9 / 100))
+    assert done.stdout.count("epoch 1:") == 1
