@@ -38,7 +38,10 @@ def relu_derivative(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class FeatureMap:
-    """An elementwise map phi and its derivative, both taken at the map's input."""
+    """An elementwise map phi and its derivative, both taken at the map's input.
+
+    Both return new tensors, never their argument: the closed-form backward works on them in place.
+    """
 
     function: Callable[[Tensor], Tensor]
     derivative: Callable[[Tensor], Tensor]

@@ -99,6 +99,8 @@ def rotate(x: Tensor, table: Tensor, inverse: bool = False) -> Tensor:
         x = x.contiguous()
     turn = torch.view_as_complex(table)
     if inverse:
-        turn = turn.conj()
+        # Not the lazy conj(): a custom operator called from a compiled graph runs below the
+        # dispatch key that resolves it, and would silently turn the wrong way.
+        turn = turn.conj_physical()
     pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * turn).flatten(-2)

@@ -1,0 +1,85 @@
+"""Golden outputs of the released code: the weights and inputs they were made with.
+
+The recipe is tests/data/golden/README.md.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+FOLDER = Path(__file__).parent / "data" / "golden"
+
+# Rules for the value of an entry, first that fits; n is standard normal, seeded by the key.
+_RULES = (
+    (lambda k, s: k.endswith("running_var"), lambda n, s: 1 + 0.25 * np.abs(n)),
+    (lambda k, s: k.endswith("running_mean"), lambda n, s: 0.1 * n),
+    (lambda k, s: k.endswith(("gamma_1", "gamma_2")), lambda n, s: 0.5 + 0.1 * n),
+    (lambda k, s: k.endswith("bias"), lambda n, s: 0.05 * n),
+    (lambda k, s: len(s) >= 2, lambda n, s: n / np.sqrt(np.prod(s[1:]))),
+    (lambda k, s: True, lambda n, s: 1 + 0.1 * n),
+)
+
+
+def weight(key: str, shape: list[int]) -> Tensor:
+    """Value of a floating-point entry, float64."""
+    n = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape)
+    value = next(make for fits, make in _RULES if fits(key, shape))(n, shape)
+    return torch.from_numpy(np.asarray(value))
+
+
+def upstream_state_dict(entries: list[list[Any]]) -> dict[str, Tensor]:
+    """State dict with the authors' keys from a list of [key, shape, dtype]."""
+    state_dict = {}
+    for key, shape, dtype in entries:
+        if key.endswith("RoPE.angle"):
+            # As the released code makes it: each frequency twice, reciprocal taken in float32.
+            steps = torch.linspace(0, 1, shape[0] // 2)
+            state_dict[key] = (1.0 / 10000**steps).repeat_interleave(2)
+        elif dtype != "float32":
+            state_dict[key] = torch.zeros(shape, dtype=getattr(torch, dtype))
+        else:
+            state_dict[key] = weight(key, shape)
+    return state_dict
+
+
+def variants(family: str) -> dict[str, Any]:
+    """Parameter counts and state-dict entries of a family's released variants."""
+    return json.loads((FOLDER / f"{family}.json").read_text())
+
+
+def attention_case(name: str) -> dict[str, Any]:
+    """One attention module: its description, input, output gradient and what came out."""
+    case = json.loads((FOLDER / "attention.json").read_text())[name]
+    random = np.random.RandomState(1)
+    shape = (2, case["C"], case["H"], case["W"])
+    with np.load(FOLDER / "attention.npz") as archive:
+        case["out"] = torch.from_numpy(archive[f"{name}/out"])
+        case["grad_input"] = torch.from_numpy(archive[f"{name}/grad_input"])
+    case["x"] = torch.from_numpy(random.standard_normal(shape))
+    case["grad"] = torch.from_numpy(random.standard_normal(shape))
+    case["weights"] = {key: weight(key, shape) for key, shape in case["state_dict"]}
+    return case
+
+
+def images(height: int, width: int) -> Tensor:
+    """The two input images, float64."""
+    return torch.from_numpy(np.random.RandomState(0).standard_normal((2, 3, height, width)))
+
+
+def logits(name: str, height: int, width: int) -> Tensor:
+    """The first 64 logits of a released model."""
+    with np.load(FOLDER / "logits.npz") as archive:
+        return torch.from_numpy(archive[f"{name}/{height}x{width}"])
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of the expected, in float64."""
+    actual, expected = actual.detach().double(), expected.detach().double()
+    return float((actual - expected).norm() / expected.norm())

@@ -1,0 +1,78 @@
+"""Inputs that the operator tests share."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vitlinear import ops
+from vitlinear.ops import naive
+from vitlinear.ops.rotary import RotaryTables
+
+ATTENTIONS = (*ops.MECHANISMS, "softmax")
+BACKENDS = ("eager", "library")
+
+
+class Inputs(NamedTuple):
+    """One projection [B, N, 4, h, D] whose first three slices are q, k, v, and the options."""
+
+    projection: Tensor
+    rotary: RotaryTables | None
+    mask: Tensor | None
+    grad: Tensor
+
+
+def make_inputs(
+    *,
+    grid: tuple[int, int] = (3, 5),
+    batch: int = 2,
+    heads: int = 2,
+    dim: int = 8,
+    dtype: torch.dtype = torch.float64,
+    rotary: bool = True,
+    mask: bool = False,
+    scale: float = 1.0,
+    seed: int = 0,
+) -> Inputs:
+    """Random inputs; the projection wants a gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    n = grid[0] * grid[1]
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    projection = (scale * normal(batch, n, 4, heads, dim)).to(dtype).requires_grad_()
+    table_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    tables = ops.rotary_tables(*grid, dim, dtype=table_dtype) if rotary else None
+    padding = None
+    if mask:
+        padding = torch.zeros(batch, n, dtype=torch.bool)
+        padding[0, n // 2 :] = True
+        padding[-1, n // 3] = True
+    return Inputs(projection, tables, padding, normal(batch, n, heads, dim).to(dtype))
+
+
+def attend(
+    attention: str, inputs: Inputs, backend: str, projection: Tensor | None = None
+) -> Tensor:
+    """Run an attention; backend ``naive`` is the oracle."""
+    q, k, v, _ = (inputs.projection if projection is None else projection).unbind(2)
+    if attention == "softmax":
+        if backend == "naive":
+            return naive.softmax_attention(q, k, v, inputs.rotary, inputs.mask)
+        return ops.softmax_attention(q, k, v, inputs.rotary, inputs.mask, backend)
+    if backend == "naive":
+        return naive.linear_attention(q, k, v, attention, inputs.rotary, inputs.mask)
+    return ops.linear_attention(q, k, v, attention, inputs.rotary, inputs.mask, backend)
+
+
+def oracle(attention: str, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Output and gradient of the projection in float64."""
+    projection = inputs.projection.detach().double().requires_grad_()
+    rotary = inputs.rotary
+    if rotary is not None:
+        rotary = RotaryTables(*(table.double() for table in rotary))
+    out = attend(attention, inputs._replace(rotary=rotary), "naive", projection)
+    return out, torch.autograd.grad(out, projection, inputs.grad.double())[0]

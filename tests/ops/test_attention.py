@@ -1,0 +1,294 @@
+"""Every backend of every attention against the float64 oracle, and what calls promise."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.golden import relative_error
+from tests.ops.inputs import ATTENTIONS, BACKENDS, Inputs, attend, make_inputs, oracle
+
+from vitlinear import ops
+from vitlinear.ops import naive
+
+# Root-mean-square error against the oracle, as a ratio, for outputs and gradients.
+CEILING = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+each_attention = pytest.mark.parametrize("attention", ATTENTIONS)
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def run(attention: str, inputs: Inputs, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    out = attend(attention, inputs, backend)
+    return out, torch.autograd.grad(out, inputs.projection, inputs.grad)[0]
+
+
+@each_attention
+@each_backend
+@pytest.mark.parametrize("mask", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize("rotary", [False, True], ids=["plain", "rotary"])
+@pytest.mark.parametrize("dtype", list(CEILING), ids=lambda d: str(d).removeprefix("torch."))
+def test_matches_oracle(attention, backend, mask, rotary, dtype):
+    inputs = make_inputs(grid=(5, 7), dim=12, dtype=dtype, rotary=rotary, mask=mask)
+    out, grad = run(attention, inputs, backend)
+    expected_out, expected_grad = oracle(attention, inputs)
+    assert out.dtype == dtype and out.shape == inputs.grad.shape
+    assert relative_error(out, expected_out) < CEILING[dtype]
+    assert relative_error(grad, expected_grad) < CEILING[dtype]
+
+
+@each_backend
+@settings(deadline=None, max_examples=40)
+@given(
+    attention=st.sampled_from(ATTENTIONS),
+    grid=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    batch=st.integers(1, 3),
+    heads=st.integers(1, 4),
+    quads=st.integers(1, 8),
+    rotary=st.booleans(),
+    mask=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_any_shape(backend, attention, grid, batch, heads, quads, rotary, mask, seed):
+    mask = mask and grid[0] * grid[1] > 3  # leaves every sample a token
+    inputs = make_inputs(
+        grid=grid, batch=batch, heads=heads, dim=4 * quads, rotary=rotary, mask=mask, seed=seed
+    )
+    out, grad = run(attention, inputs, backend)
+    expected_out, expected_grad = oracle(attention, inputs)
+    # Outputs and gradients can vanish (no positive feature, one token), and a normaliser of the
+    # size of its eps magnifies rounding a million times: compare with the size of the terms.
+    scale = float(inputs.projection.detach().norm())
+    assert float((out - expected_out).norm()) < 1e-9 * scale
+    scale = max(float(expected_grad.norm()), float(inputs.grad.norm()))
+    assert float((grad - expected_grad).norm()) < 1e-9 * scale
+
+
+@each_attention
+@each_backend
+def test_gradcheck(attention, backend):
+    inputs = make_inputs(grid=(2, 3), dim=4, mask=True)
+    assert torch.autograd.gradcheck(
+        lambda projection: attend(attention, inputs, backend, projection), inputs.projection
+    )
+
+
+@each_attention
+def test_eager_is_twice_differentiable(attention):
+    # SDPA's fused kernel has no second derivative on CPUs; its plain form has.
+    inputs = make_inputs(grid=(2, 2), heads=1, dim=4, batch=1)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        assert torch.autograd.gradgradcheck(
+            lambda projection: attend(attention, inputs, "eager", projection), inputs.projection
+        )
+
+
+@each_attention
+def test_library_refuses_second_derivative(attention):
+    inputs = make_inputs()
+    out = attend(attention, inputs, "library")
+    (grad,) = torch.autograd.grad(out.sum(), inputs.projection, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        grad.sum().backward()
+
+
+@each_attention
+@each_backend
+@pytest.mark.parametrize("layout", ["channel-first", "transposed", "expanded", "strided-grad"])
+def test_strides(attention, backend, layout):
+    inputs = make_inputs(grid=(4, 4))
+    expected_out, expected_grad = oracle(attention, inputs)
+    base = inputs.projection.detach()
+    if layout == "channel-first":  # [B, 4, h, D, N], as an NCHW map holds it
+        base = base.permute(0, 2, 3, 4, 1).contiguous().permute(0, 4, 1, 2, 3)
+    elif layout == "transposed":  # [B, h, N, D] for each of q, k, v
+        base = base.permute(2, 0, 3, 1, 4).contiguous().permute(1, 3, 0, 2, 4)
+    elif layout == "expanded":  # one sample seen twice, stride 0
+        base = base[:1].expand(2, -1, -1, -1, -1)
+        inputs = inputs._replace(projection=base, grad=inputs.grad)
+        expected_out, expected_grad = oracle(attention, inputs)
+    grad = inputs.grad
+    if layout == "strided-grad":
+        grad = grad.transpose(1, 3).contiguous().transpose(1, 3)
+    inputs = inputs._replace(projection=base.requires_grad_(), grad=grad)
+    out, actual_grad = run(attention, inputs, backend)
+    assert relative_error(out, expected_out) < 1e-12
+    assert relative_error(actual_grad, expected_grad) < 1e-12
+
+
+@each_attention
+@each_backend
+def test_padding_equals_cropping_whatever_it_holds(attention, backend):
+    rows, kept = 5, 3
+    inputs = make_inputs(grid=(rows, 4), batch=1)
+    inside = torch.arange(rows * 4) < kept * 4
+    projection = inputs.projection.detach().clone()
+    projection[:, ~inside] = torch.nan
+    projection.requires_grad_()
+    padded = inputs._replace(projection=projection, mask=~inside[None])
+    out, grad = run(attention, padded, backend)
+
+    cropped = Inputs(
+        inputs.projection.detach()[:, inside].requires_grad_(),
+        ops.rotary_tables(kept, 4, 8, dtype=torch.float64),
+        None,
+        inputs.grad[:, inside],
+    )
+    expected_out, expected_grad = run(attention, cropped, backend)
+    torch.testing.assert_close(out[:, inside], expected_out, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(grad[:, inside], expected_grad, rtol=1e-12, atol=1e-12)
+    assert not out[:, ~inside].any() and not grad[:, ~inside].any()
+
+
+@each_attention
+@each_backend
+def test_sample_of_padding_alone_gives_zero(attention, backend):
+    inputs = make_inputs(mask=True)
+    inputs.mask[0] = True
+    out, grad = run(attention, inputs, backend)
+    assert not out[0].any() and not grad[0].any()
+    assert out[1].any() and grad.isfinite().all()
+
+
+@each_attention
+@each_backend
+def test_samples_do_not_see_each_other(attention, backend):
+    inputs = make_inputs(batch=3)
+    out = attend(attention, inputs, backend)
+    for i in range(3):
+        alone = attend(attention, inputs, backend, inputs.projection[i : i + 1])
+        torch.testing.assert_close(out[i : i + 1], alone, rtol=1e-13, atol=1e-13)
+
+
+@each_attention
+@each_backend
+def test_tokens_may_be_permuted_without_rotary(attention, backend):
+    inputs = make_inputs(rotary=False)
+    order = torch.randperm(15, generator=torch.Generator().manual_seed(1))
+    out = attend(attention, inputs, backend)
+    permuted = attend(attention, inputs, backend, inputs.projection[:, order])
+    torch.testing.assert_close(permuted, out[:, order], rtol=1e-12, atol=1e-12)
+
+
+def test_attention_without_rotary_is_an_average():
+    """Weights are positive and, but for eps, sum to one."""
+    inputs = make_inputs(rotary=False)
+    q, k, _, _ = inputs.projection.unbind(2)
+    for mechanism in ("rala", "elu"):
+        weights = naive.linear_attention_weights(q, k, mechanism)
+        assert (weights > 0).all()
+        torch.testing.assert_close(
+            weights.sum(-1), torch.ones_like(weights[..., 0]), rtol=1e-5, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("mechanism", list(ops.MECHANISMS))
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "case", ["zero queries", "constant keys", "vanishing normaliser", "large", "zeros", "alone"]
+)
+def test_finite(mechanism, backend, dtype, case):
+    """The numerics contract: finite outputs and gradients at |v| up to 1e3."""
+    inputs = make_inputs(grid=(1, 1) if case == "alone" else (8, 9), dim=16, dtype=dtype)
+    projection = inputs.projection.detach()
+    projection[:, :, 2] *= 300
+    if case == "zero queries":
+        projection[:, :, 0] = 0
+    elif case == "constant keys":
+        projection[:, :, 1] = projection[:1, :1, 1]
+    elif case == "vanishing normaliser":
+        projection[:, :, :2] = -30 - projection[:, :, :2].abs()
+    elif case == "large":
+        projection[:, :, :2] *= 1000
+    elif case == "zeros":
+        projection.zero_()
+    inputs = inputs._replace(projection=projection.requires_grad_())
+    out, grad = run(mechanism, inputs, backend)
+    assert out.isfinite().all() and grad.isfinite().all()
+
+
+@pytest.mark.parametrize("mechanism", list(ops.MECHANISMS))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_many_tokens(mechanism, dtype):
+    """Sums over 2^17 tokens stay as exact as over few: float16 ends at 65504."""
+    inputs = make_inputs(grid=(256, 512), batch=1, heads=1, dim=4, dtype=dtype)
+    out, grad = run(mechanism, inputs, "eager")
+    double = make_inputs(grid=(256, 512), batch=1, heads=1, dim=4)
+    double = double._replace(
+        projection=inputs.projection.detach().double().requires_grad_(), grad=inputs.grad.double()
+    )
+    expected_out, expected_grad = run(mechanism, double, "eager")
+    assert relative_error(out, expected_out) < CEILING[dtype]
+    assert relative_error(grad, expected_grad) < CEILING[dtype]
+
+
+@each_attention
+@each_backend
+def test_repeats_are_bit_equal(attention, backend):
+    inputs = make_inputs(grid=(16, 16), dtype=torch.float32)
+    first = run(attention, inputs, backend)
+    for _ in range(2):
+        for a, b in zip(run(attention, inputs, backend), first, strict=True):
+            assert torch.equal(a, b)
+
+
+@each_attention
+@each_backend
+def test_autocast_leaves_states_alone(attention, backend):
+    """Half precision comes in and goes out; the sums between stay float32."""
+    inputs = make_inputs(grid=(16, 16), dtype=torch.bfloat16)
+    plain_out, plain_grad = run(attention, inputs, backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = attend(attention, inputs, backend)
+    (grad,) = torch.autograd.grad(out, inputs.projection, inputs.grad)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, plain_out) and torch.equal(grad, plain_grad)
+
+
+@each_attention
+@each_backend
+def test_meta(attention, backend):
+    inputs = make_inputs(mask=True)
+    inputs = Inputs(
+        inputs.projection.detach().to("meta").requires_grad_(),
+        ops.RotaryTables(*(table.to("meta") for table in inputs.rotary)),
+        inputs.mask.to("meta"),
+        inputs.grad.to("meta"),
+    )
+    out, grad = run(attention, inputs, backend)
+    assert out.is_meta and out.shape == inputs.grad.shape
+    assert grad.is_meta and grad.shape == inputs.projection.shape
+
+
+def test_empty_batch():
+    inputs = make_inputs(batch=2)
+    for backend in BACKENDS:
+        for attention in ATTENTIONS:
+            assert attend(attention, inputs, backend, inputs.projection[:0]).shape[0] == 0
+
+
+BAD_INPUT = {
+    "q, k and v must be [B, N, h, D]": {"q": torch.zeros(2, 6, 8)},
+    "one shape": {"k": torch.zeros(2, 5, 2, 8)},
+    "one floating-point type": {"v": torch.zeros(2, 6, 2, 8, dtype=torch.float64)},
+    "4 x 2 grid do not fit 6 tokens": {"rotary": ops.rotary_tables(4, 2, 8)},
+    "do not fit head_dim 8": {"rotary": ops.rotary_tables(3, 2, 16)},
+    "must be bool": {"key_padding_mask": torch.zeros(2, 6)},
+    "must be [B, N] = (2, 6)": {"key_padding_mask": torch.zeros(2, 5, dtype=torch.bool)},
+    "unknown backend 'cuda'; choose from: auto, eager, library": {"backend": "cuda"},
+    "unknown attention mechanism 'mla'; choose from: rala": {"mechanism": "mla"},
+}
+
+
+@pytest.mark.parametrize("message", BAD_INPUT)
+def test_bad_input_is_named(message):
+    arguments = dict.fromkeys("qkv", torch.zeros(2, 6, 2, 8)) | BAD_INPUT[message]
+    with pytest.raises(ValueError) as caught:
+        ops.linear_attention(**arguments)
+    assert message in str(caught.value)
+    if "mechanism" not in arguments:
+        with pytest.raises(ValueError) as caught:
+            ops.softmax_attention(**arguments)
+        assert message in str(caught.value)

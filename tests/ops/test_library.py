@@ -1,0 +1,186 @@
+"""The registered operators: opcheck, tracing, export, scripting, FLOP counts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.golden import relative_error
+from tests.ops.inputs import ATTENTIONS, BACKENDS, attend, make_inputs, oracle
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from vitlinear import ops
+from vitlinear.ops import backend as backend_module
+from vitlinear.ops import backward, eager
+
+each_attention = pytest.mark.parametrize("attention", ATTENTIONS)
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def operator_arguments(attention, inputs):
+    """The forward operator and its arguments."""
+    q, k, v, _ = inputs.projection.unbind(2)
+    rows, cols = (None, None) if inputs.rotary is None else inputs.rotary
+    if attention == "softmax":
+        return torch.ops.vitlinear.softmax_attention.default, (q, k, v, rows, cols, inputs.mask)
+    arguments = (q, k, v, rows, cols, inputs.mask, attention)
+    return torch.ops.vitlinear.linear_attention.default, arguments
+
+
+@each_attention
+@pytest.mark.parametrize("mask", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize("rotary", [False, True], ids=["plain", "rotary"])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_opcheck(attention, mask, rotary, heads):
+    inputs = make_inputs(mask=mask, rotary=rotary, heads=heads, dtype=torch.float32)
+    operator, arguments = operator_arguments(attention, inputs)
+    torch.library.opcheck(operator, arguments)
+
+
+@each_attention
+def test_opcheck_backward_with_strided_gradient(attention):
+    inputs = make_inputs(dtype=torch.float32, mask=True)
+    operator, arguments = operator_arguments(attention, inputs)
+    arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
+    outputs = operator(*arguments)
+    grad = inputs.grad.transpose(1, 3).contiguous().transpose(1, 3)
+    assert not grad.is_contiguous()
+    if attention == "softmax":
+        operator = torch.ops.vitlinear.softmax_attention_backward.default
+        arguments = (grad, *arguments, *outputs)
+    else:
+        operator = torch.ops.vitlinear.linear_attention_backward.default
+        arguments = (grad, *arguments[:-1], *outputs[1:], attention)
+    torch.library.opcheck(operator, arguments)
+
+
+@each_attention
+@each_backend
+def test_compile_fullgraph(attention, backend):
+    inputs = make_inputs(grid=(4, 6), mask=True)
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    out = compiled(attention, inputs, backend)
+    (grad,) = torch.autograd.grad(out, inputs.projection, inputs.grad)
+    expected_out, expected_grad = oracle(attention, inputs)
+    assert relative_error(out, expected_out) < 1e-12
+    assert relative_error(grad, expected_grad) < 1e-12
+
+
+class Attention(nn.Module):
+    """An attention over a map [B, H, W, 3 h D] as a module, for exporters."""
+
+    def __init__(self, attention: str, backend: str) -> None:
+        super().__init__()
+        self.attention, self.backend = attention, backend
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, height, width, _ = x.shape
+        q, k, v = x.reshape(batch, height * width, 3, 2, 8).unbind(2)
+        rotary = ops.rotary_tables(height, width, 8, x.device, torch.float32)
+        if self.attention == "softmax":
+            return ops.softmax_attention(q, k, v, rotary, backend=self.backend)
+        return ops.linear_attention(q, k, v, self.attention, rotary, backend=self.backend)
+
+
+@each_attention
+@each_backend
+def test_export_any_size(attention, backend):
+    module = Attention(attention, backend)
+    batch, height, width = (torch.export.Dim(name, min=2, max=64) for name in "bhw")
+    program = torch.export.export(
+        module,
+        (torch.randn(2, 5, 6, 48),),
+        dynamic_shapes={"x": {0: batch, 1: height, 2: width}},
+    )
+    for shape in ((2, 5, 6, 48), (3, 9, 4, 48)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(program.module()(x), module(x), rtol=1e-4, atol=1e-5)
+
+
+def scripted_rala(q, k, v, rows, cols):
+    return torch.ops.vitlinear.linear_attention(q, k, v, rows, cols, None, "rala")[0]
+
+
+def scripted_softmax(q, k, v, rows, cols):
+    return torch.ops.vitlinear.softmax_attention(q, k, v, rows, cols, None)[0]
+
+
+@pytest.mark.parametrize("function", [scripted_rala, scripted_softmax])
+def test_script_through_registered_operator(function):
+    inputs = make_inputs()
+    q, k, v, _ = inputs.projection.unbind(2)
+    out = torch.jit.script(function)(q, k, v, *inputs.rotary)
+    expected_out, expected_grad = oracle(function.__name__.removeprefix("scripted_"), inputs)
+    (grad,) = torch.autograd.grad(out, inputs.projection, inputs.grad)
+    assert relative_error(out, expected_out) < 1e-12
+    assert relative_error(grad, expected_grad) < 1e-12
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_flop_formula_counts_what_runs(attention):
+    """The formulas say what PyTorch's counter sees in the plain computation."""
+    inputs = make_inputs(grid=(6, 7), mask=True)
+    operator, arguments = operator_arguments(attention, inputs)
+    with FlopCounterMode(display=False) as registered:
+        out = operator(*arguments)[0]
+    with FlopCounterMode(display=False) as registered_backward:
+        torch.autograd.grad(out, inputs.projection, inputs.grad)
+
+    q, k, v, _ = inputs.projection.detach().unbind(2)
+    tokens = eager.prepare(q, k, v, inputs.rotary, inputs.mask)
+    grad = inputs.grad.transpose(1, 2)
+    with FlopCounterMode(display=False) as plain:
+        if attention == "softmax":
+            saved = backward.softmax_attention_forward(tokens)
+        else:
+            row = ops.get_mechanism(attention)
+            _, saved = eager.linear_attention_forward(tokens, row)
+    with FlopCounterMode(display=False) as plain_backward:
+        if attention == "softmax":
+            backward.softmax_attention_backward(grad, tokens, *saved)
+        else:
+            backward.linear_attention_backward(grad, tokens, saved, row)
+    assert registered.get_total_flops() == plain.get_total_flops() > 0
+    assert registered_backward.get_total_flops() == plain_backward.get_total_flops() > 0
+
+
+def test_softmax_operator_in_chunks(monkeypatch):
+    """Queries beyond one chunk meet all keys."""
+    monkeypatch.setattr(backward, "QUERY_CHUNK", 7)
+    inputs = make_inputs(grid=(5, 6), mask=True)
+    out = attend("softmax", inputs, "library")
+    (grad,) = torch.autograd.grad(out, inputs.projection, inputs.grad)
+    expected_out, expected_grad = oracle("softmax", inputs)
+    assert relative_error(out, expected_out) < 1e-12
+    assert relative_error(grad, expected_grad) < 1e-12
+
+
+def test_library_keeps_only_inputs_and_state():
+    """What a forward pass leaves for backward does not grow with the tokens."""
+    kept = {}
+    for grid in ((4, 4), (16, 16)):
+        inputs = make_inputs(grid=grid, dtype=torch.float32)
+        q, k, v, _ = inputs.projection.unbind(2)
+        inside = {x.untyped_storage().data_ptr() for x in (q, k, v)}
+        inside |= {x.untyped_storage().data_ptr() for x in inputs.rotary}
+        sizes = []
+
+        def pack(x, inside=inside, sizes=sizes):
+            if x.untyped_storage().data_ptr() not in inside:
+                sizes.append(x.nbytes)
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            ops.linear_attention(q, k, v, "rala", inputs.rotary, backend="library")
+        kept[grid] = sum(sizes)
+    assert kept[(4, 4)] == kept[(16, 16)] > 0
+
+
+def test_environment_chooses_backend(monkeypatch):
+    assert ops.choose_backend().backend == "eager"
+    monkeypatch.setattr(backend_module, "_from_environment", "library")
+    assert ops.choose_backend() == ("library", "set by VITLINEAR_BACKEND")
+    assert ops.choose_backend("eager") == ("eager", "asked for by argument")
+    monkeypatch.setattr(backend_module, "_from_environment", "warp")
+    with pytest.raises(ValueError, match="unknown VITLINEAR_BACKEND value 'warp'"):
+        ops.choose_backend()

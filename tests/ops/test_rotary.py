@@ -1,0 +1,58 @@
+"""The 2-D rotary encoding: angles, both formulas, inverse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vitlinear import ops
+from vitlinear.ops.naive import rotate_tokens
+from vitlinear.ops.rotary import rotate, token_table
+
+
+def test_frequencies_include_both_ends():
+    rows, cols = ops.rotary_tables(3, 4, 16, dtype=torch.float64)
+    assert rows.shape == (3, 4, 2) and cols.shape == (4, 4, 2)
+    expected = torch.tensor([1.0, 10000 ** (-1 / 3), 10000 ** (-2 / 3), 1e-4]).double()
+    angles = torch.atan2(cols[1, :, 1], cols[1, :, 0])
+    torch.testing.assert_close(angles, expected, rtol=1e-6, atol=0)
+
+
+def test_single_frequency_is_one():
+    rows, _ = ops.rotary_tables(2, 2, 4, dtype=torch.float64)
+    one = torch.ones((), dtype=torch.float64)
+    torch.testing.assert_close(rows[1, 0], torch.stack((one.cos(), one.sin())))
+
+
+def test_rotation_matches_definition_and_inverts():
+    tables = ops.rotary_tables(3, 5, 12, dtype=torch.float64)
+    x = torch.randn(2, 15, 3, 12, dtype=torch.float64)
+    heads_first = x.transpose(1, 2)
+    table = token_table(tables)
+    turned = rotate(heads_first, table)
+    torch.testing.assert_close(turned.transpose(1, 2), rotate_tokens(x, tables))
+    torch.testing.assert_close(rotate(turned, table, inverse=True), heads_first)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_compiled_formula_equals_eager(inverse):
+    table = token_table(ops.rotary_tables(3, 5, 12, dtype=torch.float64))
+    x = torch.randn(2, 3, 15, 12, dtype=torch.float64)
+    compiled = torch.compile(rotate, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, table, inverse), rotate(x, table, inverse))
+
+
+def test_scores_depend_on_the_offset_alone():
+    tables = ops.rotary_tables(6, 6, 8, dtype=torch.float64)
+    table = token_table(tables).unflatten(0, (6, 6))
+    q, k = torch.randn(2, 1, 8, dtype=torch.float64).unbind(0)
+
+    def score(a, b):
+        return (rotate(q, table[a][None]) * rotate(k, table[b][None])).sum()
+
+    torch.testing.assert_close(score((0, 1), (2, 4)), score((3, 2), (5, 5)))
+
+
+def test_head_dim_must_divide_by_four():
+    with pytest.raises(ValueError, match="divisible by 4, got 6"):
+        ops.rotary_tables(2, 2, 6)
