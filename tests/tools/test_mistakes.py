@@ -36,6 +36,7 @@ def refused(vitlinear: Command, tmp_path: Path) -> Iterator[Any]:
         (["--model", "ravlt_t.in22k"], ["ravlt_t.in22k"]),
         (["--model", ""], ["no model: give --model NAME"]),
         (["--model-kwargs", "depthss=[1]"], ["cannot build test_ravlt", "depthss"]),
+        (["--model-kwargs", "num_classes=3"], ["give num_classes as --num-classes"]),
         (["--epoch", "3"], ["unknown option --epoch", "--epochs"]),
         (["--in-chans", "5"], ["5 channels", "--in-chans 1 or 3"]),
         (["--in-chans", "1", "--input-size", "3", "32", "32"], ["channel"]),
@@ -140,6 +141,7 @@ def test_validate(refused: Any, images: Path, checkpoint: Path, tmp_path: Path) 
     refused(*both, "--model", "ravlt_t", says=("is of test_ravlt, not ravlt_t",))
     refused(*both, "--in-chans", 1, says=("--in-chans 3, not 1",))
     refused(*both, "--num-classes", 4, says=("--num-classes 3, not 4",))
+    refused(*both, "--model-kwargs", "depths=[1]", says=("leave --model-kwargs out",))
     refused(*both, "--pretrained", says=("exclude each other",))
     refused(
         *base, "--checkpoint", checkpoint, "--dataset", "digits",
@@ -152,7 +154,12 @@ def test_validate(refused: Any, images: Path, checkpoint: Path, tmp_path: Path) 
         says=("the checkpoint and the data set differ", "ant, dog"),
     )  # fmt: skip
     results = tmp_path / "no" / "results.json"
-    refused(*both, "--results-file", results, says=("cannot write", "results.json"))
+    refused(
+        *both,
+        "--results-file",
+        results,
+        says=("cannot write", "results.json: its folder does not exist"),
+    )
 
 
 def test_predict(refused: Any, images: Path, checkpoint: Path, tmp_path: Path) -> None:

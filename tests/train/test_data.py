@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import struct
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +112,24 @@ def test_folder_mistakes_are_named(tmp_path: Path) -> None:
     (tmp_path / "train" / "dog" / "notes.txt").touch()
     with pytest.raises(UserError, match="class folder .*dog holds no images"):
         opened(tmp_path)
+
+
+def test_tars_and_folders_of_classes(folder: Path, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        with tarfile.open(tmp_path / f"{split}.tar", "w") as tar:
+            tar.add(folder / split, arcname=".")
+    train = data.open_dataset(None, train=True, mode="RGB", data_dir=str(tmp_path))
+    loose = data.open_dataset(None, train=True, mode="RGB", data_dir=str(folder))
+    assert data.class_names(train) == list(CLASSES) and len(train) == len(loose)
+    assert np.array_equal(np.asarray(train[9][0]), np.asarray(loose[9][0]))
+    with pytest.raises(UserError, match="train.tar holds one split, training needs two"):
+        data.open_dataset(None, train=True, mode="L", data_dir=str(tmp_path / "train.tar"))
+    for where, split in ((tmp_path / "val.tar", None), (folder / "val", "")):
+        held_out = data.open_dataset(None, train=False, mode="L", data_dir=str(where), split=split)
+        assert len(held_out) == 9
+    (tmp_path / "train.tar").write_bytes((tmp_path / "train.tar").read_bytes()[:700])
+    with pytest.raises(UserError, match="cannot open .*train.tar"):
+        data.open_dataset(None, train=True, mode="RGB", data_dir=str(tmp_path))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "not an image"])

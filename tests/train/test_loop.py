@@ -12,6 +12,7 @@ from torch import nn
 
 from tests.train.helpers import train
 from vitlinear.errors import UserError
+from vitlinear.train.checkpoint import load_model
 from vitlinear.train.evaluate import PerClass, evaluate
 from vitlinear.train.loop import Updater, train_one_epoch, updates_per_epoch
 from vitlinear.train.run import parse_arguments, set_schedule
@@ -191,3 +192,4 @@ def test_every_switch_trains(folder: Path, tmp_path: Path, flags: str) -> None:
     finally:
         torch.use_deterministic_algorithms(before)
     assert result["epoch"] == 2 and 0 <= result["best"]["value"] <= 100
+    load_model(result["folder"] / "best.safetensors")  # no wrapper's prefix in the names

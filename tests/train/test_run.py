@@ -147,6 +147,10 @@ def test_resuming_refuses_another_run(folder: Path, tmp_path: Path) -> None:
 
 def test_resume_auto_starts_where_there_is_nothing(folder: Path, tmp_path: Path) -> None:
     assert train(folder, tmp_path / "new", "--resume", "auto", "--epochs", 1)["epoch"] == 1
+    # or where a run was killed before its first epoch ended, as a queue restarts it
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / "args.yaml").write_text("epochs: 1\n")
+    assert train(folder, tmp_path / "killed", "--resume", "auto", "--epochs", 1)["epoch"] == 1
 
 
 def test_a_run_that_fails_before_its_first_epoch_leaves_nothing(

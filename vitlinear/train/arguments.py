@@ -40,7 +40,9 @@ def add_data_arguments(parser: Parser) -> None:
         "images in --data-dir",
     )
     group.add_argument("--data-dir", default=None, metavar="DIR", help="where the data set lies")
-    group.add_argument("--val-split", default="validation", metavar="NAME", help="held-out split")
+    group.add_argument(
+        "--val-split", default="validation", metavar="NAME", help="'' means --data-dir itself"
+    )
     group.add_argument("--class-map", default=None, metavar="FILE", help="class name per line")
     group.add_argument(
         "--dataset-download", action=BooleanOptionalAction, default=False, help="fetch torch/ data"

@@ -82,6 +82,12 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             os.close(folder)
 
 
+def check_parent(path: str | None) -> None:
+    """Raises `UserError` if a file that is to hold results has no folder to go to."""
+    if path and not Path(path).expanduser().parent.is_dir():
+        raise UserError(f"cannot write {path}: its folder does not exist")
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a text file atomically."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
@@ -167,21 +173,26 @@ def load_model(
     model_kwargs: dict[str, Any] | None = None,
     num_classes: int | None = None,
     in_chans: int | None = None,
+    img_size: int | None = None,
+    input_size: list[int] | None = None,
 ) -> tuple[nn.Module, Card | None]:
     """Builds the model of a checkpoint and loads it.
 
     Args:
         path: A weights file: ours, which needs no more, or one that timm can read.
         model: Model name; for our files, must agree with the card.
-        model_kwargs: Constructor arguments, for other files.
-        num_classes: Likewise.
+        model_kwargs: Constructor arguments, for other files only.
+        num_classes: For other files; must agree with the card.
         in_chans: Likewise.
+        img_size: Input size, for models that are built for one.
+        input_size: Likewise, with channels.
 
     Returns:
         The model on the CPU in eval mode, and the card if the file has one.
     """
     path = Path(path)
     card = read_card(path)
+    sizes = {"img_size": img_size, "input_size": input_size}
     if card is None:
         if path.name.endswith("_state.pt"):
             raise UserError(
@@ -193,7 +204,7 @@ def load_model(
         check_model_name(model)
         weights = read_weights(path)
         built = build_model(
-            model, num_classes=num_classes, in_chans=in_chans, **(model_kwargs or {})
+            model, num_classes=num_classes, in_chans=in_chans, **{**sizes, **(model_kwargs or {})}
         )
     else:
         if model is not None and model != card.model:
@@ -201,6 +212,8 @@ def load_model(
                 f"checkpoint {path} is of {card.model}, not {model}; "
                 "leave --model out, or give the right file"
             )
+        if model_kwargs:
+            raise UserError(f"checkpoint {path} knows its own model: leave --model-kwargs out")
         for flag, wanted, has in (
             ("--num-classes", num_classes, card.num_classes),
             ("--in-chans", in_chans, card.in_chans),

@@ -80,7 +80,8 @@ def open_dataset(
         return LabelledImages(sources.digits(train), mode)
     if name == "fashion_mnist":
         return LabelledImages(sources.fashion_mnist(train, path), mode)
-    split = split or ("train" if train else "validation")
+    if split is None:
+        split = "train" if train else "validation"
     options = {key: value for key, value in options.items() if value is not None}
     found = sources.folder_or_other(name or "", path, split, mode, is_training=train, **options)
     if isinstance(found, IterableImageDataset):

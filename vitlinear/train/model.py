@@ -27,6 +27,13 @@ def check_model_name(name: str | None) -> str:
     return name
 
 
+def check_model_kwargs(kwargs: dict[str, Any]) -> None:
+    """Refuses constructor arguments that have flags of their own, which other things depend on."""
+    for key in ("num_classes", "in_chans", "pretrained"):
+        if key in kwargs:
+            raise UserError(f"give {key} as --{key.replace('_', '-')}, not in --model-kwargs")
+
+
 def build_model(name: str, *, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Builds a model with ``timm.create_model``.
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from vitlinear.errors import UserError
 from vitlinear.train import arguments
 from vitlinear.train import model as models
-from vitlinear.train.checkpoint import Card, write_text
+from vitlinear.train.checkpoint import Card, check_parent, write_text
 from vitlinear.train.config import Parser
 from vitlinear.train.setup import make_autocast
 from vitlinear.train.sources import unreadable_image
@@ -48,10 +48,11 @@ def parse_arguments(
 def main(argv: Sequence[str] | None, prog: str = "vitlinear predict") -> None:
     """Runs the command; prints nothing before every image was read."""
     args = parse_arguments(argv, prog)
+    check_parent(args.results_file)
     results = predict(args)
     text = json.dumps(results, indent=2)
     if args.results_file:
-        write_text(Path(args.results_file), text + "\n")
+        write_text(Path(args.results_file).expanduser(), text + "\n")
     if args.json:
         print(text)
     elif not args.results_file:

@@ -1,4 +1,10 @@
-"""The ``train`` command: epochs, evaluation, files, resuming."""
+"""The ``train`` command: epochs, evaluation, files, resuming.
+
+Files of a run, written at the end of each epoch: ``best.safetensors`` (the best held-out metric so
+far, of the model or of its moving average), ``last.safetensors`` (the average where there is one),
+``last_state.pt`` (what resuming needs), ``summary.csv`` and ``metrics.jsonl`` (a row per epoch),
+``curves.png``; and at the start ``args.yaml``, which is a ``--config``.
+"""
 
 import argparse
 import dataclasses
@@ -65,7 +71,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     saved = saved_arguments(args)  # before the launcher's ranks are added
     if state is not None:
         _check_same_run(saved, state, state_path)
-    files = folder.RunFolder(path, resume=state is not None, overwrite=args.overwrite)
+    files = folder.RunFolder(path, resume=bool(args.resume), overwrite=args.overwrite)
     files.check()
     try:
         run = set_up(args)

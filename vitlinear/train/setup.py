@@ -139,6 +139,7 @@ def set_up(args: argparse.Namespace) -> Run:
         UserError: Something in the flags or the data cannot work.
     """
     models.check_model_name(args.model)
+    models.check_model_kwargs(args.model_kwargs)
     device = start_device(args)
     random_seed(args.seed)  # the same initial weights in every process
     in_chans = args.input_size[0] if args.input_size else args.in_chans
@@ -152,14 +153,18 @@ def set_up(args: argparse.Namespace) -> Run:
     )
     num_classes = _num_classes(args, names)
 
+    flags = {
+        "img_size": args.img_size,
+        "input_size": args.input_size,
+        "drop_rate": args.drop,
+        "drop_path_rate": args.drop_path,
+    }
     model = models.build_model(
         args.model,
         pretrained=args.pretrained,
         num_classes=num_classes,
         in_chans=in_chans,
-        drop_rate=args.drop,
-        drop_path_rate=args.drop_path,
-        **{"img_size": args.img_size, "input_size": args.input_size, **args.model_kwargs},
+        **{**flags, **args.model_kwargs},
     )
     notes = []
     if args.initial_checkpoint and initial_weights(model, args.initial_checkpoint, args.model):

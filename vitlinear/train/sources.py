@@ -5,6 +5,7 @@
 
 import gzip
 import os
+import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -78,7 +79,7 @@ class ReaderSource:
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             name = self.reader.filename(index, absolute=True)
             raise unreadable_image(name, error) from error
-        return image, label
+        return image, int(label)
 
 
 def unreadable_image(name: str | Path, error: Exception) -> UserError:
@@ -185,13 +186,18 @@ def folder_or_other(
             raise UserError("no data: give --dataset NAME or --data-dir FOLDER")
         if not data_dir.exists():
             raise UserError(f"data folder {data_dir} does not exist")
-        if data_dir.is_dir():
-            return _folder(_split_folder(data_dir, split), options)
+        if data_dir.is_file() and options.get("is_training"):
+            raise UserError(
+                f"{data_dir} holds one split, training needs two: give the folder of train.tar "
+                "and val.tar, or of train/ and val/"
+            )
+        part = _find_split(data_dir, split) if data_dir.is_dir() else data_dir
+        return _open_folder_or_tar(part, options)
     root = str(data_dir) if data_dir else None
+    if prefix == "torch" and root is None:
+        raise UserError(f"data set {name} needs --data-dir, the folder it lies in")
     try:
-        dataset = create_dataset(
-            name, root=root, split=split, input_img_mode=image_mode, search_split=False, **options
-        )
+        dataset = create_dataset(name, root=root, split=split, input_img_mode=image_mode, **options)
     except ImportError as error:
         raise UserError(
             f"data set {name} needs a package that is missing: pip install {error.name}"
@@ -207,14 +213,17 @@ def folder_or_other(
     return ReaderSource(reader, _class_names(reader))
 
 
-def _split_folder(root: Path, split: str) -> Path:
-    """Finds the sub-folder of a split, by its name or a synonym that timm knows too."""
+def _find_split(root: Path, split: str) -> Path:
+    """Finds the sub-folder or tar of a split, by its name or a synonym that timm knows too."""
+    if not split:  # a folder of class folders, as ``--val-split ''`` says
+        return root
     synonyms = ("validation", "val", "valid", "eval", "evaluation")
     for group in (TRAIN_NAMES, synonyms):
         names = (split, *group) if split in group else (split,)
         for name in names:
-            if (root / name).is_dir():
-                return root / name
+            for path in (root / name, root / f"{name}.tar"):
+                if path.exists():
+                    return path
     wanted = "train" if split in TRAIN_NAMES else split
     raise UserError(
         f"no '{wanted}' folder in {root}: images belong in {root}/train/CLASS/ and "
@@ -222,9 +231,21 @@ def _split_folder(root: Path, split: str) -> Path:
     )
 
 
-def _folder(root: Path, options: dict[str, Any]) -> ReaderSource:
+def _open_folder_or_tar(root: Path, options: dict[str, Any]) -> ReaderSource:
+    if root.is_dir():
+        _check_class_folders(root)
+    try:
+        dataset = create_dataset("", root=str(root), search_split=False, **options)
+    except (AssertionError, RuntimeError, OSError, EOFError, tarfile.TarError) as error:
+        raise UserError(f"cannot open {root}: {' '.join(str(error).split())}") from error
+    return ReaderSource(dataset.reader, _class_names(dataset.reader))
+
+
+def _check_class_folders(root: Path) -> None:
+    """Names a class folder without images, which timm would take for no class at all."""
     extensions = get_img_extensions(as_set=True)
-    folders = sorted(entry for entry in root.iterdir() if entry.is_dir())
+    entries = (entry for entry in root.iterdir() if not entry.name.startswith("."))
+    folders = sorted(entry for entry in entries if entry.is_dir())
     if not folders:
         raise UserError(f"no class folders in {root}: images belong in {root}/CLASS/")
     for folder in folders:
@@ -233,11 +254,6 @@ def _folder(root: Path, options: dict[str, Any]) -> ReaderSource:
                 f"class folder {folder} holds no images "
                 f"({', '.join(sorted(extensions))}); add some or remove the folder"
             )
-    try:
-        dataset = create_dataset("", root=str(root), search_split=False, **options)
-    except (AssertionError, RuntimeError, OSError) as error:
-        raise UserError(f"cannot open {root}: {error}") from error
-    return ReaderSource(dataset.reader, _class_names(dataset.reader))
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -247,7 +263,8 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _class_names(reader: Any) -> list[str] | None:
-    table = getattr(reader, "class_to_idx", None)
+    # The second name is that of timm's tar reader.
+    table = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)
     if not table or sorted(table.values()) != list(range(len(table))):
         return None
     return [str(name) for name in sorted(table, key=table.__getitem__)]

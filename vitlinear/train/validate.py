@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from timm.task import ClassificationEvaluator
 from torch import nn
 
@@ -14,7 +15,7 @@ from vitlinear.train import arguments
 from vitlinear.train import data as datasets
 from vitlinear.train import loader as loaders
 from vitlinear.train import model as models
-from vitlinear.train.checkpoint import Card, load_model, write_text
+from vitlinear.train.checkpoint import Card, check_parent, load_model, write_text
 from vitlinear.train.config import Parser
 from vitlinear.train.evaluate import PerClass, evaluate
 from vitlinear.train.setup import make_autocast
@@ -52,15 +53,17 @@ def checkpoint_or_model(args: argparse.Namespace) -> tuple[nn.Module, Card | Non
     """Returns the model that flags mean (in eval mode), its card if any, and its data config."""
     in_chans = args.input_size[0] if args.input_size else args.in_chans
     sizes = {"img_size": args.img_size, "input_size": args.input_size}
+    models.check_model_kwargs(args.model_kwargs)
     if args.checkpoint:
         if args.pretrained:
             raise UserError("--pretrained and --checkpoint exclude each other")
         model, card = load_model(
             args.checkpoint,
             model=args.model,
-            model_kwargs={**sizes, **args.model_kwargs},
+            model_kwargs=args.model_kwargs,
             num_classes=args.num_classes,
             in_chans=in_chans,
+            **sizes,
         )
     else:
         if args.model is None:
@@ -91,6 +94,7 @@ def image_mode(args: argparse.Namespace, card: Card | None, in_chans: int) -> st
 def main(argv: Sequence[str] | None, prog: str = "vitlinear validate") -> None:
     """Runs the command."""
     args = parse_arguments(argv, prog)
+    check_parent(args.results_file)
     metrics = validate(args)
     print(
         f"top-1 {metrics['top1']:.2f} %, top-5 {metrics['top5']:.2f} %, loss {metrics['loss']:.4f} "
@@ -99,7 +103,7 @@ def main(argv: Sequence[str] | None, prog: str = "vitlinear validate") -> None:
     if args.per_class:
         print(_table(metrics["per_class"]))
     if args.results_file:
-        write_text(Path(args.results_file), json.dumps(metrics, indent=2) + "\n")
+        write_text(Path(args.results_file).expanduser(), json.dumps(metrics, indent=2) + "\n")
 
 
 def validate(args: argparse.Namespace) -> dict[str, Any]:
@@ -141,11 +145,12 @@ def validate(args: argparse.Namespace) -> dict[str, Any]:
         device=device,
         pin_memory=args.pin_mem,
     )
+    layout = torch.channels_last if args.channels_last else torch.preserve_format
     counter: ClassificationEvaluator = (
         PerClass(num_classes, device=device) if args.per_class else ClassificationEvaluator(device)
     )
     metrics = evaluate(
-        model.to(device),
+        model.to(device=device, memory_format=layout),  # type: ignore[call-overload]
         loader,
         make_autocast(args, device),
         evaluator=counter,
