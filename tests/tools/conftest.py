@@ -43,5 +43,5 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def checkpoint(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that tells the three classes apart."""
     path = tmp_path_factory.mktemp("trained") / "run"
-    train(images, path, "--epochs", 12, "--lr", 1e-2, "--color-jitter", 0, "--scale", 0.8, 1.0)
+    train(images, path, "--epochs", 16, "--lr", 1e-2, "--color-jitter", 0, "--scale", 0.8, 1.0)
     return path / "best.safetensors"

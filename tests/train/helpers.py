@@ -29,8 +29,8 @@ def image_folder(root: Path, train: int = 8, val: int = 3, size: int = 32) -> Pa
             folder = root / split / name
             folder.mkdir(parents=True)
             for index in range(count):
-                pixels = random.randint(0, 100, (size, size, 3))
-                pixels[..., label] += 150
+                pixels = random.randint(0, 40, (size, size, 3))
+                pixels[..., label] += 200
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index}.png")
     return root
 

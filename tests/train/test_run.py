@@ -1,5 +1,6 @@
 """Whole runs: files, equal seeds, resuming, several processes."""
 
+import contextlib
 import csv
 import json
 import os
@@ -176,3 +177,33 @@ def test_two_processes(folder: Path, tmp_path: Path) -> None:
     for row in rows:  # nine held-out images: five and four per process
         assert (row["eval_top1"] * 9 / 100) == pytest.approx(round(row["eval_top1"] * 9 / 100))
     assert done.stdout.count("epoch 1:") == 1
+
+
+@pytest.mark.parametrize("call", range(1, 13))
+def test_death_at_any_write_loses_at_most_an_epoch(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    """Two epochs make twelve writes or fewer; dying at each, then resuming, changes no bit."""
+    flags = ("--epochs", 2, "--eval-metric", "loss")
+    train(folder, tmp_path / "whole", *flags)
+    real, calls = os.replace, 0
+
+    def replace(source: Any, target: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise SystemExit
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        with contextlib.suppress(SystemExit):
+            train(folder, tmp_path / "run", *flags)
+    left = {path.name for path in tmp_path.glob("run/*")}
+    assert left <= set(FILES), "temporary files"
+    if "last_state.pt" not in left:
+        assert not left, "a run that never finished an epoch leaves nothing"
+    assert train(folder, tmp_path / "run", *flags, "--resume", "auto")["epoch"] == 2
+    for name in ("last.safetensors", "best.safetensors"):
+        assert_same_bits(weights(tmp_path / "whole", name), weights(tmp_path / "run", name))
+    assert [row["epoch"] for row in metrics(tmp_path / "run")] == [1, 2]
