@@ -7,5 +7,8 @@ Importing the package registers every model with timm::
 """
 
 from . import models as models
+from .layers import backend_report
+
+__all__ = ["backend_report"]
 
 __version__ = "0.1.0"

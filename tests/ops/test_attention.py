@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from tests.golden import relative_error
 from tests.ops.inputs import ATTENTIONS, BACKENDS, Inputs, attend, make_inputs, oracle
-
 from vitlinear import ops
 from vitlinear.ops import naive
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.golden import relative_error
-from tests.ops.inputs import ATTENTIONS, BACKENDS, attend, make_inputs, oracle
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.golden import relative_error
+from tests.ops.inputs import ATTENTIONS, BACKENDS, attend, make_inputs, oracle
 from vitlinear import ops
 from vitlinear.ops import backend as backend_module
 from vitlinear.ops import backward, eager
@@ -64,6 +64,17 @@ def test_compile_fullgraph(attention, backend):
     expected_out, expected_grad = oracle(attention, inputs)
     assert relative_error(out, expected_out) < 1e-12
     assert relative_error(grad, expected_grad) < 1e-12
+
+
+@pytest.mark.slow
+def test_eager_formula_compiles_with_inductor():
+    """The real compiler, forward and backward, in float32 as models run."""
+    inputs = make_inputs(grid=(4, 6), dtype=torch.float32)
+    out = torch.compile(attend, fullgraph=True)("rala", inputs, "eager")
+    (grad,) = torch.autograd.grad(out, inputs.projection, inputs.grad)
+    expected_out, expected_grad = oracle("rala", inputs)
+    assert relative_error(out, expected_out) < 1e-5
+    assert relative_error(grad, expected_grad) < 1e-5
 
 
 class Attention(nn.Module):

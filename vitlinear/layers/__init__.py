@@ -4,5 +4,14 @@ from .conv_stem import ConvStem
 from .depthwise import DepthwiseConv
 from .gated_attention import GatedAttention
 from .mlp import ConvMlp
+from .report import AttentionCall, BackendReport, backend_report
 
-__all__ = ["ConvMlp", "ConvStem", "DepthwiseConv", "GatedAttention"]
+__all__ = [
+    "AttentionCall",
+    "BackendReport",
+    "ConvMlp",
+    "ConvStem",
+    "DepthwiseConv",
+    "GatedAttention",
+    "backend_report",
+]

@@ -5,9 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .._timm import register_notrace_function
 from ..ops import RotaryTables, get_mechanism, linear_attention, softmax_attention
 from ..ops.backend import check_backend
 from .depthwise import DepthwiseConv
+
+# One step each to torch.fx: their checks and choices look at shapes, which it cannot follow.
+register_notrace_function(linear_attention)
+register_notrace_function(softmax_attention)
 
 
 class GatedAttention(nn.Module):

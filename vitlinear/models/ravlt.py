@@ -101,74 +101,82 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create_ravlt(
-    name: str, variant: str, attn_types: tuple[str, ...], pretrained: bool, **kwargs: Any
-) -> RAVLT:
+def _create_ravlt(name: str, pretrained: bool, **kwargs: Any) -> RAVLT:
     return build_model_with_cfg(
         RAVLT,
         name,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
-        **{"attn_types": attn_types, **VARIANTS[variant], **kwargs},
+        **kwargs,
     )
 
 
 @register_model
 def ravlt_t(pretrained: bool = False, **kwargs: Any) -> RAVLT:
     """RAVLT-T: 14.9M parameters, 82.8% ImageNet-1K top-1 as published."""
-    return _create_ravlt("ravlt_t", "t", PUBLISHED, pretrained, **kwargs)
+    model_args = {**VARIANTS["t"], "attn_types": PUBLISHED}
+    return _create_ravlt("ravlt_t", pretrained, **{**model_args, **kwargs})
 
 
 @register_model
 def ravlt_s(pretrained: bool = False, **kwargs: Any) -> RAVLT:
     """RAVLT-S: 25.6M parameters, 84.4% ImageNet-1K top-1 as published."""
-    return _create_ravlt("ravlt_s", "s", PUBLISHED, pretrained, **kwargs)
+    model_args = {**VARIANTS["s"], "attn_types": PUBLISHED}
+    return _create_ravlt("ravlt_s", pretrained, **{**model_args, **kwargs})
 
 
 @register_model
 def ravlt_b(pretrained: bool = False, **kwargs: Any) -> RAVLT:
     """RAVLT-B: 48.2M parameters, 85.5% ImageNet-1K top-1 as published."""
-    return _create_ravlt("ravlt_b", "b", PUBLISHED, pretrained, **kwargs)
+    model_args = {**VARIANTS["b"], "attn_types": PUBLISHED}
+    return _create_ravlt("ravlt_b", pretrained, **{**model_args, **kwargs})
 
 
 @register_model
 def ravlt_l(pretrained: bool = False, **kwargs: Any) -> RAVLT:
     """RAVLT-L: 95.2M parameters, 85.8% ImageNet-1K top-1 as published."""
-    return _create_ravlt("ravlt_l", "l", PUBLISHED, pretrained, **kwargs)
+    model_args = {**VARIANTS["l"], "attn_types": PUBLISHED}
+    return _create_ravlt("ravlt_l", pretrained, **{**model_args, **kwargs})
 
 
 @register_model
 def ravlt_t_linear(pretrained: bool = False, **kwargs: Any) -> RAVLT:
     """RAVLT-T with linear attention in all four stages; not a published model."""
-    return _create_ravlt("ravlt_t_linear", "t", LINEAR, pretrained, **kwargs)
+    model_args = {**VARIANTS["t"], "attn_types": LINEAR}
+    return _create_ravlt("ravlt_t_linear", pretrained, **{**model_args, **kwargs})
 
 
 @register_model
 def ravlt_s_linear(pretrained: bool = False, **kwargs: Any) -> RAVLT:
     """RAVLT-S with linear attention in all four stages; not a published model."""
-    return _create_ravlt("ravlt_s_linear", "s", LINEAR, pretrained, **kwargs)
+    model_args = {**VARIANTS["s"], "attn_types": LINEAR}
+    return _create_ravlt("ravlt_s_linear", pretrained, **{**model_args, **kwargs})
 
 
 @register_model
 def ravlt_b_linear(pretrained: bool = False, **kwargs: Any) -> RAVLT:
     """RAVLT-B with linear attention in all four stages; not a published model."""
-    return _create_ravlt("ravlt_b_linear", "b", LINEAR, pretrained, **kwargs)
+    model_args = {**VARIANTS["b"], "attn_types": LINEAR}
+    return _create_ravlt("ravlt_b_linear", pretrained, **{**model_args, **kwargs})
 
 
 @register_model
 def ravlt_l_linear(pretrained: bool = False, **kwargs: Any) -> RAVLT:
     """RAVLT-L with linear attention in all four stages; not a published model."""
-    return _create_ravlt("ravlt_l_linear", "l", LINEAR, pretrained, **kwargs)
+    model_args = {**VARIANTS["l"], "attn_types": LINEAR}
+    return _create_ravlt("ravlt_l_linear", pretrained, **{**model_args, **kwargs})
 
 
 @register_model
 def test_ravlt(pretrained: bool = False, **kwargs: Any) -> RAVLT:
     """A small RAVLT for tests and small data sets."""
-    return _create_ravlt("test_ravlt", "test", PUBLISHED, pretrained, **kwargs)
+    model_args = {**VARIANTS["test"], "attn_types": PUBLISHED}
+    return _create_ravlt("test_ravlt", pretrained, **{**model_args, **kwargs})
 
 
 @register_model
 def test_ravlt_linear(pretrained: bool = False, **kwargs: Any) -> RAVLT:
     """`test_ravlt` with linear attention in all four stages."""
-    return _create_ravlt("test_ravlt_linear", "test", LINEAR, pretrained, **kwargs)
+    model_args = {**VARIANTS["test"], "attn_types": LINEAR}
+    return _create_ravlt("test_ravlt_linear", pretrained, **{**model_args, **kwargs})

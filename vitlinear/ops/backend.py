@@ -4,8 +4,8 @@
              `torch.compile`, exported to anything.
 ``library``  the registered operators of `vitlinear.ops.library`: closed-form backward that keeps
              only q, k and v, opaque to compilers.
-``auto``     what the environment variable ``VITLINEAR_BACKEND`` says, else the fastest of the
-             above by our measurements (benchmarks/README.md).
+``auto``     what the environment variable ``VITLINEAR_BACKEND`` says, else ``eager``: the two are
+             about as fast on CPUs (benchmarks/README.md), and eager can do more.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def choose_backend(requested: str = "auto") -> Choice:
     elif check_backend(_from_environment, f"{ENVIRONMENT_VARIABLE} value") != "auto":
         choice = Choice(_from_environment, f"set by {ENVIRONMENT_VARIABLE}")
     else:
-        choice = Choice("eager", "auto: the plain formula is the fastest measured here")
+        choice = Choice("eager", "auto: no fused kernel in this version")
     if choice.backend == "library" and torch.onnx.is_in_onnx_export():
         choice = Choice("eager", "ONNX has no vitlinear operators")
     return choice

@@ -36,7 +36,7 @@ def linear_attention_backward(
         dl_j = c_j (phi(k_j) . y_j - <dS, S> - dm . m)
         dphi(k_j) += s dl_j qbar            dphi(q_i) += (s / N) sum_j dl_j phi(k_j)
     """
-    q, k, v, table, valid, count = tokens
+    q, k, v, table, valid, num_valid = tokens
     state, norm, query, logsumexp = saved
     phi = mechanism.phi
 
@@ -67,10 +67,10 @@ def linear_attention_backward(
         grad_logits = weight * ((features * y).sum(-1, keepdim=True) - mean)
         scale = features.shape[-1] ** -0.5
         grad_query = scale * grad_logits.transpose(-1, -2) @ features
-        grad_q.add_(grad_query / count)
+        grad_q.add_(grad_query / num_valid)
         grad_k = y.mul_(weight).addcmul_(grad_logits, scale * query)
     else:
-        weight = (torch.ones_like(k[..., :1]) if valid is None else valid) / count
+        weight = (torch.ones_like(k[..., :1]) if valid is None else valid) / num_valid
         grad_k = y.mul_(weight)
     grad_v = turn(features.mul_(weight)) @ grad_state
     del features

@@ -62,7 +62,7 @@ class Tokens(NamedTuple):
     v: Tensor
     table: Tensor | None  # [N, D/2, 2]
     valid: Tensor | None  # [B, 1, N, 1], True for tokens that exist
-    count: Tensor | int  # number of those, in the accumulation type, [B, 1, 1, 1] or N
+    num_valid: Tensor | int  # number of those, in the accumulation type, [B, 1, 1, 1] or N
 
 
 def prepare(
@@ -81,8 +81,8 @@ def prepare(
     valid = ~key_padding_mask[:, None, :, None]
     # Whatever stands in padding, NaN included, must not reach a sum as 0 * NaN.
     q, k, v = (x.masked_fill(~valid, 0) for x in (q, k, v))
-    count = valid.sum(2, keepdim=True).clamp(min=1).to(dtype)
-    return Tokens(q, k, v, table, valid, count)
+    num_valid = valid.sum(2, keepdim=True).clamp(min=1).to(dtype)
+    return Tokens(q, k, v, table, valid, num_valid)
 
 
 def global_query_logits(query: Tensor, k_features: Tensor, valid: Tensor | None) -> Tensor:
@@ -101,14 +101,14 @@ def linear_attention_forward(
 ) -> tuple[Tensor, LinearAttentionState]:
     """Output and state of a linear attention.
 
-    The order of the steps is chosen for what autograd keeps. Besides q, k, v that is phi(q), phi(k),
-    the rotated queries and the rotated keys, one tensor each: factors that depend on the token
-    multiply features that are kept anyway, before the rotation, which keeps nothing.
+    The order of the steps is chosen for what autograd keeps. Besides q, k and v that is phi(q),
+    phi(k), the rotated queries and the rotated keys, one tensor each: factors that depend on the
+    token multiply features that are kept anyway, before the rotation, which keeps nothing.
 
     Returns:
         Output [B, h, N, D] in the accumulation type, and the state.
     """
-    q, k, v, table, valid, count = tokens
+    q, k, v, table, valid, num_valid = tokens
     phi = mechanism.phi.function
     # Contiguous after phi, not before: phi then keeps the view that it was given, and no matrix
     # product below makes, and keeps, a copy of its own.
@@ -117,14 +117,14 @@ def linear_attention_forward(
     query = logsumexp = None
     if mechanism.weighs_keys:
         present = q_features if valid is None else q_features * valid
-        query = present.sum(dim=2, keepdim=True) / count
+        query = present.sum(dim=2, keepdim=True) / num_valid
         logits = global_query_logits(query, k_features, valid)
         logsumexp = logits.logsumexp(dim=2, keepdim=True)
         weighted = k_features * (logits - logsumexp).exp()  # w_j / N
         per_token: Tensor | float = 1.0
     else:
         weighted = k_features if valid is None else k_features * valid
-        per_token = 1.0 / count
+        per_token = 1.0 / num_valid
 
     norm = weighted.sum(dim=2, keepdim=True) * per_token
     rotated = weighted if table is None else rotate(weighted, table)

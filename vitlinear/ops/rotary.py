@@ -61,10 +61,11 @@ def rotary_tables(
     # at position 100 a differently rounded frequency already shows in the eighth digit.
     steps = torch.linspace(0.0, 1.0, head_dim // 4, device=device, dtype=torch.float32)
     frequencies = torch.pow(base, steps).reciprocal().to(dtype)
-    longest = torch.arange(max(height, width), device=device, dtype=dtype)
-    angles = longest[:, None] * frequencies
-    table = torch.stack((angles.cos(), angles.sin()), dim=-1)
-    return RotaryTables(table[:height], table[:width])
+    rows = torch.arange(height, device=device, dtype=dtype)[:, None] * frequencies
+    cols = torch.arange(width, device=device, dtype=dtype)[:, None] * frequencies
+    return RotaryTables(
+        torch.stack((rows.cos(), rows.sin()), dim=-1), torch.stack((cols.cos(), cols.sin()), dim=-1)
+    )
 
 
 def token_table(tables: RotaryTables) -> Tensor:

@@ -1,0 +1,283 @@
+"""What every test-sized model promises beyond timm's own suite (tests/peer)."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import timm
+import torch
+from timm.layers import create_feature_extractor
+from timm.models import get_model_args, save_for_hf
+from timm.optim import param_groups_layer_decay
+from torch import nn
+
+import vitlinear
+
+TEST_MODELS = timm.list_models("test_*", module="ravlt")
+each_model = pytest.mark.parametrize("name", TEST_MODELS)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def make(name: str, **kwargs) -> nn.Module:
+    return timm.create_model(name, num_classes=7, **kwargs).eval()
+
+
+@each_model
+@pytest.mark.parametrize("size", [(32, 32), (33, 47), (64, 224), (225, 97), (1, 1)])
+def test_any_size(name, size):
+    model = make(name)
+    x = torch.randn(2, 3, *size)
+    assert model(x).shape == (2, 7)
+    features = timm.create_model(name, features_only=True).eval()(x)
+    for feature, reduction in zip(features, (4, 8, 16, 32), strict=True):
+        assert feature.shape[2:] == tuple(-(-side // reduction) for side in size)
+
+
+@each_model
+@pytest.mark.slow
+def test_large_image(name):
+    with torch.no_grad():
+        assert make(name)(torch.randn(1, 3, 2048, 1024)).isfinite().all()
+
+
+@each_model
+def test_batch_equals_single_images(name):
+    model, x = make(name), torch.randn(3, 3, 64, 96)
+    singles = torch.cat([model(image[None]) for image in x])
+    torch.testing.assert_close(model(x), singles, rtol=1e-4, atol=1e-5)
+
+
+@each_model
+def test_channels_last(name):
+    model, x = make(name), torch.randn(2, 3, 64, 96)
+    expected = model(x)
+    x = x.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-6)
+    model = model.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-6)
+
+
+@each_model
+@pytest.mark.parametrize("backend", ["eager", "library"])
+def test_backends_agree(name, backend):
+    x = torch.randn(2, 3, 64, 96)
+    reference, other = make(name), make(name, attn_backend=backend)
+    other.load_state_dict(reference.state_dict())
+    for model in (reference, other):
+        model(x).square().sum().backward()
+    for (key, a), b in zip(
+        reference.named_parameters(), (p for p in other.parameters()), strict=True
+    ):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-6, msg=lambda m, k=key: k + m)
+
+
+@each_model
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(name, dtype):
+    model, x = make(name), torch.randn(2, 3, 64, 64)
+    expected = model(x)
+    out = model.to(dtype)(x.to(dtype))
+    assert out.dtype == dtype and out.isfinite().all()
+    error = (out.float() - expected).norm() / expected.norm()
+    assert error < (0.05 if dtype == torch.bfloat16 else 0.01)
+
+
+@each_model
+@pytest.mark.parametrize("backend", ["eager", "library"])
+def test_autocast_training_step(name, backend):
+    model = make(name, attn_backend=backend, drop_path_rate=0.1).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = model(torch.randn(4, 3, 64, 64))
+        loss = nn.functional.cross_entropy(out, torch.arange(4))
+    loss.backward()
+    assert out.dtype == torch.bfloat16
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.dtype == torch.float32, key
+        assert parameter.grad.isfinite().all(), key
+
+
+@each_model
+def test_training_and_evaluation_are_deterministic(name):
+    x = torch.randn(2, 3, 64, 64)
+
+    def step():
+        torch.manual_seed(1)
+        model = timm.create_model(name, drop_path_rate=0.2, drop_rate=0.1, proj_drop_rate=0.1)
+        model.train()(x).square().sum().backward()
+        with torch.no_grad():
+            return [model.eval()(x), *(p.grad for p in model.parameters())]
+
+    assert all(torch.equal(a, b) for a, b in zip(step(), step(), strict=True))
+
+
+@each_model
+def test_gradient_checkpointing_changes_no_gradient(name):
+    model, x = make(name), torch.randn(2, 3, 64, 64)
+    grads = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        model(x).square().sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@each_model
+@pytest.mark.parametrize("backend", ["eager", "library"])
+def test_compile_fullgraph(name, backend):
+    model, x = make(name, attn_backend=backend), torch.randn(2, 3, 64, 96)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-6)
+
+
+@each_model
+@pytest.mark.parametrize("backend", ["eager", "library"])
+def test_fx_is_bit_equal(name, backend):
+    model, x = make(name, attn_backend=backend), torch.randn(2, 3, 64, 96)
+    traced = create_feature_extractor(model, ["head"])
+    assert torch.equal(traced(x)["head"], model(x))
+    assert torch.equal(traced(x[..., :70])["head"], model(x[..., :70]))
+
+
+@each_model
+@pytest.mark.parametrize("backend", ["eager", "library"])
+def test_export_any_size(name, backend):
+    model = make(name, attn_backend=backend)
+    # From 33 on: a last map of one row or column is a program of its own to torch.export.
+    batch, height, width = (
+        torch.export.Dim(n, min=m, max=2048) for n, m in zip("bhw", (2, 33, 33), strict=True)
+    )
+    program = torch.export.export(
+        model,
+        (torch.randn(2, 3, 70, 90),),
+        dynamic_shapes={"x": {0: batch, 2: height, 3: width}},
+    )
+    for size in ((2, 3, 70, 90), (3, 3, 225, 33)):
+        x = torch.randn(size)
+        torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-6)
+
+
+@each_model
+def test_onnx_any_size(name, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = make(name, attn_backend="library")  # which has to give way to the plain formula
+    path = tmp_path / "model.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            model,
+            (torch.randn(2, 3, 70, 90),),
+            path,
+            dynamic_shapes={
+                "x": {
+                    0: torch.export.Dim("batch"),
+                    2: torch.export.Dim("height", min=33, max=2048),
+                    3: torch.export.Dim("width", min=33, max=2048),
+                }
+            },
+            dynamo=True,
+            verbose=False,
+        )
+    session = onnxruntime.InferenceSession(path)
+    for size in ((2, 3, 70, 90), (1, 3, 97, 50)):
+        x = torch.randn(size)
+        (out,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(out), model(x), rtol=1e-3, atol=1e-5)
+
+
+@each_model
+def test_script(name):
+    model, x = make(name), torch.randn(2, 3, 64, 96)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        scripted = torch.jit.script(model)
+    torch.testing.assert_close(scripted(x), model(x), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(scripted(x[..., :70]), model(x[..., :70]), rtol=1e-4, atol=1e-6)
+
+
+@each_model
+def test_export_to_folder_and_back(name, tmp_path):
+    model = timm.create_model(name, in_chans=1, num_classes=5, drop_path_rate=0.1)
+    model.reset_classifier(9, "max")
+    save_for_hf(model, tmp_path)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    x = torch.randn(2, 1, 64, 64)
+    assert again.head.global_pool.pool_type == "max" and again.num_classes == 9
+    torch.testing.assert_close(again.eval()(x), model.eval()(x))
+    assert "drop_path_rate" not in get_model_args(again)
+
+
+@each_model
+def test_init_weights_after_to_empty(name):
+    model = timm.create_model(name, device="meta").to_empty(device="cpu")
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data.fill_(float("nan") if tensor.is_floating_point() else -1)
+    model.init_weights()
+    fresh = timm.create_model(name).state_dict()
+    for key, value in model.state_dict().items():
+        assert value.isfinite().all(), key
+        if (value == value.flatten()[0]).all():  # constants are the same, random values not
+            assert torch.equal(value, fresh[key]), key
+    assert model.eval()(torch.randn(1, 3, 64, 64)).isfinite().all()
+
+
+@each_model
+def test_every_parameter_learns(name):
+    model = make(name).train()
+    model(torch.randn(2, 3, 64, 64)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+@each_model
+def test_wrong_channel_count_is_named(name):
+    with pytest.raises(AssertionError, match="in_chans"):
+        make(name)(torch.randn(1, 1, 64, 64))
+
+
+BAD_OPTIONS = {
+    "must have four entries": {"depths": (1, 1)},
+    "unknown attention mechanism 'quadratic'": {"attn_types": ("quadratic",) * 4},
+    "heads of a multiple of 4 channels": {"num_heads": (5, 2, 2, 3)},
+    "unknown backend 'cuda'": {"attn_backend": "cuda"},
+}
+
+
+@pytest.mark.parametrize("message", BAD_OPTIONS)
+def test_bad_option_is_named(message):
+    with pytest.raises(ValueError) as caught:
+        timm.create_model("test_ravlt", **BAD_OPTIONS[message])
+    assert message in str(caught.value)
+
+
+def test_unknown_pooling_and_option():
+    with pytest.raises(AssertionError, match="'median' is not supported; choose from"):
+        timm.create_model("test_ravlt", global_pool="median")
+    with pytest.raises(TypeError, match="window_size"):
+        timm.create_model("test_ravlt", window_size=7)
+
+
+def test_layer_decay_covers_every_parameter():
+    model = timm.create_model("test_ravlt")
+    groups = param_groups_layer_decay(model, weight_decay=0.05, layer_decay=0.7)
+    grouped = sum(len(group["params"]) for group in groups)
+    assert grouped == len(list(model.parameters()))
+    # stem, five blocks, head convolution and classifier
+    assert len({group["lr_scale"] for group in groups}) == 7
+
+
+def test_backend_report():
+    model = timm.create_model("test_ravlt", attn_backend="library")
+    report = vitlinear.backend_report(model, (2, 3, 96, 64))
+    assert [row.attn_type for row in report] == ["rala", "rala", "softmax", "softmax", "softmax"]
+    assert report[0].shape == (2, 24 * 16, 1, 24)
+    assert {row.backend for row in report} == {"library"}
+    table = str(report).splitlines()
+    assert len(table) == 6 and "2 x 384 x 1 x 24" in table[1] and "by argument" in table[1]
+    with pytest.raises(ValueError, match="no attention of vitlinear"):
+        vitlinear.backend_report(nn.Linear(2, 2))
