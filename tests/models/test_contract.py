@@ -236,8 +236,9 @@ def test_every_parameter_learns(name):
 
 @each_model
 def test_wrong_channel_count_is_named(name):
-    with pytest.raises(AssertionError, match="in_chans"):
-        make(name)(torch.randn(1, 1, 64, 64))
+    for model in (make(name), timm.create_model(name, features_only=True)):
+        with pytest.raises(AssertionError, match="in_chans"):
+            model(torch.randn(1, 1, 64, 64))
 
 
 BAD_OPTIONS = {

@@ -7,6 +7,7 @@ import argparse
 import pytest
 import timm
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests import golden
 from vitlinear import ops
@@ -126,7 +127,7 @@ def test_published_weights_adapt_to_other_heads_and_channels(tmp_path):
         in_chans=1,
     )
     expected = golden.weight("patch_embed.proj.0.weight", [32, 3, 3, 3]).sum(1, keepdim=True)
-    torch.testing.assert_close(model.stem[0].conv.weight.detach().double(), expected)
+    torch.testing.assert_close(model.stem.conv1.conv.weight.detach().double(), expected)
     assert model(torch.randn(1, 1, 64, 64)).shape == (1, 10)
 
 
@@ -162,6 +163,24 @@ def test_pretrained_cfg_is_complete(letter):
     assert cfg.tag == "in1k"
     assert timm.is_model_pretrained(f"ravlt_{letter}")
     assert not timm.is_model_pretrained(f"ravlt_{letter}_linear")
+
+
+@pytest.mark.parametrize(
+    "name, projections, attention",
+    [
+        ("ravlt_t", 2.412, 0.201),
+        ("ravlt_s", 4.506, 0.372),
+        ("ravlt_b", 9.802, 0.778),
+        ("ravlt_l", 16.092, 1.117),
+    ],
+)
+@pytest.mark.parametrize("backend", ["eager", "library"])
+def test_multiply_adds_of_released_code(name, projections, attention, backend):
+    """Giga multiply-adds at 224 x 224, as counted on the authors' models."""
+    model = timm.create_model(name, device="meta", attn_backend=backend).eval()
+    with FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, 3, 224, 224, device="meta"))
+    assert counter.get_total_flops() / 2e9 == pytest.approx(projections + attention, rel=0.01)
 
 
 def test_linear_sibling_has_no_softmax():

@@ -14,9 +14,9 @@ from torch import Tensor
 
 # Stem: index in the released nn.Sequential of conv, norm, activation -> layer here.
 _STEM = {
-    str(index): f"{layer}.{part}"
+    str(3 * layer + index): f"conv{layer + 1}.{part}"
     for layer in range(4)
-    for index, part in ((3 * layer, "conv"), (3 * layer + 1, "bn"))
+    for index, part in enumerate(("conv", "bn"))
 }
 
 _RENAMES = (

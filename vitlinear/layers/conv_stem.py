@@ -7,7 +7,7 @@ from timm.layers import ConvNormAct
 from torch import Tensor, nn
 
 
-class ConvStem(nn.Sequential):
+class ConvStem(nn.Module):
     """Four 3x3 convolutions with batch norm, strides 2, 1, 1, 2: [B, C, H, W] to a quarter size.
 
     Half the width until the last; GELU after the first three, nothing after the last.
@@ -28,31 +28,39 @@ class ConvStem(nn.Sequential):
             device: Where the parameters live.
             dtype: Type of the parameters.
         """
-        widths = (in_chans, dim // 2, dim // 2, dim // 2, dim)
-        strides = (2, 1, 1, 2)
-        super().__init__(
-            *(
-                ConvNormAct(
-                    widths[i],
-                    widths[i + 1],
-                    kernel_size=3,
-                    stride=strides[i],
-                    padding=1,
-                    bias=True,
-                    act_layer=nn.GELU,
-                    apply_act=i < 3,
-                    device=device,
-                    dtype=dtype,
-                )
-                for i in range(4)
+        super().__init__()
+        self.in_chans = in_chans
+
+        def conv(inputs: int, outputs: int, stride: int, act: bool = True) -> ConvNormAct:
+            return ConvNormAct(
+                inputs,
+                outputs,
+                kernel_size=3,
+                stride=stride,
+                padding=1,
+                bias=True,
+                act_layer=nn.GELU,
+                apply_act=act,
+                device=device,
+                dtype=dtype,
             )
-        )
+
+        self.conv1 = conv(in_chans, dim // 2, stride=2)
+        self.conv2 = conv(dim // 2, dim // 2, stride=1)
+        self.conv3 = conv(dim // 2, dim // 2, stride=1)
+        self.conv4 = conv(dim // 2, dim, stride=2, act=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Image [B, in_chans, H, W] -> features [B, dim, ceil(H/4), ceil(W/4)], channels_last."""
+        """Images [B, in_chans, H, W] -> features [B, dim, ceil(H/4), ceil(W/4)], channels_last.
+
+        Raises:
+            AssertionError: The images have another number of channels.
+        """
+        torch._assert(
+            x.shape[1] == self.in_chans,
+            "the images have another number of channels than the model; make it with in_chans=...",
+        )
         # From here on every map is channels-last in memory, whatever the caller's layout: token
         # layers then take it as [B, H, W, C] without a copy.
         x = x.contiguous(memory_format=torch.channels_last)
-        for layer in self:
-            x = layer(x)
-        return x
+        return self.conv4(self.conv3(self.conv2(self.conv1(x))))

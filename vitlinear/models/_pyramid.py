@@ -118,7 +118,13 @@ class PyramidStage(nn.Module):
 
 
 class LinearPyramid(nn.Module):
-    """Backbone and classifier; takes images of any size, square or not."""
+    """Backbone and classifier; takes images of any size, square or not.
+
+    Attributes:
+        attn_layer: Attention of the blocks; a family with one of its own overrides it.
+    """
+
+    attn_layer: type[nn.Module] = GatedAttention
 
     def __init__(
         self,
@@ -136,7 +142,6 @@ class LinearPyramid(nn.Module):
         proj_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         attn_backend: str = "auto",
-        attn_layer: type[nn.Module] = GatedAttention,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -158,7 +163,6 @@ class LinearPyramid(nn.Module):
             proj_drop_rate: Dropout rate of the output of attentions and feed-forward networks.
             drop_path_rate: Stochastic depth rate of the last block, growing linearly from 0.
             attn_backend: One of `vitlinear.ops.BACKENDS`, for every attention.
-            attn_layer: Attention module; a family sets it, users do not.
             device: Where the parameters live.
             dtype: Type of the parameters.
 
@@ -190,7 +194,7 @@ class LinearPyramid(nn.Module):
                     downsample=i > 0,
                     mlp_ratio=mlp_ratios[i],
                     attn_type=attn_types[i],
-                    attn_layer=attn_layer,
+                    attn_layer=self.attn_layer,
                     ls_init_value=ls_init_values[i],
                     proj_drop=proj_drop_rate,
                     backend=attn_backend,
@@ -341,10 +345,6 @@ class LinearPyramid(nn.Module):
         Raises:
             AssertionError: The images have another number of channels.
         """
-        torch._assert(
-            x.shape[1] == self.in_chans,
-            "the images have another number of channels than the model; make it with in_chans=...",
-        )
         x = self.stem(x)
         x = self.stages(x)
         return self.final_conv(x)

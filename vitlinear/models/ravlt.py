@@ -75,7 +75,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
         "interpolation": "bicubic",
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.0.conv",
+        "first_conv": "stem.conv1.conv",
         "classifier": "head.fc",
         "paper_ids": "arXiv:2411.07635",
         "paper_name": "Breaking the Low-Rank Dilemma of Linear Attention",
