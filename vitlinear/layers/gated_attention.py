@@ -5,16 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .._timm import register_notrace_function
+from .._timm import register_notrace_module
 from ..ops import RotaryTables, get_mechanism, linear_attention, softmax_attention
 from ..ops.backend import check_backend
 from .depthwise import DepthwiseConv
 
-# One step each to torch.fx: their checks and choices look at shapes, which it cannot follow.
-register_notrace_function(linear_attention)
-register_notrace_function(softmax_attention)
 
-
+# One step to torch.fx, which cannot follow checks and choices that look at shapes. As a module, not
+# as functions: TorchScript can then still compile what torch.fx generates.
+@register_notrace_module
 class GatedAttention(nn.Module):
     """proj((Attention(q, k, v) + dw5(v)) * o) with q, k, v, o from one projection of the input.
 

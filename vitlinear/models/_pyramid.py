@@ -3,9 +3,10 @@
 A convolutional stem, four stages of attention blocks with a strided convolution between them, a
 1x1 convolution to the width of the head, and a linear classifier. A family brings the attention of
 its blocks and a table of variants; see `vitlinear/models/ravlt.py`.
-"""
 
-from __future__ import annotations
+No `from __future__ import annotations` in files of models: torch.fx copies the annotations of
+`forward` into the code it generates, and TorchScript cannot read them there as strings.
+"""
 
 from collections.abc import Mapping, Sequence
 from functools import partial

@@ -9,8 +9,6 @@ Written from the definition. Published models attend with RALA in stages 1 and 2
 stages 3 and 4; `ravlt_*_linear` attend with RALA in all four and share no published weights.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
