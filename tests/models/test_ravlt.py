@@ -11,9 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests import golden
 from vitlinear import ops
-from vitlinear.checkpoints import convert_pyramid
+from vitlinear.checkpoints import checkpoint_filter_fn, convert_pyramid
 from vitlinear.layers import GatedAttention
-from vitlinear.models._pyramid import checkpoint_filter_fn
 
 RELEASED = {
     "RAVLT_T": ("ravlt_t", 14_897_768),

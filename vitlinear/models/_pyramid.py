@@ -8,7 +8,7 @@ No `from __future__ import annotations` in files of models: torch.fx copies the 
 `forward` into the code it generates, and TorchScript cannot read them there as strings.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,6 @@ from timm.models import checkpoint
 from torch import Tensor, nn
 
 from .._timm import feature_take_indices, register_notrace_function
-from ..checkpoints import convert_pyramid, is_upstream_pyramid, unwrap_state_dict
 from ..layers import ConvMlp, ConvStem, DepthwiseConv, GatedAttention
 from ..ops import RotaryTables, rotary_tables
 
@@ -373,20 +372,3 @@ def _init_weights(module: nn.Module, needs_reset: bool = True) -> None:
             nn.init.zeros_(module.bias)
     elif needs_reset and hasattr(module, "reset_parameters"):
         module.reset_parameters()
-
-
-def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Bring a checkpoint into our keys: ours unchanged, the authors' translated.
-
-    Args:
-        state_dict: Bare weights or a training checkpoint that holds them; see
-            `vitlinear.checkpoints.unwrap_state_dict`.
-        model: The model to load into.
-
-    Returns:
-        A state dict for `model.load_state_dict`.
-    """
-    weights = unwrap_state_dict(state_dict)
-    if is_upstream_pyramid(weights):
-        weights = convert_pyramid(weights, model.state_dict())
-    return weights

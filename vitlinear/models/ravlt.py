@@ -14,7 +14,8 @@ from typing import Any
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
-from ._pyramid import LinearPyramid, checkpoint_filter_fn
+from ..checkpoints import checkpoint_filter_fn
+from ._pyramid import LinearPyramid
 
 __all__ = ["RAVLT"]
 
