@@ -15,6 +15,7 @@ import yaml
 
 from tests.train.helpers import CLASSES, tiny_flags, train
 from vitlinear.errors import UserError
+from vitlinear.train import run
 from vitlinear.train.checkpoint import read_card, read_state, read_weights
 from vitlinear.train.folder import FILES
 
@@ -51,13 +52,13 @@ def test_same_seed_same_bits_and_resumed_equals_whole(
     assert result["epoch"] == 4
     for name in ("last.safetensors", "best.safetensors"):
         assert_same_bits(weights(tmp_path / "a", name), weights(tmp_path / "c", name))
-    whole, resumed = (read_state(tmp_path / run / "last_state.pt") for run in "ac")
+    whole, resumed = (read_state(tmp_path / name / "last_state.pt") for name in "ac")
     assert_same_bits(whole["state_dict"], resumed["state_dict"])
     assert_same_bits(whole["state_dict_ema"], resumed["state_dict_ema"])
     assert whole["best"] == resumed["best"] and whole["updates"] == resumed["updates"]
     for key, value in whole["optimizer"]["state"].items():
         assert_same_bits(value, resumed["optimizer"]["state"][key])
-    rows = [metrics(tmp_path / run) for run in "ac"]
+    rows = [metrics(tmp_path / name) for name in "ac"]
     assert [row["epoch"] for row in rows[1]] == [1, 2, 3, 4]
     timing = ("seconds", "images_per_s")
     assert [{k: v for k, v in row.items() if k not in timing} for row in rows[0]] == [
@@ -78,7 +79,7 @@ def test_float16_scaler_survives_resuming(folder: Path, tmp_path: Path) -> None:
     train(folder, tmp_path / "b", *flags, "--stop-epoch", 1)
     train(folder, tmp_path / "b", *flags, "--resume", tmp_path / "b" / "last_state.pt")
     assert_same_bits(weights(tmp_path / "a"), weights(tmp_path / "b"))
-    states = [read_state(tmp_path / run / "last_state.pt")["scaler"] for run in "ab"]
+    states = [read_state(tmp_path / name / "last_state.pt")["scaler"] for name in "ab"]
     assert states[0] == states[1]
 
 
@@ -109,8 +110,6 @@ def test_files_of_a_run(folder: Path, tmp_path: Path) -> None:
 
 
 def test_saved_arguments_repeat_the_run(folder: Path, tmp_path: Path) -> None:
-    from vitlinear.train import run
-
     train(folder, tmp_path / "a", "--epochs", 1)
     again = ["--config", str(tmp_path / "a" / "args.yaml"), "--output", str(tmp_path / "b")]
     run.train(run.parse_arguments(again))
@@ -143,7 +142,10 @@ def test_resuming_refuses_another_run(folder: Path, tmp_path: Path) -> None:
         train(folder, tmp_path, "--resume", tmp_path / "none.pt")
     with pytest.raises(UserError, match="continues in .*run, not in .*other"):
         train(folder, tmp_path / "other", "--resume", path)
-    assert train(folder, path, "--resume", path, "--epochs", 2)["epoch"] == 2
+    with pytest.raises(UserError, match="exclude each other"):
+        train(folder, path, "--resume", path, "--overwrite")
+    again = ["--config", str(path / "args.yaml"), "--resume", str(path), "--stop-epoch", "2"]
+    assert run.train(run.parse_arguments(again))["epoch"] == 2
 
 
 def test_resume_auto_starts_where_there_is_nothing(folder: Path, tmp_path: Path) -> None:
@@ -169,8 +171,12 @@ def test_two_processes(folder: Path, tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     done = subprocess.run(
         [*command, "--grad-accum-steps", "2", "--aug-repeats", "2", "--device", "cpu"],
-        cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=root,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,  # against a hang
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     rows = metrics(tmp_path / "run")
     assert len(rows) == 2

@@ -145,4 +145,6 @@ def _scalar(action: argparse.Action, value: Any) -> Any:
 
 def saved_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the arguments that describe a run, ready for YAML and for `read_config`."""
-    return {key: value for key, value in sorted(vars(args).items()) if key not in LAUNCH_KEYS}
+    kept = {key: value for key, value in sorted(vars(args).items()) if key not in LAUNCH_KEYS}
+    # Through YAML, to compare equal to what the file gives back: a tuple is a list there.
+    return yaml.safe_load(yaml.safe_dump(kept))

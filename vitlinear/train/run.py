@@ -64,6 +64,8 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UserError: The request or the data cannot work; no file is left behind.
     """
+    if args.resume and args.overwrite:
+        raise UserError("--resume and --overwrite exclude each other")
     if args.plot:
         check_plotting()
     path, state_path = _where(args)

@@ -14,7 +14,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.scheduler.scheduler import Scheduler
 from timm.task import ClassificationTask
 from timm.utils import NativeScaler, init_distributed_device, is_distributed_env, random_seed
-from torch import nn
+from torch import distributed, nn
 
 from vitlinear.errors import UserError
 from vitlinear.train import data as datasets
@@ -22,6 +22,11 @@ from vitlinear.train import loader as loaders
 from vitlinear.train import model as models
 from vitlinear.train.checkpoint import Card, initial_weights
 from vitlinear.train.loop import Updater, updates_per_epoch
+
+# Held to the end of the process. If the last reference to a group is DDP's, its destructor joins
+# gloo's threads while holding the interpreter lock that they may be waiting for: seen as two runs
+# in three that finished all epochs and never exited.
+_PROCESS_GROUPS: list[Any] = []
 
 
 @dataclasses.dataclass
@@ -68,6 +73,8 @@ def start_device(args: argparse.Namespace) -> torch.device:
     device = init_distributed_device(place)
     for key in ("distributed", "world_size", "rank", "local_rank"):
         setattr(args, key, getattr(place, key))
+    if args.distributed:
+        _PROCESS_GROUPS.append(distributed.group.WORLD)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
