@@ -20,6 +20,9 @@ WEIGHTS = {"a.weight": torch.ones(2)}
         {"model": {"model": WEIGHTS}},
         {"model": {"_orig_mod.module.a.weight": WEIGHTS["a.weight"]}, "model_ema": None},
         {"model": WEIGHTS, "model_ema": {}},
+        {"model": WEIGHTS, "model_ema": {"decay": 0.9999, "n_averaged": torch.tensor(7)}},
+        {"model_ema": {"decay": 0.9999, "module": WEIGHTS}},
+        {"module": WEIGHTS, "ds_version": "0.14"},
     ],
 )
 def test_unwrap(checkpoint):
@@ -45,6 +48,7 @@ KEYS = {
     "proj.bias": "final_conv.conv.bias",
     "norm.weight": "final_conv.bn.weight",
     "head.weight": "head.fc.weight",
+    "patch_embed.proj.2.weight": "patch_embed.proj.2.weight",
     "something.else": "something.else",
 }
 

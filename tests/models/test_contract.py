@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
+from copy import deepcopy
 
 import pytest
 import timm
@@ -11,8 +13,11 @@ from timm.layers import create_feature_extractor
 from timm.models import get_model_args, save_for_hf
 from timm.optim import param_groups_layer_decay
 from torch import nn
+from torch._dynamo.testing import CompileCounter
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vitlinear
+from vitlinear.models._pyramid import PyramidBlock, stage_rotary_tables
 
 TEST_MODELS = timm.list_models("test_*", module="ravlt")
 each_model = pytest.mark.parametrize("name", TEST_MODELS)
@@ -63,10 +68,9 @@ def test_channels_last(name):
 
 
 @each_model
-@pytest.mark.parametrize("backend", ["eager", "library"])
-def test_backends_agree(name, backend):
+def test_backends_agree(name):
     x = torch.randn(2, 3, 64, 96)
-    reference, other = make(name), make(name, attn_backend=backend)
+    reference, other = make(name, attn_backend="eager"), make(name, attn_backend="library")
     other.load_state_dict(reference.state_dict())
     for model in (reference, other):
         model(x).square().sum().backward()
@@ -118,13 +122,63 @@ def test_training_and_evaluation_are_deterministic(name):
 @each_model
 def test_gradient_checkpointing_changes_no_gradient(name):
     model, x = make(name), torch.randn(2, 3, 64, 64)
-    grads = []
+    calls: list[int] = []
+    for module in model.modules():
+        if isinstance(module, PyramidBlock):
+            module.norm1.register_forward_hook(lambda *_: calls.append(1))
+    grads, counts = [], []
     for enable in (False, True):
         model.set_grad_checkpointing(enable)
         model.zero_grad()
+        calls.clear()
         model(x).square().sum().backward()
         grads.append([p.grad.clone() for p in model.parameters()])
+        counts.append(len(calls))
+    assert counts == [5, 10]  # every block runs again during backward
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@each_model
+def test_drop_rates_reach_their_modules(name):
+    model = timm.create_model(name, drop_path_rate=0.4, drop_rate=0.3, proj_drop_rate=0.2)
+    blocks = [m for m in model.modules() if isinstance(m, PyramidBlock)]
+    rates = [getattr(b.drop_path1, "drop_prob", 0.0) for b in blocks]
+    assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+    assert rates == [getattr(b.drop_path2, "drop_prob", 0.0) for b in blocks]
+    assert {b.attn.proj_drop.p for b in blocks} == {b.mlp.drop.p for b in blocks} == {0.2}
+    assert model.head.drop.p == 0.3
+
+
+@each_model
+def test_copies(name):
+    model, x = make(name), torch.randn(1, 3, 64, 64)
+    for copy in (deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(copy(x), model(x))
+
+
+def test_compiled_once_for_all_sizes():
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(make("test_ravlt"), backend=counter, fullgraph=True, dynamic=True)
+    for size in ((64, 96), (80, 48), (128, 128), (97, 161)):
+        compiled(torch.randn(2, 3, *size))
+    assert counter.frame_count == 1
+
+
+@each_model
+def test_second_derivative(name):
+    """Softmax stages need SDPA's plain form for it: the fused one has none on CPUs."""
+    model, x = make(name), torch.randn(1, 3, 64, 64, requires_grad=True)
+    with sdpa_kernel(SDPBackend.MATH):
+        (grad,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        grad.square().sum().backward()
+    assert x.grad.isfinite().all() and x.grad.any()
+
+
+def test_rotary_tables_stay_exact_in_half_precision():
+    tables = stage_rotary_tables(torch.empty(1, 8, 300, 2, dtype=torch.bfloat16), 8)
+    expected = stage_rotary_tables(torch.empty(1, 8, 300, 2), 8)
+    assert tables.rows.dtype == torch.float32 and torch.equal(tables.rows, expected.rows)
 
 
 @each_model
@@ -239,6 +293,8 @@ def test_wrong_channel_count_is_named(name):
     for model in (make(name), timm.create_model(name, features_only=True)):
         with pytest.raises(AssertionError, match="in_chans"):
             model(torch.randn(1, 1, 64, 64))
+        with pytest.raises(AssertionError, match="batch axis"):
+            model(torch.randn(3, 64, 64))
 
 
 BAD_OPTIONS = {
@@ -246,6 +302,10 @@ BAD_OPTIONS = {
     "unknown attention mechanism 'quadratic'": {"attn_types": ("quadratic",) * 4},
     "heads of a multiple of 4 channels": {"num_heads": (5, 2, 2, 3)},
     "unknown backend 'cuda'": {"attn_backend": "cuda"},
+    "dim 24 does not divide into 0 heads": {"num_heads": (0, 2, 2, 3)},
+    "one for each stage; got": {"attn_types": "rala"},
+    "in_chans 0": {"in_chans": 0},
+    "num_classes -1": {"num_classes": -1},
 }
 
 
@@ -259,6 +319,12 @@ def test_bad_option_is_named(message):
 def test_unknown_pooling_and_option():
     with pytest.raises(AssertionError, match="'median' is not supported; choose from"):
         timm.create_model("test_ravlt", global_pool="median")
+    with pytest.raises(AssertionError, match="classifier needs pooled features"):
+        timm.create_model("test_ravlt", global_pool="")
+    model = timm.create_model("test_ravlt", num_classes=0, global_pool="").eval()
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 192, 2, 2)
+    with pytest.raises(AssertionError, match="classifier needs pooled features"):
+        model.reset_classifier(5)
     with pytest.raises(TypeError, match="window_size"):
         timm.create_model("test_ravlt", window_size=7)
 
@@ -277,8 +343,12 @@ def test_backend_report():
     report = vitlinear.backend_report(model, (2, 3, 96, 64))
     assert [row.attn_type for row in report] == ["rala", "rala", "softmax", "softmax", "softmax"]
     assert report[0].shape == (2, 24 * 16, 1, 24)
-    assert {row.backend for row in report} == {"library"}
+    assert [row.backend for row in report] == ["library"] * 2 + ["eager"] * 3
     table = str(report).splitlines()
     assert len(table) == 6 and "2 x 384 x 1 x 24" in table[1] and "by argument" in table[1]
+    model = timm.create_model("test_ravlt", in_chans=1).train()
+    model.stem.eval()
+    assert vitlinear.backend_report(model)[0].shape == (1, 40 * 40, 1, 24)
+    assert model.training and not model.stem.training and model.head.training
     with pytest.raises(ValueError, match="no attention of vitlinear"):
         vitlinear.backend_report(nn.Linear(2, 2))

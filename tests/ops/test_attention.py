@@ -98,7 +98,9 @@ def test_library_refuses_second_derivative(attention):
 
 @each_attention
 @each_backend
-@pytest.mark.parametrize("layout", ["channel-first", "transposed", "expanded", "strided-grad"])
+@pytest.mark.parametrize(
+    "layout", ["channel-first", "transposed", "expanded", "odd", "strided-grad"]
+)
 def test_strides(attention, backend, layout):
     inputs = make_inputs(grid=(4, 4))
     expected_out, expected_grad = oracle(attention, inputs)
@@ -111,6 +113,9 @@ def test_strides(attention, backend, layout):
         base = base[:1].expand(2, -1, -1, -1, -1)
         inputs = inputs._replace(projection=base, grad=inputs.grad)
         expected_out, expected_grad = oracle(attention, inputs)
+    elif layout == "odd":  # pairs that do not lie as complex numbers do
+        room = torch.zeros(*base.shape[:-1], base.shape[-1] + 1, dtype=base.dtype)
+        base = room[..., 1:].copy_(base)
     grad = inputs.grad
     if layout == "strided-grad":
         grad = grad.transpose(1, 3).contiguous().transpose(1, 3)
@@ -216,12 +221,17 @@ def test_finite(mechanism, backend, dtype, case):
 
 
 @pytest.mark.parametrize("mechanism", list(ops.MECHANISMS))
+@each_backend
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_many_tokens(mechanism, dtype):
-    """Sums over 2^17 tokens stay as exact as over few: float16 ends at 65504."""
-    inputs = make_inputs(grid=(256, 512), batch=1, heads=1, dim=4, dtype=dtype)
-    out, grad = run(mechanism, inputs, "eager")
-    double = make_inputs(grid=(256, 512), batch=1, heads=1, dim=4)
+def test_many_tokens(mechanism, backend, dtype):
+    """Sums over 2^17 tokens stay as exact as over few: float16 ends at 65504.
+
+    Against the float64 eager formula, which other tests hold to the oracle: a matrix of all pairs
+    of tokens would not fit here.
+    """
+    inputs = make_inputs(grid=(256, 512), batch=1, heads=1, dim=16, dtype=dtype)
+    out, grad = run(mechanism, inputs, backend)
+    double = make_inputs(grid=(256, 512), batch=1, heads=1, dim=16)
     double = double._replace(
         projection=inputs.projection.detach().double().requires_grad_(), grad=inputs.grad.double()
     )
@@ -238,6 +248,77 @@ def test_repeats_are_bit_equal(attention, backend):
     for _ in range(2):
         for a, b in zip(run(attention, inputs, backend), first, strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("mechanism", list(ops.MECHANISMS))
+@each_backend
+def test_float16_saturates(mechanism, backend):
+    """Rotation can leave a large numerator over a vanishing normaliser: no infinity comes out."""
+    inputs = make_inputs(grid=(4, 4), dim=16, dtype=torch.float16)
+    projection = inputs.projection.detach()
+    projection[:, :, :2] = -12
+    projection[:, :, 0, :, 0] = 10
+    projection[:, :, 1, :, 1] = 10
+    projection = projection.requires_grad_()
+    expected, _ = oracle(mechanism, inputs._replace(projection=projection))
+    assert expected.abs().max() > 65504
+    out = attend(mechanism, inputs, backend, projection)
+    assert out.isfinite().all() and out.abs().max() == 65504
+
+
+@pytest.mark.parametrize("mechanism", list(ops.MECHANISMS))
+@pytest.mark.parametrize("scale", [1.0, 10.0, 100.0])
+def test_library_is_as_exact_as_eager(mechanism, scale):
+    """Also where one key has all the weight and its gradient is what cancellation leaves."""
+    inputs = make_inputs(grid=(12, 12), dim=16, dtype=torch.float32, scale=scale)
+    expected = oracle(mechanism, inputs)
+    eager, library = (run(mechanism, inputs, backend) for backend in BACKENDS)
+    for result, plain, exact in zip(library, eager, expected, strict=True):
+        assert relative_error(result, exact) <= 2 * relative_error(plain, exact) + 1e-7
+
+
+@each_attention
+def test_library_refuses_forward_mode(attention):
+    inputs = make_inputs()
+    tangent = torch.ones_like(inputs.projection)
+
+    def call(backend):
+        return torch.func.jvp(
+            lambda p: attend(attention, inputs, backend, p),
+            (inputs.projection.detach(),),
+            (tangent.detach(),),
+        )[1]
+
+    with pytest.raises(NotImplementedError, match="forward-mode derivative; use backend='eager'"):
+        call("library")
+    if attention != "softmax":
+        step = 1e-6
+        ahead, behind = (
+            attend(attention, inputs, "eager", inputs.projection.detach() + s * step)
+            for s in (1, -1)
+        )
+        torch.testing.assert_close(
+            call("eager"), (ahead - behind) / (2 * step), rtol=1e-5, atol=1e-7
+        )
+
+
+def test_gradient_of_rotary_tables():
+    inputs = make_inputs()
+    tables = ops.RotaryTables(*(table.requires_grad_() for table in inputs.rotary))
+    inputs = inputs._replace(rotary=tables)
+    (grad,) = torch.autograd.grad(attend("rala", inputs, "eager").square().sum(), tables.rows)
+    assert grad.any()
+    with pytest.raises(NotImplementedError, match="no gradient of rotary tables"):
+        attend("rala", inputs, "library")
+
+
+@each_attention
+@each_backend
+def test_autocast_keeps_the_type_of_the_inputs(attention, backend):
+    inputs = make_inputs(grid=(4, 4), dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = attend(attention, inputs, backend)
+    assert torch.equal(out, attend(attention, inputs, backend))
 
 
 @each_attention
@@ -268,11 +349,13 @@ def test_meta(attention, backend):
     assert grad.is_meta and grad.shape == inputs.projection.shape
 
 
-def test_empty_batch():
+@each_attention
+@each_backend
+def test_empty_batch(attention, backend):
     inputs = make_inputs(batch=2)
-    for backend in BACKENDS:
-        for attention in ATTENTIONS:
-            assert attend(attention, inputs, backend, inputs.projection[:0]).shape[0] == 0
+    out = attend(attention, inputs, backend, inputs.projection[:0])
+    assert out.shape == (0, *inputs.grad.shape[1:])
+    assert not torch.autograd.grad(out.sum(), inputs.projection)[0].any()
 
 
 BAD_INPUT = {
@@ -281,6 +364,10 @@ BAD_INPUT = {
     "one floating-point type": {"v": torch.zeros(2, 6, 2, 8, dtype=torch.float64)},
     "4 x 2 grid do not fit 6 tokens": {"rotary": ops.rotary_tables(4, 2, 8)},
     "do not fit head_dim 8": {"rotary": ops.rotary_tables(3, 2, 16)},
+    "at least one token": dict.fromkeys("qkv", torch.zeros(2, 0, 2, 8)),
+    "must be float32 or float64, got torch.bfloat16": {
+        "rotary": ops.rotary_tables(3, 2, 8, dtype=torch.bfloat16)
+    },
     "must be bool": {"key_padding_mask": torch.zeros(2, 6)},
     "must be [B, N] = (2, 6)": {"key_padding_mask": torch.zeros(2, 5, dtype=torch.bool)},
     "unknown backend 'cuda'; choose from: auto, eager, library": {"backend": "cuda"},

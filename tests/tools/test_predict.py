@@ -8,6 +8,7 @@ import timm
 import torch
 from PIL import Image
 
+from tests.golden import upstream_state_dict, variants
 from tests.tools.conftest import Command
 from tests.train.helpers import CLASSES, train
 from vitlinear.train.data import export_sample
@@ -86,3 +87,13 @@ def test_weights_of_timm_get_imagenet_names(
     assert result.code == 0, result.err
     guess = json.loads(result.out)[0]["predictions"][0]
     assert not guess["class"].isdigit() and 0 <= guess["index"] < 1000
+
+
+def test_a_checkpoint_of_the_authors(vitlinear: Command, images: Path, tmp_path: Path) -> None:
+    """The released file as it is: other names, a training checkpoint around the weights."""
+    released = upstream_state_dict(variants("rala")["RAVLT_T"]["state_dict"])
+    torch.save({"model": released, "epoch": 299}, tmp_path / "RAVLT_T.pth")
+    flags = ("--checkpoint", tmp_path / "RAVLT_T.pth", "--model", "ravlt_t", "--img-size", 32)
+    result = vitlinear("predict", *flags, "--topk", 2, "--json", images)
+    assert result.code == 0, result.err
+    assert all(len(row["predictions"]) == 2 for row in json.loads(result.out))

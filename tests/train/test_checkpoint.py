@@ -8,6 +8,7 @@ import pytest
 import safetensors
 import torch
 
+from tests.golden import upstream_state_dict, variants
 from tests.train.helpers import TINY
 from vitlinear.errors import UserError
 from vitlinear.train.checkpoint import (
@@ -152,6 +153,16 @@ def test_initial_weights_keep_the_body_and_drop_a_head_that_does_not_fit(saved: 
         initial_weights(build_model("test_ravlt", num_classes=3), saved, "test_ravlt")
     with pytest.raises(UserError, match="is of test_ravlt, not ravlt_t"):
         initial_weights(same, saved, "ravlt_t")
+
+
+def test_initial_weights_of_the_authors(tmp_path: Path) -> None:
+    """Fine-tuning from a released file: names translated, its classifier left out."""
+    released = upstream_state_dict(variants("rala")["RAVLT_T"]["state_dict"])
+    torch.save({"model": released}, tmp_path / "RAVLT_T.pth")
+    model = build_model("ravlt_t", num_classes=3)
+    assert initial_weights(model, tmp_path / "RAVLT_T.pth", "ravlt_t")
+    expected = released["layers.2.blocks.0.attn.proj.bias"].float()
+    assert torch.equal(model.get_parameter("stages.2.blocks.0.attn.proj.bias"), expected)
 
 
 def test_state_round_trip_and_damage(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
-"""Keys of the released RALA, MALA and NaLaFormer checkpoints, and what they are called here.
+"""Keys of the released RALA checkpoints, and what they are called here.
 
-The three families share one skeleton and, but for a few names, one set of keys. Where the authors
+MALA's are the same; other families on the pyramid add their names to the table. Where the authors
 used a 1x1 convolution for a linear layer, or a [1, C, 1, 1] layer-scale, the weight loses its
 spatial axes.
 """
@@ -41,7 +41,8 @@ def is_upstream_pyramid(state_dict: Mapping[str, Tensor]) -> bool:
 
 
 def _rename(key: str) -> str:
-    if match := re.match(r"^patch_embed\.proj\.(\d+)\.(.*)$", key):
+    match = re.match(r"^patch_embed\.proj\.(\d+)\.(.*)$", key)
+    if match and match[1] in _STEM:
         return f"stem.{_STEM[match[1]]}.{match[2]}"
     if match := _DOWNSAMPLE.match(key):
         # The authors end a stage with its downsampling; here the next stage begins with it, so

@@ -54,11 +54,12 @@ class ConvStem(nn.Module):
         """Images [B, in_chans, H, W] -> features [B, dim, ceil(H/4), ceil(W/4)], channels_last.
 
         Raises:
-            AssertionError: The images have another number of channels.
+            AssertionError: There is no batch axis, or another number of channels.
         """
+        torch._assert(x.dim() == 4, "images must be [B, C, H, W]; one image needs a batch axis")
         torch._assert(
             x.shape[1] == self.in_chans,
-            "the images have another number of channels than the model; make it with in_chans=...",
+            f"the model takes images of {self.in_chans} channels; for others make it with in_chans",
         )
         # From here on every map is channels-last in memory, whatever the caller's layout: token
         # layers then take it as [B, H, W, C] without a copy.

@@ -39,7 +39,7 @@ class GatedAttention(nn.Module):
             num_heads: Heads, each of C / num_heads channels.
             attn_type: A linear mechanism of `vitlinear.ops.MECHANISMS`, or ``'softmax'``.
             proj_drop: Dropout rate of the output.
-            backend: One of `vitlinear.ops.BACKENDS`.
+            backend: One of `vitlinear.ops.BACKENDS`, for linear attention; softmax runs on SDPA.
             device: Where the parameters live.
             dtype: Type of the parameters.
 
@@ -48,7 +48,7 @@ class GatedAttention(nn.Module):
                 or backend is unknown.
         """
         super().__init__()
-        if dim % num_heads or dim // num_heads % 4:
+        if num_heads < 1 or dim % num_heads or dim // num_heads % 4:
             raise ValueError(
                 f"dim {dim} does not divide into {num_heads} heads of a multiple of 4 channels"
             )
@@ -93,5 +93,5 @@ class GatedAttention(nn.Module):
                 0
             ]
         if self.attn_type == "softmax":
-            return softmax_attention(q, k, v, rotary, backend=self.backend)
+            return softmax_attention(q, k, v, rotary, backend="eager")
         return linear_attention(q, k, v, self.attn_type, rotary, backend=self.backend)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..ops import choose_backend
+from ..ops import Choice, choose_backend
 
 
 class AttentionCall(NamedTuple):
@@ -45,14 +45,14 @@ class BackendReport(tuple[AttentionCall, ...]):
         )
 
 
-def backend_report(model: nn.Module, input_size: Sequence[int] = (1, 3, 224, 224)) -> BackendReport:
+def backend_report(model: nn.Module, input_size: Sequence[int] | None = None) -> BackendReport:
     """Tell which implementation every attention of a model would run, and why.
 
     Nothing is computed: the model is traced on the meta device.
 
     Args:
         model: A model of this package, on any device.
-        input_size: Shape of the images, [B, C, H, W].
+        input_size: Shape of the images, [B, C, H, W]; one of the model's own size by default.
 
     Returns:
         One `AttentionCall` for each attention in the order of their calls; `print` shows a table.
@@ -67,21 +67,27 @@ def backend_report(model: nn.Module, input_size: Sequence[int] = (1, 3, 224, 224
     }
     if not attentions:
         raise ValueError(f"{type(model).__name__} has no attention of vitlinear to report on")
+    if input_size is None:
+        height_width = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))[1:]
+        input_size = (1, getattr(model, "in_chans", 3), *height_width)
     calls: list[AttentionCall] = []
 
     def recorder(name: str) -> Any:
         def record(module: Any, args: tuple[Any, ...]) -> None:
             batch, height, width, _ = args[0].shape
             shape = (batch, height * width, module.num_heads, module.head_dim)
-            calls.append(
-                AttentionCall(name, module.attn_type, shape, *choose_backend(module.backend))
-            )
+            choice = choose_backend(module.backend)
+            if module.attn_type == "softmax":
+                choice = Choice("eager", "softmax runs on SDPA")
+            calls.append(AttentionCall(name, module.attn_type, shape, *choice))
 
         return record
 
     handles = [m.register_forward_pre_hook(recorder(name)) for name, m in attentions.items()]
     state: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     dtype = next(model.parameters()).dtype
+    modes = {module: module.training for module in model.modules()}
+    model.eval()  # batch norm refuses to train on a single value
     try:
         with torch.no_grad():
             torch.func.functional_call(
@@ -92,4 +98,6 @@ def backend_report(model: nn.Module, input_size: Sequence[int] = (1, 3, 224, 224
     finally:
         for handle in handles:
             handle.remove()
+        for module, training in modes.items():
+            module.training = training
     return BackendReport(calls)

@@ -41,7 +41,14 @@ def stage_rotary_tables(x: Tensor, head_dim: int) -> RotaryTables:
 
 
 class PyramidBlock(nn.Module):
-    """Positional convolution, attention and feed-forward network, each with its residual."""
+    """Positional convolution, attention and feed-forward network, each with its residual.
+
+    Attributes:
+        attn_layer: Class of the attention; takes ``dim``, ``num_heads``, ``attn_type``,
+            ``proj_drop``, ``backend``, ``device``, ``dtype``, and [B, H, W, C] with rotary tables.
+    """
+
+    attn_layer: type[nn.Module] = GatedAttention
 
     def __init__(
         self,
@@ -49,7 +56,6 @@ class PyramidBlock(nn.Module):
         num_heads: int,
         mlp_ratio: float,
         attn_type: str,
-        attn_layer: type[nn.Module],
         ls_init_value: float,
         proj_drop: float,
         drop_path: float,
@@ -61,7 +67,9 @@ class PyramidBlock(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.pos = DepthwiseConv(dim, 3, **dd)
         self.norm1 = LayerNorm(dim, eps=1e-6, **dd)
-        self.attn = attn_layer(dim, num_heads, attn_type, proj_drop, backend, **dd)
+        self.attn = self.attn_layer(
+            dim, num_heads, attn_type, proj_drop=proj_drop, backend=backend, **dd
+        )
         self.ls1 = LayerScale(dim, ls_init_value, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path else nn.Identity()
         self.norm2 = LayerNorm(dim, eps=1e-6, **dd)
@@ -87,6 +95,7 @@ class PyramidStage(nn.Module):
         drop_paths: Sequence[float],
         num_heads: int,
         downsample: bool,
+        block_layer: type[PyramidBlock],
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
         **block_args: Any,
@@ -94,15 +103,15 @@ class PyramidStage(nn.Module):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.grad_checkpointing = False
-        self.head_dim = dim // num_heads
         self.downsample = (
             ConvNormAct(in_dim, dim, 3, stride=2, padding=1, bias=True, apply_act=False, **dd)
             if downsample
             else nn.Identity()
         )
         self.blocks = nn.ModuleList(
-            PyramidBlock(dim, num_heads, drop_path=rate, **block_args, **dd) for rate in drop_paths
+            block_layer(dim, num_heads, drop_path=rate, **block_args, **dd) for rate in drop_paths
         )
+        self.head_dim = dim // num_heads
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C_in, H, W] -> [B, C, H', W']."""
@@ -121,10 +130,10 @@ class LinearPyramid(nn.Module):
     """Backbone and classifier; takes images of any size, square or not.
 
     Attributes:
-        attn_layer: Attention of the blocks; a family with one of its own overrides it.
+        block_layer: Class of the blocks; a family with blocks of its own overrides it.
     """
 
-    attn_layer: type[nn.Module] = GatedAttention
+    block_layer: type[PyramidBlock] = PyramidBlock
 
     def __init__(
         self,
@@ -162,21 +171,24 @@ class LinearPyramid(nn.Module):
             drop_rate: Dropout rate before the classifier.
             proj_drop_rate: Dropout rate of the output of attentions and feed-forward networks.
             drop_path_rate: Stochastic depth rate of the last block, growing linearly from 0.
-            attn_backend: One of `vitlinear.ops.BACKENDS`, for every attention.
+            attn_backend: One of `vitlinear.ops.BACKENDS`, for the linear attentions.
             device: Where the parameters live.
             dtype: Type of the parameters.
 
         Raises:
             ValueError: The per-stage settings are not four each, or do not fit together.
+            AssertionError: The pooling is not supported.
         """
         super().__init__()
         per_stage = (embed_dims, depths, num_heads, mlp_ratios, attn_types, ls_init_values)
-        if any(len(setting) != 4 for setting in per_stage):
+        if any(isinstance(setting, str) or len(setting) != 4 for setting in per_stage):
             raise ValueError(
                 "embed_dims, depths, num_heads, mlp_ratios, attn_types and ls_init_values must "
                 f"have four entries, one for each stage; got {', '.join(map(str, per_stage))}"
             )
-        _check_pool(global_pool)
+        if in_chans < 1 or num_classes < 0:
+            raise ValueError(f"in_chans {in_chans} or num_classes {num_classes} is too small")
+        _check_pool(global_pool, num_classes)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.in_chans = in_chans
         self.num_classes = num_classes
@@ -194,7 +206,7 @@ class LinearPyramid(nn.Module):
                     downsample=i > 0,
                     mlp_ratio=mlp_ratios[i],
                     attn_type=attn_types[i],
-                    attn_layer=self.attn_layer,
+                    block_layer=self.block_layer,
                     ls_init_value=ls_init_values[i],
                     proj_drop=proj_drop_rate,
                     backend=attn_backend,
@@ -228,7 +240,11 @@ class LinearPyramid(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Parameters without weight decay beyond the usual one-dimensional ones: none."""
+        """Parameters without weight decay beyond the usual one-dimensional ones: none.
+
+        The released training scripts decay the layer-scales, whose four axes hide them from that
+        rule; here they have one axis and timm's rule exempts them.
+        """
         return set()
 
     @torch.jit.ignore
@@ -266,8 +282,9 @@ class LinearPyramid(nn.Module):
         Raises:
             AssertionError: The pooling is not supported.
         """
-        if global_pool is not None:
-            _check_pool(global_pool)
+        if global_pool is None:
+            global_pool = self.head.global_pool.pool_type
+        _check_pool(global_pool, num_classes)
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool, **get_device_dtype(self))
 
@@ -359,10 +376,15 @@ class LinearPyramid(nn.Module):
         return self.forward_head(x)
 
 
-def _check_pool(global_pool: str) -> None:
-    assert global_pool in POOL_TYPES, (
-        f"global_pool {global_pool!r} is not supported; choose from: {', '.join(POOL_TYPES)}"
-    )
+def _check_pool(global_pool: str, num_classes: int) -> None:
+    # Raised, not asserted: python -O would let it pass. The type is what timm's contract asks for.
+    if global_pool not in POOL_TYPES:
+        names = ", ".join(map(repr, POOL_TYPES))
+        raise AssertionError(f"global_pool {global_pool!r} is not supported; choose from: {names}")
+    if not global_pool and num_classes:
+        raise AssertionError(
+            "a classifier needs pooled features: give global_pool or num_classes=0"
+        )
 
 
 def _init_weights(module: nn.Module, needs_reset: bool = True) -> None:

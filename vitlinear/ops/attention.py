@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import eager
 from . import library as library  # registers torch.ops.vitlinear.*
@@ -44,14 +45,17 @@ def linear_attention(
     Returns:
         [B, N, h, D] in the type of q. Sums are kept in float32 (float64 for float64 inputs).
 
+        Finite for queries and keys up to 1e12; what float16 cannot hold saturates.
+
     Raises:
         ValueError: Shapes or types do not fit, or a name is unknown.
+        NotImplementedError: A derivative that the library backend does not have.
     """
     row = get_mechanism(mechanism)
     check_inputs(q, k, v, rotary, key_padding_mask)
     if choose_backend(backend).backend == "eager":
         return eager.linear_attention(q, k, v, row, rotary, key_padding_mask)
-    rows, cols = (None, None) if rotary is None else rotary
+    rows, cols = tables_for_library(q, k, v, rotary)
     return torch.ops.vitlinear.linear_attention(q, k, v, rows, cols, key_padding_mask, mechanism)[0]
 
 
@@ -71,8 +75,31 @@ def softmax_attention(
     check_inputs(q, k, v, rotary, key_padding_mask)
     if choose_backend(backend).backend == "eager":
         return eager.softmax_attention(q, k, v, rotary, key_padding_mask)
-    rows, cols = (None, None) if rotary is None else rotary
+    rows, cols = tables_for_library(q, k, v, rotary)
     return torch.ops.vitlinear.softmax_attention(q, k, v, rows, cols, key_padding_mask)[0]
+
+
+def tables_for_library(
+    q: Tensor, k: Tensor, v: Tensor, rotary: RotaryTables | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The tables as arguments of an operator, if it can give the derivatives asked for.
+
+    Raises:
+        NotImplementedError: It cannot, and would leave them out without a word.
+    """
+    if not torch.compiler.is_compiling() and any(
+        forward_ad.unpack_dual(x).tangent is not None for x in (q, k, v)
+    ):
+        raise NotImplementedError(
+            "the library backend has no forward-mode derivative; use backend='eager'"
+        )
+    if rotary is None:
+        return None, None
+    if torch.is_grad_enabled() and any(table.requires_grad for table in rotary):
+        raise NotImplementedError(
+            "the library backend has no gradient of rotary tables; use backend='eager'"
+        )
+    return rotary
 
 
 def check_inputs(
@@ -89,6 +116,8 @@ def check_inputs(
     """
     if q.dim() != 4:
         raise ValueError(f"q, k and v must be [B, N, h, D], got q of shape {tuple(q.shape)}")
+    if q.shape[1] == 0:
+        raise ValueError(f"attention needs at least one token, got q of shape {tuple(q.shape)}")
     if k.shape != q.shape or v.shape != q.shape:
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
         raise ValueError(f"q, k and v must have one shape, got {shapes}")
@@ -98,6 +127,11 @@ def check_inputs(
         )
     if rotary is not None:
         rows, cols = rotary
+        if not {rows.dtype, cols.dtype} <= {torch.float32, torch.float64}:
+            raise ValueError(
+                f"rotary tables must be float32 or float64, got {rows.dtype}, {cols.dtype}: "
+                "half precision ruins the angles of far tokens"
+            )
         if rows.shape[0] * cols.shape[0] != q.shape[1]:
             raise ValueError(
                 f"rotary tables of a {rows.shape[0]} x {cols.shape[0]} grid do not fit "

@@ -1,11 +1,13 @@
 """Which implementation of an attention runs, and why.
 
-``eager``    the formulas of `vitlinear.ops.eager`: differentiable any number of times, fused by
-             `torch.compile`, exported to anything.
+``eager``    the formulas of `vitlinear.ops.eager`: any derivative, fused by `torch.compile`,
+             exported to anything.
 ``library``  the registered operators of `vitlinear.ops.library`: closed-form backward that keeps
              only q, k and v, opaque to compilers.
 ``auto``     what the environment variable ``VITLINEAR_BACKEND`` says, else ``eager``: the two are
              about as fast on CPUs (benchmarks/README.md), and eager can do more.
+
+Modules take the choice for linear attention; their softmax stages always run on SDPA.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ BACKENDS = ("auto", "eager", "library")
 ENVIRONMENT_VARIABLE = "VITLINEAR_BACKEND"
 
 # Read once: a look-up at each call would be a guard, or a break, in compiled graphs.
-_from_environment = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+_from_environment = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
 
 
 class Choice(NamedTuple):

@@ -33,7 +33,7 @@ def linear_attention_backward(
 
     and for weights c = softmax(s qbar . phi(k_j)), with l_j their logits::
 
-        dl_j = c_j (phi(k_j) . y_j - <dS, S> - dm . m)
+        dl_j = c_j (phi(k_j) . y_j - sum_n c_n phi(k_n) . y_n)
         dphi(k_j) += s dl_j qbar            dphi(q_i) += (s / N) sum_j dl_j phi(k_j)
     """
     q, k, v, table, valid, num_valid = tokens
@@ -62,9 +62,10 @@ def linear_attention_backward(
     if mechanism.weighs_keys:
         assert query is not None and logsumexp is not None
         weight = (global_query_logits(query, features, valid) - logsumexp).exp()
-        mean = (grad_state * state).sum((-1, -2), keepdim=True)
-        mean = mean + (grad_norm * norm).sum(-1, keepdim=True)
-        grad_logits = weight * ((features * y).sum(-1, keepdim=True) - mean)
+        # The mean equals <dS, S> + dm . m. Summed from the very terms that it is taken from, it
+        # cancels them to the last digit, which matters when one key has all the weight.
+        along = (features * y).sum(-1, keepdim=True)
+        grad_logits = weight * (along - (weight * along).sum(2, keepdim=True))
         scale = features.shape[-1] ** -0.5
         grad_query = scale * grad_logits.transpose(-1, -2) @ features
         grad_q.add_(grad_query / num_valid)

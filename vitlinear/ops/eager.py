@@ -1,8 +1,8 @@
 """The linear-cost formulas in plain, differentiable PyTorch.
 
-What layers run on CPUs, under `torch.compile`, in exported programs and wherever a second
-derivative is wanted. States, normalisers and softmax statistics are float32 (float64 for float64
-inputs) whatever the type of the inputs, autocast or not.
+What layers run on CPUs, under `torch.compile`, in exported programs and wherever a second or a
+forward-mode derivative is wanted. States, normalisers and softmax statistics are float32 (float64
+for float64 inputs) whatever the type of the inputs, autocast or not.
 
 Inside this folder heads stand before tokens: q, k, v, out are [B, h, N, D], views of the
 [B, N, h, D] that callers hold. F is the width of the feature map, here F = D.
@@ -54,6 +54,14 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
     return torch.autocast(device, enabled=False)
 
 
+def saturate(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast a result; what float16 cannot hold becomes its largest number, not infinity."""
+    if dtype == torch.float16:
+        limit = torch.finfo(dtype).max
+        x = x.clamp(-limit, limit)
+    return x.to(dtype)
+
+
 class Tokens(NamedTuple):
     """Inputs brought into the form that the formulas work in."""
 
@@ -101,9 +109,10 @@ def linear_attention_forward(
 ) -> tuple[Tensor, LinearAttentionState]:
     """Output and state of a linear attention.
 
-    The order of the steps is chosen for what autograd keeps. Besides q, k and v that is phi(q),
-    phi(k), the rotated queries and the rotated keys, one tensor each: factors that depend on the
-    token multiply features that are kept anyway, before the rotation, which keeps nothing.
+    The order of the steps is chosen for what autograd keeps: phi(q), phi(k), the rotated queries,
+    the rotated keys and v, one contiguous tensor each, besides the views that it was given. Factors
+    that depend on the token multiply features that are kept anyway, before the rotation, which
+    keeps only its table. For half-precision inputs all of these are float32, q and k too.
 
     Returns:
         Output [B, h, N, D] in the accumulation type, and the state.
@@ -152,7 +161,7 @@ def linear_attention(
     with without_autocast(q):
         tokens = prepare(q, k, v, rotary, key_padding_mask)
         out, _ = linear_attention_forward(tokens, mechanism)
-        return out.transpose(1, 2).to(q.dtype)
+        return saturate(out.transpose(1, 2), q.dtype)
 
 
 def softmax_attention(
@@ -165,16 +174,25 @@ def softmax_attention(
     """Rotary softmax attention on SDPA, [B, N, h, D] in and out.
 
     Only the rotation runs in the accumulation type; SDPA's fused kernels take the input type and
-    accumulate in float32 themselves. See `vitlinear.ops.softmax_attention`.
+    accumulate in float32 themselves. They have no second derivative; their plain form, under
+    ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``, has.
     """
+    with without_autocast(q):
+        return _softmax_attention(q, k, v, rotary, key_padding_mask)
+
+
+def _softmax_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rotary: RotaryTables | None,
+    key_padding_mask: Tensor | None,
+) -> Tensor:
     dtype = q.dtype
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if rotary is not None:
-        with without_autocast(q):
-            table = token_table(rotary).to(accumulation_dtype(dtype))
-            q, k = (rotate(x.transpose(1, 2).to(table.dtype), table).to(dtype) for x in (q, k))
-    else:
-        q, k = q.transpose(1, 2), k.transpose(1, 2)
-    v = v.transpose(1, 2)
+        table = token_table(rotary).to(accumulation_dtype(dtype))
+        q, k = (rotate(x.to(table.dtype), table).to(dtype) for x in (q, k))
     if key_padding_mask is None:
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 

@@ -6,8 +6,10 @@ operator of their own. They are where GPU kernels attach (``register_kernel("cud
 other device they run the formulas of `eager` and `backward`.
 
 `custom_op`, not `triton_op`: only the former passes meta tensors, opcheck, compile and export on
-machines without a GPU. There is no second derivative: autograd says so when asked for one, and the
-eager backend is the way to it.
+machines without a GPU. There is no second derivative, no forward-mode derivative and no
+`torch.func.grad`: each says so when asked for, and the eager backend is the way to it. A program
+that `torch.export` made with these operators in it cannot be translated to ONNX afterwards; give
+the model to `torch.onnx.export` itself, which takes the eager formula.
 
 Tensors are [B, N, h, D] with any strides; outputs are contiguous. Rotary tables and the padding
 mask are optional, as in `vitlinear.ops.linear_attention`.
@@ -35,8 +37,8 @@ def _to_layout(x: Tensor, like: Tensor) -> Tensor:
     """[B, h, N, D] in the accumulation type -> contiguous [B, N, h, D] in the input type."""
     # A copy is forced because an operator may not return a view of what it was given, and with
     # one head or one token transpose and contiguous would be exactly that.
-    x = x.transpose(1, 2)
-    return torch.empty(x.shape, dtype=like.dtype, device=like.device).copy_(x)
+    x = eager.saturate(x.transpose(1, 2), like.dtype)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
 
 
 @custom_op("vitlinear::linear_attention", mutates_args=())

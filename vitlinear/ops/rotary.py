@@ -96,8 +96,8 @@ def rotate(x: Tensor, table: Tensor, inverse: bool = False) -> Tensor:
         return torch.stack((x0 * cos - x1 * sin, x1 * cos + x0 * sin), dim=-1).flatten(-2)
     # In eager mode one complex product is one vectorised pass; the form above is about ten slow
     # ones. It also keeps only the table for backward.
-    if x.stride(-1) != 1:
-        x = x.contiguous()
+    if x.stride(-1) != 1 or x.storage_offset() % 2 or any(s % 2 for s in x.stride()[:-1]):
+        x = x.contiguous()  # a pair must lie as a complex number does
     turn = torch.view_as_complex(table)
     if inverse:
         # Not the lazy conj(): a custom operator called from a compiled graph runs below the

@@ -21,6 +21,7 @@ import torch
 from timm.models import load_state_dict as read_foreign_weights
 from torch import nn
 
+from vitlinear.checkpoints import checkpoint_filter_fn
 from vitlinear.errors import UserError
 from vitlinear.train.model import build_model, check_model_name
 
@@ -142,12 +143,12 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def load_into(model: nn.Module, weights: dict[str, torch.Tensor], path: Path, name: str) -> None:
-    """Loads a state dict strictly.
+    """Loads a state dict strictly; one with the authors' names is translated first.
 
     Raises:
         UserError: The names or shapes are another model's.
     """
-    own = model.state_dict()
+    weights, own = checkpoint_filter_fn(weights, model), model.state_dict()
     missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     wrong = [key for key in own.keys() & weights.keys() if own[key].shape != weights[key].shape]
     if missing or extra or wrong:
@@ -238,7 +239,7 @@ def initial_weights(model: nn.Module, path: str | Path, name: str) -> bool:
     card = read_card(path)
     if card is not None and card.model != name:
         raise UserError(f"checkpoint {path} is of {card.model}, not {name}: give its --model")
-    weights, own = read_weights(path), model.state_dict()
+    weights, own = checkpoint_filter_fn(read_weights(path), model), model.state_dict()
     heads = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
     prefixes = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
     head_keys = [key for key in own if prefixes and key.startswith(prefixes)]
