@@ -12,9 +12,13 @@ forward until backward besides the output, ``peak`` the most that a forward and 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
+import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +33,7 @@ from vitlinear import ops
 
 # (tokens on a side, heads, head_dim): stages 1 to 3 of ravlt_t at 224 x 224.
 SHAPES = ((56, 1, 64), (28, 2, 64), (14, 4, 64))
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 def rotate_transcribed(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
@@ -77,15 +82,34 @@ def held_bytes(run: Callable[[], object]) -> tuple[int, int]:
     return held, peak
 
 
-def measure(side: int, heads: int, dim: int, batch: int) -> list[dict[str, Any]]:
+def machine() -> str:
+    """The processor's name, as far as the system tells it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()}, {os.cpu_count()} cores"
+    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def commit() -> str:
+    """The commit measured, with ``-dirty`` where the tree differs from it."""
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(
+        command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    ).stdout.strip()
+
+
+def measure(
+    side: int, heads: int, dim: int, batch: int, dtype: torch.dtype
+) -> list[dict[str, Any]]:
     """Rows for one shape: every implementation, forward and forward + backward."""
     torch.manual_seed(0)
     n = side * side
-    qkv = torch.randn(batch, n, 3, heads, dim)
-    grad = torch.randn(batch, n, heads, dim)
+    qkv = torch.randn(batch, n, 3, heads, dim).to(dtype)
+    grad = torch.randn(batch, n, heads, dim).to(dtype)
     rotary = ops.rotary_tables(side, side, dim)
     table = ops.rotary.token_table(rotary)
-    cos, sin = (t.repeat_interleave(2, dim=-1) for t in table.unbind(-1))
+    cos, sin = (t.repeat_interleave(2, dim=-1).to(dtype) for t in table.unbind(-1))
 
     implementations: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
         "transcription": lambda q, k, v: rala_transcribed(q, k, v, sin, cos),
@@ -114,6 +138,7 @@ def measure(side: int, heads: int, dim: int, batch: int) -> list[dict[str, Any]]
                 "N": n,
                 "heads": heads,
                 "head_dim": dim,
+                "dtype": str(dtype).removeprefix("torch."),
                 "forward_ms": 1e3 * median_seconds(forward),
                 "train_ms": 1e3 * median_seconds(train),
                 "kept_MiB": (held_bytes(keep)[0] - grad.nbytes) / 2**20,
@@ -134,19 +159,24 @@ def main() -> None:
 
     rows = []
     columns = ("forward_ms", "train_ms", "kept_MiB", "peak_MiB")
-    print("RALA, float32. In brackets: transcription / this row, so above 1 is better.")
-    print(f"{'N':>5} {'implementation':<15}" + "".join(f"{c:>18}" for c in columns))
-    for side, heads, dim in SHAPES:
-        shape_rows = measure(side, heads, dim, args.batch)
+    print("In brackets: transcription / this row, so above 1 is better.")
+    print(f"{'dtype':<9}{'N':>5} {'implementation':<15}" + "".join(f"{c:>18}" for c in columns))
+    for dtype, (side, heads, dim) in itertools.product(DTYPES, SHAPES):
+        shape_rows = measure(side, heads, dim, args.batch, dtype)
         for row in shape_rows:
-            cells = [f"{row[c]:9.2f} ({shape_rows[0][c] / row[c]:5.2f})" for c in columns]
-            print(f"{row['N']:>5} {row['implementation']:<15}" + "".join(f"{c:>18}" for c in cells))
+            cells = [f"{row[c]:9.2f} ({shape_rows[0][c] / row[c]:6.2f})" for c in columns]
+            print(
+                f"{row['dtype']:<9}{row['N']:>5} {row['implementation']:<15}"
+                + "".join(f"{c:>18}" for c in cells),
+                flush=True,
+            )
         rows += shape_rows
     if args.output:
         record = {
             "command": f"python benchmarks/attention.py --threads {args.threads} "
             f"--batch {args.batch}",
-            "machine": f"{platform.machine()}, {args.threads} threads",
+            "machine": f"{machine()}; {args.threads} threads used",
+            "commit": commit(),
             "torch": torch.__version__,
             "vitlinear": vitlinear.__version__,
             "rows": rows,
