@@ -1,12 +1,17 @@
 """Time and memory of attention on this machine: our backends against a direct transcription.
 
-    python benchmarks/attention.py [--threads 2] [--batch 8] [--output benchmarks/results/NAME.json]
+    python benchmarks/attention.py [--threads 2] [--batch 8] [--malloc keep] [--output NAME.json]
 
 The transcription computes RALA step by step as its definition reads, one PyTorch call for each
 step, heads moved before tokens by a copy: what a script written from the paper does. Every row is
 the attention alone, q, k, v being views of one projection as in the models. Times are medians;
 memory is read from the allocator's own record in PyTorch's profiler: ``kept`` is what stays from
 forward until backward besides the output, ``peak`` the most that a forward and backward hold.
+
+PyTorch has no caching allocator on CPUs: glibc returns freed memory to the system and every call
+pays for page faults anew, which on some virtual machines is most of its time. ``--malloc keep``
+(the default) tells glibc not to, as an allocator preloaded in production would; ``--malloc
+default`` measures what an untuned process sees.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +40,12 @@ from vitlinear import ops
 # (tokens on a side, heads, head_dim): stages 1 to 3 of ravlt_t at 224 x 224.
 SHAPES = ((56, 1, 64), (28, 2, 64), (14, 4, 64))
 DTYPES = (torch.float32, torch.bfloat16)
+# glibc reads these when a process starts.
+KEEP_PAGES = {
+    "MALLOC_TRIM_THRESHOLD_": "100000000000",
+    "MALLOC_TOP_PAD_": "500000000",
+    "MALLOC_MMAP_MAX_": "0",
+}
 
 
 def rotate_transcribed(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
@@ -154,7 +166,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--output", type=Path, help="JSON file for the rows")
+    parser.add_argument("--malloc", choices=("keep", "default"), default="keep")
     args = parser.parse_args()
+    if args.malloc == "keep" and not KEEP_PAGES.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_PAGES})
     torch.set_num_threads(args.threads)
 
     rows = []
@@ -174,7 +189,7 @@ def main() -> None:
     if args.output:
         record = {
             "command": f"python benchmarks/attention.py --threads {args.threads} "
-            f"--batch {args.batch}",
+            f"--batch {args.batch} --malloc {args.malloc}",
             "machine": f"{machine()}; {args.threads} threads used",
             "commit": commit(),
             "torch": torch.__version__,

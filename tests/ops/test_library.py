@@ -142,7 +142,7 @@ def test_flop_formula_counts_what_runs(attention):
         torch.autograd.grad(out, inputs.projection, inputs.grad)
 
     q, k, v, _ = inputs.projection.detach().unbind(2)
-    tokens = eager.prepare(q, k, v, inputs.rotary, inputs.mask)
+    tokens = eager.prepare(q, k, v, inputs.rotary, inputs.mask, contiguous=True)
     grad = inputs.grad.transpose(1, 2)
     with FlopCounterMode(display=False) as plain:
         if attention == "softmax":

@@ -48,7 +48,7 @@ def linear_attention_backward(
     grad_out = grad_out.contiguous()
 
     # In-place below only on tensors made here: it is what keeps the peak under the formula's.
-    features = phi.function(q).contiguous()
+    features = phi.function(q.contiguous())
     inverse_normaliser = (features @ norm.transpose(-1, -2) + mechanism.eps).reciprocal()
     grad_q = turn(grad_out @ state.transpose(-1, -2), inverse=True).mul_(inverse_normaliser)
     grad_normaliser = -inverse_normaliser * (features * grad_q).sum(-1, keepdim=True)
@@ -57,7 +57,7 @@ def linear_attention_backward(
     grad_state = turn(features.mul_(inverse_normaliser)).transpose(-1, -2) @ grad_out
     del features, grad_out
 
-    features = phi.function(k).contiguous()
+    features = phi.function(k.contiguous())
     y = turn(v @ grad_state.transpose(-1, -2), inverse=True).add_(grad_norm)
     if mechanism.weighs_keys:
         assert query is not None and logsumexp is not None

@@ -79,10 +79,25 @@ def prepare(
     v: Tensor,
     rotary: RotaryTables | None,
     key_padding_mask: Tensor | None,
+    contiguous: bool,
 ) -> Tokens:
-    """Heads before tokens, accumulation type, padded tokens zeroed."""
+    """Heads before tokens, accumulation type, padded tokens zeroed.
+
+    Args:
+        q: Queries, [B, N, h, D]; k and v likewise.
+        k: Keys.
+        v: Values.
+        rotary: Tables, or None.
+        key_padding_mask: [B, N], or None.
+        contiguous: Copy strided inputs at once. Feature maps are two to three times faster on
+            contiguous memory, but autograd would then keep the copies.
+    """
     dtype = accumulation_dtype(q.dtype)
-    q, k, v = (x.transpose(1, 2).to(dtype) for x in (q, k, v))
+    # A change of type makes a copy anyway: it might as well be contiguous.
+    layout = torch.contiguous_format
+    q, k, v = (x.transpose(1, 2).to(dtype, memory_format=layout) for x in (q, k, v))
+    if contiguous:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     table = None if rotary is None else token_table(rotary).to(dtype)
     if key_padding_mask is None:
         return Tokens(q, k, v, table, None, q.shape[2])
@@ -159,7 +174,8 @@ def linear_attention(
 ) -> Tensor:
     """Linear attention, [B, N, h, D] in and out; see `vitlinear.ops.linear_attention`."""
     with without_autocast(q):
-        tokens = prepare(q, k, v, rotary, key_padding_mask)
+        keeps_nothing = not torch.is_grad_enabled()
+        tokens = prepare(q, k, v, rotary, key_padding_mask, contiguous=keeps_nothing)
         out, _ = linear_attention_forward(tokens, mechanism)
         return saturate(out.transpose(1, 2), q.dtype)
 

@@ -56,7 +56,7 @@ def linear_attention_op(
     The last two are empty for mechanisms that do not weigh keys.
     """
     with eager.without_autocast(q):
-        tokens = eager.prepare(q, k, v, _tables(rows, cols), key_padding_mask)
+        tokens = eager.prepare(q, k, v, _tables(rows, cols), key_padding_mask, contiguous=True)
         out, saved = eager.linear_attention_forward(tokens, get_mechanism(mechanism))
     none = saved.state.new_empty(0)
     return (
@@ -114,7 +114,7 @@ def linear_attention_backward_op(
         logsumexp[..., None, None] if row.weighs_keys else None,
     )
     with eager.without_autocast(q):
-        tokens = eager.prepare(q, k, v, _tables(rows, cols), key_padding_mask)
+        tokens = eager.prepare(q, k, v, _tables(rows, cols), key_padding_mask, contiguous=False)
         grad_out = grad_out.transpose(1, 2).to(state.dtype)
         grads = backward.linear_attention_backward(grad_out, tokens, saved, row)
     dq, dk, dv = (_to_layout(grad, q) for grad in grads)
@@ -132,7 +132,7 @@ def softmax_attention_op(
 ) -> tuple[Tensor, Tensor]:
     """Output [B, N, h, D] and logsumexp [B, h, N] of rotary softmax attention."""
     with eager.without_autocast(q):
-        tokens = eager.prepare(q, k, v, _tables(rows, cols), key_padding_mask)
+        tokens = eager.prepare(q, k, v, _tables(rows, cols), key_padding_mask, contiguous=True)
         out, logsumexp = backward.softmax_attention_forward(tokens)
     return _to_layout(out, q), logsumexp
 
@@ -165,7 +165,7 @@ def softmax_attention_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
     with eager.without_autocast(q):
-        tokens = eager.prepare(q, k, v, _tables(rows, cols), key_padding_mask)
+        tokens = eager.prepare(q, k, v, _tables(rows, cols), key_padding_mask, contiguous=False)
         grad_out, out = (x.transpose(1, 2).to(logsumexp.dtype) for x in (grad_out, out))
         grads = backward.softmax_attention_backward(grad_out, tokens, out, logsumexp)
     dq, dk, dv = (_to_layout(grad, q) for grad in grads)
