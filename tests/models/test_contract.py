@@ -319,14 +319,19 @@ def test_bad_option_is_named(message):
 def test_unknown_pooling_and_option():
     with pytest.raises(AssertionError, match="'median' is not supported; choose from"):
         timm.create_model("test_ravlt", global_pool="median")
-    with pytest.raises(AssertionError, match="classifier needs pooled features"):
-        timm.create_model("test_ravlt", global_pool="")
-    model = timm.create_model("test_ravlt", num_classes=0, global_pool="").eval()
-    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 192, 2, 2)
-    with pytest.raises(AssertionError, match="classifier needs pooled features"):
-        model.reset_classifier(5)
     with pytest.raises(TypeError, match="window_size"):
         timm.create_model("test_ravlt", window_size=7)
+
+
+@each_model
+def test_map_of_logits(name):
+    """Without pooling the classifier runs at every place; its mean is the pooled answer."""
+    model, x = make(name), torch.randn(2, 3, 64, 96)
+    expected, weight = model(x), model.get_classifier().weight
+    model.reset_classifier(7, "")
+    model.get_classifier().load_state_dict({"weight": weight, "bias": torch.zeros(7)})
+    assert model(x).shape == (2, 7, 2, 3)
+    torch.testing.assert_close(model(x).mean((2, 3)), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_layer_decay_covers_every_parameter():

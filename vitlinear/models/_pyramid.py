@@ -159,7 +159,7 @@ class LinearPyramid(nn.Module):
         Args:
             in_chans: Channels of the image.
             num_classes: Classes; 0 leaves the classifier out.
-            global_pool: ``'avg'``, ``'max'``, ``'avgmax'`` or ``''`` for none.
+            global_pool: ``'avg'``, ``'max'``, ``'avgmax'``, or ``''`` for a map of logits.
             embed_dims: Channels of each stage.
             depths: Blocks of each stage.
             num_heads: Attention heads of each stage.
@@ -188,7 +188,7 @@ class LinearPyramid(nn.Module):
             )
         if in_chans < 1 or num_classes < 0:
             raise ValueError(f"in_chans {in_chans} or num_classes {num_classes} is too small")
-        _check_pool(global_pool, num_classes)
+        _check_pool(global_pool)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.in_chans = in_chans
         self.num_classes = num_classes
@@ -223,7 +223,10 @@ class LinearPyramid(nn.Module):
             embed_dims[-1], head_width, 1, bias=True, act_layer=nn.SiLU, **dd
         )
         self.num_features = self.head_hidden_size = head_width
-        self.head = ClassifierHead(head_width, num_classes, global_pool, drop_rate, **dd)
+        # A 1x1 convolution, as released: without pooling it gives a map of logits.
+        self.head = ClassifierHead(
+            head_width, num_classes, global_pool, drop_rate, use_conv=True, **dd
+        )
         self.init_weights(needs_reset=False)
 
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
@@ -282,9 +285,8 @@ class LinearPyramid(nn.Module):
         Raises:
             AssertionError: The pooling is not supported.
         """
-        if global_pool is None:
-            global_pool = self.head.global_pool.pool_type
-        _check_pool(global_pool, num_classes)
+        if global_pool is not None:
+            _check_pool(global_pool)
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool, **get_device_dtype(self))
 
@@ -376,15 +378,11 @@ class LinearPyramid(nn.Module):
         return self.forward_head(x)
 
 
-def _check_pool(global_pool: str, num_classes: int) -> None:
+def _check_pool(global_pool: str) -> None:
     # Raised, not asserted: python -O would let it pass. The type is what timm's contract asks for.
     if global_pool not in POOL_TYPES:
         names = ", ".join(map(repr, POOL_TYPES))
         raise AssertionError(f"global_pool {global_pool!r} is not supported; choose from: {names}")
-    if not global_pool and num_classes:
-        raise AssertionError(
-            "a classifier needs pooled features: give global_pool or num_classes=0"
-        )
 
 
 def _init_weights(module: nn.Module, needs_reset: bool = True) -> None:
