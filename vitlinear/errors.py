@@ -1,4 +1,4 @@
-"""The one exception that command-line tools turn into a one-line message."""
+"""The one exception that command-line tools turn into a one-line message, and that line."""
 
 
 class UserError(Exception):
@@ -6,3 +6,8 @@ class UserError(Exception):
 
     Tools print it as ``error: <message>`` and exit with status 2, without a traceback.
     """
+
+
+def one_line(error: BaseException) -> str:
+    """Returns what another library's error says, without its line breaks; its name if nothing."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -165,6 +165,13 @@ def test_initial_weights_of_the_authors(tmp_path: Path) -> None:
     assert torch.equal(model.get_parameter("stages.2.blocks.0.attn.proj.bias"), expected)
 
 
+def test_checkpoint_without_weights(tmp_path: Path) -> None:
+    path = tmp_path / "epoch.pth"
+    torch.save({"epoch": 3}, path)
+    with pytest.raises(UserError, match="no weights in this checkpoint"):
+        load_model(path, model="test_ravlt")
+
+
 def test_state_round_trip_and_damage(tmp_path: Path) -> None:
     path = tmp_path / "last_state.pt"
     save_state(path, {"epoch": 3, "tensor": torch.arange(4), "args": {"lr": None, "b": [1, 2]}})

@@ -22,7 +22,7 @@ from timm.models import load_state_dict as read_foreign_weights
 from torch import nn
 
 from vitlinear.checkpoints import checkpoint_filter_fn
-from vitlinear.errors import UserError
+from vitlinear.errors import UserError, one_line
 from vitlinear.train.model import build_model, check_model_name
 
 CARD_KEY = "vitlinear"
@@ -135,20 +135,30 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         safetensors.SafetensorError, OSError, RuntimeError, EOFError, KeyError, ValueError,
         pickle.UnpicklingError, zipfile.BadZipFile,
     ) as error:  # fmt: skip
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise UserError(
             f"checkpoint {path} is truncated, corrupt or not a weights file ({reason}); "
             "use another copy"
         ) from error
 
 
+def named_for(
+    model: nn.Module, weights: dict[str, torch.Tensor], path: Path
+) -> dict[str, torch.Tensor]:
+    """Returns weights under the names of ``model``; those of the authors are translated."""
+    try:
+        return checkpoint_filter_fn(weights, model)
+    except ValueError as error:
+        raise UserError(f"checkpoint {path} cannot be used: {error}") from error
+
+
 def load_into(model: nn.Module, weights: dict[str, torch.Tensor], path: Path, name: str) -> None:
-    """Loads a state dict strictly; one with the authors' names is translated first.
+    """Loads a state dict strictly.
 
     Raises:
         UserError: The names or shapes are another model's.
     """
-    weights, own = checkpoint_filter_fn(weights, model), model.state_dict()
+    own = model.state_dict()
     missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     wrong = [key for key in own.keys() & weights.keys() if own[key].shape != weights[key].shape]
     if missing or extra or wrong:
@@ -225,7 +235,8 @@ def load_model(
         built = build_model(
             card.model, **card.model_kwargs, num_classes=card.num_classes, in_chans=card.in_chans
         )
-    load_into(built, weights, path, model or (card.model if card else ""))
+    name = model or (card.model if card else "")
+    load_into(built, named_for(built, weights, path), path, name)
     return built.eval(), card
 
 
@@ -239,7 +250,7 @@ def initial_weights(model: nn.Module, path: str | Path, name: str) -> bool:
     card = read_card(path)
     if card is not None and card.model != name:
         raise UserError(f"checkpoint {path} is of {card.model}, not {name}: give its --model")
-    weights, own = checkpoint_filter_fn(read_weights(path), model), model.state_dict()
+    weights, own = named_for(model, read_weights(path), path), model.state_dict()
     heads = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
     prefixes = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
     head_keys = [key for key in own if prefixes and key.startswith(prefixes)]
