@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from .._timm import feature_take_indices, register_notrace_function
 from ..layers import ConvMlp, ConvStem, DepthwiseConv, GatedAttention
-from ..ops import RotaryTables, rotary_tables
+from ..ops import RotaryTables, accumulation_dtype, rotary_tables
 
 POOL_TYPES = ("", "avg", "max", "avgmax")
 
@@ -36,7 +36,7 @@ POOL_TYPES = ("", "avg", "max", "avgmax")
 @register_notrace_function
 def stage_rotary_tables(x: Tensor, head_dim: int) -> RotaryTables:
     """Rotary tables for a map [B, C, H, W]; one traced step, whatever the size of the map."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(x.dtype)
     return rotary_tables(x.shape[2], x.shape[3], head_dim, x.device, dtype)
 
 

@@ -2,6 +2,7 @@
 
 from .attention import linear_attention, softmax_attention
 from .backend import BACKENDS, Choice, choose_backend
+from .eager import accumulation_dtype
 from .mechanisms import MECHANISMS, Mechanism, get_mechanism
 from .rotary import RotaryTables, rotary_tables
 
@@ -11,6 +12,7 @@ __all__ = [
     "Choice",
     "Mechanism",
     "RotaryTables",
+    "accumulation_dtype",
     "choose_backend",
     "get_mechanism",
     "linear_attention",

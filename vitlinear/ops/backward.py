@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .eager import LinearAttentionState, Tokens, global_query_logits
+from .eager import LinearAttentionState, Tokens, global_query_logits, seen_keys
 from .mechanisms import Mechanism
 from .rotary import rotate
 
@@ -40,9 +40,6 @@ def linear_attention_backward(
     state, norm, query, logsumexp = saved
     phi = mechanism.phi
 
-    def turn(x: Tensor, inverse: bool = False) -> Tensor:
-        return x if table is None else rotate(x, table, inverse)
-
     if valid is not None:
         grad_out = grad_out.masked_fill(~valid, 0)
     grad_out = grad_out.contiguous()
@@ -50,15 +47,17 @@ def linear_attention_backward(
     # In-place below only on tensors made here: it is what keeps the peak under the formula's.
     features = phi.function(q.contiguous())
     inverse_normaliser = (features @ norm.transpose(-1, -2) + mechanism.eps).reciprocal()
-    grad_q = turn(grad_out @ state.transpose(-1, -2), inverse=True).mul_(inverse_normaliser)
+    grad_q = rotate(grad_out @ state.transpose(-1, -2), table, inverse=True).mul_(
+        inverse_normaliser
+    )
     grad_normaliser = -inverse_normaliser * (features * grad_q).sum(-1, keepdim=True)
     grad_q.addcmul_(grad_normaliser, norm)
     grad_norm = grad_normaliser.transpose(-1, -2) @ features
-    grad_state = turn(features.mul_(inverse_normaliser)).transpose(-1, -2) @ grad_out
+    grad_state = rotate(features.mul_(inverse_normaliser), table).transpose(-1, -2) @ grad_out
     del features, grad_out
 
     features = phi.function(k.contiguous())
-    y = turn(v @ grad_state.transpose(-1, -2), inverse=True).add_(grad_norm)
+    y = rotate(v @ grad_state.transpose(-1, -2), table, inverse=True).add_(grad_norm)
     if mechanism.weighs_keys:
         assert query is not None and logsumexp is not None
         weight = (global_query_logits(query, features, valid) - logsumexp).exp()
@@ -73,7 +72,7 @@ def linear_attention_backward(
     else:
         weight = (torch.ones_like(k[..., :1]) if valid is None else valid) / num_valid
         grad_k = y.mul_(weight)
-    grad_v = turn(features.mul_(weight)) @ grad_state
+    grad_v = rotate(features.mul_(weight), table) @ grad_state
     del features
 
     grad_q.mul_(phi.derivative(q))
@@ -88,8 +87,7 @@ def softmax_attention_forward(tokens: Tokens) -> tuple[Tensor, Tensor]:
     """Output [B, h, N, D] and logsumexp [B, h, N] of softmax attention, chunk by chunk."""
     q, k, v, table, valid, _ = tokens
     scale = q.shape[-1] ** -0.5
-    if table is not None:
-        q, k = rotate(q, table), rotate(k, table)
+    q, k = rotate(q, table), rotate(k, table)
     k = (k * scale).transpose(-1, -2)
     hidden = _hidden_keys(valid)
     outs, logsumexps = [], []
@@ -118,8 +116,7 @@ def softmax_attention_backward(
     scale = q.shape[-1] ** -0.5
     if valid is not None:
         grad_out = grad_out.masked_fill(~valid, 0)
-    if table is not None:
-        q, k = rotate(q, table), rotate(k, table)
+    q, k = rotate(q, table), rotate(k, table)
     hidden = _hidden_keys(valid)
     delta = (grad_out * out).sum(-1, keepdim=True)
     grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)
@@ -135,16 +132,12 @@ def softmax_attention_backward(
         grad_qs.append(grad_logits @ k)
         grad_k += grad_logits.transpose(-1, -2) @ q_chunk
     grad_q = torch.cat(grad_qs, dim=2)
-    if table is not None:
-        grad_q, grad_k = rotate(grad_q, table, inverse=True), rotate(grad_k, table, inverse=True)
+    grad_q, grad_k = rotate(grad_q, table, inverse=True), rotate(grad_k, table, inverse=True)
     if valid is not None:
         grad_q, grad_k, grad_v = (x.masked_fill(~valid, 0) for x in (grad_q, grad_k, grad_v))
     return grad_q, grad_k, grad_v
 
 
 def _hidden_keys(valid: Tensor | None) -> Tensor | None:
-    """Keys that no query may see, [B, 1, 1, N]; a sample of padding alone sees all of its zeros."""
-    if valid is None:
-        return None
-    valid = valid | ~valid.any(dim=2, keepdim=True)
-    return ~valid.transpose(-1, -2)
+    """Keys that no query may see, [B, 1, 1, N]."""
+    return None if valid is None else ~seen_keys(valid).transpose(-1, -2)

@@ -55,11 +55,11 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
 
 
 def saturate(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast a result; what float16 cannot hold becomes its largest number, not infinity."""
-    if dtype == torch.float16:
-        limit = torch.finfo(dtype).max
-        x = x.clamp(-limit, limit)
-    return x.to(dtype)
+    """Bound a result that will be cast: float16 then holds its largest number, not infinity."""
+    if dtype != torch.float16:
+        return x
+    limit = torch.finfo(dtype).max
+    return x.clamp(-limit, limit)
 
 
 class Tokens(NamedTuple):
@@ -108,14 +108,20 @@ def prepare(
     return Tokens(q, k, v, table, valid, num_valid)
 
 
+def seen_keys(valid: Tensor) -> Tensor:
+    """Keys that a softmax runs over, [B, 1, N, 1]: the valid ones.
+
+    Of a sample of padding alone, all: its keys are zeros then, and over no keys softmax is NaN.
+    """
+    return valid | ~valid.any(dim=2, keepdim=True)
+
+
 def global_query_logits(query: Tensor, k_features: Tensor, valid: Tensor | None) -> Tensor:
     """Logits of the key weights, s qbar . phi(k_j), as [B, h, N, 1]; padding gets -inf."""
     scale = k_features.shape[-1] ** -0.5
     logits = k_features @ (scale * query).transpose(-1, -2)
     if valid is not None:
-        # A sample of padding alone would give softmax nothing to normalise by.
-        valid = valid | ~valid.any(dim=2, keepdim=True)
-        logits = logits.masked_fill(~valid, -torch.inf)
+        logits = logits.masked_fill(~seen_keys(valid), -torch.inf)
     return logits
 
 
@@ -151,14 +157,10 @@ def linear_attention_forward(
         per_token = 1.0 / num_valid
 
     norm = weighted.sum(dim=2, keepdim=True) * per_token
-    rotated = weighted if table is None else rotate(weighted, table)
-    state = (rotated.transpose(-1, -2) @ v) * per_token
+    state = (rotate(weighted, table).transpose(-1, -2) @ v) * per_token
 
     normaliser = q_features @ norm.transpose(-1, -2)
-    q_scaled = q_features * (normaliser + mechanism.eps).reciprocal()
-    if table is not None:
-        q_scaled = rotate(q_scaled, table)
-    out = q_scaled @ state
+    out = rotate(q_features * (normaliser + mechanism.eps).reciprocal(), table) @ state
     if valid is not None:
         out = out.masked_fill(~valid, 0)
     return out, LinearAttentionState(state, norm, query, logsumexp)
@@ -177,7 +179,7 @@ def linear_attention(
         keeps_nothing = not torch.is_grad_enabled()
         tokens = prepare(q, k, v, rotary, key_padding_mask, contiguous=keeps_nothing)
         out, _ = linear_attention_forward(tokens, mechanism)
-        return saturate(out.transpose(1, 2), q.dtype)
+        return saturate(out.transpose(1, 2), q.dtype).to(q.dtype)
 
 
 def softmax_attention(
@@ -214,8 +216,5 @@ def _softmax_attention(
 
     padded = key_padding_mask[:, None, :, None]
     q, k, v = (x.masked_fill(padded, 0) for x in (q, k, v))
-    attend = ~key_padding_mask[:, None, None, :]
-    # A sample of padding alone attends to all of its zeros: SDPA would give NaN for no keys.
-    attend = attend | ~attend.any(dim=-1, keepdim=True)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=attend)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen_keys(~padded).transpose(-1, -2))
     return out.masked_fill(padded, 0).transpose(1, 2)

@@ -38,7 +38,7 @@ def _to_layout(x: Tensor, like: Tensor) -> Tensor:
     # A copy is forced because an operator may not return a view of what it was given, and with
     # one head or one token transpose and contiguous would be exactly that.
     x = eager.saturate(x.transpose(1, 2), like.dtype)
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
+    return torch.empty(x.shape, dtype=like.dtype, device=x.device).copy_(x)
 
 
 @custom_op("vitlinear::linear_attention", mutates_args=())

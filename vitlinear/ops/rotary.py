@@ -76,17 +76,19 @@ def token_table(tables: RotaryTables) -> Tensor:
     return per_token.flatten(0, 1)
 
 
-def rotate(x: Tensor, table: Tensor, inverse: bool = False) -> Tensor:
+def rotate(x: Tensor, table: Tensor | None, inverse: bool = False) -> Tensor:
     """Rotate channel pairs of tokens.
 
     Args:
         x: [..., N, D] in the table's dtype.
-        table: [N, D/2, 2] from `token_table`.
+        table: [N, D/2, 2] from `token_table`; None returns x itself.
         inverse: Turn backwards, which is also the transpose of the rotation.
 
     Returns:
         [..., N, D].
     """
+    if table is None:
+        return x
     if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export():
         # Inductor fuses this form and ONNX has no complex numbers.
         cos, sin = table.unbind(-1)

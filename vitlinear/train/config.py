@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from vitlinear.errors import UserError
+from vitlinear.errors import UserError, one_line
 
 # How a run was started, not what it computes: left out of the saved arguments so that
 # `--config RUN/args.yaml` means "the same again", not "resume that one".
@@ -94,7 +94,7 @@ def read_config(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"cannot read --config {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UserError(f"--config {path} is not valid YAML: {reason}") from error
     if not isinstance(content, dict):
         raise UserError(f"--config {path} must be a mapping of flag names to values")

@@ -10,7 +10,7 @@ from timm.models import is_model, resolve_model_input_args, split_model_name_tag
 from torch import nn
 
 import vitlinear  # noqa: F401  registers the models with timm
-from vitlinear.errors import UserError
+from vitlinear.errors import UserError, one_line
 from vitlinear.train.config import did_you_mean
 
 
@@ -58,7 +58,7 @@ def build_model(name: str, *, pretrained: bool = False, **kwargs: Any) -> nn.Mod
         ) from error
     except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
         what = "build or fetch the weights of" if pretrained else "build"
-        raise UserError(f"cannot {what} {name}: {_one_line(error)}") from error
+        raise UserError(f"cannot {what} {name}: {one_line(error)}") from error
 
 
 def data_config(model: nn.Module, requested: dict[str, Any]) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def data_config(model: nn.Module, requested: dict[str, Any]) -> dict[str, Any]:
             warnings.simplefilter("ignore")
             config = resolve_input_data_config(model, args=requested)
     except (ValueError, AssertionError) as error:
-        raise UserError(f"input of the model: {_one_line(error)}") from error
+        raise UserError(f"input of the model: {one_line(error)}") from error
     channels = config["input_size"][0]
     for key in ("mean", "std"):
         values = tuple(float(value) for value in config[key])
@@ -86,7 +86,7 @@ def choose_device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = _one_line(error).split(". ")[0]
+        reason = one_line(error).split(". ")[0]
         raise UserError(f"--device {name} cannot be used here: {reason}") from error
     return device
 
@@ -99,7 +99,3 @@ def enable_checkpointing(model: nn.Module, name: str) -> None:
         raise UserError(
             f"{name} has no gradient checkpointing: drop --grad-checkpointing"
         ) from error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

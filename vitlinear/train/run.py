@@ -20,7 +20,7 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import distribute_bn
 from torch import distributed
 
-from vitlinear.errors import UserError
+from vitlinear.errors import UserError, one_line
 from vitlinear.train import arguments, folder
 from vitlinear.train.checkpoint import read_state, save_state, save_weights, write_text
 from vitlinear.train.config import Parser, parse_with_config, saved_arguments
@@ -140,7 +140,7 @@ def _restore(run: Run, state: dict[str, Any]) -> None:
         if run.updater.scaler is not None and "scaler" in state:
             run.updater.scaler.load_state_dict(state["scaler"])
     except (RuntimeError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise UserError(f"cannot resume: the state does not fit the model ({reason})") from error
     run.updater.updates = state["updates"]
 

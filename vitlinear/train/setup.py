@@ -16,7 +16,7 @@ from timm.task import ClassificationTask
 from timm.utils import NativeScaler, init_distributed_device, is_distributed_env, random_seed
 from torch import distributed, nn
 
-from vitlinear.errors import UserError
+from vitlinear.errors import UserError, one_line
 from vitlinear.train import data as datasets
 from vitlinear.train import loader as loaders
 from vitlinear.train import model as models
@@ -108,7 +108,7 @@ def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Op
     try:
         return create_optimizer_v2(model, **{**optimizer_kwargs(flags), **args.opt_kwargs})
     except (ValueError, TypeError, AssertionError) as error:
-        raise UserError(f"--opt {args.opt}: {' '.join(str(error).split())}") from error
+        raise UserError(f"--opt {args.opt}: {one_line(error)}") from error
 
 
 def make_schedule(
@@ -122,7 +122,7 @@ def make_schedule(
             optimizer, **scheduler_kwargs(args), updates_per_epoch=updates
         )
     except (ValueError, AssertionError) as error:
-        raise UserError(f"--sched {args.sched}: {' '.join(str(error).split())}") from error
+        raise UserError(f"--sched {args.sched}: {one_line(error)}") from error
     return scheduler, int(epochs)
 
 

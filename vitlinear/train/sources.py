@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from timm.data import create_dataset, get_img_extensions
 
-from vitlinear.errors import UserError
+from vitlinear.errors import UserError, one_line
 
 TRAIN_NAMES = ("train", "training")
 FASHION_MNIST_DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -203,7 +203,7 @@ def folder_or_other(
             f"data set {name} needs a package that is missing: pip install {error.name}"
         ) from error
     except (AssertionError, RuntimeError, ValueError, OSError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UserError(f"cannot open data set {name or root} ({split}): {reason}") from error
     reader = getattr(dataset, "reader", None)
     if reader is None:  # torchvision's own class: already yields (PIL image, label)
@@ -237,7 +237,7 @@ def _open_folder_or_tar(root: Path, options: dict[str, Any]) -> ReaderSource:
     try:
         dataset = create_dataset("", root=str(root), search_split=False, **options)
     except (AssertionError, RuntimeError, OSError, EOFError, tarfile.TarError) as error:
-        raise UserError(f"cannot open {root}: {' '.join(str(error).split())}") from error
+        raise UserError(f"cannot open {root}: {one_line(error)}") from error
     return ReaderSource(dataset.reader, _class_names(dataset.reader))
 
 

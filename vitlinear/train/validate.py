@@ -118,16 +118,7 @@ def validate(args: argparse.Namespace) -> dict[str, Any]:
     if args.dataset is None and args.data_dir is None and card is not None:
         args.dataset = card.dataset
     mode = image_mode(args, card, config["input_size"][0])
-    dataset = datasets.open_dataset(
-        args.dataset,
-        train=False,
-        mode=mode,
-        data_dir=args.data_dir,
-        split=args.val_split,
-        class_map=args.class_map,
-        download=args.dataset_download,
-        batch_size=args.batch_size,
-    )
+    dataset = datasets.open_from_arguments(args, False, mode)
     names = datasets.class_names(dataset)
     num_classes = int(model.num_classes)  # type: ignore[arg-type]
     if names is not None and len(names) != num_classes:
