@@ -21,6 +21,14 @@ _RULES = (
     (lambda k, s: k.endswith("running_var"), lambda n, s: 1 + 0.25 * np.abs(n)),
     (lambda k, s: k.endswith("running_mean"), lambda n, s: 0.1 * n),
     (lambda k, s: k.endswith(("gamma_1", "gamma_2")), lambda n, s: 0.5 + 0.1 * n),
+    (lambda k, s: k.endswith("temperature"), lambda n, s: 0.2 + 0.02 * n),
+    (
+        lambda k, s: (
+            "pos_embed" in k.rpartition(".")[2]
+            or k.endswith(("cls_token", "relative_position_bias_table"))
+        ),
+        lambda n, s: 0.1 * n,
+    ),
     (lambda k, s: k.endswith("bias"), lambda n, s: 0.05 * n),
     (lambda k, s: len(s) >= 2, lambda n, s: n / np.sqrt(np.prod(s[1:]))),
     (lambda k, s: True, lambda n, s: 1 + 0.1 * n),
@@ -42,7 +50,7 @@ def upstream_state_dict(entries: list[list[Any]]) -> dict[str, Tensor]:
             # As the released code makes it: each frequency twice, reciprocal taken in float32.
             steps = torch.linspace(0, 1, shape[0] // 2)
             state_dict[key] = (1.0 / 10000**steps).repeat_interleave(2)
-        elif dtype != "float32":
+        elif dtype != "float32" or key.endswith("attn_mask"):
             state_dict[key] = torch.zeros(shape, dtype=getattr(torch, dtype))
         else:
             state_dict[key] = weight(key, shape)
@@ -58,7 +66,10 @@ def attention_case(name: str) -> dict[str, Any]:
     """One attention module: its description, input, output gradient and what came out."""
     case = json.loads((FOLDER / "attention.json").read_text())[name]
     random = np.random.RandomState(1)
-    shape = (2, case["C"], case["H"], case["W"])
+    if case["layout"] == "nchw":
+        shape: tuple[int, ...] = (2, case["C"], case["H"], case["W"])
+    else:
+        shape = (2, case["H"] * case["W"], case["C"])
     with np.load(FOLDER / "attention.npz") as archive:
         case["out"] = torch.from_numpy(archive[f"{name}/out"])
         case["grad_input"] = torch.from_numpy(archive[f"{name}/grad_input"])

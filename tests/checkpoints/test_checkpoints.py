@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vitlinear.checkpoints import convert_pyramid, unwrap_state_dict
+from vitlinear.checkpoints import unwrap_state_dict
+from vitlinear.checkpoints.mappings import PYRAMID
 
 WEIGHTS = {"a.weight": torch.ones(2)}
 
@@ -45,8 +46,8 @@ KEYS = {
     "layers.1.blocks.0.pos.bias": "stages.1.blocks.0.pos.bias",
     "layers.0.downsample.reduction.weight": "stages.1.downsample.conv.weight",
     "layers.0.downsample.norm.running_mean": "stages.1.downsample.bn.running_mean",
-    "proj.bias": "final_conv.conv.bias",
-    "norm.weight": "final_conv.bn.weight",
+    "proj.bias": "final.conv.bias",
+    "norm.weight": "final.bn.weight",
     "head.weight": "head.fc.weight",
     "patch_embed.proj.2.weight": "patch_embed.proj.2.weight",
     "something.else": "something.else",
@@ -55,16 +56,16 @@ KEYS = {
 
 @pytest.mark.parametrize("theirs", KEYS)
 def test_key(theirs):
-    assert list(convert_pyramid({theirs: torch.ones(1)}, {})) == [KEYS[theirs]]
+    assert list(PYRAMID.convert({theirs: torch.ones(1)}, {})) == [KEYS[theirs]]
 
 
 def test_rotary_buffer_is_dropped():
-    assert convert_pyramid({"layers.0.RoPE.angle": torch.ones(32)}, {}) == {}
+    assert PYRAMID.convert({"layers.0.RoPE.angle": torch.ones(32)}, {}) == {}
 
 
 def test_only_axes_of_length_one_are_reshaped():
     theirs = {"head.weight": torch.ones(5, 3, 1, 1), "head.bias": torch.ones(4)}
     ours = {"head.fc.weight": torch.empty(5, 3), "head.fc.bias": torch.empty(5)}
-    converted = convert_pyramid(theirs, ours)
+    converted = PYRAMID.convert(theirs, ours)
     assert converted["head.fc.weight"].shape == (5, 3)
     assert converted["head.fc.bias"].shape == (4,)  # for load_state_dict to report

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
-from urllib.error import HTTPError
 
 import pytest
 import timm
@@ -15,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests import golden
 from vitlinear import ops
-from vitlinear.checkpoints import checkpoint_filter_fn, convert_pyramid
+from vitlinear.checkpoints import checkpoint_filter_fn
+from vitlinear.checkpoints.mappings import PYRAMID
 from vitlinear.layers import GatedAttention
 
 RELEASED = {
@@ -63,7 +60,7 @@ def test_golden_attention(case, attn_type, backend):
     module = GatedAttention(case["C"], case["heads"], attn_type, backend=backend).double()
     ours = {f"stages.0.blocks.0.attn.{k}": v for k, v in module.state_dict().items()}
     theirs = {f"layers.0.blocks.0.attn.{k}": v for k, v in case["weights"].items()}
-    converted = convert_pyramid(theirs, ours)
+    converted = PYRAMID.convert(theirs, ours)
     module.load_state_dict({k.rpartition("attn.")[2]: v for k, v in converted.items()})
     x = case["x"].permute(0, 2, 3, 1).requires_grad_()
     rotary = ops.rotary_tables(case["H"], case["W"], module.head_dim, dtype=torch.float64)
@@ -133,30 +130,6 @@ def test_published_checkpoint_file(form, tmp_path, ravlt_t):
         model.state_dict().items(), ravlt_t.state_dict().values(), strict=True
     ):
         assert torch.equal(value, expected.to(value.dtype)), key
-
-
-def test_published_checkpoint_over_http(tmp_path, monkeypatch, ravlt_t):
-    """pretrained=True fetches, checks and loads; a server on this machine stands for the hub."""
-    torch.save({"model": released_weights("RAVLT_T")}, tmp_path / "RAVLT_T.pth")
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
-    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}"
-
-        def fetch(file: str):
-            source = {"url": f"{address}/{file}", "hf_hub_id": None, "hf_hub_filename": None}
-            return timm.create_model("ravlt_t", pretrained=True, pretrained_cfg_overlay=source)
-
-        model = fetch("RAVLT_T.pth")
-        with pytest.raises(HTTPError, match="404"):
-            fetch("RAVLT_X.pth")
-        server.shutdown()
-    expected = ravlt_t.get_parameter("stages.3.blocks.1.attn.proj.weight").float()
-    assert torch.equal(model.get_parameter("stages.3.blocks.1.attn.proj.weight"), expected)
-    assert [file.name for file in (tmp_path / "cache").rglob("*") if file.is_file()] == [
-        "RAVLT_T.pth"
-    ]
 
 
 def test_published_weights_adapt_to_other_heads_and_channels(tmp_path):

@@ -22,6 +22,13 @@ class Inputs(NamedTuple):
     rotary: RotaryTables | None
     mask: Tensor | None
     grad: Tensor
+    cosine: RotaryTables | None = None  # the tables of mechanisms with the cosine encoding
+    head_scale: Tensor | None = None
+
+    def tables(self, attention: str) -> RotaryTables | None:
+        """Position tables of the kind that an attention takes."""
+        cosine = attention != "softmax" and ops.get_mechanism(attention).positions == "cosine"
+        return self.cosine if cosine else self.rotary
 
 
 def make_inputs(
@@ -46,12 +53,13 @@ def make_inputs(
     projection = (scale * normal(batch, n, 4, heads, dim)).to(dtype).requires_grad_()
     table_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     tables = ops.rotary_tables(*grid, dim, dtype=table_dtype) if rotary else None
+    cosine = ops.lrpe_tables(*grid, dim, dtype=table_dtype) if rotary else None
     padding = None
     if mask:
         padding = torch.zeros(batch, n, dtype=torch.bool)
         padding[0, n // 2 :] = True
         padding[-1, n // 3] = True
-    return Inputs(projection, tables, padding, normal(batch, n, heads, dim).to(dtype))
+    return Inputs(projection, tables, padding, normal(batch, n, heads, dim).to(dtype), cosine)
 
 
 def attend(
@@ -59,20 +67,27 @@ def attend(
 ) -> Tensor:
     """Run an attention; backend ``naive`` is the oracle."""
     q, k, v, _ = (inputs.projection if projection is None else projection).unbind(2)
+    tables = inputs.tables(attention)
     if attention == "softmax":
         if backend == "naive":
-            return naive.softmax_attention(q, k, v, inputs.rotary, inputs.mask)
-        return ops.softmax_attention(q, k, v, inputs.rotary, inputs.mask, backend)
+            return naive.softmax_attention(q, k, v, tables, inputs.mask)
+        return ops.softmax_attention(q, k, v, tables, inputs.mask, backend)
+    options = (tables, inputs.mask, inputs.head_scale)
     if backend == "naive":
-        return naive.linear_attention(q, k, v, attention, inputs.rotary, inputs.mask)
-    return ops.linear_attention(q, k, v, attention, inputs.rotary, inputs.mask, backend)
+        return naive.linear_attention(q, k, v, attention, *options)
+    return ops.linear_attention(q, k, v, attention, *options, backend)
+
+
+def double(tables: RotaryTables | None) -> RotaryTables | None:
+    """The same tables in float64."""
+    return None if tables is None else RotaryTables(*(table.double() for table in tables))
 
 
 def oracle(attention: str, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Output and gradient of the projection in float64."""
     projection = inputs.projection.detach().double().requires_grad_()
-    rotary = inputs.rotary
-    if rotary is not None:
-        rotary = RotaryTables(*(table.double() for table in rotary))
-    out = attend(attention, inputs._replace(rotary=rotary), "naive", projection)
+    inputs = inputs._replace(rotary=double(inputs.rotary), cosine=double(inputs.cosine))
+    if inputs.head_scale is not None:
+        inputs = inputs._replace(head_scale=inputs.head_scale.detach().double())
+    out = attend(attention, inputs, "naive", projection)
     return out, torch.autograd.grad(out, projection, inputs.grad.double())[0]

@@ -142,6 +142,7 @@ def test_padding_equals_cropping_whatever_it_holds(attention, backend):
         ops.rotary_tables(kept, 4, 8, dtype=torch.float64),
         None,
         inputs.grad[:, inside],
+        ops.lrpe_tables(kept, 4, 8, dtype=torch.float64),
     )
     expected_out, expected_grad = run(attention, cropped, backend)
     torch.testing.assert_close(out[:, inside], expected_out, rtol=1e-12, atol=1e-12)
@@ -343,6 +344,7 @@ def test_meta(attention, backend):
         ops.RotaryTables(*(table.to("meta") for table in inputs.rotary)),
         inputs.mask.to("meta"),
         inputs.grad.to("meta"),
+        ops.RotaryTables(*(table.to("meta") for table in inputs.cosine)),
     )
     out, grad = run(attention, inputs, backend)
     assert out.is_meta and out.shape == inputs.grad.shape

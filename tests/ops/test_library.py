@@ -24,10 +24,10 @@ each_backend = pytest.mark.parametrize("backend", BACKENDS)
 def operator_arguments(attention, inputs):
     """The forward operator and its arguments."""
     q, k, v, _ = inputs.projection.unbind(2)
-    rows, cols = (None, None) if inputs.rotary is None else inputs.rotary
+    rows, cols = inputs.tables(attention) or (None, None)
     if attention == "softmax":
         return torch.ops.vitlinear.softmax_attention.default, (q, k, v, rows, cols, inputs.mask)
-    arguments = (q, k, v, rows, cols, inputs.mask, attention)
+    arguments = (q, k, v, rows, cols, inputs.mask, inputs.head_scale, attention)
     return torch.ops.vitlinear.linear_attention.default, arguments
 
 
@@ -91,7 +91,8 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         batch, height, width, _ = x.shape
         q, k, v = x.reshape(batch, height * width, 3, 2, 8).unbind(2)
-        rotary = ops.rotary_tables(height, width, 8, x.device, torch.float32)
+        tables = ops.lrpe_tables if self.attention == "lightnet" else ops.rotary_tables
+        rotary = tables(height, width, 8, x.device, torch.float32)
         if self.attention == "softmax":
             return ops.softmax_attention(q, k, v, rotary, backend=self.backend)
         return ops.linear_attention(q, k, v, self.attention, rotary, backend=self.backend)
@@ -113,7 +114,7 @@ def test_export_any_size(attention, backend):
 
 
 def scripted_rala(q, k, v, rows, cols):
-    return torch.ops.vitlinear.linear_attention(q, k, v, rows, cols, None, "rala")[0]
+    return torch.ops.vitlinear.linear_attention(q, k, v, rows, cols, None, None, "rala")[0]
 
 
 def scripted_softmax(q, k, v, rows, cols):
@@ -142,13 +143,13 @@ def test_flop_formula_counts_what_runs(attention):
         torch.autograd.grad(out, inputs.projection, inputs.grad)
 
     q, k, v, _ = inputs.projection.detach().unbind(2)
-    tokens = eager.prepare(q, k, v, inputs.rotary, inputs.mask, contiguous=True)
+    row = None if attention == "softmax" else ops.get_mechanism(attention)
+    tokens = eager.prepare(q, k, v, inputs.tables(attention), inputs.mask, True, row)
     grad = inputs.grad.transpose(1, 2)
     with FlopCounterMode(display=False) as plain:
         if attention == "softmax":
             saved = backward.softmax_attention_forward(tokens)
         else:
-            row = ops.get_mechanism(attention)
             _, saved = eager.linear_attention_forward(tokens, row)
     with FlopCounterMode(display=False) as plain_backward:
         if attention == "softmax":

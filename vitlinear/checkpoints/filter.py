@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .pyramid import convert_pyramid, is_upstream_pyramid
+from .mappings import find_mapping
 from .unwrap import unwrap_state_dict
 
 
@@ -25,6 +25,5 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
         ValueError: There are no weights in the checkpoint.
     """
     weights = unwrap_state_dict(state_dict)
-    if is_upstream_pyramid(weights):
-        weights = convert_pyramid(weights, model.state_dict())
-    return weights
+    mapping = find_mapping(weights)
+    return weights if mapping is None else mapping.convert(weights, model.state_dict())

@@ -1,6 +1,6 @@
 """Modules that models are built from. Token maps are channels-last, [B, H, W, C]."""
 
-from .conv_stem import ConvStem
+from .conv_stem import ConvStem, check_images
 from .depthwise import DepthwiseConv
 from .gated_attention import GatedAttention
 from .mlp import ConvMlp
@@ -14,4 +14,5 @@ __all__ = [
     "DepthwiseConv",
     "GatedAttention",
     "backend_report",
+    "check_images",
 ]

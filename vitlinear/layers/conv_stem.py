@@ -7,6 +7,23 @@ from timm.layers import ConvNormAct
 from torch import Tensor, nn
 
 
+def check_images(x: Tensor, in_chans: int) -> Tensor:
+    """Check the images that a model is given, [B, in_chans, H, W], and make them channels-last.
+
+    From here on every map is channels-last in memory, whatever the caller's layout: token layers
+    then take it as [B, H, W, C] without a copy.
+
+    Raises:
+        AssertionError: There is no batch axis, or another number of channels.
+    """
+    torch._assert(x.dim() == 4, "images must be [B, C, H, W]; one image needs a batch axis")
+    torch._assert(
+        x.shape[1] == in_chans,
+        f"the model takes images of {in_chans} channels; for others make it with in_chans",
+    )
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 class ConvStem(nn.Module):
     """Four 3x3 convolutions with batch norm, strides 2, 1, 1, 2: [B, C, H, W] to a quarter size.
 
@@ -56,12 +73,5 @@ class ConvStem(nn.Module):
         Raises:
             AssertionError: There is no batch axis, or another number of channels.
         """
-        torch._assert(x.dim() == 4, "images must be [B, C, H, W]; one image needs a batch axis")
-        torch._assert(
-            x.shape[1] == self.in_chans,
-            f"the model takes images of {self.in_chans} channels; for others make it with in_chans",
-        )
-        # From here on every map is channels-last in memory, whatever the caller's layout: token
-        # layers then take it as [B, H, W, C] without a copy.
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = check_images(x, self.in_chans)
         return self.conv4(self.conv3(self.conv2(self.conv1(x))))

@@ -89,9 +89,9 @@ class GatedAttention(nn.Module):
             rows, cols = rotary
             if self.attn_type == "softmax":
                 return torch.ops.vitlinear.softmax_attention(q, k, v, rows, cols, None)[0]
-            return torch.ops.vitlinear.linear_attention(q, k, v, rows, cols, None, self.attn_type)[
-                0
-            ]
+            return torch.ops.vitlinear.linear_attention(
+                q, k, v, rows, cols, None, None, self.attn_type
+            )[0]
         if self.attn_type == "softmax":
             return softmax_attention(q, k, v, rotary, backend="eager")
         return linear_attention(q, k, v, self.attn_type, rotary, backend=self.backend)

@@ -9,7 +9,6 @@ No `from __future__ import annotations` in files of models: torch.fx copies the 
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,17 +19,14 @@ from timm.layers import (
     LayerNorm,
     LayerScale,
     calculate_drop_path_rates,
-    get_device_dtype,
-    trunc_normal_,
 )
 from timm.models import checkpoint
 from torch import Tensor, nn
 
-from .._timm import feature_take_indices, register_notrace_function
+from .._timm import register_notrace_function
 from ..layers import ConvMlp, ConvStem, DepthwiseConv, GatedAttention
 from ..ops import RotaryTables, accumulation_dtype, rotary_tables
-
-POOL_TYPES = ("", "avg", "max", "avgmax")
+from ._stages import StagedBackbone, four_each
 
 
 @register_notrace_function
@@ -126,7 +122,7 @@ class PyramidStage(nn.Module):
         return x.permute(0, 3, 1, 2)
 
 
-class LinearPyramid(nn.Module):
+class LinearPyramid(StagedBackbone):
     """Backbone and classifier; takes images of any size, square or not.
 
     Attributes:
@@ -179,20 +175,16 @@ class LinearPyramid(nn.Module):
             ValueError: The per-stage settings are not four each, or do not fit together.
             AssertionError: The pooling is not supported.
         """
-        super().__init__()
-        per_stage = (embed_dims, depths, num_heads, mlp_ratios, attn_types, ls_init_values)
-        if any(isinstance(setting, str) or len(setting) != 4 for setting in per_stage):
-            raise ValueError(
-                "embed_dims, depths, num_heads, mlp_ratios, attn_types and ls_init_values must "
-                f"have four entries, one for each stage; got {', '.join(map(str, per_stage))}"
-            )
-        if in_chans < 1 or num_classes < 0:
-            raise ValueError(f"in_chans {in_chans} or num_classes {num_classes} is too small")
-        _check_pool(global_pool)
+        super().__init__(in_chans, num_classes, global_pool, drop_rate)
+        four_each(
+            embed_dims=embed_dims,
+            depths=depths,
+            num_heads=num_heads,
+            mlp_ratios=mlp_ratios,
+            attn_types=attn_types,
+            ls_init_values=ls_init_values,
+        )
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.in_chans = in_chans
-        self.num_classes = num_classes
-        self.drop_rate = drop_rate
 
         self.stem = ConvStem(in_chans, embed_dims[0], **dd)
         drop_paths = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
@@ -219,7 +211,7 @@ class LinearPyramid(nn.Module):
             {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"}
             for i, dim in enumerate(embed_dims)
         ]
-        self.final_conv = ConvNormAct(
+        self.final = ConvNormAct(
             embed_dims[-1], head_width, 1, bias=True, act_layer=nn.SiLU, **dd
         )
         self.num_features = self.head_hidden_size = head_width
@@ -229,18 +221,6 @@ class LinearPyramid(nn.Module):
         )
         self.init_weights(needs_reset=False)
 
-    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
-        """Set every parameter and buffer to its initial value, also after `to_empty()`.
-
-        Truncated normal with deviation 0.02 for the weights of convolutions and linear layers, as
-        in the released code; zero biases; norms and layer-scale as their modules say.
-
-        Args:
-            mode: Unused, part of timm's signature.
-            needs_reset: Also reset modules that initialised themselves when they were made.
-        """
-        self.apply(partial(_init_weights, needs_reset=needs_reset))
-
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Parameters without weight decay beyond the usual one-dimensional ones: none.
@@ -249,146 +229,3 @@ class LinearPyramid(nn.Module):
         rule; here they have one axis and timm's rule exempts them.
         """
         return set()
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Regular expressions that sort parameters into layers, for layer-wise decay."""
-        if coarse:
-            return {"stem": r"^stem", "blocks": r"^stages\.(\d+)"}
-        return {
-            "stem": r"^stem",
-            "blocks": [
-                (r"^stages\.(\d+)\.downsample", (0,)),
-                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-                (r"^final_conv", (99999,)),
-            ],
-        }
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute every block during backward instead of keeping its activations."""
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """The classifier."""
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier.
-
-        Args:
-            num_classes: Classes; 0 leaves the classifier out.
-            global_pool: New pooling; None keeps the present one.
-
-        Raises:
-            AssertionError: The pooling is not supported.
-        """
-        if global_pool is not None:
-            _check_pool(global_pool)
-        self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool, **get_device_dtype(self))
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Forward pass that also returns the maps of the stages.
-
-        Args:
-            x: Images, [B, in_chans, H, W].
-            indices: The last n stages if an int, all if None, else these.
-            norm: Unused: stage maps have no norm of their own.
-            stop_early: Stop after the last stage asked for.
-            output_fmt: ``'NCHW'``, the only one.
-            intermediates_only: Return the maps alone.
-
-        Returns:
-            The maps, or the final features (as `forward_features`) and the maps.
-
-        Raises:
-            AssertionError: output_fmt is another one.
-        """
-        assert output_fmt == "NCHW", "output_fmt must be NCHW"
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        stages = self.stages[: max_index + 1] if stop_early else self.stages
-        intermediates = []
-        x = self.stem(x)
-        for i, stage in enumerate(stages):
-            x = stage(x)
-            if i in take_indices:
-                intermediates.append(x)
-        if intermediates_only:
-            return intermediates
-        if len(stages) == len(self.stages):
-            x = self.final_conv(x)
-        return x, intermediates
-
-    def prune_intermediate_layers(
-        self,
-        indices: int | list[int] = 1,
-        prune_norm: bool = False,
-        prune_head: bool = True,
-    ) -> list[int]:
-        """Remove what the given stages do not need.
-
-        Args:
-            indices: The last n stages if an int, else these.
-            prune_norm: Remove the convolution and norm between the last stage and the head.
-            prune_head: Remove the classifier, and with it what only the classifier uses.
-
-        Returns:
-            Indices of the stages kept.
-        """
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        truncated = max_index < len(self.stages) - 1
-        self.stages = self.stages[: max_index + 1]
-        if prune_norm or prune_head or truncated:
-            # The head is sized for the projected features: without them it cannot stay.
-            self.final_conv = nn.Identity()
-            width = self.feature_info[max_index]["num_chs"]
-            self.num_features = self.head_hidden_size = width
-            self.num_classes = 0
-            self.head.reset(0, in_features=width, **get_device_dtype(self))
-        return take_indices
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images [B, in_chans, H, W] -> features [B, head_width, ceil(H/32), ceil(W/32)].
-
-        Raises:
-            AssertionError: The images have another number of channels.
-        """
-        x = self.stem(x)
-        x = self.stages(x)
-        return self.final_conv(x)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Features -> logits [B, num_classes], or the pooled features if pre_logits."""
-        return self.head(x, pre_logits=pre_logits)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images [B, in_chans, H, W] -> logits [B, num_classes]."""
-        x = self.forward_features(x)
-        return self.forward_head(x)
-
-
-def _check_pool(global_pool: str) -> None:
-    # Raised, not asserted: python -O would let it pass. The type is what timm's contract asks for.
-    if global_pool not in POOL_TYPES:
-        names = ", ".join(map(repr, POOL_TYPES))
-        raise AssertionError(f"global_pool {global_pool!r} is not supported; choose from: {names}")
-
-
-def _init_weights(module: nn.Module, needs_reset: bool = True) -> None:
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif needs_reset and hasattr(module, "reset_parameters"):
-        module.reset_parameters()

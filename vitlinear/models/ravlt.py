@@ -12,9 +12,10 @@ stages 3 and 4; `ravlt_*_linear` attend with RALA in all four and share no publi
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 
-from ..checkpoints import checkpoint_filter_fn
+from ..checkpoints.published import pretrained_source
+from ._build import build_model
 from ._pyramid import LinearPyramid
 
 __all__ = ["RAVLT"]
@@ -83,17 +84,10 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
-def _weights(letter: str) -> dict[str, Any]:
-    # The model card of the hub repository says MIT; the code repository states no licence.
-    return _cfg(
-        hf_hub_id="aldjalkdf/RAVLT", hf_hub_filename=f"RAVLT_{letter.upper()}.pth", license="mit"
-    )
-
-
 default_cfgs = generate_default_cfgs(
     {
-        **{f"ravlt_{letter}.in1k": _weights(letter) for letter in "tsbl"},
-        **{f"ravlt_{letter}_linear.untrained": _cfg() for letter in "tsbl"},
+        **{f"ravlt_{x}.in1k": _cfg(**pretrained_source(f"ravlt_{x}")) for x in "tsbl"},
+        **{f"ravlt_{x}_linear.untrained": _cfg() for x in "tsbl"},
         "test_ravlt.untrained": _cfg(input_size=(3, 160, 160), pool_size=(5, 5)),
         "test_ravlt_linear.untrained": _cfg(input_size=(3, 160, 160), pool_size=(5, 5)),
     }
@@ -101,11 +95,10 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_ravlt(name: str, pretrained: bool, **kwargs: Any) -> RAVLT:
-    return build_model_with_cfg(
+    return build_model(
         RAVLT,
         name,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
         **kwargs,
     )

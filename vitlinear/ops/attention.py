@@ -20,15 +20,16 @@ def linear_attention(
     mechanism: str = "elu",
     rotary: RotaryTables | None = None,
     key_padding_mask: Tensor | None = None,
+    head_scale: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Attention whose cost grows linearly with the number of tokens.
 
-    Per head, with feature map phi, key weights w and eps given by the mechanism
-    (`vitlinear.ops.mechanisms`), rotation R, and sums over the N tokens::
+    Per head, with feature maps phi, key weights w and factors a, b given by the mechanism
+    (`vitlinear.ops.mechanisms` has the table), positions R, and sums over the N tokens::
 
-        out_i = R(phi(q_i))^T S / (phi(q_i) . m + eps)
-        S = 1/N sum_j w_j R(phi(k_j)) v_j^T        m = 1/N sum_j w_j phi(k_j)
+        out_i = a(z_i) R(phi_q(q_i))^T tau S + b(z_i) vbar        z_i = phi_q(q_i) . m
+        S = 1/N sum_j w_j R(phi_k(k_j)) v_j^T    m = 1/N sum_j w_j phi_k(k_j)
 
     Args:
         q: Queries, [B, N, h, D], float16, bfloat16, float32 or float64, any strides: views of
@@ -36,27 +37,37 @@ def linear_attention(
         k: Keys, like q.
         v: Values, like q.
         mechanism: Key in `MECHANISMS`.
-        rotary: Tables of an H x W grid with H * W = N, from `rotary_tables`.
+        rotary: Tables of an H x W grid with H * W = N, from `rotary_tables`; for ``lightnet`` from
+            `lrpe_tables`.
         key_padding_mask: [B, N] bool, **True for padding**, as in `torch.nn.MultiheadAttention`.
             Padded tokens count nowhere, means divide by the number of the others, and their own
             output is 0. What they hold does not matter, NaN included.
+        head_scale: tau, a factor of the state for each head, [h]; None for 1.
         backend: ``auto``, ``eager`` or ``library``; see `vitlinear.ops.backend`.
 
     Returns:
         [B, N, h, D] in the type of q. Sums are kept in float32 (float64 for float64 inputs).
 
-        Finite for queries and keys up to 1e12; what float16 cannot hold saturates.
+        Finite, as are the gradients, for values up to 1e3 with queries and keys up to 1e12 (1e10
+        for ``nala``, which cubes its keys); what float16 cannot hold saturates.
 
     Raises:
         ValueError: Shapes or types do not fit, or a name is unknown.
         NotImplementedError: A derivative that the library backend does not have.
     """
     row = get_mechanism(mechanism)
-    check_inputs(q, k, v, rotary, key_padding_mask)
+    check_inputs(q, k, v, rotary, key_padding_mask, row.positions)
+    if head_scale is not None and head_scale.shape != q.shape[2:3]:
+        raise ValueError(
+            f"head_scale must have one entry for each of {q.shape[2]} heads, "
+            f"got shape {tuple(head_scale.shape)}"
+        )
     if choose_backend(backend).backend == "eager":
-        return eager.linear_attention(q, k, v, row, rotary, key_padding_mask)
+        return eager.linear_attention(q, k, v, row, rotary, key_padding_mask, head_scale)
     rows, cols = tables_for_library(q, k, v, rotary)
-    return torch.ops.vitlinear.linear_attention(q, k, v, rows, cols, key_padding_mask, mechanism)[0]
+    return torch.ops.vitlinear.linear_attention(
+        q, k, v, rows, cols, key_padding_mask, head_scale, mechanism
+    )[0]
 
 
 def softmax_attention(
@@ -108,6 +119,7 @@ def check_inputs(
     v: Tensor,
     rotary: RotaryTables | None,
     key_padding_mask: Tensor | None,
+    positions: str = "rotary",
 ) -> None:
     """Check shapes and types of the inputs of an attention.
 
@@ -137,11 +149,12 @@ def check_inputs(
                 f"rotary tables of a {rows.shape[0]} x {cols.shape[0]} grid do not fit "
                 f"{q.shape[1]} tokens"
             )
-        pairs = q.shape[-1] // 4
-        if q.shape[-1] % 4 or rows.shape[1:] != (pairs, 2) or cols.shape[1:] != (pairs, 2):
+        per_angle, maker = (4, "rotary_tables") if positions == "rotary" else (2, "lrpe_tables")
+        angles = (q.shape[-1] // per_angle, 2)
+        if q.shape[-1] % per_angle or rows.shape[1:] != angles or cols.shape[1:] != angles:
             raise ValueError(
                 f"rotary tables of shapes {tuple(rows.shape)}, {tuple(cols.shape)} do not fit "
-                f"head_dim {q.shape[-1]}; make them with rotary_tables"
+                f"head_dim {q.shape[-1]}; make them with {maker}"
             )
     if key_padding_mask is not None:
         if key_padding_mask.dtype != torch.bool:

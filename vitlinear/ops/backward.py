@@ -10,77 +10,110 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .eager import LinearAttentionState, Tokens, global_query_logits, seen_keys
-from .mechanisms import Mechanism
-from .rotary import rotate
+from .eager import LinearAttentionState, Tokens, global_query_logits, hide_padding, seen_keys
+from .mechanisms import Factor, Mechanism
+from .rotary import encode, rotate
 
 # Rows of the softmax matrix that stand in memory at once.
 QUERY_CHUNK = 1024
 
 
 def linear_attention_backward(
-    grad_out: Tensor, tokens: Tokens, saved: LinearAttentionState, mechanism: Mechanism
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, each [B, h, N, D].
+    grad_out: Tensor,
+    tokens: Tokens,
+    saved: LinearAttentionState,
+    mechanism: Mechanism,
+    head_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k and v, each [B, h, N, D], and of head_scale, [h].
 
-    With r_i = 1 / (z_i + eps) and c_j = w_j / N the output is out_i = r_i R(phi(q_i)) S, hence::
+    With c_j = w_j / N the output is out_i = a_i R(phi(q_i)) tau S + b_i vbar, hence::
 
-        pass over queries   u_i  = R^T(S g_i)                       dz_i = -r_i^2 phi(q_i) . u_i
-                            dphi(q_i) = r_i u_i + dz_i m
-                            dS = sum_i r_i R(phi(q_i)) g_i^T        dm = sum_i dz_i phi(q_i)
+        pass over queries   u_i  = R^T(tau S g_i)
+                            dz_i = a'_i phi(q_i) . u_i + b'_i vbar . g_i
+                            dphi(q_i) = a_i u_i + dz_i m
+                            G = sum_i a_i R(phi(q_i)) g_i^T         dm = sum_i dz_i phi(q_i)
+                            dS = tau G    dtau = <G, S>             dvbar = sum_i b_i g_i
         pass over keys      y_j  = R^T(dS v_j) + dm
-                            dphi(k_j) = c_j y_j                     dv_j = c_j dS^T R(phi(k_j))
+                            dphi(k_j) = c_j y_j
+                            dv_j = c_j dS^T R(phi(k_j)) + dvbar / N
 
-    and for weights c = softmax(s qbar . phi(k_j)), with l_j their logits::
+    for weights c = softmax(s qbar . phi(k_j)), with l_j their logits::
 
         dl_j = c_j (phi(k_j) . y_j - sum_n c_n phi(k_n) . y_n)
         dphi(k_j) += s dl_j qbar            dphi(q_i) += (s / N) sum_j dl_j phi(k_j)
+
+    and for a softmax of each channel, with c_j the features themselves, the same elementwise::
+
+        dphi(k_j) = c_j (y_j - sum_n c_n y_n)
     """
     q, k, v, table, valid, num_valid = tokens
-    state, norm, query, logsumexp = saved
-    phi = mechanism.phi
+    state, norm, mean_v, query, logsumexp = saved
+    scale = q.shape[-1] ** -0.5
+    reads, positions = mechanism.reads, mechanism.positions
 
     if valid is not None:
         grad_out = grad_out.masked_fill(~valid, 0)
     grad_out = grad_out.contiguous()
+    scaled = state if head_scale is None else state * head_scale[:, None, None]
 
-    # In-place below only on tensors made here: it is what keeps the peak under the formula's.
-    features = phi.function(q.contiguous())
-    inverse_normaliser = (features @ norm.transpose(-1, -2) + mechanism.eps).reciprocal()
-    grad_q = rotate(grad_out @ state.transpose(-1, -2), table, inverse=True).mul_(
-        inverse_normaliser
-    )
-    grad_normaliser = -inverse_normaliser * (features * grad_q).sum(-1, keepdim=True)
-    grad_q.addcmul_(grad_normaliser, norm)
-    grad_norm = grad_normaliser.transpose(-1, -2) @ features
-    grad_state = rotate(features.mul_(inverse_normaliser), table).transpose(-1, -2) @ grad_out
+    features = mechanism.phi_q.function(q.contiguous())
+    grad_q = encode(grad_out @ scaled.transpose(-1, -2), table, positions, inverse=True)
+    a: Factor = 1.0
+    grad_norm = grad_mean_v = None
+    if norm is not None:
+        z = features @ norm.transpose(-1, -2)
+        a, b = reads.factors(z, scale, num_valid)
+        slope_a, slope_b = reads.derivatives(z, scale, num_valid)
+        grad_z = slope_a * (features * grad_q).sum(-1, keepdim=True)
+        if mean_v is not None:
+            grad_z = grad_z + slope_b * (grad_out @ mean_v.transpose(-1, -2))
+            assert isinstance(b, Tensor)
+            grad_mean_v = b.transpose(-1, -2) @ grad_out
+        grad_q = (grad_q * a).addcmul_(grad_z, norm)
+        grad_norm = grad_z.transpose(-1, -2) @ features
+    grad_state = encode(features * a, table, positions).transpose(-1, -2) @ grad_out
     del features, grad_out
+    grad_head_scale = None
+    if head_scale is not None:
+        grad_head_scale = (grad_state * state).sum((0, 2, 3))
+        grad_state = grad_state * head_scale[:, None, None]
 
-    features = phi.function(k.contiguous())
-    y = rotate(v @ grad_state.transpose(-1, -2), table, inverse=True).add_(grad_norm)
-    if mechanism.weighs_keys:
+    features = mechanism.phi_k.function(k.contiguous())
+    y = encode(v @ grad_state.transpose(-1, -2), table, positions, inverse=True)
+    if grad_norm is not None:
+        y.add_(grad_norm)
+    if mechanism.has_global_query:
         assert query is not None and logsumexp is not None
-        weight = (global_query_logits(query, features, valid) - logsumexp).exp()
+        logits = hide_padding(global_query_logits(query, features, scale), valid)
+        weight = (logits - logsumexp).exp()
         # The mean equals <dS, S> + dm . m. Summed from the very terms that it is taken from, it
         # cancels them to the last digit, which matters when one key has all the weight.
         along = (features * y).sum(-1, keepdim=True)
         grad_logits = weight * (along - (weight * along).sum(2, keepdim=True))
-        scale = features.shape[-1] ** -0.5
         grad_query = scale * grad_logits.transpose(-1, -2) @ features
         grad_q.add_(grad_query / num_valid)
         grad_k = y.mul_(weight).addcmul_(grad_logits, scale * query)
+        weighted = features * weight
+    elif mechanism.has_key_softmax:
+        assert logsumexp is not None
+        weighted = (hide_padding(features, valid) - logsumexp).exp()
+        grad_k = weighted * (y - (weighted * y).sum(2, keepdim=True))
     else:
         weight = (torch.ones_like(k[..., :1]) if valid is None else valid) / num_valid
         grad_k = y.mul_(weight)
-    grad_v = rotate(features.mul_(weight), table) @ grad_state
-    del features
+        weighted = features * weight
+    grad_v = encode(weighted, table, positions) @ grad_state
+    if grad_mean_v is not None:
+        grad_v.add_(grad_mean_v / num_valid)
+    del features, weighted
 
-    grad_q.mul_(phi.derivative(q))
-    grad_k.mul_(phi.derivative(k))
+    grad_q = mechanism.phi_q.vjp(q, grad_q)
+    grad_k = mechanism.phi_k.vjp(k, grad_k)
     if valid is not None:
         for grad in (grad_q, grad_k, grad_v):
             grad.masked_fill_(~valid, 0)
-    return grad_q, grad_k, grad_v
+    return grad_q, grad_k, grad_v, grad_head_scale
 
 
 def softmax_attention_forward(tokens: Tokens) -> tuple[Tensor, Tensor]:

@@ -5,34 +5,37 @@ forward-mode derivative is wanted. States, normalisers and softmax statistics ar
 for float64 inputs) whatever the type of the inputs, autocast or not.
 
 Inside this folder heads stand before tokens: q, k, v, out are [B, h, N, D], views of the
-[B, N, h, D] that callers hold. F is the width of the feature map, here F = D.
+[B, N, h, D] that callers hold. F is the width of the feature map, D or 2 D.
 """
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .mechanisms import Mechanism
-from .rotary import RotaryTables, rotate, token_table
+from .rotary import RotaryTables, encode, rotate, token_table
 
 
 class LinearAttentionState(NamedTuple):
     """What the sums over tokens leave behind: all that backward needs besides q, k and v.
 
     Attributes:
-        state: S, [B, h, F, D].
-        norm: m, [B, h, 1, F].
-        query: The mean query qbar, [B, h, 1, F]; None unless the mechanism weighs keys.
-        logsumexp: log sum_j exp(s qbar . phi(k_j)), [B, h, 1, 1]; None likewise.
+        state: S without tau, [B, h, F, D]; 2 F rows where R doubles the features.
+        norm: m, [B, h, 1, F]; None unless the mechanism has a normaliser.
+        mean_v: vbar, [B, h, 1, D]; None unless the mechanism reads it.
+        query: The mean query qbar, [B, h, 1, F]; None unless one query weighs the keys.
+        logsumexp: Of the softmax over keys: of s qbar . phi(k_j), [B, h, 1, 1], or of each channel,
+            [B, h, 1, F]; None without a softmax.
     """
 
     state: Tensor
-    norm: Tensor
+    norm: Tensor | None = None
+    mean_v: Tensor | None = None
     query: Tensor | None = None
     logsumexp: Tensor | None = None
 
@@ -62,13 +65,45 @@ def saturate(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.clamp(-limit, limit)
 
 
+class _SaturatingGradient(torch.autograd.Function):
+    """float16 -> float32 whose gradient, cast back, holds float16's largest number, not infinity.
+
+    The registered operators saturate their gradients in the same way.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.float()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return saturate(grad, torch.float16).half()
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:  # type: ignore[override]
+        return tangent.float()
+
+
+def widen(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast to the accumulation type."""
+    if x.dtype == torch.float16 and x.requires_grad and torch.is_grad_enabled():
+        return _SaturatingGradient.apply(x)
+    return x.to(dtype)
+
+
 class Tokens(NamedTuple):
     """Inputs brought into the form that the formulas work in."""
 
     q: Tensor
     k: Tensor
     v: Tensor
-    table: Tensor | None  # [N, D/2, 2]
+    table: Tensor | None  # of positions; [N, F/2, 2] for rotary, [N, F, 2] for cosine
     valid: Tensor | None  # [B, 1, N, 1], True for tokens that exist
     num_valid: Tensor | int  # number of those, in the accumulation type, [B, 1, 1, 1] or N
 
@@ -80,6 +115,7 @@ def prepare(
     rotary: RotaryTables | None,
     key_padding_mask: Tensor | None,
     contiguous: bool,
+    mechanism: Mechanism | None = None,
 ) -> Tokens:
     """Heads before tokens, accumulation type, padded tokens zeroed.
 
@@ -91,14 +127,17 @@ def prepare(
         key_padding_mask: [B, N], or None.
         contiguous: Copy strided inputs at once. Feature maps are two to three times faster on
             contiguous memory, but autograd would then keep the copies.
+        mechanism: Decides the width of the table; None for softmax attention.
     """
     dtype = accumulation_dtype(q.dtype)
     # A change of type makes a copy anyway: it might as well be contiguous.
-    layout = torch.contiguous_format
-    q, k, v = (x.transpose(1, 2).to(dtype, memory_format=layout) for x in (q, k, v))
+    contiguous = contiguous or dtype != q.dtype
+    q, k, v = (widen(x.transpose(1, 2), dtype) for x in (q, k, v))
     if contiguous:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     table = None if rotary is None else token_table(rotary).to(dtype)
+    if table is not None and mechanism is not None and mechanism.phi_q.expansion > 1:
+        table = table.repeat(1, mechanism.phi_q.expansion, 1)  # each D-wide part turns alike
     if key_padding_mask is None:
         return Tokens(q, k, v, table, None, q.shape[2])
     valid = ~key_padding_mask[:, None, :, None]
@@ -116,54 +155,76 @@ def seen_keys(valid: Tensor) -> Tensor:
     return valid | ~valid.any(dim=2, keepdim=True)
 
 
-def global_query_logits(query: Tensor, k_features: Tensor, valid: Tensor | None) -> Tensor:
-    """Logits of the key weights, s qbar . phi(k_j), as [B, h, N, 1]; padding gets -inf."""
-    scale = k_features.shape[-1] ** -0.5
-    logits = k_features @ (scale * query).transpose(-1, -2)
-    if valid is not None:
-        logits = logits.masked_fill(~seen_keys(valid), -torch.inf)
-    return logits
+def global_query_logits(query: Tensor, k_features: Tensor, scale: float) -> Tensor:
+    """Logits of the key weights, s qbar . phi(k_j), as [B, h, N, 1]."""
+    return k_features @ (scale * query).transpose(-1, -2)
+
+
+def hide_padding(logits: Tensor, valid: Tensor | None) -> Tensor:
+    """Logits [B, h, N, 1 or F] of a softmax over keys, -inf for padding."""
+    return logits if valid is None else logits.masked_fill(~seen_keys(valid), -torch.inf)
 
 
 def linear_attention_forward(
-    tokens: Tokens, mechanism: Mechanism
+    tokens: Tokens, mechanism: Mechanism, head_scale: Tensor | None = None
 ) -> tuple[Tensor, LinearAttentionState]:
     """Output and state of a linear attention.
 
-    The order of the steps is chosen for what autograd keeps: phi(q), phi(k), the rotated queries,
-    the rotated keys and v, one contiguous tensor each, besides the views that it was given. Factors
+    The order of the steps is chosen for what autograd keeps: phi(q), phi(k), the encoded queries,
+    the encoded keys and v, one contiguous tensor each, besides the views that it was given. Factors
     that depend on the token multiply features that are kept anyway, before the rotation, which
     keeps only its table. For half-precision inputs all of these are float32, q and k too.
+
+    Args:
+        tokens: From `prepare`.
+        mechanism: The row of the table.
+        head_scale: tau, [h] in the accumulation type, or None for 1.
 
     Returns:
         Output [B, h, N, D] in the accumulation type, and the state.
     """
     q, k, v, table, valid, num_valid = tokens
-    phi = mechanism.phi.function
+    scale = q.shape[-1] ** -0.5
+    reads, positions = mechanism.reads, mechanism.positions
     # Contiguous after phi, not before: phi then keeps the view that it was given, and no matrix
     # product below makes, and keeps, a copy of its own.
-    q_features, k_features, v = phi(q).contiguous(), phi(k).contiguous(), v.contiguous()
+    q_features = mechanism.phi_q.function(q).contiguous()
+    k_features = mechanism.phi_k.function(k).contiguous()
+    v = v.contiguous()
 
-    query = logsumexp = None
-    if mechanism.weighs_keys:
-        present = q_features if valid is None else q_features * valid
-        query = present.sum(dim=2, keepdim=True) / num_valid
-        logits = global_query_logits(query, k_features, valid)
+    query = logsumexp = norm = mean_v = None
+    if mechanism.has_key_softmax:
+        logits = k_features
+        if mechanism.has_global_query:
+            present = q_features if valid is None else q_features * valid
+            query = present.sum(dim=2, keepdim=True) / num_valid
+            logits = global_query_logits(query, k_features, scale)
+        logits = hide_padding(logits, valid)
         logsumexp = logits.logsumexp(dim=2, keepdim=True)
-        weighted = k_features * (logits - logsumexp).exp()  # w_j / N
+        weights = (logits - logsumexp).exp()  # w_j / N
+        weighted = k_features * weights if mechanism.has_global_query else weights
         per_token: Tensor | float = 1.0
     else:
         weighted = k_features if valid is None else k_features * valid
         per_token = 1.0 / num_valid
 
-    norm = weighted.sum(dim=2, keepdim=True) * per_token
-    state = (rotate(weighted, table).transpose(-1, -2) @ v) * per_token
-
-    normaliser = q_features @ norm.transpose(-1, -2)
-    out = rotate(q_features * (normaliser + mechanism.eps).reciprocal(), table) @ state
+    state = (encode(weighted, table, positions).transpose(-1, -2) @ v) * per_token
+    scaled = state if head_scale is None else state * head_scale[:, None, None]
+    if reads.uses_norm:
+        norm = weighted.sum(dim=2, keepdim=True) * per_token
+        z = q_features @ norm.transpose(-1, -2)
+        a, b = reads.factors(z, scale, num_valid)
+        if isinstance(a, Tensor):
+            q_features = q_features * a
+        else:
+            scaled = scaled * a
+    out = encode(q_features, table, positions) @ scaled
+    if reads.uses_mean:
+        mean_v = v.sum(dim=2, keepdim=True) / num_valid
+        out = out + b * mean_v
     if valid is not None:
         out = out.masked_fill(~valid, 0)
-    return out, LinearAttentionState(state, norm, query, logsumexp)
+    return out, LinearAttentionState(state, norm, mean_v, query, logsumexp)
 
 
 def linear_attention(
@@ -173,12 +234,15 @@ def linear_attention(
     mechanism: Mechanism,
     rotary: RotaryTables | None = None,
     key_padding_mask: Tensor | None = None,
+    head_scale: Tensor | None = None,
 ) -> Tensor:
     """Linear attention, [B, N, h, D] in and out; see `vitlinear.ops.linear_attention`."""
     with without_autocast(q):
         keeps_nothing = not torch.is_grad_enabled()
-        tokens = prepare(q, k, v, rotary, key_padding_mask, contiguous=keeps_nothing)
-        out, _ = linear_attention_forward(tokens, mechanism)
+        tokens = prepare(q, k, v, rotary, key_padding_mask, keeps_nothing, mechanism)
+        if head_scale is not None:
+            head_scale = head_scale.to(tokens.q.dtype)
+        out, _ = linear_attention_forward(tokens, mechanism, head_scale)
         return saturate(out.transpose(1, 2), q.dtype).to(q.dtype)
 
 

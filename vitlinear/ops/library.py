@@ -49,23 +49,38 @@ def linear_attention_op(
     rows: Tensor | None,
     cols: Tensor | None,
     key_padding_mask: Tensor | None,
+    head_scale: Tensor | None,
     mechanism: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Output [B, N, h, D], then state [B, h, D, D], norm, mean query [B, h, D], logsumexp [B, h].
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Output [B, N, h, D], and what backward needs besides the inputs.
 
-    The last two are empty for mechanisms that do not weigh keys.
+    That is state [B, h, F, D], norm [B, h, F], mean value [B, h, D], mean query [B, h, F] and
+    logsumexp, [B, h] or [B, h, F]; see `eager.LinearAttentionState`. What the mechanism does not
+    have is empty.
     """
     with eager.without_autocast(q):
-        tokens = eager.prepare(q, k, v, _tables(rows, cols), key_padding_mask, contiguous=True)
-        out, saved = eager.linear_attention_forward(tokens, get_mechanism(mechanism))
-    none = saved.state.new_empty(0)
+        row, tables = get_mechanism(mechanism), _tables(rows, cols)
+        tokens = eager.prepare(q, k, v, tables, key_padding_mask, True, row)
+        out, saved = eager.linear_attention_forward(tokens, row, _widen(head_scale, tokens.q))
+    state, norm, mean_v, query, logsumexp = saved
+
+    def save(x: Tensor | None) -> Tensor:
+        return state.new_empty(0) if x is None else x.squeeze(2).contiguous()
+
+    if logsumexp is not None and row.has_global_query:
+        logsumexp = logsumexp.squeeze(-1)
     return (
         _to_layout(out, q),
-        saved.state.contiguous(),
-        saved.norm.squeeze(2).contiguous(),
-        none if saved.query is None else saved.query.squeeze(2).contiguous(),
-        none.clone() if saved.logsumexp is None else saved.logsumexp.flatten(1).contiguous(),
+        state.contiguous(),
+        save(norm),
+        save(mean_v),
+        save(query),
+        save(logsumexp),
     )
+
+
+def _widen(head_scale: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if head_scale is None else head_scale.to(like.dtype)
 
 
 @linear_attention_op.register_fake
@@ -76,17 +91,25 @@ def _(
     rows: Tensor | None,
     cols: Tensor | None,
     key_padding_mask: Tensor | None,
+    head_scale: Tensor | None,
     mechanism: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, _, heads, dim = q.shape
-    weighs = get_mechanism(mechanism).weighs_keys
-    state = q.new_empty(batch, heads, dim, dim, dtype=eager.accumulation_dtype(q.dtype))
+    row = get_mechanism(mechanism)
+    features = row.feature_dim(dim)
+    state_dim = row.state_dim(dim, rows is not None)
+    state = q.new_empty(batch, heads, state_dim, dim, dtype=eager.accumulation_dtype(q.dtype))
+
+    def like(exists: bool, *widths: int) -> Tensor:
+        return state.new_empty((batch, heads, *widths) if exists else (0,))
+
     return (
         q.new_empty(q.shape),
         state,
-        state.new_empty(batch, heads, dim),
-        state.new_empty((batch, heads, dim) if weighs else (0,)),
-        state.new_empty((batch, heads) if weighs else (0,)),
+        like(row.reads.uses_norm, features),
+        like(row.reads.uses_mean, dim),
+        like(row.has_global_query, features),
+        like(row.has_key_softmax, *(() if row.has_global_query else (features,))),
     )
 
 
@@ -99,26 +122,55 @@ def linear_attention_backward_op(
     rows: Tensor | None,
     cols: Tensor | None,
     key_padding_mask: Tensor | None,
+    head_scale: Tensor | None,
     state: Tensor,
     norm: Tensor,
+    mean_v: Tensor,
     query: Tensor,
     logsumexp: Tensor,
     mechanism: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, and of head_scale: [h], or empty where there is none."""
     row = get_mechanism(mechanism)
+    if row.has_global_query:
+        logsumexp = logsumexp.unsqueeze(-1)
     saved = eager.LinearAttentionState(
         state,
-        norm.unsqueeze(2),
-        query.unsqueeze(2) if row.weighs_keys else None,
-        logsumexp[..., None, None] if row.weighs_keys else None,
+        norm.unsqueeze(2) if row.reads.uses_norm else None,
+        mean_v.unsqueeze(2) if row.reads.uses_mean else None,
+        query.unsqueeze(2) if row.has_global_query else None,
+        logsumexp.unsqueeze(2) if row.has_key_softmax else None,
     )
     with eager.without_autocast(q):
-        tokens = eager.prepare(q, k, v, _tables(rows, cols), key_padding_mask, contiguous=False)
+        tables = _tables(rows, cols)
+        tokens = eager.prepare(q, k, v, tables, key_padding_mask, False, row)
         grad_out = grad_out.transpose(1, 2).to(state.dtype)
-        grads = backward.linear_attention_backward(grad_out, tokens, saved, row)
+        wide_scale = _widen(head_scale, state)
+        *grads, grad_scale = backward.linear_attention_backward(
+            grad_out, tokens, saved, row, wide_scale
+        )
     dq, dk, dv = (_to_layout(grad, q) for grad in grads)
-    return dq, dk, dv
+    if head_scale is None or grad_scale is None:
+        return dq, dk, dv, state.new_empty(0)
+    return dq, dk, dv, grad_scale.to(head_scale.dtype)
+
+
+@linear_attention_backward_op.register_fake
+def _(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: Tensor | None,
+    cols: Tensor | None,
+    key_padding_mask: Tensor | None,
+    head_scale: Tensor | None,
+    state: Tensor,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    none = state.new_empty(0)
+    grad_scale = none if head_scale is None else head_scale.new_empty(head_scale.shape)
+    return *(q.new_empty(q.shape) for _ in range(3)), grad_scale  # type: ignore[return-value]
 
 
 @custom_op("vitlinear::softmax_attention", mutates_args=())
@@ -172,12 +224,9 @@ def softmax_attention_backward_op(
     return dq, dk, dv
 
 
-def _fake_gradients(grad_out: Tensor, q: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+@softmax_attention_backward_op.register_fake
+def _(grad_out: Tensor, q: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
-
-
-linear_attention_backward_op.register_fake(_fake_gradients)
-softmax_attention_backward_op.register_fake(_fake_gradients)
 
 
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -186,10 +235,10 @@ def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 
 def _linear_gradients(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.vitlinear.linear_attention_backward(
+    *grads, grad_scale = torch.ops.vitlinear.linear_attention_backward(
         grad_out, *ctx.saved_tensors, ctx.mechanism
     )
-    return *grads, None, None, None, None
+    return *grads, None, None, None, grad_scale if ctx.needs_input_grad[6] else None, None
 
 
 def _save_softmax(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -210,23 +259,28 @@ softmax_attention_op.register_autograd(_softmax_gradients, setup_context=_save_s
 
 @register_flop_formula(torch.ops.vitlinear.linear_attention)
 def linear_attention_flops(
-    q_shape: Any, k_shape: Any, v_shape: Any, rows: Any, cols: Any, mask: Any, mechanism: str,
-    *args: Any, **kwargs: Any,
+    q_shape: Any, k_shape: Any, v_shape: Any, rows: Any, cols: Any, mask: Any, head_scale: Any,
+    mechanism: str, *args: Any, **kwargs: Any,
 ) -> int:  # fmt: skip
     """State, read-out and normaliser; logits of the key weights where there are any."""
     batch, length, heads, dim = q_shape
-    vectors = 2 if get_mechanism(mechanism).weighs_keys else 1
-    return 2 * batch * length * heads * dim * (2 * dim + vectors)
+    row = get_mechanism(mechanism)
+    vectors = (row.reads.uses_norm + row.has_global_query) * row.feature_dim(dim)
+    matrices = 2 * row.state_dim(dim, rows is not None) * dim
+    return 2 * batch * length * heads * (matrices + vectors)
 
 
 @register_flop_formula(torch.ops.vitlinear.linear_attention_backward)
 def linear_attention_backward_flops(
-    grad_shape: Any, q_shape: Any, *args: Any, **kwargs: Any
+    grad_shape: Any, q_shape: Any, k_shape: Any, v_shape: Any, rows: Any, *args: Any, **kwargs: Any
 ) -> int:
-    """Four products of N x D with D x D, and the vectors of normaliser and key weights."""
+    """Four products of N x F with F x D, and the vectors of normaliser, mean and key weights."""
     batch, length, heads, dim = q_shape
-    vectors = 4 if get_mechanism(args[-1]).weighs_keys else 2
-    return 2 * batch * length * heads * dim * (4 * dim + vectors)
+    row = get_mechanism(args[-1])
+    vectors = 2 * (row.reads.uses_norm + row.has_global_query) * row.feature_dim(dim)
+    vectors += 2 * row.reads.uses_mean * dim
+    matrices = 4 * row.state_dim(dim, rows is not None) * dim
+    return 2 * batch * length * heads * (matrices + vectors)
 
 
 @register_flop_formula(torch.ops.vitlinear.softmax_attention)

@@ -1,14 +1,31 @@
 """The table of attention mechanisms: each linear attention is one row of one formula.
 
-Per head, with N tokens, queries, keys and values q, k, v and means taken over the tokens::
+Per head, with N tokens, queries, keys and values q, k, v, channels D, s = D^-0.5, and means taken
+over the tokens::
 
-    S = (1/N) sum_j w_j R(phi(k_j)) v_j^T        state, [F, D]
-    m = (1/N) sum_j w_j phi(k_j)                 normaliser state, [F]
-    z_i = phi(q_i) . m
-    out_i = a(z_i) R(phi(q_i)) S
+    S = (1/N) sum_j w_j R(phi_k(k_j)) v_j^T      state, [F, D]
+    m = (1/N) sum_j w_j phi_k(k_j)               normaliser state, [F]
+    z_i = phi_q(q_i) . m                         vbar = (1/N) sum_j v_j
+    out_i = a(z_i) R(phi_q(q_i)) tau S + b(z_i) vbar
 
-R is the 2-D rotary encoding of the token (`vitlinear.ops.rotary`) or nothing. It acts in the
-numerator only: the normaliser sees features without it, so z_i stays positive.
+R is the 2-D encoding of the token's position (`vitlinear.ops.rotary`) or nothing. It acts in the
+numerator only: the normaliser sees features without it. tau is a scalar per head, 1 unless the
+caller gives one.
+
+=========  ==================  ==========  ==============  =================  ======
+mechanism  phi_q, phi_k        R           w_j             a(z)               b(z)
+=========  ==================  ==========  ==============  =================  ======
+elu        elu + 1             rotary      1               1 / (z + eps)      0
+relu       ReLU                rotary      1               1 / (z + eps)      0
+rala       elu + 1             rotary      global query    1 / (z + eps)      0
+mala       elu + 1             rotary      1               s + s/(s z + eps)  -s z
+inline     identity            rotary      1               s                  1 - s z
+nala       norm-aware, cubed   rotary      1               1 / (z + eps)      0
+l2         ReLU                rotary      1               1 / max(z, 100/N)  0
+lightnet   SiLU, identity      cosine      token softmax   1                  0
+=========  ==================  ==========  ==============  =================  ======
+
+Rotary positions are the caller's choice for every row that names them.
 """
 
 from __future__ import annotations
@@ -17,39 +34,85 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .features import FEATURE_MAPS, FeatureMap
 
-def elu_plus_one(x: Tensor) -> Tensor:
-    """``elu(x) + 1``: ``exp(x)`` for x <= 0, ``x + 1`` above (Katharopoulos et al., 2020)."""
-    return F.elu(x) + 1
+EPS = 1e-6  # keeps normalisers from zero; as in the released code of every family
 
-
-def elu_plus_one_derivative(x: Tensor) -> Tensor:
-    """Derivative of `elu_plus_one`."""
-    return torch.exp(x.clamp(max=0))
-
-
-def relu_derivative(x: Tensor) -> Tensor:
-    """Derivative of ReLU, 0 at 0 as in PyTorch."""
-    return (x > 0).to(x.dtype)
+Factor = Tensor | float
+Count = Tensor | int
 
 
 @dataclass(frozen=True)
-class FeatureMap:
-    """An elementwise map phi and its derivative, both taken at the map's input.
+class ReadOut:
+    """How queries read the state: the factors a and b of the formula, and their derivatives.
 
-    Both return new tensors, never their argument: the closed-form backward works on them in place.
+    Attributes:
+        factors: (z, s, N) -> (a, b); a number where the factor does not depend on z.
+        derivatives: (z, s, N) -> (da/dz, db/dz), likewise.
+        uses_norm: Whether z, and with it m, is needed at all.
+        uses_mean: Whether b is anything but 0.
     """
 
-    function: Callable[[Tensor], Tensor]
-    derivative: Callable[[Tensor], Tensor]
+    factors: Callable[[Tensor, float, Count], tuple[Factor, Factor]]
+    derivatives: Callable[[Tensor, float, Count], tuple[Factor, Factor]]
+    uses_norm: bool = True
+    uses_mean: bool = False
 
 
-FEATURE_MAPS = {
-    "elu+1": FeatureMap(elu_plus_one, elu_plus_one_derivative),
-    "relu": FeatureMap(torch.relu, relu_derivative),
+def _normalised(z: Tensor, s: float, n: Count) -> tuple[Factor, Factor]:
+    return (z + EPS).reciprocal(), 0.0
+
+
+def _normalised_derivatives(z: Tensor, s: float, n: Count) -> tuple[Factor, Factor]:
+    return -(z + EPS).reciprocal().square(), 0.0
+
+
+def _magnitude_aware(z: Tensor, s: float, n: Count) -> tuple[Factor, Factor]:
+    z = s * z
+    return s + s * (z + EPS).reciprocal(), -z
+
+
+def _magnitude_aware_derivatives(z: Tensor, s: float, n: Count) -> tuple[Factor, Factor]:
+    return -(s * (s * z + EPS).reciprocal()).square(), -s
+
+
+def _injective(z: Tensor, s: float, n: Count) -> tuple[Factor, Factor]:
+    return s, 1 - s * z
+
+
+def _injective_derivatives(z: Tensor, s: float, n: Count) -> tuple[Factor, Factor]:
+    return 0.0, -s
+
+
+# The sum of similarities, not their mean, is what L2ViT keeps from vanishing.
+MIN_SUM = 100.0
+
+
+def _clamped(z: Tensor, s: float, n: Count) -> tuple[Factor, Factor]:
+    return n * (n * z).clamp(min=MIN_SUM).reciprocal(), 0.0
+
+
+def _clamped_derivatives(z: Tensor, s: float, n: Count) -> tuple[Factor, Factor]:
+    total = n * z
+    return -(n * total.clamp(min=MIN_SUM).reciprocal()).square() * (total >= MIN_SUM), 0.0
+
+
+def _constant(z: Tensor, s: float, n: Count) -> tuple[Factor, Factor]:
+    return 1.0, 0.0
+
+
+def _constant_derivatives(z: Tensor, s: float, n: Count) -> tuple[Factor, Factor]:
+    return 0.0, 0.0
+
+
+READ_OUTS = {
+    "normalised": ReadOut(_normalised, _normalised_derivatives),
+    "magnitude-aware": ReadOut(_magnitude_aware, _magnitude_aware_derivatives, uses_mean=True),
+    "injective": ReadOut(_injective, _injective_derivatives, uses_mean=True),
+    "clamped": ReadOut(_clamped, _clamped_derivatives),
+    "constant": ReadOut(_constant, _constant_derivatives, uses_norm=False),
 }
 
 
@@ -59,37 +122,85 @@ class Mechanism:
 
     Attributes:
         name: Key in `MECHANISMS`; what operators and models take as a string.
-        feature_map: Key in `FEATURE_MAPS`; phi of queries and keys.
+        query_map: Key in `FEATURE_MAPS`, phi of queries.
+        key_map: The same for keys; as wide as that of the queries.
         key_weights: ``'uniform'``: w_j = 1.
             ``'global_query'``: w_j = N softmax_j(s qbar . phi(k_j)) with qbar the mean of phi(q)
-            over tokens and s = D^-0.5.
-        eps: Added to the normaliser: a(z) = 1 / (z + eps).
+            over tokens.
+            ``'token_softmax'``: each channel of phi(k) goes through a softmax over the tokens,
+            times N; a weight for each token and channel.
+        read_out: Key in `READ_OUTS`: a and b.
+        positions: What R does with position tables: ``'rotary'`` turns neighbouring channels,
+            ``'cosine'`` puts [x cos; x sin] for x.
     """
 
     name: str
-    feature_map: str
+    query_map: str
+    key_map: str
     key_weights: str = "uniform"
-    eps: float = 1e-6
+    read_out: str = "normalised"
+    positions: str = "rotary"
 
     @property
-    def phi(self) -> FeatureMap:
-        """The feature map itself."""
-        return FEATURE_MAPS[self.feature_map]
+    def phi_q(self) -> FeatureMap:
+        """The feature map of queries."""
+        return FEATURE_MAPS[self.query_map]
 
     @property
-    def weighs_keys(self) -> bool:
-        """Whether keys carry weights that depend on the other tokens."""
+    def phi_k(self) -> FeatureMap:
+        """The feature map of keys."""
+        return FEATURE_MAPS[self.key_map]
+
+    @property
+    def reads(self) -> ReadOut:
+        """The read-out."""
+        return READ_OUTS[self.read_out]
+
+    @property
+    def has_global_query(self) -> bool:
+        """Whether one query for all tokens weighs the keys."""
         return self.key_weights == "global_query"
+
+    @property
+    def has_key_softmax(self) -> bool:
+        """Whether keys go through a softmax over tokens, of either kind."""
+        return self.key_weights in ("global_query", "token_softmax")
+
+    def feature_dim(self, head_dim: int) -> int:
+        """F, the width of the features of a head of D channels, before R."""
+        return self.phi_q.expansion * head_dim
+
+    def state_dim(self, head_dim: int, with_positions: bool) -> int:
+        """Rows of the state S: F, or 2 F where R doubles the features."""
+        doubled = with_positions and self.positions == "cosine"
+        return self.feature_dim(head_dim) * (2 if doubled else 1)
 
 
 MECHANISMS = {
     m.name: m
     for m in (
         # Rank-augmented linear attention (Fan et al., CVPR 2025, arXiv:2411.07635).
-        Mechanism("rala", feature_map="elu+1", key_weights="global_query"),
+        Mechanism("rala", "elu+1", "elu+1", key_weights="global_query"),
+        # Magnitude-aware linear attention (Fan et al., ICCV 2025, arXiv:2507.00698).
+        Mechanism("mala", "elu+1", "elu+1", read_out="magnitude-aware"),
+        # Injective linear attention (Han et al., NeurIPS 2024, arXiv:2412.06590).
+        Mechanism("inline", "identity", "identity", read_out="injective"),
+        # Norm-aware linear attention (NaLaFormer, arXiv:2506.21137).
+        Mechanism("nala", "norm-aware", "cubed"),
+        # Linear global attention of L2ViT (arXiv:2501.16182); tau is learned there.
+        Mechanism("l2", "relu", "relu", read_out="clamped"),
+        # LightNet attention, non-causal (arXiv:2405.21022).
+        Mechanism(
+            "lightnet",
+            "silu",
+            "identity",
+            key_weights="token_softmax",
+            read_out="constant",
+            positions="cosine",
+        ),
         # Plain normalised linear attention (Katharopoulos et al., ICML 2020, arXiv:2006.16236).
-        Mechanism("elu", feature_map="elu+1"),
-        Mechanism("relu", feature_map="relu"),
+        Mechanism("elu", "elu+1", "elu+1"),
+        Mechanism("relu", "relu", "relu"),
     )
 }
 

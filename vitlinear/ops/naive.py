@@ -16,10 +16,15 @@ from .rotary import RotaryTables
 
 
 def rotate_tokens(x: Tensor, rotary: RotaryTables | None) -> Tensor:
-    """Apply the 2-D rotary encoding pair by pair, [B, N, h, D] -> [B, N, h, D]."""
+    """Apply the 2-D rotary encoding pair by pair, [B, N, h, D] -> [B, N, h, D].
+
+    Features twice as wide as the head, F = 2 D, turn half by half.
+    """
     if rotary is None:
         return x
     rows, cols = rotary
+    if x.shape[-1] == 8 * rows.shape[1]:
+        return torch.cat([rotate_tokens(half, rotary) for half in x.chunk(2, dim=-1)], dim=-1)
     out = torch.empty_like(x)
     half, width = x.shape[-1] // 2, cols.shape[0]
     for n in range(x.shape[1]):
@@ -31,39 +36,61 @@ def rotate_tokens(x: Tensor, rotary: RotaryTables | None) -> Tensor:
     return out
 
 
+def cosine_tokens(x: Tensor, tables: RotaryTables | None) -> Tensor:
+    """Apply the cosine encoding channel by channel, [B, N, h, D] -> [B, N, h, 2 D]."""
+    if tables is None:
+        return x
+    rows, cols = tables
+    half, width = x.shape[-1] // 2, cols.shape[0]
+    cosines, sines = torch.empty_like(x), torch.empty_like(x)
+    for n in range(x.shape[1]):
+        for axis, table in ((0, rows[n // width]), (1, cols[n % width])):
+            for t, (cos, sin) in enumerate(table):
+                c = axis * half + t
+                cosines[:, n, :, c] = x[:, n, :, c] * cos
+                sines[:, n, :, c] = x[:, n, :, c] * sin
+    return torch.cat((cosines, sines), dim=-1)
+
+
 def linear_attention_weights(
     q: Tensor,
     k: Tensor,
     mechanism: str,
     rotary: RotaryTables | None = None,
     key_padding_mask: Tensor | None = None,
+    head_scale: Tensor | None = None,
 ) -> Tensor:
     """The matrix A of a linear attention, for which out = A v, as [B, h, N, N]."""
     row = get_mechanism(mechanism)
-    phi = row.phi.function
+    scale = q.shape[-1] ** -0.5
+    q_features, k_features = row.phi_q.function(q), row.phi_k.function(k)
     valid = torch.ones(q.shape[:2], dtype=torch.bool, device=q.device)
     if key_padding_mask is not None:
         valid = ~key_padding_mask
-    count = valid.sum(1)[:, None, None]  # [B, 1, 1]
-    keep = valid[:, None, :].to(q.dtype)  # [B, 1, N]
+    count = valid.sum(1)[:, None, None, None]  # [B, 1, 1, 1]
+    keep = valid[:, :, None, None].to(q.dtype)  # [B, N, 1, 1]
 
     if row.key_weights == "uniform":
-        weight = keep.expand(-1, q.shape[2], -1)  # [B, h, N]
+        k_features = k_features * keep
+    elif row.key_weights == "global_query":
+        global_query = (q_features * keep).sum(1, keepdim=True) / count
+        logits = scale * (global_query * k_features).sum(-1, keepdim=True)
+        logits = logits.masked_fill(~valid[:, :, None, None], -torch.inf)
+        k_features = k_features * count * torch.softmax(logits, dim=1)
     else:
-        scale = q.shape[-1] ** -0.5
-        global_query = torch.einsum("bhn,bnhd->bhd", keep, phi(q)) / count
-        logits = scale * torch.einsum("bhd,bnhd->bhn", global_query, phi(k))
-        logits = logits.masked_fill(~valid[:, None, :], -torch.inf)
-        weight = count * torch.softmax(logits, dim=-1)
+        logits = k_features.masked_fill(~valid[:, :, None, None], -torch.inf)
+        k_features = count * torch.softmax(logits, dim=1)
 
-    similarity = torch.einsum("bnhd,bmhd->bhnm", phi(q), phi(k)) * weight[:, :, None, :]
-    normaliser = similarity.sum(-1, keepdim=True) / count[..., None]
-    if rotary is not None:
-        similarity = torch.einsum(
-            "bnhd,bmhd->bhnm", rotate_tokens(phi(q), rotary), rotate_tokens(phi(k), rotary)
-        )
-        similarity = similarity * weight[:, :, None, :]
-    weights = similarity / count[..., None] / (normaliser + row.eps)
+    similarity = torch.einsum("bnhd,bmhd->bhnm", q_features, k_features)
+    z = similarity.sum(-1, keepdim=True) / count
+    encode = rotate_tokens if row.positions == "rotary" else cosine_tokens
+    similarity = torch.einsum(
+        "bnhd,bmhd->bhnm", encode(q_features, rotary), encode(k_features, rotary)
+    )
+    if head_scale is not None:
+        similarity = similarity * head_scale[:, None, None]
+    a, b = row.reads.factors(z, scale, count)
+    weights = (a * similarity + b * valid[:, None, None, :]) / count
     return weights * valid[:, None, :, None]
 
 
@@ -74,9 +101,10 @@ def linear_attention(
     mechanism: str,
     rotary: RotaryTables | None = None,
     key_padding_mask: Tensor | None = None,
+    head_scale: Tensor | None = None,
 ) -> Tensor:
     """Linear attention by its definition; see `vitlinear.ops.linear_attention`."""
-    weights = linear_attention_weights(q, k, mechanism, rotary, key_padding_mask)
+    weights = linear_attention_weights(q, k, mechanism, rotary, key_padding_mask, head_scale)
     return torch.einsum("bhnm,bmhd->bnhd", weights, v)
 
 
