@@ -2,7 +2,7 @@
 
 from .conv_stem import ConvStem, check_images
 from .depthwise import DepthwiseConv
-from .gated_attention import GatedAttention
+from .gated_attention import GatedAttention, NormGatedAttention
 from .mlp import ConvMlp
 from .report import AttentionCall, BackendReport, backend_report
 
@@ -13,6 +13,7 @@ __all__ = [
     "ConvStem",
     "DepthwiseConv",
     "GatedAttention",
+    "NormGatedAttention",
     "backend_report",
     "check_images",
 ]

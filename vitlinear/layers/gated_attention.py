@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from timm.layers import LayerNorm
 from torch import Tensor, nn
 
 from .._timm import register_notrace_module
@@ -78,9 +81,13 @@ class GatedAttention(nn.Module):
         q, k, v, o = qkvo.unbind(2)
         lepe = self.lepe(v.reshape(B, H, W, C)).reshape(B, H * W, self.num_heads, self.head_dim)
         # lepe stands first because it decides the layout of the sum: [B, N, h, D], ready for proj.
-        x = (lepe + self.attend(q, k, v, rotary)) * o
+        x = self.gate(lepe + self.attend(q, k, v, rotary), o)
         x = self.proj(x.reshape(B, H, W, C))
         return self.proj_drop(x)
+
+    def gate(self, x: Tensor, o: Tensor) -> Tensor:
+        """Combine attention with the output multiplier, [B, N, h, D] both."""
+        return x * o
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, rotary: RotaryTables) -> Tensor:
         """The attention proper, [B, N, h, D] -> [B, N, h, D]."""
@@ -95,3 +102,26 @@ class GatedAttention(nn.Module):
         if self.attn_type == "softmax":
             return softmax_attention(q, k, v, rotary, backend="eager")
         return linear_attention(q, k, v, self.attn_type, rotary, backend=self.backend)
+
+
+@register_notrace_module
+class NormGatedAttention(GatedAttention):
+    """proj(LN(Attention(q, k, v) + dw5(v)) * SiLU(o)), the gate of NaLaFormer (arXiv:2506.21137).
+
+    The norm runs over all channels, not over those of a head. Arguments as `GatedAttention`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *args: Any,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(dim, *args, device=device, dtype=dtype, **kwargs)
+        self.norm = LayerNorm(dim, eps=1e-5, device=device, dtype=dtype)
+
+    def gate(self, x: Tensor, o: Tensor) -> Tensor:
+        """Combine attention with the gate, [B, N, h, D] both."""
+        return self.norm(x.flatten(2)) * nn.functional.silu(o.flatten(2))

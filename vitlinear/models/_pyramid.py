@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     ClassifierHead,
     ConvNormAct,
@@ -27,6 +28,74 @@ from .._timm import register_notrace_function
 from ..layers import ConvMlp, ConvStem, DepthwiseConv, GatedAttention
 from ..ops import RotaryTables, accumulation_dtype, rotary_tables
 from ._stages import StagedBackbone, four_each
+
+# The sizes that RALA and MALA share, as in the released code of both.
+SIZES: dict[str, dict[str, Any]] = {
+    "t": {
+        "embed_dims": (64, 128, 256, 512),
+        "depths": (2, 2, 6, 2),
+        "num_heads": (1, 2, 4, 8),
+        "ls_init_values": (1.0, 1.0, 1.0, 1.0),
+    },
+    "s": {
+        "embed_dims": (64, 128, 320, 512),
+        "depths": (3, 5, 9, 3),
+        "num_heads": (1, 2, 5, 8),
+        "ls_init_values": (1.0, 1.0, 1.0, 1.0),
+    },
+    "b": {
+        "embed_dims": (96, 192, 384, 512),
+        "depths": (4, 6, 12, 6),
+        "num_heads": (1, 2, 6, 8),
+        "ls_init_values": (1.0, 1.0, 1e-6, 1e-6),
+    },
+    "l": {
+        "embed_dims": (96, 192, 448, 640),
+        "depths": (4, 7, 19, 8),
+        "num_heads": (1, 2, 7, 10),
+        "ls_init_values": (1e-6, 1e-6, 1e-6, 1e-6),
+    },
+    # Ours, for tests and small data sets.
+    "test": {
+        "embed_dims": (24, 48, 64, 96),
+        "depths": (1, 1, 2, 1),
+        "num_heads": (1, 2, 2, 3),
+        "mlp_ratios": (3.0, 3.0, 3.0, 3.0),
+        "head_width": 192,
+    },
+}
+
+
+def published_types(mechanism: str) -> tuple[str, ...]:
+    """Attention of the stages in the published models: softmax in the last two."""
+    return (mechanism, mechanism, "softmax", "softmax")
+
+
+def linear_types(mechanism: str) -> tuple[str, ...]:
+    """Attention of the stages in the ``_linear`` siblings, which nobody published."""
+    return (mechanism,) * 4
+
+
+def pyramid_cfg(test: bool = False, **kwargs: Any) -> dict[str, Any]:
+    """timm's description of a pyramid's input and ends.
+
+    Args:
+        test: For a test-sized model.
+        **kwargs: Source, licence and paper of the family.
+    """
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 160, 160) if test else (3, 224, 224),
+        "pool_size": (5, 5) if test else (7, 7),
+        # Evaluation as published: resize to 256, centre crop of 224, bicubic.
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.conv1.conv",
+        "classifier": "head.fc",
+        **kwargs,
+    }
 
 
 @register_notrace_function
@@ -211,9 +280,7 @@ class LinearPyramid(StagedBackbone):
             {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"}
             for i, dim in enumerate(embed_dims)
         ]
-        self.final = ConvNormAct(
-            embed_dims[-1], head_width, 1, bias=True, act_layer=nn.SiLU, **dd
-        )
+        self.final = ConvNormAct(embed_dims[-1], head_width, 1, bias=True, act_layer=nn.SiLU, **dd)
         self.num_features = self.head_hidden_size = head_width
         # A 1x1 convolution, as released: without pooling it gives a map of logits.
         self.head = ClassifierHead(

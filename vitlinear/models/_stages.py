@@ -1,7 +1,7 @@
 """What every backbone of four stages here has in common: timm's contract for feature hierarchies.
 
-A family builds ``stem``, ``stages``, ``final`` and ``head`` in its constructor; everything that timm
-asks of a model stands here. Maps between the parts are [B, C, H, W], channels-last in memory.
+A family builds ``stem``, ``stages``, ``final`` and ``head`` in its constructor; everything that
+timm asks of a model stands here. Maps between the parts are [B, C, H, W], channels-last in memory.
 
 No `from __future__ import annotations` in files of models: torch.fx copies the annotations of
 `forward` into the code it generates, and TorchScript cannot read them there as strings.
