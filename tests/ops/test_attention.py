@@ -213,7 +213,8 @@ def test_finite(mechanism, backend, dtype, case):
     elif case == "large":
         projection[:, :, :2] *= 1000
     elif case == "huge":
-        projection[:, :, :2] *= 10000 if dtype == torch.float16 else 1e12
+        largest = 1e10 if mechanism == "nala" else 1e12  # nala cubes its keys
+        projection[:, :, :2] *= 10000 if dtype == torch.float16 else largest
     elif case == "zeros":
         projection.zero_()
     inputs = inputs._replace(projection=projection.requires_grad_())
@@ -251,9 +252,9 @@ def test_repeats_are_bit_equal(attention, backend):
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("mechanism", list(ops.MECHANISMS))
+@pytest.mark.parametrize("mechanism", ["rala", "mala", "elu", "relu"])
 @each_backend
-def test_float16_saturates(mechanism, backend):
+def test_rotation_over_a_vanishing_normaliser_saturates(mechanism, backend):
     """Rotation can leave a large numerator over a vanishing normaliser: no infinity comes out."""
     inputs = make_inputs(grid=(4, 4), dim=16, dtype=torch.float16)
     projection = inputs.projection.detach()
@@ -265,6 +266,36 @@ def test_float16_saturates(mechanism, backend):
     assert expected.abs().max() > 65504
     out = attend(mechanism, inputs, backend, projection)
     assert out.isfinite().all() and out.abs().max() == 65504
+
+
+@pytest.mark.parametrize("mechanism", list(ops.MECHANISMS))
+@each_backend
+def test_float16_saturates(mechanism, backend):
+    """Outputs and gradients beyond float16 are its largest number, not infinity."""
+    inputs = make_inputs(grid=(4, 4), dim=16, dtype=torch.float16)
+    inputs = inputs._replace(head_scale=torch.full((2,), 1e7))
+    out, grad = run(mechanism, inputs, backend)
+    expected_out, expected_grad = oracle(mechanism, inputs)
+    for actual, expected in ((out, expected_out), (grad, expected_grad)):
+        assert expected.abs().max() > 65504
+        assert actual.isfinite().all() and actual.abs().max() == 65504
+
+
+@pytest.mark.parametrize("mechanism", list(ops.MECHANISMS))
+@each_backend
+@pytest.mark.parametrize("mask", [False, True], ids=["full", "padded"])
+def test_head_scale(mechanism, backend, mask):
+    """tau multiplies the state, one number for each head, and learns."""
+    inputs = make_inputs(heads=3, mask=mask)
+    scale = torch.tensor([0.2, 1.0, -1.5], dtype=torch.float64, requires_grad=True)
+    inputs = inputs._replace(head_scale=scale)
+    out = attend(mechanism, inputs, backend)
+    grads = torch.autograd.grad(out, (inputs.projection, scale), inputs.grad)
+    expected = attend(mechanism, inputs, "naive")
+    expected_grads = torch.autograd.grad(expected, (inputs.projection, scale), inputs.grad)
+    assert relative_error(out, expected) < 1e-12
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert relative_error(grad, expected_grad) < 1e-12
 
 
 @pytest.mark.parametrize("mechanism", list(ops.MECHANISMS))
@@ -374,6 +405,11 @@ BAD_INPUT = {
     "must be [B, N] = (2, 6)": {"key_padding_mask": torch.zeros(2, 5, dtype=torch.bool)},
     "unknown backend 'cuda'; choose from: auto, eager, library": {"backend": "cuda"},
     "unknown attention mechanism 'mla'; choose from: rala": {"mechanism": "mla"},
+    "one entry for each of 2 heads, got shape (3,)": {"head_scale": torch.ones(3)},
+    "make them with lrpe_tables": {
+        "mechanism": "lightnet",
+        "rotary": ops.rotary_tables(3, 2, 8),
+    },
 }
 
 
@@ -383,7 +419,7 @@ def test_bad_input_is_named(message):
     with pytest.raises(ValueError) as caught:
         ops.linear_attention(**arguments)
     assert message in str(caught.value)
-    if "mechanism" not in arguments:
+    if not {"mechanism", "head_scale"} & arguments.keys():
         with pytest.raises(ValueError) as caught:
             ops.softmax_attention(**arguments)
         assert message in str(caught.value)
