@@ -17,10 +17,28 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vitlinear
-from vitlinear.models._pyramid import PyramidBlock, stage_rotary_tables
+from vitlinear.models._pyramid import LinearPyramid, stage_rotary_tables
 
-TEST_MODELS = timm.list_models("test_*", module="ravlt")
+TEST_MODELS = [
+    name
+    for name in timm.list_models("test_*")
+    if timm.model_entrypoint(name).__module__.startswith("vitlinear.")
+]
+PYRAMIDS = [
+    name
+    for name in TEST_MODELS
+    if isinstance(timm.create_model(name, device="meta"), LinearPyramid)
+]
 each_model = pytest.mark.parametrize("name", TEST_MODELS)
+# The siblings that are linear throughout run the same code: compilers see it once.
+each_program = pytest.mark.parametrize(
+    "name", [name for name in TEST_MODELS if not name.endswith("_linear")]
+)
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The residual blocks, in order."""
+    return [module for module in model.modules() if hasattr(module, "drop_path1")]
 
 
 @pytest.fixture(autouse=True)
@@ -38,9 +56,10 @@ def test_any_size(name, size):
     model = make(name)
     x = torch.randn(2, 3, *size)
     assert model(x).shape == (2, 7)
-    features = timm.create_model(name, features_only=True).eval()(x)
-    for feature, reduction in zip(features, (4, 8, 16, 32), strict=True):
-        assert feature.shape[2:] == tuple(-(-side // reduction) for side in size)
+    extractor = timm.create_model(name, features_only=True).eval()
+    for feature, info in zip(extractor(x), extractor.feature_info.get_dicts(), strict=True):
+        expected = [-(-side // info["reduction"]) for side in size]
+        assert list(feature.shape[1:]) == [info["num_chs"], *expected]
 
 
 @each_model
@@ -83,12 +102,14 @@ def test_backends_agree(name):
 @each_model
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(name, dtype):
+    """Arithmetic in half precision adds little to what rounding the weights does already."""
     model, x = make(name), torch.randn(2, 3, 64, 64)
     expected = model(x)
     out = model.to(dtype)(x.to(dtype))
     assert out.dtype == dtype and out.isfinite().all()
-    error = (out.float() - expected).norm() / expected.norm()
-    assert error < (0.05 if dtype == torch.bfloat16 else 0.01)
+    rounded = model.float()(x.to(dtype).float())
+    error, rounding = ((y - expected).norm() for y in (out.float(), rounded))
+    assert error < 4 * rounding
 
 
 @each_model
@@ -123,9 +144,9 @@ def test_training_and_evaluation_are_deterministic(name):
 def test_gradient_checkpointing_changes_no_gradient(name):
     model, x = make(name), torch.randn(2, 3, 64, 64)
     calls: list[int] = []
-    for module in model.modules():
-        if isinstance(module, PyramidBlock):
-            module.norm1.register_forward_hook(lambda *_: calls.append(1))
+    blocks = blocks_of(model)
+    for block in blocks:
+        block.norm1.register_forward_hook(lambda *_: calls.append(1))
     grads, counts = [], []
     for enable in (False, True):
         model.set_grad_checkpointing(enable)
@@ -134,19 +155,21 @@ def test_gradient_checkpointing_changes_no_gradient(name):
         model(x).square().sum().backward()
         grads.append([p.grad.clone() for p in model.parameters()])
         counts.append(len(calls))
-    assert counts == [5, 10]  # every block runs again during backward
+    # every block runs again during backward
+    assert counts == [len(blocks), 2 * len(blocks)] and counts[0] > 1
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 @each_model
 def test_drop_rates_reach_their_modules(name):
     model = timm.create_model(name, drop_path_rate=0.4, drop_rate=0.3, proj_drop_rate=0.2)
-    blocks = [m for m in model.modules() if isinstance(m, PyramidBlock)]
+    blocks = blocks_of(model)
     rates = [getattr(b.drop_path1, "drop_prob", 0.0) for b in blocks]
-    assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+    assert rates == pytest.approx(torch.linspace(0, 0.4, len(blocks)).tolist())
     assert rates == [getattr(b.drop_path2, "drop_prob", 0.0) for b in blocks]
-    assert {b.attn.proj_drop.p for b in blocks} == {b.mlp.drop.p for b in blocks} == {0.2}
-    assert model.head.drop.p == 0.3
+    dropouts = [m.p for m in model.modules() if isinstance(m, nn.Dropout) and m.p]
+    assert dropouts.count(0.3) == 1 and dropouts.count(0.2) >= 2 * len(blocks)
+    assert set(dropouts) == {0.2, 0.3}
 
 
 @each_model
@@ -156,10 +179,11 @@ def test_copies(name):
         assert torch.equal(copy(x), model(x))
 
 
-def test_compiled_once_for_all_sizes():
+@each_program
+def test_compiled_once_for_all_sizes(name):
     torch._dynamo.reset()
     counter = CompileCounter()
-    compiled = torch.compile(make("test_ravlt"), backend=counter, fullgraph=True, dynamic=True)
+    compiled = torch.compile(make(name), backend=counter, fullgraph=True, dynamic=True)
     for size in ((64, 96), (80, 48), (128, 128), (97, 161)):
         compiled(torch.randn(2, 3, *size))
     assert counter.frame_count == 1
@@ -181,7 +205,7 @@ def test_rotary_tables_stay_exact_in_half_precision():
     assert tables.rows.dtype == torch.float32 and torch.equal(tables.rows, expected.rows)
 
 
-@each_model
+@each_program
 @pytest.mark.parametrize("backend", ["eager", "library"])
 def test_compile_fullgraph(name, backend):
     model, x = make(name, attn_backend=backend), torch.randn(2, 3, 64, 96)
@@ -198,7 +222,7 @@ def test_fx_is_bit_equal(name, backend):
     assert torch.equal(traced(x[..., :70])["head"], model(x[..., :70]))
 
 
-@each_model
+@each_program
 @pytest.mark.parametrize("backend", ["eager", "library"])
 def test_export_any_size(name, backend):
     model = make(name, attn_backend=backend)
@@ -216,7 +240,7 @@ def test_export_any_size(name, backend):
         torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-6)
 
 
-@each_model
+@each_program
 def test_onnx_any_size(name, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -245,7 +269,7 @@ def test_onnx_any_size(name, tmp_path):
         torch.testing.assert_close(torch.from_numpy(out), model(x), rtol=1e-3, atol=1e-5)
 
 
-@each_model
+@each_program
 def test_script(name):
     model, x = make(name), torch.randn(2, 3, 64, 96)
     with warnings.catch_warnings():
@@ -262,7 +286,7 @@ def test_export_to_folder_and_back(name, tmp_path):
     save_for_hf(model, tmp_path)
     again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
     x = torch.randn(2, 1, 64, 64)
-    assert again.head.global_pool.pool_type == "max" and again.num_classes == 9
+    assert again.num_classes == 9
     torch.testing.assert_close(again.eval()(x), model.eval()(x))
     assert "drop_path_rate" not in get_model_args(again)
 
@@ -323,7 +347,7 @@ def test_unknown_pooling_and_option():
         timm.create_model("test_ravlt", window_size=7)
 
 
-@each_model
+@pytest.mark.parametrize("name", PYRAMIDS)
 def test_map_of_logits(name):
     """Without pooling the classifier runs at every place; its mean is the pooled answer."""
     model, x = make(name), torch.randn(2, 3, 64, 96)
@@ -334,13 +358,14 @@ def test_map_of_logits(name):
     torch.testing.assert_close(model(x).mean((2, 3)), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_layer_decay_covers_every_parameter():
-    model = timm.create_model("test_ravlt")
+@each_model
+def test_layer_decay_covers_every_parameter(name):
+    model = timm.create_model(name)
     groups = param_groups_layer_decay(model, weight_decay=0.05, layer_decay=0.7)
     grouped = sum(len(group["params"]) for group in groups)
     assert grouped == len(list(model.parameters()))
-    # stem, five blocks, head convolution and classifier
-    assert len({group["lr_scale"] for group in groups}) == 7
+    # stem, every block, and what comes after them
+    assert len({group["lr_scale"] for group in groups}) == len(blocks_of(model)) + 2
 
 
 def test_backend_report():

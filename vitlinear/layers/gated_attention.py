@@ -114,12 +114,13 @@ class NormGatedAttention(GatedAttention):
     def __init__(
         self,
         dim: int,
-        *args: Any,
+        num_heads: int,
+        attn_type: str,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(dim, *args, device=device, dtype=dtype, **kwargs)
+        super().__init__(dim, num_heads, attn_type, device=device, dtype=dtype, **kwargs)
         self.norm = LayerNorm(dim, eps=1e-5, device=device, dtype=dtype)
 
     def gate(self, x: Tensor, o: Tensor) -> Tensor:
