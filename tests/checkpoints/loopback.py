@@ -87,8 +87,14 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "damaged":
             middle = len(content) // 2
             content = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-        self.send_response(200)
-        self._end(content, sent=len(content) // 2 if fault == "short" else len(content))
+        # A client that takes up where it was cut off gets no further than before.
+        start = int(self.headers.get("Range", "bytes=0-")[len("bytes=") :].partition("-")[0])
+        end = len(content) // 2 if fault == "short" else len(content)
+        self.send_response(206 if start else 200)
+        if start:
+            last = len(content) - 1
+            self.send_header("Content-Range", f"bytes {start}-{last}/{len(content)}")
+        self._end(content[start:], sent=max(end - start, 0))
         self.close_connection = True
 
     def _end(self, content: bytes, sent: int | None = None) -> None:

@@ -69,12 +69,12 @@ def is_loaded(model) -> bool:
 
 
 def kept(folder: Path) -> list[Path]:
-    """Files that a later call could take for weights."""
+    """Files that a later call could take for weights, temporary ones included."""
     return [
         file
-        for file in folder.rglob("*")
-        if file.is_file() and (file.name.startswith("W") or file.parent.name == "blobs")
-    ]
+        for file in folder.rglob("*W*")
+        if file.is_file() and ".no_exist" not in file.parts  # the hub client's note of a 404
+    ] + [file for blobs in folder.rglob("blobs") for file in blobs.iterdir()]
 
 
 @pytest.mark.parametrize("kind", ["hub", "plain", "moved"])
@@ -183,27 +183,20 @@ def test_the_command_says_it_in_one_line(server, capsys):
     assert "RAVLT_T.pth" in error and "404" in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("fault", ["", "short"])
-def test_a_whole_process_with_the_environment_of_a_mirror(server, tmp_path, content, fault):
+def test_a_whole_process_with_the_environment_of_a_mirror(server, tmp_path):
     """What a user of a mirror sets; the model's own hub id and file name."""
     buffer = io.BytesIO()
     torch.save({"model_ema": timm.create_model("ravlt_t").state_dict()}, buffer)
     server.files["RAVLT_T.pth"] = buffer.getvalue()
-    server.faults["RAVLT_T.pth"] = fault
-    environment = {
-        **os.environ,
-        "HF_ENDPOINT": server.address,
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-    }
+    environment = {**os.environ, "HF_ENDPOINT": server.address, "HF_HOME": str(tmp_path / "home")}
     program = "import timm, vitlinear; timm.create_model('ravlt_t', pretrained=True)"
     done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
+    assert done.returncode == 0, done.stderr
     paths = [path for _, path in server.requests]
     assert any(path.startswith("/aldjalkdf/RAVLT/resolve/main/RAVLT_T.pth") for path in paths)
-    if fault:
-        assert done.returncode == 1
-        assert "cannot download RAVLT_T.pth of aldjalkdf/RAVLT" in done.stderr.splitlines()[-1]
-    else:
-        assert done.returncode == 0, done.stderr
