@@ -209,6 +209,8 @@ class InLineAttention(_ProjectedAttention):
         """[B, H, W, C] -> [B, H, W, C]."""
         B, H, W, _ = x.shape
         rows, cols = equal_windows(H, self.window_size), equal_windows(W, self.window_size)
-        mask = window_padding(B, H, W, rows, cols, x.device)
+        mask = window_padding(H, W, rows, cols, x.device)
+        if mask is not None:
+            mask = mask.repeat(B, 1)
         x = self.attend_tokens(to_windows(x, rows, cols), rows[1], cols[1], mask)
         return from_windows(x, rows, cols, H, W)

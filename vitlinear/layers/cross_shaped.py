@@ -1,0 +1,169 @@
+"""Attention in cross-shaped windows: half of the heads in vertical stripes, half in horizontal."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .._timm import register_notrace_module
+from .depthwise import DepthwiseConv
+from .inline_attention import InjectiveAttention, mean_token
+from .shifted_windows import SoftmaxAttention
+from .windows import equal_windows, from_windows, to_windows, window_padding
+
+
+class InjectiveStripe(nn.Module):
+    """InLine attention and LePE in the windows of a map; kernels come from another map."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        limits: tuple[int, int],
+        backend: str,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Make the branch.
+
+        Args:
+            dim: Channels, C.
+            num_heads: Heads, each of C / num_heads channels.
+            limits: Greatest height and width of a window; 0 for that of the map.
+            backend: One of `vitlinear.ops.BACKENDS`.
+            device: Where the parameters live.
+            dtype: Type of the parameters.
+        """
+        super().__init__()
+        self.limits = limits
+        self.attend = InjectiveAttention(dim, num_heads, 0, backend, device=device, dtype=dtype)
+        self.lepe = DepthwiseConv(dim, 3, device=device, dtype=dtype)
+
+    def forward(self, qkv: Tensor, source: Tensor) -> Tensor:
+        """Attend.
+
+        Args:
+            qkv: Queries, keys and values, [B, H, W, 3 C].
+            source: Map [B, H, W, C] whose mean in each window makes the kernels of the local term.
+
+        Returns:
+            [B, H, W, C].
+        """
+        B, H, W, C = source.shape
+        rows, cols = equal_windows(H, self.limits[0]), equal_windows(W, self.limits[1])
+        mask = window_padding(H, W, rows, cols, qkv.device)
+        if mask is not None:
+            mask = mask.repeat(B, 1)
+        mean = mean_token(to_windows(source, rows, cols), mask)
+        heads, size = self.attend.num_heads, rows[1] * cols[1]
+        qkv = to_windows(qkv, rows, cols).reshape(-1, size, 3, heads, C // heads)
+        q, k, v = qkv.unbind(2)
+        x = self.attend(q, k, v, mean, rows[1], cols[1], mask)
+        x = x + self.lepe(v.reshape(-1, rows[1], cols[1], C)).flatten(1, 2)
+        return from_windows(x, rows, cols, H, W)
+
+
+class SoftmaxStripe(nn.Module):
+    """Softmax attention and LePE in the windows of a map; arguments as `InjectiveStripe`."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        limits: tuple[int, int],
+        backend: str,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.limits = limits
+        self.attend = SoftmaxAttention(num_heads, dim // num_heads, backend)
+        self.lepe = DepthwiseConv(dim, 3, device=device, dtype=dtype)
+
+    def forward(self, qkv: Tensor, source: Tensor) -> Tensor:
+        """[B, H, W, 3 C] -> [B, H, W, C]; `source` is not used."""
+        B, H, W, C = qkv.shape[0], qkv.shape[1], qkv.shape[2], qkv.shape[3] // 3
+        rows, cols = equal_windows(H, self.limits[0]), equal_windows(W, self.limits[1])
+        mask = window_padding(H, W, rows, cols, qkv.device)
+        if mask is not None:
+            mask = ~mask.repeat(B, 1)[:, None, None]
+        heads, size = self.attend.num_heads, rows[1] * cols[1]
+        qkv = to_windows(qkv, rows, cols).reshape(-1, size, 3, heads, C // heads)
+        q, k, v = qkv.unbind(2)
+        x = self.attend(q, k, v, mask)
+        x = x + self.lepe(v.reshape(-1, rows[1], cols[1], C)).flatten(1, 2)
+        return from_windows(x, rows, cols, H, W)
+
+
+# One step to torch.fx, as `GatedAttention`.
+@register_notrace_module
+class CrossShapedAttention(nn.Module):
+    """proj(branches of q, k and v from one projection), as the released InLine-CSwin has them.
+
+    ``inline``: one branch over all channels, in windows of at most `split` x `split`.
+    ``softmax``: two branches with half of the channels and heads each, in stripes as high as the
+    map and at most `split` wide, and in stripes as wide as the map and at most `split` high. With
+    a split of 0 one branch over all channels and the whole map. Source: CSWin transformer
+    (arXiv:2107.00652) and arXiv:2412.06590.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        attn_type: str,
+        split: int,
+        proj_drop: float = 0.0,
+        backend: str = "auto",
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Make the attention.
+
+        Args:
+            dim: Channels, C.
+            num_heads: Heads, each of C / num_heads channels.
+            attn_type: ``inline`` or ``softmax``.
+            split: Greatest width of stripes, or side of windows; 0 for the whole map.
+            proj_drop: Dropout rate of the output.
+            backend: One of `vitlinear.ops.BACKENDS`, for linear attention; softmax runs on SDPA.
+            device: Where the parameters live.
+            dtype: Type of the parameters.
+
+        Raises:
+            ValueError: dim does not divide into heads and branches, or a name is unknown.
+        """
+        super().__init__()
+        if attn_type not in ("inline", "softmax"):
+            raise ValueError(f"unknown attention {attn_type!r}; choose from: inline, softmax")
+        branches = 2 if attn_type == "softmax" and split > 0 else 1
+        if num_heads < 1 or num_heads % branches or dim % num_heads:
+            parts = f"{num_heads} heads" + (" in two branches" if branches == 2 else "")
+            raise ValueError(f"dim {dim} does not divide into {parts}")
+        stripe = InjectiveStripe if attn_type == "inline" else SoftmaxStripe
+        limits = ((0, split), (split, 0)) if branches == 2 else ((split, split),)
+        self.qkv = nn.Linear(dim, 3 * dim, device=device, dtype=dtype)
+        self.branches = nn.ModuleList(
+            stripe(dim // branches, num_heads // branches, limit, backend, device, dtype)
+            for limit in limits
+        )
+        self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor, source: Tensor) -> Tensor:
+        """Attend.
+
+        Args:
+            x: [B, H, W, C].
+            source: Map that InLine branches take the mean for their kernels from, like x.
+
+        Returns:
+            [B, H, W, C].
+        """
+        B, H, W, C = x.shape
+        count = len(self.branches)
+        parts = self.qkv(x).reshape(B, H, W, 3, count, C // count)
+        outs: list[Tensor] = []
+        for i, branch in enumerate(self.branches):
+            outs.append(branch(parts[:, :, :, :, i].flatten(3), source))
+        return self.proj_drop(self.proj(torch.cat(outs, -1)))

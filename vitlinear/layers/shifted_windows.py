@@ -1,0 +1,143 @@
+"""Softmax attention in windows of a map, shifted by half a window in every other block."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from timm.layers import RelPosBias
+from torch import Tensor, nn
+
+from .._timm import register_notrace_module
+from ..ops.backend import check_backend
+from .windows import from_windows, to_windows
+
+
+class SoftmaxAttention(nn.Module):
+    """softmax(q k^T / sqrt(D)) v on SDPA: no parameters, a place for reports to look at."""
+
+    attn_type = "softmax"
+
+    def __init__(self, num_heads: int, head_dim: int, backend: str = "auto") -> None:
+        """Make the attention.
+
+        Args:
+            num_heads: h.
+            head_dim: D.
+            backend: One of `vitlinear.ops.BACKENDS`; softmax runs on SDPA whatever it is.
+
+        Raises:
+            ValueError: The backend is unknown.
+        """
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        self.backend = check_backend(backend)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attend.
+
+        Args:
+            q: Queries, [B, N, h, D], any strides; k and v likewise.
+            k: Keys.
+            v: Values.
+            mask: Broadcastable to [B, h, N, N]: bool, True for keys that count, or a term of the
+                logits. A query needs at least one key.
+
+        Returns:
+            [B, N, h * D].
+        """
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return out.transpose(1, 2).flatten(2)
+
+
+# One step to torch.fx, as `GatedAttention`.
+@register_notrace_module
+class ShiftedWindowAttention(nn.Module):
+    """proj(softmax attention with a bias for each relative position) in windows of K x K tokens.
+
+    Maps are padded to whole windows; padding is no key. A side that one window covers is not
+    shifted. Source: Swin transformer (arXiv:2103.14030) as the released InLine-Swin has it.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window_size: int,
+        shift: bool = False,
+        proj_drop: float = 0.0,
+        backend: str = "auto",
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Make the attention.
+
+        Args:
+            dim: Channels, C.
+            num_heads: Heads, each of C / num_heads channels.
+            window_size: Side of a window, K.
+            shift: Whether windows begin half a window further on.
+            proj_drop: Dropout rate of the output.
+            backend: One of `vitlinear.ops.BACKENDS`; softmax runs on SDPA whatever it is.
+            device: Where the parameters live.
+            dtype: Type of the parameters.
+
+        Raises:
+            ValueError: dim does not divide into heads, the window is empty, or the backend is
+                unknown.
+        """
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"dim {dim} does not divide into {num_heads} heads")
+        if window_size < 1:
+            raise ValueError(f"a window needs a side of at least 1, got {window_size}")
+        self.window_size = window_size
+        self.shift = window_size // 2 if shift else 0
+        self.attend = SoftmaxAttention(num_heads, dim // num_heads, backend)
+        self.qkv = nn.Linear(dim, 3 * dim, device=device, dtype=dtype)
+        self.rel_pos = RelPosBias((window_size, window_size), num_heads, device=device, dtype=dtype)
+        self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, H, W, C] -> [B, H, W, C]."""
+        B, H, W, C = x.shape
+        side, heads = self.window_size, self.attend.num_heads
+        rows, cols = ((H + side - 1) // side, side), ((W + side - 1) // side, side)
+        # 1 // n is 1 for one window and 0 for more.
+        down, right = self.shift * (1 - 1 // rows[0]), self.shift * (1 - 1 // cols[0])
+        bias = self.rel_pos.get_bias()
+        regions = window_regions(H, W, rows, cols, down, right, x.device)
+        x = to_windows(x, rows, cols, down, right)
+        q, k, v = self.qkv(x).reshape(-1, side * side, 3, heads, C // heads).unbind(2)
+        if regions is not None:
+            hidden = regions[:, :, None] != regions[:, None, :]
+            bias = bias.masked_fill(hidden[:, None], -torch.inf).repeat(B, 1, 1, 1)
+        x = self.proj_drop(self.proj(self.attend(q, k, v, bias.to(q.dtype))))
+        return from_windows(x, rows, cols, H, W, down, right)
+
+
+def window_regions(
+    height: int,
+    width: int,
+    rows: tuple[int, int],
+    cols: tuple[int, int],
+    down: int,
+    right: int,
+    device: torch.device,
+) -> Tensor | None:
+    """Which tokens of a window belong together: [windows, tokens] numbers, None if all do.
+
+    A shifted window at the end of a side holds tokens of both ends of the map, which do not see
+    each other; padding sees only padding.
+    """
+    padded_height, padded_width = rows[0] * rows[1], cols[0] * cols[1]
+    if padded_height == height and padded_width == width and down == 0 and right == 0:
+        return None
+    row = torch.arange(padded_height, device=device)[:, None]
+    col = torch.arange(padded_width, device=device)[None]
+    # Before the shift, which brings the first `down` rows to the end.
+    regions = 2 * (row < down).long() + (col < right).long()
+    regions = regions.masked_fill((row >= height) | (col >= width), 4)
+    return to_windows(regions[None, :, :, None], rows, cols, down, right).squeeze(-1)

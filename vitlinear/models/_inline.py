@@ -1,0 +1,133 @@
+"""What the hosts of InLine attention share: blocks, stages and the way down between them.
+
+InLine (`Bridging the Divide: Reconsidering Softmax and Linear Attention`, NeurIPS 2024)
+- paper: https://arxiv.org/abs/2412.06590
+- code and weights by the authors: https://github.com/LeapLabTHU/InLine
+
+No `from __future__ import annotations` in files of models: torch.fx copies the annotations of
+`forward` into the code it generates, and TorchScript cannot read them there as strings.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath, LayerNorm, LayerNorm2d, Mlp
+from timm.models import checkpoint
+from torch import Tensor, nn
+
+from ..layers import check_images
+
+
+class InLineBlock(nn.Module):
+    """Attention and feed-forward network, each after a norm and with its residual."""
+
+    def __init__(
+        self,
+        dim: int,
+        attn: nn.Module,
+        mlp_ratio: float,
+        eps: float,
+        proj_drop: float,
+        drop_path: float,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.norm1 = LayerNorm(dim, eps=eps, **dd)
+        self.attn = attn
+        self.drop_path1 = DropPath(drop_path) if drop_path else nn.Identity()
+        self.norm2 = LayerNorm(dim, eps=eps, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
+        self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, H, W, C] -> [B, H, W, C]."""
+        x = x + self.drop_path1(self.attn(self.norm1(x)))
+        x = x + self.drop_path2(self.mlp(self.norm2(x)))
+        return x
+
+
+class InLineStage(nn.Module):
+    """Downsampling, then blocks, on maps [B, C, H, W] that are channels-last in memory."""
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.grad_checkpointing = False
+        self.downsample = downsample
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C_in, H, W] -> [B, C, H', W']."""
+        x = self.downsample(x).permute(0, 2, 3, 1)
+        for block in self.blocks:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(block, x)
+            else:
+                x = block(x)
+        return x.permute(0, 3, 1, 2)
+
+
+class ConvNorm(nn.Module):
+    """Strided convolution and layer norm; a side of n becomes ceil(n / stride)."""
+
+    def __init__(
+        self,
+        in_dim: int,
+        dim: int,
+        kernel_size: int,
+        stride: int,
+        padding: int,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.stride = stride
+        self.conv = nn.Conv2d(in_dim, dim, kernel_size, stride, padding, **dd)
+        self.norm = LayerNorm2d(dim, eps=1e-5, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C_in, H, W] -> [B, C, ceil(H / stride), ceil(W / stride)]."""
+        H, W = x.shape[2], x.shape[3]
+        x = F.pad(x, (0, -W % self.stride, 0, -H % self.stride))
+        return self.norm(self.conv(x))
+
+
+class ImageConvNorm(ConvNorm):
+    """The same on images, which it checks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [B, in_chans, H, W] -> map [B, C, ceil(H / stride), ceil(W / stride)].
+
+        Raises:
+            AssertionError: There is no batch axis, or another number of channels.
+        """
+        x = check_images(x, self.conv.in_channels)
+        H, W = x.shape[2], x.shape[3]
+        x = F.pad(x, (0, -W % self.stride, 0, -H % self.stride))
+        return self.norm(self.conv(x))
+
+
+def inline_cfg(side: int = 224, **kwargs: Any) -> dict[str, Any]:
+    """A ``pretrained_cfg`` of the family, for square images of this side."""
+    return {
+        "num_classes": 1000,
+        "input_size": (3, side, side),
+        "pool_size": (side // 32, side // 32),
+        # Evaluation as published: to a square of 256/224 of the side, then its centre.
+        "crop_pct": 0.875,
+        "crop_mode": "squash",
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.conv",
+        "classifier": "head.fc",
+        "paper_ids": "arXiv:2412.06590",
+        "paper_name": "Bridging the Divide: Reconsidering Softmax and Linear Attention",
+        "origin_url": "https://github.com/LeapLabTHU/InLine",
+        **kwargs,
+    }

@@ -1,0 +1,217 @@
+"""InLine-Swin: the shifted-window transformer with InLine attention in its early blocks.
+
+`Bridging the Divide: Reconsidering Softmax and Linear Attention` (InLine, NeurIPS 2024)
+- paper: https://arxiv.org/abs/2412.06590
+- code and weights by the authors: https://github.com/LeapLabTHU/InLine
+
+Written from the definition. InLine blocks attend in windows of up to 56 x 56 tokens (96 at 384
+pixels), that is to the whole map at the size that the models were trained at; the blocks of the
+late stages keep softmax in small shifted windows.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates
+from timm.models import generate_default_cfgs, register_model
+from timm.models.swin_transformer import PatchMerging
+from torch import Tensor, nn
+
+from ..checkpoints.published import pretrained_source
+from ..layers.inline_attention import InLineAttention
+from ..layers.shifted_windows import ShiftedWindowAttention
+from ._build import build_model
+from ._inline import ImageConvNorm, InLineBlock, InLineStage, inline_cfg
+from ._stages import StagedBackbone, four_each
+
+__all__ = ["InLineSwin"]
+
+
+class MapMerging(nn.Module):
+    """timm's patch merging between maps [B, C, H, W] that are channels-last in memory."""
+
+    def __init__(
+        self, dim: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.merge = PatchMerging(dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, 2 C, ceil(H / 2), ceil(W / 2)]."""
+        return self.merge(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class InLineSwin(StagedBackbone):
+    """Backbone and classifier; takes images of any size, square or not."""
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        embed_dim: int = 96,
+        depths: Sequence[int] = (2, 2, 6, 2),
+        num_heads: Sequence[int] = (3, 6, 12, 24),
+        num_inline: Sequence[int] = (2, 2, 6, 0),
+        inline_window_size: int = 56,
+        window_size: int = 7,
+        mlp_ratio: float = 4.0,
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        attn_backend: str = "auto",
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Make the model.
+
+        Args:
+            in_chans: Channels of the image.
+            num_classes: Classes; 0 leaves the classifier out.
+            global_pool: ``'avg'``, ``'max'``, ``'avgmax'``, or ``''`` for a map of logits.
+            embed_dim: Channels of the first stage; each stage has twice those before it.
+            depths: Blocks of each stage.
+            num_heads: Attention heads of each stage.
+            num_inline: Blocks of each stage that have InLine attention, the first ones; those
+                that follow have softmax.
+            inline_window_size: Greatest side of the windows of InLine attention, in tokens.
+            window_size: Side of the windows of softmax attention, in tokens.
+            mlp_ratio: Hidden width of the feed-forward networks over the channels.
+            drop_rate: Dropout rate before the classifier.
+            proj_drop_rate: Dropout rate of the output of attentions and feed-forward networks.
+            drop_path_rate: Stochastic depth rate of the last block, growing linearly from 0.
+            attn_backend: One of `vitlinear.ops.BACKENDS`, for the linear attentions.
+            device: Where the parameters live.
+            dtype: Type of the parameters.
+
+        Raises:
+            ValueError: The per-stage settings are not four each, or do not fit together.
+            AssertionError: The pooling is not supported.
+        """
+        super().__init__(in_chans, num_classes, global_pool, drop_rate)
+        four_each(depths=depths, num_heads=num_heads, num_inline=num_inline)
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        dims = [embed_dim * 2**i for i in range(4)]
+        drop_paths = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+
+        def block(i: int, j: int) -> nn.Module:
+            attn: nn.Module
+            if j < num_inline[i]:
+                attn = InLineAttention(
+                    dims[i], num_heads[i], inline_window_size, proj_drop_rate, attn_backend, **dd
+                )
+            else:
+                attn = ShiftedWindowAttention(
+                    dims[i],
+                    num_heads[i],
+                    window_size,
+                    shift=j % 2 == 1,
+                    proj_drop=proj_drop_rate,
+                    backend=attn_backend,
+                    **dd,
+                )
+            return InLineBlock(
+                dims[i], attn, mlp_ratio, 1e-5, proj_drop_rate, next(drop_paths), **dd
+            )
+
+        self.stem = ImageConvNorm(in_chans, dims[0], 4, 4, 0, **dd)
+        self.stages = nn.Sequential(
+            *(
+                InLineStage(
+                    nn.Identity() if i == 0 else MapMerging(dims[i - 1], **dd),
+                    [block(i, j) for j in range(depths[i])],
+                )
+                for i in range(4)
+            )
+        )
+        self.feature_info = [
+            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"}
+            for i, dim in enumerate(dims)
+        ]
+        self.final = LayerNorm2d(dims[-1], eps=1e-5, **dd)
+        self.num_features = self.head_hidden_size = dims[-1]
+        self.head = ClassifierHead(
+            dims[-1], num_classes, global_pool, drop_rate, use_conv=True, **dd
+        )
+        self.init_weights(needs_reset=False)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """The tables of relative positions, as in the released training."""
+        return {name for name, _ in self.named_parameters() if name.endswith("bias_table")}
+
+
+BASE: dict[str, Any] = {
+    "embed_dim": 128,
+    "depths": (2, 2, 18, 2),
+    "num_heads": (4, 8, 16, 32),
+    "num_inline": (2, 2, 2, 0),
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "tiny": {},
+    "small": {"depths": (2, 2, 18, 2), "num_inline": (2, 2, 0, 0)},
+    "base": BASE,
+    "base_384": {**BASE, "inline_window_size": 96, "window_size": 12},
+    # Ours, for tests and small data sets: windows of both kinds in one stage, shifted and not.
+    "test": {
+        "embed_dim": 16,
+        "depths": (1, 1, 3, 1),
+        "num_heads": (1, 2, 4, 4),
+        "num_inline": (1, 1, 1, 0),
+        "inline_window_size": 24,
+        "window_size": 4,
+        "mlp_ratio": 2.0,
+    },
+}
+
+default_cfgs = generate_default_cfgs(
+    {
+        **{
+            f"inline_swin_{x}.in1k": inline_cfg(**pretrained_source(f"inline_swin_{x}"))
+            for x in ("tiny", "small", "base")
+        },
+        "inline_swin_base_384.in1k": inline_cfg(384, crop_pct=1.0),
+        "test_inline_swin.untrained": inline_cfg(160),
+    }
+)
+
+
+def _create(name: str, pretrained: bool, **kwargs: Any) -> InLineSwin:
+    return build_model(
+        InLineSwin,
+        name,
+        pretrained,
+        feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
+        **kwargs,
+    )
+
+
+@register_model
+def inline_swin_tiny(pretrained: bool = False, **kwargs: Any) -> InLineSwin:
+    """InLine-Swin-T: 29.2M parameters, 82.4% ImageNet-1K top-1 as published."""
+    return _create("inline_swin_tiny", pretrained, **{**VARIANTS["tiny"], **kwargs})
+
+
+@register_model
+def inline_swin_small(pretrained: bool = False, **kwargs: Any) -> InLineSwin:
+    """InLine-Swin-S: 49.8M parameters, 83.6% ImageNet-1K top-1 as published."""
+    return _create("inline_swin_small", pretrained, **{**VARIANTS["small"], **kwargs})
+
+
+@register_model
+def inline_swin_base(pretrained: bool = False, **kwargs: Any) -> InLineSwin:
+    """InLine-Swin-B: 88.4M parameters, 84.1% ImageNet-1K top-1 as published."""
+    return _create("inline_swin_base", pretrained, **{**VARIANTS["base"], **kwargs})
+
+
+@register_model
+def inline_swin_base_384(pretrained: bool = False, **kwargs: Any) -> InLineSwin:
+    """InLine-Swin-B for images of 384 pixels: 88.5M parameters; no accuracy is published."""
+    return _create("inline_swin_base_384", pretrained, **{**VARIANTS["base_384"], **kwargs})
+
+
+@register_model
+def test_inline_swin(pretrained: bool = False, **kwargs: Any) -> InLineSwin:
+    """A small InLine-Swin for tests and small data sets."""
+    return _create("test_inline_swin", pretrained, **{**VARIANTS["test"], **kwargs})
