@@ -140,6 +140,9 @@ def test_parameters_and_keys_of_every_variant(released):
     assert {k: v.shape for k, v in converted.items()} == {
         k: v.shape for k, v in model.state_dict().items()
     }
+    # No weight depends on the number of heads; the released buffer of angles does.
+    angles = [shape for key, shape, _ in entries if key.endswith("RoPE.angle")]
+    assert [[stage.head_dim // 2] for stage in model.stages] == angles
 
 
 @pytest.mark.parametrize("released", RELEASED)

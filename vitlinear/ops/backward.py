@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .eager import LinearAttentionState, Tokens, global_query_logits, hide_padding, seen_keys
+from .features import FeatureMap
 from .mechanisms import Factor, Mechanism
 from .rotary import encode, rotate
 
@@ -57,7 +58,8 @@ def linear_attention_backward(
     grad_out = grad_out.contiguous()
     scaled = state if head_scale is None else state * head_scale[:, None, None]
 
-    features = mechanism.phi_q.function(q.contiguous())
+    # In-place below only on tensors made here: it is what keeps the peak under the formula's.
+    features = _own_features(mechanism.phi_q, q)
     grad_q = encode(grad_out @ scaled.transpose(-1, -2), table, positions, inverse=True)
     a: Factor = 1.0
     grad_norm = grad_mean_v = None
@@ -70,16 +72,16 @@ def linear_attention_backward(
             grad_z = grad_z + slope_b * (grad_out @ mean_v.transpose(-1, -2))
             assert isinstance(b, Tensor)
             grad_mean_v = b.transpose(-1, -2) @ grad_out
-        grad_q = (grad_q * a).addcmul_(grad_z, norm)
+        grad_q.mul_(a).addcmul_(grad_z, norm)
         grad_norm = grad_z.transpose(-1, -2) @ features
-    grad_state = encode(features * a, table, positions).transpose(-1, -2) @ grad_out
+    grad_state = encode(features.mul_(a), table, positions).transpose(-1, -2) @ grad_out
     del features, grad_out
     grad_head_scale = None
     if head_scale is not None:
         grad_head_scale = (grad_state * state).sum((0, 2, 3))
         grad_state = grad_state * head_scale[:, None, None]
 
-    features = mechanism.phi_k.function(k.contiguous())
+    features = _own_features(mechanism.phi_k, k)
     y = encode(v @ grad_state.transpose(-1, -2), table, positions, inverse=True)
     if grad_norm is not None:
         y.add_(grad_norm)
@@ -94,15 +96,15 @@ def linear_attention_backward(
         grad_query = scale * grad_logits.transpose(-1, -2) @ features
         grad_q.add_(grad_query / num_valid)
         grad_k = y.mul_(weight).addcmul_(grad_logits, scale * query)
-        weighted = features * weight
+        weighted = features.mul_(weight)
     elif mechanism.has_key_softmax:
         assert logsumexp is not None
         weighted = (hide_padding(features, valid) - logsumexp).exp()
-        grad_k = weighted * (y - (weighted * y).sum(2, keepdim=True))
+        grad_k = y.sub_((weighted * y).sum(2, keepdim=True)).mul_(weighted)
     else:
         weight = (torch.ones_like(k[..., :1]) if valid is None else valid) / num_valid
         grad_k = y.mul_(weight)
-        weighted = features * weight
+        weighted = features.mul_(weight)
     grad_v = encode(weighted, table, positions) @ grad_state
     if grad_mean_v is not None:
         grad_v.add_(grad_mean_v / num_valid)
@@ -114,6 +116,13 @@ def linear_attention_backward(
         for grad in (grad_q, grad_k, grad_v):
             grad.masked_fill_(~valid, 0)
     return grad_q, grad_k, grad_v, grad_head_scale
+
+
+def _own_features(phi: FeatureMap, x: Tensor) -> Tensor:
+    """phi(x) in memory that nobody else holds; the identity gives back its argument."""
+    x = x.contiguous()
+    features = phi.function(x)
+    return features.clone() if features is x else features
 
 
 def softmax_attention_forward(tokens: Tokens) -> tuple[Tensor, Tensor]:
