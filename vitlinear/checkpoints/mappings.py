@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 Replacement = str | Callable[[re.Match[str]], str]
@@ -27,12 +28,15 @@ class KeyMapping:
         renames: (pattern, replacement), tried in order at the beginning of a key; the first that
             fits is applied, and no other.
         dropped: Pattern of whole keys that hold nothing that was learned.
+        stacked: Layers of the authors that are one here: (part of the key, of which in order),
+            before renaming.
     """
 
     name: str
     marker: str
     renames: tuple[tuple[str, Replacement], ...]
     dropped: str | None = None
+    stacked: tuple[str, tuple[str, ...]] | None = None
 
     def recognises(self, state_dict: Mapping[str, Tensor]) -> bool:
         """Whether these are keys of this layout."""
@@ -45,6 +49,18 @@ class KeyMapping:
             if count:
                 return new
         return key
+
+    def stack(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Join what stands in several layers of the authors and in one of ours."""
+        joined = dict(state_dict)
+        if self.stacked is None:
+            return joined
+        whole, parts = self.stacked
+        for key in state_dict:
+            keys = [key.replace(parts[0], part) for part in parts]
+            if parts[0] in key and all(k in joined for k in keys):
+                joined[key.replace(parts[0], whole)] = torch.cat([joined.pop(k) for k in keys])
+        return joined
 
     def convert(
         self, state_dict: Mapping[str, Tensor], shapes: Mapping[str, Tensor]
@@ -60,7 +76,7 @@ class KeyMapping:
             another size as they are, so that `load_state_dict` reports them.
         """
         converted = {}
-        for key, value in state_dict.items():
+        for key, value in self.stack(state_dict).items():
             if self.dropped and re.fullmatch(self.dropped, key):
                 continue
             new = self.rename(key)
@@ -85,6 +101,17 @@ def _next_stage(match: re.Match[str]) -> str:
     """The authors end a stage with its downsampling; here the next stage begins with it."""
     part = {"reduction": "conv", "norm": "bn"}[match[2]]
     return f"stages.{int(match[1]) + 1}.downsample.{part}."
+
+
+def _l2vit_stem(match: re.Match[str]) -> str:
+    """Index in the released nn.Sequential of conv, norm, ReLU, conv, norm -> our layer."""
+    layer, part = divmod(int(match[1]), 3)
+    return f"stem.conv{layer + 1}.{('conv', 'bn')[part]}."
+
+
+def _l2vit_position(match: re.Match[str]) -> str:
+    """The authors count the positional convolutions of a block from 0."""
+    return f"stages.{match[1]}.blocks.{match[2]}.pos{int(match[3]) + 1}."
 
 
 _BLOCK = r"layers\.(\d+)\.blocks\.(\d+)\."
@@ -113,7 +140,119 @@ PYRAMID = KeyMapping(
     dropped=r"layers\.\d+\.RoPE\.angle",
 )
 
-MAPPINGS: tuple[KeyMapping, ...] = (PYRAMID,)
+_L2_BLOCK = r"stages\.(\d+)\.(\d+)\."
+
+L2VIT = KeyMapping(
+    name="l2vit",
+    marker=r"downsample_layers\.",
+    renames=(
+        (r"downsample_layers\.0\.proj\.proj\.([0134])\.", _l2vit_stem),
+        (r"downsample_layers\.0\.norm\.", "stem.norm."),
+        (r"downsample_layers\.(\d+)\.proj\.", r"stages.\1.downsample.conv."),
+        (r"downsample_layers\.(\d+)\.norm\.", r"stages.\1.downsample.norm."),
+        (_L2_BLOCK + r"cpe\.([01])\.proj\.", _l2vit_position),
+        (_L2_BLOCK + r"local_mp\.", r"stages.\1.blocks.\2.lcm."),
+        (_L2_BLOCK, r"stages.\1.blocks.\2."),
+        (r"norm\.", "final."),
+        (r"head\.", "head.fc."),
+    ),
+)
+
+
+def _pvt_place(match: re.Match[str]) -> str:
+    """Patch embeddings and positions are counted from 1 and the first is our stem."""
+    part = {"proj": "conv.", "norm": "norm."}.get(match["part"] or "", "pos_embed")
+    place = "stem" if match["i"] == "1" else f"stages.{int(match['i']) - 1}.downsample"
+    return f"{place}.{part}"
+
+
+def _counted_from_one(replacement: str) -> Callable[[re.Match[str]], str]:
+    """A replacement whose group 1 is the number of a stage from 1."""
+
+    def replace(match: re.Match[str]) -> str:
+        return f"stages.{int(match[1]) - 1}." + match.expand(replacement)
+
+    return replace
+
+
+def _next_merging(match: re.Match[str]) -> str:
+    """As `_next_stage`."""
+    return f"stages.{int(match[1]) + 1}.downsample.merge."
+
+
+_PVT_BLOCK = r"block(\d)\.(\d+)\."
+
+INLINE_PVT = KeyMapping(
+    name="inline-pvt",
+    marker=r"patch_embed1\.proj\.weight$",
+    renames=(
+        (r"patch_embed(?P<i>\d)\.(?P<part>proj|norm)\.", _pvt_place),
+        (r"pos_embed(?P<i>\d)(?P<part>)$", _pvt_place),
+        (
+            _PVT_BLOCK + r"attn\.residual\.0\.",
+            _counted_from_one(r"blocks.\2.attn.attend.local.fc1."),
+        ),
+        (
+            _PVT_BLOCK + r"attn\.residual\.2\.",
+            _counted_from_one(r"blocks.\2.attn.attend.local.fc2."),
+        ),
+        (_PVT_BLOCK, _counted_from_one(r"blocks.\2.")),
+        (r"head\.", "head.fc."),
+    ),
+    stacked=(".attn.qkv.", (".attn.q.", ".attn.kv.")),
+)
+
+INLINE_SWIN = KeyMapping(
+    name="inline-swin",
+    marker=r"layers\.\d+\.blocks\.\d+\.attn\.residual\.",
+    renames=(
+        (r"patch_embed\.proj\.", "stem.conv."),
+        (r"patch_embed\.norm\.", "stem.norm."),
+        (r"layers\.(\d+)\.downsample\.", _next_merging),
+        (_BLOCK + r"attn\.residual\.0\.", r"stages.\1.blocks.\2.attn.attend.local.fc1."),
+        (_BLOCK + r"attn\.residual\.2\.", r"stages.\1.blocks.\2.attn.attend.local.fc2."),
+        (_BLOCK + r"attn\.relative_", r"stages.\1.blocks.\2.attn.rel_pos.relative_"),
+        (_BLOCK, r"stages.\1.blocks.\2."),
+        (r"norm\.", "final."),
+        (r"head\.", "head.fc."),
+    ),
+    # Made here from the size of the window and of the map.
+    dropped=r".*\.(relative_position_index|attn_mask)",
+)
+
+_CSWIN_BLOCK = r"stage(\d)\.(\d+)\."
+_CSWIN_BRANCH = _CSWIN_BLOCK + r"attns\.(\d)\."
+
+INLINE_CSWIN = KeyMapping(
+    name="inline-cswin",
+    marker=r"stage1_conv_embed\.",
+    renames=(
+        (r"stage1_conv_embed\.0\.", "stem.conv."),
+        (r"stage1_conv_embed\.2\.", "stem.norm."),
+        (r"merge(\d)\.", r"stages.\1.downsample."),
+        (_CSWIN_BRANCH + r"get_v\.", _counted_from_one(r"blocks.\2.attn.branches.\3.lepe.")),
+        (
+            _CSWIN_BRANCH + r"residual\.0\.",
+            _counted_from_one(r"blocks.\2.attn.branches.\3.attend.local.fc1."),
+        ),
+        (
+            _CSWIN_BRANCH + r"residual\.2\.",
+            _counted_from_one(r"blocks.\2.attn.branches.\3.attend.local.fc2."),
+        ),
+        (_CSWIN_BLOCK + r"(qkv|proj)\.", _counted_from_one(r"blocks.\2.attn.\3.")),
+        (_CSWIN_BLOCK, _counted_from_one(r"blocks.\2.")),
+        (r"norm\.", "final."),
+        (r"head\.", "head.fc."),
+    ),
+)
+
+MAPPINGS: tuple[KeyMapping, ...] = (
+    PYRAMID,
+    L2VIT,
+    INLINE_PVT,
+    INLINE_SWIN,
+    INLINE_CSWIN,
+)
 
 
 def find_mapping(state_dict: Mapping[str, Tensor]) -> KeyMapping | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -45,6 +46,18 @@ class BackendReport(tuple[AttentionCall, ...]):
         )
 
 
+def _batch_and_tokens(module: Any, x: Tensor) -> tuple[int, int]:
+    """Sequences, and tokens in each, that an attention sees.
+
+    Args:
+        module: The attention.
+        x: Its first input: tokens [B, N, C], a map [B, H, W, C] or queries [B, N, h, D].
+    """
+    batch, *shape = x.shape
+    heads = tuple(shape[-2:]) == (module.num_heads, module.head_dim)
+    return batch, prod(shape[: -2 if heads else -1])
+
+
 def backend_report(model: nn.Module, input_size: Sequence[int] | None = None) -> BackendReport:
     """Tell which implementation every attention of a model would run, and why.
 
@@ -74,8 +87,8 @@ def backend_report(model: nn.Module, input_size: Sequence[int] | None = None) ->
 
     def recorder(name: str) -> Any:
         def record(module: Any, args: tuple[Any, ...]) -> None:
-            batch, height, width, _ = args[0].shape
-            shape = (batch, height * width, module.num_heads, module.head_dim)
+            batch, length = _batch_and_tokens(module, args[0])
+            shape = (batch, length, module.num_heads, module.head_dim)
             choice = choose_backend(module.backend)
             if module.attn_type == "softmax":
                 choice = Choice("eager", "softmax runs on SDPA")

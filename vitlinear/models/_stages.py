@@ -36,14 +36,6 @@ class StagedBackbone(nn.Module):
         num_features: Channels after `final`.
     """
 
-    stem: nn.Module
-    stages: nn.Sequential
-    final: nn.Module
-    head: nn.Module
-    feature_info: list[dict[str, Any]]
-    num_features: int
-    head_hidden_size: int
-
     def __init__(self, in_chans: int, num_classes: int, global_pool: str, drop_rate: float) -> None:
         """Check and keep what every family takes.
 
@@ -61,6 +53,14 @@ class StagedBackbone(nn.Module):
         if in_chans < 1 or num_classes < 0:
             raise ValueError(f"in_chans {in_chans} or num_classes {num_classes} is too small")
         check_pool(global_pool)
+        # Declared here, not in the class: TorchScript would take those for types of its own.
+        self.stem: nn.Module
+        self.stages: nn.Sequential
+        self.final: nn.Module
+        self.head: nn.Module
+        self.feature_info: list[dict[str, Any]]
+        self.num_features: int
+        self.head_hidden_size: int
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.drop_rate = drop_rate

@@ -1,0 +1,93 @@
+"""Linear attention between two projections, and nothing else."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .._timm import register_notrace_module
+from ..ops import get_mechanism, linear_attention
+from ..ops.backend import check_backend
+
+
+# One step to torch.fx, for the reasons that `GatedAttention` gives.
+@register_notrace_module
+class LinearAttention(nn.Module):
+    """proj(Attention(q, k, v)) with q, k, v from one projection of the tokens; no positions.
+
+    With a temperature this is the linear global attention of L2ViT (arXiv:2501.16182), without it
+    the plain baseline (arXiv:2006.16236) in the layout of ViT.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        attn_type: str,
+        temperature: bool = False,
+        proj_drop: float = 0.0,
+        backend: str = "auto",
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Make the attention.
+
+        Args:
+            dim: Channels, C.
+            num_heads: Heads, each of D = C / num_heads channels.
+            attn_type: A mechanism of `vitlinear.ops.MECHANISMS`.
+            temperature: Learn a factor of the state for each head; D^-0.5 at first.
+            proj_drop: Dropout rate of the output.
+            backend: One of `vitlinear.ops.BACKENDS`.
+            device: Where the parameters live.
+            dtype: Type of the parameters.
+
+        Raises:
+            ValueError: dim does not divide into heads, or attn_type or backend is unknown.
+        """
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"dim {dim} does not divide into {num_heads} heads")
+        get_mechanism(attn_type)
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.attn_type = attn_type
+        self.backend = check_backend(backend)
+        if temperature:
+            self.temperature = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype))
+        else:
+            self.register_parameter("temperature", None)
+        self.qkv = nn.Linear(dim, 3 * dim, device=device, dtype=dtype)
+        self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initial value of the temperature; the projections have their own."""
+        if self.temperature is not None:
+            nn.init.constant_(self.temperature, self.head_dim**-0.5)
+
+    def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Attend over all tokens.
+
+        Args:
+            x: [B, N, C], or a map [B, H, W, C].
+            grid: Unused; blocks that serve several attentions tell it to all.
+
+        Returns:
+            In the shape of x.
+        """
+        qkv = self.qkv(x).reshape(x.shape[0], -1, 3, self.num_heads, self.head_dim)
+        q, k, v = qkv.unbind(2)
+        return self.proj_drop(self.proj(self.attend(q, k, v).reshape(x.shape)))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The attention proper, [B, N, h, D] -> [B, N, h, D]."""
+        if torch.jit.is_scripting():
+            # TorchScript knows registered operators, not our Python dispatch.
+            return torch.ops.vitlinear.linear_attention(
+                q, k, v, None, None, None, self.temperature, self.attn_type
+            )[0]
+        return linear_attention(
+            q, k, v, self.attn_type, head_scale=self.temperature, backend=self.backend
+        )

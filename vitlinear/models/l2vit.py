@@ -1,0 +1,402 @@
+"""L2ViT: linear global attention and local window attention in turn.
+
+`The Linear Attention Resurrection in Vision Transformer` (L2ViT)
+- paper: https://arxiv.org/abs/2501.16182
+- code and weights by the authors: https://github.com/ChuanyangZheng/L2ViT
+
+Written from the definition. Blocks alternate within each stage: softmax inside windows, then linear
+attention over the whole map followed by a local concentration module.
+
+No `from __future__ import annotations` in files of models: torch.fx copies the annotations of
+`forward` into the code it generates, and TorchScript cannot read them there as strings.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import (
+    ClassifierHead,
+    ConvNormAct,
+    DropPath,
+    LayerNorm,
+    LayerNorm2d,
+    Mlp,
+    calculate_drop_path_rates,
+)
+from timm.models import checkpoint, generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from ..checkpoints.published import pretrained_source
+from ..layers import (
+    DepthwiseConv,
+    LinearAttention,
+    LocalConcentration,
+    PaddedWindowAttention,
+    check_images,
+)
+from ._build import build_model
+from ._stages import StagedBackbone, four_each
+
+__all__ = ["L2ViT"]
+
+EPS = 1e-5  # of every norm, as released
+
+
+class L2Stem(nn.Module):
+    """Two 3x3 convolutions of stride 2 with batch norm, ReLU between them, then a layer norm."""
+
+    def __init__(
+        self,
+        in_chans: int,
+        dim: int,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.in_chans = in_chans
+        self.conv1 = ConvNormAct(in_chans, dim // 2, 3, stride=2, padding=1, bias=True, **dd)
+        self.conv2 = ConvNormAct(
+            dim // 2, dim, 3, stride=2, padding=1, bias=True, apply_act=False, **dd
+        )
+        self.norm = LayerNorm2d(dim, eps=EPS, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [B, in_chans, H, W] -> [B, dim, ceil(H/4), ceil(W/4)], channels_last.
+
+        Raises:
+            AssertionError: There is no batch axis, or another number of channels.
+        """
+        x = check_images(x, self.in_chans)
+        return self.norm(self.conv2(self.conv1(x)))
+
+
+class L2Downsample(nn.Module):
+    """Layer norm, then a 2x2 convolution of stride 2 on the map padded with zeros to even sides."""
+
+    def __init__(
+        self,
+        in_dim: int,
+        dim: int,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.norm = LayerNorm2d(in_dim, eps=EPS, **dd)
+        self.conv = nn.Conv2d(in_dim, dim, 2, stride=2, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C_in, H, W] -> [B, C, ceil(H/2), ceil(W/2)]."""
+        # One row and column at all sizes: where the side is even already, no kernel reaches them.
+        return self.conv(F.pad(self.norm(x), (0, 1, 0, 1)))
+
+
+class L2WindowBlock(nn.Module):
+    """Window attention and feed-forward network, each after a positional convolution."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        window_size: int,
+        proj_drop: float,
+        drop_path: float,
+        backend: str,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.pos1 = DepthwiseConv(dim, 3, **dd)
+        self.norm1 = LayerNorm(dim, eps=EPS, **dd)
+        self.attn = PaddedWindowAttention(dim, num_heads, window_size, proj_drop, backend, **dd)
+        self.drop_path1 = DropPath(drop_path) if drop_path else nn.Identity()
+        self.pos2 = DepthwiseConv(dim, 3, **dd)
+        self.norm2 = LayerNorm(dim, eps=EPS, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
+        self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, H, W, C] -> [B, H, W, C]."""
+        x = x + self.pos1(x)
+        x = x + self.drop_path1(self.attn(self.norm1(x)))
+        x = x + self.pos2(x)
+        x = x + self.drop_path2(self.mlp(self.norm2(x)))
+        return x
+
+
+class L2LinearBlock(nn.Module):
+    """Positional convolution, linear attention, local concentration, feed-forward network."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        proj_drop: float,
+        drop_path: float,
+        backend: str,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.pos1 = DepthwiseConv(dim, 3, **dd)
+        self.norm1 = LayerNorm(dim, eps=EPS, **dd)
+        self.attn = LinearAttention(
+            dim, num_heads, "l2", temperature=True, proj_drop=proj_drop, backend=backend, **dd
+        )
+        self.drop_path1 = DropPath(drop_path) if drop_path else nn.Identity()
+        self.norm3 = LayerNorm(dim, eps=EPS, **dd)
+        self.lcm = LocalConcentration(dim, **dd)
+        self.drop_path3 = DropPath(drop_path) if drop_path else nn.Identity()
+        self.norm2 = LayerNorm(dim, eps=EPS, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
+        self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, H, W, C] -> [B, H, W, C]."""
+        x = x + self.pos1(x)
+        x = x + self.drop_path1(self.attn(self.norm1(x)))
+        x = x + self.drop_path3(self.lcm(self.norm3(x)))
+        x = x + self.drop_path2(self.mlp(self.norm2(x)))
+        return x
+
+
+class L2Stage(nn.Module):
+    """Downsampling, then blocks of both kinds in turn, on maps [B, C, H, W] in channels-last."""
+
+    def __init__(
+        self,
+        in_dim: int,
+        dim: int,
+        drop_paths: Sequence[float],
+        window_size: int,
+        downsample: bool,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        **block_args: Any,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.grad_checkpointing = False
+        self.downsample = L2Downsample(in_dim, dim, **dd) if downsample else nn.Identity()
+        self.blocks = nn.ModuleList(
+            L2LinearBlock(dim, drop_path=rate, **block_args, **dd)
+            if i % 2
+            else L2WindowBlock(dim, window_size=window_size, drop_path=rate, **block_args, **dd)
+            for i, rate in enumerate(drop_paths)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C_in, H, W] -> [B, C, H', W']."""
+        x = self.downsample(x).permute(0, 2, 3, 1)
+        for block in self.blocks:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(block, x)
+            else:
+                x = block(x)
+        return x.permute(0, 3, 1, 2)
+
+
+class L2ViT(StagedBackbone):
+    """Backbone and classifier; takes images of any size, square or not."""
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        embed_dims: Sequence[int] = (96, 192, 384, 768),
+        depths: Sequence[int] = (2, 2, 6, 2),
+        num_heads: Sequence[int] = (3, 6, 12, 24),
+        mlp_ratio: float = 4.0,
+        window_size: int = 7,
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        attn_backend: str = "auto",
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Make the model.
+
+        Args:
+            in_chans: Channels of the image.
+            num_classes: Classes; 0 leaves the classifier out.
+            global_pool: ``'avg'``, ``'max'``, ``'avgmax'``, or ``''`` for a map of logits.
+            embed_dims: Channels of each stage.
+            depths: Blocks of each stage; those of even index have window attention.
+            num_heads: Attention heads of each stage.
+            mlp_ratio: Hidden width of the feed-forward networks over the channels.
+            window_size: Side of the attention windows in tokens.
+            drop_rate: Dropout rate before the classifier.
+            proj_drop_rate: Dropout rate of the output of attentions and feed-forward networks.
+            drop_path_rate: Stochastic depth rate of the last block, growing linearly from 0.
+            attn_backend: One of `vitlinear.ops.BACKENDS`, for the linear attentions.
+            device: Where the parameters live.
+            dtype: Type of the parameters.
+
+        Raises:
+            ValueError: The per-stage settings are not four each, or do not fit together.
+            AssertionError: The pooling is not supported.
+        """
+        super().__init__(in_chans, num_classes, global_pool, drop_rate)
+        four_each(embed_dims=embed_dims, depths=depths, num_heads=num_heads)
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+
+        self.stem = L2Stem(in_chans, embed_dims[0], **dd)
+        drop_paths = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+        self.stages = nn.Sequential(
+            *(
+                L2Stage(
+                    embed_dims[max(i - 1, 0)],
+                    embed_dims[i],
+                    drop_paths=[next(drop_paths) for _ in range(depths[i])],
+                    window_size=window_size,
+                    downsample=i > 0,
+                    num_heads=num_heads[i],
+                    mlp_ratio=mlp_ratio,
+                    proj_drop=proj_drop_rate,
+                    backend=attn_backend,
+                    **dd,
+                )
+                for i in range(4)
+            )
+        )
+        self.feature_info = [
+            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"}
+            for i, dim in enumerate(embed_dims)
+        ]
+        self.final = LayerNorm2d(embed_dims[-1], eps=EPS, **dd)
+        self.num_features = self.head_hidden_size = embed_dims[-1]
+        # As a 1x1 convolution it also gives a map of logits, without pooling.
+        self.head = ClassifierHead(
+            embed_dims[-1], num_classes, global_pool, drop_rate, use_conv=True, **dd
+        )
+        self.init_weights(needs_reset=False)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters without weight decay beyond the usual one-dimensional ones: none.
+
+        Temperatures have three axes in the released code, which hides them from that rule; here
+        they have one and timm's rule exempts them.
+        """
+        return set()
+
+
+# Source: released code, classification/models/l2vit.py.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "embed_dims": (96, 192, 384, 768),
+        "depths": (2, 2, 6, 2),
+        "num_heads": (3, 6, 12, 24),
+    },
+    "small": {
+        "embed_dims": (96, 192, 384, 768),
+        "depths": (2, 2, 18, 2),
+        "num_heads": (3, 6, 12, 24),
+    },
+    "base": {
+        "embed_dims": (128, 256, 512, 1024),
+        "depths": (2, 2, 18, 2),
+        "num_heads": (4, 8, 16, 32),
+    },
+    # Ours, for tests and small data sets.
+    "test": {
+        "embed_dims": (16, 32, 48, 64),
+        "depths": (2, 2, 3, 2),
+        "num_heads": (1, 2, 3, 4),
+    },
+}
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        # Evaluation as published: resize to 256, centre crop of 224, bicubic.
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.conv1.conv",
+        "classifier": "head.fc",
+        "paper_ids": "arXiv:2501.16182",
+        "paper_name": "The Linear Attention Resurrection in Vision Transformer",
+        "origin_url": "https://github.com/ChuanyangZheng/L2ViT",
+        **kwargs,
+    }
+
+
+def _published(name: str, **kwargs: Any) -> dict[str, dict[str, Any]]:
+    return {name: _cfg(**pretrained_source(name), **kwargs)}
+
+
+# Evaluation at 384 as published: the whole image, squeezed into a square.
+_AT_384 = {
+    "input_size": (3, 384, 384),
+    "pool_size": (12, 12),
+    "crop_pct": 1.0,
+    "crop_mode": "squash",
+}
+
+default_cfgs = generate_default_cfgs(
+    {
+        **_published("l2vit_tiny.in1k"),
+        **_published("l2vit_small.in1k"),
+        **_published("l2vit_base.in1k"),
+        **_published("l2vit_base.in22k_ft_in1k"),
+        **_published("l2vit_base.in22k", num_classes=21841),
+        **_published("l2vit_base_384.in22k_ft_in1k", **_AT_384),
+        "test_l2vit.untrained": _cfg(input_size=(3, 160, 160), pool_size=(5, 5)),
+    }
+)
+
+
+def _create_l2vit(name: str, pretrained: bool, **kwargs: Any) -> L2ViT:
+    return build_model(
+        L2ViT,
+        name,
+        pretrained,
+        feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
+        **kwargs,
+    )
+
+
+@register_model
+def l2vit_tiny(pretrained: bool = False, **kwargs: Any) -> L2ViT:
+    """L2ViT-T: 28.6M parameters, 83.1% ImageNet-1K top-1 as published."""
+    return _create_l2vit("l2vit_tiny", pretrained, **{**VARIANTS["tiny"], **kwargs})
+
+
+@register_model
+def l2vit_small(pretrained: bool = False, **kwargs: Any) -> L2ViT:
+    """L2ViT-S: 50.2M parameters, 84.1% ImageNet-1K top-1 as published."""
+    return _create_l2vit("l2vit_small", pretrained, **{**VARIANTS["small"], **kwargs})
+
+
+@register_model
+def l2vit_base(pretrained: bool = False, **kwargs: Any) -> L2ViT:
+    """L2ViT-B: 88.6M parameters, 84.4% ImageNet-1K top-1 as published; 86.0% from ImageNet-22K."""
+    return _create_l2vit("l2vit_base", pretrained, **{**VARIANTS["base"], **kwargs})
+
+
+@register_model
+def l2vit_base_384(pretrained: bool = False, **kwargs: Any) -> L2ViT:
+    """L2ViT-B at 384 with windows of 12: 87.0% ImageNet-1K top-1 as published."""
+    model_args = {**VARIANTS["base"], "window_size": 12}
+    return _create_l2vit("l2vit_base_384", pretrained, **{**model_args, **kwargs})
+
+
+@register_model
+def test_l2vit(pretrained: bool = False, **kwargs: Any) -> L2ViT:
+    """A small L2ViT for tests and small data sets."""
+    return _create_l2vit("test_l2vit", pretrained, **{**VARIANTS["test"], **kwargs})
