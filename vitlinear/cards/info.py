@@ -1,0 +1,133 @@
+"""The ``info`` command: what the model card says of one model, in a terminal."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from timm.models import is_model, split_model_name_tag
+
+from vitlinear.checkpoints.published import published_files
+from vitlinear.errors import UserError
+from vitlinear.train.config import Parser, did_you_mean
+
+from .facts import convention, counts, families, family_of
+from .registry import input_size, num_parameters, on_meta, our_models
+from .render import giga, mega
+
+
+def describe(name: str, count_parameters: bool = True) -> dict[str, Any]:
+    """What is known of a model, as one object.
+
+    Args:
+        name: Registered name, without a tag.
+        count_parameters: Ask the model itself, which takes a tenth of a second.
+    """
+    family = family_of(name)
+    facts, counted = family.model(name), counts().get(name, {})
+    files = [row for row in published_files(name) if row.task == "classification"]
+    published = facts.published
+    return {
+        "model": name,
+        "family": family.name,
+        "attention": facts.attention,
+        "note": facts.note,
+        "released_as": facts.released,
+        "input_size": list(input_size(name)),
+        "parameters": num_parameters(on_meta(name)) if count_parameters else counted.get("params"),
+        "multiply_adds": {
+            part: counted[part] for part in ("total", "projections", "attention", "norms")
+        }
+        if counted
+        else None,
+        "published": published
+        and {
+            "parameters_m": published.params,
+            "multiply_adds_g": published.macs,
+            "multiply_adds_count": convention(published.macs, counted) if counted else None,
+            "imagenet_1k_top1": dict(published.top1),
+            "source": published.source,
+        },
+        "agreement_with_released_code": counted.get("agreement"),
+        "weights": [
+            {
+                "name": f"{name}.{row.tag}",
+                "location": row.location,
+                "bytes": row.size,
+                "sha256": row.sha256,
+                "license": row.license,
+                "pretrained": row.wired,
+            }
+            for row in files
+        ],
+        "paper": {**family.paper, "code": family.code},
+    }
+
+
+def main(argv: Sequence[str] | None, prog: str = "vitlinear info") -> None:
+    """Runs ``vitlinear info``."""
+    parser = Parser(prog=prog, description="What is known of a model.")
+    parser.add_argument("model", metavar="NAME", help="`vitlinear list --all` prints all names")
+    parser.add_argument("--json", action="store_true", help="JSON on standard output")
+    args: argparse.Namespace = parser.parse_args(argv)
+    name = split_model_name_tag(args.model)[0]
+    names = our_models()
+    if name not in names:
+        what = "is a model of timm, not of this package" if is_model(name) else "is unknown"
+        hint = did_you_mean(name, names)
+        raise UserError(f"model '{args.model}' {what}{hint}; `vitlinear list --all` has all")
+    model = describe(name)
+    if args.json:
+        print(json.dumps(model, indent=2))
+        return
+    for label, text in _details(model):
+        print(f"{label:<14}{text}")
+
+
+def _details(model: dict[str, Any]) -> list[tuple[str, str]]:
+    name, macs, published = model["model"], model["multiply_adds"], model["published"]
+    paper = model["paper"]
+    title = families()[model["family"]].title
+    lines = [("model", name), ("family", f"{model['family']} ({title})")]
+    if model["note"]:
+        lines.append(("", model["note"]))
+    lines.append(("attention", model["attention"]))
+    lines.append(("input", "x".join(map(str, model["input_size"]))))
+    lines.append(("parameters", f"{mega(model['parameters'])} ({model['parameters']:,})"))
+    if macs:
+        parts = ", ".join(f"{giga(macs[key])} {key}" for key in list(macs)[1:])
+        lines.append(("GMACs", f"{giga(macs['total'])} for one image: {parts}"))
+    if published:
+        kind = published["multiply_adds_count"]
+        which = {"neither": "nearer than 3% to neither total nor projections", None: "not compared"}
+        text = which.get(kind, f"which counts {kind}")
+        lines += [
+            (
+                "published",
+                f"{published['parameters_m']}M parameters, {published['multiply_adds_g']} GMACs "
+                f"({text})",
+            ),
+            *(
+                ("", f"{value} ImageNet-1K top-1 ({name}.{tag}), not measured here")
+                for tag, value in published["imagenet_1k_top1"].items()
+            ),
+            ("", f"source: {published['source']}"),
+        ]
+    for size, value in (model["agreement_with_released_code"] or {}).items():
+        lines.append(("measured", f"logits at {size} within {value:.0e} of the authors' code's"))
+    for row in model["weights"]:
+        how = "pretrained=True" if row["pretrained"] else "download it, then file="
+        lines.append(("weights", f"{row['name']} ({how}), licence: {row['license']}"))
+        known = [f"{row['bytes']:,} bytes"] if row["bytes"] else []
+        known += [f"SHA-256 {row['sha256']}..."] if row["sha256"] else []
+        lines.append(
+            ("", " ".join([row["location"], *([f"({', '.join(known)})"] if known else [])]))
+        )
+    if not model["weights"]:
+        lines.append(("weights", "none published"))
+    lines.append(("paper", f"{paper['title']}, arXiv:{paper['arxiv']}, {paper['venue']}"))
+    if paper["code"]:
+        lines.append(("authors' code", paper["code"]))
+    return lines
