@@ -12,29 +12,42 @@ from torch import Tensor
 WRAPPERS = ("model_ema", "state_dict_ema", "model", "state_dict", "module")
 
 
-def _find(checkpoint: Mapping[str, Any]) -> dict[str, Tensor] | None:
+def _find(checkpoint: Mapping[str, Any]) -> tuple[tuple[str, ...], dict[str, Tensor]] | None:
     for key in WRAPPERS:
         # A wrapper may hold the state of an averager, say, and no weights: then on to the next.
         if isinstance(inner := checkpoint.get(key), Mapping) and (found := _find(inner)):
-            return found
+            return (key, *found[0]), found[1]
     tensors = {k: v for k, v in checkpoint.items() if isinstance(v, Tensor)}
-    return tensors if any(v.ndim and v.is_floating_point() for v in tensors.values()) else None
+    usable = any(v.ndim and v.is_floating_point() for v in tensors.values())
+    return ((), tensors) if usable else None
 
 
-def unwrap_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Find the weights in a checkpoint.
+def find_weights(checkpoint: Mapping[str, Any]) -> tuple[tuple[str, ...], dict[str, Tensor]]:
+    """Find the weights in a checkpoint, and where they were.
 
     Takes a bare state dict or one under ``model_ema``, ``state_dict_ema``, ``model``,
     ``state_dict`` or ``module``, with or without the ``module.`` prefix of DistributedDataParallel.
 
+    Returns:
+        The keys that lead to the weights, none for bare ones, and the weights.
+
     Raises:
         ValueError: No tensors are found.
     """
-    state_dict = _find(checkpoint)
-    if state_dict is None:
-        found = ", ".join(map(str, list(checkpoint)[:8])) or "nothing"
+    found = _find(checkpoint)
+    if found is None:
+        keys = ", ".join(map(str, list(checkpoint)[:8])) or "nothing"
         raise ValueError(
             f"no weights in this checkpoint: expected tensors, bare or under one of "
-            f"{', '.join(WRAPPERS)}; found {found}"
+            f"{', '.join(WRAPPERS)}; found {keys}"
         )
-    return clean_state_dict(state_dict)
+    return found[0], clean_state_dict(found[1])
+
+
+def unwrap_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights alone, as `find_weights` finds them.
+
+    Raises:
+        ValueError: No tensors are found.
+    """
+    return find_weights(checkpoint)[1]

@@ -11,7 +11,7 @@ import json
 import os
 import pickle
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,14 +94,20 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def save_weights(path: Path, state_dict: dict[str, torch.Tensor], card: Card) -> None:
-    """Writes tensors and card to a safetensors file."""
+def save_weights(
+    path: Path,
+    state_dict: Mapping[str, torch.Tensor],
+    card: Card,
+    more: Mapping[str, str] | None = None,
+) -> None:
+    """Writes tensors, card and more metadata to a safetensors file."""
     # clone: safetensors refuses tensors that share memory
     tensors = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in state_dict.items()
     }
-    metadata = {"format": "pt", CARD_KEY: json.dumps(dataclasses.asdict(card), sort_keys=True)}
+    text = json.dumps(dataclasses.asdict(card), sort_keys=True)
+    metadata = {**(more or {}), "format": "pt", CARD_KEY: text}
     # Through bytes: the library's own writer makes files that only their owner can read.
     data = safetensors.torch.save(tensors, metadata=metadata)
     write_atomically(path, lambda temporary: temporary.write_bytes(data))
