@@ -27,15 +27,17 @@ from vitlinear.cli import main
 from vitlinear.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-FILES = {"ravlt": "rala", "mavit": "mala", "nalaformer": "nalaformer", "l2vit": "l2vit"}
+GOLDEN = {
+    released: path.stem
+    for path in golden.FOLDER.glob("*.json")
+    for released in json.loads(path.read_text())
+}
 RELEASED = {
-    facts.released: (name, FILES.get(name.partition("_")[0], "inline"))
+    facts.released: (name, GOLDEN[facts.released])
     for family in families().values()
     for name, facts in family.models.items()
     if facts.released and timm.is_model(name)
 }
-
-
 ON_META = functools.cache(module.registry.on_meta)
 
 

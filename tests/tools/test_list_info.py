@@ -1,0 +1,84 @@
+"""``vitlinear list`` and ``vitlinear info``: the facts of the cards."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import timm
+
+from vitlinear.cards.facts import counts, families
+from vitlinear.cards.registry import our_models
+
+
+def names(out: str) -> list[str]:
+    return [line.split()[0] for line in out.splitlines()[1:] if not line.startswith("*")]
+
+
+def test_list(vitlinear):
+    result = vitlinear("list")
+    assert (result.code, result.err) == (0, "")
+    assert names(result.out) == our_models(tests=False)
+    line = next(line for line in result.out.splitlines() if line.startswith("ravlt_t "))
+    assert line.split()[:7] == ["ravlt_t", "rala", "14.90M", "2.626", "224x224", "82.8", "fetched"]
+    assert line.endswith("RALA, RALA, softmax, softmax")
+
+
+def test_list_all(vitlinear):
+    assert names(vitlinear("list", "--all").out) == our_models()
+
+
+def test_list_family(vitlinear):
+    result = vitlinear("list", "--family", "rala", "--json")
+    models = json.loads(result.out)
+    assert {model["family"] for model in models} == {"rala"}
+    assert [m["model"] for m in models] == [n for n in our_models(False) if n.startswith("ravlt")]
+    result = vitlinear("list", "--family", "rla")
+    assert result.code == 2 and "did you mean rala?" in result.err
+
+
+@pytest.mark.parametrize("name", ["ravlt_t", "ravlt_s_linear", "test_ravlt", "ravlt_b.in1k"])
+def test_info(vitlinear, name):
+    result = vitlinear("info", name)
+    assert (result.code, result.err) == (0, "")
+    base = name.partition(".")[0]
+    assert f"{counts()[base]['params']:,}" in result.out
+    assert "Low-Rank Dilemma" in result.out
+    assert ("none published" in result.out) == (base not in ("ravlt_t", "ravlt_b"))
+
+
+def test_info_as_json(vitlinear):
+    facts = json.loads(vitlinear("info", "ravlt_b", "--json").out)
+    model = timm.create_model("ravlt_b", device="meta")
+    assert facts["parameters"] == sum(p.numel() for p in model.parameters())
+    assert facts["published"]["imagenet_1k_top1"] == {"in1k": 85.5}
+    assert facts["published"]["multiply_adds_count"] == "projections"
+    (weights,) = facts["weights"]
+    assert weights["pretrained"] and weights["bytes"] == 579_479_431
+    assert facts["multiply_adds"]["total"] == counts()["ravlt_b"]["total"]
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("ravlt_tt", "is unknown (did you mean ravlt_t"),
+        ("resnet50", "is a model of timm, not of this package"),
+        ("", "is unknown"),
+    ],
+)
+def test_info_of_others(vitlinear, name, message):
+    result = vitlinear("info", name)
+    assert result.code == 2 and message in result.err and result.err.count("\n") == 1
+
+
+def test_info_says_what_was_not_checked(vitlinear):
+    if not timm.is_model("mavit_t"):
+        pytest.skip("mavit_t is not registered yet")
+    assert "Not checked against the paper" in vitlinear("info", "mavit_t").out
+    assert "secondary source only" in vitlinear("list", "--family", "mala").out
+
+
+def test_a_card_for_each_family():
+    assert set(families()) == {
+        "rala", "mala", "inline", "nalaformer", "l2vit", "lightnet", "linear_deit",
+    }  # fmt: skip
