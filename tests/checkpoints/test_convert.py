@@ -9,7 +9,6 @@ import io
 import json
 import os
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 
@@ -26,7 +25,6 @@ from vitlinear.checkpoints.published import PUBLISHED
 from vitlinear.cli import main
 from vitlinear.errors import UserError
 
-ROOT = Path(__file__).parents[2]
 GOLDEN = {
     released: path.stem
     for path in golden.FOLDER.glob("*.json")
@@ -303,11 +301,3 @@ def test_nothing_half_written(checkpoint, tmp_path, capsys, monkeypatch):
     assert code == 2 and "No space left on device" in err
     assert [file.name for file in tmp_path.iterdir()] == ["out.safetensors"]
     assert target.read_text() == "old"
-
-
-def test_the_script(tmp_path):
-    script = ROOT / "tools" / "convert_checkpoint.py"
-    command = [sys.executable, script, tmp_path / "in.pth", tmp_path / "out.safetensors"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr == f"error: checkpoint {tmp_path / 'in.pth'} does not exist\n"

@@ -60,6 +60,7 @@ def test_interrupting_is_quiet(vitlinear: Command, monkeypatch: pytest.MonkeyPat
         ("train", ["--dataset", "digit"], "unknown data set 'digit'"),
         ("validate", [], "nothing to run"),
         ("predict", ["nowhere.png"], "nowhere.png does not exist"),
+        ("convert_checkpoint", ["nowhere.pth", "out.safetensors"], "nowhere.pth does not exist"),
     ],
 )
 def test_scripts_are_the_commands(
