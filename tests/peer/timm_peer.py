@@ -33,7 +33,15 @@ DEFAULT_MODELS = "test_*"
 
 # Models whose features are tokens rather than maps at several strides. timm gives its own such
 # models a laxer config test (their head may not take global_pool='') and no pyramid features test.
-TOKEN_MODELS = ("inline_deit*", "test_inline_deit*", "toy_token*")
+TOKEN_MODELS = (
+    "inline_deit*",
+    "test_inline_deit*",
+    "lightnet*",
+    "test_lightnet*",
+    "linear_deit*",
+    "test_linear_deit*",
+    "toy_token*",
+)
 # timm recognises its token models by a list of names; this entry of it tells that list apart.
 TOKEN_LIST_SENTINEL = "naflexvit*"
 
@@ -59,13 +67,15 @@ CONTRACT_TOKEN = (CONTRACT - {"test_model_default_cfgs", "test_model_forward_fea
 # Tests that name timm's models but hold for any: they are given ours instead. A value is what goes
 # beside each model name where the test takes more than the name.
 REPOINTED: dict[str, tuple[Any, ...]] = {
-    "test_features_only_grad_checkpointing_backward": (),
-    "test_forward_intermediates_stop_early_final_norm": ({},),
     "test_model_init_weights_after_to_empty": ({},),
     "test_prune_intermediate_layers_params_used": (),
 }
-# As above, where the test also asks for what only map-like features have: every pooling, strides.
+# As above, where the test also asks for what only map-like features have: every pooling, strides,
+# a norm that is not for each block's features, features_only without timm's FeatureGetterNet, which
+# has no set_grad_checkpointing.
 REPOINTED_MAPS: dict[str, tuple[Any, ...]] = {
+    "test_features_only_grad_checkpointing_backward": (),
+    "test_forward_intermediates_stop_early_final_norm": ({},),
     "test_head_hidden_size": ({},),
     "test_reset_classifier_keeps_pool": (),
 }

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import isqrt
 from typing import Any
 
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from .mappings import find_mapping
@@ -13,6 +15,8 @@ from .unwrap import unwrap_state_dict
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Bring a checkpoint into our keys: ours unchanged, the authors' translated.
+
+    Learned positions of another grid are resized; see `resize_positions`.
 
     Args:
         state_dict: Bare weights or a training checkpoint that holds them; see `unwrap_state_dict`.
@@ -26,4 +30,36 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     """
     weights = unwrap_state_dict(state_dict)
     mapping = find_mapping(weights)
-    return weights if mapping is None else mapping.convert(weights, model.state_dict())
+    if mapping is not None:
+        weights = mapping.convert(weights, model.state_dict())
+    return resize_positions(weights, model)
+
+
+def resize_positions(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Resize learned positions of a row of tokens to the grid of a model made for another size.
+
+    Args:
+        weights: In our keys, or of a model without such positions.
+        model: The model to load into.
+
+    Returns:
+        The weights, with other positions if the model has ``pos_embed`` and ``patch_embed`` and
+        those of the checkpoint come from another, square grid.
+    """
+    target, positions = getattr(model, "pos_embed", None), weights.get("pos_embed")
+    patch_embed = getattr(model, "patch_embed", None)
+    if target is None or positions is None or patch_embed is None or positions.dim() != 3:
+        return weights
+    prefix = getattr(model, "num_prefix_tokens", 0)
+    side = isqrt(max(positions.shape[1] - prefix, 0))
+    # Any other shape is for load_state_dict to report.
+    fits = positions.shape[1] == target.shape[1] or prefix + side * side != positions.shape[1]
+    if fits or positions.shape[2] != target.shape[2]:
+        return weights
+    resized = resample_abs_pos_embed(
+        positions,
+        new_size=list(patch_embed.grid_size),
+        old_size=[side, side],
+        num_prefix_tokens=prefix,
+    )
+    return {**weights, "pos_embed": resized}

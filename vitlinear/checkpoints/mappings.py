@@ -220,6 +220,15 @@ INLINE_SWIN = KeyMapping(
     dropped=r".*\.(relative_position_index|attn_mask)",
 )
 
+INLINE_DEIT = KeyMapping(
+    name="inline-deit",
+    marker=r"blocks\.\d+\.attn\.residual\.",
+    renames=(
+        (r"(blocks\.\d+\.attn\.)residual\.0\.", r"\1attend.local.fc1."),
+        (r"(blocks\.\d+\.attn\.)residual\.2\.", r"\1attend.local.fc2."),
+    ),
+)
+
 _CSWIN_BLOCK = r"stage(\d)\.(\d+)\."
 _CSWIN_BRANCH = _CSWIN_BLOCK + r"attns\.(\d)\."
 
@@ -249,6 +258,7 @@ INLINE_CSWIN = KeyMapping(
 MAPPINGS: tuple[KeyMapping, ...] = (
     PYRAMID,
     L2VIT,
+    INLINE_DEIT,
     INLINE_PVT,
     INLINE_SWIN,
     INLINE_CSWIN,

@@ -67,12 +67,13 @@ class LinearAttention(nn.Module):
         if self.temperature is not None:
             nn.init.constant_(self.temperature, self.head_dim**-0.5)
 
-    def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, height: int = 0, width: int = 0) -> Tensor:
         """Attend over all tokens.
 
         Args:
             x: [B, N, C], or a map [B, H, W, C].
-            grid: Unused; blocks that serve several attentions tell it to all.
+            height: Unused; blocks that serve several attentions tell it to all.
+            width: Likewise.
 
         Returns:
             In the shape of x.

@@ -1,13 +1,17 @@
 """Backbones registered with timm; one family per file."""
 
+from .inline_deit import InLineDeiT
 from .l2vit import L2ViT
+from .linear_deit import LinearDeiT
 from .mavit import MAViT
 from .nalaformer import NaLaFormer
 from .ravlt import RAVLT
 
 __all__ = [
     "RAVLT",
+    "InLineDeiT",
     "L2ViT",
+    "LinearDeiT",
     "MAViT",
     "NaLaFormer",
 ]

@@ -1,0 +1,108 @@
+"""LinearDeiT: DeiT with plain linear attention in the place of softmax, and nothing else.
+
+The baseline to compare linear attentions with: out = phi(q) (phi(k)^T v) / (phi(q) sum phi(k)) as
+in `Transformers are RNNs` (ICML 2020, https://arxiv.org/abs/2006.16236), with phi either elu + 1 as
+there or ReLU, in the layout of DeiT (https://arxiv.org/abs/2012.12877). No weights are published.
+"""
+
+from functools import partial
+from typing import Any
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import generate_default_cfgs, register_model
+
+from ..layers import LinearAttention
+from ._build import build_model
+from ._isotropic import DeiT
+
+__all__ = ["LinearDeiT"]
+
+
+class LinearDeiT(DeiT):
+    """DeiT with one linear attention in all blocks."""
+
+    def __init__(self, attn_type: str = "elu", **kwargs: Any) -> None:
+        """Make the model.
+
+        Args:
+            attn_type: A mechanism of `vitlinear.ops.MECHANISMS`; here without positions.
+            **kwargs: As for `DeiT`.
+
+        Raises:
+            ValueError: attn_type is unknown, or as `DeiT`.
+            AssertionError: The pooling is not supported.
+        """
+        super().__init__(partial(LinearAttention, attn_type=attn_type), **kwargs)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "tiny": {"embed_dim": 192, "num_heads": 3},
+    "small": {"embed_dim": 384, "num_heads": 6},
+    # Ours, for tests and small data sets.
+    "test": {"embed_dim": 64, "num_heads": 2, "depth": 4, "img_size": 96},
+}
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "paper_ids": "arXiv:2006.16236",
+        "paper_name": "Transformers are RNNs: Fast Autoregressive Transformers with Linear "
+        "Attention",
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "linear_deit_tiny.untrained": _cfg(),
+        "linear_deit_small.untrained": _cfg(),
+        "linear_deit_tiny_relu.untrained": _cfg(),
+        "linear_deit_small_relu.untrained": _cfg(),
+        "test_linear_deit.untrained": _cfg(input_size=(3, 96, 96)),
+    }
+)
+
+
+def _create_linear_deit(name: str, pretrained: bool, **kwargs: Any) -> LinearDeiT:
+    feature_cfg = {"out_indices": 3, "feature_cls": "getter"}
+    return build_model(LinearDeiT, name, pretrained, feature_cfg=feature_cfg, **kwargs)
+
+
+@register_model
+def linear_deit_tiny(pretrained: bool = False, **kwargs: Any) -> LinearDeiT:
+    """DeiT-T with linear attention, elu + 1."""
+    return _create_linear_deit("linear_deit_tiny", pretrained, **{**VARIANTS["tiny"], **kwargs})
+
+
+@register_model
+def linear_deit_small(pretrained: bool = False, **kwargs: Any) -> LinearDeiT:
+    """DeiT-S with linear attention, elu + 1."""
+    return _create_linear_deit("linear_deit_small", pretrained, **{**VARIANTS["small"], **kwargs})
+
+
+@register_model
+def linear_deit_tiny_relu(pretrained: bool = False, **kwargs: Any) -> LinearDeiT:
+    """DeiT-T with linear attention, ReLU."""
+    model_args = {**VARIANTS["tiny"], "attn_type": "relu"}
+    return _create_linear_deit("linear_deit_tiny_relu", pretrained, **{**model_args, **kwargs})
+
+
+@register_model
+def linear_deit_small_relu(pretrained: bool = False, **kwargs: Any) -> LinearDeiT:
+    """DeiT-S with linear attention, ReLU."""
+    model_args = {**VARIANTS["small"], "attn_type": "relu"}
+    return _create_linear_deit("linear_deit_small_relu", pretrained, **{**model_args, **kwargs})
+
+
+@register_model
+def test_linear_deit(pretrained: bool = False, **kwargs: Any) -> LinearDeiT:
+    """A small LinearDeiT for tests and small data sets."""
+    return _create_linear_deit("test_linear_deit", pretrained, **{**VARIANTS["test"], **kwargs})
