@@ -2,6 +2,7 @@
 
 from .inline_deit import InLineDeiT
 from .l2vit import L2ViT
+from .lightnet import LightNet
 from .linear_deit import LinearDeiT
 from .mavit import MAViT
 from .nalaformer import NaLaFormer
@@ -11,6 +12,7 @@ __all__ = [
     "RAVLT",
     "InLineDeiT",
     "L2ViT",
+    "LightNet",
     "LinearDeiT",
     "MAViT",
     "NaLaFormer",

@@ -88,7 +88,7 @@ class IsotropicBackbone(nn.Module):
 
     def __init__(
         self,
-        img_size: int | tuple[int, int],
+        img_size: int | tuple[int, int] | None,
         patch_size: int,
         in_chans: int,
         num_classes: int,
@@ -105,7 +105,7 @@ class IsotropicBackbone(nn.Module):
         """Make all but blocks and norm.
 
         Args:
-            img_size: Size of the image whose grid the learned positions have.
+            img_size: Size of the image whose grid the learned positions have; None without them.
             patch_size: Side of a patch in pixels.
             in_chans: Channels of the image.
             num_classes: Classes; 0 leaves the classifier out.
@@ -154,10 +154,10 @@ class IsotropicBackbone(nn.Module):
         )
         self.position: nn.Module = nn.Identity()
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **dd)) if class_token else None
-        length = self.num_prefix_tokens + self.patch_embed.num_patches
-        self.pos_embed = (
-            nn.Parameter(torch.empty(1, length, embed_dim, **dd)) if learned_positions else None
-        )
+        self.pos_embed = None
+        if learned_positions:
+            length = self.num_prefix_tokens + self.patch_embed.num_patches
+            self.pos_embed = nn.Parameter(torch.empty(1, length, embed_dim, **dd))
         self.pos_drop = nn.Dropout(pos_drop_rate)
         self.blocks: nn.ModuleList
         self.norm: nn.Module
@@ -203,7 +203,7 @@ class IsotropicBackbone(nn.Module):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Parameters without weight decay beyond the usual one-dimensional ones."""
-        return {"pos_embed", "cls_token"}
+        return {name for name in ("pos_embed", "cls_token") if getattr(self, name) is not None}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -238,29 +238,6 @@ class IsotropicBackbone(nn.Module):
             self.global_pool = global_pool
         self.num_classes = num_classes
         self.head = self.make_head(num_classes, **get_device_dtype(self)).train(self.training)
-
-    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Resize the learned positions to the grid of another image size, once for all.
-
-        Images of any size work without it; it is for training at that size.
-
-        Args:
-            img_size: Height and width in pixels, or both in one.
-        """
-        old_grid = self.patch_embed.grid_size
-        self.patch_embed.set_input_size(
-            (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-        )
-        if self.pos_embed is not None and self.patch_embed.grid_size != old_grid:
-            with torch.no_grad():
-                resized = resample_abs_pos_embed(
-                    self.pos_embed,
-                    new_size=list(self.patch_embed.grid_size),
-                    old_size=list(old_grid),
-                    num_prefix_tokens=self.num_prefix_tokens,
-                )
-            self.pos_embed = nn.Parameter(resized, requires_grad=self.pos_embed.requires_grad)
-        update_model_input_size(self, self.patch_embed.img_size)
 
     def forward_intermediates(
         self,
@@ -467,3 +444,26 @@ class DeiT(IsotropicBackbone):
         )
         self.norm = norm_layer(embed_dim, **dd)
         self.init_weights(needs_reset=False)
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Resize the learned positions to the grid of another image size, once for all.
+
+        Images of any size work without it; it is for training at that size.
+
+        Args:
+            img_size: Height and width in pixels, or both in one.
+        """
+        old_grid = self.patch_embed.grid_size
+        self.patch_embed.set_input_size(
+            (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        )
+        if self.patch_embed.grid_size != old_grid:
+            with torch.no_grad():
+                resized = resample_abs_pos_embed(
+                    self.pos_embed,
+                    new_size=list(self.patch_embed.grid_size),
+                    old_size=list(old_grid),
+                    num_prefix_tokens=self.num_prefix_tokens,
+                )
+            self.pos_embed = nn.Parameter(resized, requires_grad=self.pos_embed.requires_grad)
+        update_model_input_size(self, self.patch_embed.img_size)
