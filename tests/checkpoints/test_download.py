@@ -163,6 +163,11 @@ def test_an_address_without_a_file_name(server):
         create({"url": f"{server.address}/f/1d6b81/?dl=1", "hf_hub_id": None})
 
 
+def test_a_share_link_is_named():
+    with pytest.raises(DownloadError, match="tsinghua.edu.cn/f/1d6b.*file="):
+        timm.create_model("inline_deit_tiny", pretrained=True)
+
+
 @pytest.mark.parametrize("key", ["file", "state_dict"])
 def test_local_sources_go_first(server, tmp_path, content, key):
     path = tmp_path / "local.pth"

@@ -118,7 +118,8 @@ def _inline(model: str, share: str) -> PublishedFile:
         f"inline_{model}",
         url=f"https://cloud.tsinghua.edu.cn/f/{share}/?dl=1",
         source=INLINE_SOURCE,
-        note="a share link without a file name: download it, then give the file as file=",
+        note="a share link without a file name; download it, and give the file with "
+        "pretrained_cfg_overlay=dict(file=...)",
     )
 
 

@@ -7,7 +7,8 @@ from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from torch import nn
 
 from ..checkpoints import checkpoint_filter_fn
-from ..checkpoints.download import ensure_downloaded
+from ..checkpoints.download import DownloadError, ensure_downloaded
+from ..checkpoints.published import published_files
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -33,6 +34,11 @@ def build_model(
             pretrained_cfg=kwargs.get("pretrained_cfg"),
             pretrained_cfg_overlay=kwargs.get("pretrained_cfg_overlay"),
         )
+        row = next((row for row in published_files(name) if row.task == "classification"), None)
+        if row and not (row.wired or cfg.has_weights or cfg.state_dict):
+            raise DownloadError(
+                f"the weights of {name} are at {row.location}, which timm cannot fetch: {row.note}"
+            )
         # Other sources, such as a whole hub repository of somebody's, are timm's alone.
         if cfg.source in (None, "timm"):
             ensure_downloaded(cfg.to_dict(), kwargs.get("cache_dir"))
