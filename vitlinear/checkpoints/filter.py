@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from math import isqrt
 from typing import Any
 
-from timm.layers import resample_abs_pos_embed
+from timm.layers import RelPosBias, resample_abs_pos_embed, resize_rel_pos_bias_table_simple
 from torch import Tensor, nn
 
 from .mappings import find_mapping
@@ -16,7 +16,7 @@ from .unwrap import unwrap_state_dict
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Bring a checkpoint into our keys: ours unchanged, the authors' translated.
 
-    Learned positions of another grid are resized; see `resize_positions`.
+    Learned positions of another grid are resized; see `resize_positions` and `resize_tables`.
 
     Args:
         state_dict: Bare weights or a training checkpoint that holds them; see `unwrap_state_dict`.
@@ -32,7 +32,43 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     mapping = find_mapping(weights)
     if mapping is not None:
         weights = mapping.convert(weights, model.state_dict())
-    return resize_positions(weights, model)
+    return resize_tables(resize_positions(weights, model), model)
+
+
+def resize_tables(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Resize positions of maps, and of windows, to a model made for other ones.
+
+    Args:
+        weights: In our keys.
+        model: The model to load into.
+
+    Returns:
+        The weights, with other ``pos_embed`` for modules that have one and a ``grid_size``, and
+        other ``relative_position_bias_table`` for windows of another size. Those of the
+        checkpoint are taken to be square.
+    """
+    resized = {}
+    for name, module in model.named_modules():
+        if isinstance(module, RelPosBias):
+            key = f"{name}.relative_position_bias_table"
+            table, target = weights.get(key), module.relative_position_bias_table
+            if table is not None and table.shape[0] != target.shape[0]:
+                height, width = module.window_size
+                resized[key] = resize_rel_pos_bias_table_simple(
+                    table, (height, width), tuple(target.shape)
+                )
+        elif hasattr(module, "pos_embed") and hasattr(module, "grid_size"):
+            key = f"{name}.pos_embed"
+            table = weights.get(key)
+            if table is not None and table.shape[1] != module.pos_embed.shape[1]:
+                resized[key] = resample_abs_pos_embed(
+                    table,
+                    new_size=list(module.grid_size),
+                    num_prefix_tokens=0,
+                    interpolation="bilinear",  # as the model does it
+                    antialias=False,
+                )
+    return {**weights, **resized}
 
 
 def resize_positions(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

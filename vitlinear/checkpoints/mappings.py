@@ -177,7 +177,7 @@ def _counted_from_one(replacement: str) -> Callable[[re.Match[str]], str]:
 
 def _next_merging(match: re.Match[str]) -> str:
     """As `_next_stage`."""
-    return f"stages.{int(match[1]) + 1}.downsample.merge."
+    return f"stages.{int(match[1]) + 1}.downsample."
 
 
 _PVT_BLOCK = r"block(\d)\.(\d+)\."

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .._timm import register_notrace_module
 from ..ops.backend import check_backend
-from .windows import from_windows, to_windows
+from .windows import fits, fixed_windows, from_windows, indices, to_windows, tokens_of_windows
 
 
 class SoftmaxAttention(nn.Module):
@@ -47,8 +47,11 @@ class SoftmaxAttention(nn.Module):
             [B, N, h * D].
         """
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return out.transpose(1, 2).flatten(2)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+        if not torch.jit.is_scripting() and torch.compiler.is_compiling():
+            # Its strides depend on what SDPA becomes: a view could be wrong after a translation.
+            out = out.clone(memory_format=torch.contiguous_format)
+        return out.flatten(2)
 
 
 # One step to torch.fx, as `GatedAttention`.
@@ -104,7 +107,7 @@ class ShiftedWindowAttention(nn.Module):
         """[B, H, W, C] -> [B, H, W, C]."""
         B, H, W, C = x.shape
         side, heads = self.window_size, self.attend.num_heads
-        rows, cols = ((H + side - 1) // side, side), ((W + side - 1) // side, side)
+        rows, cols = fixed_windows(H, side), fixed_windows(W, side)
         # 1 // n is 1 for one window and 0 for more.
         down, right = self.shift * (1 - 1 // rows[0]), self.shift * (1 - 1 // cols[0])
         bias = self.rel_pos.get_bias()
@@ -132,12 +135,10 @@ def window_regions(
     A shifted window at the end of a side holds tokens of both ends of the map, which do not see
     each other; padding sees only padding.
     """
-    padded_height, padded_width = rows[0] * rows[1], cols[0] * cols[1]
-    if padded_height == height and padded_width == width and down == 0 and right == 0:
+    if fits(height, rows) and fits(width, cols) and down == 0 and right == 0:
         return None
-    row = torch.arange(padded_height, device=device)[:, None]
-    col = torch.arange(padded_width, device=device)[None]
-    # Before the shift, which brings the first `down` rows to the end.
+    # Windows of the shifted map hold its rows and columns in this order.
+    row, col = indices(rows, down, device)[:, None], indices(cols, right, device)
     regions = 2 * (row < down).long() + (col < right).long()
     regions = regions.masked_fill((row >= height) | (col >= width), 4)
-    return to_windows(regions[None, :, :, None], rows, cols, down, right).squeeze(-1)
+    return tokens_of_windows(regions, rows, cols)

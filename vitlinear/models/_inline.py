@@ -86,14 +86,19 @@ class ConvNorm(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.stride = stride
+        # With K - 1 zeros around a side of n there are ceil(n / stride) places for the kernel.
+        self.extra = kernel_size - 1 - 2 * padding
         self.conv = nn.Conv2d(in_dim, dim, kernel_size, stride, padding, **dd)
         self.norm = LayerNorm2d(dim, eps=1e-5, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C_in, H, W] -> [B, C, ceil(H / stride), ceil(W / stride)]."""
-        H, W = x.shape[2], x.shape[3]
-        x = F.pad(x, (0, -W % self.stride, 0, -H % self.stride))
+        return self.reduce(x)
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """As `forward`; a name that subclasses can call where TorchScript has no `super`."""
+        if self.extra > 0:
+            x = F.pad(x, [0, self.extra, 0, self.extra])
         return self.norm(self.conv(x))
 
 
@@ -107,9 +112,7 @@ class ImageConvNorm(ConvNorm):
             AssertionError: There is no batch axis, or another number of channels.
         """
         x = check_images(x, self.conv.in_channels)
-        H, W = x.shape[2], x.shape[3]
-        x = F.pad(x, (0, -W % self.stride, 0, -H % self.stride))
-        return self.norm(self.conv(x))
+        return self.reduce(x)
 
 
 def inline_cfg(side: int = 224, **kwargs: Any) -> dict[str, Any]:

@@ -75,7 +75,7 @@ class PositionedPatchEmbed(nn.Module):
         """
         x = check_images(x, self.conv.in_channels)
         H, W, side = x.shape[2], x.shape[3], self.patch_size
-        if H < side or W < side:
+        if side > H or side > W:
             x = F.pad(x, [0, max(side - W, 0), 0, max(side - H, 0)])
         x = self.norm(self.conv(x))
         return x + self.positions(x.shape[2], x.shape[3])

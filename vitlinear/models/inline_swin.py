@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates
+import torch.nn.functional as F
+from timm.layers import ClassifierHead, LayerNorm, LayerNorm2d, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
-from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
 from ..checkpoints.published import pretrained_source
@@ -29,17 +29,31 @@ __all__ = ["InLineSwin"]
 
 
 class MapMerging(nn.Module):
-    """timm's patch merging between maps [B, C, H, W] that are channels-last in memory."""
+    """Four neighbours in one token, layer norm, projection to half of their channels.
+
+    timm has this layer; its padding, by the rest of a division, ties an exported program to odd or
+    to even maps.
+    """
 
     def __init__(
         self, dim: int, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
-        self.merge = PatchMerging(dim, device=device, dtype=dtype)
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.norm = LayerNorm(4 * dim, eps=1e-5, **dd)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, 2 C, ceil(H / 2), ceil(W / 2)]."""
-        return self.merge(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        """[B, C, H, W] -> [B, 2 C, ceil(H / 2), ceil(W / 2)], zeros beyond an odd side."""
+        H, W = x.shape[2], x.shape[3]
+        x = F.pad(x.permute(0, 2, 3, 1), [0, 0, 0, 1, 0, 1])
+        neighbours = [
+            x[:, :H:2, :W:2],
+            x[:, 1::2, :W:2],
+            x[:, :H:2, 1::2],
+            x[:, 1::2, 1::2],
+        ]
+        return self.reduction(self.norm(torch.cat(neighbours, -1))).permute(0, 3, 1, 2)
 
 
 class InLineSwin(StagedBackbone):
