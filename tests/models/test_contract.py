@@ -31,9 +31,19 @@ PYRAMIDS = [
 ]
 each_model = pytest.mark.parametrize("name", TEST_MODELS)
 # The siblings that are linear throughout run the same code: compilers see it once.
-each_program = pytest.mark.parametrize(
-    "name", [name for name in TEST_MODELS if not name.endswith("_linear")]
-)
+PROGRAMS = [name for name in TEST_MODELS if not name.endswith("_linear")]
+each_program = pytest.mark.parametrize("name", PROGRAMS)
+
+
+# InLine-PVT leaves incomplete patches out, as released; every other model rounds up.
+ROUNDS_DOWN = "test_inline_pvt"
+# Windows that adapt to the map are several programs to Dynamo: of one window, of more.
+ADAPTIVE_WINDOWS = ("test_inline_swin", "test_inline_cswin")
+
+
+def smallest_side(name: str) -> int:
+    """Least side for one exported program: a last map of one row or column is another program."""
+    return 64 if name == ROUNDS_DOWN else 33
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -59,6 +69,8 @@ def test_any_size(name, size):
     extractor = timm.create_model(name, features_only=True).eval()
     for feature, info in zip(extractor(x), extractor.feature_info.get_dicts(), strict=True):
         expected = [-(-side // info["reduction"]) for side in size]
+        if name == ROUNDS_DOWN:
+            expected = [max(side // info["reduction"], 1) for side in size]
         assert list(feature.shape[1:]) == [info["num_chs"], *expected]
 
 
@@ -179,12 +191,12 @@ def test_copies(name):
         assert torch.equal(copy(x), model(x))
 
 
-@each_program
+@pytest.mark.parametrize("name", [n for n in PROGRAMS if n not in ADAPTIVE_WINDOWS])
 def test_compiled_once_for_all_sizes(name):
     torch._dynamo.reset()
     counter = CompileCounter()
     compiled = torch.compile(make(name), backend=counter, fullgraph=True, dynamic=True)
-    for size in ((64, 96), (80, 48), (128, 128), (97, 161)):
+    for size in ((64, 96), (80, 64), (128, 128), (97, 161)):
         compiled(torch.randn(2, 3, *size))
     assert counter.frame_count == 1
 
@@ -226,16 +238,16 @@ def test_fx_is_bit_equal(name, backend):
 @pytest.mark.parametrize("backend", ["eager", "library"])
 def test_export_any_size(name, backend):
     model = make(name, attn_backend=backend)
-    # From 33 on: a last map of one row or column is a program of its own to torch.export.
+    side = smallest_side(name)
     batch, height, width = (
-        torch.export.Dim(n, min=m, max=2048) for n, m in zip("bhw", (2, 33, 33), strict=True)
+        torch.export.Dim(n, min=m, max=2048) for n, m in zip("bhw", (2, side, side), strict=True)
     )
     program = torch.export.export(
         model,
         (torch.randn(2, 3, 70, 90),),
         dynamic_shapes={"x": {0: batch, 2: height, 3: width}},
     )
-    for size in ((2, 3, 70, 90), (3, 3, 225, 33)):
+    for size in ((2, 3, 70, 90), (3, 3, 225, side)):
         x = torch.randn(size)
         torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-6)
 
@@ -255,15 +267,15 @@ def test_onnx_any_size(name, tmp_path):
             dynamic_shapes={
                 "x": {
                     0: torch.export.Dim("batch"),
-                    2: torch.export.Dim("height", min=33, max=2048),
-                    3: torch.export.Dim("width", min=33, max=2048),
+                    2: torch.export.Dim("height", min=smallest_side(name), max=2048),
+                    3: torch.export.Dim("width", min=smallest_side(name), max=2048),
                 }
             },
             dynamo=True,
             verbose=False,
         )
     session = onnxruntime.InferenceSession(path)
-    for size in ((2, 3, 70, 90), (1, 3, 97, 50)):
+    for size in ((2, 3, 70, 90), (1, 3, 97, 66)):
         x = torch.randn(size)
         (out,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         torch.testing.assert_close(torch.from_numpy(out), model(x), rtol=1e-3, atol=1e-5)

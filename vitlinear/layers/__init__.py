@@ -1,8 +1,11 @@
 """Modules that models are built from. Token maps are channels-last, [B, H, W, C]."""
 
 from .conv_stem import ConvStem, check_images
+from .cross_shaped import CrossShapedAttention
 from .depthwise import DepthwiseConv
+from .dynamic_conv import DynamicConv
 from .gated_attention import GatedAttention, NormGatedAttention
+from .inline_attention import InjectiveAttention, InLineAttention, InLineTokenAttention
 from .lightnet_attention import LightNetAttention
 from .linear_attention import LinearAttention
 from .local_concentration import LocalConcentration
@@ -10,6 +13,7 @@ from .md_tpe import AxisTpe, MdTpe
 from .mlp import ConvMlp
 from .report import AttentionCall, BackendReport, backend_report
 from .rms_norm import HeadRmsNorm, RmsNorm
+from .shifted_windows import ShiftedWindowAttention, SoftmaxAttention
 from .window_attention import PaddedWindowAttention
 
 __all__ = [
@@ -18,9 +22,14 @@ __all__ = [
     "BackendReport",
     "ConvMlp",
     "ConvStem",
+    "CrossShapedAttention",
     "DepthwiseConv",
+    "DynamicConv",
     "GatedAttention",
     "HeadRmsNorm",
+    "InLineAttention",
+    "InLineTokenAttention",
+    "InjectiveAttention",
     "LightNetAttention",
     "LinearAttention",
     "LocalConcentration",
@@ -28,6 +37,8 @@ __all__ = [
     "NormGatedAttention",
     "PaddedWindowAttention",
     "RmsNorm",
+    "ShiftedWindowAttention",
+    "SoftmaxAttention",
     "backend_report",
     "check_images",
 ]
