@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..ops import Choice, choose_backend
+from ..ops import Call, Choice, choose_backend
 
 
 class AttentionCall(NamedTuple):
@@ -89,16 +89,22 @@ def backend_report(model: nn.Module, input_size: Sequence[int] | None = None) ->
         def record(module: Any, args: tuple[Any, ...]) -> None:
             batch, length = _batch_and_tokens(module, args[0])
             shape = (batch, length, module.num_heads, module.head_dim)
-            choice = choose_backend(module.backend)
             if module.attn_type == "softmax":
                 choice = Choice("eager", "softmax runs on SDPA")
+            else:
+                call = Call(device, dtype, length, module.head_dim, module.attn_type)
+                try:
+                    choice = choose_backend(module.backend, call)
+                except ValueError as error:
+                    choice = Choice("none", str(error))
             calls.append(AttentionCall(name, module.attn_type, shape, *choice))
 
         return record
 
     handles = [m.register_forward_pre_hook(recorder(name)) for name, m in attentions.items()]
     state: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    dtype = next(model.parameters()).dtype
+    parameter = next(model.parameters())
+    dtype, device = parameter.dtype, parameter.device.type
     modes = {module: module.training for module in model.modules()}
     model.eval()  # batch norm refuses to train on a single value
     try:

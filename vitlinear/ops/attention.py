@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 
 from . import eager
 from . import library as library  # registers torch.ops.vitlinear.*
-from .backend import choose_backend
+from .backend import Call, choose_backend, requested_backend
 from .mechanisms import get_mechanism
 from .rotary import RotaryTables
 
@@ -43,7 +43,7 @@ def linear_attention(
             Padded tokens count nowhere, means divide by the number of the others, and their own
             output is 0. What they hold does not matter, NaN included.
         head_scale: tau, a factor of the state for each head, [h]; None for 1.
-        backend: ``auto``, ``eager`` or ``library``; see `vitlinear.ops.backend`.
+        backend: ``auto``, ``eager``, ``library`` or ``triton``; see `vitlinear.ops.backend`.
 
     Returns:
         [B, N, h, D] in the type of q. Sums are kept in float32 (float64 for float64 inputs).
@@ -52,8 +52,10 @@ def linear_attention(
         for ``nala``, which cubes its keys); what float16 cannot hold saturates.
 
     Raises:
-        ValueError: Shapes or types do not fit, or a name is unknown.
-        NotImplementedError: A derivative that the library backend does not have.
+        ValueError: Shapes or types do not fit, a name is unknown, or the backend is ``triton`` and
+            cannot run here.
+        NotImplementedError: A derivative that the registered operators do not have.
+        KernelError: The backend is ``triton`` and a kernel failed.
     """
     row = get_mechanism(mechanism)
     check_inputs(q, k, v, rotary, key_padding_mask, row.positions)
@@ -62,11 +64,14 @@ def linear_attention(
             f"head_scale must have one entry for each of {q.shape[2]} heads, "
             f"got shape {tuple(head_scale.shape)}"
         )
-    if choose_backend(backend).backend == "eager":
+    chosen = choose_backend(backend, Call.of(q, mechanism)).backend
+    if chosen == "eager":
         return eager.linear_attention(q, k, v, row, rotary, key_padding_mask, head_scale)
+    if chosen == "triton":  # unless it was asked for by name, the formulas may stand in
+        chosen = requested_backend(backend).backend
     rows, cols = tables_for_library(q, k, v, rotary)
     return torch.ops.vitlinear.linear_attention(
-        q, k, v, rows, cols, key_padding_mask, head_scale, mechanism
+        q, k, v, rows, cols, key_padding_mask, head_scale, mechanism, chosen
     )[0]
 
 
@@ -80,11 +85,11 @@ def softmax_attention(
 ) -> Tensor:
     """Softmax attention, softmax(R(q) R(k)^T / sqrt(D)) v, for the late stages of pyramids.
 
-    Args, returns and errors as for `linear_attention`. The eager backend runs on
+    Args, returns and errors as for `linear_attention`. All backends but ``library`` run on
     `torch.nn.functional.scaled_dot_product_attention`.
     """
     check_inputs(q, k, v, rotary, key_padding_mask)
-    if choose_backend(backend).backend == "eager":
+    if choose_backend(backend).backend != "library":
         return eager.softmax_attention(q, k, v, rotary, key_padding_mask)
     rows, cols = tables_for_library(q, k, v, rotary)
     return torch.ops.vitlinear.softmax_attention(q, k, v, rows, cols, key_padding_mask)[0]

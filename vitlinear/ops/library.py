@@ -2,8 +2,9 @@
 
 ``torch.ops.vitlinear.linear_attention`` and ``torch.ops.vitlinear.softmax_attention`` are opaque
 to tracing, keep only q, k, v and O(h D^2) of state for backward, and differentiate through an
-operator of their own. They are where GPU kernels attach (``register_kernel("cuda")``); on every
-other device they run the formulas of `eager` and `backward`.
+operator of their own. Their last argument says what computes linear attention: ``library``, the
+formulas of `eager` and `backward` on any device; ``triton``, the kernels of `triton`; ``auto``, the
+kernels, or the formulas where those fail.
 
 `custom_op`, not `triton_op`: only the former passes meta tensors, opcheck, compile and export on
 machines without a GPU. There is no second derivative, no forward-mode derivative and no
@@ -17,6 +18,7 @@ mask are optional, as in `vitlinear.ops.linear_attention`.
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
 from . import backward, eager
+from .backend import KERNEL_DTYPES, report_failure
 from .mechanisms import get_mechanism
 from .rotary import RotaryTables
 
@@ -41,6 +44,15 @@ def _to_layout(x: Tensor, like: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=like.dtype, device=x.device).copy_(x)
 
 
+def _kernels(backend: str, q: Tensor) -> ModuleType | None:
+    """The fused kernels, where they are wanted and take this type."""
+    if backend == "library" or q.dtype not in KERNEL_DTYPES:
+        return None
+    from . import triton  # loads Triton itself
+
+    return triton
+
+
 @custom_op("vitlinear::linear_attention", mutates_args=())
 def linear_attention_op(
     q: Tensor,
@@ -51,6 +63,7 @@ def linear_attention_op(
     key_padding_mask: Tensor | None,
     head_scale: Tensor | None,
     mechanism: str,
+    backend: str = "library",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output [B, N, h, D], and what backward needs besides the inputs.
 
@@ -58,9 +71,14 @@ def linear_attention_op(
     logsumexp, [B, h] or [B, h, F]; see `eager.LinearAttentionState`. What the mechanism does not
     have is empty.
     """
+    row = get_mechanism(mechanism)
+    try:
+        if kernels := _kernels(backend, q):
+            return kernels.forward(q, k, v, rows, cols, key_padding_mask, head_scale, row)
+    except Exception as error:
+        report_failure(error, required=backend == "triton")
     with eager.without_autocast(q):
-        row, tables = get_mechanism(mechanism), _tables(rows, cols)
-        tokens = eager.prepare(q, k, v, tables, key_padding_mask, True, row)
+        tokens = eager.prepare(q, k, v, _tables(rows, cols), key_padding_mask, True, row)
         out, saved = eager.linear_attention_forward(tokens, row, _widen(head_scale, tokens.q))
     state, norm, mean_v, query, logsumexp = saved
 
@@ -93,6 +111,7 @@ def _(
     key_padding_mask: Tensor | None,
     head_scale: Tensor | None,
     mechanism: str,
+    backend: str = "library",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, _, heads, dim = q.shape
     row = get_mechanism(mechanism)
@@ -129,9 +148,29 @@ def linear_attention_backward_op(
     query: Tensor,
     logsumexp: Tensor,
     mechanism: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, and of head_scale: [h], or empty where there is none."""
+    backend: str = "library",
+) -> tuple[Tensor, Tensor]:
+    """Gradients of q, k and v in one buffer [B, N, 3, h, D], and of head_scale.
+
+    The latter is [h], or empty where there is none. One buffer, laid out like the projection that
+    q, k and v mostly are slices of: its gradient then is this very memory, or one copy of it. An
+    operator may not return views of one another, so slicing is left to the autograd formula.
+    """
     row = get_mechanism(mechanism)
+    batch, length, heads, dim = q.shape
+    grads = torch.empty(batch, length, 3, heads, dim, dtype=q.dtype, device=q.device)
+    no_scale = state.new_empty(0)
+    try:
+        if kernels := _kernels(backend, q):
+            grad_scale = kernels.backward(
+                *(grad_out, q, k, v, rows, cols, key_padding_mask, head_scale),
+                *(state, norm, mean_v, query, logsumexp, row, grads.unbind(2)),
+            )
+            if head_scale is None or grad_scale is None:
+                return grads, no_scale
+            return grads, grad_scale.to(head_scale.dtype)
+    except Exception as error:
+        report_failure(error, required=backend == "triton")
     if row.has_global_query:
         logsumexp = logsumexp.unsqueeze(-1)
     saved = eager.LinearAttentionState(
@@ -146,13 +185,14 @@ def linear_attention_backward_op(
         tokens = eager.prepare(q, k, v, tables, key_padding_mask, False, row)
         grad_out = grad_out.transpose(1, 2).to(state.dtype)
         wide_scale = _widen(head_scale, state)
-        *grads, grad_scale = backward.linear_attention_backward(
+        *parts, grad_scale = backward.linear_attention_backward(
             grad_out, tokens, saved, row, wide_scale
         )
-    dq, dk, dv = (_to_layout(grad, q) for grad in grads)
+    for into, part in zip(grads.unbind(2), parts, strict=True):
+        into.copy_(eager.saturate(part.transpose(1, 2), q.dtype))
     if head_scale is None or grad_scale is None:
-        return dq, dk, dv, state.new_empty(0)
-    return dq, dk, dv, grad_scale.to(head_scale.dtype)
+        return grads, no_scale
+    return grads, grad_scale.to(head_scale.dtype)
 
 
 @linear_attention_backward_op.register_fake
@@ -167,10 +207,11 @@ def _(
     head_scale: Tensor | None,
     state: Tensor,
     *_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
+    batch, length, heads, dim = q.shape
     none = state.new_empty(0)
     grad_scale = none if head_scale is None else head_scale.new_empty(head_scale.shape)
-    return *(q.new_empty(q.shape) for _ in range(3)), grad_scale  # type: ignore[return-value]
+    return q.new_empty(batch, length, 3, heads, dim), grad_scale
 
 
 @custom_op("vitlinear::softmax_attention", mutates_args=())
@@ -230,15 +271,16 @@ def _(grad_out: Tensor, q: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.mechanism = inputs
+    *tensors, ctx.mechanism, ctx.backend = inputs
     ctx.save_for_backward(*tensors, *output[1:])
 
 
 def _linear_gradients(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    *grads, grad_scale = torch.ops.vitlinear.linear_attention_backward(
-        grad_out, *ctx.saved_tensors, ctx.mechanism
+    grads, grad_scale = torch.ops.vitlinear.linear_attention_backward(
+        grad_out, *ctx.saved_tensors, ctx.mechanism, ctx.backend
     )
-    return *grads, None, None, None, grad_scale if ctx.needs_input_grad[6] else None, None
+    grad_scale = grad_scale if ctx.needs_input_grad[6] else None
+    return *grads.unbind(2), None, None, None, grad_scale, None, None
 
 
 def _save_softmax(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -272,11 +314,13 @@ def linear_attention_flops(
 
 @register_flop_formula(torch.ops.vitlinear.linear_attention_backward)
 def linear_attention_backward_flops(
-    grad_shape: Any, q_shape: Any, k_shape: Any, v_shape: Any, rows: Any, *args: Any, **kwargs: Any
-) -> int:
+    grad_shape: Any, q_shape: Any, k_shape: Any, v_shape: Any, rows: Any, cols: Any, mask: Any,
+    head_scale: Any, state: Any, norm: Any, mean_v: Any, query: Any, logsumexp: Any,
+    mechanism: str, *args: Any, **kwargs: Any,
+) -> int:  # fmt: skip
     """Four products of N x F with F x D, and the vectors of normaliser, mean and key weights."""
     batch, length, heads, dim = q_shape
-    row = get_mechanism(args[-1])
+    row = get_mechanism(mechanism)
     vectors = 2 * (row.reads.uses_norm + row.has_global_query) * row.feature_dim(dim)
     vectors += 2 * row.reads.uses_mean * dim
     matrices = 4 * row.state_dim(dim, rows is not None) * dim

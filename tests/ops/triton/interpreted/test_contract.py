@@ -1,0 +1,191 @@
+"""The operator's contract, kept by the kernels in the interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.golden import relative_error
+from tests.ops.inputs import attend, make_inputs, oracle
+from tests.ops.triton.cases import many_splits, run
+from vitlinear import ops
+from vitlinear.ops import library
+from vitlinear.ops import triton as kernels
+from vitlinear.ops.triton import launch
+
+each_mechanism = pytest.mark.parametrize("mechanism", list(ops.MECHANISMS))
+
+
+def test_the_interpreter_runs():
+    assert kernels.INTERPRETING
+
+
+@each_mechanism
+@pytest.mark.parametrize("splits", [False, True], ids=["one kernel", "splits"])
+def test_saved_states_are_those_of_the_formula(mechanism, splits, monkeypatch):
+    """So that the formula's backward can follow the kernels' forward where a kernel fails."""
+    if splits:
+        many_splits(monkeypatch)
+    inputs = make_inputs(grid=(6, 11), dtype=torch.float32)
+    q, k, v, _ = inputs.projection.detach().unbind(2)
+    arguments = (q, k, v, *inputs.tables(mechanism), inputs.mask, None, mechanism)
+    fused = library.linear_attention_op(*arguments, "triton")
+    plain = library.linear_attention_op(*arguments, "library")
+    for a, b in zip(fused, plain, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@each_mechanism
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(mechanism, dtype):
+    """Rounded once, at the end; the interpreter cuts bfloat16 off where a GPU rounds."""
+    inputs = make_inputs(grid=(5, 7), dim=12, dtype=dtype)
+    expected = oracle(mechanism, inputs)
+    out, grad = run(mechanism, inputs)
+    assert out.dtype == grad.dtype == dtype
+    limit = {torch.float16: 1e-3, torch.bfloat16: 5e-3}[dtype]
+    assert relative_error(out, expected[0]) < limit
+    assert relative_error(grad, expected[1]) < limit
+
+
+@each_mechanism
+@pytest.mark.parametrize(
+    "case",
+    ["zero queries", "constant keys", "vanishing normaliser", "large", "huge", "zeros", "alone"],
+)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)]
+)
+def test_finite(mechanism, dtype, case, monkeypatch):
+    many_splits(monkeypatch)
+    grid = (1, 1) if case == "alone" else (4, 10)
+    inputs = make_inputs(grid=grid, dim=16, batch=1, heads=1, dtype=dtype)
+    projection = inputs.projection.detach()
+    projection[:, :, 2] *= 300
+    if case == "zero queries":
+        projection[:, :, 0] = 0
+    elif case == "constant keys":
+        projection[:, :, 1] = projection[:1, :1, 1]
+    elif case == "vanishing normaliser":
+        projection[:, :, :2] = -30 - projection[:, :, :2].abs()
+    elif case == "large":
+        projection[:, :, :2] *= 1000
+    elif case == "huge":
+        largest = 1e10 if mechanism == "nala" else 1e12  # nala cubes its keys
+        projection[:, :, :2] *= 10000 if dtype == torch.float16 else largest
+    elif case == "zeros":
+        projection.zero_()
+    out, grad = run(mechanism, inputs._replace(projection=projection))
+    assert out.isfinite().all() and grad.isfinite().all()
+
+
+@each_mechanism
+def test_float16_saturates(mechanism):
+    inputs = make_inputs(grid=(4, 4), dim=16, batch=1, dtype=torch.float16)
+    inputs = inputs._replace(head_scale=torch.full((2,), 1e7))
+    for actual in run(mechanism, inputs):
+        assert actual.isfinite().all() and actual.abs().max() == 65504
+
+
+@pytest.mark.parametrize("scale", [10.0, 100.0])
+@pytest.mark.parametrize("mechanism", ["rala", "lightnet"])
+def test_one_key_with_all_the_weight(mechanism, scale):
+    """Its gradient through the softmax is what cancellation leaves."""
+    inputs = make_inputs(grid=(6, 8), dim=16, batch=1, dtype=torch.float32, scale=scale)
+    expected = oracle(mechanism, inputs)
+    q, k, v, _ = inputs.projection.unbind(2)
+    plain = ops.linear_attention(q, k, v, mechanism, inputs.tables(mechanism), backend="eager")
+    plain = (plain, torch.autograd.grad(plain, inputs.projection, inputs.grad)[0])
+    for fused, eager, exact in zip(run(mechanism, inputs), plain, expected, strict=True):
+        assert relative_error(fused, exact) <= 2 * relative_error(eager, exact) + 1e-6
+
+
+@each_mechanism
+def test_repeats_are_bit_equal(mechanism, monkeypatch):
+    many_splits(monkeypatch)
+    inputs = make_inputs(grid=(7, 9), batch=1, dtype=torch.float32)
+    first = run(mechanism, inputs)
+    for a, b in zip(run(mechanism, inputs), first, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_samples_do_not_see_each_other():
+    inputs = make_inputs(grid=(3, 7), batch=3, heads=3, dtype=torch.float32)
+    out, grad = run("rala", inputs)
+    for i in range(3):
+        alone = inputs._replace(
+            projection=inputs.projection[i : i + 1], grad=inputs.grad[i : i + 1]
+        )
+        for a, b in zip(run("rala", alone), (out, grad), strict=True):
+            assert torch.equal(a, b[i : i + 1])
+
+
+@pytest.mark.parametrize("mechanism", ["rala", "mala", "lightnet"])
+def test_opcheck(mechanism):
+    inputs = make_inputs(mask=True, heads=1, batch=1, dtype=torch.float32)
+    q, k, v, _ = inputs.projection.unbind(2)
+    arguments = (q, k, v, *inputs.tables(mechanism), inputs.mask, None, mechanism, "triton")
+    torch.library.opcheck(torch.ops.vitlinear.linear_attention.default, arguments)
+
+
+def test_compile_fullgraph():
+    inputs = make_inputs(grid=(4, 6), dtype=torch.float32)
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    out = compiled("mala", inputs, "triton")
+    (grad,) = torch.autograd.grad(out, inputs.projection, inputs.grad)
+    for a, b in zip((out, grad), run("mala", inputs), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_float64_and_empty_batches():
+    inputs = make_inputs()
+    out, grad = run("rala", inputs)
+    expected = oracle("rala", inputs)
+    assert relative_error(out, expected[0]) < 1e-12 and relative_error(grad, expected[1]) < 1e-12
+    assert ops.choose_backend("triton", ops.Call("cpu", torch.float64, 15, 8, "rala")) == (
+        "eager",
+        "the kernels have no float64",
+    )
+    inputs = make_inputs(dtype=torch.float32)
+    empty = inputs._replace(projection=inputs.projection[:0], grad=inputs.grad[:0])
+    assert run("mala", empty)[0].shape == (0, 15, 2, 8)
+
+
+def test_a_failing_kernel_says_so(monkeypatch):
+    """Asked for by name it raises; otherwise the formulas run, with one warning."""
+    from vitlinear.ops import backend
+
+    def broken(*_):
+        raise RuntimeError("out of luck") from ValueError("no registers left")
+
+    inputs = make_inputs(dtype=torch.float32)
+    q, k, v, _ = inputs.projection.detach().unbind(2)
+    arguments = (q, k, v, *inputs.rotary, None, None, "mala")
+    expected = library.linear_attention_op(*arguments)[0]
+    monkeypatch.setattr(kernels, "forward", broken)
+    monkeypatch.setattr(backend, "_failure", None)
+    with pytest.raises(ops.KernelError, match="ValueError: no registers left"):
+        ops.linear_attention(q, k, v, "mala", inputs.rotary, backend="triton")
+    with pytest.warns(UserWarning, match="the formulas run instead: ValueError: no registers"):
+        out = library.linear_attention_op(*arguments, "auto")[0]
+    assert torch.equal(out, expected)
+    choice = ops.choose_backend("auto", ops.Call("cuda", torch.float32, 15, 8, "mala"))
+    assert choice.backend == "eager" and "no registers left" in choice.reason
+
+
+@pytest.mark.parametrize("length", [49, 196, 784, 3136, 16384, 60800, 262144])
+@pytest.mark.parametrize("slots", [1, 2, 8, 64, 4096])
+@pytest.mark.parametrize("mechanism", ["mala", "nala", "lightnet"])
+def test_workspace_is_bounded(length, slots, mechanism, monkeypatch):
+    """By what fills the device, and from 16384 tokens on by a hundredth of the inputs."""
+    monkeypatch.setattr(launch, "processors", lambda device: 132)
+    row = ops.get_mechanism(mechanism)
+    plan = launch.make_plan(row, torch.bfloat16, 64, True, False, False)
+    summing, wide = launch.cuts(plan, slots, length, 2, torch.device("cpu"))
+    for cut in (summing, wide):
+        assert cut.chunk * cut.splits >= length > cut.chunk * (cut.splits - 1)
+        assert cut.splits * slots <= 4 * 132 + slots
+    if length >= 16384 and summing.splits > 1:
+        states = (summing.splits + 1) * (plan.rows * 64 + plan.features + 64) * 4
+        assert states <= 0.01 * 4 * length * 64 * 2

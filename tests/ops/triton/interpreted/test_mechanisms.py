@@ -1,0 +1,78 @@
+"""Every mechanism in the interpreter, forward and all gradients, against the float64 oracle."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.ops.inputs import make_inputs
+from tests.ops.triton.cases import GRIDS, error, many_splits, reference, run
+from vitlinear import ops
+
+each_mechanism = pytest.mark.parametrize("mechanism", list(ops.MECHANISMS))
+FAST = {(1, 8), (17, 20), (49, 32), (63, 8), (65, 20)}
+SIZES = [
+    pytest.param(length, dim, marks=() if (length, dim) in FAST else pytest.mark.slow)
+    for length in GRIDS
+    for dim in (8, 20, 32)
+]
+
+
+def check(mechanism, inputs, layout="projection"):
+    expected_out, expected_grad = reference(mechanism, inputs)
+    out, grad = run(mechanism, inputs, layout)
+    assert out.dtype == inputs.projection.dtype and out.is_contiguous()
+    assert error(out, expected_out) < 3e-6
+    for part in range(3):
+        assert error(grad[:, :, part], expected_grad[:, :, part]) < 3e-6
+    assert not grad[:, :, 3].any()
+
+
+@each_mechanism
+@pytest.mark.parametrize("length, dim", SIZES)
+def test_one_kernel(mechanism, length, dim):
+    check(mechanism, make_inputs(grid=GRIDS[length], dim=dim, batch=1, dtype=torch.float32))
+
+
+@each_mechanism
+@pytest.mark.parametrize("length, dim", [(63, 20), (65, 32), (196, 8)])
+def test_splits(mechanism, length, dim, monkeypatch):
+    many_splits(monkeypatch)
+    check(mechanism, make_inputs(grid=GRIDS[length], dim=dim, batch=1, dtype=torch.float32))
+
+
+@each_mechanism
+@pytest.mark.parametrize("splits", [False, True], ids=["one kernel", "splits"])
+def test_mask_and_head_scale(mechanism, splits, monkeypatch):
+    """Padding that is NaN: in pieces, over whole splits, and a whole sample."""
+    if splits:
+        many_splits(monkeypatch)
+    inputs = make_inputs(grid=(7, 10), batch=3, heads=1, dtype=torch.float32, mask=True)
+    inputs.mask[1] = True
+    inputs.mask[2, 5:69] = True
+    scale = torch.tensor([-1.5], requires_grad=True)
+    inputs = inputs._replace(head_scale=scale)
+    expected = reference(mechanism, inputs)
+
+    def grad_scale(backend):
+        q, k, v, _ = inputs.projection.detach().unbind(2)
+        options = (inputs.tables(mechanism), inputs.mask, scale, backend)
+        out = ops.linear_attention(q, k, v, mechanism, *options)
+        return torch.autograd.grad(out, scale, inputs.grad)[0]
+
+    torch.testing.assert_close(grad_scale("triton"), grad_scale("eager"), rtol=1e-4, atol=1e-4)
+    spoilt = inputs.projection.masked_fill(inputs.mask[:, :, None, None, None], torch.nan)
+    out, grad = run(mechanism, inputs._replace(projection=spoilt))
+    assert error(out, expected[0]) < 3e-6 and error(grad, expected[1]) < 3e-6
+    assert not out[1].any() and not grad[1].any()
+
+
+@each_mechanism
+def test_without_positions(mechanism):
+    check(mechanism, make_inputs(grid=(5, 9), batch=1, dtype=torch.float32, rotary=False))
+
+
+@each_mechanism
+@pytest.mark.parametrize("layout", ["channels first", "heads first"])
+def test_layouts(mechanism, layout):
+    check(mechanism, make_inputs(grid=(3, 11), dim=12, dtype=torch.float32), layout)

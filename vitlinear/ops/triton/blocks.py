@@ -1,0 +1,437 @@
+"""What the kernels are made of: tokens in and out, feature maps, positions, read-out factors.
+
+A kernel works on blocks of ``block_tokens`` tokens of one head of one sample. Channels fill a block
+of ``block_dim``, a power of two of at least 16; features and state rows fill one or two such blocks
+side by side. Lanes beyond the head's own channels hold zeros, among features too. Everything that
+depends on the mechanism, the head or the machine stands in one compile-time `Plan` (see `launch`).
+
+Formulas are those of `vitlinear.ops.features`, `rotary`, `mechanisms` and `backward`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton import knobs
+
+INTERPRETING: bool = knobs.runtime.interpret
+
+if INTERPRETING:
+
+    def _whole(x: Any) -> int:
+        return int(x.handle.data.item()) if isinstance(x, tl.tensor) else int(x)
+
+    def steps(first: Any, last: Any, step: Any) -> range:
+        """`range`, which the interpreter's own fails at where NumPy is 2.4 or newer."""
+        return range(_whole(first), _whole(last), _whole(step))
+
+else:
+    steps = tl.range
+
+
+# Shapes are made of the constants that these take: Triton does not see numbers inside a tuple.
+
+
+@triton.jit
+def zeros(width: tl.constexpr):
+    """A vector of zeros."""
+    return tl.zeros((width,), tl.float32)
+
+
+@triton.jit
+def zero_block(height: tl.constexpr, width: tl.constexpr):
+    """A matrix of zeros."""
+    return tl.zeros((height, width), tl.float32)
+
+
+@triton.jit
+def channel_lanes(width: tl.constexpr, plan: tl.constexpr):
+    """Index of the channel in each of ``width`` lanes, and whether it exists."""
+    channel = tl.arange(0, width) % plan.block_dim
+    return channel, channel < plan.head_dim
+
+
+@triton.jit
+def vector_lanes(plan: tl.constexpr):
+    """Offsets of features in a stored vector, and whether they exist."""
+    channel, exists = channel_lanes(plan.block_features, plan)
+    part = tl.arange(0, plan.block_features) // plan.block_dim
+    return part * plan.head_dim + channel, exists
+
+
+@triton.jit
+def state_lanes(plan: tl.constexpr):
+    """Offsets of the entries of a stored state [F, D], and whether they exist.
+
+    The cosine and the sine of a channel lie in neighbouring rows, as in `rotary.encode`.
+    """
+    channel, exists = channel_lanes(plan.block_rows, plan)
+    part = tl.arange(0, plan.block_rows) // plan.block_dim
+    row = channel * 2 + part if plan.positions == "cosine" else part * plan.head_dim + channel
+    column, in_head = channel_lanes(plan.block_dim, plan)
+    return row[:, None] * plan.head_dim + column[None, :], exists[:, None] & in_head[None, :]
+
+
+@triton.jit
+def load_vector(start, slot, plan: tl.constexpr):
+    """A vector of features from its slot."""
+    at, exists = vector_lanes(plan)
+    return tl.load(start + slot * plan.features + at, mask=exists, other=0.0)
+
+
+@triton.jit
+def store_vector(start, slot, x, plan: tl.constexpr):
+    at, exists = vector_lanes(plan)
+    tl.store(start + slot * plan.features + at, x, mask=exists)
+
+
+@triton.jit
+def load_channels(start, slot, plan: tl.constexpr):
+    """A vector of channels from its slot."""
+    channel, exists = channel_lanes(plan.block_dim, plan)
+    return tl.load(start + slot * plan.head_dim + channel, mask=exists, other=0.0)
+
+
+@triton.jit
+def store_channels(start, slot, x, plan: tl.constexpr):
+    channel, exists = channel_lanes(plan.block_dim, plan)
+    tl.store(start + slot * plan.head_dim + channel, x, mask=exists)
+
+
+@triton.jit
+def load_state(start, slot, plan: tl.constexpr):
+    """A state [F, D] from its slot."""
+    at, exists = state_lanes(plan)
+    return tl.load(start + slot * plan.rows * plan.head_dim + at, mask=exists, other=0.0)
+
+
+@triton.jit
+def store_state(start, slot, x, plan: tl.constexpr):
+    at, exists = state_lanes(plan)
+    tl.store(start + slot * plan.rows * plan.head_dim + at, x, mask=exists)
+
+
+@triton.jit
+def load_statistic(start, slot, plan: tl.constexpr):
+    """What a softmax over keys has one of for a head, or one for each feature."""
+    if plan.key_weights == "global_query":
+        return tl.load(start + slot)
+    else:
+        return load_vector(start, slot, plan)
+
+
+@triton.jit
+def store_statistic(start, slot, x, plan: tl.constexpr):
+    if plan.key_weights == "global_query":
+        tl.store(start + slot, x)
+    else:
+        store_vector(start, slot, x, plan)
+
+
+@triton.jit
+def load_scale(head_scale, h, plan: tl.constexpr):
+    """tau of a head."""
+    if plan.has_scale:
+        return tl.load(head_scale + h).to(tl.float32)
+    else:
+        return 1.0
+
+
+@triton.jit
+def sum_of_parts(parts, slot, slots, splits, plan: tl.constexpr):
+    """The sum over all splits of a vector of features, in their order."""
+    total = zeros(plan.block_features)
+    for split in steps(0, splits, 1):
+        total += load_vector(parts, split * slots + slot, plan)
+    return total
+
+
+@triton.jit
+def token_pointers(x, b, h, n, inside, plan: tl.constexpr):
+    """Addresses of tokens of a strided [B, N, h, D] tensor, and which of them exist.
+
+    Offsets are 64 bits wide: tensors beyond 2^31 elements, and strides of channel-first maps.
+    """
+    start, batch_stride, token_stride, head_stride, channel_stride = x
+    channel, exists = channel_lanes(plan.block_dim, plan)
+    tokens = n.to(tl.int64) * token_stride
+    channels = channel.to(tl.int64) * channel_stride
+    head = start + b * batch_stride + h * head_stride
+    return head + tokens[:, None] + channels[None, :], inside[:, None] & exists[None, :]
+
+
+@triton.jit
+def load_tokens(x, b, h, n, inside, plan: tl.constexpr):
+    """Tokens in float32, zeros where there is none: whatever padding holds, NaN included."""
+    at, exists = token_pointers(x, b, h, n, inside, plan)
+    return tl.load(at, mask=exists, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_tokens(x, value, b, h, n, inside, valid, plan: tl.constexpr):
+    """Store tokens in the type of the tensor, zeros for padding; float16 saturates."""
+    at, exists = token_pointers(x, b, h, n, inside, plan)
+    if plan.has_mask:
+        value = tl.where(valid[:, None], value, 0.0)
+    if at.dtype.element_ty == tl.float16:
+        value = tl.minimum(tl.maximum(value, -65504.0), 65504.0)
+    tl.store(at, value.to(at.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def valid_tokens(mask, b, n, inside, plan: tl.constexpr):
+    """Tokens that exist and are no padding."""
+    if plan.has_mask:
+        start, batch_stride, token_stride = mask
+        at = start + b * batch_stride + n.to(tl.int64) * token_stride
+        return inside & (tl.load(at, mask=inside, other=1) == 0)
+    else:
+        return inside
+
+
+@triton.jit
+def count_tokens(counts, b, length, plan: tl.constexpr):
+    """Number of valid tokens; 0 for a sample of padding alone."""
+    if plan.has_mask:
+        return tl.load(counts + b)
+    else:
+        return length.to(tl.float32)
+
+
+@triton.jit
+def seen_tokens(valid, inside, empty, plan: tl.constexpr):
+    """Tokens that a softmax over keys sees: the valid ones, or all where there is none."""
+    if plan.has_mask:
+        return tl.where(empty, inside, valid)
+    else:
+        return valid
+
+
+@triton.jit
+def load_positions(tables, n, width, inside, plan: tl.constexpr):
+    """Cosines and sines of the tokens' angles, one for each pair or each channel."""
+    if plan.positions == "none":
+        return 0.0, 0.0
+    else:
+        rows, cols = tables
+        # An axis table has the cosine and the sine of an angle side by side, all angles of a
+        # position in a row: read together, they need a quarter of the load instructions.
+        entry = tl.arange(0, plan.block_table)
+        of_axis: tl.constexpr = plan.table_entries
+        row_at = (n // width)[:, None] * of_axis + entry[None, :]
+        col_at = (n % width)[:, None] * of_axis + (entry - of_axis)[None, :]
+        in_rows = inside[:, None] & (entry < of_axis)[None, :]
+        in_cols = inside[:, None] & ((entry >= of_axis) & (entry < 2 * of_axis))[None, :]
+        table = tl.load(rows + row_at, mask=in_rows, other=0.0)
+        table += tl.load(cols + col_at, mask=in_cols, other=0.0)
+        pairs: tl.constexpr = plan.block_table // 2
+        return tl.split(tl.reshape(table, (table.shape[0], pairs, 2)))
+
+
+@triton.jit
+def beside(a, b, plan: tl.constexpr):
+    """[a; b], twice as wide."""
+    width: tl.constexpr = 2 * plan.block_dim
+    return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (a.shape[0], width))
+
+
+@triton.jit
+def halves(x, plan: tl.constexpr):
+    """The inverse of `beside`."""
+    width: tl.constexpr = plan.block_dim
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, width)), (0, 2, 1)))
+
+
+@triton.jit
+def encode(features, cos, sin, inverse: tl.constexpr, plan: tl.constexpr):
+    """R of the formula, or its transpose: rotate neighbouring channels, or [x cos; x sin]."""
+    if plan.positions == "rotary":
+        # Each block of channels turns alike.
+        parts: tl.constexpr = plan.expansion
+        pairs: tl.constexpr = plan.block_dim // 2
+        width: tl.constexpr = plan.block_features
+        x0, x1 = tl.split(tl.reshape(features, (features.shape[0], parts, pairs, 2)))
+        cos = cos[:, None, :]
+        sin = -sin[:, None, :] if inverse else sin[:, None, :]
+        turned = tl.join(x0 * cos - x1 * sin, x1 * cos + x0 * sin)
+        return tl.reshape(turned, (features.shape[0], width))
+    elif plan.positions == "cosine":
+        if inverse:
+            of_cos, of_sin = halves(features, plan)
+            return of_cos * cos + of_sin * sin
+        else:
+            return beside(features * cos, features * sin, plan)
+    else:
+        return features
+
+
+@triton.jit
+def _product(a, b, total, precision: tl.constexpr):
+    if precision == "bf16":
+        return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), total)
+    else:
+        return tl.dot(a, b, total, input_precision=precision)
+
+
+@triton.jit
+def sum_product(a, b, total, plan: tl.constexpr):
+    """a^T b + total, for sums over tokens; float32 but for the operands."""
+    precision: tl.constexpr = plan.sums
+    return _product(tl.trans(a), b, total, precision)
+
+
+@triton.jit
+def read_product(a, state, plan: tl.constexpr):
+    """a @ state, likewise."""
+    precision: tl.constexpr = plan.reads
+    return _product(a, state, tl.zeros((a.shape[0], state.shape[1]), tl.float32), precision)
+
+
+@triton.jit
+def _direction(x):
+    """Norm, inverse norm and x / norm of tokens; see `features._direction`."""
+    norm = tl.sqrt(tl.sum(x * x, 1))[:, None]
+    inverse = 1.0 / tl.maximum(norm, 1.0842022e-19)  # root of the smallest normal number
+    return norm, inverse, x * inverse
+
+
+@triton.jit
+def _power(base, exponent):
+    """base ** exponent, 0 for base 0."""
+    log = tl.log2(tl.where(base > 0, base, 1.0))
+    return tl.where(base > 0, tl.exp2(exponent * log), 0.0)
+
+
+@triton.jit
+def _tanh(x):
+    """tanh of x >= 0, to the rounding error of 1."""
+    return 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
+
+
+@triton.jit
+def _split_signs(x, magnitude, plan: tl.constexpr):
+    return beside(tl.where(x > 0, magnitude, 0.0), tl.where(x < 0, magnitude, 0.0), plan)
+
+
+@triton.jit
+def _join_signs(x, grad, plan: tl.constexpr):
+    positive, negative = halves(grad, plan)
+    plus, minus = tl.where(x > 0, positive, 0.0), tl.where(x < 0, negative, 0.0)
+    return plus + minus, plus - minus
+
+
+@triton.jit
+def _feature_map(x, name: tl.constexpr, plan: tl.constexpr):
+    """phi, [tokens, block_dim] -> [tokens, block_features]."""
+    if name == "elu+1":
+        _, exists = channel_lanes(plan.block_dim, plan)
+        phi = tl.where(x > 0, x + 1.0, tl.exp(tl.minimum(x, 0.0)))
+        return tl.where(exists[None, :], phi, 0.0)  # elu(0) + 1 is no zero
+    elif name == "relu":
+        return tl.maximum(x, 0.0)
+    elif name == "silu":
+        return x * tl.sigmoid(x)
+    elif name == "cubed":
+        return _split_signs(x, tl.abs(x * x * x), plan)
+    elif name == "norm-aware":
+        norm, _, u = _direction(x)
+        return _split_signs(x, _power(tl.abs(u), 3.0 * (0.5 + _tanh(norm))), plan)
+    else:
+        tl.static_assert(name == "identity")
+        return x
+
+
+@triton.jit
+def _feature_map_vjp(x, grad, name: tl.constexpr, plan: tl.constexpr):
+    """Gradient of x from that of phi(x)."""
+    if name == "elu+1":
+        return grad * tl.exp(tl.minimum(x, 0.0))
+    elif name == "relu":
+        return tl.where(x > 0, grad, 0.0)
+    elif name == "silu":
+        gate = tl.sigmoid(x)
+        return grad * gate * (1.0 + x * (1.0 - gate))
+    elif name == "cubed":
+        _, signed = _join_signs(x, grad, plan)
+        return signed * (3.0 * x * x)
+    elif name == "norm-aware":
+        norm, inverse, u = _direction(x)
+        tanh = _tanh(norm)
+        power = 3.0 * (0.5 + tanh)
+        magnitude = tl.abs(u)
+        log = tl.log2(tl.where(magnitude > 0, magnitude, 1.0))
+        grad_magnitude, grad_signed = _join_signs(x, grad, plan)
+        grad_u = grad_signed * power * _power(magnitude, power - 1.0)
+        to_power = grad_magnitude * _power(magnitude, power) * (log * 0.6931471805599453)
+        grad_power = tl.sum(to_power, 1)[:, None]
+        along = tl.sum(u * grad_u, 1)[:, None]
+        return (grad_u - u * along) * inverse + u * (3.0 * (1.0 - tanh * tanh) * grad_power)
+    else:
+        tl.static_assert(name == "identity")
+        return grad
+
+
+@triton.jit
+def phi_q(x, plan: tl.constexpr):
+    """Features of queries."""
+    name: tl.constexpr = plan.query_map
+    return _feature_map(x, name, plan)
+
+
+@triton.jit
+def phi_k(x, plan: tl.constexpr):
+    """Features of keys."""
+    name: tl.constexpr = plan.key_map
+    return _feature_map(x, name, plan)
+
+
+@triton.jit
+def phi_q_vjp(x, grad, plan: tl.constexpr):
+    """Gradient of queries from that of their features."""
+    name: tl.constexpr = plan.query_map
+    return _feature_map_vjp(x, grad, name, plan)
+
+
+@triton.jit
+def phi_k_vjp(x, grad, plan: tl.constexpr):
+    """Gradient of keys from that of their features."""
+    name: tl.constexpr = plan.key_map
+    return _feature_map_vjp(x, grad, name, plan)
+
+
+@triton.jit
+def read_factors(z, scale, count, plan: tl.constexpr):
+    """a and b of the formula; see `vitlinear.ops.mechanisms`."""
+    if plan.read_out == "normalised":
+        return 1.0 / (z + 1e-6), tl.zeros_like(z)
+    elif plan.read_out == "magnitude-aware":
+        return scale + scale / (scale * z + 1e-6), -scale * z
+    elif plan.read_out == "injective":
+        return tl.zeros_like(z) + scale, 1.0 - scale * z
+    elif plan.read_out == "clamped":
+        return count / tl.maximum(count * z, 100.0), tl.zeros_like(z)
+    else:
+        tl.static_assert(plan.read_out == "constant")
+        return tl.zeros_like(z) + 1.0, tl.zeros_like(z)
+
+
+@triton.jit
+def read_slopes(z, scale, count, plan: tl.constexpr):
+    """Derivatives of a and b by z."""
+    zero = tl.zeros_like(z)
+    if plan.read_out == "normalised":
+        inverse = 1.0 / (z + 1e-6)
+        return -inverse * inverse, zero
+    elif plan.read_out == "magnitude-aware":
+        ratio = scale / (scale * z + 1e-6)
+        return -ratio * ratio, zero - scale
+    elif plan.read_out == "injective":
+        return zero, zero - scale
+    elif plan.read_out == "clamped":
+        total = count * z
+        ratio = count / tl.maximum(total, 100.0)
+        return tl.where(total >= 100.0, -ratio * ratio, 0.0), zero
+    else:
+        return zero, zero

@@ -1,0 +1,104 @@
+"""Block sizes: a fixed choice, or the fastest of a few, measured once for a kind of call."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from triton.runtime.errors import OutOfResources
+from triton.testing import do_bench
+
+from .blocks import INTERPRETING
+from .plan import Plan
+
+ENVIRONMENT_VARIABLE = "VITLINEAR_AUTOTUNE"
+
+
+class Config(NamedTuple):
+    """How a kernel is compiled for a plan."""
+
+    block_tokens: int
+    num_warps: int
+    num_stages: int
+
+
+_chosen: dict[object, Config] = {}
+
+
+def candidates(plan: Plan) -> list[Config]:
+    """Configurations worth trying, the fixed one first, smaller ones last.
+
+    A state of 128 x 64 or more takes the registers of eight warps; products in full float32 run
+    without tensor cores and want small blocks.
+    """
+    if INTERPRETING:
+        return [Config(32, 4, 1)]
+    if plan.block_rows * plan.block_dim >= 128 * 64:
+        return [Config(64, 8, 2), Config(32, 8, 2), Config(32, 8, 1), Config(16, 8, 1)]
+    if "ieee" in (plan.sums, plan.reads):
+        return [Config(32, 4, 2), Config(64, 8, 1), Config(32, 4, 1), Config(16, 4, 1)]
+    return [
+        Config(64, 4, 3),
+        Config(128, 8, 2),
+        Config(64, 8, 2),
+        Config(32, 4, 2),
+        Config(16, 4, 1),
+    ]
+
+
+def is_fixed() -> bool:
+    """Whether nothing is measured: block sizes then depend on the plan alone."""
+    return (
+        INTERPRETING
+        or os.environ.get(ENVIRONMENT_VARIABLE) == "0"
+        or torch.are_deterministic_algorithms_enabled()
+        or torch.cuda.is_current_stream_capturing()
+    )
+
+
+def run(key: object, plan: Plan, call: Callable[[Config], None]) -> None:
+    """Run a kernel in the configuration for this key; measure if it is the first time.
+
+    Args:
+        key: What the choice may depend on; never the number of tokens itself, or each resolution
+            would be measured anew.
+        plan: The plan without a block size.
+        call: Launches the kernel, which overwrites whatever it wrote before.
+
+    Raises:
+        OutOfResources: Not even the smallest configuration fits the device.
+    """
+    configs = candidates(plan)
+    if not is_fixed():
+        config = _chosen.get(key) or _measured(configs, call)
+        _chosen[key] = config
+        call(config)
+        return
+    fixed = ("fixed", key)
+    if fixed in _chosen:
+        call(_chosen[fixed])
+        return
+    for config in configs:
+        try:
+            call(config)
+        except OutOfResources:
+            if config == configs[-1]:
+                raise
+        else:
+            _chosen[fixed] = config
+            return
+
+
+def _measured(configs: list[Config], call: Callable[[Config], None]) -> Config:
+    """The fastest configuration among those that fit."""
+    times: dict[Config, float] = {}
+    for config in configs:
+        try:
+            call(config)
+            times[config] = do_bench(lambda c=config: call(c), warmup=5, rep=20)  # type: ignore[misc]
+        except OutOfResources:
+            if config == configs[-1] and not times:
+                raise
+    return min(times, key=lambda config: times[config])
