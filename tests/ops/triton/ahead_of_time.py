@@ -96,15 +96,18 @@ def record_call(
     return recorder
 
 
-def compile_call(recorder: Recorder, config: tuning.Config | None = None) -> list[tuple[str, Any]]:
-    """Compile what was recorded, in the first configuration that tuning would try."""
+def compile_call(recorder: Recorder, shared_memory: int) -> list[tuple[str, Any]]:
+    """Compile what was recorded, each in the first configuration of `tuning` that fits."""
     compiled = []
     for kernel, args, constants, plan in recorder:
-        chosen = config or tuning.candidates(plan)[0]
-        plan = replace(plan, block_tokens=chosen.block_tokens)
-        options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
         name = kernel.fn.__name__
-        compiled.append(
-            (name, compile_kernel(kernel, args, {**constants, "plan": plan}, **options))
-        )
+        for chosen in tuning.candidates(plan):
+            full = {**constants, "plan": replace(plan, block_tokens=chosen.block_tokens)}
+            options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
+            binary = compile_kernel(kernel, args, full, **options)
+            if binary.metadata.shared <= shared_memory:
+                compiled.append((name, binary))
+                break
+        else:
+            raise AssertionError(f"no configuration of {name} fits {plan}")
     return compiled

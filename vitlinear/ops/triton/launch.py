@@ -216,7 +216,7 @@ def _forward(
     length, width, heads, scale = call.length, call.width, call.heads, call.scale
     summing, wide = call.summing, call.wide
     options = (call.tables, call.mask, call.counts)
-    if wide.splits == 1:
+    if wide.splits == 1 and call.plan.fits_one_kernel:
         call.launch(
             forward_kernels.forward_kernel, 1,
             strided(q), strided(k), strided(v), strided(out), *options, call.head_scale,
@@ -312,7 +312,7 @@ def _backward(
     summing, wide = call.summing, call.wide
     options = (call.tables, call.mask, call.counts, call.head_scale)
     grad_q, grad_k, grad_v = map(strided, grads)
-    if wide.splits == 1:
+    if wide.splits == 1 and call.plan.fits_one_kernel:
         scales = None if call.head_scale is None else call.empty(call.batch, heads)
         call.launch(
             backward_kernels.backward_kernel, 1,

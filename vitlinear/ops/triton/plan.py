@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from ..mechanisms import Mechanism
 from .blocks import INTERPRETING
-
-MAX_HEAD_DIM = 128
 
 # Operands of the matrix products: those that sum over tokens, those that read the state. Rounding
 # to bfloat16 averages out in a sum over tokens; that of a read would be seen. float16 has not the
@@ -88,6 +86,11 @@ class Plan:
         return {"uniform": 0, "global_query": 1, "token_softmax": self.features}[self.key_weights]
 
     @property
+    def fits_one_kernel(self) -> bool:
+        """Whether a program has the registers for states and tokens of both passes at once."""
+        return self.block_rows * self.block_dim <= 128 * 64
+
+    @property
     def table_entries(self) -> int:
         """Cosines and sines of one position in a table of one axis."""
         return self.head_dim // (2 if self.positions == "rotary" else 1)
@@ -107,7 +110,7 @@ def make_plan(
         sums = reads = "ieee"
     elif dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
         sums = reads = "tf32"
-    return Plan(
+    plan = Plan(
         query_map=row.query_map,
         key_map=row.key_map,
         key_weights=row.key_weights,
@@ -122,3 +125,7 @@ def make_plan(
         sums=sums,
         reads=reads,
     )
+    if dtype == torch.bfloat16 and plan.block_rows * plan.block_dim > 128 * 128:
+        # Two such states as operands in more than 16 bits are more than a processor holds.
+        return replace(plan, reads=sums)
+    return plan

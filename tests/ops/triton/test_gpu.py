@@ -1,0 +1,291 @@
+"""The kernels on a GPU: exact to the last sum, the same every time, at any size.
+
+References are the definition in float64 where it is quick, else the float64 eager formula, which
+other tests hold to the definition. In its own precision a kernel may err twice as much as the eager
+formula, and by what one rounding of the result costs.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.utils.checkpoint
+
+pytest.importorskip("triton")
+
+from tests.ops.inputs import Inputs, attend, make_inputs  # noqa: E402
+from tests.ops.triton.cases import error, reference, run  # noqa: E402
+from vitlinear import ops  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+
+each_mechanism = pytest.mark.parametrize("mechanism", list(ops.MECHANISMS))
+# One rounding to the type: what even an exact kernel may add.
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2e-3, torch.float16: 3e-4}
+each_dtype = pytest.mark.parametrize("dtype", list(ROUNDING), ids=str)
+HALF = torch.bfloat16
+
+
+def on_gpu(inputs: Inputs) -> Inputs:
+    """The same inputs on the GPU."""
+
+    def move(x):
+        if isinstance(x, ops.RotaryTables):
+            return ops.RotaryTables(*map(move, x))
+        return None if x is None else x.detach().cuda().requires_grad_(x.requires_grad)
+
+    return Inputs(*map(move, inputs))
+
+
+def many_tokens(mechanism, side, dtype=HALF, batch=1, heads=1, dim=64, seed=0) -> Inputs:
+    """Inputs for a grid of side x side tokens, made on the GPU."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    shape = (batch, side * side, 4, heads, dim)
+    projection = torch.randn(shape, generator=generator, device="cuda", dtype=dtype)
+    grad = torch.randn(*shape[:2], heads, dim, generator=generator, device="cuda", dtype=dtype)
+    options = {"device": torch.device("cuda")}
+    return Inputs(
+        projection.requires_grad_(),
+        ops.rotary_tables(side, side, dim, **options),
+        None,
+        grad,
+        ops.lrpe_tables(side, side, dim, **options),
+    )
+
+
+def check(mechanism, inputs, layout="projection"):
+    """Twice the error of the eager formula at most, of the output and of each gradient."""
+    expected = reference(mechanism, inputs)
+    eager = attend(mechanism, inputs, "eager")
+    eager = (eager, torch.autograd.grad(eager, inputs.projection, inputs.grad)[0])
+    fused = run(mechanism, inputs, layout)
+    rounding = ROUNDING[inputs.projection.dtype]
+    names = ("output", "grad_q", "grad_k", "grad_v")
+    split = [(out, *(grad[:, :, i] for i in range(3))) for out, grad in (fused, eager, expected)]
+    for name, actual, plain, exact in zip(names, *split, strict=True):
+        assert actual.isfinite().all(), name
+        found, allowed = error(actual, exact), 2 * error(plain, exact) + rounding
+        assert found <= allowed, f"{name}: error {found:.2e}, allowed {allowed:.2e}"
+
+
+@each_mechanism
+@each_dtype
+def test_as_exact_as_eager(mechanism, dtype):
+    check(mechanism, on_gpu(make_inputs(grid=(14, 14), dim=32, dtype=dtype)))
+
+
+@each_mechanism
+@pytest.mark.parametrize("dim", [8, 20, 64, 128])
+def test_head_sizes(mechanism, dim):
+    check(mechanism, on_gpu(make_inputs(grid=(7, 9), dim=dim, dtype=HALF)))
+
+
+@each_mechanism
+@pytest.mark.parametrize("side", [56, 512])
+def test_many_tokens(mechanism, side):
+    """Through splits and their merging, up to 2^18 tokens."""
+    check(mechanism, many_tokens(mechanism, side))
+
+
+@each_mechanism
+@pytest.mark.parametrize("side", [8, 56])
+def test_mask_and_head_scale(mechanism, side):
+    inputs = many_tokens(mechanism, side, torch.float32, batch=3, dim=32)
+    mask = torch.rand(3, side * side, device="cuda") < 0.3
+    mask[1] = True
+    check(mechanism, inputs._replace(mask=mask, head_scale=torch.tensor([-1.5], device="cuda")))
+
+
+@each_mechanism
+@pytest.mark.parametrize("layout", ["channels first", "heads first"])
+def test_layouts_and_strided_gradients(mechanism, layout):
+    check(mechanism, on_gpu(make_inputs(grid=(9, 11), dim=32, dtype=HALF)), layout)
+
+
+@each_mechanism
+@each_dtype
+@pytest.mark.parametrize(
+    "case", ["zero queries", "constant keys", "vanishing normaliser", "large", "huge", "zeros"]
+)
+@pytest.mark.parametrize("side", [9, 40])
+def test_finite(mechanism, dtype, case, side):
+    inputs = many_tokens(mechanism, side, dtype, dim=32)
+    projection = inputs.projection.detach()
+    projection[:, :, 2] *= 300
+    if case == "zero queries":
+        projection[:, :, 0] = 0
+    elif case == "constant keys":
+        projection[:, :, 1] = projection[:1, :1, 1]
+    elif case == "vanishing normaliser":
+        projection[:, :, :2] = -30 - projection[:, :, :2].abs()
+    elif case == "large":
+        projection[:, :, :2] *= 1000
+    elif case == "huge":
+        largest = 1e10 if mechanism == "nala" else 1e12  # nala cubes its keys
+        projection[:, :, :2] *= 10000 if dtype == torch.float16 else largest
+    elif case == "zeros":
+        projection.zero_()
+    out, grad = run(mechanism, inputs._replace(projection=projection))
+    assert out.isfinite().all() and grad.isfinite().all()
+
+
+@each_mechanism
+@pytest.mark.parametrize("side", [14, 56, 200])
+def test_repeats_are_bit_equal(mechanism, side):
+    inputs = many_tokens(mechanism, side, batch=2, heads=2, dim=32)
+    first = run(mechanism, inputs)
+    for _ in range(2):
+        for a, b in zip(run(mechanism, inputs), first, strict=True):
+            assert torch.equal(a, b)
+
+
+@each_mechanism
+def test_opcheck(mechanism):
+    inputs = on_gpu(make_inputs(mask=True, dtype=torch.float32))
+    q, k, v, _ = inputs.projection.unbind(2)
+    arguments = (q, k, v, *inputs.tables(mechanism), inputs.mask, None, mechanism, "triton")
+    torch.library.opcheck(torch.ops.vitlinear.linear_attention.default, arguments)
+
+
+def test_compile_fullgraph():
+    inputs = on_gpu(make_inputs(grid=(14, 14), dim=32, dtype=HALF))
+    compiled = torch.compile(attend, fullgraph=True)
+    out = compiled("rala", inputs, "triton")
+    (grad,) = torch.autograd.grad(out, inputs.projection, inputs.grad)
+    for a, b in zip((out, grad), run("rala", inputs), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("side", [7, 56])
+def test_cuda_graph(side):
+    """Captured once, replayed on other numbers."""
+    inputs = many_tokens("rala", side, batch=2, heads=2, dim=32)
+    static = inputs.projection.detach().clone()
+    q, k, v, _ = static.unbind(2)
+    rows, cols = inputs.rotary
+    forward = torch.ops.vitlinear.linear_attention
+    backward = torch.ops.vitlinear.linear_attention_backward
+
+    def step():
+        out, *saved = forward(q, k, v, rows, cols, None, None, "rala", "triton")
+        options = (rows, cols, None, None, *saved, "rala", "triton")
+        return out, backward(inputs.grad, q, k, v, *options)[0]
+
+    step()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    static.copy_(torch.randn_like(static))
+    expected = step()
+    graph.replay()
+    for a, b in zip(captured, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_export_runs_on_the_gpu():
+    class Attention(torch.nn.Module):
+        def forward(self, x):
+            batch, height, width, _ = x.shape
+            q, k, v = x.reshape(batch, height * width, 3, 2, 32).unbind(2)
+            rotary = ops.rotary_tables(height, width, 32, x.device)
+            return ops.linear_attention(q, k, v, "mala", rotary, backend="triton")
+
+    x = torch.randn(2, 8, 12, 192, device="cuda", dtype=HALF)
+    sizes = {1: torch.export.Dim("height", min=2), 2: torch.export.Dim("width", min=2)}
+    program = torch.export.export(Attention(), (x,), dynamic_shapes=(sizes,))
+    for shape in ((2, 8, 12, 192), (2, 5, 9, 192)):
+        x = torch.randn(shape, device="cuda", dtype=HALF)
+        assert torch.equal(program.module()(x), Attention()(x))
+
+
+def test_autocast_and_checkpointing():
+    inputs = many_tokens("mala", 20, torch.float32, dim=32)
+    expected = run("mala", inputs)
+    with torch.autocast("cuda", dtype=HALF):
+        out = torch.utils.checkpoint.checkpoint(
+            attend, "mala", inputs, "triton", inputs.projection, use_reentrant=False
+        )
+    (grad,) = torch.autograd.grad(out, inputs.projection, inputs.grad)
+    for a, b in zip((out, grad), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_another_resolution_compiles_nothing():
+    from vitlinear.ops.triton import backward as backward_kernels
+    from vitlinear.ops.triton import forward as forward_kernels
+
+    kernels = (forward_kernels.forward_kernel, backward_kernels.backward_kernel)
+
+    def compiled() -> list[int]:
+        return [len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels]
+
+    run("mala", many_tokens("mala", 14, dim=32))
+    before = compiled()
+    for side in (10, 12, 15):
+        run("mala", many_tokens("mala", side, dim=32))
+    # Strides may be divisible by 16 or not; the number of tokens itself is no reason.
+    assert all(b <= a + 1 for a, b in zip(before, compiled(), strict=True))
+
+
+def test_measured_configurations(monkeypatch):
+    """Tuning changes block sizes, not results."""
+    from vitlinear.ops.triton import tuning
+
+    monkeypatch.setattr(tuning, "_chosen", {})
+    inputs = many_tokens("mala", 56, dim=32)
+    expected = reference("mala", inputs)
+    torch.use_deterministic_algorithms(False)
+    out, grad = run("mala", inputs)
+    assert any(key[0] != "fixed" for key in tuning._chosen)
+    assert error(out, expected[0]) < 1e-2 and error(grad, expected[1]) < 1e-2
+
+
+@pytest.mark.parametrize("mechanism", ["rala", "nala"])
+def test_more_than_8_gib(mechanism):
+    """Offsets beyond 2^32 elements."""
+    if torch.cuda.mem_get_info()[0] < 60 * 2**30:
+        pytest.skip("needs 60 GiB of free GPU memory")
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    batch, side, heads, dim = 66, 128, 8, 128
+    inputs = many_tokens(mechanism, side, batch=batch, heads=heads, dim=dim)
+    assert inputs.projection.nbytes > 8 * 2**30
+    out, grad = run(mechanism, inputs)
+    for i in (0, batch - 1):
+        alone = inputs._replace(
+            projection=inputs.projection[i : i + 1].detach(), grad=inputs.grad[i : i + 1]
+        )
+        # Another number of samples, another number of splits.
+        expected = run(mechanism, alone)
+        assert error(out[i : i + 1], expected[0]) < 5e-3
+        assert error(grad[i : i + 1], expected[1]) < 5e-3
+
+
+@each_mechanism
+@pytest.mark.parametrize("batch, heads", [(1, 1), (2, 4), (64, 4)])
+def test_workspace(mechanism, batch, heads):
+    """What a pass holds at its worst, besides inputs, results and the saved states."""
+    side, dim = 128, 64
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    inputs = many_tokens(mechanism, side, batch=batch, heads=heads, dim=dim)
+    q, k, v, _ = inputs.projection.detach().unbind(2)
+    tables = inputs.tables(mechanism)
+    options = (*tables, None, None)
+    forward = torch.ops.vitlinear.linear_attention
+    backward = torch.ops.vitlinear.linear_attention_backward
+    out, *saved = forward(q, k, v, *options, mechanism, "triton")
+    backward(inputs.grad, q, k, v, *options, *saved, mechanism, "triton")
+
+    def most(call) -> int:
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        result = call()
+        torch.cuda.synchronize()
+        kept = torch.cuda.memory_allocated() - before
+        del result
+        return torch.cuda.max_memory_allocated() - before - kept
+
+    allowed = 0.01 * 4 * q.numel() * q.element_size() + 2**20  # the allocator rounds up
+    assert most(lambda: forward(q, k, v, *options, mechanism, "triton")) <= allowed
+    gradients = (inputs.grad, q, k, v, *options, *saved, mechanism, "triton")
+    assert most(lambda: backward(*gradients)) <= allowed
