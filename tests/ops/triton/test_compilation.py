@@ -1,5 +1,5 @@
 """The kernels compile for a GPU, on a machine without one: what the interpreter lets pass, this
-finds. Nothing runs."""
+finds. Everything happens as in a real call, up to the launch."""
 
 from __future__ import annotations
 
@@ -8,39 +8,111 @@ import torch
 
 pytest.importorskip("triton")
 
-from tests.ops.triton.ahead_of_time import compile_call, record_call  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime import driver  # noqa: E402
+from triton.runtime.errors import OutOfResources  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+from tests.ops.triton.cases import GRIDS  # noqa: E402
 from vitlinear import ops  # noqa: E402
-from vitlinear.ops.triton import INTERPRETING  # noqa: E402
+from vitlinear.ops.triton import INTERPRETING, launch, tuning  # noqa: E402
 
 SHARED_MEMORY = 227 * 1024  # bytes that a block may have on Hopper
-SHORT, LONG = 14, 200  # tokens on a side: one kernel, and splits
+SHORT, LONG = (14, 14), (200, 200)  # one kernel, and splits
 
-pytestmark = pytest.mark.skipif(INTERPRETING, reason="needs Triton's compiler")
-
-
-def check(monkeypatch, *call, **options):
-    with monkeypatch.context() as context:
-        recorded = record_call(context, *call, **options)
-    assert len(compile_call(recorded, SHARED_MEMORY)) >= 2
+pytestmark = [
+    pytest.mark.skipif(INTERPRETING, reason="needs Triton's compiler"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs the kernels"),
+]
 
 
-@pytest.mark.parametrize("side", [SHORT, LONG])
-def test_compiles(side, monkeypatch):
-    check(monkeypatch, "rala", torch.bfloat16, 32, side, mask=True, head_scale=True)
+class Hopper:
+    """A driver for a GPU that is not there."""
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Names of the kernels that a call compiled; none of them runs."""
+    names = []
+    compile_and_launch = JITFunction.run
+
+    def only_compile(self, *args, grid, warmup, **options):
+        cache = self.device_caches[0][0]
+        before = len(cache)
+        kernel = compile_and_launch(self, *args, grid=grid, warmup=True, **options)
+        if kernel.metadata.shared > SHARED_MEMORY:
+            raise OutOfResources(kernel.metadata.shared, SHARED_MEMORY, "shared memory")
+        if len(cache) > before:
+            names.append(self.fn.__name__)
+        return kernel
+
+    monkeypatch.setattr(JITFunction, "run", only_compile)
+    monkeypatch.setattr(launch, "processors", lambda device: 132)
+    monkeypatch.setattr(tuning, "_chosen", {})
+    driver.set_active(Hopper())
+    yield names
+    driver.set_active(None)  # to be found anew; there is none
+
+
+def call(mechanism, grid, dtype=torch.bfloat16, dim=32, heads=2, mask=False, rotary=True):
+    """A forward and a backward pass."""
+    row, length = ops.get_mechanism(mechanism), grid[0] * grid[1]
+    qkv = torch.zeros(2, length, 3, heads, dim, dtype=dtype)
+    tables = ops.lrpe_tables if row.positions == "cosine" else ops.rotary_tables
+    options = (
+        *(tables(*grid, dim) if rotary else (None, None)),
+        torch.zeros(2, length, dtype=torch.bool) if mask else None,
+        torch.ones(heads) if mask else None,
+    )
+    out, *saved = launch.forward(*qkv.unbind(2), *options, row)
+    grads = torch.zeros_like(qkv).unbind(2)
+    launch.backward(out, *qkv.unbind(2), *options, *saved, row, grads)
+
+
+@pytest.mark.parametrize("grid", [SHORT, LONG], ids=["one kernel", "splits"])
+def test_compiles(grid, compiled):
+    call("rala", grid, mask=True)
+
+
+def test_another_resolution_compiles_nothing(compiled):
+    call("mala", SHORT, dim=16)
+    call("mala", LONG, dim=16)
+    del compiled[:]
+    for grid in (*GRIDS.values(), (100, 152), (131, 77)):
+        call("mala", grid, dim=16)
+    assert not compiled
+    call("mala", SHORT, dim=16, heads=1)
+    call("mala", SHORT, dim=16, heads=7)
+    assert not compiled
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("side", [SHORT, LONG])
+@pytest.mark.parametrize("grid", [SHORT, LONG], ids=["one kernel", "splits"])
 @pytest.mark.parametrize("rotary", [False, True], ids=["plain", "rotary"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("mechanism", list(ops.MECHANISMS))
-def test_every_mechanism_compiles(mechanism, dtype, rotary, side, monkeypatch):
-    check(monkeypatch, mechanism, dtype, 32, side, rotary=rotary)
+def test_every_mechanism_compiles(mechanism, dtype, rotary, grid, compiled):
+    call(mechanism, grid, dtype, rotary=rotary)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("dim", [8, 20, 48, 64, 128])
-@pytest.mark.parametrize("mechanism", ["mala", "nala", "lightnet"])
-def test_every_head_size_compiles(mechanism, dim, monkeypatch):
-    for side in (SHORT, LONG):
-        check(monkeypatch, mechanism, torch.bfloat16, dim, side)
+@pytest.mark.parametrize("mechanism", ["rala", "mala", "nala", "lightnet"])
+def test_every_head_size_compiles(mechanism, dim, dtype, compiled):
+    """Every one that the choice of a backend lets through."""
+    for grid in (SHORT, LONG):
+        try:
+            ops.choose_backend("triton", ops.Call("cuda", dtype, grid[0] * grid[1], dim, mechanism))
+        except ValueError:
+            pytest.skip("refused")
+        call(mechanism, grid, dtype, dim)

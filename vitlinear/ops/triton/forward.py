@@ -40,7 +40,8 @@ from .blocks import (
     zeros,
 )
 
-RUN_TIME = ("length", "width", "chunk", "splits")  # no compilation anew for another resolution
+# No compilation anew for another resolution or another stage.
+RUN_TIME = ("length", "width", "heads", "chunk", "splits")
 
 
 @triton.jit

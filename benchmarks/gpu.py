@@ -1,0 +1,246 @@
+"""Time and memory of attention on a GPU, row by row of `registry`.
+
+    python benchmarks/gpu.py --output FILE.json [--seconds 300] [--only mala --only triton]
+    TRITON_INTERPRET=1 python benchmarks/gpu.py --dry-run --output FILE.json
+
+The second line needs no GPU and tries the script. Times are medians of `triton.testing.do_bench`,
+with the 20th and 80th percentile, the L2 cache flushed between runs; q, k and v are views of one
+projection. ``graph`` times replay a captured CUDA graph, without the cost of launching. Copy
+bandwidth is measured in the same run; a row's share of it counts the bytes that any implementation
+has to move (`registry`), whatever was moved. Peak memory is what a call holds at its worst beyond
+its inputs. What does not run is a row with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import platform
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout
+
+import vitlinear  # noqa: E402
+from benchmarks import registry  # noqa: E402
+
+COPIED = 2**30  # bytes of the tensor that the copy bandwidth is measured with
+
+
+class Timer:
+    """Medians with quantiles; of a single run, which measures nothing, in a dry run."""
+
+    def __init__(self, dry: bool) -> None:
+        self.dry = dry
+
+    def __call__(self, run: Callable[[], object]) -> list[float]:
+        """Median, 20th and 80th percentile in milliseconds."""
+        if self.dry:
+            start = time.perf_counter()
+            run()
+            return [1e3 * (time.perf_counter() - start)] * 3
+        from triton.testing import do_bench
+
+        return list(do_bench(run, warmup=10, rep=60, quantiles=[0.5, 0.2, 0.8]))
+
+
+def peak_memory(run: Callable[[], object], device: torch.device) -> int:
+    """Bytes that a call holds at its worst beyond what was there before."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    result = run()
+    torch.cuda.synchronize()
+    del result
+    return torch.cuda.max_memory_allocated() - before
+
+
+def captured(run: Callable[[], object]) -> Callable[[], None]:
+    """A call as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def measure(
+    shape: registry.Shape, name: str, attend: Any, device: torch.device, timer: Timer
+) -> dict[str, Any]:
+    """One row: forward, backward and both."""
+    dtype = torch.float32 if timer.dry else torch.bfloat16
+    torch.manual_seed(0)
+    size = (shape.batch, shape.length, 3, shape.heads, shape.dim)
+    qkv = torch.randn(size, device=device, dtype=dtype)
+    grad = torch.randn((*size[:2], *size[3:]), device=device, dtype=dtype)
+    leaf = qkv.clone().requires_grad_()
+    inputs = leaf.unbind(2)
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return attend(*qkv.unbind(2))
+
+    out = attend(*inputs)
+
+    def backward() -> object:
+        return torch.autograd.grad(out, inputs, grad, retain_graph=True)
+
+    def both() -> object:
+        return torch.autograd.grad(attend(*inputs), inputs, grad)
+
+    row: dict[str, Any] = {"forward_ms": timer(forward), "backward_ms": timer(backward)}
+    row["both_ms"] = timer(both)
+    row["forward_peak_bytes"] = peak_memory(forward, device)
+    row["backward_peak_bytes"] = peak_memory(backward, device)
+    if name == "triton" and device.type == "cuda":
+        row["forward_graph_ms"] = timer(captured(forward))
+        row["both_graph_ms"] = timer(captured(both))
+    return row
+
+
+def copy_bandwidth(device: torch.device, timer: Timer) -> float:
+    """Bytes a second that a copy on the device reads and writes."""
+    size = 2**16 if timer.dry else COPIED
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / (timer(lambda: target.copy_(source))[0] * 1e-3)
+
+
+def add_shares(row: dict[str, Any], shape: registry.Shape, bandwidth: float) -> None:
+    """Fractions of the copy bandwidth that the least possible traffic would have needed."""
+    forward = registry.FORWARD_TENSORS.get(shape.mechanism, 4) * shape.tensor_bytes
+    backward = registry.BACKWARD_TENSORS.get(shape.mechanism, 7) * shape.tensor_bytes
+    row["forward_bytes"], row["backward_bytes"] = forward, backward
+    row["forward_share"] = forward / (row["forward_ms"][0] * 1e-3) / bandwidth
+    row["backward_share"] = backward / (row["backward_ms"][0] * 1e-3) / bandwidth
+
+
+def git(*command: str) -> str:
+    """What git says, or nothing outside a checkout."""
+    done = subprocess.run(
+        ["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip()
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Where and with what this ran."""
+    found: dict[str, Any] = {
+        "device": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "vitlinear": vitlinear.__version__,
+        "commit": git("describe", "--always", "--dirty") or "no checkout",
+    }
+    for package in ("triton", "timm"):
+        if importlib.util.find_spec(package):
+            found[package] = __import__(package).__version__
+    # Has no operator that computes one of these mechanisms without a causal mask.
+    found["flash-linear-attention"] = bool(importlib.util.find_spec("fla"))
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found["device"] = properties.name
+        found["processors"] = properties.multi_processor_count
+        found["memory_GiB"] = round(properties.total_memory / 2**30, 1)
+    return found
+
+
+def test_results(files: list[Path]) -> dict[str, Any]:
+    """Sums of the counts in pytest's JUnit files, and the names of what failed."""
+    total = {"tests": 0, "failures": 0, "errors": 0, "skipped": 0}
+    failed: list[str] = []
+    for file in files:
+        root = ElementTree.parse(file).getroot()
+        for suite in root.iter("testsuite"):
+            for key in total:
+                total[key] += int(suite.get(key, 0))
+        failed += [
+            f"{case.get('name')}: {problem.get('message', '')[:300]}"
+            for case in root.iter("testcase")
+            for problem in (*case.findall("failure"), *case.findall("error"))
+        ]
+    return {**total, "failed": failed}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows for people."""
+    header = f"{'mechanism':<10}{'B x N x h x D':<24}{'implementation':<26}"
+    header += f"{'forward ms':>11}{'share':>7}{'backward ms':>13}{'share':>7}{'both ms':>10}"
+    lines = [header]
+    for row in rows:
+        size = " x ".join(str(row[key]) for key in ("batch", "length", "heads", "dim"))
+        start = f"{row['mechanism']:<10}{size:<24}{row['implementation']:<26}"
+        if "error" in row:
+            lines.append(start + row["error"][:60])
+            continue
+        lines.append(
+            f"{start}{row['forward_ms'][0]:>11.3f}{row['forward_share']:>7.0%}"
+            f"{row['backward_ms'][0]:>13.3f}{row['backward_share']:>7.0%}{row['both_ms'][0]:>10.3f}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure what there is time for, print a table, write a file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True, help="JSON file for everything")
+    parser.add_argument("--seconds", type=float, default=300, help="start no row after these")
+    parser.add_argument("--tests", type=Path, nargs="*", default=[], help="JUnit files to record")
+    parser.add_argument(
+        "--only", action="append", default=[], help="mechanism or implementation; repeats"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU")
+    args = parser.parse_args()
+    start, timer = time.monotonic(), Timer(args.dry_run)
+    device = torch.device("cpu" if args.dry_run else "cuda")
+    record: dict[str, Any] = {
+        "dry_run": args.dry_run,
+        "command": " ".join(["python", *sys.argv]),
+        "machine": machine(device),
+        "tests": test_results(args.tests),
+        "copy_bytes_per_second": copy_bandwidth(device, timer),
+        "rows": [],
+    }
+    dtype = torch.float32 if args.dry_run else torch.bfloat16
+    for shape in registry.DRY_SHAPES if args.dry_run else registry.SHAPES:
+        for name, attend in registry.implementations(shape, device, dtype).items():
+            if attend is None or (args.only and not {shape.mechanism, name} & set(args.only)):
+                continue
+            row = {**shape._asdict(), "length": shape.length, "implementation": name}
+            record["rows"].append(row)
+            if time.monotonic() - start > args.seconds:
+                row["error"] = "no time left"
+                continue
+            try:
+                row.update(measure(shape, name, attend, device, timer))
+                add_shares(row, shape, record["copy_bytes_per_second"])
+            except Exception as error:  # a kernel that cannot run this is a result
+                row["error"] = f"{type(error).__name__}: {str(error).strip().splitlines()[-1:]}"
+            print(table([row]).splitlines()[1], flush=True)
+        torch.compiler.reset()
+    record["seconds"] = time.monotonic() - start
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"\n{table(record['rows'])}\n\nCopy: {record['copy_bytes_per_second'] / 1e12:.3f} TB/s")
+    print(f"Tests: {record['tests']}\nWritten to {args.output}")
+
+
+if __name__ == "__main__":
+    main()
