@@ -10,6 +10,8 @@ from vitlinear import ops
 from vitlinear.layers import ConvMlp, ConvStem, DepthwiseConv, GatedAttention
 from vitlinear.ops import naive
 
+ROTARY_TYPES = [m.name for m in ops.MECHANISMS.values() if m.positions == "rotary"] + ["softmax"]
+
 
 def nchw(x: torch.Tensor) -> torch.Tensor:
     return x.permute(0, 3, 1, 2)
@@ -46,7 +48,7 @@ def test_conv_stem_quarters_any_size(size):
     assert out.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("attn_type", [*ops.MECHANISMS, "softmax"])
+@pytest.mark.parametrize("attn_type", ROTARY_TYPES)
 @pytest.mark.parametrize("backend", ["eager", "library"])
 def test_gated_attention(attn_type, backend):
     dim, heads, height, width = 24, 3, 4, 5
@@ -72,3 +74,8 @@ def test_gated_attention_rejects_what_does_not_fit():
         GatedAttention(24, 3, "xcit")
     with pytest.raises(ValueError, match="unknown backend 'fast'"):
         GatedAttention(24, 3, "rala", backend="fast")
+
+
+def test_gated_attention_refuses_cosine_positions():
+    with pytest.raises(ValueError, match="'lightnet' does not take the rotary positions"):
+        GatedAttention(24, 3, "lightnet")

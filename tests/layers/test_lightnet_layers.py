@@ -122,7 +122,7 @@ def test_lightnet_attention(backend, size):
 
 
 def test_lightnet_layers_reject_what_does_not_fit():
-    with pytest.raises(ValueError, match="dim 9 does not divide into 3 heads of an even number"):
+    with pytest.raises(ValueError, match="dim 9 does not divide into 3 heads of a multiple of 2"):
         LightNetAttention(9, 3)
     with pytest.raises(ValueError, match="unknown backend 'fast'"):
         LightNetAttention(12, 3, backend="fast")

@@ -339,6 +339,15 @@ def test_wrong_channel_count_is_named(name):
             model(torch.randn(3, 64, 64))
 
 
+@each_model
+def test_no_image_and_no_pixel(name):
+    """A batch of none gives logits of none; an image of no pixels is a mistake."""
+    model = make(name)
+    assert model(torch.randn(0, 3, 64, 64)).shape == (0, 7)
+    with pytest.raises(AssertionError, match="must have pixels"):
+        model(torch.randn(1, 3, 0, 32))
+
+
 BAD_OPTIONS = {
     "must have four entries": {"depths": (1, 1)},
     "unknown attention mechanism 'quadratic'": {"attn_types": ("quadratic",) * 4},

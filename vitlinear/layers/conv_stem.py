@@ -14,13 +14,14 @@ def check_images(x: Tensor, in_chans: int) -> Tensor:
     then take it as [B, H, W, C] without a copy.
 
     Raises:
-        AssertionError: There is no batch axis, or another number of channels.
+        AssertionError: There is no batch axis, another number of channels, or no pixel.
     """
     torch._assert(x.dim() == 4, "images must be [B, C, H, W]; one image needs a batch axis")
     torch._assert(
         x.shape[1] == in_chans,
         f"the model takes images of {in_chans} channels; for others make it with in_chans",
     )
+    torch._assert(x.shape[2] * x.shape[3] > 0, "images must have pixels; one side has none")
     return x.contiguous(memory_format=torch.channels_last)
 
 

@@ -49,7 +49,8 @@ class DynamicConv(nn.Module):
         kernel = self.fc2(self.act(self.fc1(mean.unsqueeze(-1)))).reshape(-1, x.shape[-1], 9)
         if torch.jit.is_scripting():
             return grouped_conv(x, kernel)
-        if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export():
+        # A convolution of no groups is an error; a batch of no samples is not.
+        if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export() or x.shape[0] == 0:
             return shifted_sum(x, kernel)
         return grouped_conv(x, kernel)
 

@@ -12,6 +12,7 @@ from .._timm import register_notrace_module
 from ..ops import RotaryTables, get_mechanism, linear_attention, softmax_attention
 from ..ops.backend import check_backend
 from .depthwise import DepthwiseConv
+from .heads import split_heads
 
 
 # One step to torch.fx, which cannot follow checks and choices that look at shapes. As a module, not
@@ -51,14 +52,10 @@ class GatedAttention(nn.Module):
                 or backend is unknown.
         """
         super().__init__()
-        if num_heads < 1 or dim % num_heads or dim // num_heads % 4:
-            raise ValueError(
-                f"dim {dim} does not divide into {num_heads} heads of a multiple of 4 channels"
-            )
-        if attn_type != "softmax":
-            get_mechanism(attn_type)
         self.num_heads = num_heads
-        self.head_dim = dim // num_heads
+        self.head_dim = split_heads(dim, num_heads, multiple=4)
+        if attn_type != "softmax" and get_mechanism(attn_type).positions != "rotary":
+            raise ValueError(f"{attn_type!r} does not take the rotary positions of this layer")
         self.attn_type = attn_type
         self.backend = check_backend(backend)
         self.qkvo = nn.Linear(dim, 4 * dim, device=device, dtype=dtype)

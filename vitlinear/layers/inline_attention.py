@@ -10,6 +10,7 @@ from .._timm import register_notrace_module
 from ..ops import linear_attention
 from ..ops.backend import check_backend
 from .dynamic_conv import DynamicConv
+from .heads import split_heads
 from .windows import equal_windows, from_windows, to_windows, window_padding
 
 
@@ -45,10 +46,8 @@ class InjectiveAttention(nn.Module):
             ValueError: dim does not divide into heads, or backend is unknown.
         """
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
-            raise ValueError(f"dim {dim} does not divide into {num_heads} heads")
         self.num_heads = num_heads
-        self.head_dim = dim // num_heads
+        self.head_dim = split_heads(dim, num_heads)
         self.num_prefix_tokens = num_prefix_tokens
         self.backend = check_backend(backend)
         self.local = DynamicConv(dim, num_heads, device=device, dtype=dtype)
@@ -100,8 +99,8 @@ def mean_token(x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
         return x.mean(1)
     # A mean times a ratio near one: in half precision the sum itself might not be finite.
     padding = key_padding_mask.unsqueeze(-1)
-    share = (~padding).to(x.dtype).mean(1).clamp(min=1.0 / x.shape[1])
-    return x.masked_fill(padding, 0).mean(1) / share
+    share = (~padding).float().mean(1).clamp(min=1.0 / x.shape[1])
+    return (x.masked_fill(padding, 0).mean(1) / share).to(x.dtype)
 
 
 class _ProjectedAttention(nn.Module):

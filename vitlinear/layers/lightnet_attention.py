@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .._timm import register_notrace_module
 from ..ops import RotaryTables, accumulation_dtype, linear_attention, lrpe_tables
 from ..ops.backend import check_backend
+from .heads import split_heads
 from .rms_norm import HeadRmsNorm
 
 
@@ -49,12 +50,8 @@ class LightNetAttention(nn.Module):
                 backend is unknown.
         """
         super().__init__()
-        if num_heads < 1 or dim % num_heads or dim // num_heads % 2:
-            raise ValueError(
-                f"dim {dim} does not divide into {num_heads} heads of an even number of channels"
-            )
         self.num_heads = num_heads
-        self.head_dim = dim // num_heads
+        self.head_dim = split_heads(dim, num_heads, multiple=2)
         self.backend = check_backend(backend)
         self.qkv = nn.Linear(dim, 3 * dim, bias=False, device=device, dtype=dtype)
         self.norm = HeadRmsNorm(dim, num_heads, device=device, dtype=dtype)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .._timm import register_notrace_module
 from ..ops import get_mechanism, linear_attention
 from ..ops.backend import check_backend
+from .heads import split_heads
 
 
 # One step to torch.fx, for the reasons that `GatedAttention` gives.
@@ -46,11 +47,9 @@ class LinearAttention(nn.Module):
             ValueError: dim does not divide into heads, or attn_type or backend is unknown.
         """
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
-            raise ValueError(f"dim {dim} does not divide into {num_heads} heads")
         get_mechanism(attn_type)
         self.num_heads = num_heads
-        self.head_dim = dim // num_heads
+        self.head_dim = split_heads(dim, num_heads)
         self.attn_type = attn_type
         self.backend = check_backend(backend)
         if temperature:
@@ -78,7 +77,7 @@ class LinearAttention(nn.Module):
         Returns:
             In the shape of x.
         """
-        qkv = self.qkv(x).reshape(x.shape[0], -1, 3, self.num_heads, self.head_dim)
+        qkv = self.qkv(x).flatten(1, -2).unflatten(-1, [3, self.num_heads, self.head_dim])
         q, k, v = qkv.unbind(2)
         return self.proj_drop(self.proj(self.attend(q, k, v).reshape(x.shape)))
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .._timm import register_notrace_module
 from ..ops import accumulation_dtype
 from ..ops.eager import without_autocast
+from .heads import split_heads
 from .rms_norm import HeadRmsNorm
 
 
@@ -48,10 +49,8 @@ class AxisTpe(nn.Module):
             ValueError: dim does not divide into heads.
         """
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
-            raise ValueError(f"dim {dim} does not divide into {num_heads} heads")
         self.num_heads = num_heads
-        self.head_dim = dim // num_heads
+        self.head_dim = split_heads(dim, num_heads)
         self.bidirectional = bidirectional
         self.query = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
         self.key = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))

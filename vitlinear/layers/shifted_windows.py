@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .._timm import register_notrace_module
 from ..ops.backend import check_backend
+from .heads import split_heads
 from .windows import fits, fixed_windows, from_windows, indices, to_windows, tokens_of_windows
 
 
@@ -91,13 +92,11 @@ class ShiftedWindowAttention(nn.Module):
                 unknown.
         """
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
-            raise ValueError(f"dim {dim} does not divide into {num_heads} heads")
         if window_size < 1:
             raise ValueError(f"a window needs a side of at least 1, got {window_size}")
         self.window_size = window_size
         self.shift = window_size // 2 if shift else 0
-        self.attend = SoftmaxAttention(num_heads, dim // num_heads, backend)
+        self.attend = SoftmaxAttention(num_heads, split_heads(dim, num_heads), backend)
         self.qkv = nn.Linear(dim, 3 * dim, device=device, dtype=dtype)
         self.rel_pos = RelPosBias((window_size, window_size), num_heads, device=device, dtype=dtype)
         self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._timm import register_notrace_module
+from .heads import split_heads
 from .shifted_windows import SoftmaxAttention
 from .windows import from_windows, to_windows
 
@@ -47,12 +48,10 @@ class PaddedWindowAttention(nn.Module):
                 unknown.
         """
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
-            raise ValueError(f"dim {dim} does not divide into {num_heads} heads")
         if window_size < 1:
             raise ValueError(f"a window needs a side of at least 1, got {window_size}")
         self.window_size = window_size
-        self.attend = SoftmaxAttention(num_heads, dim // num_heads, backend)
+        self.attend = SoftmaxAttention(num_heads, split_heads(dim, num_heads), backend)
         self.qkv = nn.Linear(dim, 3 * dim, device=device, dtype=dtype)
         self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)

@@ -11,7 +11,14 @@ import torch
 import torch.nn.functional as F
 from timm.models.swin_transformer import window_partition, window_reverse
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import has_static_value
+
+try:
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+except ImportError:  # before torch 2.7: what is exported is tied to how the windows fit the map
+
+    def has_static_value(a: int) -> bool:  # type: ignore[misc]
+        """Whether a size is a plain number."""
+        return True
 
 
 def varies(size: int) -> bool:

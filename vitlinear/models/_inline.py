@@ -8,14 +8,12 @@ No `from __future__ import annotations` in files of models: torch.fx copies the 
 `forward` into the code it generates, and TorchScript cannot read them there as strings.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, LayerNorm, LayerNorm2d, Mlp
-from timm.models import checkpoint
 from torch import Tensor, nn
 
 from ..layers import check_images
@@ -49,26 +47,6 @@ class InLineBlock(nn.Module):
         x = x + self.drop_path1(self.attn(self.norm1(x)))
         x = x + self.drop_path2(self.mlp(self.norm2(x)))
         return x
-
-
-class InLineStage(nn.Module):
-    """Downsampling, then blocks, on maps [B, C, H, W] that are channels-last in memory."""
-
-    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.grad_checkpointing = False
-        self.downsample = downsample
-        self.blocks = nn.ModuleList(blocks)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C_in, H, W] -> [B, C, H', W']."""
-        x = self.downsample(x).permute(0, 2, 3, 1)
-        for block in self.blocks:
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(block, x)
-            else:
-                x = block(x)
-        return x.permute(0, 3, 1, 2)
 
 
 class ConvNorm(nn.Module):

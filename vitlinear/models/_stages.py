@@ -13,11 +13,32 @@ from typing import Any
 
 import torch
 from timm.layers import get_device_dtype, trunc_normal_
+from timm.models import checkpoint
 from torch import Tensor, nn
 
 from .._timm import feature_take_indices
 
 POOL_TYPES = ("", "avg", "max", "avgmax")
+
+
+class BlockStage(nn.Module):
+    """Downsampling, then blocks, on maps [B, C, H, W] that are channels-last in memory."""
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.grad_checkpointing = False
+        self.downsample = downsample
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C_in, H, W] -> [B, C, H', W']."""
+        x = self.downsample(x).permute(0, 2, 3, 1)
+        for block in self.blocks:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(block, x)
+            else:
+                x = block(x)
+        return x.permute(0, 3, 1, 2)
 
 
 class StagedBackbone(nn.Module):

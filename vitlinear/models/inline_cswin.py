@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from ..checkpoints.published import pretrained_source
 from ..layers.cross_shaped import CrossShapedAttention
 from ._build import build_model
-from ._inline import ConvNorm, ImageConvNorm, InLineBlock, InLineStage, inline_cfg
-from ._stages import StagedBackbone, four_each
+from ._inline import ConvNorm, ImageConvNorm, InLineBlock, inline_cfg
+from ._stages import BlockStage, StagedBackbone, four_each
 
 __all__ = ["InLineCSwin"]
 
@@ -106,7 +106,7 @@ class InLineCSwin(StagedBackbone):
         self.stem = ImageConvNorm(in_chans, dims[0], 7, 4, 2, **dd)
         self.stages = nn.Sequential(
             *(
-                InLineStage(
+                BlockStage(
                     nn.Identity() if i == 0 else ConvNorm(dims[i - 1], dims[i], 3, 2, 1, **dd),
                     [block(i) for _ in range(depths[i])],
                 )
@@ -152,7 +152,7 @@ default_cfgs = generate_default_cfgs(
             f"inline_cswin_{x}.in1k": inline_cfg(**pretrained_source(f"inline_cswin_{x}"))
             for x in ("tiny", "small", "base")
         },
-        "inline_cswin_base_384.in1k": inline_cfg(384, crop_pct=1.0),
+        "inline_cswin_base_384.in1k": inline_cfg(384),
         "test_inline_cswin.untrained": inline_cfg(160),
     }
 )

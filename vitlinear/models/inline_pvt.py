@@ -27,8 +27,8 @@ from ..checkpoints.published import pretrained_source
 from ..layers import check_images
 from ..layers.inline_attention import InLineAttention
 from ._build import build_model
-from ._inline import InLineBlock, InLineStage, inline_cfg
-from ._stages import StagedBackbone, four_each
+from ._inline import InLineBlock, inline_cfg
+from ._stages import BlockStage, StagedBackbone, four_each
 
 __all__ = ["InLinePVT"]
 
@@ -165,7 +165,7 @@ class InLinePVT(StagedBackbone):
         self.stem = embed(0)
         self.stages = nn.Sequential(
             *(
-                InLineStage(
+                BlockStage(
                     nn.Identity() if i == 0 else embed(i),
                     [block(i, next(drop_paths)) for _ in range(depths[i])],
                 )
@@ -245,7 +245,7 @@ def inline_pvt_medium(pretrained: bool = False, **kwargs: Any) -> InLinePVT:
 
 @register_model
 def inline_pvt_large(pretrained: bool = False, **kwargs: Any) -> InLinePVT:
-    """InLine-PVT-L: 51.2M parameters (50.2M in the paper), 83.6% ImageNet-1K top-1 as published."""
+    """InLine-PVT-L: 51.2M parameters (50.2M as published), 83.6% ImageNet-1K top-1 as published."""
     return _create("inline_pvt_large", pretrained, **{**VARIANTS["large"], **kwargs})
 
 

@@ -22,8 +22,8 @@ from ..checkpoints.published import pretrained_source
 from ..layers.inline_attention import InLineAttention
 from ..layers.shifted_windows import ShiftedWindowAttention
 from ._build import build_model
-from ._inline import ImageConvNorm, InLineBlock, InLineStage, inline_cfg
-from ._stages import StagedBackbone, four_each
+from ._inline import ImageConvNorm, InLineBlock, inline_cfg
+from ._stages import BlockStage, StagedBackbone, four_each
 
 __all__ = ["InLineSwin"]
 
@@ -132,7 +132,7 @@ class InLineSwin(StagedBackbone):
         self.stem = ImageConvNorm(in_chans, dims[0], 4, 4, 0, **dd)
         self.stages = nn.Sequential(
             *(
-                InLineStage(
+                BlockStage(
                     nn.Identity() if i == 0 else MapMerging(dims[i - 1], **dd),
                     [block(i, j) for j in range(depths[i])],
                 )

@@ -26,7 +26,7 @@ from timm.layers import (
     Mlp,
     calculate_drop_path_rates,
 )
-from timm.models import checkpoint, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..checkpoints.published import pretrained_source
@@ -38,7 +38,7 @@ from ..layers import (
     check_images,
 )
 from ._build import build_model
-from ._stages import StagedBackbone, four_each
+from ._stages import BlockStage, StagedBackbone, four_each
 
 __all__ = ["L2ViT"]
 
@@ -168,8 +168,8 @@ class L2LinearBlock(nn.Module):
         return x
 
 
-class L2Stage(nn.Module):
-    """Downsampling, then blocks of both kinds in turn, on maps [B, C, H, W] in channels-last."""
+class L2Stage(BlockStage):
+    """Downsampling, then blocks of both kinds in turn."""
 
     def __init__(
         self,
@@ -182,26 +182,16 @@ class L2Stage(nn.Module):
         dtype: torch.dtype | None = None,
         **block_args: Any,
     ) -> None:
-        super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.grad_checkpointing = False
-        self.downsample = L2Downsample(in_dim, dim, **dd) if downsample else nn.Identity()
-        self.blocks = nn.ModuleList(
-            L2LinearBlock(dim, drop_path=rate, **block_args, **dd)
-            if i % 2
-            else L2WindowBlock(dim, window_size=window_size, drop_path=rate, **block_args, **dd)
-            for i, rate in enumerate(drop_paths)
+        super().__init__(
+            L2Downsample(in_dim, dim, **dd) if downsample else nn.Identity(),
+            [
+                L2LinearBlock(dim, drop_path=rate, **block_args, **dd)
+                if i % 2
+                else L2WindowBlock(dim, window_size=window_size, drop_path=rate, **block_args, **dd)
+                for i, rate in enumerate(drop_paths)
+            ],
         )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C_in, H, W] -> [B, C, H', W']."""
-        x = self.downsample(x).permute(0, 2, 3, 1)
-        for block in self.blocks:
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(block, x)
-            else:
-                x = block(x)
-        return x.permute(0, 3, 1, 2)
 
 
 class L2ViT(StagedBackbone):
