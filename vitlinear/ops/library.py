@@ -75,6 +75,8 @@ def linear_attention_op(
     try:
         if kernels := _kernels(backend, q):
             return kernels.forward(q, k, v, rows, cols, key_padding_mask, head_scale, row)
+    except torch.OutOfMemoryError:
+        raise  # says nothing against the kernels, and the formulas need more
     except Exception as error:
         report_failure(error, required=backend == "triton")
     with eager.without_autocast(q):
@@ -169,6 +171,8 @@ def linear_attention_backward_op(
             if head_scale is None or grad_scale is None:
                 return grads, no_scale
             return grads, grad_scale.to(head_scale.dtype)
+    except torch.OutOfMemoryError:
+        raise  # says nothing against the kernels, and the formulas need more
     except Exception as error:
         report_failure(error, required=backend == "triton")
     if row.has_global_query:
