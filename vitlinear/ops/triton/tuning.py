@@ -35,17 +35,16 @@ def candidates(plan: Plan) -> list[Config]:
     """
     if INTERPRETING:
         return [Config(32, 4, 1)]
-    if plan.block_rows * plan.block_dim >= 128 * 64:
-        return [Config(64, 8, 2), Config(32, 8, 2), Config(32, 8, 1), Config(16, 8, 1)]
+    wide = plan.block_rows * plan.block_dim >= 128 * 64
     if "ieee" in (plan.sums, plan.reads):
-        return [Config(32, 4, 2), Config(64, 8, 1), Config(32, 4, 1), Config(16, 4, 1)]
-    return [
-        Config(64, 4, 3),
-        Config(128, 8, 2),
-        Config(64, 8, 2),
-        Config(32, 4, 2),
-        Config(16, 4, 1),
-    ]
+        sizes = [(32, 8, 1), (16, 8, 1)] if wide else [(32, 4, 2), (64, 8, 1), (16, 4, 1)]
+    elif wide:
+        sizes = [(64, 8, 2), (32, 8, 2), (32, 8, 1), (16, 8, 1)]
+    elif plan.block_rows * plan.block_dim <= 32 * 32:
+        sizes = [(64, 4, 2), (128, 4, 2), (128, 8, 2), (32, 4, 1)]
+    else:
+        sizes = [(64, 8, 2), (64, 4, 2), (128, 8, 2), (32, 4, 2), (16, 4, 1)]
+    return [Config(*size) for size in sizes]
 
 
 def is_fixed() -> bool:
