@@ -104,7 +104,8 @@ def test_training_checkpoint(checkpoint, weights, tmp_path, capsys):
     assert metadata["source_file"] == "RAVLT_T.pth"
     assert metadata["source_sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     assert metadata["mapping"] == "pyramid" and metadata["model"] == "ravlt_t.in1k"
-    assert metadata["license"] == "mit"
+    assert metadata["license"] == "mit" and metadata["matched_by"] == "file name only"
+    assert "matched by file name only" in out
     assert metadata["published_at"].endswith("aldjalkdf/RAVLT/resolve/main/RAVLT_T.pth")
 
     for file in (checkpoint, target):
@@ -127,21 +128,20 @@ def test_converted_file_knows_itself(checkpoint, tmp_path, capsys):
     assert card is not None and card.model == "ravlt_t" and card.num_classes == 1000
     assert card.data_config["crop_pct"] == 0.875 and card.image_mode == "RGB"
     assert not model.training
-    # Ours again: the same tensors, but nothing says any more that the model is the released one.
-    code, out, err = run(capsys, target, again)
-    assert code == 2 and "several models" in err and "ravlt_t_linear" in err
-    assert run(capsys, target, again, "--model", "ravlt_t")[0] == 0
+    # Ours again: the tensors alone would fit several models, but the file says which it is.
+    assert run(capsys, target, again)[0] == 0
+    with safetensors.safe_open(target, "pt") as one, safetensors.safe_open(again, "pt") as two:
+        assert one.metadata() == two.metadata()
     first, second = (safetensors.torch.load_file(file) for file in (target, again))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 @pytest.mark.parametrize("released", RELEASED)
-def test_every_released_model_is_recognised(released, monkeypatch):
+def test_every_released_model_is_recognised(released):
     """From keys and shapes alone; those that another has too, from the published file."""
     name = RELEASED[released][0]
     weights = released_weights(released, "meta")
-    monkeypatch.setattr(module, "_storage", lambda tensors: {0})
     twins = [other for other, _ in RELEASED.values() if shapes(other) == shapes(name)]
     if twins == [name]:
         assert module.recognise(weights).name == name
@@ -161,14 +161,15 @@ def test_other_classes_and_channels(weights, tmp_path, capsys):
     changed["head.weight"] = changed["head.weight"][:7]
     changed["head.bias"] = changed["head.bias"][:7]
     changed["patch_embed.proj.0.weight"] = changed["patch_embed.proj.0.weight"][:, :1]
-    torch.save(changed, tmp_path / "mine.pth")
+    torch.save(changed, tmp_path / "RAVLT_T.pth")  # the released name shows nothing by itself
     target = tmp_path / "out.safetensors"
-    code, out, _ = run(capsys, tmp_path / "mine.pth", target)
+    code, out, _ = run(capsys, tmp_path / "RAVLT_T.pth", target)
+    assert "licence       not known" in out
     assert code == 0 and "7 classes, 1 channels" in out and "weights       bare" in out
     with safetensors.safe_open(target, "pt") as file:
         card = json.loads(file.metadata()["vitlinear"])
         assert file.get_tensor("head.fc.weight").shape[0] == 7
-        assert "published_at" not in file.metadata()
+        assert not {"published_at", "license", "matched_by"} & file.metadata().keys()
     assert (card["num_classes"], card["in_chans"], card["image_mode"]) == (7, 1, "L")
 
 
@@ -180,11 +181,36 @@ def test_no_model_fits(weights, tmp_path, capsys):
     for more in ((), ("--model", "ravlt_t")):
         code, out, err = run(capsys, tmp_path / "in.pth", tmp_path / "out.safetensors", *more)
         assert code == 2 and err.count("\n") == 1
+        assert more or "nearest is ravlt_t, which has" in err
         assert "1 missing keys, 1 unexpected, 1 of another shape" in err and "ravlt_t" in err
         assert "missing: stages.0.blocks.1.pos.weight" in out
         assert "unexpected: stages.0.blocks.1.extra" in out
         assert "of another shape: final" in out
     assert [file.name for file in tmp_path.iterdir()] == ["in.pth"]
+
+
+def test_nothing_is_near(weights, tmp_path, capsys):
+    torch.save({"layer1.0.weight": torch.ones(7, 5)}, tmp_path / "in.pth")
+    code, out, err = run(capsys, tmp_path / "in.pth", tmp_path / "out.safetensors")
+    assert code == 2 and "none is near" in err and out == ""
+    detector = {f"backbone.{k}": v for k, v in weights.items() if not k.startswith("head.")}
+    torch.save({"state_dict": detector}, tmp_path / "in.pth")
+    code, _, err = run(capsys, tmp_path / "in.pth", tmp_path / "out.safetensors")
+    assert code == 2 and "looks like a detector's" in err and "nearest is ravlt_t" in err
+
+
+def test_published_rows(tmp_path, monkeypatch):
+    """By hash under any name; by name and size; by name where nothing else is known."""
+    path = tmp_path / "MAViT_L.pth"
+    path.write_bytes(b"x")
+    assert module.published_row(path, "0" * 64) is None
+    row, how = module.published_row(path, "17ea9be6" + "0" * 56)
+    assert (row.model, how) == ("mavit_l", "SHA-256")
+    assert module.published_row(path.rename(tmp_path / "RAVLT_B.pth"), "0" * 64) is None
+    for row in PUBLISHED:
+        if row.wired:
+            cfg = timm.get_pretrained_cfg(f"{row.model}.{row.tag}", allow_unregistered=False)
+            assert cfg is not None
 
 
 class Payload:

@@ -94,7 +94,7 @@ def test_files_have_ordinary_permissions(saved: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("keep", [0, 5, 200, -100])
 def test_truncated_weights_are_named(saved: Path, keep: int) -> None:
     saved.write_bytes(saved.read_bytes()[:keep])
-    with pytest.raises(UserError, match="best.safetensors is truncated or corrupt"):
+    with pytest.raises(UserError, match="best.safetensors is truncated, corrupt or not"):
         load_model(saved)
 
 
@@ -134,7 +134,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
 
     for name in ("weights.pth", "last_state.pt"):
         torch.save({"state_dict": Bomb(), "version": 1}, tmp_path / name)
-    with pytest.raises(UserError, match="not a weights file"):
+    with pytest.raises(UserError, match="needs code .* refused"):
         load_model(tmp_path / "weights.pth", model="test_ravlt")
     with pytest.raises(UserError, match="cannot resume"):
         read_state(tmp_path / "last_state.pt")

@@ -6,97 +6,35 @@ whose keys and shapes are all there once the checkpoint filter has translated th
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import pickle
-import re
-import warnings
-import zipfile
-from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import timm
-import torch
 from torch import Tensor, nn
 
 import vitlinear
 from vitlinear.cards import registry
 from vitlinear.cards.facts import counts, family_of
 from vitlinear.cards.render import mega
-from vitlinear.errors import UserError, one_line
-from vitlinear.train.checkpoint import Card, check_parent, save_weights
+from vitlinear.errors import UserError
+from vitlinear.train.checkpoint import CARD_KEY, Card, card_of, check_parent, save_weights
 from vitlinear.train.config import Parser, did_you_mean
 from vitlinear.train.model import data_config
 
 from .download import digest
-from .filter import checkpoint_filter_fn
+from .filter import is_detector, rename, resize
 from .mappings import find_mapping
-from .published import NONE_STATED, PUBLISHED, PublishedFile, published_files
+from .published import PUBLISHED, PublishedFile
+from .read import read_checkpoint, read_metadata
 from .unwrap import find_weights
 
 # Models whose size is further from the checkpoint's than this factor are tried last.
 NEAR = 1.6
+BY_HASH = "SHA-256"
+OF_THE_WRITER = ("format", CARD_KEY, "converted_by")  # metadata that each file has anew
 SHOWN = 12  # keys of each kind in a report
-
-
-def read_checkpoint(path: Path) -> Mapping[str, Any]:
-    """Everything in a checkpoint file, without running code from it.
-
-    Raises:
-        UserError: It is missing, damaged, not a checkpoint, or would run code.
-    """
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise UserError(f"checkpoint {path} {what}")
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        # Files since PyTorch 1.6 are archives, which can be read where they lie: of a training
-        # checkpoint only the weights are then brought into memory.
-        # Settings beside the weights: values without code. yacs's are read into a plain dict.
-        safe: list[Any] = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]
-        with torch.serialization.safe_globals(safe), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickle protocols that it may not know
-            checkpoint = torch.load(
-                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-            )
-    except pickle.UnpicklingError as error:
-        if names := _forbidden(str(error)):
-            raise UserError(
-                f"checkpoint {path} needs code that it names to be run ({names}); that is refused, "
-                "for such a file can do anything: save its tensors alone, with a program you trust"
-            ) from error
-        raise _damaged(path, error) from error
-    except (
-        safetensors.SafetensorError, OSError, RuntimeError, EOFError, LookupError, ValueError,
-        TypeError, AttributeError, ImportError, zipfile.BadZipFile,
-    ) as error:  # fmt: skip
-        raise _damaged(path, error) from error
-    if not isinstance(checkpoint, Mapping):
-        raise UserError(f"checkpoint {path} holds a {type(checkpoint).__name__}, not weights")
-    return checkpoint
-
-
-def _damaged(path: Path, error: BaseException) -> UserError:
-    return UserError(
-        f"checkpoint {path} is truncated, corrupt or not a weights file "
-        f"({one_line(error)[:200]}); use another copy"
-    )
-
-
-def _forbidden(message: str) -> str:
-    """What a refused pickle wanted to call, from PyTorch's message; empty if it was just broken."""
-    found = re.findall(
-        r"GLOBAL (\S+)"
-        r"|allowlisted via `add_safe_globals`,? but got (?:<class ')?([\w.]+)"
-        r"|unrecognized function (.+?)\s",
-        message.rpartition("WeightsUnpickler error:")[2],
-    )
-    return ", ".join(dict.fromkeys("".join(names) for names in found))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +49,7 @@ class Fit:
         missing: Keys that only the model has.
         unexpected: Keys that only the checkpoint has.
         reshaped: Keys whose shapes differ.
+        matched: Weights, single numbers aside, whose key and shape are the model's.
         resampled: Weights that the filter had to compute anew, such as positions of another size.
     """
 
@@ -121,6 +60,7 @@ class Fit:
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     reshaped: tuple[str, ...]
+    matched: int
     resampled: int
 
     @property
@@ -129,30 +69,26 @@ class Fit:
         return len(self.missing) + len(self.unexpected) + len(self.reshaped)
 
 
-def _storage(tensors: Iterable[Tensor]) -> set[int]:
-    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
-
-
-def fit(weights: Mapping[str, Tensor], name: str) -> Fit:
+def fit(weights: Mapping[str, Tensor], name: str, **model_kwargs: Any) -> Fit:
     """Compare weights, of any known layout, with a registered model.
 
     The classifier may have any width, and the image any number of channels.
     """
-    model = registry.on_meta(name)
-    converted, own = checkpoint_filter_fn(weights, model), model.state_dict()
+    model = registry.on_meta(name, **model_kwargs)
+    renamed, own = rename(weights, model), model.state_dict()
     cfg = timm.get_pretrained_cfg(name)
     assert cfg is not None
     sizes = {"num_classes": cfg.num_classes, "in_chans": cfg.input_size[0]}
     other = dict(sizes)
     for key, module, axis in (("num_classes", cfg.classifier, 0), ("in_chans", cfg.first_conv, 1)):
         weight = f"{module}.weight"
-        if weight in converted and weight in own and converted[weight].ndim > axis:
+        if weight in renamed and weight in own and renamed[weight].ndim > axis:
             groups = own[weight].shape[axis] // sizes[key] if axis else 1
-            other[key] = converted[weight].shape[axis] // max(groups, 1)
+            other[key] = renamed[weight].shape[axis] // max(groups, 1)
     if other != sizes and min(other.values()) > 0:
-        model = registry.on_meta(name, **other)
-        converted, own = checkpoint_filter_fn(weights, model), model.state_dict()
-    known = _storage(weights.values())
+        model = registry.on_meta(name, **{**model_kwargs, **other})
+        renamed, own = rename(weights, model), model.state_dict()
+    converted = resize(renamed, model)
     return Fit(
         name,
         **other,
@@ -162,9 +98,11 @@ def fit(weights: Mapping[str, Tensor], name: str) -> Fit:
         reshaped=tuple(
             key for key in own if key in converted and own[key].shape != converted[key].shape
         ),
-        resampled=sum(
-            tensor.untyped_storage().data_ptr() not in known for tensor in converted.values()
+        matched=sum(
+            value.ndim > 0 and key in converted and converted[key].shape == value.shape
+            for key, value in own.items()
         ),
+        resampled=sum(converted[key] is not renamed[key] for key in renamed),
     )
 
 
@@ -200,11 +138,19 @@ def recognise(weights: Mapping[str, Tensor], row: PublishedFile | None = None) -
             break
     fitting = [candidate for candidate in tried if candidate.problems == 0]
     if not fitting:
-        nearest = min(tried, key=lambda candidate: candidate.problems)
+        nearest = max(tried, key=lambda candidate: (candidate.matched, -candidate.problems))
+        message = "the checkpoint fits no model of this package"
+        if is_detector(weights):
+            message += (
+                "; it looks like a detector's or segmenter's, which has no classifier: its stages "
+                "load with features_only=True and pretrained_cfg_overlay=dict(file=...)"
+            )
+        if not nearest.matched:
+            raise UserError(f"{message}, and none is near: no weight has a model's name and shape")
         print(_keys_report(nearest))
         raise UserError(
-            f"the checkpoint fits no model of this package; nearest is {nearest.name} with "
-            f"{_summary(nearest)}"
+            f"{message}; nearest is {nearest.name}, which has {nearest.matched} of its "
+            f"{len(weights)} tensors, with {_summary(nearest)}"
         )
     least = min(candidate.resampled for candidate in fitting)
     fitting = [candidate for candidate in fitting if candidate.resampled == least]
@@ -239,21 +185,32 @@ def _keys_report(candidate: Fit) -> str:
     return "\n".join(lines)
 
 
-def published_row(path: Path, sha256: str) -> PublishedFile | None:
-    """The row of a published file that this is a copy of, by hash, else by name."""
-    size = path.stat().st_size
-    for row in PUBLISHED:
-        if row.task == "classification" and row.sha256 and sha256.startswith(row.sha256):
-            return row
-    for row in PUBLISHED:
-        if row.task == "classification" and row.filename == path.name and row.sha256 is None:
-            return row if row.size in (None, size) else None
+def published_row(path: Path, sha256: str) -> tuple[PublishedFile, str] | None:
+    """The row of a published file that this may be a copy of, and what says so.
+
+    The hash, where the row has one; else the name and the size, where it is known; else the name.
+    """
+    rows = [row for row in PUBLISHED if row.task == "classification"]
+    for row in rows:
+        if row.sha256 and sha256.startswith(row.sha256):
+            return row, BY_HASH
+    for row in rows:
+        if row.filename == path.name and row.sha256 is None:
+            if row.size is None:
+                return row, "file name only"
+            return (row, "file name and size") if row.size == path.stat().st_size else None
     return None
 
 
-def _license(row: PublishedFile | None, name: str) -> str:
-    stated = {row.license} if row else {other.license for other in published_files(name)}
-    return stated.pop() if len(stated) == 1 else NONE_STATED
+def _confirmed(match: tuple[PublishedFile, str] | None, found: Fit) -> PublishedFile | None:
+    """The row of a match, unless what is in the file is something else, such as fine-tuned."""
+    if match is None or match[0].model != found.name:
+        return None
+    row, how = match
+    cfg = timm.get_pretrained_cfg(f"{row.model}.{row.tag}")
+    assert cfg is not None
+    released = (cfg.num_classes, cfg.input_size[0])
+    return row if how == BY_HASH or (found.num_classes, found.in_chans) == released else None
 
 
 def _card(model: nn.Module, found: Fit) -> Card:
@@ -296,38 +253,50 @@ def convert(
     check_parent(str(target))
     if model is not None and model not in registry.our_models():
         raise UserError(f"unknown model '{model}'{did_you_mean(model, registry.our_models())}")
-    checkpoint = read_checkpoint(source)
+    checkpoint, described = read_checkpoint(source), read_metadata(source)
     try:
         where, weights = find_weights(checkpoint)
     except ValueError as error:
         raise UserError(f"checkpoint {source} cannot be used: {error}") from error
     sha256 = digest(source)
-    row = published_row(source, sha256)
-    if model is None:
-        found = recognise(weights, row)
-    else:
+    match = published_row(source, sha256)
+    card = card_of(described, source)
+    if card is not None and (model or card.model) != card.model:
+        card = None  # as the user says
+    elif card is not None and card.model.partition(".")[0] not in registry.our_models():
+        raise UserError(f"checkpoint {source} is of {card.model}, no model of this package")
+    if card is not None:
+        model = card.model
+        found = fit(weights, model, **card.model_kwargs)
+    elif model is not None:
         found = fit(weights, model)
-        if found.problems:
-            print(_keys_report(found))
-            raise UserError(f"checkpoint {source} does not fit {model}: {_summary(found)}")
-    if row is not None and row.model != found.name:
-        row = None  # a file of that name and something else in it
+    else:
+        found = recognise(weights, match[0] if match else None)
+    if found.problems:
+        print(_keys_report(found))
+        raise UserError(f"checkpoint {source} does not fit {model}: {_summary(found)}")
+    row = _confirmed(match, found)
     mapping = find_mapping(weights)
     layout = mapping.name if mapping else "vitlinear"
-    license_ = _license(row, found.name)
     metadata = {
         "source_file": source.name,
         "source_sha256": sha256,
         "mapping": layout,
         "model": f"{found.name}.{row.tag}" if row else found.name,
-        "license": license_,
         "converted_by": f"vitlinear {vitlinear.__version__}",
     }
-    if row is not None:
-        metadata["published_at"] = row.location
-    built = registry.on_meta(found.name, num_classes=found.num_classes, in_chans=found.in_chans)
+    if match is not None and row is not None:
+        metadata |= {"license": row.license, "published_at": row.location, "matched_by": match[1]}
+    if card is not None:  # where it came from in the first place
+        metadata |= {k: v for k, v in described.items() if k not in OF_THE_WRITER}
+    license_ = metadata.get("license", "not known")
+    if "matched_by" in metadata:
+        how = metadata["matched_by"]
+        license_ += f" (that of {metadata['published_at']}, matched by {how})"
+    sizes = {"num_classes": found.num_classes, "in_chans": found.in_chans}
+    built = registry.on_meta(found.name, **{**(card.model_kwargs if card else {}), **sizes})
     ordered = {key: found.weights[key] for key in built.state_dict()}
-    save_weights(target, ordered, _card(built, found), metadata)
+    save_weights(target, ordered, card or _card(built, found), metadata)
     left_out = [str(key) for key in checkpoint if key not in where[:1]] if where else []
     size = mega(registry.num_parameters(built))
     return [

@@ -12,11 +12,39 @@ from torch import Tensor, nn
 from .mappings import find_mapping
 from .unwrap import unwrap_state_dict
 
+# Of a detector or segmenter: its backbone, and the norms that it puts behind the stages.
+BACKBONE = "backbone."
+NORMS_OF_DETECTORS = "extra_norms."
+
+
+def is_detector(weights: Mapping[str, Any]) -> bool:
+    """Whether weights look like those of a detector or segmenter, whose backbone is one part."""
+    return any(key.startswith(BACKBONE) for key in weights)
+
+
+def rename(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Bring bare weights into our keys, as far as they are known; of a detector, its stages."""
+    if is_detector(weights):
+        stages = {
+            key.removeprefix(BACKBONE): value
+            for key, value in weights.items()
+            if key.startswith(BACKBONE)
+        }
+        weights = {k: v for k, v in stages.items() if not k.startswith(NORMS_OF_DETECTORS)}
+    mapping = find_mapping(weights)
+    return mapping.convert(weights, model.state_dict()) if mapping else dict(weights)
+
+
+def resize(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Resize learned positions to the model's grids; see the two functions that this calls."""
+    return resize_tables(resize_positions(weights, model), model)
+
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Bring a checkpoint into our keys: ours unchanged, the authors' translated.
 
-    Learned positions of another grid are resized; see `resize_positions` and `resize_tables`.
+    Of a detector or segmenter (``backbone.*``), the stages alone. Learned positions of another
+    grid are resized; see `resize_positions` and `resize_tables`.
 
     Args:
         state_dict: Bare weights or a training checkpoint that holds them; see `unwrap_state_dict`.
@@ -26,13 +54,29 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
         A state dict for `model.load_state_dict`.
 
     Raises:
-        ValueError: There are no weights in the checkpoint.
+        ValueError: There are no weights in the checkpoint, or none of this model outside its
+            classifier. With ``features_only=True`` timm would take such a file without an error.
     """
     weights = unwrap_state_dict(state_dict)
+    translated = resize(rename(weights, model), model)
+    body = {key for key in model.state_dict() if not key.startswith("head.")}
+    if body.isdisjoint(translated):
+        raise ValueError(
+            f"none of its weights is one of {type(model).__name__}'s; it looks like "
+            f"{_what_it_looks_like(weights)}"
+        )
+    return translated
+
+
+def _what_it_looks_like(weights: Mapping[str, Tensor]) -> str:
     mapping = find_mapping(weights)
-    if mapping is not None:
-        weights = mapping.convert(weights, model.state_dict())
-    return resize_tables(resize_positions(weights, model), model)
+    if is_detector(weights):
+        what = "a detector's or segmenter's checkpoint with another backbone"
+    elif mapping is not None:
+        what = f"the authors' layout '{mapping.name}'"
+    else:
+        what = "another model's"
+    return f"{what} ({len(weights)} tensors: {', '.join(list(weights)[:3])}, ...)"
 
 
 def resize_tables(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -52,15 +96,17 @@ def resize_tables(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Ten
         if isinstance(module, RelPosBias):
             key = f"{name}.relative_position_bias_table"
             table, target = weights.get(key), module.relative_position_bias_table
-            if table is not None and table.shape[0] != target.shape[0]:
-                height, width = module.window_size
+            height, width = module.window_size
+            if table is not None and _is_of_another_grid(
+                table.shape[0], (2 * height - 1, 2 * width - 1)
+            ):
                 resized[key] = resize_rel_pos_bias_table_simple(
                     table, (height, width), tuple(target.shape)
                 )
         elif hasattr(module, "pos_embed") and hasattr(module, "grid_size"):
             key = f"{name}.pos_embed"
             table = weights.get(key)
-            if table is not None and table.shape[1] != module.pos_embed.shape[1]:
+            if table is not None and _is_of_another_grid(table.shape[1], module.grid_size):
                 resized[key] = resample_abs_pos_embed(
                     table,
                     new_size=list(module.grid_size),
@@ -69,6 +115,16 @@ def resize_tables(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Ten
                     antialias=False,
                 )
     return {**weights, **resized}
+
+
+def _is_of_another_grid(count: int, grid: tuple[int, int]) -> bool:
+    """Whether so many positions of a square grid are those of another grid than this one.
+
+    14 x 56 positions are as many as 28 x 28. Numbers that no square has are not for us to resize:
+    they fit as they are, or `load_state_dict` reports them.
+    """
+    side = isqrt(max(count, 0))
+    return side * side == count and (side, side) != tuple(grid)
 
 
 def resize_positions(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -87,11 +143,11 @@ def resize_positions(weights: dict[str, Tensor], model: nn.Module) -> dict[str, 
     if target is None or positions is None or patch_embed is None or positions.dim() != 3:
         return weights
     prefix = getattr(model, "num_prefix_tokens", 0)
-    side = isqrt(max(positions.shape[1] - prefix, 0))
-    # Any other shape is for load_state_dict to report.
-    fits = positions.shape[1] == target.shape[1] or prefix + side * side != positions.shape[1]
-    if fits or positions.shape[2] != target.shape[2]:
+    count = positions.shape[1] - prefix
+    resizable = positions.shape[2] == target.shape[2]  # else it is for load_state_dict to report
+    if not resizable or not _is_of_another_grid(count, patch_embed.grid_size):
         return weights
+    side = isqrt(count)
     resized = resample_abs_pos_embed(
         positions,
         new_size=list(patch_embed.grid_size),

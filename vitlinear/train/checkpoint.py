@@ -15,13 +15,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
-from timm.models import load_state_dict as read_foreign_weights
 from torch import nn
 
-from vitlinear.checkpoints import checkpoint_filter_fn
+from vitlinear.checkpoints import checkpoint_filter_fn, unwrap_state_dict
+from vitlinear.checkpoints.read import CheckpointError, read_checkpoint, read_metadata
 from vitlinear.errors import UserError, one_line
 from vitlinear.train.model import build_model, check_model_name
 
@@ -119,33 +118,37 @@ def read_card(path: Path) -> Card | None:
     Raises:
         UserError: The file is missing, or is a damaged safetensors file.
     """
-    if not path.is_file():
-        raise UserError(f"checkpoint {path} does not exist")
-    if path.suffix != ".safetensors":
-        return None
+    return card_of(read_metadata(path), path)
+
+
+def card_of(metadata: Mapping[str, str], path: Path) -> Card | None:
+    """Returns the card in the metadata of a weights file, None if there is none.
+
+    Raises:
+        UserError: It is not understood.
+    """
+    text = metadata.get(CARD_KEY)
     try:
-        with safetensors.safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get(CARD_KEY)
         return Card(**json.loads(text)) if text else None
-    except (safetensors.SafetensorError, OSError, ValueError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise UserError(
-            f"checkpoint {path} is truncated or corrupt ({error}); use another copy"
+            f"checkpoint {path} describes itself in a way that this version cannot read "
+            f"({one_line(error)[:200]})"
         ) from error
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Reads the tensors of any checkpoint timm can read: safetensors, .pth, .bin."""
+    """Reads the tensors of any checkpoint: safetensors, .pth, .bin.
+
+    Raises:
+        UserError: As `read_checkpoint`; or there are no tensors in it.
+    """
     try:
-        return read_foreign_weights(str(path), device="cpu")
-    except (
-        safetensors.SafetensorError, OSError, RuntimeError, EOFError, KeyError, ValueError,
-        pickle.UnpicklingError, zipfile.BadZipFile,
-    ) as error:  # fmt: skip
-        reason = one_line(error)[:200]
-        raise UserError(
-            f"checkpoint {path} is truncated, corrupt or not a weights file ({reason}); "
-            "use another copy"
-        ) from error
+        return unwrap_state_dict(read_checkpoint(path))
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise UserError(f"checkpoint {path} cannot be used: {error}") from error
 
 
 def named_for(
@@ -242,7 +245,9 @@ def load_model(
             card.model, **card.model_kwargs, num_classes=card.num_classes, in_chans=card.in_chans
         )
     name = model or (card.model if card else "")
-    load_into(built, named_for(built, weights, path), path, name)
+    if card is None:  # ours fit as they are: the model is built as it was when they were written
+        weights = named_for(built, weights, path)
+    load_into(built, weights, path, name)
     return built.eval(), card
 
 
