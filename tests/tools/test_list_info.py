@@ -82,3 +82,25 @@ def test_a_card_for_each_family():
     assert set(families()) == {
         "rala", "mala", "inline", "nalaformer", "l2vit", "lightnet", "linear_deit",
     }  # fmt: skip
+
+
+def test_info_of_a_tag(vitlinear):
+    facts = json.loads(vitlinear("info", "l2vit_base.in22k", "--json").out)
+    assert facts["model"] == "l2vit_base.in22k" and facts["classes"] == 21841
+    assert [row["name"] for row in facts["weights"]] == ["l2vit_base.in22k"]
+    assert facts["published"]["imagenet_1k_top1"] == {}
+    result = vitlinear("info", "l2vit_base.foo")
+    assert result.code == 2 and "has no tag 'foo'" in result.err and "in22k_ft_in1k" in result.err
+
+
+@pytest.mark.parametrize("name", ["RAVLT_T", "Ravlt_T"])
+def test_info_suggests_for_released_names(vitlinear, name):
+    result = vitlinear("info", name)
+    assert result.code == 2 and "did you mean ravlt_t?" in result.err
+
+
+@pytest.mark.parametrize("words", [["list", "ravlt*"], ["list", "a", "b"], ["info", "a", "b"]])
+def test_too_many_arguments(vitlinear, words):
+    result = vitlinear(*words)
+    assert result.code == 2 and "more arguments than this command takes" in result.err
+    assert repr(words[-1]) in result.err and "option " not in result.err

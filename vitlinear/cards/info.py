@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import timm
 from timm.models import is_model, split_model_name_tag
 
 from vitlinear.checkpoints.published import published_files
@@ -18,25 +19,29 @@ from .registry import input_size, num_parameters, on_meta, our_models
 from .render import giga, mega
 
 
-def describe(name: str, count_parameters: bool = True) -> dict[str, Any]:
+def describe(model: str, count_parameters: bool = True) -> dict[str, Any]:
     """What is known of a model, as one object.
 
     Args:
-        name: Registered name, without a tag.
+        model: Registered name; with a tag, of its published files and results that one alone.
         count_parameters: Ask the model itself, which takes a tenth of a second.
     """
+    name, tag = split_model_name_tag(model)
     family = family_of(name)
     facts, counted = family.model(name), counts().get(name, {})
-    files = [row for row in published_files(name) if row.task == "classification"]
+    files = [row for row in published_files(model) if row.task == "classification"]
     published = facts.published
+    cfg = timm.get_pretrained_cfg(model)
+    assert cfg is not None
     return {
-        "model": name,
+        "model": model,
         "family": family.name,
         "attention": facts.attention,
         "note": facts.note,
         "released_as": facts.released,
-        "input_size": list(input_size(name)),
-        "parameters": num_parameters(on_meta(name)) if count_parameters else counted.get("params"),
+        "input_size": list(input_size(model)),
+        "classes": cfg.num_classes,
+        "parameters": num_parameters(on_meta(model)) if count_parameters else counted.get("params"),
         "multiply_adds": {
             part: counted[part] for part in ("total", "projections", "attention", "norms")
         }
@@ -47,7 +52,9 @@ def describe(name: str, count_parameters: bool = True) -> dict[str, Any]:
             "parameters_m": published.params,
             "multiply_adds_g": published.macs,
             "multiply_adds_count": convention(published.macs, counted) if counted else None,
-            "imagenet_1k_top1": dict(published.top1),
+            "imagenet_1k_top1": {
+                key: value for key, value in published.top1.items() if tag in ("", key)
+            },
             "source": published.source,
         },
         "agreement_with_released_code": counted.get("agreement"),
@@ -72,13 +79,8 @@ def main(argv: Sequence[str] | None, prog: str = "vitlinear info") -> None:
     parser.add_argument("model", metavar="NAME", help="`vitlinear list --all` prints all names")
     parser.add_argument("--json", action="store_true", help="JSON on standard output")
     args: argparse.Namespace = parser.parse_args(argv)
-    name = split_model_name_tag(args.model)[0]
-    names = our_models()
-    if name not in names:
-        what = "is a model of timm, not of this package" if is_model(name) else "is unknown"
-        hint = did_you_mean(name, names)
-        raise UserError(f"model '{args.model}' {what}{hint}; `vitlinear list --all` has all")
-    model = describe(name)
+    _check_name(args.model)
+    model = describe(args.model)
     if args.json:
         print(json.dumps(model, indent=2))
         return
@@ -86,15 +88,37 @@ def main(argv: Sequence[str] | None, prog: str = "vitlinear info") -> None:
         print(f"{label:<14}{text}")
 
 
+def _check_name(model: str) -> None:
+    name, tag = split_model_name_tag(model)
+    names = our_models()
+    if name not in names:
+        what = "is a model of timm, not of this package" if is_model(name) else "is unknown"
+        released = {
+            facts.released.lower(): ours
+            for family in families().values()
+            for ours, facts in family.models.items()
+            if facts.released and ours in names
+        }
+        ours = released.get(name.lower()) or next((n for n in names if n == name.lower()), None)
+        hint = f" (did you mean {ours}?)" if ours else did_you_mean(name.lower(), names)
+        raise UserError(f"model '{model}' {what}{hint}; `vitlinear list --all` has all")
+    tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{name}.*")]
+    tags += [row.tag for row in published_files(name) if row.task == "classification"]
+    if tag and tag not in tags:
+        has = f"its tags: {', '.join(dict.fromkeys(tags))}" if tags else "it has no tags"
+        raise UserError(f"model {name} has no tag '{tag}'{did_you_mean(tag, tags)}; {has}")
+
+
 def _details(model: dict[str, Any]) -> list[tuple[str, str]]:
     name, macs, published = model["model"], model["multiply_adds"], model["published"]
-    paper = model["paper"]
+    paper, base = model["paper"], name.partition(".")[0]
     title = families()[model["family"]].title
     lines = [("model", name), ("family", f"{model['family']} ({title})")]
     if model["note"]:
         lines.append(("", model["note"]))
     lines.append(("attention", model["attention"]))
     lines.append(("input", "x".join(map(str, model["input_size"]))))
+    lines.append(("classes", str(model["classes"])))
     lines.append(("parameters", f"{mega(model['parameters'])} ({model['parameters']:,})"))
     if macs:
         parts = ", ".join(f"{giga(macs[key])} {key}" for key in list(macs)[1:])
@@ -110,7 +134,10 @@ def _details(model: dict[str, Any]) -> list[tuple[str, str]]:
                 f"({text})",
             ),
             *(
-                ("", f"{value} ImageNet-1K top-1 ({name}.{tag}), not measured here")
+                (
+                    "",
+                    f"{value} ImageNet-1K top-1 ({base}.{tag}), not measured here",
+                )
                 for tag, value in published["imagenet_1k_top1"].items()
             ),
             ("", f"source: {published['source']}"),

@@ -43,6 +43,9 @@ class Parser(argparse.ArgumentParser):
     ) -> argparse.Namespace:
         """Parses ``args``; an option nobody defined is named, with its nearest neighbours."""
         parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown and not unknown[0].startswith("-"):
+            extra = " ".join(repr(word) for word in unknown)
+            self.error(f"{extra}: more arguments than this command takes")
         if unknown:
             flag = unknown[0].split("=", 1)[0]
             self.error(f"unknown option {flag}{did_you_mean(flag, self._option_string_actions)}")
