@@ -48,8 +48,9 @@ def linear_attention(
     Returns:
         [B, N, h, D] in the type of q. Sums are kept in float32 (float64 for float64 inputs).
 
-        Finite, as are the gradients, for values up to 1e3 with queries and keys up to 1e12 (1e10
-        for ``nala``, which cubes its keys); what float16 cannot hold saturates.
+        Finite, as are the gradients, for values up to 1e3 with queries and keys up to 1e4; where
+        rotation does not meet a normaliser of zero, up to 1e12 (1e10 for ``nala``, which cubes its
+        keys). What float16 cannot hold saturates.
 
     Raises:
         ValueError: Shapes or types do not fit, a name is unknown, or the backend is ``triton`` and

@@ -39,7 +39,7 @@ def _elu_plus_one_vjp(x: Tensor, grad: Tensor) -> Tensor:
 
 
 def _relu_vjp(x: Tensor, grad: Tensor) -> Tensor:
-    return grad * (x > 0)  # 0 at 0, as in PyTorch
+    return grad.masked_fill(x <= 0, 0)  # 0 at 0, as in PyTorch; infinity times 0 is none
 
 
 def _identity(x: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def split_signs(x: Tensor, magnitude: Tensor) -> Tensor:
 def _join_signs(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Gradient of the magnitude, and the same with the sign of x, for `split_signs`."""
     positive, negative = grad.chunk(2, dim=-1)
-    plus, minus = positive * (x > 0), negative * (x < 0)
+    plus, minus = positive.masked_fill(x <= 0, 0), negative.masked_fill(x >= 0, 0)
     return plus + minus, plus - minus
 
 
