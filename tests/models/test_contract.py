@@ -30,7 +30,7 @@ PYRAMIDS = [
     if isinstance(timm.create_model(name, device="meta"), LinearPyramid)
 ]
 each_model = pytest.mark.parametrize("name", TEST_MODELS)
-# The siblings that are linear throughout run the same code: compilers see it once.
+# The siblings that are linear throughout run the same code: slow compilers see it once.
 PROGRAMS = [name for name in TEST_MODELS if not name.endswith("_linear")]
 each_program = pytest.mark.parametrize("name", PROGRAMS)
 
@@ -220,7 +220,7 @@ def test_rotary_tables_stay_exact_in_half_precision():
 @pytest.mark.parametrize(
     "name, backend",
     # With the formula every model is compiled above too, for all sizes at once.
-    [(n, "library") for n in PROGRAMS] + [(n, "eager") for n in ADAPTIVE_WINDOWS],
+    [(n, "library") for n in TEST_MODELS] + [(n, "eager") for n in ADAPTIVE_WINDOWS],
 )
 def test_compile_fullgraph(name, backend):
     model, x = make(name, attn_backend=backend), torch.randn(2, 3, 64, 96)
@@ -237,7 +237,7 @@ def test_fx_is_bit_equal(name, backend):
     assert torch.equal(traced(x[..., :70])["head"], model(x[..., :70]))
 
 
-@each_program
+@each_model
 def test_export_any_size(name):
     """With registered operators; the formula is exported to ONNX below."""
     model = make(name, attn_backend="library")
