@@ -91,8 +91,8 @@ class KeyMapping:
         return converted
 
 
-def _pyramid_stem(match: re.Match[str]) -> str:
-    """Index in the released nn.Sequential of (conv, norm, activation) x 4 -> our layer."""
+def _conv_stem(match: re.Match[str]) -> str:
+    """Index in a released nn.Sequential of conv, norm, activation, conv, ... -> our layer."""
     layer, part = divmod(int(match[1]), 3)
     return f"stem.conv{layer + 1}.{('conv', 'bn')[part]}."
 
@@ -101,12 +101,6 @@ def _next_stage(match: re.Match[str]) -> str:
     """The authors end a stage with its downsampling; here the next stage begins with it."""
     part = {"reduction": "conv", "norm": "bn"}[match[2]]
     return f"stages.{int(match[1]) + 1}.downsample.{part}."
-
-
-def _l2vit_stem(match: re.Match[str]) -> str:
-    """Index in the released nn.Sequential of conv, norm, ReLU, conv, norm -> our layer."""
-    layer, part = divmod(int(match[1]), 3)
-    return f"stem.conv{layer + 1}.{('conv', 'bn')[part]}."
 
 
 def _l2vit_position(match: re.Match[str]) -> str:
@@ -121,7 +115,7 @@ PYRAMID = KeyMapping(
     name="pyramid",
     marker=r"patch_embed\.proj\.0\.weight$",
     renames=(
-        (r"patch_embed\.proj\.(0|1|3|4|6|7|9|10)\.", _pyramid_stem),
+        (r"patch_embed\.proj\.(0|1|3|4|6|7|9|10)\.", _conv_stem),
         (r"layers\.(\d+)\.downsample\.(reduction|norm)\.", _next_stage),
         (_BLOCK + r"gamma_([12])$", r"stages.\1.blocks.\2.ls\3.gamma"),
         (_BLOCK + r"norm([12])\.norm\.", r"stages.\1.blocks.\2.norm\3."),
@@ -146,7 +140,7 @@ L2VIT = KeyMapping(
     name="l2vit",
     marker=r"downsample_layers\.",
     renames=(
-        (r"downsample_layers\.0\.proj\.proj\.([0134])\.", _l2vit_stem),
+        (r"downsample_layers\.0\.proj\.proj\.([0134])\.", _conv_stem),
         (r"downsample_layers\.0\.norm\.", "stem.norm."),
         (r"downsample_layers\.(\d+)\.proj\.", r"stages.\1.downsample.conv."),
         (r"downsample_layers\.(\d+)\.norm\.", r"stages.\1.downsample.norm."),
