@@ -1,9 +1,9 @@
 """How every family makes its models."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from torch import Tensor, nn
 
@@ -15,13 +15,27 @@ from ..checkpoints.read import CheckpointError, read_checkpoint
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def build_model(
-    model_cls: Callable[..., Model], name: str, pretrained: bool, **kwargs: Any
-) -> Model:
+def imagenet_cfg(side: int = 224, **kwargs: Any) -> dict[str, Any]:
+    """What every ``pretrained_cfg`` says of square ImageNet images of this side.
+
+    Evaluation as all families publish it: resize to 256/224 of the side, centre crop, bicubic.
+    """
+    return {
+        "num_classes": 1000,
+        "input_size": (3, side, side),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        **kwargs,
+    }
+
+
+def build_model(model_cls: type[Model], name: str, pretrained: bool, **kwargs: Any) -> Model:
     """timm's ``build_model_with_cfg`` with our reader, filter, and downloads that are checked.
 
     Args:
-        model_cls: Class of the model.
+        model_cls: Class of the model, with a ``feature_cfg`` for ``features_only=True``.
         name: Registered name.
         pretrained: Load the weights that the ``pretrained_cfg`` names.
         **kwargs: For timm and the model's constructor.
@@ -31,6 +45,7 @@ def build_model(
         CheckpointError: The file cannot be read, or holds no weights of the model. A ValueError.
         RuntimeError: They do not fit the model.
     """
+    kwargs = {"feature_cfg": dict(model_cls.feature_cfg), **kwargs}  # type: ignore[attr-defined]
     path = _weights_file(name, kwargs) if pretrained else None
     if path is None:
         return build_model_with_cfg(

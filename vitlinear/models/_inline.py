@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, LayerNorm, LayerNorm2d, Mlp
 from torch import Tensor, nn
 
 from ..layers import check_images
+from ._stages import map_cfg
 
 
 class InLineBlock(nn.Module):
@@ -93,22 +93,15 @@ class ImageConvNorm(ConvNorm):
         return self.reduce(x)
 
 
+# Of every host; evaluation squeezes images into a square before the crop, as published.
+INLINE = {
+    "crop_mode": "squash",
+    "paper_ids": "arXiv:2412.06590",
+    "paper_name": "Bridging the Divide: Reconsidering Softmax and Linear Attention",
+    "origin_url": "https://github.com/LeapLabTHU/InLine",
+}
+
+
 def inline_cfg(side: int = 224, **kwargs: Any) -> dict[str, Any]:
-    """A ``pretrained_cfg`` of the family, for square images of this side."""
-    return {
-        "num_classes": 1000,
-        "input_size": (3, side, side),
-        "pool_size": (side // 32, side // 32),
-        # Evaluation as published: to a square of 256/224 of the side, then its centre.
-        "crop_pct": 0.875,
-        "crop_mode": "squash",
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.conv",
-        "classifier": "head.fc",
-        "paper_ids": "arXiv:2412.06590",
-        "paper_name": "Bridging the Divide: Reconsidering Softmax and Linear Attention",
-        "origin_url": "https://github.com/LeapLabTHU/InLine",
-        **kwargs,
-    }
+    """A ``pretrained_cfg`` of a host of four stages, for square images of this side."""
+    return map_cfg(side, first_conv="stem.conv", **INLINE, **kwargs)

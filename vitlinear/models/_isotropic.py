@@ -28,7 +28,13 @@ from torch import Tensor, nn
 
 from .._timm import feature_take_indices, update_model_input_size
 from ..layers import check_images
+from ._build import imagenet_cfg
 from ._stages import init_module
+
+
+def token_cfg(side: int = 224, **kwargs: Any) -> dict[str, Any]:
+    """A ``pretrained_cfg`` for square images of this side; see `imagenet_cfg`."""
+    return imagenet_cfg(side, first_conv="patch_embed.proj", classifier="head", **kwargs)
 
 
 class TokenBlock(nn.Module):
@@ -85,6 +91,8 @@ class IsotropicBackbone(nn.Module):
         feature_info: For each block its channels, reduction and module.
         num_features: Channels.
     """
+
+    feature_cfg = {"out_indices": 3, "feature_cls": "getter"}
 
     def __init__(
         self,

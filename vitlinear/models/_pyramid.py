@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     ClassifierHead,
     ConvNormAct,
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 from .._timm import register_notrace_function
 from ..layers import ConvMlp, ConvStem, DepthwiseConv, GatedAttention
 from ..ops import RotaryTables, accumulation_dtype, rotary_tables
-from ._stages import StagedBackbone, four_each
+from ._stages import StagedBackbone, four_each, map_cfg
 
 # The sizes that RALA and MALA share, as in the released code of both.
 SIZES: dict[str, dict[str, Any]] = {
@@ -83,19 +82,7 @@ def pyramid_cfg(test: bool = False, **kwargs: Any) -> dict[str, Any]:
         test: For a test-sized model.
         **kwargs: Source, licence and paper of the family.
     """
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 160, 160) if test else (3, 224, 224),
-        "pool_size": (5, 5) if test else (7, 7),
-        # Evaluation as published: resize to 256, centre crop of 224, bicubic.
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.conv1.conv",
-        "classifier": "head.fc",
-        **kwargs,
-    }
+    return map_cfg(160 if test else 224, first_conv="stem.conv1.conv", **kwargs)
 
 
 @register_notrace_function

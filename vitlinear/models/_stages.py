@@ -17,8 +17,16 @@ from timm.models import checkpoint
 from torch import Tensor, nn
 
 from .._timm import feature_take_indices
+from ._build import imagenet_cfg
 
 POOL_TYPES = ("", "avg", "max", "avgmax")
+
+
+def map_cfg(side: int = 224, **kwargs: Any) -> dict[str, Any]:
+    """A ``pretrained_cfg`` for square images of this side; see `imagenet_cfg`."""
+    return imagenet_cfg(
+        side, **{"pool_size": (side // 32, side // 32), "classifier": "head.fc", **kwargs}
+    )
 
 
 class BlockStage(nn.Module):
@@ -56,6 +64,8 @@ class StagedBackbone(nn.Module):
         feature_info: For each stage its channels, reduction and module.
         num_features: Channels after `final`.
     """
+
+    feature_cfg = {"out_indices": (0, 1, 2, 3), "flatten_sequential": True}
 
     def __init__(self, in_chans: int, num_classes: int, global_pool: str, drop_rate: float) -> None:
         """Check and keep what every family takes.

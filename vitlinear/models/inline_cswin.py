@@ -158,41 +158,41 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(name: str, pretrained: bool, **kwargs: Any) -> InLineCSwin:
-    return build_model(
-        InLineCSwin,
-        name,
-        pretrained,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
-        **kwargs,
-    )
-
-
 @register_model
 def inline_cswin_tiny(pretrained: bool = False, **kwargs: Any) -> InLineCSwin:
     """InLine-CSwin-T: 20.6M parameters, 83.2% ImageNet-1K top-1 as published."""
-    return _create("inline_cswin_tiny", pretrained, **{**VARIANTS["tiny"], **kwargs})
+    return build_model(
+        InLineCSwin, "inline_cswin_tiny", pretrained, **{**VARIANTS["tiny"], **kwargs}
+    )
 
 
 @register_model
 def inline_cswin_small(pretrained: bool = False, **kwargs: Any) -> InLineCSwin:
     """InLine-CSwin-S: 33.0M parameters, 83.8% ImageNet-1K top-1 as published."""
-    return _create("inline_cswin_small", pretrained, **{**VARIANTS["small"], **kwargs})
+    return build_model(
+        InLineCSwin, "inline_cswin_small", pretrained, **{**VARIANTS["small"], **kwargs}
+    )
 
 
 @register_model
 def inline_cswin_base(pretrained: bool = False, **kwargs: Any) -> InLineCSwin:
     """InLine-CSwin-B: 73.4M parameters, 84.5% ImageNet-1K top-1 as published."""
-    return _create("inline_cswin_base", pretrained, **{**VARIANTS["base"], **kwargs})
+    return build_model(
+        InLineCSwin, "inline_cswin_base", pretrained, **{**VARIANTS["base"], **kwargs}
+    )
 
 
 @register_model
 def inline_cswin_base_384(pretrained: bool = False, **kwargs: Any) -> InLineCSwin:
     """InLine-CSwin-B for images of 384 pixels: 73.4M parameters, 85.7% top-1 as published."""
-    return _create("inline_cswin_base_384", pretrained, **{**VARIANTS["base_384"], **kwargs})
+    return build_model(
+        InLineCSwin, "inline_cswin_base_384", pretrained, **{**VARIANTS["base_384"], **kwargs}
+    )
 
 
 @register_model
 def test_inline_cswin(pretrained: bool = False, **kwargs: Any) -> InLineCSwin:
     """A small InLine-CSwin for tests and small data sets."""
-    return _create("test_inline_cswin", pretrained, **{**VARIANTS["test"], **kwargs})
+    return build_model(
+        InLineCSwin, "test_inline_cswin", pretrained, **{**VARIANTS["test"], **kwargs}
+    )

@@ -16,8 +16,8 @@ from timm.models import generate_default_cfgs, register_model
 from ..checkpoints.published import pretrained_source
 from ..layers.inline_attention import InLineTokenAttention
 from ._build import build_model
-from ._inline import inline_cfg
-from ._isotropic import DeiT
+from ._inline import INLINE
+from ._isotropic import DeiT, token_cfg
 
 __all__ = ["InLineDeiT"]
 
@@ -49,9 +49,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def _cfg(side: int, **kwargs: Any) -> dict[str, Any]:
-    cfg = inline_cfg(side, first_conv="patch_embed.proj", classifier="head", **kwargs)
-    del cfg["pool_size"]  # its features are tokens
-    return cfg
+    return token_cfg(side, **INLINE, **kwargs)
 
 
 def _published(name: str, side: int) -> dict[str, dict[str, Any]]:
@@ -68,30 +66,27 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create_inline_deit(name: str, pretrained: bool, **kwargs: Any) -> InLineDeiT:
-    feature_cfg = {"out_indices": 3, "feature_cls": "getter"}
-    return build_model(InLineDeiT, name, pretrained, feature_cfg=feature_cfg, **kwargs)
-
-
 @register_model
 def inline_deit_tiny(pretrained: bool = False, **kwargs: Any) -> InLineDeiT:
     """InLine-DeiT-T: 6.5M parameters, 74.5% ImageNet-1K top-1 at 224 as published."""
-    return _create_inline_deit("inline_deit_tiny", pretrained, **{**VARIANTS["tiny"], **kwargs})
+    return build_model(InLineDeiT, "inline_deit_tiny", pretrained, **{**VARIANTS["tiny"], **kwargs})
 
 
 @register_model
 def inline_deit_small(pretrained: bool = False, **kwargs: Any) -> InLineDeiT:
     """InLine-DeiT-S: 16.7M parameters, 80.2% ImageNet-1K top-1 at 288 as published."""
-    return _create_inline_deit("inline_deit_small", pretrained, **{**VARIANTS["small"], **kwargs})
+    return build_model(
+        InLineDeiT, "inline_deit_small", pretrained, **{**VARIANTS["small"], **kwargs}
+    )
 
 
 @register_model
 def inline_deit_base(pretrained: bool = False, **kwargs: Any) -> InLineDeiT:
     """InLine-DeiT-B: 23.8M parameters, 82.3% ImageNet-1K top-1 at 448 as published."""
-    return _create_inline_deit("inline_deit_base", pretrained, **{**VARIANTS["base"], **kwargs})
+    return build_model(InLineDeiT, "inline_deit_base", pretrained, **{**VARIANTS["base"], **kwargs})
 
 
 @register_model
 def test_inline_deit(pretrained: bool = False, **kwargs: Any) -> InLineDeiT:
     """A small InLine-DeiT for tests and small data sets."""
-    return _create_inline_deit("test_inline_deit", pretrained, **{**VARIANTS["test"], **kwargs})
+    return build_model(InLineDeiT, "test_inline_deit", pretrained, **{**VARIANTS["test"], **kwargs})

@@ -215,41 +215,33 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(name: str, pretrained: bool, **kwargs: Any) -> InLinePVT:
-    return build_model(
-        InLinePVT,
-        name,
-        pretrained,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
-        **kwargs,
-    )
-
-
 @register_model
 def inline_pvt_tiny(pretrained: bool = False, **kwargs: Any) -> InLinePVT:
     """InLine-PVT-T: 12.0M parameters, 78.2% ImageNet-1K top-1 as published."""
-    return _create("inline_pvt_tiny", pretrained, **{**VARIANTS["tiny"], **kwargs})
+    return build_model(InLinePVT, "inline_pvt_tiny", pretrained, **{**VARIANTS["tiny"], **kwargs})
 
 
 @register_model
 def inline_pvt_small(pretrained: bool = False, **kwargs: Any) -> InLinePVT:
     """InLine-PVT-S: 21.6M parameters, 82.0% ImageNet-1K top-1 as published."""
-    return _create("inline_pvt_small", pretrained, **{**VARIANTS["small"], **kwargs})
+    return build_model(InLinePVT, "inline_pvt_small", pretrained, **{**VARIANTS["small"], **kwargs})
 
 
 @register_model
 def inline_pvt_medium(pretrained: bool = False, **kwargs: Any) -> InLinePVT:
     """InLine-PVT-M: 37.6M parameters, 83.2% ImageNet-1K top-1 as published."""
-    return _create("inline_pvt_medium", pretrained, **{**VARIANTS["medium"], **kwargs})
+    return build_model(
+        InLinePVT, "inline_pvt_medium", pretrained, **{**VARIANTS["medium"], **kwargs}
+    )
 
 
 @register_model
 def inline_pvt_large(pretrained: bool = False, **kwargs: Any) -> InLinePVT:
     """InLine-PVT-L: 51.2M parameters (50.2M as published), 83.6% ImageNet-1K top-1 as published."""
-    return _create("inline_pvt_large", pretrained, **{**VARIANTS["large"], **kwargs})
+    return build_model(InLinePVT, "inline_pvt_large", pretrained, **{**VARIANTS["large"], **kwargs})
 
 
 @register_model
 def test_inline_pvt(pretrained: bool = False, **kwargs: Any) -> InLinePVT:
     """A small InLine-PVT for tests and small data sets."""
-    return _create("test_inline_pvt", pretrained, **{**VARIANTS["test"], **kwargs})
+    return build_model(InLinePVT, "test_inline_pvt", pretrained, **{**VARIANTS["test"], **kwargs})

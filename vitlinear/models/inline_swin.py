@@ -191,41 +191,35 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(name: str, pretrained: bool, **kwargs: Any) -> InLineSwin:
-    return build_model(
-        InLineSwin,
-        name,
-        pretrained,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
-        **kwargs,
-    )
-
-
 @register_model
 def inline_swin_tiny(pretrained: bool = False, **kwargs: Any) -> InLineSwin:
     """InLine-Swin-T: 29.2M parameters, 82.4% ImageNet-1K top-1 as published."""
-    return _create("inline_swin_tiny", pretrained, **{**VARIANTS["tiny"], **kwargs})
+    return build_model(InLineSwin, "inline_swin_tiny", pretrained, **{**VARIANTS["tiny"], **kwargs})
 
 
 @register_model
 def inline_swin_small(pretrained: bool = False, **kwargs: Any) -> InLineSwin:
     """InLine-Swin-S: 49.8M parameters, 83.6% ImageNet-1K top-1 as published."""
-    return _create("inline_swin_small", pretrained, **{**VARIANTS["small"], **kwargs})
+    return build_model(
+        InLineSwin, "inline_swin_small", pretrained, **{**VARIANTS["small"], **kwargs}
+    )
 
 
 @register_model
 def inline_swin_base(pretrained: bool = False, **kwargs: Any) -> InLineSwin:
     """InLine-Swin-B: 88.4M parameters, 84.1% ImageNet-1K top-1 as published."""
-    return _create("inline_swin_base", pretrained, **{**VARIANTS["base"], **kwargs})
+    return build_model(InLineSwin, "inline_swin_base", pretrained, **{**VARIANTS["base"], **kwargs})
 
 
 @register_model
 def inline_swin_base_384(pretrained: bool = False, **kwargs: Any) -> InLineSwin:
     """InLine-Swin-B for images of 384 pixels: 88.5M parameters; no accuracy is published."""
-    return _create("inline_swin_base_384", pretrained, **{**VARIANTS["base_384"], **kwargs})
+    return build_model(
+        InLineSwin, "inline_swin_base_384", pretrained, **{**VARIANTS["base_384"], **kwargs}
+    )
 
 
 @register_model
 def test_inline_swin(pretrained: bool = False, **kwargs: Any) -> InLineSwin:
     """A small InLine-Swin for tests and small data sets."""
-    return _create("test_inline_swin", pretrained, **{**VARIANTS["test"], **kwargs})
+    return build_model(InLineSwin, "test_inline_swin", pretrained, **{**VARIANTS["test"], **kwargs})

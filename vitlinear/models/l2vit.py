@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     ClassifierHead,
     ConvNormAct,
@@ -38,7 +37,7 @@ from ..layers import (
     check_images,
 )
 from ._build import build_model
-from ._stages import BlockStage, StagedBackbone, four_each
+from ._stages import BlockStage, StagedBackbone, four_each, map_cfg
 
 __all__ = ["L2ViT"]
 
@@ -307,23 +306,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        # Evaluation as published: resize to 256, centre crop of 224, bicubic.
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.conv1.conv",
-        "classifier": "head.fc",
-        "paper_ids": "arXiv:2501.16182",
-        "paper_name": "The Linear Attention Resurrection in Vision Transformer",
-        "origin_url": "https://github.com/ChuanyangZheng/L2ViT",
+def _cfg(side: int = 224, **kwargs: Any) -> dict[str, Any]:
+    return map_cfg(
+        side,
+        first_conv="stem.conv1.conv",
+        paper_ids="arXiv:2501.16182",
+        paper_name="The Linear Attention Resurrection in Vision Transformer",
+        origin_url="https://github.com/ChuanyangZheng/L2ViT",
         **kwargs,
-    }
+    )
 
 
 def _published(name: str, **kwargs: Any) -> dict[str, dict[str, Any]]:
@@ -331,12 +322,7 @@ def _published(name: str, **kwargs: Any) -> dict[str, dict[str, Any]]:
 
 
 # Evaluation at 384 as published: the whole image, squeezed into a square.
-_AT_384 = {
-    "input_size": (3, 384, 384),
-    "pool_size": (12, 12),
-    "crop_pct": 1.0,
-    "crop_mode": "squash",
-}
+_AT_384 = {"side": 384, "crop_pct": 1.0, "crop_mode": "squash"}
 
 default_cfgs = generate_default_cfgs(
     {
@@ -346,47 +332,37 @@ default_cfgs = generate_default_cfgs(
         **_published("l2vit_base.in22k_ft_in1k"),
         **_published("l2vit_base.in22k", num_classes=21841),
         **_published("l2vit_base_384.in22k_ft_in1k", **_AT_384),
-        "test_l2vit.untrained": _cfg(input_size=(3, 160, 160), pool_size=(5, 5)),
+        "test_l2vit.untrained": _cfg(160),
     }
 )
-
-
-def _create_l2vit(name: str, pretrained: bool, **kwargs: Any) -> L2ViT:
-    return build_model(
-        L2ViT,
-        name,
-        pretrained,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
-        **kwargs,
-    )
 
 
 @register_model
 def l2vit_tiny(pretrained: bool = False, **kwargs: Any) -> L2ViT:
     """L2ViT-T: 28.6M parameters, 83.1% ImageNet-1K top-1 as published."""
-    return _create_l2vit("l2vit_tiny", pretrained, **{**VARIANTS["tiny"], **kwargs})
+    return build_model(L2ViT, "l2vit_tiny", pretrained, **{**VARIANTS["tiny"], **kwargs})
 
 
 @register_model
 def l2vit_small(pretrained: bool = False, **kwargs: Any) -> L2ViT:
     """L2ViT-S: 50.2M parameters, 84.1% ImageNet-1K top-1 as published."""
-    return _create_l2vit("l2vit_small", pretrained, **{**VARIANTS["small"], **kwargs})
+    return build_model(L2ViT, "l2vit_small", pretrained, **{**VARIANTS["small"], **kwargs})
 
 
 @register_model
 def l2vit_base(pretrained: bool = False, **kwargs: Any) -> L2ViT:
     """L2ViT-B: 88.6M parameters, 84.4% ImageNet-1K top-1 as published; 86.0% from ImageNet-22K."""
-    return _create_l2vit("l2vit_base", pretrained, **{**VARIANTS["base"], **kwargs})
+    return build_model(L2ViT, "l2vit_base", pretrained, **{**VARIANTS["base"], **kwargs})
 
 
 @register_model
 def l2vit_base_384(pretrained: bool = False, **kwargs: Any) -> L2ViT:
     """L2ViT-B at 384 with windows of 12: 87.0% ImageNet-1K top-1 as published."""
     model_args = {**VARIANTS["base"], "window_size": 12}
-    return _create_l2vit("l2vit_base_384", pretrained, **{**model_args, **kwargs})
+    return build_model(L2ViT, "l2vit_base_384", pretrained, **{**model_args, **kwargs})
 
 
 @register_model
 def test_l2vit(pretrained: bool = False, **kwargs: Any) -> L2ViT:
     """A small L2ViT for tests and small data sets."""
-    return _create_l2vit("test_l2vit", pretrained, **{**VARIANTS["test"], **kwargs})
+    return build_model(L2ViT, "test_l2vit", pretrained, **{**VARIANTS["test"], **kwargs})

@@ -14,14 +14,13 @@ of MD-LRPE, and the order of norm and gate in the attention.
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import SwiGLU, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from ..layers import LightNetAttention, MdTpe, RmsNorm
 from ._build import build_model
-from ._isotropic import IsotropicBackbone, TokenBlock
+from ._isotropic import IsotropicBackbone, TokenBlock, token_cfg
 
 __all__ = ["LightNet"]
 
@@ -117,21 +116,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        "paper_ids": "arXiv:2405.21022",
-        "paper_name": "You Only Scan Once: Efficient Multi-dimension Sequential Modeling with "
+def _cfg(side: int = 224) -> dict[str, Any]:
+    return token_cfg(
+        side,
+        paper_ids="arXiv:2405.21022",
+        paper_name="You Only Scan Once: Efficient Multi-dimension Sequential Modeling with "
         "LightNet",
-        **kwargs,
-    }
+    )
 
 
 default_cfgs = generate_default_cfgs(
@@ -139,35 +130,30 @@ default_cfgs = generate_default_cfgs(
         "lightnet_tiny.untrained": _cfg(),
         "lightnet_small.untrained": _cfg(),
         "lightnet_base.untrained": _cfg(),
-        "test_lightnet.untrained": _cfg(input_size=(3, 96, 96)),
+        "test_lightnet.untrained": _cfg(96),
     }
 )
-
-
-def _create_lightnet(name: str, pretrained: bool, **kwargs: Any) -> LightNet:
-    feature_cfg = {"out_indices": 3, "feature_cls": "getter"}
-    return build_model(LightNet, name, pretrained, feature_cfg=feature_cfg, **kwargs)
 
 
 @register_model
 def lightnet_tiny(pretrained: bool = False, **kwargs: Any) -> LightNet:
     """LightNet of width 192; not a published model."""
-    return _create_lightnet("lightnet_tiny", pretrained, **{**VARIANTS["tiny"], **kwargs})
+    return build_model(LightNet, "lightnet_tiny", pretrained, **{**VARIANTS["tiny"], **kwargs})
 
 
 @register_model
 def lightnet_small(pretrained: bool = False, **kwargs: Any) -> LightNet:
     """LightNet of width 384; not a published model."""
-    return _create_lightnet("lightnet_small", pretrained, **{**VARIANTS["small"], **kwargs})
+    return build_model(LightNet, "lightnet_small", pretrained, **{**VARIANTS["small"], **kwargs})
 
 
 @register_model
 def lightnet_base(pretrained: bool = False, **kwargs: Any) -> LightNet:
     """LightNet of width 768; not a published model."""
-    return _create_lightnet("lightnet_base", pretrained, **{**VARIANTS["base"], **kwargs})
+    return build_model(LightNet, "lightnet_base", pretrained, **{**VARIANTS["base"], **kwargs})
 
 
 @register_model
 def test_lightnet(pretrained: bool = False, **kwargs: Any) -> LightNet:
     """A small LightNet for tests and small data sets."""
-    return _create_lightnet("test_lightnet", pretrained, **{**VARIANTS["test"], **kwargs})
+    return build_model(LightNet, "test_lightnet", pretrained, **{**VARIANTS["test"], **kwargs})

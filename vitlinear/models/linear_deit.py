@@ -8,12 +8,11 @@ there or ReLU, in the layout of DeiT (https://arxiv.org/abs/2012.12877). No weig
 from functools import partial
 from typing import Any
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model
 
 from ..layers import LinearAttention
 from ._build import build_model
-from ._isotropic import DeiT
+from ._isotropic import DeiT, token_cfg
 
 __all__ = ["LinearDeiT"]
 
@@ -43,21 +42,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        "paper_ids": "arXiv:2006.16236",
-        "paper_name": "Transformers are RNNs: Fast Autoregressive Transformers with Linear "
-        "Attention",
-        **kwargs,
-    }
+def _cfg(side: int = 224) -> dict[str, Any]:
+    return token_cfg(
+        side,
+        paper_ids="arXiv:2006.16236",
+        paper_name="Transformers are RNNs: Fast Autoregressive Transformers with Linear Attention",
+    )
 
 
 default_cfgs = generate_default_cfgs(
@@ -66,43 +56,40 @@ default_cfgs = generate_default_cfgs(
         "linear_deit_small.untrained": _cfg(),
         "linear_deit_tiny_relu.untrained": _cfg(),
         "linear_deit_small_relu.untrained": _cfg(),
-        "test_linear_deit.untrained": _cfg(input_size=(3, 96, 96)),
+        "test_linear_deit.untrained": _cfg(96),
     }
 )
-
-
-def _create_linear_deit(name: str, pretrained: bool, **kwargs: Any) -> LinearDeiT:
-    feature_cfg = {"out_indices": 3, "feature_cls": "getter"}
-    return build_model(LinearDeiT, name, pretrained, feature_cfg=feature_cfg, **kwargs)
 
 
 @register_model
 def linear_deit_tiny(pretrained: bool = False, **kwargs: Any) -> LinearDeiT:
     """DeiT-T with linear attention, elu + 1."""
-    return _create_linear_deit("linear_deit_tiny", pretrained, **{**VARIANTS["tiny"], **kwargs})
+    return build_model(LinearDeiT, "linear_deit_tiny", pretrained, **{**VARIANTS["tiny"], **kwargs})
 
 
 @register_model
 def linear_deit_small(pretrained: bool = False, **kwargs: Any) -> LinearDeiT:
     """DeiT-S with linear attention, elu + 1."""
-    return _create_linear_deit("linear_deit_small", pretrained, **{**VARIANTS["small"], **kwargs})
+    return build_model(
+        LinearDeiT, "linear_deit_small", pretrained, **{**VARIANTS["small"], **kwargs}
+    )
 
 
 @register_model
 def linear_deit_tiny_relu(pretrained: bool = False, **kwargs: Any) -> LinearDeiT:
     """DeiT-T with linear attention, ReLU."""
     model_args = {**VARIANTS["tiny"], "attn_type": "relu"}
-    return _create_linear_deit("linear_deit_tiny_relu", pretrained, **{**model_args, **kwargs})
+    return build_model(LinearDeiT, "linear_deit_tiny_relu", pretrained, **{**model_args, **kwargs})
 
 
 @register_model
 def linear_deit_small_relu(pretrained: bool = False, **kwargs: Any) -> LinearDeiT:
     """DeiT-S with linear attention, ReLU."""
     model_args = {**VARIANTS["small"], "attn_type": "relu"}
-    return _create_linear_deit("linear_deit_small_relu", pretrained, **{**model_args, **kwargs})
+    return build_model(LinearDeiT, "linear_deit_small_relu", pretrained, **{**model_args, **kwargs})
 
 
 @register_model
 def test_linear_deit(pretrained: bool = False, **kwargs: Any) -> LinearDeiT:
     """A small LinearDeiT for tests and small data sets."""
-    return _create_linear_deit("test_linear_deit", pretrained, **{**VARIANTS["test"], **kwargs})
+    return build_model(LinearDeiT, "test_linear_deit", pretrained, **{**VARIANTS["test"], **kwargs})

@@ -53,81 +53,71 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create_mavit(name: str, pretrained: bool, **kwargs: Any) -> MAViT:
-    return build_model(
-        MAViT,
-        name,
-        pretrained,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
-        **kwargs,
-    )
-
-
 @register_model
 def mavit_t(pretrained: bool = False, **kwargs: Any) -> MAViT:
     """MAViT-T: 16.4M parameters; 82.9% ImageNet-1K top-1 according to secondary sources."""
     model_args = {**VARIANTS["t"], "attn_types": published_types("mala")}
-    return _create_mavit("mavit_t", pretrained, **{**model_args, **kwargs})
+    return build_model(MAViT, "mavit_t", pretrained, **{**model_args, **kwargs})
 
 
 @register_model
 def mavit_s(pretrained: bool = False, **kwargs: Any) -> MAViT:
     """MAViT-S: 27.1M parameters; 84.7% ImageNet-1K top-1 according to secondary sources."""
     model_args = {**VARIANTS["s"], "attn_types": published_types("mala")}
-    return _create_mavit("mavit_s", pretrained, **{**model_args, **kwargs})
+    return build_model(MAViT, "mavit_s", pretrained, **{**model_args, **kwargs})
 
 
 @register_model
 def mavit_b(pretrained: bool = False, **kwargs: Any) -> MAViT:
     """MAViT-B: 49.8M parameters; 85.7% ImageNet-1K top-1 according to secondary sources."""
     model_args = {**VARIANTS["b"], "attn_types": published_types("mala")}
-    return _create_mavit("mavit_b", pretrained, **{**model_args, **kwargs})
+    return build_model(MAViT, "mavit_b", pretrained, **{**model_args, **kwargs})
 
 
 @register_model
 def mavit_l(pretrained: bool = False, **kwargs: Any) -> MAViT:
     """MAViT-L: 97.8M parameters; 86.0% ImageNet-1K top-1 according to secondary sources."""
     model_args = {**VARIANTS["l"], "attn_types": published_types("mala")}
-    return _create_mavit("mavit_l", pretrained, **{**model_args, **kwargs})
+    return build_model(MAViT, "mavit_l", pretrained, **{**model_args, **kwargs})
 
 
 @register_model
 def mavit_t_linear(pretrained: bool = False, **kwargs: Any) -> MAViT:
     """MAViT-T with linear attention in all four stages; not a published model."""
     model_args = {**VARIANTS["t"], "attn_types": linear_types("mala")}
-    return _create_mavit("mavit_t_linear", pretrained, **{**model_args, **kwargs})
+    return build_model(MAViT, "mavit_t_linear", pretrained, **{**model_args, **kwargs})
 
 
 @register_model
 def mavit_s_linear(pretrained: bool = False, **kwargs: Any) -> MAViT:
     """MAViT-S with linear attention in all four stages; not a published model."""
     model_args = {**VARIANTS["s"], "attn_types": linear_types("mala")}
-    return _create_mavit("mavit_s_linear", pretrained, **{**model_args, **kwargs})
+    return build_model(MAViT, "mavit_s_linear", pretrained, **{**model_args, **kwargs})
 
 
 @register_model
 def mavit_b_linear(pretrained: bool = False, **kwargs: Any) -> MAViT:
     """MAViT-B with linear attention in all four stages; not a published model."""
     model_args = {**VARIANTS["b"], "attn_types": linear_types("mala")}
-    return _create_mavit("mavit_b_linear", pretrained, **{**model_args, **kwargs})
+    return build_model(MAViT, "mavit_b_linear", pretrained, **{**model_args, **kwargs})
 
 
 @register_model
 def mavit_l_linear(pretrained: bool = False, **kwargs: Any) -> MAViT:
     """MAViT-L with linear attention in all four stages; not a published model."""
     model_args = {**VARIANTS["l"], "attn_types": linear_types("mala")}
-    return _create_mavit("mavit_l_linear", pretrained, **{**model_args, **kwargs})
+    return build_model(MAViT, "mavit_l_linear", pretrained, **{**model_args, **kwargs})
 
 
 @register_model
 def test_mavit(pretrained: bool = False, **kwargs: Any) -> MAViT:
     """A small MAViT for tests and small data sets."""
     model_args = {**VARIANTS["test"], "attn_types": published_types("mala")}
-    return _create_mavit("test_mavit", pretrained, **{**model_args, **kwargs})
+    return build_model(MAViT, "test_mavit", pretrained, **{**model_args, **kwargs})
 
 
 @register_model
 def test_mavit_linear(pretrained: bool = False, **kwargs: Any) -> MAViT:
     """`test_mavit` with linear attention in all four stages."""
     model_args = {**VARIANTS["test"], "attn_types": linear_types("mala")}
-    return _create_mavit("test_mavit_linear", pretrained, **{**model_args, **kwargs})
+    return build_model(MAViT, "test_mavit_linear", pretrained, **{**model_args, **kwargs})

@@ -87,95 +87,85 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create_nalaformer(name: str, pretrained: bool, **kwargs: Any) -> NaLaFormer:
-    return build_model(
-        NaLaFormer,
-        name,
-        pretrained,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
-        **kwargs,
-    )
-
-
 @register_model
 def nalaformer_xt(pretrained: bool = False, **kwargs: Any) -> NaLaFormer:
     """NaLaFormer-XT: 6.1M parameters, 79.1% ImageNet-1K top-1 as published."""
     model_args = {**VARIANTS["xt"], "attn_types": published_types("nala")}
-    return _create_nalaformer("nalaformer_xt", pretrained, **{**model_args, **kwargs})
+    return build_model(NaLaFormer, "nalaformer_xt", pretrained, **{**model_args, **kwargs})
 
 
 @register_model
 def nalaformer_t(pretrained: bool = False, **kwargs: Any) -> NaLaFormer:
     """NaLaFormer-T: 15.9M parameters, 82.6% ImageNet-1K top-1 as published."""
     model_args = {**VARIANTS["t"], "attn_types": published_types("nala")}
-    return _create_nalaformer("nalaformer_t", pretrained, **{**model_args, **kwargs})
+    return build_model(NaLaFormer, "nalaformer_t", pretrained, **{**model_args, **kwargs})
 
 
 @register_model
 def nalaformer_s(pretrained: bool = False, **kwargs: Any) -> NaLaFormer:
     """NaLaFormer-S: 25.7M parameters, 84.3% ImageNet-1K top-1 as published."""
     model_args = {**VARIANTS["s"], "attn_types": published_types("nala")}
-    return _create_nalaformer("nalaformer_s", pretrained, **{**model_args, **kwargs})
+    return build_model(NaLaFormer, "nalaformer_s", pretrained, **{**model_args, **kwargs})
 
 
 @register_model
 def nalaformer_b(pretrained: bool = False, **kwargs: Any) -> NaLaFormer:
     """NaLaFormer-B: 52.0M parameters, 85.2% ImageNet-1K top-1 as published."""
     model_args = {**VARIANTS["b"], "attn_types": published_types("nala")}
-    return _create_nalaformer("nalaformer_b", pretrained, **{**model_args, **kwargs})
+    return build_model(NaLaFormer, "nalaformer_b", pretrained, **{**model_args, **kwargs})
 
 
 @register_model
 def nalaformer_l(pretrained: bool = False, **kwargs: Any) -> NaLaFormer:
     """NaLaFormer-L: 95.4M parameters, 85.7% ImageNet-1K top-1 as published."""
     model_args = {**VARIANTS["l"], "attn_types": published_types("nala")}
-    return _create_nalaformer("nalaformer_l", pretrained, **{**model_args, **kwargs})
+    return build_model(NaLaFormer, "nalaformer_l", pretrained, **{**model_args, **kwargs})
 
 
 @register_model
 def nalaformer_xt_linear(pretrained: bool = False, **kwargs: Any) -> NaLaFormer:
     """NaLaFormer-XT with linear attention in all four stages; not a published model."""
     model_args = {**VARIANTS["xt"], "attn_types": linear_types("nala")}
-    return _create_nalaformer("nalaformer_xt_linear", pretrained, **{**model_args, **kwargs})
+    return build_model(NaLaFormer, "nalaformer_xt_linear", pretrained, **{**model_args, **kwargs})
 
 
 @register_model
 def nalaformer_t_linear(pretrained: bool = False, **kwargs: Any) -> NaLaFormer:
     """NaLaFormer-T with linear attention in all four stages; not a published model."""
     model_args = {**VARIANTS["t"], "attn_types": linear_types("nala")}
-    return _create_nalaformer("nalaformer_t_linear", pretrained, **{**model_args, **kwargs})
+    return build_model(NaLaFormer, "nalaformer_t_linear", pretrained, **{**model_args, **kwargs})
 
 
 @register_model
 def nalaformer_s_linear(pretrained: bool = False, **kwargs: Any) -> NaLaFormer:
     """NaLaFormer-S with linear attention in all four stages; not a published model."""
     model_args = {**VARIANTS["s"], "attn_types": linear_types("nala")}
-    return _create_nalaformer("nalaformer_s_linear", pretrained, **{**model_args, **kwargs})
+    return build_model(NaLaFormer, "nalaformer_s_linear", pretrained, **{**model_args, **kwargs})
 
 
 @register_model
 def nalaformer_b_linear(pretrained: bool = False, **kwargs: Any) -> NaLaFormer:
     """NaLaFormer-B with linear attention in all four stages; not a published model."""
     model_args = {**VARIANTS["b"], "attn_types": linear_types("nala")}
-    return _create_nalaformer("nalaformer_b_linear", pretrained, **{**model_args, **kwargs})
+    return build_model(NaLaFormer, "nalaformer_b_linear", pretrained, **{**model_args, **kwargs})
 
 
 @register_model
 def nalaformer_l_linear(pretrained: bool = False, **kwargs: Any) -> NaLaFormer:
     """NaLaFormer-L with linear attention in all four stages; not a published model."""
     model_args = {**VARIANTS["l"], "attn_types": linear_types("nala")}
-    return _create_nalaformer("nalaformer_l_linear", pretrained, **{**model_args, **kwargs})
+    return build_model(NaLaFormer, "nalaformer_l_linear", pretrained, **{**model_args, **kwargs})
 
 
 @register_model
 def test_nalaformer(pretrained: bool = False, **kwargs: Any) -> NaLaFormer:
     """A small NaLaFormer for tests and small data sets."""
     model_args = {**VARIANTS["test"], "attn_types": published_types("nala")}
-    return _create_nalaformer("test_nalaformer", pretrained, **{**model_args, **kwargs})
+    return build_model(NaLaFormer, "test_nalaformer", pretrained, **{**model_args, **kwargs})
 
 
 @register_model
 def test_nalaformer_linear(pretrained: bool = False, **kwargs: Any) -> NaLaFormer:
     """`test_nalaformer` with linear attention in all four stages."""
     model_args = {**VARIANTS["test"], "attn_types": linear_types("nala")}
-    return _create_nalaformer("test_nalaformer_linear", pretrained, **{**model_args, **kwargs})
+    return build_model(NaLaFormer, "test_nalaformer_linear", pretrained, **{**model_args, **kwargs})

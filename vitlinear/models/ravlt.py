@@ -43,81 +43,71 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create_ravlt(name: str, pretrained: bool, **kwargs: Any) -> RAVLT:
-    return build_model(
-        RAVLT,
-        name,
-        pretrained,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
-        **kwargs,
-    )
-
-
 @register_model
 def ravlt_t(pretrained: bool = False, **kwargs: Any) -> RAVLT:
     """RAVLT-T: 14.9M parameters, 82.8% ImageNet-1K top-1 as published."""
     model_args = {**SIZES["t"], "attn_types": published_types("rala")}
-    return _create_ravlt("ravlt_t", pretrained, **{**model_args, **kwargs})
+    return build_model(RAVLT, "ravlt_t", pretrained, **{**model_args, **kwargs})
 
 
 @register_model
 def ravlt_s(pretrained: bool = False, **kwargs: Any) -> RAVLT:
     """RAVLT-S: 25.6M parameters, 84.4% ImageNet-1K top-1 as published."""
     model_args = {**SIZES["s"], "attn_types": published_types("rala")}
-    return _create_ravlt("ravlt_s", pretrained, **{**model_args, **kwargs})
+    return build_model(RAVLT, "ravlt_s", pretrained, **{**model_args, **kwargs})
 
 
 @register_model
 def ravlt_b(pretrained: bool = False, **kwargs: Any) -> RAVLT:
     """RAVLT-B: 48.2M parameters, 85.5% ImageNet-1K top-1 as published."""
     model_args = {**SIZES["b"], "attn_types": published_types("rala")}
-    return _create_ravlt("ravlt_b", pretrained, **{**model_args, **kwargs})
+    return build_model(RAVLT, "ravlt_b", pretrained, **{**model_args, **kwargs})
 
 
 @register_model
 def ravlt_l(pretrained: bool = False, **kwargs: Any) -> RAVLT:
     """RAVLT-L: 95.2M parameters, 85.8% ImageNet-1K top-1 as published."""
     model_args = {**SIZES["l"], "attn_types": published_types("rala")}
-    return _create_ravlt("ravlt_l", pretrained, **{**model_args, **kwargs})
+    return build_model(RAVLT, "ravlt_l", pretrained, **{**model_args, **kwargs})
 
 
 @register_model
 def ravlt_t_linear(pretrained: bool = False, **kwargs: Any) -> RAVLT:
     """RAVLT-T with linear attention in all four stages; not a published model."""
     model_args = {**SIZES["t"], "attn_types": linear_types("rala")}
-    return _create_ravlt("ravlt_t_linear", pretrained, **{**model_args, **kwargs})
+    return build_model(RAVLT, "ravlt_t_linear", pretrained, **{**model_args, **kwargs})
 
 
 @register_model
 def ravlt_s_linear(pretrained: bool = False, **kwargs: Any) -> RAVLT:
     """RAVLT-S with linear attention in all four stages; not a published model."""
     model_args = {**SIZES["s"], "attn_types": linear_types("rala")}
-    return _create_ravlt("ravlt_s_linear", pretrained, **{**model_args, **kwargs})
+    return build_model(RAVLT, "ravlt_s_linear", pretrained, **{**model_args, **kwargs})
 
 
 @register_model
 def ravlt_b_linear(pretrained: bool = False, **kwargs: Any) -> RAVLT:
     """RAVLT-B with linear attention in all four stages; not a published model."""
     model_args = {**SIZES["b"], "attn_types": linear_types("rala")}
-    return _create_ravlt("ravlt_b_linear", pretrained, **{**model_args, **kwargs})
+    return build_model(RAVLT, "ravlt_b_linear", pretrained, **{**model_args, **kwargs})
 
 
 @register_model
 def ravlt_l_linear(pretrained: bool = False, **kwargs: Any) -> RAVLT:
     """RAVLT-L with linear attention in all four stages; not a published model."""
     model_args = {**SIZES["l"], "attn_types": linear_types("rala")}
-    return _create_ravlt("ravlt_l_linear", pretrained, **{**model_args, **kwargs})
+    return build_model(RAVLT, "ravlt_l_linear", pretrained, **{**model_args, **kwargs})
 
 
 @register_model
 def test_ravlt(pretrained: bool = False, **kwargs: Any) -> RAVLT:
     """A small RAVLT for tests and small data sets."""
     model_args = {**SIZES["test"], "attn_types": published_types("rala")}
-    return _create_ravlt("test_ravlt", pretrained, **{**model_args, **kwargs})
+    return build_model(RAVLT, "test_ravlt", pretrained, **{**model_args, **kwargs})
 
 
 @register_model
 def test_ravlt_linear(pretrained: bool = False, **kwargs: Any) -> RAVLT:
     """`test_ravlt` with linear attention in all four stages."""
     model_args = {**SIZES["test"], "attn_types": linear_types("rala")}
-    return _create_ravlt("test_ravlt_linear", pretrained, **{**model_args, **kwargs})
+    return build_model(RAVLT, "test_ravlt_linear", pretrained, **{**model_args, **kwargs})
