@@ -72,8 +72,6 @@ def test_info_of_others(vitlinear, name, message):
 
 
 def test_info_says_what_was_not_checked(vitlinear):
-    if not timm.is_model("mavit_t"):
-        pytest.skip("mavit_t is not registered yet")
     assert "Not checked against the paper" in vitlinear("info", "mavit_t").out
     assert "secondary source only" in vitlinear("list", "--family", "mala").out
 

@@ -12,31 +12,29 @@ from .shifted_windows import SoftmaxAttention
 from .windows import equal_windows, from_windows, to_windows, window_padding
 
 
-class InjectiveStripe(nn.Module):
-    """InLine attention and LePE in the windows of a map; kernels come from another map."""
+class Stripe(nn.Module):
+    """Attention and LePE in the windows of a map; subclasses bring the attention, ``attend``."""
 
     def __init__(
         self,
         dim: int,
         num_heads: int,
         limits: tuple[int, int],
-        backend: str,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Make the branch.
+        """Make what branches share.
 
         Args:
             dim: Channels, C.
             num_heads: Heads, each of C / num_heads channels.
             limits: Greatest height and width of a window; 0 for that of the map.
-            backend: One of `vitlinear.ops.BACKENDS`.
             device: Where the parameters live.
             dtype: Type of the parameters.
         """
         super().__init__()
+        self.num_heads = num_heads
         self.limits = limits
-        self.attend = InjectiveAttention(dim, num_heads, 0, backend, device=device, dtype=dtype)
         self.lepe = DepthwiseConv(dim, 3, device=device, dtype=dtype)
 
     def forward(self, qkv: Tensor, source: Tensor) -> Tensor:
@@ -44,27 +42,52 @@ class InjectiveStripe(nn.Module):
 
         Args:
             qkv: Queries, keys and values, [B, H, W, 3 C].
-            source: Map [B, H, W, C] whose mean in each window makes the kernels of the local term.
+            source: Map [B, H, W, C'] that the attention may look at besides.
 
         Returns:
             [B, H, W, C].
         """
-        B, H, W, C = source.shape
+        B, H, W, C = qkv.shape[0], qkv.shape[1], qkv.shape[2], qkv.shape[3] // 3
         rows, cols = equal_windows(H, self.limits[0]), equal_windows(W, self.limits[1])
         mask = window_padding(H, W, rows, cols, qkv.device)
         if mask is not None:
             mask = mask.repeat(B, 1)
-        mean = mean_token(to_windows(source, rows, cols), mask)
-        heads, size = self.attend.num_heads, rows[1] * cols[1]
-        qkv = to_windows(qkv, rows, cols).reshape(-1, size, 3, heads, C // heads)
+        qkv = to_windows(qkv, rows, cols)
+        qkv = qkv.reshape(-1, rows[1] * cols[1], 3, self.num_heads, C // self.num_heads)
         q, k, v = qkv.unbind(2)
-        x = self.attend(q, k, v, mean, rows[1], cols[1], mask)
+        x = self.attend_windows(q, k, v, source, rows, cols, mask)
         x = x + self.lepe(v.reshape(-1, rows[1], cols[1], C)).flatten(1, 2)
         return from_windows(x, rows, cols, H, W)
 
+    def attend_windows(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        source: Tensor,
+        rows: tuple[int, int],
+        cols: tuple[int, int],
+        mask: Tensor | None,
+    ) -> Tensor:
+        """The attention of a subclass.
 
-class SoftmaxStripe(nn.Module):
-    """Softmax attention and LePE in the windows of a map; arguments as `InjectiveStripe`."""
+        Args:
+            q: Queries of windows, [B * windows, N, h, D]; k and v likewise.
+            k: Keys.
+            v: Values.
+            source: As given to `forward`.
+            rows: Number and height of windows along the first side.
+            cols: Number and width of windows along the second.
+            mask: [B * windows, N] bool, True for padding; None without.
+
+        Returns:
+            [B * windows, N, C].
+        """
+        raise NotImplementedError
+
+
+class InjectiveStripe(Stripe):
+    """InLine attention, whose kernels come from the mean of each window of the source."""
 
     def __init__(
         self,
@@ -75,24 +98,51 @@ class SoftmaxStripe(nn.Module):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.limits = limits
-        self.attend = SoftmaxAttention(num_heads, dim // num_heads, backend)
-        self.lepe = DepthwiseConv(dim, 3, device=device, dtype=dtype)
+        super().__init__(dim, num_heads, limits, device, dtype)
+        self.attend = InjectiveAttention(dim, num_heads, 0, backend, device=device, dtype=dtype)
 
-    def forward(self, qkv: Tensor, source: Tensor) -> Tensor:
-        """[B, H, W, 3 C] -> [B, H, W, C]; `source` is not used."""
-        B, H, W, C = qkv.shape[0], qkv.shape[1], qkv.shape[2], qkv.shape[3] // 3
-        rows, cols = equal_windows(H, self.limits[0]), equal_windows(W, self.limits[1])
-        mask = window_padding(H, W, rows, cols, qkv.device)
-        if mask is not None:
-            mask = ~mask.repeat(B, 1)[:, None, None]
-        heads, size = self.attend.num_heads, rows[1] * cols[1]
-        qkv = to_windows(qkv, rows, cols).reshape(-1, size, 3, heads, C // heads)
-        q, k, v = qkv.unbind(2)
-        x = self.attend(q, k, v, mask)
-        x = x + self.lepe(v.reshape(-1, rows[1], cols[1], C)).flatten(1, 2)
-        return from_windows(x, rows, cols, H, W)
+    def attend_windows(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        source: Tensor,
+        rows: tuple[int, int],
+        cols: tuple[int, int],
+        mask: Tensor | None,
+    ) -> Tensor:
+        """See `Stripe`."""
+        mean = mean_token(to_windows(source, rows, cols), mask)
+        return self.attend(q, k, v, mean, rows[1], cols[1], mask)
+
+
+class SoftmaxStripe(Stripe):
+    """Softmax attention; the source is not used."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        limits: tuple[int, int],
+        backend: str,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(dim, num_heads, limits, device, dtype)
+        self.attend = SoftmaxAttention(num_heads, dim // num_heads, backend)
+
+    def attend_windows(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        source: Tensor,
+        rows: tuple[int, int],
+        cols: tuple[int, int],
+        mask: Tensor | None,
+    ) -> Tensor:
+        """See `Stripe`."""
+        return self.attend(q, k, v, None if mask is None else ~mask[:, None, None])
 
 
 # One step to torch.fx, as `GatedAttention`.

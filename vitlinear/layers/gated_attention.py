@@ -9,8 +9,9 @@ from timm.layers import LayerNorm
 from torch import Tensor, nn
 
 from .._timm import register_notrace_module
-from ..ops import RotaryTables, get_mechanism, linear_attention, softmax_attention
+from ..ops import RotaryTables, get_mechanism, softmax_attention
 from ..ops.backend import check_backend
+from .attend import attend
 from .depthwise import DepthwiseConv
 from .heads import split_heads
 
@@ -88,17 +89,12 @@ class GatedAttention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, rotary: RotaryTables) -> Tensor:
         """The attention proper, [B, N, h, D] -> [B, N, h, D]."""
-        if torch.jit.is_scripting():
-            # TorchScript knows registered operators, not our Python dispatch.
+        if self.attn_type != "softmax":
+            return attend(q, k, v, self.attn_type, self.backend, rotary)
+        if torch.jit.is_scripting():  # see `attend`
             rows, cols = rotary
-            if self.attn_type == "softmax":
-                return torch.ops.vitlinear.softmax_attention(q, k, v, rows, cols, None)[0]
-            return torch.ops.vitlinear.linear_attention(
-                q, k, v, rows, cols, None, None, self.attn_type
-            )[0]
-        if self.attn_type == "softmax":
-            return softmax_attention(q, k, v, rotary, backend="eager")
-        return linear_attention(q, k, v, self.attn_type, rotary, backend=self.backend)
+            return torch.ops.vitlinear.softmax_attention(q, k, v, rows, cols, None)[0]
+        return softmax_attention(q, k, v, rotary, backend="eager")
 
 
 @register_notrace_module

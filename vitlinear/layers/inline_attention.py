@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._timm import register_notrace_module
-from ..ops import linear_attention
 from ..ops.backend import check_backend
+from .attend import attend
 from .dynamic_conv import DynamicConv
 from .heads import split_heads
 from .windows import equal_windows, from_windows, to_windows, window_padding
@@ -76,13 +76,7 @@ class InjectiveAttention(nn.Module):
         Returns:
             [B, N, C].
         """
-        if torch.jit.is_scripting():
-            # TorchScript knows registered operators, not our Python dispatch.
-            out = torch.ops.vitlinear.linear_attention(
-                q, k, v, None, None, key_padding_mask, None, "inline"
-            )[0]
-        else:
-            out = linear_attention(q, k, v, "inline", None, key_padding_mask, backend=self.backend)
+        out = attend(q, k, v, "inline", self.backend, key_padding_mask=key_padding_mask)
         if key_padding_mask is not None:
             v = v.masked_fill(key_padding_mask[:, :, None, None], 0)
         prefix = self.num_prefix_tokens

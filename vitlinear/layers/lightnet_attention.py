@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from .._timm import register_notrace_module
-from ..ops import RotaryTables, accumulation_dtype, linear_attention, lrpe_tables
+from ..ops import accumulation_dtype, lrpe_tables
 from ..ops.backend import check_backend
+from .attend import attend
 from .heads import split_heads
 from .rms_norm import HeadRmsNorm
 
@@ -75,15 +76,5 @@ class LightNetAttention(nn.Module):
         q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).unbind(2)
         positions = lrpe_tables(height, width, self.head_dim, x.device, accumulation_dtype(x.dtype))
         gate = self.gate2(self.gate1(x)).sigmoid()
-        x = self.norm(self.attend(q, k, v, positions)) * gate
+        x = self.norm(attend(q, k, v, "lightnet", self.backend, positions)) * gate
         return self.proj_drop(self.proj(x))
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, positions: RotaryTables) -> Tensor:
-        """The attention proper, [B, N, h, D] -> [B, N, h, D]."""
-        if torch.jit.is_scripting():
-            # TorchScript knows registered operators, not our Python dispatch.
-            rows, cols = positions
-            return torch.ops.vitlinear.linear_attention(
-                q, k, v, rows, cols, None, None, "lightnet"
-            )[0]
-        return linear_attention(q, k, v, "lightnet", positions, backend=self.backend)

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from .._timm import register_notrace_module
-from ..ops import get_mechanism, linear_attention
+from ..ops import get_mechanism
 from ..ops.backend import check_backend
+from .attend import attend
 from .heads import split_heads
 
 
@@ -79,15 +80,5 @@ class LinearAttention(nn.Module):
         """
         qkv = self.qkv(x).flatten(1, -2).unflatten(-1, [3, self.num_heads, self.head_dim])
         q, k, v = qkv.unbind(2)
-        return self.proj_drop(self.proj(self.attend(q, k, v).reshape(x.shape)))
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The attention proper, [B, N, h, D] -> [B, N, h, D]."""
-        if torch.jit.is_scripting():
-            # TorchScript knows registered operators, not our Python dispatch.
-            return torch.ops.vitlinear.linear_attention(
-                q, k, v, None, None, None, self.temperature, self.attn_type
-            )[0]
-        return linear_attention(
-            q, k, v, self.attn_type, head_scale=self.temperature, backend=self.backend
-        )
+        out = attend(q, k, v, self.attn_type, self.backend, head_scale=self.temperature)
+        return self.proj_drop(self.proj(out.reshape(x.shape)))

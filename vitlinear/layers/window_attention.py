@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .._timm import register_notrace_module
 from .heads import split_heads
 from .shifted_windows import SoftmaxAttention
-from .windows import from_windows, to_windows
+from .windows import fixed_windows, from_windows, to_windows
 
 
 # One step to torch.fx, for the reasons that `GatedAttention` gives.
@@ -73,7 +73,7 @@ class PaddedWindowAttention(nn.Module):
             x = self.attend_windows(tokens[order])
             x = x.reshape(-1, C)[inverse].reshape(B, H, W, C)
         else:
-            rows, cols = ((H + side - 1) // side, side), ((W + side - 1) // side, side)
+            rows, cols = fixed_windows(H, side), fixed_windows(W, side)
             x = self.attend_windows(to_windows(x, rows, cols))
             x = from_windows(x, rows, cols, H, W)
         return self.proj_drop(self.proj(x))
