@@ -13,12 +13,12 @@ from .windows import equal_windows, from_windows, to_windows, window_padding
 
 
 class Stripe(nn.Module):
-    """Attention and LePE in the windows of a map; subclasses bring the attention, ``attend``."""
+    """Attention and LePE in the windows of a map; subclasses bring the attention."""
 
     def __init__(
         self,
         dim: int,
-        num_heads: int,
+        attend: InjectiveAttention | SoftmaxAttention,
         limits: tuple[int, int],
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
@@ -27,13 +27,13 @@ class Stripe(nn.Module):
 
         Args:
             dim: Channels, C.
-            num_heads: Heads, each of C / num_heads channels.
+            attend: The attention, which `attend_windows` calls.
             limits: Greatest height and width of a window; 0 for that of the map.
             device: Where the parameters live.
             dtype: Type of the parameters.
         """
         super().__init__()
-        self.num_heads = num_heads
+        self.attend = attend
         self.limits = limits
         self.lepe = DepthwiseConv(dim, 3, device=device, dtype=dtype)
 
@@ -53,7 +53,8 @@ class Stripe(nn.Module):
         if mask is not None:
             mask = mask.repeat(B, 1)
         qkv = to_windows(qkv, rows, cols)
-        qkv = qkv.reshape(-1, rows[1] * cols[1], 3, self.num_heads, C // self.num_heads)
+        heads = self.attend.num_heads
+        qkv = qkv.reshape(-1, rows[1] * cols[1], 3, heads, C // heads)
         q, k, v = qkv.unbind(2)
         x = self.attend_windows(q, k, v, source, rows, cols, mask)
         x = x + self.lepe(v.reshape(-1, rows[1], cols[1], C)).flatten(1, 2)
@@ -98,8 +99,8 @@ class InjectiveStripe(Stripe):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(dim, num_heads, limits, device, dtype)
-        self.attend = InjectiveAttention(dim, num_heads, 0, backend, device=device, dtype=dtype)
+        attend = InjectiveAttention(dim, num_heads, 0, backend, device=device, dtype=dtype)
+        super().__init__(dim, attend, limits, device, dtype)
 
     def attend_windows(
         self,
@@ -128,8 +129,8 @@ class SoftmaxStripe(Stripe):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(dim, num_heads, limits, device, dtype)
-        self.attend = SoftmaxAttention(num_heads, dim // num_heads, backend)
+        attend = SoftmaxAttention(num_heads, dim // num_heads, backend)
+        super().__init__(dim, attend, limits, device, dtype)
 
     def attend_windows(
         self,
