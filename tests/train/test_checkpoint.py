@@ -16,14 +16,13 @@ from vitlinear.train.checkpoint import (
     initial_weights,
     load_model,
     read_card,
-    read_state,
     read_weights,
-    save_state,
     save_weights,
     write_atomically,
     write_text,
 )
 from vitlinear.train.model import build_model, data_config
+from vitlinear.train.state import read_state, save_state
 
 
 def small(num_classes: int = 3, in_chans: int = 3) -> torch.nn.Module:

@@ -171,7 +171,7 @@ def test_impossible_image_mode(channels: int, asked: str | None, message: str) -
 def loaded(folder: Path, seed: int, epoch: int, *flags: object) -> list[torch.Tensor]:
     """One epoch of a training loader."""
     args = run.parse_arguments(tiny_flags(folder, folder, *flags))
-    args.distributed = False
+    args.distributed, args.rank, args.world_size = False, 0, 1
     dataset = data.open_from_arguments(args, True, "RGB")
     net = model.build_model("test_ravlt", num_classes=3)
     config = model.data_config(net, {"img_size": 32})

@@ -92,12 +92,83 @@ def test_clipping_bounds_the_update() -> None:
     assert step.norm().item() == pytest.approx(0.1 * 1e-3, rel=1e-3)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run() -> None:
-    net = nn.Linear(5, 3, dtype=torch.float64)
-    data = batches(1)
+class Normed(nn.Module):
+    """A linear classifier between layers that keep statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.fc = nn.BatchNorm1d(5), nn.Linear(5, 3)
+        self.double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.norm(x))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_an_update_that_is_not_finite_leaves_no_trace(bad: float, accumulate: int) -> None:
+    torch.manual_seed(0)
+    net = Normed()
+    other = copy.deepcopy(net)
+    clean = batches(6)
+    spoilt = [(images.clone(), labels) for images, labels in clean]
+    spoilt[3][0][1, 2] = bad
+    first = updater(net, accumulate=accumulate, ema=True)
+    first.task.setup_ema(decay=0.5)
+    metrics = epoch(first, spoilt)
+    left_out = 3 - 3 % accumulate
+    kept = clean[:left_out] + clean[left_out + accumulate :]
+    second = updater(other, accumulate=accumulate, ema=True)
+    second.task.setup_ema(decay=0.5)
+    expected = epoch(second, kept)
+    assert metrics["skipped"] == first.skipped == 1 and expected["skipped"] == 0
+    assert first.updates == second.updates + 1
+    for ema in (False, True):
+        ours, theirs = (up.task.get_trainable_module(ema=ema) for up in (first, second))
+        assert ours is not None and theirs is not None
+        for name, value in ours.state_dict().items():
+            assert torch.equal(value, theirs.state_dict()[name]), name
+    if accumulate == 1:
+        assert metrics["loss"] == expected["loss"] and metrics["top1"] == expected["top1"]
+
+
+def test_gradients_that_overflow_are_skipped_too() -> None:
+    """sqrt(0) has a finite loss and an infinite derivative."""
+
+    class Root(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).sub(super().forward(x)).sqrt()
+
+    net = Root(5, 3, dtype=torch.float64)
+    before = net.weight.detach().clone()
+    with pytest.raises(UserError, match="1 of 1 .*largest logit is 0.*gradients overflow"):
+        epoch(updater(net), batches(1))
+    assert torch.equal(net.weight, before)
+
+
+def test_too_many_skipped_updates_stop_the_run_with_a_diagnosis() -> None:
+    class Log(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.log()
+
+    net = nn.Sequential(nn.Linear(5, 5), Log(), nn.Linear(5, 3)).double()
+    data = batches(4)
+    with pytest.raises(UserError) as caught:
+        train_one_epoch(updater(net), data, contextlib.nullcontext, max_nonfinite=2)
+    text = str(caught.value)
+    assert "3 of 3 updates of epoch 1" in text
+    assert "first layer with non-finite activations: 1 (Log)" in text
+    assert "in: [4, 5] float64, 0 NaN, 0 infinite, finite ones from -" in text
+    assert "NaN, 0 infinite" in text and "Lower --lr" in text
+
+    net = nn.Sequential(nn.Linear(5, 3)).double()
     data[0][0][0, 0] = float("nan")
-    with pytest.raises(UserError, match="loss became nan within 1 updates: lower --lr"):
-        epoch(updater(net), data)
+    with pytest.raises(UserError, match="images themselves are not finite: .* 1 NaN.* check the"):
+        train_one_epoch(updater(net), data, contextlib.nullcontext, max_nonfinite=0)
+    with torch.no_grad():
+        net[0].weight[1, 1] = float("inf")
+    with pytest.raises(UserError, match="weights are not finite before .*; first 0.weight"):
+        train_one_epoch(updater(net), data[1:], contextlib.nullcontext, max_nonfinite=0)
 
 
 @pytest.mark.parametrize("on_updates", [False, True])

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,14 +16,20 @@ import yaml
 
 from tests.train.helpers import CLASSES, tiny_flags, train
 from vitlinear.errors import UserError
-from vitlinear.train import run
-from vitlinear.train.checkpoint import read_card, read_state, read_weights
+from vitlinear.train import loop, run
+from vitlinear.train.checkpoint import read_card, read_weights
 from vitlinear.train.folder import FILES
+from vitlinear.train.loop import Updater
+from vitlinear.train.signals import Stopped, StopSignals
+from vitlinear.train.state import read_state
 
 # Everything that draws random numbers or keeps state between updates.
 FULL = ["--epochs", 4, "--model-ema", "--model-ema-decay", 0.9, "--drop-path", 0.2]
 FULL += ["--mixup", 0.8, "--reprob", 0.5, "--aa", "rand-m9-mstd0.5-inc1"]
 FULL += ["--sched-on-updates", "--clip-grad", 1]
+
+
+TIMING = ("seconds", "images_per_s")
 
 
 def weights(path: Path, name: str = "last.safetensors") -> dict[str, torch.Tensor]:
@@ -33,6 +40,23 @@ def assert_same_bits(first: Any, second: Any) -> None:
     assert first.keys() == second.keys()
     for key, value in first.items():
         assert torch.equal(value, second[key]), key
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    """Compares everything that two finished runs left, but times."""
+    for name in ("last.safetensors", "best.safetensors"):
+        assert_same_bits(weights(first, name), weights(second, name))
+    whole, resumed = (read_state(path / "last_state.pt") for path in (first, second))
+    assert_same_bits(whole["state_dict"], resumed["state_dict"])
+    assert_same_bits(whole["state_dict_ema"], resumed["state_dict_ema"])
+    assert whole["best"] == resumed["best"] and whole["updates"] == resumed["updates"]
+    for key, value in whole["optimizer"]["state"].items():
+        assert_same_bits(value, resumed["optimizer"]["state"][key])
+    rows = [metrics(path) for path in (first, second)]
+    assert [row["epoch"] for row in rows[1]] == [row["epoch"] for row in rows[0]] == [1, 2, 3, 4]
+    assert [{k: v for k, v in row.items() if k not in TIMING} for row in rows[0]] == [
+        {k: v for k, v in row.items() if k not in TIMING} for row in rows[1]
+    ]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -50,20 +74,59 @@ def test_same_seed_same_bits_and_resumed_equals_whole(
     torch.rand(11)  # a new process would not be where the old one stopped, either
     result = train(folder, tmp_path / "c", *flags, "--resume", "auto")
     assert result["epoch"] == 4
-    for name in ("last.safetensors", "best.safetensors"):
-        assert_same_bits(weights(tmp_path / "a", name), weights(tmp_path / "c", name))
-    whole, resumed = (read_state(tmp_path / name / "last_state.pt") for name in "ac")
-    assert_same_bits(whole["state_dict"], resumed["state_dict"])
-    assert_same_bits(whole["state_dict_ema"], resumed["state_dict_ema"])
-    assert whole["best"] == resumed["best"] and whole["updates"] == resumed["updates"]
-    for key, value in whole["optimizer"]["state"].items():
-        assert_same_bits(value, resumed["optimizer"]["state"][key])
-    rows = [metrics(tmp_path / name) for name in "ac"]
-    assert [row["epoch"] for row in rows[1]] == [1, 2, 3, 4]
-    timing = ("seconds", "images_per_s")
-    assert [{k: v for k, v in row.items() if k not in timing} for row in rows[0]] == [
-        {k: v for k, v in row.items() if k not in timing} for row in rows[1]
-    ]
+    assert_same_run(tmp_path / "a", tmp_path / "c")
+
+
+@pytest.mark.parametrize(("update", "workers", "more"), [
+    (1, 0, ()), (4, 2, ()), (6, 0, ("--grad-accum-steps", 2)), (9, 0, ("--recovery-interval", 2)),
+])  # fmt: skip
+def test_stopped_by_a_signal_and_resumed_equals_whole(
+    folder: Path, tmp_path: Path, update: int, workers: int, more: tuple[Any, ...]
+) -> None:
+    """In the middle of an epoch or at its end: 24 images make 6 batches of 4."""
+    flags = (*FULL, "-b", 4, "-j", workers, *more)
+    train(folder, tmp_path / "whole", *flags)
+    real, calls = Updater._update, 0
+
+    def stop_at(self: Updater) -> None:
+        nonlocal calls
+        real(self)
+        calls += 1
+        if calls == update:
+            signal.raise_signal(signal.SIGUSR1)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped, match="SIGUSR1") as stop:
+        patch.setattr(Updater, "_update", stop_at)
+        train(folder, tmp_path / "run", *flags)
+    assert stop.value.exit_status == 128 + signal.SIGUSR1
+    state = read_state(tmp_path / "run" / "last_state.pt")
+    assert state["updates"] == update
+    result = train(folder, tmp_path / "run", *flags, "--resume", "auto")
+    assert result["epoch"] == 4
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_state_of_another_batch_size_goes_on_at_the_same_image(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ("-b", 4, "--epochs", 1)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(StopSignals, "agreed", lambda self, device, updates=None: updates == 3 and 15)
+        train(folder, tmp_path / "run", *flags)
+    seen: list[int] = []
+    real = loop.batches_from
+
+    def note(loader: Any, first: int) -> Any:
+        for number, batch in real(loader, first):
+            seen.append(number)
+            yield number, batch
+
+    monkeypatch.setattr(loop, "batches_from", note)
+    flags = ("-b", 8, "--epochs", 1, "--resume", "auto")
+    train(folder, tmp_path / "run", *flags)
+    # 12 images were done; the third batch of 8 holds the last third, the second overlaps
+    assert seen == [1, 2]
+    assert read_state(tmp_path / "run" / "last_state.pt")["updates"] == 3
 
 
 def test_another_seed_is_another_run(folder: Path, tmp_path: Path) -> None:
@@ -159,8 +222,9 @@ def test_resume_auto_starts_where_there_is_nothing(folder: Path, tmp_path: Path)
 def test_a_run_that_fails_before_its_first_epoch_leaves_nothing(
     folder: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match="the loss became"):
-        train(folder, tmp_path / "deep" / "run", "--lr", 1e30, "--warmup-epochs", 0)
+    flags = ("--lr", 1e30, "--warmup-epochs", 0, "--max-nonfinite", 0)
+    with pytest.raises(UserError, match="first layer with non-finite activations: stem"):
+        train(folder, tmp_path / "deep" / "run", *flags)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -188,6 +188,20 @@ def add_training_arguments(parser: Parser) -> None:
     group.add_argument(
         "--resume", default=None, metavar="PATH", help="a last_state.pt, or auto: the run folder's"
     )
+    group.add_argument(
+        "--recovery-interval",
+        type=NATURAL,
+        default=0,
+        metavar="N",
+        help="save the state every N updates, not only after an epoch (0)",
+    )
+    group.add_argument(
+        "--max-nonfinite",
+        type=NATURAL,
+        default=10,
+        metavar="N",
+        help="updates of an epoch that may be skipped because loss or gradients are not finite",
+    )
     group.add_argument("--validation-batch-size", type=COUNT, default=None)
     group.add_argument("--eval-metric", default="top1", choices=("top1", "top5", "loss"))
     group.add_argument("--log-interval", type=COUNT, default=50, metavar="N", help="updates")

@@ -1,4 +1,4 @@
-"""Files of a run: weights as safetensors that describe themselves, training state as a .pt.
+"""Weights of a run as safetensors that describe themselves.
 
 A weights file holds, besides the tensors, what it takes to use them (`Card`): validate and
 predict need nothing else. Every file is written under a temporary name, flushed to the disk and
@@ -9,8 +9,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import pickle
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,6 @@ from vitlinear.errors import UserError, one_line
 from vitlinear.train.model import build_model, check_model_name
 
 CARD_KEY = "vitlinear"
-STATE_VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,19 +57,34 @@ class Card:
     weights: str = "model"
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls ``write`` on a temporary neighbour of ``path``, syncs it and renames it to ``path``."""
+def write_atomically(path: Path, write: Callable[[Path], object], keep: Path | None = None) -> None:
+    """Calls ``write`` on a temporary neighbour of ``path``, syncs it and renames it to ``path``.
+
+    Args:
+        path: The file.
+        write: Writes the file that it is given.
+        keep: New name of the file that is replaced.
+
+    Raises:
+        UserError: The file cannot be written; the one that was there is.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            os.replace(path, keep)
         os.replace(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        if isinstance(error, OSError):
-            raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        refused = _os_error(error)
+        if refused is not None:
+            earlier = "; what was there before is kept" if path.exists() else ""
+            raise UserError(
+                f"cannot write {path}: {refused.strerror or refused}{earlier}"
+            ) from error
         raise
     if os.name == "posix":  # the rename itself survives a power cut once its folder is synced
         folder = os.open(path.parent, os.O_RDONLY)
@@ -80,6 +92,13 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    """Returns the system's refusal behind an error: torch.save wraps it in one of its own."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def check_parent(path: str | None) -> None:
@@ -270,31 +289,3 @@ def initial_weights(model: nn.Module, path: str | Path, name: str) -> bool:
         weights = {**weights, **{key: own[key] for key in head_keys}}
     load_into(model, weights, path, name)
     return new_head
-
-
-def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Writes the training state; tensors, numbers, strings and containers only."""
-    state = {"version": STATE_VERSION, **state}
-    write_atomically(path, lambda temporary: torch.save(state, temporary))
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """Reads a training state without running code from it.
-
-    Raises:
-        UserError: Missing, damaged, or not a training state.
-    """
-    if not path.is_file():
-        raise UserError(f"cannot resume: {path} does not exist; --resume wants a last_state.pt")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError,
-        zipfile.BadZipFile,
-    ) as error:  # fmt: skip
-        raise UserError(
-            f"cannot resume: {path} is truncated, corrupt or not a last_state.pt"
-        ) from error
-    if not isinstance(state, dict) or state.get("version") != STATE_VERSION:
-        raise UserError(f"cannot resume: {path} is not a training state of this version")
-    return state

@@ -7,10 +7,11 @@ from types import TracebackType
 
 from vitlinear.errors import UserError
 
-STATE, LAST, BEST = "last_state.pt", "last.safetensors", "best.safetensors"
+STATE, PREVIOUS_STATE = "last_state.pt", "previous_state.pt"
+LAST, BEST = "last.safetensors", "best.safetensors"
 ARGUMENTS, CURVES = "args.yaml", "curves.png"
 METRICS = ("summary.csv", "metrics.jsonl")
-FILES = (STATE, LAST, BEST, ARGUMENTS, CURVES, *METRICS)
+FILES = (STATE, PREVIOUS_STATE, LAST, BEST, ARGUMENTS, CURVES, *METRICS)
 
 
 def run_folder(output: str | None, experiment: str | None, model: str) -> Path:
@@ -59,8 +60,10 @@ class RunFolder:
             probe = self.path / ".writable"
             probe.touch()
             probe.unlink()
-            if self.overwrite:
-                for name in FILES:
+            for name in FILES:
+                # of a run that was killed while it wrote
+                (self.path / f".{name}.tmp").unlink(missing_ok=True)
+                if self.overwrite:
                     (self.path / name).unlink(missing_ok=True)
         except OSError as error:
             self._remove_made()

@@ -1,20 +1,24 @@
-"""Loaders over a data set, by timm's factory, and the randomness of an epoch.
-
-Everything random in an epoch (order, augmentation, mixing) follows from the seed that
-`start_epoch` sets, so an epoch is the same whether the run reached it or resumed there.
-"""
+"""Loaders over a data set, by timm's factory; training draws as `order` says."""
 
 import argparse
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from PIL import Image, ImageOps
 from timm.data import FastCollateMixup, IterableImageDataset, auto_augment, create_loader
-from timm.data.distributed_sampler import RepeatAugSampler
-from timm.utils import random_seed
 from torch.utils.data import DataLoader
 
 from vitlinear.errors import UserError
+from vitlinear.train.order import (
+    EpochBatches,
+    SeededErasing,
+    SeededImages,
+    derive_seed,
+    seed_everything,
+    start_worker,
+)
 
 
 def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
@@ -75,41 +79,40 @@ def train_loader(
         vflip=args.vflip,
         color_jitter=args.color_jitter,
         auto_augment=args.aa,
-        num_aug_repeats=args.aug_repeats if args.distributed else 0,
         interpolation=args.train_interpolation,
         mean=data_config["mean"],
         std=data_config["std"],
         num_workers=args.workers,
-        distributed=args.distributed,
         collate_fn=collate,
         pin_memory=args.pin_mem,
         device=device,
-        # Workers that live through an epoch boundary keep a random state no checkpoint can hold.
         persistent_workers=False,
     )
-    if args.aug_repeats and not args.distributed:
-        loader.loader = _with_sampler(
-            loader.loader,
-            RepeatAugSampler(dataset, num_replicas=1, rank=0, num_repeats=args.aug_repeats),
+    if loader.random_erasing is not None:
+        loader.random_erasing = SeededErasing(loader.random_erasing)
+    _leave_signals(loader)
+    if not iterable:
+        batches = EpochBatches(
+            len(dataset), args.batch_size, args.aug_repeats, args.rank, args.world_size
         )
+        loader.loader = _from_places(loader.loader, batches)
     if len(loader) == 0:
         raise UserError(
             f"the training set has {len(dataset)} images, fewer than one batch of "
-            f"{args.batch_size}: lower --batch-size"
+            f"{args.batch_size} in {args.world_size} process(es): lower --batch-size"
         )
     return loader
 
 
-def _with_sampler(loader: DataLoader, sampler: RepeatAugSampler) -> DataLoader:
-    """Returns the same loader over another sampler.
+def _leave_signals(loader: Any) -> None:
+    loader.loader.worker_init_fn = functools.partial(start_worker, loader.loader.worker_init_fn)
 
-    timm's factory repeats augmentations only between processes; the sampler itself works in one.
-    """
+
+def _from_places(loader: DataLoader, batches: EpochBatches) -> DataLoader:
+    """Returns the same loader, drawing as `order` says."""
     return DataLoader(
-        loader.dataset,
-        batch_size=loader.batch_size,
-        sampler=sampler,
-        drop_last=loader.drop_last,
+        SeededImages(loader.dataset),
+        batch_sampler=batches,
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
@@ -128,7 +131,7 @@ def eval_loader(
     pin_memory: bool = False,
 ) -> Any:
     """Builds timm's evaluation loader."""
-    return create_loader(
+    loader = create_loader(
         dataset,
         input_size=data_config["input_size"],
         batch_size=batch_size,
@@ -143,16 +146,34 @@ def eval_loader(
         device=device,
         persistent_workers=False,
     )
+    _leave_signals(loader)
+    return loader
 
 
-def start_epoch(loader: Any, seed: int, epoch: int, rank: int = 0) -> None:
-    """Sets every source of randomness of one epoch: process, workers (seeded from it), samplers.
+def start_epoch(loader: Any, seed: int, epoch: int, rank: int = 0, first: int = 0) -> None:
+    """Makes the next iteration of a training loader the given epoch.
 
-    The samplers of timm and torch shuffle by epoch number alone; giving them a number that holds
-    the seed too makes two seeds see two orders. Ranks share the order and differ in the rest.
+    Args:
+        loader: From `train_loader`.
+        seed: Of the run.
+        epoch: Number, from 0.
+        rank: Of this process.
+        first: Batch to begin with. An iterable data set has no random access: it begins with the
+            first, and `batches_from` reads on to this one.
     """
-    number = (seed * 1_000_003 + epoch) % 2**31
-    random_seed(number, rank)
-    for part in (loader.sampler, loader.dataset):
-        if hasattr(part, "set_epoch"):
-            part.set_epoch(number if part is loader.sampler else epoch)
+    seed_everything(derive_seed(seed, epoch, rank, "epoch"))  # iterable sets shuffle from here
+    if isinstance(loader.batch_sampler, EpochBatches):
+        loader.batch_sampler.start(seed, epoch, first)
+    elif hasattr(loader.dataset, "set_epoch"):
+        loader.dataset.set_epoch(epoch)
+        first = 0
+    if loader.random_erasing is not None:
+        loader.random_erasing.start(seed, epoch, rank, first)
+
+
+def batches_from(loader: Any, first: int) -> Iterator[tuple[int, Any]]:
+    """Yields (number, batch) of the epoch set by `start_epoch`, from batch ``first`` on."""
+    seeks = isinstance(getattr(loader, "batch_sampler", None), EpochBatches)
+    for number, batch in enumerate(loader, start=first if seeks else 0):
+        if number >= first:
+            yield number, batch

@@ -1,25 +1,34 @@
 """One epoch of training."""
 
 import contextlib
-import dataclasses
 import math
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from timm.scheduler.scheduler import Scheduler
 from timm.task import TrainingTask
-from timm.utils import NativeScaler, dispatch_clip_grad
+from timm.utils import dispatch_clip_grad, unwrap_model
+from torch import distributed, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
 from vitlinear.errors import UserError
+from vitlinear.train.loader import batches_from
+from vitlinear.train.nonfinite import diagnose
+from vitlinear.train.order import seed_step
 
 
-@dataclasses.dataclass
 class Updater:
     """Turns losses into optimiser updates: scaling, clipping, accumulation, schedule, average.
 
-    Attributes:
+    An update whose loss or gradients are not finite is skipped without a trace: weights, moving
+    average and BatchNorm statistics stay as they were. The schedule goes on, so that a batch has
+    its learning rate whatever happened before it. With a float16 scaler, gradients that overflow
+    under a finite loss are its ordinary business and are not counted.
+
+    Args:
         task: Holds the model and the loss.
         optimizer: Steps once per group of ``accumulate`` batches.
         scheduler: timm schedule, or None.
@@ -28,18 +37,39 @@ class Updater:
         clip_grad: Bound, or None.
         clip_mode: ``norm``, ``value`` or ``agc``.
         ema: Whether the task averages its weights.
-        updates: Updates made so far, over all epochs.
+
+    Attributes:
+        updates: Updates made or skipped so far, over all epochs.
+        skipped: How many of them were skipped.
     """
 
-    task: TrainingTask
-    optimizer: torch.optim.Optimizer
-    scheduler: Scheduler | None
-    scaler: NativeScaler | None
-    accumulate: int = 1
-    clip_grad: float | None = None
-    clip_mode: str = "norm"
-    ema: bool = False
-    updates: int = 0
+    def __init__(
+        self,
+        task: TrainingTask,
+        optimizer: torch.optim.Optimizer,
+        scheduler: Scheduler | None,
+        scaler: torch.amp.GradScaler | None,
+        accumulate: int = 1,
+        clip_grad: float | None = None,
+        clip_mode: str = "norm",
+        ema: bool = False,
+        updates: int = 0,
+    ) -> None:
+        self.task, self.optimizer, self.scheduler, self.scaler = task, optimizer, scheduler, scaler
+        self.accumulate, self.clip_grad, self.clip_mode = accumulate, clip_grad, clip_mode
+        self.ema, self.updates, self.skipped = ema, updates, 0
+        model = task.get_trainable_module()
+        assert model is not None
+        # One list of tensors per type, as foreach copies want it; a copy of each beside it.
+        buffers = [
+            buffer
+            for module in model.modules()
+            if isinstance(module, nn.modules.batchnorm._NormBase)
+            for buffer in module.buffers(recurse=False)
+        ]
+        groups = [[x for x in buffers if x.dtype == dtype] for dtype in {x.dtype for x in buffers}]
+        self._statistics = [(group, [x.clone() for x in group]) for group in groups]
+        self._losses_finite: torch.Tensor | None = None
 
     def backward(self, loss: torch.Tensor, group: int, last: bool) -> None:
         """Adds one batch's gradients, and updates after the last batch of a group.
@@ -49,36 +79,62 @@ class Updater:
             group: Number of batches in this group.
             last: Whether this batch is the group's last.
         """
+        finite = loss.detach().isfinite()
+        before = self._losses_finite
+        self._losses_finite = finite if before is None else before & finite
         loss = loss / group
         # Between processes, gradients need exchanging only once per update.
         with contextlib.nullcontext() if last else self.task.no_sync():
-            if self.scaler is not None:
-                self.scaler(
-                    loss,
-                    self.optimizer,
-                    clip_grad=self.clip_grad,
-                    clip_mode=self.clip_mode,
-                    parameters=self.parameters(),
-                    need_update=last,
-                )
-            else:
-                loss.backward()
-        if not last:
-            return
-        if self.scaler is None:
-            if self.clip_grad is not None:
-                dispatch_clip_grad(self.parameters(), self.clip_grad, mode=self.clip_mode)
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        if last:
+            self._update()
+
+    def _update(self) -> None:
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        finite = self._clip()
+        if self.scaler is not None:
+            self.scaler.step(self.optimizer)  # does nothing where it found an infinity
+            self.scaler.update()
+        elif finite:
             self.optimizer.step()
         self.optimizer.zero_grad()
         self.updates += 1
-        if self.ema:
-            self.task.update_ema(step=self.updates)
+        if finite:
+            self.keep_statistics()
+            if self.ema:
+                self.task.update_ema(step=self.updates)
+        else:
+            for now, kept in self._statistics:
+                torch._foreach_copy_(now, kept)
+            self.skipped += self.scaler is None or not self._losses_were_finite()
+        self._losses_finite = None
         if self.scheduler is not None:
             self.scheduler.step_update(self.updates)
 
-    def parameters(self) -> Any:
-        """Parameters whose gradients are clipped; adaptive clipping leaves the head alone."""
-        return self.task.get_clip_parameters(exclude_head=self.clip_mode == "agc")
+    def _clip(self) -> bool:
+        """Bounds the gradients; returns whether they are finite, the same in every process."""
+        parameters = list(self.task.get_clip_parameters())
+        gradients = [x.grad for x in parameters if x.grad is not None]
+        norm = get_total_norm(gradients)
+        if self.clip_grad is not None and self.clip_mode == "norm":
+            clip_grads_with_norm_(parameters, self.clip_grad, norm)
+        elif self.clip_grad is not None:  # adaptive clipping leaves the head alone
+            chosen = self.task.get_clip_parameters(exclude_head=self.clip_mode == "agc")
+            dispatch_clip_grad(chosen, self.clip_grad, mode=self.clip_mode)
+        return bool(norm.isfinite())
+
+    def _losses_were_finite(self) -> bool:
+        assert self._losses_finite is not None
+        finite = self._losses_finite.to(torch.int32)
+        if distributed.is_initialized():
+            distributed.all_reduce(finite, distributed.ReduceOp.MIN)
+        return bool(finite)
+
+    def keep_statistics(self) -> None:
+        """Takes the BatchNorm statistics as they are for good."""
+        for now, kept in self._statistics:
+            torch._foreach_copy_(kept, now)
 
 
 def updates_per_epoch(batches: int, accumulate: int) -> int:
@@ -86,11 +142,67 @@ def updates_per_epoch(batches: int, accumulate: int) -> int:
     return math.ceil(batches / accumulate)
 
 
+class Totals:
+    """Sums over the images of an epoch in this process, kept on the device.
+
+    Attributes:
+        skipped: Updates of the epoch without a finite loss; their images count in no sum.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, images
+        self.skipped = 0
+
+    def add(self, loss: torch.Tensor, output: torch.Tensor, target: torch.Tensor) -> None:
+        """Adds a batch: mean loss, logits ``[B, C]``, and labels ``[B]`` or ``[B, C]``."""
+        labels = target if target.ndim == 1 else target.argmax(dim=1)
+        correct = (output.argmax(dim=1) == labels).sum()
+        count = torch.full_like(correct, len(labels))
+        sums = torch.stack([loss.detach().double() * len(labels), correct.double(), count.double()])
+        self._sums += torch.where(loss.detach().isfinite(), sums, torch.zeros_like(sums))
+
+    def state(self) -> list[list[float]]:
+        """Returns the sums of every process; all of them have to call."""
+        if not distributed.is_initialized():
+            return [[*self._sums.tolist(), self.skipped]]
+        mine = torch.cat([self._sums, self._sums.new_tensor([self.skipped])])
+        found = [torch.empty_like(mine) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(found, mine)
+        return [sums.tolist() for sums in found]
+
+    def load_state(self, state: Sequence[Sequence[float]], rank: int) -> None:
+        """Goes on from what `state` returned, in as many processes."""
+        self._sums.copy_(torch.tensor(state[rank][:3], dtype=torch.float64))
+        self.skipped = int(state[rank][3])
+
+    def means(self, everywhere: bool = False) -> dict[str, float]:
+        """Returns ``loss`` and ``top1`` (percent; of mixed images, against the stronger label).
+
+        Args:
+            everywhere: Over the images of all processes, which all have to call; else its own.
+        """
+        sums = self._sums.clone()
+        if everywhere and distributed.is_initialized():
+            distributed.all_reduce(sums)
+        loss, correct, images = sums.tolist()
+        return {
+            "loss": loss / images if images else math.nan,
+            "top1": 100 * correct / images if images else math.nan,
+        }
+
+
 def train_one_epoch(
     updater: Updater,
     loader: Any,
     autocast: Any,
     *,
+    seed: int = 0,
+    epoch: int = 0,
+    rank: int = 0,
+    first: int = 0,
+    totals: Totals | None = None,
+    after_update: Callable[[int, Totals], None] | None = None,
+    max_nonfinite: int = 10,
     title: str = "",
     channels_last: bool = False,
     log_interval: int = 50,
@@ -102,55 +214,104 @@ def train_one_epoch(
         updater: Model and optimiser.
         loader: Yields (images, targets); targets are class indices or, mixed, distributions.
         autocast: Function returning the context of a forward pass.
+        seed: Of the run.
+        epoch: Number of the epoch, from 0.
+        rank: Of this process.
+        first: Batch to begin with, the first of a group.
+        totals: Sums over the batches before ``first``.
+        after_update: Called with the number of batches done and the sums after each update.
+        max_nonfinite: Updates of this epoch that may be skipped.
         title: Left of the progress bar.
         channels_last: Memory format of the images.
         log_interval: Updates between looks at the loss, each of which waits for a GPU.
         show_progress: Whether this process draws a bar (on a terminal only).
 
     Returns:
-        ``loss`` and ``top1`` (percent; against the stronger label where images were mixed) over
-        this process's images, ``images_per_s``.
+        ``loss`` and ``top1`` over the images of all processes, ``images_per_s`` of this one,
+        ``skipped`` updates.
 
     Raises:
-        UserError: The loss is no longer finite.
+        UserError: More updates than ``max_nonfinite``, or all of them, were skipped.
     """
     task = updater.task
     task.train()
     batches = len(loader)
-    loss_sum = torch.zeros((), dtype=torch.float64, device=task.device)
-    correct = torch.zeros((), dtype=torch.int64, device=task.device)
+    totals = totals or Totals(task.device)
     images, start = 0, time.perf_counter()
     updater.optimizer.zero_grad()
+    updater.keep_statistics()
     bar = tqdm(
-        loader, desc=title, leave=False, dynamic_ncols=True, disable=None if show_progress else True
+        total=batches,
+        initial=first,
+        desc=title,
+        leave=False,
+        dynamic_ncols=True,
+        disable=None if show_progress else True,
     )
-    for index, (batch, target) in enumerate(bar):
-        if channels_last:
-            batch = batch.contiguous(memory_format=torch.channels_last)
-        group_start = index - index % updater.accumulate
-        group = min(updater.accumulate, batches - group_start)
-        last = index + 1 == group_start + group
-        with autocast():
-            result = task(batch, target)
-        updater.backward(result["loss"], group, last)
-
-        labels = target if target.ndim == 1 else target.argmax(dim=1)
-        loss_sum += result["loss"].detach().double() * len(batch)
-        correct += (result["output"].argmax(dim=1) == labels).sum()
-        images += len(batch)
-        if index + 1 == batches or (last and updater.updates % log_interval == 0):
-            mean = loss_sum.item() / images
-            if not math.isfinite(mean):
-                raise UserError(
-                    f"the loss became {mean} within {updater.updates} updates: lower --lr, add "
-                    "--clip-grad 1, or use --amp-dtype bfloat16 in place of float16"
+    group_batches: list[tuple[int, torch.Tensor]] = []
+    with bar:
+        for index, (batch, target) in batches_from(loader, first):
+            if channels_last:
+                batch = batch.contiguous(memory_format=torch.channels_last)
+            group_start = index - index % updater.accumulate
+            group = min(updater.accumulate, batches - group_start)
+            last = index + 1 == group_start + group
+            seed_step(seed, epoch, index, rank)
+            group_batches.append((index, batch))
+            with autocast():
+                result = task(batch, target)
+            skipped = updater.skipped
+            updater.backward(result["loss"], group, last)
+            totals.add(result["loss"], result["output"], target)
+            images += len(batch)
+            bar.update()
+            if not last:
+                continue
+            if updater.skipped > skipped:
+                totals.skipped += 1
+                made = updates_per_epoch(index + 1, updater.accumulate)
+                whole_epoch = totals.skipped == made and index + 1 == batches
+                if totals.skipped > max_nonfinite or whole_epoch:
+                    cause = _cause(updater, group_batches, autocast, seed, epoch, rank)
+                    raise UserError(
+                        f"{totals.skipped} of {made} updates of epoch {epoch + 1} had a loss or "
+                        f"gradients that are not finite; {cause}"
+                    )
+                if show_progress:
+                    bar.write(
+                        f"epoch {epoch + 1}, update {made}: loss or gradients not finite, update "
+                        f"skipped ({totals.skipped} in this epoch, at most {max_nonfinite})"
+                    )
+            group_batches.clear()
+            if index + 1 == batches or updater.updates % log_interval == 0:
+                means, speed = totals.means(), images / (time.perf_counter() - start)
+                bar.set_postfix_str(
+                    f"loss {means['loss']:.4f}, top-1 {means['top1']:.2f} %, {speed:.0f} img/s"
                 )
-            speed = images / (time.perf_counter() - start)
-            bar.set_postfix_str(
-                f"loss {mean:.4f}, top-1 {100 * correct.item() / images:.2f} %, {speed:.0f} img/s"
-            )
+            if after_update is not None:
+                after_update(index + 1, totals)
     return {
-        "loss": loss_sum.item() / images,
-        "top1": 100 * correct.item() / images,
+        **totals.means(everywhere=True),
         "images_per_s": images / (time.perf_counter() - start),
+        "skipped": float(totals.skipped),
     }
+
+
+def _cause(
+    updater: Updater,
+    batches: list[tuple[int, torch.Tensor]],
+    autocast: Any,
+    seed: int,
+    epoch: int,
+    rank: int,
+) -> str:
+    """Diagnoses the batches of an update; the first in which something is not finite, or the last.
+
+    Every process looks at all of its batches: layers that talk to each other must meet.
+    """
+    model = unwrap_model(updater.task.get_trainable_module())
+    causes = []
+    for index, images in batches:
+        seed_step(seed, epoch, index, rank)
+        causes.append(diagnose(model, images, autocast))
+    return next((cause for cause in causes if "every activation" not in cause), causes[-1])

@@ -9,6 +9,7 @@ far, of the model or of its moving average), ``last.safetensors`` (the average w
 import argparse
 import dataclasses
 import math
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,13 +23,15 @@ from torch import distributed
 
 from vitlinear.errors import UserError, one_line
 from vitlinear.train import arguments, folder
-from vitlinear.train.checkpoint import read_state, save_state, save_weights, write_text
+from vitlinear.train.checkpoint import save_weights, write_text
 from vitlinear.train.config import Parser, parse_with_config, saved_arguments
 from vitlinear.train.evaluate import evaluate
 from vitlinear.train.loader import start_epoch
 from vitlinear.train.logger import MetricsLog, check_plotting, plot_curves
-from vitlinear.train.loop import train_one_epoch
+from vitlinear.train.loop import Totals, train_one_epoch
 from vitlinear.train.setup import Run, set_up
+from vitlinear.train.signals import Stopped, StopSignals
+from vitlinear.train.state import read_newest, read_state, save_state
 
 # A resumed run that differs in one of these is another run.
 FIXED_ON_RESUME = ("model", "model_kwargs", "opt", "model_ema", "seed")
@@ -48,8 +51,12 @@ def parse_arguments(
 
 
 def main(argv: Sequence[str] | None, prog: str = "vitlinear train") -> None:
-    """Runs the command."""
-    train(parse_arguments(argv, prog))
+    """Runs the command; a run that a signal stopped ends the process with that signal's status."""
+    try:
+        train(parse_arguments(argv, prog))
+    except Stopped as stop:
+        print(stop, flush=True)
+        sys.exit(stop.exit_status)
 
 
 def train(args: argparse.Namespace) -> dict[str, Any]:
@@ -68,52 +75,72 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError("--resume and --overwrite exclude each other")
     if args.plot:
         check_plotting()
-    path, state_path = _where(args)
-    state = read_state(state_path) if state_path else None
+    path, state, note = _find_state(args)
     saved = saved_arguments(args)  # before the launcher's ranks are added
     if state is not None:
-        _check_same_run(saved, state, state_path)
+        _check_same_run(saved, state, path)
     files = folder.RunFolder(path, resume=bool(args.resume), overwrite=args.overwrite)
     files.check()
     try:
         run = set_up(args)
-        if state is not None:
-            _restore(run, state)
-        if args.rank != 0:
-            return _epochs(run, None, state, saved)
-        with files:
-            write_text(path / folder.ARGUMENTS, yaml.safe_dump(saved, sort_keys=False))
-            for note in (*run.notes, f"files go to {path}"):
-                print(note)
-            return _epochs(run, path, state, saved)
+        start = Start() if state is None else _restore(run, state)
+        with StopSignals() as signals:
+            if args.rank != 0:
+                return _epochs(run, None, start, saved, signals)
+            with files:
+                write_text(path / folder.ARGUMENTS, yaml.safe_dump(saved, sort_keys=False))
+                for line in (*filter(None, [note]), *run.notes, f"files go to {path}"):
+                    print(line)
+                return _epochs(run, path, start, saved, signals)
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()
 
 
-def _where(args: argparse.Namespace) -> tuple[Path, Path | None]:
-    """Returns the run folder and the state to resume from, if any."""
+@dataclasses.dataclass
+class Start:
+    """Where a run starts or goes on.
+
+    Attributes:
+        epoch: Epochs done.
+        batch: Batches of the next one done.
+        totals: Sums over these batches, None where there are none.
+        lr: Learning rate that the epoch began with, None where it has not.
+        best: Best held-out metric so far.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    totals: Totals | None = None
+    lr: float | None = None
+    best: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def _find_state(args: argparse.Namespace) -> tuple[Path, dict[str, Any] | None, str | None]:
+    """Returns the run folder, the state to resume from, if any, and a line about it, if any."""
     if args.resume not in (None, "", "auto"):
         state = Path(args.resume).expanduser()
-        state = state / folder.STATE if state.is_dir() else state
-        if state.is_file() and (args.output or args.experiment):
+        found = state if state.is_dir() else state.parent
+        if found.is_dir() and (args.output or args.experiment):
             wanted = folder.run_folder(args.output, args.experiment, args.model)
-            if wanted.resolve() != state.parent.resolve():
+            if wanted.resolve() != found.resolve():
                 raise UserError(
-                    f"--resume {args.resume} continues in {state.parent}, not in {wanted}: "
+                    f"--resume {args.resume} continues in {found}, not in {wanted}: "
                     "leave --output and --experiment out"
                 )
-        return state.parent, state
+        if not state.is_dir():
+            return found, read_state(state), None
+        newest, note = read_newest(state)
+        return found, newest or read_state(state / folder.STATE), note
     path = folder.run_folder(args.output, args.experiment, args.model or "")
-    if args.resume == "auto":
-        if not (args.output or args.experiment):
-            raise UserError("--resume auto looks in the run folder: name it with --output")
-        state = path / folder.STATE
-        return path, state if state.is_file() else None
-    return path, None
+    if args.resume != "auto":
+        return path, None, None
+    if not (args.output or args.experiment):
+        raise UserError("--resume auto looks in the run folder: name it with --output")
+    return path, *read_newest(path)
 
 
-def _check_same_run(saved: dict[str, Any], state: dict[str, Any], path: Path | None) -> None:
+def _check_same_run(saved: dict[str, Any], state: dict[str, Any], path: Path) -> None:
     for key in FIXED_ON_RESUME:
         if saved[key] != state["args"][key]:
             raise UserError(
@@ -122,10 +149,12 @@ def _check_same_run(saved: dict[str, Any], state: dict[str, Any], path: Path | N
             )
 
 
-def _restore(run: Run, state: dict[str, Any]) -> None:
-    """Puts model, average, optimiser, scaler and schedule back to where ``state`` left them.
+def _restore(run: Run, state: dict[str, Any]) -> Start:
+    """Puts model, average, optimiser and scaler back to where ``state`` left them.
 
-    Random state needs no restoring: each epoch's follows from the seed, which must be the same.
+    The schedule follows from the number of updates, and everything random from the seed, which
+    must be the same, and the place in the epoch. In another number of processes, or with another
+    batch size, a run goes on from the last whole update before that place.
     """
     if state["num_classes"] != run.card.num_classes:
         raise UserError(
@@ -142,43 +171,79 @@ def _restore(run: Run, state: dict[str, Any]) -> None:
     except (RuntimeError, ValueError, KeyError) as error:
         reason = one_line(error)[:200]
         raise UserError(f"cannot resume: the state does not fit the model ({reason})") from error
-    run.updater.updates = state["updates"]
+    args, updater = run.args, run.updater
+    start = Start(state["epoch"], state["batch"], lr=state["lr"], best=dict(state["best"]))
+    updater.updates, updater.skipped = state["updates"], state["skipped"]
+    images = args.batch_size * args.world_size
+    if (
+        state["images_per_batch"] != images
+        or state["args"]["grad_accum_steps"] != updater.accumulate
+    ):
+        batch = start.batch * state["images_per_batch"] // images
+        start.batch = batch - batch % updater.accumulate
+        updater.updates = start.epoch * run.updates_per_epoch + start.batch // updater.accumulate
+    if start.batch:
+        start.totals = Totals(run.device)
+        sums = state["totals"]
+        if len(sums) != args.world_size:
+            whole = [sum(parts) for parts in zip(*sums, strict=True)]
+            sums = [whole] + [[0.0] * len(whole)] * (args.world_size - 1)
+        start.totals.load_state(sums, args.rank)
+    return start
 
 
 def _epochs(
-    run: Run, path: Path | None, state: dict[str, Any] | None, saved: dict[str, Any]
+    run: Run, path: Path | None, start: Start, saved: dict[str, Any], signals: StopSignals
 ) -> dict[str, Any]:
     """Runs the remaining epochs; ``path`` is None in processes that write nothing."""
     args, updater = run.args, run.updater
-    first = state["epoch"] if state else 0
-    best: dict[str, Any] = dict(state["best"]) if state else {}
+    best = start.best
     log = MetricsLog(path) if path else None
-    if log and state:
-        log.keep_before(first)
+    if log:
+        log.keep_before(start.epoch)
     end = min(run.epochs, args.stop_epoch or run.epochs)
     if updater.scheduler is not None:
-        set_schedule(updater.scheduler, first, first * run.updates_per_epoch)
-    for epoch in range(first, end):
-        start = time.perf_counter()
+        set_schedule(updater.scheduler, start.epoch, updater.updates)
+    for epoch in range(start.epoch, end):
+        began = time.perf_counter()
+        at = start if epoch == start.epoch else Start(epoch, best=best)
+        if at.lr is None:
+            at.lr = updater.optimizer.param_groups[0]["lr"]
+
+        def after_update(batches: int, totals: Totals, at: Start = at) -> None:
+            number = signals.agreed(run.device, updater.updates)
+            due = args.recovery_interval and updater.updates % args.recovery_interval == 0
+            if number or due:
+                here = dataclasses.replace(at, batch=batches, totals=totals)
+                _write_state(run, path, saved, here)
+            if number:
+                raise Stopped(number, f"update {updater.updates}, in epoch {at.epoch + 1}")
+
         if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
             run.train_loader.mixup_enabled = False
-        start_epoch(run.train_loader, args.seed, epoch, args.rank)
-        lr = updater.optimizer.param_groups[0]["lr"]
+        start_epoch(run.train_loader, args.seed, epoch, args.rank, at.batch)
         trained = train_one_epoch(
             updater,
             run.train_loader,
             run.autocast,
+            seed=args.seed,
+            epoch=epoch,
+            rank=args.rank,
+            first=at.batch,
+            totals=at.totals,
+            after_update=after_update,
+            max_nonfinite=args.max_nonfinite,
             title=f"epoch {epoch + 1}/{end}",
             channels_last=args.channels_last,
             log_interval=args.log_interval,
             show_progress=path is not None,
         )
-        row: dict[str, Any] = {"epoch": epoch + 1, "lr": lr}
-        row |= {f"train_{name}": trained[name] for name in ("loss", "top1")}
+        row: dict[str, Any] = {"epoch": epoch + 1, "lr": at.lr}
+        row |= {f"train_{name}": trained[name] for name in ("loss", "top1", "skipped")}
         for name, metrics in _evaluate_all(run).items():
             row |= {f"{name}_{key}": value for key, value in metrics.items()}
         row["images_per_s"] = trained["images_per_s"] * args.world_size
-        row["seconds"] = time.perf_counter() - start
+        row["seconds"] = time.perf_counter() - began
         if run.device.type == "cuda":
             row["peak_memory_gib"] = torch.cuda.max_memory_allocated(run.device) / 2**30
         if updater.scheduler is not None:
@@ -188,8 +253,14 @@ def _epochs(
         if improved:
             best = found
         if path and log:
-            _write_epoch(run, path, log, row, best, improved, saved)
-    return {"folder": path, "epoch": max(first, end), "best": best}
+            _write_epoch(run, path, log, row, best, improved)
+        _write_state(run, path, saved, Start(epoch + 1, best=best))
+        if path and log:
+            _show_epoch(run, path, log, improved)
+        number = signals.agreed(run.device)
+        if number and epoch + 1 < end:
+            raise Stopped(number, f"epoch {epoch + 1}")
+    return {"folder": path, "epoch": max(start.epoch, end), "best": best}
 
 
 def set_schedule(scheduler: Scheduler, epoch: int, updates: int) -> None:
@@ -244,33 +315,47 @@ def _write_epoch(
     row: dict[str, Any],
     best: dict[str, Any],
     improved: bool,
-    saved: dict[str, Any],
 ) -> None:
-    """Writes the files of one epoch; the state last, so that it never names what is not there."""
-    weights = dict(run.task.get_checkpoint_state())
-    if run.updater.ema:
-        weights |= run.task.get_checkpoint_state(ema=True)
-    names = {"model": "state_dict", "ema": "state_dict_ema"}
+    """Writes weights and metrics of an epoch; the state comes after what it speaks of."""
     last = "ema" if run.updater.ema else "model"
     kinds = [(folder.LAST, last)] + ([(folder.BEST, best["weights"])] if improved else [])
     for name, kind in kinds:
-        prefix = "ema" if kind == "ema" else "eval"
+        ema = kind == "ema"
+        prefix, key = ("ema", "state_dict_ema") if ema else ("eval", "state_dict")
         metric = {run.args.eval_metric: row[f"{prefix}_{run.args.eval_metric}"]}
         card = dataclasses.replace(run.card, epoch=row["epoch"], metric=metric, weights=kind)
-        save_weights(path / name, weights[names[kind]], card)
+        save_weights(path / name, run.task.get_checkpoint_state(ema=ema)[key], card)
     log.add(row)
+
+
+def _write_state(run: Run, path: Path | None, saved: dict[str, Any], at: Start) -> None:
+    """Writes the state; all processes have to call, and the one with a path writes."""
+    totals = at.totals.state() if at.totals else []
+    if path is None:
+        return
+    updater, args = run.updater, run.args
     state = {
-        **weights,
-        "epoch": row["epoch"],
-        "updates": run.updater.updates,
+        **run.task.get_checkpoint_state(),
+        **(run.task.get_checkpoint_state(ema=True) if updater.ema else {}),
+        "epoch": at.epoch,
+        "batch": at.batch,
+        "totals": totals,
+        "lr": at.lr,
+        "updates": updater.updates,
+        "skipped": updater.skipped,
+        "images_per_batch": args.batch_size * args.world_size,
         "num_classes": run.card.num_classes,
-        "optimizer": run.updater.optimizer.state_dict(),
-        "best": best,
+        "optimizer": updater.optimizer.state_dict(),
+        "best": at.best,
         "args": saved,
     }
-    if run.updater.scaler is not None:
-        state["scaler"] = run.updater.scaler.state_dict()
+    if updater.scaler is not None:
+        state["scaler"] = updater.scaler.state_dict()
     save_state(path / folder.STATE, state)
+
+
+def _show_epoch(run: Run, path: Path, log: MetricsLog, improved: bool) -> None:
+    row = log.rows[-1]
     if run.args.plot:
         plot_curves(log.rows, path / folder.CURVES)
     shown = f", average {row['ema_top1']:.2f} %" if "ema_top1" in row else ""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from timm.task import ClassificationTask
-from timm.utils import NativeScaler, init_distributed_device, is_distributed_env, random_seed
+from timm.utils import init_distributed_device, is_distributed_env, random_seed
 from torch import distributed, nn
 
 from vitlinear.errors import UserError
@@ -197,7 +197,7 @@ def set_up(args: argparse.Namespace) -> Run:
         task,
         optimizer,
         scheduler,
-        NativeScaler(device=device.type) if scaled else None,
+        torch.amp.GradScaler(device=device.type) if scaled else None,
         accumulate=args.grad_accum_steps,
         clip_grad=args.clip_grad,
         clip_mode=args.clip_mode,

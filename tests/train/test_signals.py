@@ -1,0 +1,33 @@
+"""Signals are noted, agreed on, and left as they were."""
+
+import signal
+
+import pytest
+import torch
+
+from vitlinear.train.signals import Stopped, StopSignals
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_noted_once_and_given_back(number: signal.Signals) -> None:
+    second = []
+    before = signal.signal(number, lambda *_: second.append(1))
+    try:
+        with StopSignals() as signals:
+            assert signals.agreed(CPU, 3) == 0
+            signal.raise_signal(number)
+            assert signals.agreed(CPU, 3) == signals.agreed(CPU) == number and not second
+            signal.raise_signal(number)  # impatient: it does what it did before
+            assert second == [1]
+        signal.raise_signal(number)
+        assert second == [1, 1]
+    finally:
+        signal.signal(number, before)
+
+
+def test_the_message_says_how_to_go_on() -> None:
+    stop = Stopped(signal.SIGTERM, "update 7, in epoch 2")
+    assert str(stop).startswith("stopped by SIGTERM after update 7, in epoch 2, state saved")
+    assert "--resume auto" in str(stop) and stop.exit_status == 143

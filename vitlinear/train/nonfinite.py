@@ -1,0 +1,95 @@
+"""What went wrong in a training step whose loss or gradients are not finite."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+ADVICE = (
+    "Lower --lr, add --clip-grad 1, or use --amp-dtype bfloat16 in place of float16, and go on "
+    "from the last state with --resume"
+)
+
+
+def describe(tensor: torch.Tensor) -> str:
+    """Returns shape, type, counts of NaN and infinity, and the range of what is finite."""
+    values = tensor.detach()
+    finite = values[values.isfinite()].float()
+    text = f"{list(values.shape)} {str(values.dtype).removeprefix('torch.')}"
+    text += f", {int(values.isnan().sum())} NaN, {int(values.isinf().sum())} infinite"
+    if finite.numel():
+        text += f", finite ones from {finite.min().item():.4g} to {finite.max().item():.4g}"
+    return text
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value] if value.is_floating_point() else []
+    if isinstance(value, (tuple, list)):
+        return [tensor for item in value for tensor in _tensors(item)]
+    if isinstance(value, dict):
+        return _tensors(list(value.values()))
+    return []
+
+
+def _bad(value: Any) -> torch.Tensor | None:
+    return next((x for x in _tensors(value) if not bool(x.isfinite().all())), None)
+
+
+@torch.no_grad()
+def diagnose(model: nn.Module, images: torch.Tensor, autocast: Any) -> str:
+    """Runs a batch again and says where it stops being finite.
+
+    The model is to be in the state, and the random generators at the seed, of the step that went
+    wrong. BatchNorm statistics are left as they are.
+
+    Args:
+        model: Without wrappers of compilation or distribution, in the mode it failed in.
+        images: ``[B, C, H, W]``.
+        autocast: Function returning the context of a forward pass.
+
+    Returns:
+        The first of images, weights, and layers in order of execution that holds a NaN or an
+        infinity, with the statistics of what went in and what came out; and what to do.
+    """
+    if _bad(images) is not None:
+        return f"the images themselves are not finite: {describe(images)}; check the data and --std"
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            return (
+                f"the weights are not finite before this step already; first {name}: "
+                f"{describe(value)}. {ADVICE}"
+            )
+    found: list[str] = []
+
+    def look(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            bad = None if found else _bad(output)
+            if bad is not None:
+                given = "; ".join(describe(x) for x in _tensors(inputs)) or "no tensor"
+                kind = type(module).__name__
+                found.append(
+                    f"first layer with non-finite activations: {name or 'the model'} ({kind})\n"
+                    f"  in: {given}\n  out: {describe(bad)}"
+                )
+
+        return hook
+
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    # A layer's hook runs before those of the modules around it: the first hit is the innermost.
+    hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules()]
+    try:
+        with autocast():
+            output = model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+    if found:
+        return f"{found[0]}. {ADVICE}"
+    top = max(float(x.abs().max()) for x in _tensors(output))
+    return (
+        f"every activation of the forward pass is finite (the largest logit is {top:.4g}): "
+        f"the loss or its gradients overflow. {ADVICE}"
+    )

@@ -1,0 +1,77 @@
+"""Stopping a run from outside: SIGTERM and SIGUSR1 end it at the next update, its state saved."""
+
+import signal
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from torch import distributed
+
+# What queues send before they take a machine away, and what `kill` sends.
+NAMES = ("SIGTERM", "SIGUSR1")
+# Updates between the processes' agreements: each waits for the GPU.
+AGREE_EVERY = 10
+
+
+class Stopped(Exception):
+    """The run was asked to stop; its state is saved.
+
+    Attributes:
+        exit_status: 128 and the number of the signal, as shells report it.
+    """
+
+    def __init__(self, number: int, where: str) -> None:
+        super().__init__(
+            f"stopped by {signal.Signals(number).name} after {where}, state saved: the same "
+            "command with --resume auto continues"
+        )
+        self.exit_status = 128 + number
+
+
+class StopSignals:
+    """Context manager that takes note of signals instead of dying of them.
+
+    A second signal of the same kind does what it would have done without us.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        for name in NAMES:
+            if hasattr(signal, name):
+                try:
+                    number = getattr(signal, name)
+                    self._before[number] = signal.signal(number, self._note)
+                except ValueError:  # only the main thread may; a run in another has no signals
+                    break
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        signal.signal(number, self._before[number])
+
+    def agreed(self, device: torch.device, updates: int | None = None) -> int:
+        """Returns the signal that some process received, or 0; the same in all processes.
+
+        Args:
+            device: Where the processes exchange tensors.
+            updates: Made so far; the processes only ask each other every `AGREE_EVERY`. None asks.
+        """
+        if not distributed.is_initialized():
+            return self.received
+        if updates is not None and updates % AGREE_EVERY:
+            return 0
+        number = torch.tensor(self.received, device=device)
+        distributed.all_reduce(number, distributed.ReduceOp.MAX)
+        return int(number)
