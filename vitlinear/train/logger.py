@@ -1,74 +1,187 @@
-"""The numbers of a run: one row per epoch as CSV and JSON lines, and their curves as a PNG."""
+"""Where the numbers of a run go: files, TensorBoard and wandb behind one interface.
+
+A loop logs a row per log interval (`Logger.log_update`) and one per epoch (`Logger.log_epoch`), and
+says once, before the first of them, from where it goes on (`Logger.keep_before`). Files stay whole
+whenever a run is killed: no half row, and after a resume no row twice.
+"""
 
 import csv
-import importlib.util
+import errno
 import io
 import json
+import math
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vitlinear.errors import UserError
-from vitlinear.train.checkpoint import write_atomically, write_text
+from vitlinear.train.checkpoint import write_text
+
+SUMMARY, METRICS, UPDATES = "summary.csv", "metrics.jsonl", "updates.jsonl"
+Row = dict[str, Any]
 
 
-def check_plotting() -> None:
-    """Raises `UserError` if the curves could not be drawn."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError(
-            "curves.png needs matplotlib: pip install 'vitlinear[train]', or add --no-plot"
-        )
+class Logger(ABC):
+    """Takes the numbers of a run."""
+
+    @abstractmethod
+    def keep_before(self, epoch: int, update: int) -> None:
+        """Drops what an earlier run logged after the point from where this one goes on.
+
+        Args:
+            epoch: Epochs that are done.
+            update: Updates that are done; more than those epochs have, in the middle of one.
+        """
+
+    @abstractmethod
+    def log_update(self, update: int, values: Mapping[str, Any]) -> None:
+        """Takes the numbers of a log interval that ended with ``update``, counted from 1."""
+
+    @abstractmethod
+    def log_epoch(self, row: Mapping[str, Any]) -> None:
+        """Takes the numbers of an epoch; ``epoch`` among them, counted from 1."""
+
+    def close(self) -> None:  # noqa: B027
+        """Writes what is still in memory."""
 
 
-class MetricsLog:
-    """Rows of ``summary.csv`` and ``metrics.jsonl``.
+class Loggers(Logger):
+    """Several loggers as one."""
 
-    Both are rewritten whole at each epoch: they stay small, and a run that was killed and resumed
-    leaves neither a half row nor an epoch twice.
+    def __init__(self, loggers: Sequence[Logger]) -> None:
+        self.loggers = loggers
+
+    def keep_before(self, epoch: int, update: int) -> None:
+        """Calls each."""
+        for logger in self.loggers:
+            logger.keep_before(epoch, update)
+
+    def log_update(self, update: int, values: Mapping[str, Any]) -> None:
+        """Calls each."""
+        for logger in self.loggers:
+            logger.log_update(update, values)
+
+    def log_epoch(self, row: Mapping[str, Any]) -> None:
+        """Calls each."""
+        for logger in self.loggers:
+            logger.log_epoch(row)
+
+    def close(self) -> None:
+        """Calls each."""
+        for logger in self.loggers:
+            logger.close()
+
+
+class FileLogger(Logger):
+    """``summary.csv`` and ``metrics.jsonl``, a row per epoch; ``updates.jsonl``, one per interval.
+
+    The first two are small and rewritten whole at each epoch. The last grows all through a run, so
+    rows are appended, and `keep_before` cuts off the ones that a resumed run will write again.
+
+    Attributes:
+        rows: Of all epochs so far.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.csv, self.jsonl = folder / "summary.csv", folder / "metrics.jsonl"
-        self.rows: list[dict[str, Any]] = []
+        self.csv, self.metrics = folder / SUMMARY, folder / METRICS
+        self.updates = folder / UPDATES
+        self.rows: list[Row] = []
 
-    def keep_before(self, epoch: int) -> None:
-        """Takes over the rows of an earlier run up to the epoch at which it resumes."""
-        if not self.jsonl.is_file():
-            return
+    def keep_before(self, epoch: int, update: int) -> None:
+        """Takes over the rows of an earlier run, up to where it is resumed.
+
+        Raises:
+            UserError: A file holds something other than rows.
+        """
+        rows = read_rows(self.metrics, "epoch") if self.metrics.is_file() else []
+        self.rows = [row for row in rows if row["epoch"] <= epoch]
+        if len(self.rows) < len(rows):
+            self._write_epochs()
+        if self.updates.is_file():
+            end = 0
+            for row, after in _rows_with_ends(self.updates, "update"):
+                if row["update"] > update:
+                    break
+                end = after
+            os.truncate(self.updates, end)
+
+    def log_update(self, update: int, values: Mapping[str, Any]) -> None:
+        """Appends a row."""
+        line = _json_line({"update": update, **values}).encode()
         try:
-            rows = [json.loads(line) for line in self.jsonl.read_text("utf-8").splitlines()]
-            self.rows = [row for row in rows if row["epoch"] <= epoch]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self.jsonl} is damaged ({error}); move it away") from error
+            with open(self.updates, "ab", buffering=0) as file:
+                before = file.tell()
+                try:
+                    if file.write(line) < len(line):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    # No checkpoint written later may know of an update that this file does not.
+                    os.fsync(file.fileno())
+                except OSError:
+                    file.truncate(before)
+                    raise
+        except OSError as error:
+            raise UserError(f"cannot write {self.updates}: {error.strerror or error}") from error
 
-    def add(self, row: dict[str, Any]) -> None:
-        """Adds an epoch's row and writes both files."""
-        self.rows.append(row)
-        write_text(self.jsonl, "".join(json.dumps(row) + "\n" for row in self.rows))
-        names = list(dict.fromkeys(name for row in self.rows for name in row))
-        text = io.StringIO()
-        writer = csv.DictWriter(text, names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        write_text(self.csv, text.getvalue())
+    def log_epoch(self, row: Mapping[str, Any]) -> None:
+        """Adds a row and writes both files."""
+        self.rows.append(_finite(row))
+        self._write_epochs()
+
+    def _write_epochs(self) -> None:
+        write_text(self.metrics, "".join(_json_line(row) for row in self.rows))
+        write_text(self.csv, table(self.rows))
 
 
-def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draws loss, top-1 and learning rate against the epoch."""
-    from matplotlib.figure import Figure
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns rows as CSV, with a column for every name that any of them has."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    panels = (
-        ("loss", ("train_loss", "eval_loss", "ema_loss")),
-        ("top-1 (%)", ("train_top1", "eval_top1", "ema_top1")),
-        ("learning rate", ("lr",)),
-    )
-    for axes, (label, names) in zip(figure.subplots(1, 3), panels, strict=True):
-        for name in names:
-            points = [(row["epoch"], row[name]) for row in rows if name in row]
-            if points:
-                axes.plot(*zip(*points, strict=True), label=name, marker=".")
-        axes.set_xlabel("epoch")
-        axes.set_ylabel(label)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=100))
+
+def read_rows(path: Path, key: str) -> list[Row]:
+    """Reads a JSON-lines file of numbers; a last line without an end, torn by a kill, is left out.
+
+    Args:
+        path: The file.
+        key: What every row has, as an integer.
+
+    Raises:
+        UserError: The file holds something other than rows.
+    """
+    return [row for row, _ in _rows_with_ends(path, key)]
+
+
+def _rows_with_ends(path: Path, key: str) -> Iterator[tuple[Row, int]]:
+    """Yields each whole row and the offset in bytes of its end."""
+    end = 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return
+            end += len(line)
+            try:
+                row = json.loads(line)
+                whole = isinstance(row, dict) and isinstance(row[key], int)
+            except (ValueError, KeyError):
+                whole = False
+            if not whole:
+                raise UserError(f"{path} is damaged in line {number}: repair it or move it away")
+            yield row, end
+
+
+def _finite(row: Mapping[str, Any]) -> Row:
+    """Replaces what JSON has no word for (NaN, infinities) by None."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in row.items()
+    }
+
+
+def _json_line(row: Mapping[str, Any]) -> str:
+    return json.dumps(_finite(row), allow_nan=False) + "\n"

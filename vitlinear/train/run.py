@@ -25,9 +25,10 @@ from vitlinear.errors import UserError, one_line
 from vitlinear.train import arguments, folder
 from vitlinear.train.checkpoint import save_weights, write_text
 from vitlinear.train.config import Parser, parse_with_config, saved_arguments
+from vitlinear.train.curves import check_plotting, plot_curves
 from vitlinear.train.evaluate import evaluate
 from vitlinear.train.loader import start_epoch
-from vitlinear.train.logger import MetricsLog, check_plotting, plot_curves
+from vitlinear.train.logger import FileLogger
 from vitlinear.train.loop import Totals, train_one_epoch
 from vitlinear.train.setup import Run, set_up
 from vitlinear.train.signals import Stopped, StopSignals
@@ -198,9 +199,9 @@ def _epochs(
     """Runs the remaining epochs; ``path`` is None in processes that write nothing."""
     args, updater = run.args, run.updater
     best = start.best
-    log = MetricsLog(path) if path else None
+    log = FileLogger(path) if path else None
     if log:
-        log.keep_before(start.epoch)
+        log.keep_before(start.epoch, run.updater.updates)
     end = min(run.epochs, args.stop_epoch or run.epochs)
     if updater.scheduler is not None:
         set_schedule(updater.scheduler, start.epoch, updater.updates)
@@ -311,7 +312,7 @@ def _best_of(row: dict[str, Any], metric: str) -> dict[str, Any]:
 def _write_epoch(
     run: Run,
     path: Path,
-    log: MetricsLog,
+    log: FileLogger,
     row: dict[str, Any],
     best: dict[str, Any],
     improved: bool,
@@ -325,7 +326,7 @@ def _write_epoch(
         metric = {run.args.eval_metric: row[f"{prefix}_{run.args.eval_metric}"]}
         card = dataclasses.replace(run.card, epoch=row["epoch"], metric=metric, weights=kind)
         save_weights(path / name, run.task.get_checkpoint_state(ema=ema)[key], card)
-    log.add(row)
+    log.log_epoch(row)
 
 
 def _write_state(run: Run, path: Path | None, saved: dict[str, Any], at: Start) -> None:
@@ -354,7 +355,7 @@ def _write_state(run: Run, path: Path | None, saved: dict[str, Any], at: Start) 
     save_state(path / folder.STATE, state)
 
 
-def _show_epoch(run: Run, path: Path, log: MetricsLog, improved: bool) -> None:
+def _show_epoch(run: Run, path: Path, log: FileLogger, improved: bool) -> None:
     row = log.rows[-1]
     if run.args.plot:
         plot_curves(log.rows, path / folder.CURVES)
