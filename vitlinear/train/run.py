@@ -122,7 +122,7 @@ def _find_state(args: argparse.Namespace) -> tuple[Path, dict[str, Any] | None, 
     if args.resume not in (None, "", "auto"):
         state = Path(args.resume).expanduser()
         found = state if state.is_dir() else state.parent
-        if found.is_dir() and (args.output or args.experiment):
+        if state.exists() and (args.output or args.experiment):
             wanted = folder.run_folder(args.output, args.experiment, args.model)
             if wanted.resolve() != found.resolve():
                 raise UserError(
