@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 import vitlinear
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = {"triton", "train", "openmmlab", "export", "analysis", "dev"}
+EXTRAS = {"triton", "train", "data", "openmmlab", "export", "analysis", "dev"}
 # Heavy or optional: a user who only wants a backbone must not load them.
 LAZY = ("triton", "mmengine", "mmcv", "mmdet", "mmseg", "matplotlib", "sklearn", "onnx", "fvcore")
 

@@ -12,7 +12,7 @@ import os
 
 import _venv
 
-EXTRAS = ["dev", "train", "export", "analysis"]
+EXTRAS = ["dev", "train", "data", "export", "analysis"]
 # The one place that says how the suite is spread over processes.
 WORKERS = os.environ.get("VITLINEAR_TEST_WORKERS", "2")
 

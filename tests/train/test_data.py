@@ -62,13 +62,13 @@ def write_fashion(root: Path, zipped: bool, count: int = 7) -> None:
 def test_fashion_mnist_is_what_torchvision_reads(tmp_path: Path, zipped: bool, below: str) -> None:
     write_fashion(tmp_path / below, zipped)
     source = sources.fashion_mnist(True, tmp_path)
-    assert len(source) == 7 and source[3][1] == 3 and source[0][0].size == (28, 28)
+    assert len(source) == 7 and source.read(3)[1] == 3 and source.read(0)[0].size == (28, 28)
     if below and not zipped:
         from torchvision.datasets import FashionMNIST
 
         theirs = FashionMNIST(str(tmp_path), train=True)
         assert list(theirs.classes) == list(source.classes or ())
-        assert np.array_equal(np.asarray(theirs[4][0]), np.asarray(source[4][0]))
+        assert np.array_equal(np.asarray(theirs[4][0]), np.asarray(source.read(4)[0]))
 
 
 def test_damaged_fashion_mnist_is_named(tmp_path: Path) -> None:

@@ -44,11 +44,19 @@ def add_data_arguments(parser: Parser) -> None:
         "--val-split", default="validation", metavar="NAME", help="'' means --data-dir itself"
     )
     group.add_argument("--class-map", default=None, metavar="FILE", help="class name per line")
+    group.add_argument("--input-key", default=None, metavar="NAME", help="image, in hfds/ and wds/")
+    group.add_argument("--target-key", default=None, metavar="NAME", help="label, likewise")
     group.add_argument(
         "--dataset-download", action=BooleanOptionalAction, default=False, help="fetch torch/ data"
     )
     group.add_argument(
         "--input-img-mode", default=None, metavar="MODE", help="PIL mode (default: L or RGB)"
+    )
+    group.add_argument(
+        "--bad-images",
+        default="error",
+        choices=("error", "skip"),
+        help="unreadable images: stop, or train on others and list them in bad_images.txt",
     )
     group.add_argument("-j", "--workers", type=NATURAL, default=4, metavar="N", help="processes")
     group.add_argument("--pin-mem", action=BooleanOptionalAction, default=False, help="pin memory")

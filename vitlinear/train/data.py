@@ -1,7 +1,7 @@
 """The data set that ``--dataset`` and ``--data-dir`` mean."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,27 +9,163 @@ from PIL import Image, ImageMode
 from timm.data import IterableImageDataset
 from torch.utils.data import Dataset
 
-from vitlinear.errors import UserError
+from vitlinear.errors import UserError, one_line
 from vitlinear.train import sources
+from vitlinear.train.bad_images import LIMIT, UNREADABLE, BadImages, too_many
+from vitlinear.train.images import DAMAGE, UnreadableImage, convert, decode
+from vitlinear.train.readers import open_other
+
+BLANK = (64, 64)
 
 
 class LabelledImages(Dataset):
-    """A `Source` in one PIL mode, with the ``transform`` attribute that timm's loaders set."""
+    """A `Source` in one PIL mode, with the ``transform`` attribute that timm's loaders set.
+
+    Args:
+        source: Images and labels.
+        image_mode: PIL mode that images are converted to.
+        train: In place of an unreadable image comes the next one; in held-out data a black one
+            labelled `UNREADABLE`, which `evaluate` leaves out.
+        bad_images: Whether unreadable images are errors, and where they are recorded.
+        num_classes: Bound of the labels, if the source does not know its classes.
+    """
 
     transform: Callable[[Image.Image], Any] | None = None
 
-    def __init__(self, source: sources.Source, image_mode: str) -> None:
-        self.source, self.image_mode = source, image_mode
-        names = getattr(source, "classes", None)
+    def __init__(
+        self,
+        source: sources.Source,
+        image_mode: str,
+        train: bool = True,
+        bad_images: BadImages | None = None,
+        num_classes: int | None = None,
+    ) -> None:
+        self.source, self.image_mode, self.train = source, image_mode, train
+        self.bad_images = bad_images or BadImages()
+        names = source.classes
         self.classes: list[str] | None = None if names is None else [str(name) for name in names]
+        self.num_classes = len(self.classes) if self.classes else num_classes
 
     def __len__(self) -> int:
         return len(self.source)
 
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        """Returns an image, without ``transform``, and its label.
+
+        Raises:
+            UnreadableImage: The image is damaged or gone.
+            UserError: The label cannot be.
+        """
+        try:
+            content, label = self.source.read(index)
+            image = convert(_decoded(content), self.image_mode)
+        except DAMAGE as error:
+            raise UnreadableImage(self.source.name(index), error) from error
+        if label < 0 or label >= (self.num_classes or label + 1):
+            raise _wrong_label(self.source.name(index), label, self.num_classes)
+        return image, label
+
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        image, label = self.source[index]
-        image = image.convert(self.image_mode)
+        try:
+            image, label = self.load(index)
+        except UnreadableImage as error:
+            self.bad_images.add(error)
+            image, label = self._instead_of(index)
         return (self.transform(image) if self.transform else image), label
+
+    def _instead_of(self, index: int) -> tuple[Image.Image, int]:
+        """Returns the next readable image: the same in every epoch, mostly of the same class."""
+        if not self.train:
+            return Image.new(self.image_mode, BLANK), UNREADABLE
+        for step in range(1, LIMIT):
+            try:
+                return self.load((index + step) % len(self))
+            except UnreadableImage as error:
+                self.bad_images.add(error)
+                name = error.name
+        raise too_many(name)
+
+
+class ShardImages(IterableImageDataset):
+    """The images of WebDataset shards.
+
+    Args:
+        reader: A `ShardReader`.
+        image_mode: PIL mode that images are converted to.
+        train: As in `LabelledImages`.
+        bad_images: As in `LabelledImages`.
+        num_classes: As in `LabelledImages`.
+    """
+
+    def __init__(
+        self,
+        reader: Any,
+        image_mode: str,
+        train: bool,
+        bad_images: BadImages,
+        num_classes: int | None,
+    ) -> None:
+        super().__init__(None, reader=reader)
+        self.image_mode, self.train, self.bad_images = image_mode, train, bad_images
+        self.classes: list[str] | None = reader.classes
+        self.num_classes = len(self.classes) if self.classes else num_classes
+
+    def __iter__(self) -> Iterator[tuple[Any, int]]:
+        left = self.reader.samples_per_worker() if self.train else None
+        in_a_row = 0
+        for name, content, label in self.reader:
+            if left == 0:
+                return
+            if label < 0 or label >= (self.num_classes or label + 1):
+                raise _wrong_label(name, label, self.num_classes)
+            try:
+                image = convert(_decoded(content), self.image_mode)
+                in_a_row = 0
+            except DAMAGE as error:
+                self.bad_images.add(UnreadableImage(name, error))
+                in_a_row += 1
+                if in_a_row == LIMIT:
+                    raise too_many(name) from error
+                if self.train:
+                    continue
+                image, label = Image.new(self.image_mode, BLANK), UNREADABLE
+            yield (self.transform(image) if self.transform else image), label
+            left = None if left is None else left - 1
+
+
+class StreamedImages(IterableImageDataset):
+    """A data set that timm itself streams (hfids, tfds)."""
+
+    def __init__(self, dataset: IterableImageDataset, name: str, bad_images: BadImages) -> None:
+        if bad_images.skip:
+            raise UserError(f"--bad-images skip cannot be done with {name}: use hfds/ or wds/")
+        super().__init__(None, reader=dataset.reader)
+        self.name = name
+
+    def __iter__(self) -> Iterator[tuple[Any, int]]:
+        samples = super().__iter__()
+        while True:
+            try:
+                sample = next(samples, None)
+            except DAMAGE as error:
+                reason = one_line(error)
+                raise UserError(f"cannot read an image of {self.name}: {reason}") from error
+            if sample is None:
+                return
+            yield sample
+
+
+def _decoded(content: bytes | Image.Image) -> Image.Image:
+    return decode(content) if isinstance(content, bytes) else content
+
+
+def _wrong_label(name: str, label: int, num_classes: int | None) -> UserError:
+    if label < 0:
+        return UserError(f"{name} has no label (it says {label}): a split with labels is needed")
+    return UserError(
+        f"{name} has the label {label}, but there are only {num_classes} classes, 0 to "
+        f"{(num_classes or 0) - 1}: correct --num-classes or --class-map"
+    )
 
 
 def image_mode(in_chans: int, requested: str | None) -> str:
@@ -60,6 +196,8 @@ def open_dataset(
     mode: str,
     data_dir: str | None = None,
     split: str | None = None,
+    num_classes: int | None = None,
+    bad_images: BadImages | None = None,
     **options: Any,
 ) -> Any:
     """Opens one split.
@@ -70,11 +208,14 @@ def open_dataset(
         mode: PIL mode that images are converted to.
         data_dir: Where the files are.
         split: Split name for everything but the two embedded sets.
+        num_classes: Bound of the labels where the data does not name its classes.
+        bad_images: What becomes of unreadable images; by default, errors.
         **options: More arguments of ``create_dataset``.
 
     Returns:
-        A `LabelledImages`, or timm's iterable dataset.
+        A `LabelledImages`, or an iterable data set of timm's kind.
     """
+    bad_images = bad_images or BadImages()
     path = Path(data_dir).expanduser() if data_dir else None
     if name == "digits":
         return LabelledImages(sources.digits(train), mode)
@@ -83,13 +224,16 @@ def open_dataset(
     if split is None:
         split = "train" if train else "validation"
     options = {key: value for key, value in options.items() if value is not None}
-    found = sources.folder_or_other(name or "", path, split, mode, is_training=train, **options)
+    found = open_other(name or "", path, split, mode, is_training=train, **options)
     if isinstance(found, IterableImageDataset):
-        return found
-    return LabelledImages(found, mode)
+        return StreamedImages(found, name or "", bad_images)
+    kind = LabelledImages if hasattr(found, "read") else ShardImages
+    return kind(found, mode, train, bad_images, num_classes)
 
 
-def open_from_arguments(args: argparse.Namespace, train: bool, mode: str) -> Any:
+def open_from_arguments(
+    args: argparse.Namespace, train: bool, mode: str, bad_images: BadImages | None = None
+) -> Any:
     """Opens the split that parsed flags mean."""
     return open_dataset(
         args.dataset,
@@ -97,9 +241,14 @@ def open_from_arguments(args: argparse.Namespace, train: bool, mode: str) -> Any
         mode=mode,
         data_dir=args.data_dir,
         split=args.train_split if train else args.val_split,
+        num_classes=args.num_classes,
+        bad_images=bad_images,
         class_map=args.class_map,
         download=args.dataset_download,
-        batch_size=args.batch_size,
+        input_key=args.input_key,
+        target_key=args.target_key,
+        batch_size=getattr(args, "batch_size", None),
+        seed=getattr(args, "seed", None),
     )
 
 
@@ -126,7 +275,8 @@ def export_sample(
     dataset = open_dataset(name, train=train, mode="RGB", data_dir=data_dir)
     if not 0 <= index < len(dataset):
         raise UserError(f"{name} has no image {index}: it holds {len(dataset)}")
-    image, label = dataset.source[index]
+    content, label = dataset.source.read(index)
+    image = _decoded(content)
     image.save(path)
     return dataset.classes[label] if dataset.classes else str(label)
 

@@ -8,20 +8,47 @@ from torch import nn
 from tqdm import tqdm
 
 from vitlinear.errors import UserError
+from vitlinear.train.bad_images import UNREADABLE
 
 
-class PerClass(ClassificationEvaluator):
-    """timm's evaluator, which also counts images and hits per class."""
+class Evaluator(ClassificationEvaluator):
+    """timm's evaluator, without the images that could not be read.
 
-    def __init__(self, num_classes: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    Attributes:
+        unreadable: Number of them, in this process.
+    """
+
+    def __init__(self, device: Any = None, *, max_samples: int | None = None) -> None:
+        super().__init__(device)
+        # Counted here, since timm's count of what it has seen would leave out the unreadable.
+        self.left, self.unreadable = max_samples, 0
+
+    def update(self, output: torch.Tensor, target: torch.Tensor) -> None:
+        """Adds one batch of logits ``[B, C]`` and labels ``[B]``."""
+        if self.left is not None:
+            output, target = output[: self.left], target[: self.left]
+            self.left -= len(target)
+        readable = target != UNREADABLE
+        self.unreadable += int((~readable).sum())
+        self.add(output[readable], target[readable])
+
+    def add(self, output: torch.Tensor, target: torch.Tensor) -> None:
+        """Adds images that count."""
+        super().update(output, target)
+
+
+class PerClass(Evaluator):
+    """Also counts images and hits per class."""
+
+    def __init__(self, num_classes: int, device: Any = None) -> None:
+        super().__init__(device)
         self.images = torch.zeros(num_classes, dtype=torch.int64, device=self.device)
         self.correct = torch.zeros(num_classes, dtype=torch.int64, device=self.device)
 
     @torch.no_grad()
-    def update(self, output: torch.Tensor, target: torch.Tensor) -> None:
-        """Adds one batch of logits ``[B, C]`` and labels ``[B]``."""
-        super().update(output, target)
+    def add(self, output: torch.Tensor, target: torch.Tensor) -> None:
+        """Adds images that count."""
+        super().add(output, target)
         hits = target[output.argmax(dim=1) == target]
         self.images += torch.bincount(target, minlength=len(self.images))
         self.correct += torch.bincount(hits, minlength=len(self.images))
@@ -33,7 +60,7 @@ def evaluate(
     loader: Any,
     autocast: Any,
     *,
-    evaluator: ClassificationEvaluator | None = None,
+    evaluator: Evaluator | None = None,
     device: torch.device | None = None,
     title: str = "eval",
     channels_last: bool = False,
@@ -46,7 +73,7 @@ def evaluate(
         model: Yields logits ``[B, C]``.
         loader: Yields (images, labels).
         autocast: Function returning the context of a forward pass.
-        evaluator: Where to count; by default a fresh one of timm's.
+        evaluator: Where to count; by default a fresh one.
         device: Where the model is; default CPU.
         title: Left of the progress bar.
         channels_last: Memory format of the images.
@@ -57,9 +84,7 @@ def evaluate(
         ``loss``, ``top1`` and ``top5`` in percent; top-5 of fewer than five classes is top-all.
     """
     if evaluator is None:
-        evaluator = ClassificationEvaluator(
-            device=device, max_samples=evaluation_sample_limit(loader)
-        )
+        evaluator = Evaluator(device, max_samples=evaluation_sample_limit(loader))
     was_training = model.training
     model.eval()
     try:
@@ -79,4 +104,6 @@ def evaluate(
             evaluator.update(output, target)
     finally:
         model.train(was_training)
+    if evaluator.unreadable and not evaluator.num_samples:
+        raise UserError(f"none of {evaluator.unreadable} held-out images could be read")
     return {name: float(value) for name, value in evaluator.compute(distributed).items()}

@@ -9,9 +9,9 @@ from vitlinear.errors import UserError
 
 STATE, PREVIOUS_STATE = "last_state.pt", "previous_state.pt"
 LAST, BEST = "last.safetensors", "best.safetensors"
-ARGUMENTS, CURVES = "args.yaml", "curves.png"
+ARGUMENTS, CURVES, BAD_IMAGES = "args.yaml", "curves.png", "bad_images.txt"
 METRICS = ("summary.csv", "metrics.jsonl")
-FILES = (STATE, PREVIOUS_STATE, LAST, BEST, ARGUMENTS, CURVES, *METRICS)
+FILES = (STATE, PREVIOUS_STATE, LAST, BEST, ARGUMENTS, CURVES, BAD_IMAGES, *METRICS)
 
 
 def run_folder(output: str | None, experiment: str | None, model: str) -> Path:

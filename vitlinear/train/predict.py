@@ -18,8 +18,8 @@ from vitlinear.train import arguments
 from vitlinear.train import model as models
 from vitlinear.train.checkpoint import Card, check_parent, write_text
 from vitlinear.train.config import Parser
+from vitlinear.train.images import DAMAGE, UnreadableImage, convert, decode
 from vitlinear.train.setup import make_autocast
-from vitlinear.train.sources import unreadable_image
 from vitlinear.train.validate import add_checkpoint_argument, checkpoint_or_model, image_mode
 
 
@@ -124,10 +124,9 @@ def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
 def _opened(files: Sequence[Path], mode: str) -> Iterator[Image.Image]:
     for path in files:
         try:
-            with Image.open(path) as image:
-                yield image.convert(mode)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise unreadable_image(path, error) from error
+            yield convert(decode(path.read_bytes()), mode)
+        except DAMAGE as error:
+            raise UnreadableImage(path, error).as_user_error() from error
 
 
 def _class_names(model: nn.Module, card: Card | None) -> list[str]:

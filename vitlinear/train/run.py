@@ -3,7 +3,8 @@
 Files of a run, written at the end of each epoch: ``best.safetensors`` (the best held-out metric so
 far, of the model or of its moving average), ``last.safetensors`` (the average where there is one),
 ``last_state.pt`` (what resuming needs), ``summary.csv`` and ``metrics.jsonl`` (a row per epoch),
-``curves.png``; and at the start ``args.yaml``, which is a ``--config``.
+``curves.png``, ``bad_images.txt`` (if any were skipped); and at the start ``args.yaml``, which is a
+``--config``.
 """
 
 import argparse
@@ -216,6 +217,7 @@ def _epochs(
             due = args.recovery_interval and updater.updates % args.recovery_interval == 0
             if number or due:
                 here = dataclasses.replace(at, batch=batches, totals=totals)
+                run.bad_images.report(path)
                 _write_state(run, path, saved, here)
             if number:
                 raise Stopped(number, f"update {updater.updates}, in epoch {at.epoch + 1}")
@@ -244,6 +246,7 @@ def _epochs(
         for name, metrics in _evaluate_all(run).items():
             row |= {f"{name}_{key}": value for key, value in metrics.items()}
         row["images_per_s"] = trained["images_per_s"] * args.world_size
+        row |= run.bad_images.report(path)
         row["seconds"] = time.perf_counter() - began
         if run.device.type == "cuda":
             row["peak_memory_gib"] = torch.cuda.max_memory_allocated(run.device) / 2**30
@@ -360,6 +363,7 @@ def _show_epoch(run: Run, path: Path, log: FileLogger, improved: bool) -> None:
     if run.args.plot:
         plot_curves(log.rows, path / folder.CURVES)
     shown = f", average {row['ema_top1']:.2f} %" if "ema_top1" in row else ""
+    shown += f", {row['bad_images']} unreadable images left out" if "bad_images" in row else ""
     print(
         f"epoch {row['epoch']}: loss {row['train_loss']:.4f}, held-out top-1 "
         f"{row['eval_top1']:.2f} %{shown}, {row['images_per_s']:.0f} images/s, "

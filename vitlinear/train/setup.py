@@ -16,6 +16,7 @@ from vitlinear.errors import UserError
 from vitlinear.train import data as datasets
 from vitlinear.train import loader as loaders
 from vitlinear.train import model as models
+from vitlinear.train.bad_images import BadImages
 from vitlinear.train.checkpoint import Card, initial_weights
 from vitlinear.train.loop import Updater, updates_per_epoch
 from vitlinear.train.optimisation import make_optimizer, make_schedule
@@ -42,6 +43,7 @@ class Run:
         updates_per_epoch: Optimiser updates in an epoch.
         card: What the weights files will say; epoch and metric are added later.
         notes: Lines for the user about what was decided.
+        bad_images: Images that could not be read.
     """
 
     args: argparse.Namespace
@@ -55,6 +57,7 @@ class Run:
     updates_per_epoch: int
     card: Card
     notes: list[str]
+    bad_images: BadImages
 
 
 def start_device(args: argparse.Namespace) -> torch.device:
@@ -117,8 +120,9 @@ def set_up(args: argparse.Namespace) -> Run:
     in_chans = args.input_size[0] if args.input_size else args.in_chans
     # Channels decide how images are read, and only the model knows its default number.
     mode = datasets.image_mode(in_chans or 3, args.input_img_mode)
-    train_set = datasets.open_from_arguments(args, True, mode)
-    eval_set = datasets.open_from_arguments(args, False, mode)
+    bad_images = BadImages(skip=args.bad_images == "skip")
+    train_set = datasets.open_from_arguments(args, True, mode, bad_images)
+    eval_set = datasets.open_from_arguments(args, False, mode, bad_images)
     names = datasets.class_names(train_set)
     datasets.check_same_classes(
         names, datasets.class_names(eval_set), "the training split", "the held-out split"
@@ -211,5 +215,5 @@ def set_up(args: argparse.Namespace) -> Run:
     )
     return Run(
         args, device, task, updater, make_autocast(args, device), train_loader, eval_loader,
-        epochs, updates, card, notes,
+        epochs, updates, card, notes, bad_images,
     )  # fmt: skip

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.task import ClassificationEvaluator
 from torch import nn
 
 from vitlinear.errors import UserError
@@ -15,9 +14,10 @@ from vitlinear.train import arguments
 from vitlinear.train import data as datasets
 from vitlinear.train import loader as loaders
 from vitlinear.train import model as models
+from vitlinear.train.bad_images import BadImages
 from vitlinear.train.checkpoint import Card, check_parent, load_model, write_text
 from vitlinear.train.config import Parser
-from vitlinear.train.evaluate import PerClass, evaluate
+from vitlinear.train.evaluate import Evaluator, PerClass, evaluate
 from vitlinear.train.setup import make_autocast
 
 
@@ -100,6 +100,8 @@ def main(argv: Sequence[str] | None, prog: str = "vitlinear validate") -> None:
         f"top-1 {metrics['top1']:.2f} %, top-5 {metrics['top5']:.2f} %, loss {metrics['loss']:.4f} "
         f"on {metrics['images']} images"
     )
+    for name, reason in sorted(metrics.get("unreadable", {}).items()):
+        print(f"left out: {name}: {reason}")
     if args.per_class:
         print(_table(metrics["per_class"]))
     if args.results_file:
@@ -111,14 +113,16 @@ def validate(args: argparse.Namespace) -> dict[str, Any]:
 
     Returns:
         ``model``, ``checkpoint``, ``images``, ``loss``, ``top1``, ``top5``; with ``--per-class``
-        also ``per_class``, a list of ``class``, ``images``, ``correct``, ``top1``.
+        also ``per_class``, a list of ``class``, ``images``, ``correct``, ``top1``; where images
+        were left out, ``unreadable``, their reasons by name.
     """
     device = models.choose_device(args.device)
     model, card, config = checkpoint_or_model(args)
     if args.dataset is None and args.data_dir is None and card is not None:
         args.dataset = card.dataset
     mode = image_mode(args, card, config["input_size"][0])
-    dataset = datasets.open_from_arguments(args, False, mode)
+    bad_images = BadImages(skip=args.bad_images == "skip")
+    dataset = datasets.open_from_arguments(args, False, mode, bad_images)
     names = datasets.class_names(dataset)
     num_classes = int(model.num_classes)  # type: ignore[arg-type]
     if names is not None and len(names) != num_classes:
@@ -137,9 +141,7 @@ def validate(args: argparse.Namespace) -> dict[str, Any]:
         pin_memory=args.pin_mem,
     )
     layout = torch.channels_last if args.channels_last else torch.preserve_format
-    counter: ClassificationEvaluator = (
-        PerClass(num_classes, device=device) if args.per_class else ClassificationEvaluator(device)
-    )
+    counter = PerClass(num_classes, device) if args.per_class else Evaluator(device)
     metrics = evaluate(
         model.to(device=device, memory_format=layout),  # type: ignore[call-overload]
         loader,
@@ -154,6 +156,8 @@ def validate(args: argparse.Namespace) -> dict[str, Any]:
         "images": counter.num_samples,
         **metrics,
     }
+    if counter.unreadable:
+        report["unreadable"] = bad_images.collect()
     if isinstance(counter, PerClass):
         labels = names or [str(label) for label in range(num_classes)]
         report["per_class"] = [
