@@ -15,7 +15,8 @@ from tests.train.helpers import CLASSES, TINY_FLAGS
 from tests.train.shards import write_shards
 from vitlinear.cli import main
 from vitlinear.errors import UserError
-from vitlinear.train import data, validate
+from vitlinear.train import data, run, validate
+from vitlinear.train.checkpoint import read_card, read_weights
 
 pytest.importorskip("datasets", reason="pip install 'vitlinear[data]'")
 pytest.importorskip("webdataset", reason="pip install 'vitlinear[data]'")
@@ -123,8 +124,6 @@ def test_train_and_validate(
     args = validate.parse_arguments([*checkpoint, *flags])
     assert validate.validate(args)["loss"] == pytest.approx(row["eval_loss"], abs=1e-6)
     if kind != "torch cifar10":
-        from vitlinear.train.checkpoint import read_card
-
         card = read_card(tmp_path / "run" / "last.safetensors")
         assert card is not None and card.class_names == names
 
@@ -287,3 +286,19 @@ def test_unknown_prefix_and_misplaced_keys(folder: Path) -> None:
         data.open_dataset("zfs/x", train=True, mode="RGB")
     with pytest.raises(UserError, match="--input-key and --target-key are for hfds/ and wds/"):
         data.open_dataset(None, train=True, mode="RGB", data_dir=str(folder), input_key="x")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_over_shards_resumes_to_the_same_weights(
+    workers: int, folder: Path, tmp_path: Path
+) -> None:
+    flags = ["--dataset", "wds/", "--data-dir", str(write_shards(folder, tmp_path / "shards"))]
+    flags += [*TINY_FLAGS, "-b", "4", "-j", str(workers), "--epochs", "2", "--no-plot"]
+    flags += ["--lr", "1e-2", "--warmup-epochs", "0", "--num-classes", "3"]
+    flags += ["--aa", "rand-m9-mstd0.5-inc1", "--reprob", "0.5", "--mixup", "0.8"]
+    weights = []
+    for name, parts in (("whole", [[]]), ("parts", [["--stop-epoch", "1"], ["--resume", "auto"]])):
+        for part in parts:
+            run.train(run.parse_arguments([*flags, "--output", str(tmp_path / name), *part]))
+        weights.append(read_weights(tmp_path / name / "last.safetensors"))
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
