@@ -100,7 +100,44 @@ def test_saved_arguments_are_a_config_again(tmp_path: Path) -> None:
 def test_shipped_configs_parse(path: Path) -> None:
     args = parse_arguments(["--config", str(path)])
     for key, value in yaml.safe_load(path.read_text()).items():
-        assert getattr(args, key) == value
+        assert key == "base" or getattr(args, key) == value
+
+
+def test_a_file_is_laid_over_its_base(tmp_path: Path) -> None:
+    """Bases lie where the file says, relative to itself, and may have their own."""
+    (tmp_path / "shared").mkdir()
+    written(tmp_path / "shared", "base: ../ground.yaml\nepochs: 8\nopt-kwargs: {a: 1, b: 2}\n")
+    (tmp_path / "ground.yaml").write_text("epochs: 7\nlr: 1e-3\nweight_decay: 0.3\n")
+    top = tmp_path / "top.yaml"
+    top.write_text("opt_kwargs: {b: 3}\nweight-decay: 0.4\nbase: shared/config.yaml\n")
+    args = parse_arguments(["--config", str(top), "--batch-size", "4"])
+    assert (args.epochs, args.lr, args.weight_decay, args.batch_size) == (8, 1e-3, 0.4, 4)
+    assert args.opt_kwargs == {"b": 3}
+    saved = saved_arguments(args)
+    assert "base" not in saved and (saved["epochs"], saved["lr"]) == (8, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base: none.yaml", "cannot read {0}/none.yaml (base of {0}/config.yaml): No such file"),
+        ("base: [a.yaml]", "config.yaml: bad value for 'base': expected a file name, got ['a.yaml"),
+        ("base:", "bad value for 'base': expected a file name, got None"),
+        ("base: config.yaml", "cannot be its own base: {0}/config.yaml -> {0}/config.yaml"),
+        ("base: circle.yaml", "own base: {0}/config.yaml -> {0}/circle.yaml -> {0}/config.yaml"),
+        ("base: wrong.yaml", "{0}/wrong.yaml (base of {0}/config.yaml): unknown key 'epoch' (did"),
+        ("base: list.yaml", "{0}/list.yaml (base of {0}/config.yaml) must be a mapping"),
+        ("bsae: x.yaml", "unknown key 'bsae' (did you mean base"),
+    ],
+)
+def test_bad_bases_say_what_is_wrong(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "circle.yaml").write_text("base: config.yaml\n")
+    (tmp_path / "wrong.yaml").write_text("epoch: 3\n")
+    (tmp_path / "list.yaml").write_text("- 3\n")
+    with pytest.raises(UserError) as caught:
+        parse_arguments(["--config", written(tmp_path, text)])
+    assert message.format(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_read_config_needs_no_command_line(tmp_path: Path) -> None:

@@ -112,6 +112,18 @@ def add_training_arguments(parser: Parser) -> None:
     """Everything that only ``train`` has."""
     group = parser.add_argument_group("weights")
     group.add_argument("--initial-checkpoint", default=None, metavar="FILE", help="start weights")
+    group.add_argument(
+        "--initial-model",
+        default=None,
+        metavar="NAME",
+        help="the model they are of, if another; with it a run must have start weights",
+    )
+    group.add_argument(
+        "--initial-head-map",
+        default=None,
+        metavar="FILE",
+        help="for each class, in a line, the class in the start weights whose classifier it takes",
+    )
     group.add_argument("--drop", type=RATE, default=None, metavar="P", help="classifier dropout")
     group.add_argument("--drop-path", type=RATE, default=None, metavar="P", help="stochastic depth")
     group.add_argument("--grad-checkpointing", action=BooleanOptionalAction, default=False)
@@ -129,6 +141,13 @@ def add_training_arguments(parser: Parser) -> None:
     group.add_argument("--opt-kwargs", nargs="*", action=KeyValues, default={}, metavar="K=V")
     group.add_argument("--momentum", type=RATE, default=0.9)
     group.add_argument("--weight-decay", type=RATE, default=0.05)
+    group.add_argument(
+        "--weight-decay-1d",
+        nargs="*",
+        default=[],
+        metavar="PATTERN",
+        help="decay these parameters although they have one axis: '*.gamma'",
+    )
     group.add_argument("--layer-decay", type=RATE, default=None)
     group.add_argument("--clip-grad", type=RATE, default=None, metavar="X")
     group.add_argument("--clip-mode", default="norm", choices=("norm", "value", "agc"))
@@ -144,6 +163,19 @@ def add_training_arguments(parser: Parser) -> None:
     group.add_argument("--lr-base", type=RATE, default=5e-4, help="for --lr-base-size images")
     group.add_argument("--lr-base-size", type=COUNT, default=512)
     group.add_argument("--lr-base-scale", default="linear", choices=("linear", "sqrt"))
+    group.add_argument(
+        "--lr-base-all",
+        action=BooleanOptionalAction,
+        default=False,
+        help="scale --warmup-lr and --min-lr from --lr-base-size too",
+    )
+    group.add_argument(
+        "--recipe-batch-size",
+        type=COUNT,
+        default=None,
+        metavar="N",
+        help="images per update the rates were chosen for; a run with another number says so",
+    )
     group.add_argument("--sched", default="cosine", metavar="NAME", help="any timm schedule")
     group.add_argument("--sched-on-updates", action=BooleanOptionalAction, default=False)
     group.add_argument("--warmup-epochs", type=NATURAL, default=5)
@@ -181,6 +213,13 @@ def add_training_arguments(parser: Parser) -> None:
     group = parser.add_argument_group("average of the weights")
     group.add_argument("--model-ema", action=BooleanOptionalAction, default=False)
     group.add_argument("--model-ema-decay", type=RATE, default=0.9998)
+    group.add_argument(
+        "--model-ema-base-size",
+        type=COUNT,
+        default=None,
+        metavar="N",
+        help="images that --model-ema-decay is for; default: those of an update",
+    )
     group.add_argument("--model-ema-warmup", action=BooleanOptionalAction, default=False)
 
     group = parser.add_argument_group("run")

@@ -20,6 +20,7 @@ from torch import nn
 from vitlinear.checkpoints import checkpoint_filter_fn, unwrap_state_dict
 from vitlinear.checkpoints.read import CheckpointError, read_checkpoint, read_metadata
 from vitlinear.errors import UserError, one_line
+from vitlinear.train.initial import read_head_map, remapped
 from vitlinear.train.model import build_model, check_model_name
 
 CARD_KEY = "vitlinear"
@@ -270,8 +271,17 @@ def load_model(
     return built.eval(), card
 
 
-def initial_weights(model: nn.Module, path: str | Path, name: str) -> bool:
+def initial_weights(
+    model: nn.Module, path: str | Path, name: str, head_map: str | Path | None = None
+) -> bool:
     """Starts a model from a checkpoint; a classifier of another width stays as it is.
+
+    Args:
+        model: The model to start.
+        path: The checkpoint.
+        name: The model that it must be of.
+        head_map: File that names a class of the checkpoint for each class of the model, whose
+            part of the classifier it takes; see `read_head_map`.
 
     Returns:
         Whether the classifier was left out.
@@ -279,11 +289,20 @@ def initial_weights(model: nn.Module, path: str | Path, name: str) -> bool:
     path = Path(path)
     card = read_card(path)
     if card is not None and card.model != name:
-        raise UserError(f"checkpoint {path} is of {card.model}, not {name}: give its --model")
+        raise UserError(
+            f"checkpoint {path} is of {card.model}, not {name}: give its --model, or say that "
+            f"it starts from another with --initial-model {card.model}"
+        )
     weights, own = named_for(model, read_weights(path), path), model.state_dict()
     heads = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
     prefixes = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
     head_keys = [key for key in own if prefixes and key.startswith(prefixes)]
+    if head_map is not None:
+        if not weights.keys() >= set(head_keys):
+            raise UserError(f"checkpoint {path} has no classifier for --initial-head-map to read")
+        rows = read_head_map(head_map, model.num_classes)  # type: ignore[arg-type]
+        for key in head_keys:
+            weights[key] = remapped(weights[key], rows, path).reshape(own[key].shape)
     new_head = any(key in weights and weights[key].shape != own[key].shape for key in head_keys)
     if new_head:
         weights = {**weights, **{key: own[key] for key in head_keys}}

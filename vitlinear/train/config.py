@@ -1,7 +1,8 @@
 """A parser whose mistakes are `UserError`s, and the YAML file that flags are laid over.
 
 Precedence: built-in default < ``--config`` file < command line. A key of the file is the name of a
-flag (``weight_decay`` or ``weight-decay``); a key that no flag has is an error, never ignored.
+flag (``weight_decay`` or ``weight-decay``); a key that no flag has is an error, never ignored. The
+key ``base`` names another such file, relative to this one, that this one is laid over.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from vitlinear.errors import UserError, one_line
 # How a run was started, not what it computes: left out of the saved arguments so that
 # `--config RUN/args.yaml` means "the same again", not "resume that one".
 LAUNCH_KEYS = frozenset({"config", "resume", "overwrite"})
+BASE = "base"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -90,28 +92,52 @@ def parse_with_config(parser: Parser, argv: Sequence[str] | None) -> argparse.Na
     return parser.parse_args(argv)
 
 
-def read_config(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """Reads a YAML file of flag values and checks each against ``parser``."""
+def read_config(
+    path: Path, parser: argparse.ArgumentParser, above: tuple[Path, ...] = ()
+) -> dict[str, Any]:
+    """Reads a YAML file of flag values over its base, and checks each against ``parser``.
+
+    A value replaces the base's whole, mappings such as ``model_kwargs`` too, as on the command
+    line.
+
+    Args:
+        path: The file.
+        parser: Knows the flags.
+        above: Files that name this one as their base, the outermost first.
+
+    Raises:
+        UserError: A file is missing, is not a YAML mapping, is its own base, or holds a key or
+            value that no flag accepts; the message names the file.
+    """
+    what = f"--config {path}" if not above else f"{path} (base of {above[-1]})"
+    if path.resolve() in [file.resolve() for file in above]:
+        circle = " -> ".join(map(str, (*above, path)))
+        raise UserError(f"--config {above[0]}: a file cannot be its own base: {circle}")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"cannot read --config {path}: {error.strerror}") from error
+        raise UserError(f"cannot read {what}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = one_line(error)
-        raise UserError(f"--config {path} is not valid YAML: {reason}") from error
+        raise UserError(f"{what} is not valid YAML: {reason}") from error
     if not isinstance(content, dict):
-        raise UserError(f"--config {path} must be a mapping of flag names to values")
-    actions = {action.dest: action for action in parser._actions if action.dest != "help"}
+        raise UserError(f"{what} must be a mapping of flag names to values")
     values = {}
+    if BASE in content:
+        base = content.pop(BASE)
+        if not isinstance(base, str) or not base:
+            raise UserError(f"{what}: bad value for 'base': expected a file name, got {base!r}")
+        values = read_config(path.parent / base, parser, (*above, path))
+    actions = {action.dest: action for action in parser._actions if action.dest != "help"}
     for key, value in content.items():
         name = str(key).replace("-", "_")
         if name not in actions or name in LAUNCH_KEYS:
-            hint = did_you_mean(name, actions.keys() - LAUNCH_KEYS)
-            raise UserError(f"--config {path}: unknown key '{key}'{hint}")
+            hint = did_you_mean(name, {*actions, BASE} - LAUNCH_KEYS)
+            raise UserError(f"{what}: unknown key '{key}'{hint}")
         try:
             values[name] = _converted(actions[name], value)
         except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
-            raise UserError(f"--config {path}: bad value for '{key}': {error}") from error
+            raise UserError(f"{what}: bad value for '{key}': {error}") from error
     return values
 
 

@@ -39,17 +39,22 @@ from vitlinear.train.state import read_newest, read_state, save_state
 FIXED_ON_RESUME = ("model", "model_kwargs", "opt", "model_ema", "seed")
 
 
-def parse_arguments(
-    argv: Sequence[str] | None, prog: str = "vitlinear train"
-) -> argparse.Namespace:
-    """Parses flags over the ``--config`` file."""
+def make_parser(prog: str) -> Parser:
+    """Returns a parser that knows every flag of training."""
     parser = Parser(prog=prog, description="Train a classifier; weights, metrics and curves.")
     arguments.add_data_arguments(parser)
     arguments.add_model_arguments(parser, default="ravlt_t")
     arguments.add_input_arguments(parser)
     arguments.add_training_arguments(parser)
     arguments.add_device_arguments(parser)
-    return parse_with_config(parser, argv)
+    return parser
+
+
+def parse_arguments(
+    argv: Sequence[str] | None, prog: str = "vitlinear train"
+) -> argparse.Namespace:
+    """Parses flags over the ``--config`` file."""
+    return parse_with_config(make_parser(prog), argv)
 
 
 def main(argv: Sequence[str] | None, prog: str = "vitlinear train") -> None:

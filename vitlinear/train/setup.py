@@ -18,8 +18,14 @@ from vitlinear.train import loader as loaders
 from vitlinear.train import model as models
 from vitlinear.train.bad_images import BadImages
 from vitlinear.train.checkpoint import Card, initial_weights
+from vitlinear.train.initial import check_initial
 from vitlinear.train.loop import Updater, updates_per_epoch
-from vitlinear.train.optimisation import make_optimizer, make_schedule
+from vitlinear.train.optimisation import (
+    batch_size_note,
+    ema_decay,
+    make_optimizer,
+    make_schedule,
+)
 
 # Held to the end of the process. If the last reference to a group is DDP's, its destructor joins
 # gloo's threads while holding the interpreter lock that they may be waiting for: seen as two runs
@@ -94,6 +100,13 @@ def make_autocast(args: argparse.Namespace, device: torch.device) -> Any:
     return functools.partial(torch.autocast, device_type=device.type, dtype=dtype)
 
 
+def synchronised(model: nn.Module, device: torch.device) -> nn.Module:
+    """Returns the model with batch norms that take their statistics over all processes."""
+    if device.type != "cuda":
+        raise UserError(f"--sync-bn works between GPUs only, not on {device}: --no-sync-bn")
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
 def _num_classes(args: argparse.Namespace, names: list[str] | None) -> int:
     if names is None:
         if args.num_classes is None:
@@ -115,6 +128,7 @@ def set_up(args: argparse.Namespace) -> Run:
     """
     models.check_model_name(args.model)
     models.check_model_kwargs(args.model_kwargs)
+    check_initial(args)
     device = start_device(args)
     random_seed(args.seed)  # the same initial weights in every process
     in_chans = args.input_size[0] if args.input_size else args.in_chans
@@ -143,8 +157,11 @@ def set_up(args: argparse.Namespace) -> Run:
         **{**flags, **args.model_kwargs},
     )
     notes = []
-    if args.initial_checkpoint and initial_weights(model, args.initial_checkpoint, args.model):
-        notes.append(f"{args.initial_checkpoint}: its classifier does not fit, starting a new one")
+    start = args.initial_checkpoint
+    if start and initial_weights(
+        model, start, args.initial_model or args.model, args.initial_head_map
+    ):
+        notes.append(f"{start}: its classifier does not fit, starting a new one")
     if args.grad_checkpointing:
         models.enable_checkpointing(model, args.model)
     config = models.data_config(model, vars(args))
@@ -175,10 +192,8 @@ def set_up(args: argparse.Namespace) -> Run:
 
     layout = torch.channels_last if args.channels_last else torch.preserve_format
     model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
-    if args.sync_bn and device.type != "cuda":
-        raise UserError(f"--sync-bn works between GPUs only, not on {device}: leave it out")
     if args.distributed and args.sync_bn:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = synchronised(model, device)
     optimizer = make_optimizer(args, model)
     mixing = args.mixup > 0 or args.cutmix > 0
     task = ClassificationTask(
@@ -188,7 +203,7 @@ def set_up(args: argparse.Namespace) -> Run:
         verbose=False,
     )
     if args.model_ema:
-        task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
+        task.setup_ema(decay=ema_decay(args, args.world_size), use_warmup=args.model_ema_warmup)
     if args.torchcompile:
         task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
     if args.distributed:
@@ -213,6 +228,8 @@ def set_up(args: argparse.Namespace) -> Run:
         f"{num_classes} classes; {len(train_set)} training and {len(eval_set)} held-out images; "
         f"{device}, {args.world_size} process(es)"
     )
+    if note := batch_size_note(args, args.world_size):
+        notes.append(note)
     return Run(
         args, device, task, updater, make_autocast(args, device), train_loader, eval_loader,
         epochs, updates, card, notes, bad_images,

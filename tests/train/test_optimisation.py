@@ -1,0 +1,196 @@
+"""Learning rates, weight decay and averaging: flags against numbers worked out by hand."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from tests.train.helpers import tiny_flags
+from vitlinear.errors import UserError
+from vitlinear.train import run
+from vitlinear.train.optimisation import (
+    batch_size_note,
+    ema_decay,
+    make_optimizer,
+    undecayed_names,
+    warmup_and_min_rate,
+)
+from vitlinear.train.setup import set_up
+
+# Four epochs of two updates, two of them warm-up, then one of cool-down; in units of the peak the
+# first rate is 0.1 and the last 0.2. The cosine runs from the start of training: half of it is over
+# when the warm-up ends.
+SCHEDULE = ["--epochs", 4, "--warmup-epochs", 2, "--cooldown-epochs", 1, "-b", 12]
+BY_EPOCH = [0.1, 0.55, 0.6, 0.2 + 0.4 * (1 - math.sqrt(0.5)), 0.2]
+BY_UPDATE = [
+    *(0.1, 0.325, 0.55, 0.775),
+    *(0.2 + 0.4 * (1 + math.cos(math.pi * update / 8)) for update in (4, 5, 6, 7)),
+    *(0.2, 0.2),
+]
+RATES = {
+    "absolute": ["--lr", 1e-3, "--warmup-lr", 1e-4, "--min-lr", 2e-4],
+    # for 6 images, where the run's batch has 12
+    "scaled": ["--lr-base", 5e-4, "--lr-base-size", 6, "--lr-base-all"]
+    + ["--warmup-lr", 5e-5, "--min-lr", 1e-4],
+    "peak-scaled": ["--lr-base", 5e-4, "--lr-base-size", 6, "--warmup-lr", 1e-4, "--min-lr", 2e-4],
+}
+
+
+def arguments(*flags: Any) -> Any:
+    return run.parse_arguments([str(flag) for flag in flags])
+
+
+def run_arguments(data: Path, output: Path, *flags: Any) -> Any:
+    """Arguments of a tiny run, without its learning rate."""
+    tiny = tiny_flags(data, output)
+    del tiny[tiny.index("--lr") : tiny.index("--lr") + 2]
+    return arguments(*tiny, *flags)
+
+
+@pytest.fixture
+def rates() -> Iterator[list[float]]:
+    """Learning rates that optimisers use while the test runs, one for each update."""
+    found: list[float] = []
+
+    def note(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        (rate,) = {group["lr"] for group in optimizer.param_groups}
+        found.append(rate)
+
+    handle = register_optimizer_step_pre_hook(note)
+    yield found
+    handle.remove()
+
+
+@pytest.mark.parametrize("flags", RATES.values(), ids=RATES)
+@pytest.mark.parametrize("by", ["epoch", "update"])
+def test_every_update_of_a_run_uses_the_rate_worked_out_by_hand(
+    folder: Path, tmp_path: Path, rates: list[float], flags: list[Any], by: str
+) -> None:
+    """The first one too: it must not see the peak."""
+    stepping = ["--sched-on-updates"] if by == "update" else []
+    args = run_arguments(folder, tmp_path / "run", *SCHEDULE, *flags, *stepping)
+    assert run.train(args)["epoch"] == 5
+    expected = BY_UPDATE if by == "update" else [rate for rate in BY_EPOCH for _ in range(2)]
+    assert rates == pytest.approx([1e-3 * rate for rate in expected], rel=1e-9)
+
+
+def test_without_warm_up_the_first_update_uses_the_peak(
+    folder: Path, tmp_path: Path, rates: list[float]
+) -> None:
+    flags = ["--lr", 1e-3, "--warmup-epochs", 0, "--epochs", 2, "-b", 12, "--min-lr", 0]
+    run.train(run_arguments(folder, tmp_path / "run", *flags))
+    assert rates == pytest.approx([1e-3, 1e-3, 5e-4, 5e-4])
+
+
+def test_accumulation_makes_fewer_updates_along_the_same_curve(
+    folder: Path, tmp_path: Path, rates: list[float]
+) -> None:
+    """Three batches of eight in groups of two: two updates in an epoch, the second smaller."""
+    flags = [*SCHEDULE[:-2], *RATES["absolute"], "--grad-accum-steps", 2, "--sched-on-updates"]
+    run.train(run_arguments(folder, tmp_path / "run", *flags))
+    assert rates == pytest.approx([1e-3 * rate for rate in BY_UPDATE], rel=1e-9)
+
+
+def test_first_and_last_rate_scale_only_when_asked() -> None:
+    flags = ["-b", 64, "--grad-accum-steps", 2, "--warmup-lr", 1e-6, "--min-lr", 1e-5]
+    assert warmup_and_min_rate(arguments(*flags), 8) == (1e-6, 1e-5)
+    scaled = arguments(*flags, "--lr-base-all")
+    assert warmup_and_min_rate(scaled, 8) == pytest.approx((2e-6, 2e-5))
+    root = arguments(*flags, "--lr-base-all", "--lr-base-scale", "sqrt")
+    assert warmup_and_min_rate(root, 16) == pytest.approx((2e-6, 2e-5))
+
+
+def test_decay_of_the_average_follows_the_global_batch(folder: Path, tmp_path: Path) -> None:
+    """Per image the average forgets at one speed: two updates of n images are one of 2n."""
+    flags = ["--model-ema-decay", 0.99, "--model-ema-base-size", 32]
+    args = arguments("-b", 16, "--grad-accum-steps", 2, *flags)
+    assert ema_decay(args, 1) == pytest.approx(0.99)
+    assert ema_decay(args, 4) == pytest.approx(0.99**4)
+    assert ema_decay(arguments("-b", 16, *flags), 1) ** 2 == pytest.approx(0.99)
+    assert ema_decay(arguments("-b", 16, "--model-ema-decay", 0.99), 8) == 0.99
+    args = run_arguments(folder, tmp_path / "run", "--lr", 1e-3, "--model-ema", *flags)
+    average = set_up(args).task.trainable_module_ema
+    assert average.decay == pytest.approx(0.99**0.25)  # batches of 8
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["-b", 128], None),
+        (["-b", 64, "--grad-accum-steps", 2], None),
+        (
+            ["-b", 32],
+            "global batch 256 (--batch-size 32 x --grad-accum-steps 1 x 8 process(es)), the "
+            "recipe's is 1024: peak learning rate 0.00025 "
+            "(linear scaling of 0.0005 per 512 images)",
+        ),
+        (
+            ["-b", 32, "--lr", 4e-3],
+            "global batch 256 (--batch-size 32 x --grad-accum-steps 1 x 8 process(es)), the "
+            "recipe's is 1024: peak learning rate 0.004 (as it is, --lr; scale it yourself)",
+        ),
+    ],
+)
+def test_another_global_batch_than_the_recipes_is_said(
+    flags: list[Any], message: str | None
+) -> None:
+    assert batch_size_note(arguments(*flags, "--recipe-batch-size", 1024), 8) == message
+    assert batch_size_note(arguments(*flags), 8) is None
+
+
+class Scaled(nn.Module):
+    """One parameter of each kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(3))
+        self.temperature = nn.Parameter(torch.ones(2))
+        self.pos_embed = nn.Parameter(torch.ones(1, 4, 3))
+        self.norm = nn.LayerNorm(3)
+        self.fc = nn.Linear(3, 2)
+
+    def no_weight_decay(self) -> set[str]:
+        return {"pos_embed"}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        return {"stem": "^pos|^gamma|^temp", "blocks": [(r"^norm", (1,)), (r"^fc", (2,))]}
+
+
+SPARED = {"gamma", "temperature", "pos_embed", "norm.weight", "norm.bias", "fc.bias"}
+
+
+def test_weight_decay_of_chosen_parameters_of_one_axis() -> None:
+    model = Scaled()
+    assert undecayed_names(model, []) == SPARED
+    assert undecayed_names(model, ["gam*", "temperature"]) == SPARED - {"gamma", "temperature"}
+    assert undecayed_names(model, ["*.bias"]) == SPARED - {"norm.bias", "fc.bias"}
+    for pattern in ("fc.weight", "gama"):  # two axes; no such name
+        with pytest.raises(UserError, match=f"--weight-decay-1d {pattern} fits no parameter of"):
+            undecayed_names(model, [pattern])
+
+
+@pytest.mark.parametrize("layer_decay", [[], ["--layer-decay", 0.5]], ids=["plain", "layers"])
+@pytest.mark.parametrize("pattern", [[], ["--weight-decay-1d", "gamma"]], ids=["timm", "gamma"])
+def test_groups_of_the_optimiser(layer_decay: list[Any], pattern: list[str]) -> None:
+    args = arguments("--lr", 1e-3, "--weight-decay", 0.1, *layer_decay, *pattern)
+    args.world_size = 1
+    model = Scaled()
+    optimizer = make_optimizer(args, model)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    spared, scales = set(), {}
+    for group in optimizer.param_groups:
+        assert group["weight_decay"] in (0.0, 0.1)
+        for parameter in group["params"]:
+            spared |= {names[id(parameter)]} if group["weight_decay"] == 0 else set()
+            scales[names[id(parameter)]] = group.get("lr_scale", 1.0)
+    assert spared == (SPARED - {"gamma"} if pattern else SPARED)
+    assert scales.keys() == set(names.values())
+    if layer_decay:
+        assert (scales["gamma"], scales["norm.weight"], scales["fc.weight"]) == (0.25, 0.5, 1.0)
+    else:
+        assert set(scales.values()) == {1.0}

@@ -1,0 +1,267 @@
+"""The published recipes: every value, what follows from it, and that each one starts.
+
+`VITLINEAR_RECIPES=all` starts every recipe at its own image size (about half an hour, 12 GB).
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+import yaml
+from timm.data.distributed_sampler import RepeatAugSampler
+from timm.layers import DropPath
+
+from tests import golden
+from tests.train.helpers import image_folder
+from vitlinear.cards.facts import families
+from vitlinear.checkpoints.mappings import find_mapping
+from vitlinear.train import model as models
+from vitlinear.train import optimisation, run
+from vitlinear.train.config import read_config
+from vitlinear.train.run import parse_arguments, set_schedule
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "classification"
+OURS = {"digits_test_ravlt", "fashion_mnist_ravlt"}
+RECIPES = sorted({path.stem for path in CONFIGS.glob("*.yaml")} - OURS)
+FACTS = {
+    name: facts
+    for name, facts in yaml.safe_load(
+        (Path(__file__).parents[1] / "data" / "recipes.yaml").read_text()
+    ).items()
+    if not name.startswith("_")
+}
+# Flags that `resolved` reads: a recipe that sets another one is not checked by it.
+CHECKED = """
+    aa amp amp_dtype aug_repeats batch_size clip_grad color_jitter cooldown_epochs crop_mode
+    crop_pct cutmix drop_path epochs grad_accum_steps img_size initial_model interpolation lr
+    lr_base lr_base_all lr_base_scale lr_base_size min_lr mixup mixup_mode mixup_prob
+    mixup_switch_prob model model_ema model_ema_base_size model_ema_decay num_classes opt
+    opt_betas opt_eps recipe_batch_size recount remode reprob sched sched_on_updates smoothing
+    sync_bn train_interpolation warmup_epochs warmup_lr warmup_prefix weight_decay
+    weight_decay_1d
+"""
+SMALLEST = """
+    ravlt_t mavit_t nalaformer_xt inline_deit_tiny inline_pvt_tiny inline_swin_tiny
+    inline_cswin_tiny l2vit_tiny l2vit_base.in22k_ft_in1k
+"""
+ALL = os.environ.get("VITLINEAR_RECIPES") == "all"
+
+
+def recipe(name: str) -> Any:
+    """The parsed recipe, on as many processes as make its global batch."""
+    args = parse_arguments(["--config", str(CONFIGS / f"{name}.yaml")])
+    args.world_size, rest = divmod(args.recipe_batch_size, args.batch_size * args.grad_accum_steps)
+    assert not rest
+    return args
+
+
+def on_meta(args: Any) -> torch.nn.Module:
+    return models.build_model(
+        args.model,
+        img_size=args.img_size,
+        num_classes=args.num_classes,
+        drop_rate=args.drop,
+        drop_path_rate=args.drop_path,
+        device="meta",
+        **args.model_kwargs,
+    )
+
+
+def decayed_names(optimizer: torch.optim.Optimizer, model: torch.nn.Module, decay: float) -> Any:
+    """Names of the parameters that are decayed, and of those that are not."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups: dict[float, set[str]] = {decay: set(), 0.0: set()}
+    for group in optimizer.param_groups:
+        groups[group["weight_decay"]] |= {names[id(parameter)] for parameter in group["params"]}
+    return groups[decay], groups[0.0]
+
+
+def resolved(name: str) -> dict[str, Any]:
+    """What the run would do, from the objects that it would be built of."""
+    args = recipe(name)
+    model = on_meta(args)
+    optimizer = optimisation.make_optimizer(args, model)
+    decayed, undecayed = decayed_names(optimizer, model, args.weight_decay)
+    updates = 7
+    peaks = {group["lr"] for group in optimizer.param_groups}
+    scheduler, epochs = optimisation.make_schedule(args, optimizer, updates)
+    assert scheduler is not None and len(peaks) == 1
+
+    def rate(epoch: int) -> float:
+        set_schedule(scheduler, epoch, epoch * updates)
+        return optimizer.param_groups[0]["lr"]
+
+    data = models.data_config(model, vars(args))
+    side = data["input_size"][1]
+    return {
+        "processes": args.world_size,
+        "batch_size": args.batch_size,
+        "grad_accum_steps": args.grad_accum_steps,
+        "global_batch": optimisation.global_batch_size(args, args.world_size),
+        "opt": type(optimizer).__name__.lower(),
+        "eps": optimizer.defaults["eps"],
+        "betas": list(optimizer.defaults["betas"]),
+        "weight_decay": args.weight_decay,
+        "decayed": len(decayed),
+        "undecayed": len(undecayed),
+        "layer_decay": args.layer_decay,
+        "clip_norm": args.clip_grad if args.clip_mode == "norm" else args.clip_mode,
+        "schedule": args.sched,
+        "steps": "epoch" if scheduler.t_in_epochs else "update",
+        "warmup_prefix": args.warmup_prefix,
+        "warmup_epochs": args.warmup_epochs,
+        "epochs": epochs,
+        "lr": [rate(0), peaks.pop(), rate(epochs)],
+        "drop_path": round(
+            max(m.drop_prob for m in model.modules() if isinstance(m, DropPath)), 6
+        ),
+        "aa": args.aa,
+        "color_jitter": args.color_jitter,
+        "erase": [args.reprob, args.remode, args.recount],
+        "mixup": [
+            args.mixup, args.cutmix, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
+            args.mixup_off_epoch,
+        ],
+        "crop": [*args.scale, *args.ratio],
+        "flip": [args.hflip, args.vflip],
+        "train_interpolation": args.train_interpolation,
+        "smoothing": args.smoothing,
+        "repeats": args.aug_repeats,
+        "classes": args.num_classes,
+        "starts_from": args.initial_model,
+        "sync_bn": args.sync_bn,
+        "amp": args.amp_dtype if args.amp else None,
+        "ema": optimisation.ema_decay(args, args.world_size) if args.model_ema else None,
+        "evaluation": [
+            side, int(side / data["crop_pct"]), data["crop_mode"], data["interpolation"],
+        ],
+    }  # fmt: skip
+
+
+def test_every_published_variant_has_a_recipe() -> None:
+    released = {
+        name
+        for family in families().values()
+        for name, facts in family.models.items()
+        if facts.released
+    }
+    assert set(RECIPES) == set(FACTS)
+    assert {name.partition(".")[0] for name in RECIPES} == released
+    assert all(recipe(name).model == name.partition(".")[0] for name in RECIPES)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_is_as_published(name: str) -> None:
+    parser_values = read_config(CONFIGS / f"{name}.yaml", run.make_parser("test"))
+    assert parser_values.keys() <= set(CHECKED.split())
+    found, facts = resolved(name), FACTS[name]
+    assert found.keys() == facts.keys()
+    for key, value in facts.items():
+        if isinstance(value, list):
+            assert found[key] == pytest.approx(value, rel=1e-9), key
+        elif key == "ema" and value is not None:
+            assert 1 - found[key] == pytest.approx(1 - value, rel=1e-9)
+        else:
+            assert found[key] == value, key
+
+
+def released_decay(released: str) -> tuple[set[str], set[str]]:
+    """Our names of what the released scripts decay, and of what they do not, by their shapes."""
+    buffers = (
+        "running_mean running_var num_batches_tracked RoPE.angle relative_position_index attn_mask"
+    )
+    buffers_end = tuple(buffers.split())
+    listed = ("pos_embed", "cls_token", "relative_position_bias_table")
+    entries = next(
+        json.loads(path.read_text())[released]["state_dict"]
+        for path in golden.FOLDER.glob("*.json")
+        if f'"{released}"' in path.read_text()
+    )
+    shapes = {key: shape for key, shape, _ in entries if not key.endswith(buffers_end)}
+    groups: tuple[dict[str, torch.Tensor], ...] = ({}, {})
+    for key, shape in shapes.items():
+        exempt = len(shape) <= 1 or key.endswith(".bias") or any(part in key for part in listed)
+        groups[exempt][key] = torch.empty(shape, device="meta")
+    mapping = find_mapping({**groups[0], **groups[1]})
+    if mapping is None:
+        return set(groups[0]), set(groups[1])
+    renamed = [{mapping.rename(key) for key in mapping.stack(group)} for group in groups]
+    return renamed[0], renamed[1]
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if "." not in name])
+def test_weight_decay_spares_what_the_released_script_spares(name: str) -> None:
+    """Name by name, though layer-scales and temperatures have fewer axes here."""
+    released = next(f.models[name].released for f in families().values() if name in f.models)
+    args = recipe(name)
+    model = on_meta(args)
+    optimizer = optimisation.make_optimizer(args, model)
+    assert decayed_names(optimizer, model, args.weight_decay) == released_decay(released)
+
+
+def test_repeated_augmentation_gives_an_epoch_of_multiples_of_256() -> None:
+    """As published: three in a row over the processes, and the epoch no longer than without."""
+    parts = [list(RepeatAugSampler(range(1000), 8, rank, num_repeats=3)) for rank in range(8)]
+    assert [len(part) for part in parts] == [768 // 8] * 8
+    mixed = [index for step in zip(*parts, strict=True) for index in step]
+    assert all(len(set(mixed[start : start + 3])) == 1 for start in range(0, 768, 3))
+    assert len(set(mixed)) == 256
+
+
+def start_weights(args: Any, folder: Path) -> list[str]:
+    """Flags that give a fine-tuning recipe what it starts from: 22k has five classes here."""
+    if args.initial_model is None:
+        return []
+    weights = timm.create_model(args.initial_model, num_classes=5).state_dict()
+    safetensors.torch.save_file(weights, folder / "start.safetensors")
+    (folder / "map.txt").write_text("4\n0\n2\n")
+    flags = ["--initial-checkpoint", str(folder / "start.safetensors")]
+    return [*flags, "--initial-head-map", str(folder / "map.txt")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES if ALL else SMALLEST.split())
+def test_recipe_makes_an_update(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = image_folder(tmp_path / "images", train=1, val=1)
+    args = recipe(name)
+    flags = ["--config", str(CONFIGS / f"{name}.yaml"), "--data-dir", str(data)]
+    flags += ["--output", str(tmp_path / "run"), "--device", "cpu", "-j", "0", "--no-plot"]
+    flags += ["-b", "2", "--stop-epoch", "1", "--num-classes", "3", "--opt-kwargs", "foreach=False"]
+    # Float16 on a CPU is slow, and its scaler may skip the first update.
+    flags += ["--amp-dtype", "bfloat16", *start_weights(args, tmp_path)]
+    flags += [] if ALL else ["--img-size", "64"]
+    result = run.train(parse_arguments(flags))
+    assert result["epoch"] == 1
+    state = torch.load(tmp_path / "run" / "last_state.pt", weights_only=True)
+    assert state["updates"] == 1
+    assert {int(entry["step"]) for entry in state["optimizer"]["state"].values()} == {1}
+    assert ("state_dict_ema" in state) == args.model_ema
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert row["lr"] == pytest.approx(optimisation.warmup_and_min_rate(recipe_at(flags), 1)[0])
+    printed = capsys.readouterr().out
+    assert f"the recipe's is {args.recipe_batch_size}: peak learning rate" in printed
+    assert "starting a new one" not in printed
+    saved = yaml.safe_load((tmp_path / "run" / "args.yaml").read_text())
+    assert saved["recipe_batch_size"] == args.recipe_batch_size and "base" not in saved
+
+
+def recipe_at(flags: list[str]) -> Any:
+    args = parse_arguments(flags)
+    args.world_size = 1
+    return args
+
+
+def test_fine_tuning_recipes_refuse_to_start_from_nothing(tmp_path: Path) -> None:
+    data = image_folder(tmp_path / "images", train=1, val=1)
+    for name in (name for name in RECIPES if FACTS[name]["starts_from"]):
+        flags = ["--config", str(CONFIGS / f"{name}.yaml"), "--data-dir", str(data), "-b", "2"]
+        with pytest.raises(models.UserError, match="is to start from weights of .* FILE"):
+            run.train(parse_arguments([*flags, "--output", str(tmp_path / "run")]))
+    assert not (tmp_path / "run").exists()
