@@ -13,7 +13,6 @@ import safetensors.torch
 import timm
 import torch
 import yaml
-from timm.data.distributed_sampler import RepeatAugSampler
 from timm.layers import DropPath
 
 from tests import golden
@@ -23,7 +22,9 @@ from vitlinear.checkpoints.mappings import find_mapping
 from vitlinear.train import model as models
 from vitlinear.train import optimisation, run
 from vitlinear.train.config import read_config
+from vitlinear.train.order import EpochBatches
 from vitlinear.train.run import parse_arguments, set_schedule
+from vitlinear.train.state import read_state
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "classification"
 OURS = {"digits_test_ravlt", "fashion_mnist_ravlt"}
@@ -206,11 +207,17 @@ def test_weight_decay_spares_what_the_released_script_spares(name: str) -> None:
 
 def test_repeated_augmentation_gives_an_epoch_of_multiples_of_256() -> None:
     """As published: three in a row over the processes, and the epoch no longer than without."""
-    parts = [list(RepeatAugSampler(range(1000), 8, rank, num_repeats=3)) for rank in range(8)]
+    parts = []
+    for rank in range(8):
+        batches = EpochBatches(1000, batch_size=4, repeats=3, rank=rank, world_size=8)
+        batches.start(seed=0, epoch=0)
+        parts.append([place for batch in batches for place in batch])
     assert [len(part) for part in parts] == [768 // 8] * 8
-    mixed = [index for step in zip(*parts, strict=True) for index in step]
-    assert all(len(set(mixed[start : start + 3])) == 1 for start in range(0, 768, 3))
-    assert len(set(mixed)) == 256
+    mixed = [place for step in zip(*parts, strict=True) for place in step]
+    images = [place.image for place in mixed]
+    assert all(len(set(images[start : start + 3])) == 1 for start in range(0, 768, 3))
+    assert len(set(images)) == 256
+    assert len({place.seed for place in mixed}) == 768
 
 
 def start_weights(args: Any, folder: Path) -> list[str]:
@@ -239,7 +246,7 @@ def test_recipe_makes_an_update(
     flags += [] if ALL else ["--img-size", "64"]
     result = run.train(parse_arguments(flags))
     assert result["epoch"] == 1
-    state = torch.load(tmp_path / "run" / "last_state.pt", weights_only=True)
+    state = read_state(tmp_path / "run" / "last_state.pt")
     assert state["updates"] == 1
     assert {int(entry["step"]) for entry in state["optimizer"]["state"].values()} == {1}
     assert ("state_dict_ema" in state) == args.model_ema
