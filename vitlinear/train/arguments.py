@@ -52,14 +52,19 @@ def add_data_arguments(parser: Parser) -> None:
     group.add_argument(
         "--input-img-mode", default=None, metavar="MODE", help="PIL mode (default: L or RGB)"
     )
+    group.add_argument("-j", "--workers", type=NATURAL, default=4, metavar="N", help="processes")
+    group.add_argument("--pin-mem", action=BooleanOptionalAction, default=False, help="pin memory")
+
+
+def add_bad_images_argument(parser: Parser) -> None:
+    """What becomes of unreadable images."""
+    group = parser.add_argument_group("unreadable images")
     group.add_argument(
         "--bad-images",
         default="error",
         choices=("error", "skip"),
         help="unreadable images: stop, or train on others and list them in bad_images.txt",
     )
-    group.add_argument("-j", "--workers", type=NATURAL, default=4, metavar="N", help="processes")
-    group.add_argument("--pin-mem", action=BooleanOptionalAction, default=False, help="pin memory")
 
 
 def add_input_arguments(parser: Parser) -> None:

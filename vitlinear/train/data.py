@@ -189,46 +189,80 @@ def image_mode(in_chans: int, requested: str | None) -> str:
     return mode
 
 
-def open_dataset(
+def open_source(
     name: str | None,
     *,
     train: bool,
     mode: str,
     data_dir: str | None = None,
     split: str | None = None,
-    num_classes: int | None = None,
-    bad_images: BadImages | None = None,
     **options: Any,
 ) -> Any:
-    """Opens one split.
+    """Opens one split, undecoded.
 
     Args:
         name: ``digits``, ``fashion_mnist``, a name for timm's ``create_dataset``, or None.
         train: The training or the held-out part (of the two embedded sets).
-        mode: PIL mode that images are converted to.
+        mode: PIL mode, for what timm itself decodes.
         data_dir: Where the files are.
         split: Split name for everything but the two embedded sets.
+        **options: More arguments of ``create_dataset``.
+
+    Returns:
+        A `sources.Source`, a `ShardReader`, or timm's own iterable data set.
+    """
+    path = Path(data_dir).expanduser() if data_dir else None
+    if name == "digits":
+        return sources.digits(train)
+    if name == "fashion_mnist":
+        return sources.fashion_mnist(train, path)
+    if split is None:
+        split = "train" if train else "validation"
+    options = {"is_training": train} | options
+    options = {key: value for key, value in options.items() if value is not None}
+    return open_other(name or "", path, split, mode, **options)
+
+
+def open_dataset(
+    name: str | None,
+    *,
+    train: bool,
+    mode: str,
+    num_classes: int | None = None,
+    bad_images: BadImages | None = None,
+    **options: Any,
+) -> Any:
+    """Opens one split to train on or to evaluate on.
+
+    Args:
+        name: As for `open_source`.
+        train: The training or the held-out part.
+        mode: PIL mode that images are converted to.
         num_classes: Bound of the labels where the data does not name its classes.
         bad_images: What becomes of unreadable images; by default, errors.
-        **options: More arguments of ``create_dataset``.
+        **options: Further arguments of `open_source`.
 
     Returns:
         A `LabelledImages`, or an iterable data set of timm's kind.
     """
     bad_images = bad_images or BadImages()
-    path = Path(data_dir).expanduser() if data_dir else None
-    if name == "digits":
-        return LabelledImages(sources.digits(train), mode)
-    if name == "fashion_mnist":
-        return LabelledImages(sources.fashion_mnist(train, path), mode)
-    if split is None:
-        split = "train" if train else "validation"
-    options = {key: value for key, value in options.items() if value is not None}
-    found = open_other(name or "", path, split, mode, is_training=train, **options)
+    found = open_source(name, train=train, mode=mode, **options)
     if isinstance(found, IterableImageDataset):
         return StreamedImages(found, name or "", bad_images)
     kind = LabelledImages if hasattr(found, "read") else ShardImages
     return kind(found, mode, train, bad_images, num_classes)
+
+
+def source_options(args: argparse.Namespace, train: bool) -> dict[str, Any]:
+    """Returns the arguments of `open_source` that parsed flags mean."""
+    return {
+        "data_dir": args.data_dir,
+        "split": args.train_split if train else args.val_split,
+        "class_map": args.class_map,
+        "download": args.dataset_download,
+        "input_key": args.input_key,
+        "target_key": args.target_key,
+    }
 
 
 def open_from_arguments(
@@ -239,16 +273,11 @@ def open_from_arguments(
         args.dataset,
         train=train,
         mode=mode,
-        data_dir=args.data_dir,
-        split=args.train_split if train else args.val_split,
         num_classes=args.num_classes,
         bad_images=bad_images,
-        class_map=args.class_map,
-        download=args.dataset_download,
-        input_key=args.input_key,
-        target_key=args.target_key,
-        batch_size=getattr(args, "batch_size", None),
-        seed=getattr(args, "seed", None),
+        batch_size=args.batch_size,
+        seed=args.seed if train else None,
+        **source_options(args, train),
     )
 
 

@@ -43,6 +43,7 @@ def make_parser(prog: str) -> Parser:
     """Returns a parser that knows every flag of training."""
     parser = Parser(prog=prog, description="Train a classifier; weights, metrics and curves.")
     arguments.add_data_arguments(parser)
+    arguments.add_bad_images_argument(parser)
     arguments.add_model_arguments(parser, default="ravlt_t")
     arguments.add_input_arguments(parser)
     arguments.add_training_arguments(parser)

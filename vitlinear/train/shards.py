@@ -78,14 +78,10 @@ class ShardReader(ReaderWds):
         return int(self._num_samples_per_worker())
 
     def __iter__(self) -> Iterator[tuple[str, bytes, int]]:
-        worker = get_worker_info()
-        workers = worker.num_workers if worker else 1
-        place = self.dist_rank * workers + (worker.id if worker else 0)
-        share = slice(place, None, self.dist_num_replicas * workers)
+        place, share = self._share()
         if not self.is_training:
-            lengths = self.split_info.shard_lengths or itertools.repeat(None)
-            for url, length in list(zip(self.urls(), lengths, strict=False))[share]:
-                yield from self._whole_shard(url, length)
+            for _, samples in self.shards():
+                yield from samples
             return
         # Strings are hashed whole: neighbouring epochs and seeds give unrelated orders.
         seed = f"{self.common_seed}/{self.epoch_count.value}"
@@ -98,6 +94,19 @@ class ShardReader(ReaderWds):
                 rng=random.Random(f"{seed}/{place}/{turn}"),
             )
             yield from map(self._parts, self._samples(urls[share], shuffle))
+
+    def shards(self) -> Iterator[tuple[str, Iterator[tuple[str, bytes, int]]]]:
+        """Yields this worker's shards, each once, with their samples."""
+        lengths = self.split_info.shard_lengths or itertools.repeat(None)
+        for url, length in list(zip(self.urls(), lengths, strict=False))[self._share()[1]]:
+            yield url, self._whole_shard(url, length)
+
+    def _share(self) -> tuple[int, slice]:
+        """Returns this worker's number among those of all processes, and which shards it has."""
+        worker = get_worker_info()
+        workers = worker.num_workers if worker else 1
+        place = self.dist_rank * workers + (worker.id if worker else 0)
+        return place, slice(place, None, self.dist_num_replicas * workers)
 
     def _whole_shard(self, url: str, length: int | None) -> Iterator[tuple[str, bytes, int]]:
         count = 0

@@ -32,6 +32,7 @@ def parse_arguments(
     )
     add_checkpoint_argument(parser)
     arguments.add_data_arguments(parser)
+    arguments.add_bad_images_argument(parser)
     arguments.add_model_arguments(parser, default=None)
     arguments.add_input_arguments(parser)
     arguments.add_device_arguments(parser)
