@@ -5,6 +5,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ CHECKED = """
 """
 SMALLEST = """
     ravlt_t mavit_t nalaformer_xt inline_deit_tiny inline_pvt_tiny inline_swin_tiny
-    inline_cswin_tiny l2vit_tiny l2vit_base.in22k_ft_in1k
+    inline_cswin_tiny l2vit_tiny
 """
 ALL = os.environ.get("VITLINEAR_RECIPES") == "all"
 
@@ -171,6 +172,25 @@ def test_recipe_is_as_published(name: str) -> None:
             assert found[key] == value, key
 
 
+def table_row(name: str) -> str:
+    """A recipe's row of the table in the README."""
+    facts, (model, _, tag) = FACTS[name], name.partition(".")
+    published = next(f.models[model].published for f in families().values() if model in f.models)
+    accuracies = published.top1 if published else {}
+    if not tag:  # the only ones of their model, or those that are not another recipe's
+        tag = next((tag for tag in accuracies if f"{model}.{tag}" not in FACTS), "")
+    return (
+        f"| [{name}]({name}.yaml) | {accuracies.get(tag, 'none')} | {facts['global_batch']} | "
+        f"{facts['epochs']} | {facts['lr'][1]:g} | {facts['drop_path']} |"
+    )
+
+
+def test_readme_lists_every_recipe() -> None:
+    lines = (CONFIGS / "README.md").read_text().splitlines()
+    rows = [line for line in lines if line.startswith("| [")]
+    assert sorted(rows) == sorted(map(table_row, RECIPES))
+
+
 def released_decay(released: str) -> tuple[set[str], set[str]]:
     """Our names of what the released scripts decay, and of what they do not, by their shapes."""
     buffers = (
@@ -257,6 +277,7 @@ def test_recipe_makes_an_update(
     assert "starting a new one" not in printed
     saved = yaml.safe_load((tmp_path / "run" / "args.yaml").read_text())
     assert saved["recipe_batch_size"] == args.recipe_batch_size and "base" not in saved
+    shutil.rmtree(tmp_path)  # up to 2 GB
 
 
 def recipe_at(flags: list[str]) -> Any:

@@ -97,7 +97,10 @@ def undecayed_names(model: nn.Module, decayed_1d: Sequence[str]) -> set[str]:
     for pattern in decayed_1d:
         fitting = fnmatch.filter([name for name in names if parameters[name].ndim <= 1], pattern)
         if not fitting:
-            raise UserError(f"--weight-decay-1d {pattern} fits no parameter of one axis")
+            raise UserError(
+                f"--weight-decay-1d {pattern} fits no parameter of one axis: leave it out, or give "
+                "the flag without a pattern where a --config sets it"
+            )
         names.difference_update(fitting)
     return names | {
         name for name in parameters if any(fnmatch.fnmatch(name, entry) for entry in listed)
