@@ -13,6 +13,7 @@ import vitlinear
 from vitlinear.errors import UserError
 from vitlinear.train import environment
 from vitlinear.train.environment import read_starts, record_start, repositories, variables
+from vitlinear.train.folder import PATCHES
 
 CPU = torch.device("cpu")
 IDENTITY = ("-c", "user.name=a", "-c", "user.email=a@b.c")
@@ -115,7 +116,7 @@ def test_the_patch_gives_back_what_ran(repository: Path, tmp_path: Path) -> None
     state = of_working_folder(runs)
     assert state["dirty"] and state["untracked"] == ["notes/"]
     patch = runs / state["patch"]
-    assert patch.name.startswith("git") and patch.match(environment.PATCHES)
+    assert patch.name.startswith("git") and patch.match(PATCHES)
     git(tmp_path, "clone", "-q", str(repository), "copy")
     git(tmp_path / "copy", "apply", str(patch))
     for name, content in changed.items():

@@ -218,11 +218,12 @@ def wandb_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     flags: Any = {"folder": tmp_path, "config": {"lr": 0.1}, "project": "test", "tags": ["a"]}
     log_run(trackers.WandbLogger(**flags), 0, 0, 1)
+    wandb.teardown()  # as when the process ends: wandb's own one has written all that it will
     rows = wandb_rows(tmp_path)
     updates = [(row["update"], row["update/train_loss"]) for row in rows if "update" in row]
     assert updates == [(2, 2.0**-2), (4, 2.0**-4)]
@@ -230,6 +231,7 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun = trackers.latest_run_id(tmp_path / "wandb")
     assert begun is not None
     log_run(trackers.WandbLogger(**flags), 1, 4, 2)  # goes on with the run that the folder began
+    wandb.teardown()
     assert trackers.latest_run_id(tmp_path / "wandb") == begun
     assert [row["epoch"] for row in wandb_rows(tmp_path) if "epoch" in row] == [1, 2]
 
@@ -253,13 +255,25 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
             trackers.check_trackers(*flags)
 
 
+class Closed(FileLogger):
+    failed: bool | None = None
+
+    def close(self, failed: bool = False) -> None:
+        self.failed = failed
+
+
 def test_several_loggers_as_one(tmp_path: Path) -> None:
     both = [tmp_path / "a", tmp_path / "b"]
     for folder in both:
         folder.mkdir()
-    loggers = Loggers([FileLogger(folder) for folder in both])
-    log_run(loggers, 0, 0, 2)
-    log_run(Loggers([FileLogger(folder) for folder in both]), 1, 4, 2)
+    log_run(Loggers(FileLogger(both[0]), [FileLogger(both[1])]), 0, 0, 2)
+    second = Closed(both[1])
+    with pytest.raises(ZeroDivisionError), Loggers(FileLogger(both[0]), [second]) as loggers:
+        log_run(loggers, 1, 4, 2)
+        assert second.failed is False
+        assert loggers.rows == read_rows(both[0] / "metrics.jsonl", "epoch")
+        raise ZeroDivisionError
+    assert second.failed is True
     assert contents(both[0]) == contents(both[1])
     assert len(read_rows(both[0] / "updates.jsonl", "update")) == 4
 

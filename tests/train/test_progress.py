@@ -2,11 +2,12 @@
 
 import io
 import json
+import math
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,7 @@ import torch
 from tqdm import tqdm
 
 from vitlinear.train import progress as module
-from vitlinear.train.progress import HostTimer, Progress, StreamTimer, clock, peak_memory
-
-TIMES = ("images_per_s", "data_wait", "seconds", "peak_memory_gib")
+from vitlinear.train.progress import TIMES, HostTimer, Progress, StreamTimer, clock, peak_memory
 
 
 class Clock:
@@ -51,11 +50,13 @@ def batches(count: int, classes: int = 5) -> list[tuple[torch.Tensor, torch.Tens
     return found
 
 
-def run(progress: Progress, accumulate: int = 1, stop: int | None = None) -> list[dict[str, Any]]:
-    """Goes through an epoch, of which update 0 is the first, to its end or to batch ``stop``."""
+def run(
+    progress: Progress, data: Iterable[Any], accumulate: int = 1, stop: int | None = None
+) -> list[dict[str, Any]]:
+    """Goes through the first epoch of a run, to its end or to batch ``stop``."""
     rows = []
     with progress:
-        for loss, output, target in progress:
+        for loss, output, target in progress.over(data):
             progress.add(loss, output, target)
             if progress.done % accumulate == 0 or progress.done == progress.total:
                 updates = -(-progress.done // accumulate)
@@ -72,8 +73,8 @@ def without_times(values: dict[str, Any]) -> dict[str, Any]:
 
 def test_means_over_images_since_the_last_look_and_of_the_epoch() -> None:
     data = batches(7)
-    progress = Progress(data, 7, epoch=2, epochs=3, log_interval=3, show=False)
-    rows = run(progress)
+    progress = Progress(7, epoch=2, epochs=3, log_interval=3, show=False)
+    rows = run(progress, data)
     assert [row["update"] for row in rows] == [3, 6, 7]
     hits, sizes = [], [len(output) for _, output, _ in data]
     for _, output, target in data:
@@ -93,17 +94,17 @@ def test_means_over_images_since_the_last_look_and_of_the_epoch() -> None:
 @pytest.mark.parametrize("stop", [1, 4, 6, 10])
 def test_resumed_in_the_middle_gives_the_same_numbers(accumulate: int, stop: int) -> None:
     data = batches(11)
-    flags: Any = {"epoch": 1, "epochs": 1, "log_interval": 2, "show": False}
-    whole = Progress(data, 11, **flags)
-    rows = run(whole, accumulate)
-    first = Progress(data, 11, **flags)
-    before = run(first, accumulate, stop)
+    flags: Any = {"log_interval": 2, "show": False}
+    whole = Progress(11, **flags)
+    rows = run(whole, data, accumulate)
+    first = Progress(11, **flags)
+    before = run(first, data, accumulate, stop)
     state = json.loads(json.dumps(first.state()))  # plain numbers go anywhere
-    second = Progress(data[stop:], 11, done=stop, state=state, **flags)
-    after = run(second, accumulate)
+    second = Progress(11, done=stop, state=state, **flags)
+    after = run(second, data[stop:], accumulate)
     assert [*map(without_times, before + after)] == [*map(without_times, rows)]
     assert without_times(second.metrics()) == without_times(whole.metrics())
-    assert second.metrics()["seconds"] > state["now"]["seconds"]
+    assert second.metrics()["seconds"] > state["seconds"]
 
 
 def slow(fake: Clock, count: int, wait: float) -> Iterator[Any]:
@@ -117,9 +118,10 @@ def test_speed_share_of_waiting_and_what_is_left(
 ) -> None:
     """A second of waiting and three of computing for each batch, half an hour around an epoch."""
     flags: Any = {"epoch": 3, "epochs": 10, "log_interval": 2, "epoch_seconds": 1800.0}
-    progress = Progress(slow(fake, 4, 1.0), 4, **flags)
+    progress = Progress(4, **flags)
     with progress:
-        for updates, (loss, output, target) in enumerate(progress, 1):
+        batches = progress.over(slow(fake, 4, 1.0))
+        for updates, (loss, output, target) in enumerate(batches, 1):
             fake.now += 3.0
             progress.add(loss, output, target)
             values = progress.updated(updates, 0.1)
@@ -127,7 +129,7 @@ def test_speed_share_of_waiting_and_what_is_left(
                 assert values["images_per_s"] == 16 / 8
                 assert (values["data_wait"], values["seconds"]) == (0.25, 8)
     state = progress.state()
-    assert (state["now"]["seconds"], state["now"]["wait"]) == (16, 4)
+    assert (state["seconds"], state["wait"]) == (16, 4)
     first, last = capsys.readouterr().out.splitlines()
     assert first.startswith("epoch 3/10, batch 2/4, update 2: loss 0.")
     assert "2 images/s, 25% waiting for data" in first and "GiB, lr 1.00e-01; " in first
@@ -135,7 +137,7 @@ def test_speed_share_of_waiting_and_what_is_left(
     assert last.endswith("left 0:00:00 of the epoch, 3:30:00 of the run")
 
     fake.now = 1000.0  # another process, another clock
-    progress = Progress([], 4, done=4, state=state, **flags)
+    progress = Progress(4, done=4, state=state, **flags)
     with progress:
         fake.now += 4.0
     assert progress.metrics()["seconds"] == 20
@@ -145,7 +147,7 @@ def test_speed_share_of_waiting_and_what_is_left(
 def test_without_a_known_epoch_the_batches_so_far_tell(
     fake: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(Progress(slow(fake, 4, 60.0), 4, epoch=1, epochs=3, log_interval=2))
+    run(Progress(4, epoch=1, epochs=3, log_interval=2), slow(fake, 4, 60.0))
     assert "left 0:02:00 of the epoch, 0:10:00 of the run" in capsys.readouterr().out
 
 
@@ -162,8 +164,8 @@ def test_a_bar_on_a_terminal(
     monkeypatch.setattr(tqdm, "monitor_interval", 0)  # no thread that outlives the test
     with monkeypatch.context() as patch:
         patch.setattr(module, "tqdm", lambda **flags: tqdm(**{**flags, "ncols": 200}, file=screen))
-        progress = Progress(batches(5), 5, epoch=1, epochs=2, log_interval=2, done=0)
-        run(progress)
+        progress = Progress(5, epoch=1, epochs=2, log_interval=2)
+        run(progress, batches(5))
     drawn = screen.getvalue()
     assert "epoch 1/2:" in drawn and "/5 [" in drawn
     assert "% waiting for data, " in drawn and ", run 0:00:0" in drawn and "lr 2.50e-01" in drawn
@@ -172,7 +174,9 @@ def test_a_bar_on_a_terminal(
 
 
 def test_nothing_is_shown_by_other_processes(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(Progress(batches(3), 3, epoch=1, epochs=1, show=False))
+    progress = Progress(3, show=False)
+    assert run(progress, batches(3))
+    progress.note("an update was skipped")
     assert capsys.readouterr() == ("", "")
 
 
@@ -191,7 +195,7 @@ def test_the_device_is_read_at_looks_only(monkeypatch: pytest.MonkeyPatch) -> No
     data = batches(10)
     for name in ("item", "tolist", "cpu", "__bool__", "__float__", "__int__", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, counted(getattr(torch.Tensor, name)))
-    run(Progress(data, 10, epoch=1, epochs=1, log_interval=4, show=False))
+    run(Progress(10, log_interval=4, show=False), data)
     assert reads == 3  # after updates 4, 8 and 10
 
 
@@ -203,12 +207,14 @@ from vitlinear.train.progress import Progress
 rank = int(sys.argv[1])
 store = f"file://{sys.argv[2]}/store"
 distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-flags = dict(epoch=1, epochs=1, log_interval=2, show=rank == 0, reduce=True)
-first = Progress(batches(12)[rank::2], 6, **flags)
-rows = run(first, stop=3)
-second = Progress(batches(12)[rank::2][3:], 6, done=3, state=first.state(), **flags)
-rows += run(second)
-found = [rows, second.metrics()]
+flags = dict(log_interval=2, show=rank == 0)
+data = batches(12)[rank::2]
+first = Progress(6, **flags)
+rows = run(first, data, stop=3)
+state = first.state()
+second = Progress(6, done=3, state=state, **flags)
+rows += run(second, data[3:])
+found = [rows, second.metrics(), state]
 every = [None, None]
 distributed.all_gather_object(every, found)
 if rank == 0:
@@ -231,15 +237,31 @@ def test_two_processes_tell_of_all_images(tmp_path: Path) -> None:
     assert [process.returncode for process in processes] == [0, 0] and not nothing
     lines = out.splitlines()
     assert len(lines) == 4 and all("loss" in line for line in lines[:3])
-    (rows, whole), (rows_of_other, whole_of_other) = json.loads(lines[3])
+    (rows, whole, state), (rows_of_other, whole_of_other, _) = json.loads(lines[3])
     assert [*map(without_times, rows)] == [*map(without_times, rows_of_other)]
     assert without_times(whole) == without_times(whole_of_other)
 
-    one = Progress(batches(12), 12, epoch=1, epochs=1, log_interval=2, show=False)
-    expected = run(one, accumulate=2)
-    for got, want in zip([*rows, whole], [*expected, one.metrics()], strict=True):
+    one = Progress(12, log_interval=2, show=False)
+    expected = run(one, batches(12), accumulate=2)
+    # one process goes on with what two have begun
+    after = Progress(12, done=6, state=state, log_interval=2, show=False)
+    run(after, batches(12)[6:], accumulate=2)
+    found, wanted = [*rows, whole, after.metrics()], [*expected, one.metrics(), one.metrics()]
+    for got, want in zip(found, wanted, strict=True):
         assert got["train_loss"] == pytest.approx(want["train_loss"], rel=1e-12)
         assert got["train_top1"] == pytest.approx(want["train_top1"], rel=1e-12)
+
+
+def test_batches_without_a_finite_loss_count_nowhere() -> None:
+    data = batches(4)
+    spoilt = [*data[:2], (torch.tensor(float("nan")), *data[2][1:]), *data[2:]]
+    first, second = (Progress(len(x), log_interval=9, show=False) for x in (data, spoilt))
+    run(first, data)
+    run(second, spoilt)
+    assert without_times(first.metrics()) == without_times(second.metrics())
+    nothing = Progress(1, show=False)
+    (row,) = run(nothing, [spoilt[2]])
+    assert math.isnan(row["train_loss"]) and math.isnan(row["train_top1"])
 
 
 def test_durations() -> None:

@@ -257,6 +257,15 @@ def add_training_arguments(parser: Parser) -> None:
     group.add_argument("--validation-batch-size", type=COUNT, default=None)
     group.add_argument("--eval-metric", default="top1", choices=("top1", "top5", "loss"))
     group.add_argument("--log-interval", type=COUNT, default=50, metavar="N", help="updates")
+    group.add_argument(
+        "--log-tensorboard", action="store_true", help="event files in the run folder"
+    )
+    group.add_argument("--log-wandb", action="store_true", help="Weights & Biases")
+    group.add_argument("--wandb-project", default=None, metavar="NAME")
+    group.add_argument("--wandb-tags", nargs="+", default=None, metavar="TAG")
+    group.add_argument(
+        "--wandb-resume-id", default=None, metavar="ID", help="default: the run folder's wandb run"
+    )
     group.add_argument("--plot", action=BooleanOptionalAction, default=True, help="curves.png")
     group.add_argument("--seed", type=NATURAL, default=42)
     group.add_argument(

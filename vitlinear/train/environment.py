@@ -19,8 +19,8 @@ import torch
 import vitlinear
 from vitlinear.errors import UserError
 from vitlinear.train.checkpoint import write_atomically, write_text
+from vitlinear.train.folder import ENVIRONMENT
 
-ENVIRONMENT, PATCHES = "environment.json", "git*.patch"
 PACKAGES = (
     "torch", "torchvision", "timm", "triton", "numpy", "pillow", "safetensors", "datasets",
     "webdataset", "tensorboard", "wandb",

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import shutil
 from pathlib import Path
 from types import TracebackType
 
@@ -10,8 +11,13 @@ from vitlinear.errors import UserError
 STATE, PREVIOUS_STATE = "last_state.pt", "previous_state.pt"
 LAST, BEST = "last.safetensors", "best.safetensors"
 ARGUMENTS, CURVES, BAD_IMAGES = "args.yaml", "curves.png", "bad_images.txt"
-METRICS = ("summary.csv", "metrics.jsonl")
-FILES = (STATE, PREVIOUS_STATE, LAST, BEST, ARGUMENTS, CURVES, BAD_IMAGES, *METRICS)
+SUMMARY, METRICS, UPDATES = "summary.csv", "metrics.jsonl", "updates.jsonl"
+ENVIRONMENT, PATCHES = "environment.json", "git*.patch"
+TENSORBOARD, WANDB = "tensorboard", "wandb"
+FILES = (
+    STATE, PREVIOUS_STATE, LAST, BEST, ARGUMENTS, CURVES, BAD_IMAGES, SUMMARY, METRICS, UPDATES,
+    ENVIRONMENT,
+)  # fmt: skip
 
 
 def run_folder(output: str | None, experiment: str | None, model: str) -> Path:
@@ -63,8 +69,8 @@ class RunFolder:
             for name in FILES:
                 # of a run that was killed while it wrote
                 (self.path / f".{name}.tmp").unlink(missing_ok=True)
-                if self.overwrite:
-                    (self.path / name).unlink(missing_ok=True)
+            if self.overwrite:
+                self._remove_files()
         except OSError as error:
             self._remove_made()
             raise UserError(
@@ -81,10 +87,16 @@ class RunFolder:
         trace: TracebackType | None,
     ) -> None:
         if kind is not None and self.fresh and not (self.path / STATE).exists():
-            for name in FILES:
-                with contextlib.suppress(OSError):
-                    (self.path / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self._remove_files()
             self._remove_made()
+
+    def _remove_files(self) -> None:
+        for path in (*(self.path / name for name in FILES), *self.path.glob(PATCHES)):
+            path.unlink(missing_ok=True)
+        for name in (TENSORBOARD, WANDB):
+            if (self.path / name).is_dir():
+                shutil.rmtree(self.path / name)
 
     def _remove_made(self) -> None:
         for path in self.made:  # innermost first

@@ -14,12 +14,13 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from vitlinear.errors import UserError
 from vitlinear.train.checkpoint import write_text
+from vitlinear.train.folder import METRICS, SUMMARY, UPDATES
 
-SUMMARY, METRICS, UPDATES = "summary.csv", "metrics.jsonl", "updates.jsonl"
 Row = dict[str, Any]
 
 
@@ -43,15 +44,24 @@ class Logger(ABC):
     def log_epoch(self, row: Mapping[str, Any]) -> None:
         """Takes the numbers of an epoch; ``epoch`` among them, counted from 1."""
 
-    def close(self) -> None:  # noqa: B027
-        """Writes what is still in memory."""
+    def close(self, failed: bool = False) -> None:  # noqa: B027
+        """Writes what is still in memory; nothing comes after it.
+
+        Args:
+            failed: Whether the run ends before its time.
+        """
 
 
 class Loggers(Logger):
-    """Several loggers as one."""
+    """Files and whatever else logs, as one; a context manager that closes them.
 
-    def __init__(self, loggers: Sequence[Logger]) -> None:
-        self.loggers = loggers
+    Attributes:
+        rows: Of all epochs so far.
+    """
+
+    def __init__(self, files: "FileLogger", others: Sequence[Logger] = ()) -> None:
+        self.rows = files.rows
+        self.loggers = (files, *others)
 
     def keep_before(self, epoch: int, update: int) -> None:
         """Calls each."""
@@ -68,10 +78,21 @@ class Loggers(Logger):
         for logger in self.loggers:
             logger.log_epoch(row)
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         """Calls each."""
         for logger in self.loggers:
-            logger.close()
+            logger.close(failed)
+
+    def __enter__(self) -> "Loggers":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close(failed=kind is not None)
 
 
 class FileLogger(Logger):
@@ -96,7 +117,7 @@ class FileLogger(Logger):
             UserError: A file holds something other than rows.
         """
         rows = read_rows(self.metrics, "epoch") if self.metrics.is_file() else []
-        self.rows = [row for row in rows if row["epoch"] <= epoch]
+        self.rows[:] = [row for row in rows if row["epoch"] <= epoch]
         if len(self.rows) < len(rows):
             self._write_epochs()
         if self.updates.is_file():

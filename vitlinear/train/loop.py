@@ -2,8 +2,7 @@
 
 import contextlib
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,12 +11,12 @@ from timm.task import TrainingTask
 from timm.utils import dispatch_clip_grad, unwrap_model
 from torch import distributed, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from tqdm import tqdm
 
 from vitlinear.errors import UserError
 from vitlinear.train.loader import batches_from
 from vitlinear.train.nonfinite import diagnose
 from vitlinear.train.order import seed_step
+from vitlinear.train.progress import Progress
 
 
 class Updater:
@@ -70,6 +69,11 @@ class Updater:
         groups = [[x for x in buffers if x.dtype == dtype] for dtype in {x.dtype for x in buffers}]
         self._statistics = [(group, [x.clone() for x in group]) for group in groups]
         self._losses_finite: torch.Tensor | None = None
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next update; with layer decay, of the last layers."""
+        return max(group["lr"] for group in self.optimizer.param_groups)
 
     def backward(self, loss: torch.Tensor, group: int, last: bool) -> None:
         """Adds one batch's gradients, and updates after the last batch of a group.
@@ -142,93 +146,35 @@ def updates_per_epoch(batches: int, accumulate: int) -> int:
     return math.ceil(batches / accumulate)
 
 
-class Totals:
-    """Sums over the images of an epoch in this process, kept on the device.
-
-    Attributes:
-        skipped: Updates of the epoch without a finite loss; their images count in no sum.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, images
-        self.skipped = 0
-
-    def add(self, loss: torch.Tensor, output: torch.Tensor, target: torch.Tensor) -> None:
-        """Adds a batch: mean loss, logits ``[B, C]``, and labels ``[B]`` or ``[B, C]``."""
-        labels = target if target.ndim == 1 else target.argmax(dim=1)
-        correct = (output.argmax(dim=1) == labels).sum()
-        count = torch.full_like(correct, len(labels))
-        sums = torch.stack([loss.detach().double() * len(labels), correct.double(), count.double()])
-        self._sums += torch.where(loss.detach().isfinite(), sums, torch.zeros_like(sums))
-
-    def state(self) -> list[list[float]]:
-        """Returns the sums of every process; all of them have to call."""
-        if not distributed.is_initialized():
-            return [[*self._sums.tolist(), self.skipped]]
-        mine = torch.cat([self._sums, self._sums.new_tensor([self.skipped])])
-        found = [torch.empty_like(mine) for _ in range(distributed.get_world_size())]
-        distributed.all_gather(found, mine)
-        return [sums.tolist() for sums in found]
-
-    def load_state(self, state: Sequence[Sequence[float]], rank: int) -> None:
-        """Goes on from what `state` returned, in as many processes."""
-        self._sums.copy_(torch.tensor(state[rank][:3], dtype=torch.float64))
-        self.skipped = int(state[rank][3])
-
-    def means(self, everywhere: bool = False) -> dict[str, float]:
-        """Returns ``loss`` and ``top1`` (percent; of mixed images, against the stronger label).
-
-        Args:
-            everywhere: Over the images of all processes, which all have to call; else its own.
-        """
-        sums = self._sums.clone()
-        if everywhere and distributed.is_initialized():
-            distributed.all_reduce(sums)
-        loss, correct, images = sums.tolist()
-        return {
-            "loss": loss / images if images else math.nan,
-            "top1": 100 * correct / images if images else math.nan,
-        }
-
-
 def train_one_epoch(
     updater: Updater,
     loader: Any,
     autocast: Any,
+    progress: Progress | None = None,
     *,
     seed: int = 0,
     epoch: int = 0,
     rank: int = 0,
-    first: int = 0,
-    totals: Totals | None = None,
-    after_update: Callable[[int, Totals], None] | None = None,
+    after_update: Callable[[Progress, dict[str, float] | None], None] | None = None,
     max_nonfinite: int = 10,
-    title: str = "",
     channels_last: bool = False,
-    log_interval: int = 50,
-    show_progress: bool = True,
 ) -> dict[str, float]:
-    """Trains on every batch of ``loader`` once.
+    """Trains on every batch of ``loader`` that ``progress`` does not have yet.
 
     Args:
         updater: Model and optimiser.
         loader: Yields (images, targets); targets are class indices or, mixed, distributions.
         autocast: Function returning the context of a forward pass.
+        progress: Shows and measures; where it starts, with the first batch of a group, this does.
         seed: Of the run.
         epoch: Number of the epoch, from 0.
         rank: Of this process.
-        first: Batch to begin with, the first of a group.
-        totals: Sums over the batches before ``first``.
-        after_update: Called with the number of batches done and the sums after each update.
+        after_update: Called after each update, with what `Progress.updated` returned.
         max_nonfinite: Updates of this epoch that may be skipped.
-        title: Left of the progress bar.
         channels_last: Memory format of the images.
-        log_interval: Updates between looks at the loss, each of which waits for a GPU.
-        show_progress: Whether this process draws a bar (on a terminal only).
 
     Returns:
-        ``loss`` and ``top1`` over the images of all processes, ``images_per_s`` of this one,
-        ``skipped`` updates.
+        What `Progress.metrics` returns, and ``train_skipped`` updates.
 
     Raises:
         UserError: More updates than ``max_nonfinite``, or all of them, were skipped.
@@ -236,21 +182,12 @@ def train_one_epoch(
     task = updater.task
     task.train()
     batches = len(loader)
-    totals = totals or Totals(task.device)
-    images, start = 0, time.perf_counter()
+    progress = progress or Progress(batches, device=task.device, show=False)
     updater.optimizer.zero_grad()
     updater.keep_statistics()
-    bar = tqdm(
-        total=batches,
-        initial=first,
-        desc=title,
-        leave=False,
-        dynamic_ncols=True,
-        disable=None if show_progress else True,
-    )
     group_batches: list[tuple[int, torch.Tensor]] = []
-    with bar:
-        for index, (batch, target) in batches_from(loader, first):
+    with progress:
+        for index, (batch, target) in progress.over(batches_from(loader, progress.done)):
             if channels_last:
                 batch = batch.contiguous(memory_format=torch.channels_last)
             group_start = index - index % updater.accumulate
@@ -260,41 +197,30 @@ def train_one_epoch(
             group_batches.append((index, batch))
             with autocast():
                 result = task(batch, target)
-            skipped = updater.skipped
+            skipped, lr = updater.skipped, updater.lr
             updater.backward(result["loss"], group, last)
-            totals.add(result["loss"], result["output"], target)
-            images += len(batch)
-            bar.update()
+            progress.add(result["loss"], result["output"], target)
             if not last:
                 continue
             if updater.skipped > skipped:
-                totals.skipped += 1
+                progress.skipped += 1
                 made = updates_per_epoch(index + 1, updater.accumulate)
-                whole_epoch = totals.skipped == made and index + 1 == batches
-                if totals.skipped > max_nonfinite or whole_epoch:
+                whole_epoch = progress.skipped == made and index + 1 == batches
+                if progress.skipped > max_nonfinite or whole_epoch:
                     cause = _cause(updater, group_batches, autocast, seed, epoch, rank)
                     raise UserError(
-                        f"{totals.skipped} of {made} updates of epoch {epoch + 1} had a loss or "
+                        f"{progress.skipped} of {made} updates of epoch {epoch + 1} had a loss or "
                         f"gradients that are not finite; {cause}"
                     )
-                if show_progress:
-                    bar.write(
-                        f"epoch {epoch + 1}, update {made}: loss or gradients not finite, update "
-                        f"skipped ({totals.skipped} in this epoch, at most {max_nonfinite})"
-                    )
-            group_batches.clear()
-            if index + 1 == batches or updater.updates % log_interval == 0:
-                means, speed = totals.means(), images / (time.perf_counter() - start)
-                bar.set_postfix_str(
-                    f"loss {means['loss']:.4f}, top-1 {means['top1']:.2f} %, {speed:.0f} img/s"
+                progress.note(
+                    f"epoch {epoch + 1}, update {made}: loss or gradients not finite, update "
+                    f"skipped ({progress.skipped} in this epoch, at most {max_nonfinite})"
                 )
+            group_batches.clear()
+            values = progress.updated(updater.updates, lr)
             if after_update is not None:
-                after_update(index + 1, totals)
-    return {
-        **totals.means(everywhere=True),
-        "images_per_s": images / (time.perf_counter() - start),
-        "skipped": float(totals.skipped),
-    }
+                after_update(progress, values)
+    return {**progress.metrics(), "train_skipped": float(progress.skipped)}
 
 
 def _cause(

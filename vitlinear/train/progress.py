@@ -1,11 +1,12 @@
 """How an epoch goes: its loss and top-1, its speed, what it waits for, and when it will end."""
 
 import dataclasses
+import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed
@@ -17,6 +18,11 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 
+Batch = TypeVar("Batch")
+# What of these numbers depends on the machine and the day rather than on the run.
+TIMES = ("seconds", "images_per_s", "data_wait", "peak_memory_gib")
+
+
 @dataclasses.dataclass
 class Sums:
     """What has been added up since the start of an epoch.
@@ -24,15 +30,15 @@ class Sums:
     Attributes:
         loss: Over all images.
         correct: Images whose (stronger) label got the highest logit.
-        images: Seen.
+        images: Seen; those of a batch without a finite loss count nowhere.
         seconds: Of wall clock.
         wait: Seconds of these in which there was no batch to compute on; ``data_wait`` is their
             share, from 0 to 1.
     """
 
     loss: float = 0.0
-    correct: int = 0
-    images: int = 0
+    correct: float = 0.0
+    images: float = 0.0
     seconds: float = 0.0
     wait: float = 0.0
 
@@ -42,10 +48,10 @@ class Sums:
 
     def metrics(self) -> dict[str, float]:
         """Returns ``train_loss``, ``train_top1`` (percent), ``images_per_s``, ``data_wait``."""
-        images, seconds = max(self.images, 1), max(self.seconds, 1e-9)
+        seconds = max(self.seconds, 1e-9)
         return {
-            "train_loss": self.loss / images,
-            "train_top1": 100 * self.correct / images,
+            "train_loss": self.loss / self.images if self.images else math.nan,
+            "train_top1": 100 * self.correct / self.images if self.images else math.nan,
             "images_per_s": self.images / seconds,
             "data_wait": self.wait / seconds,
         }
@@ -101,12 +107,12 @@ class StreamTimer:
 
 
 class Progress:
-    """Iterates over the batches of an epoch and tells how it goes.
+    """Goes along with an epoch and tells how it goes.
 
     ::
 
-        with Progress(loader, len(loader), epoch=1, epochs=300) as progress:
-            for images, target in progress:
+        with Progress(len(loader), epoch=1, epochs=300) as progress:
+            for images, target in progress.over(loader):
                 ...
                 progress.add(loss, logits, target)
                 ...  # and after each optimiser update
@@ -117,8 +123,10 @@ class Progress:
     A GPU is waited for only every ``log_interval`` updates. Then the numbers beside the bar are
     renewed where standard error is a terminal; where it is not, as under SLURM, a line is printed.
 
+    Numbers are those of all processes together, which therefore all make the same calls; the
+    time that data was waited for is their mean, and memory is this process's.
+
     Args:
-        batches: Those of the epoch that are still to come.
         total: Number of batches in the whole epoch.
         epoch: Which one, counted from 1.
         epochs: Number of epochs of the run.
@@ -127,38 +135,43 @@ class Progress:
         device: Where losses come from; default CPU.
         log_interval: Updates between looks.
         show: Whether this process draws or prints.
-        reduce: Whether to add up over all processes; each then makes the same calls.
         epoch_seconds: What a whole epoch takes with its evaluation, once that is known.
+
+    Attributes:
+        done: Number of batches so far.
+        skipped: Updates that were left out, for the caller to count.
     """
 
     def __init__(
         self,
-        batches: Iterable[Any],
         total: int,
         *,
-        epoch: int,
-        epochs: int,
+        epoch: int = 1,
+        epochs: int = 1,
         done: int = 0,
         state: Mapping[str, Any] | None = None,
         device: torch.device | None = None,
         log_interval: int = 50,
         show: bool = True,
-        reduce: bool = False,
         epoch_seconds: float | None = None,
     ) -> None:
-        self.batches, self.total, self.epoch, self.epochs = batches, total, epoch, epochs
+        self.total, self.epoch, self.epochs = total, epoch, epochs
         self.done = self.done_before = done
         self.device = device or torch.device("cpu")
-        self.log_interval, self.reduce, self.epoch_seconds = log_interval, reduce, epoch_seconds
-        sums = Sums(**state["now"]) if state else Sums()
+        self.log_interval, self.show, self.epoch_seconds = log_interval, show, epoch_seconds
+        self.skipped, self.seconds_before, wait = 0, 0.0, 0.0
+        # Loss, correct, images: a float64 goes through a checkpoint and back without a change.
+        self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         # Where the last look was: the next one tells of the images since then.
-        self.seen = Sums(**state["seen"]) if state else Sums()
-        # A float64 goes through a checkpoint and back without a change.
-        self.loss = torch.tensor(sums.loss, dtype=torch.float64, device=self.device)
-        self.correct = torch.tensor(sums.correct, dtype=torch.int64, device=self.device)
-        self.images, self.seconds_before = sums.images, sums.seconds
-        self.wait = (StreamTimer if self.device.type == "cuda" else HostTimer)(sums.wait)
-        self.show, self.start = show, time.perf_counter()
+        self.seen = Sums()
+        if state is not None:
+            self.sums.copy_(torch.tensor(_own(state["sums"]), dtype=torch.float64))
+            self.seen = Sums(**state["seen"])
+            self.skipped, self.seconds_before, wait = (
+                state["skipped"], state["seconds"], state["wait"],
+            )  # fmt: skip
+        self.wait = (StreamTimer if self.device.type == "cuda" else HostTimer)(wait)
+        self.start = time.perf_counter()
         self.end: float | None = None
         self.title = f"epoch {epoch}/{epochs}"
         self.bar: tqdm | None = None
@@ -182,12 +195,13 @@ class Progress:
         if self.bar is not None:
             self.bar.close()
 
-    def __iter__(self) -> Iterator[Any]:
-        batches = iter(self.batches)
+    def over(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yields the batches of the epoch that are still to come."""
+        remaining = iter(batches)
         while True:
             self.wait.begin()
             try:
-                batch = next(batches)
+                batch = next(remaining)
             except StopIteration:
                 return
             self.wait.end()
@@ -206,9 +220,11 @@ class Progress:
                 stronger label counts.
         """
         labels = target if target.ndim == 1 else target.argmax(dim=1)
-        self.loss += loss.detach().double() * len(output)
-        self.correct += (output.argmax(dim=1) == labels).sum()
-        self.images += len(output)
+        correct = (output.argmax(dim=1) == labels).sum()
+        images = torch.full_like(correct, len(labels))
+        loss = loss.detach().double()
+        sums = torch.stack((loss * len(labels), correct.double(), images.double()))
+        self.sums += torch.where(loss.isfinite(), sums, torch.zeros_like(sums))
 
     def updated(self, updates: int, lr: float) -> dict[str, float] | None:
         """Looks at the numbers if it is time to.
@@ -224,7 +240,7 @@ class Progress:
         """
         if updates % self.log_interval and self.done < self.total:
             return None
-        now = self._sums()
+        now = self._now()
         since, self.seen = now - self.seen, now
         values = {"epoch": self.epoch, "lr": lr, **since.metrics(), **peak_memory(self.device)}
         if self.show:
@@ -236,35 +252,38 @@ class Progress:
 
         What `Sums.metrics` gives, ``peak_memory_gib`` of this process, and ``seconds``.
         """
-        sums = self._sums()
+        sums = self._now()
         return {**sums.metrics(), **peak_memory(self.device), "seconds": sums.seconds}
 
-    def state(self) -> dict[str, dict[str, float]]:
-        """Returns this process's sums as plain numbers, for going on in another process."""
-        now = Sums(
-            self.loss.item(), int(self.correct.item()), self.images, self._seconds(),
-            self.wait.read(),
-        )  # fmt: skip
-        return {"now": dataclasses.asdict(now), "seen": dataclasses.asdict(self.seen)}
+    def state(self) -> dict[str, Any]:
+        """Returns plain numbers, for going on in another process or in another number of them."""
+        own = [self.sums]
+        if distributed.is_initialized():
+            own = [torch.empty_like(self.sums) for _ in range(distributed.get_world_size())]
+            distributed.all_gather(own, self.sums)
+        now = self._now()
+        return {
+            "sums": [sums.tolist() for sums in own],
+            "seen": dataclasses.asdict(self.seen),
+            "skipped": self.skipped,
+            "seconds": now.seconds,
+            "wait": now.wait,
+        }
 
-    def _seconds(self) -> float:
-        end = time.perf_counter() if self.end is None else self.end
-        return self.seconds_before + end - self.start
+    def note(self, text: str) -> None:
+        """Prints a line, above the bar if there is one."""
+        if self.show:
+            self.bar.write(text) if self.bar is not None else print(text, flush=True)
 
-    def _sums(self) -> Sums:
-        """Returns the sums over all processes; the time that data was waited for is their mean."""
-        own = torch.stack((self.loss, self.correct.double()))
-        if not self.reduce:
-            loss, correct = own.tolist()
-            return Sums(loss, int(correct), self.images, self._seconds(), self.wait.read())
-        more = torch.tensor(
-            (self.images, self.wait.read()), dtype=torch.float64, device=self.device
-        )
-        every = torch.cat((own, more))
-        distributed.all_reduce(every)
+    def _now(self) -> Sums:
+        """Returns the sums over all processes."""
+        every = torch.cat((self.sums, self.sums.new_tensor([self.wait.read()])))
+        if distributed.is_initialized():
+            distributed.all_reduce(every)
+            every[3] /= distributed.get_world_size()
         loss, correct, images, wait = every.tolist()
-        wait /= distributed.get_world_size()
-        return Sums(loss, int(correct), int(images), self._seconds(), wait)
+        end = time.perf_counter() if self.end is None else self.end
+        return Sums(loss, correct, images, self.seconds_before + end - self.start, wait)
 
     def _left(self) -> tuple[float, float]:
         """Returns the seconds to the end of the epoch's training and to that of the run."""
@@ -292,6 +311,16 @@ class Progress:
             f"left {epoch} of the epoch, {run} of the run",
             flush=True,
         )
+
+
+def _own(sums: Sequence[Sequence[float]]) -> Sequence[float]:
+    """Returns this process's part; all of it is the first one's where their number has changed."""
+    processes = distributed.get_world_size() if distributed.is_initialized() else 1
+    rank = distributed.get_rank() if processes > 1 else 0
+    if len(sums) == processes:
+        return sums[rank]
+    whole = [sum(parts) for parts in zip(*sums, strict=True)]
+    return [part if rank == 0 else 0.0 for part in whole]
 
 
 def clock(seconds: float) -> str:

@@ -1,10 +1,11 @@
 """The ``train`` command: epochs, evaluation, files, resuming.
 
-Files of a run, written at the end of each epoch: ``best.safetensors`` (the best held-out metric so
-far, of the model or of its moving average), ``last.safetensors`` (the average where there is one),
-``last_state.pt`` (what resuming needs), ``summary.csv`` and ``metrics.jsonl`` (a row per epoch),
-``curves.png``, ``bad_images.txt`` (if any were skipped); and at the start ``args.yaml``, which is a
-``--config``.
+Files of a run. At each start: ``args.yaml``, which is a ``--config``; ``environment.json`` and,
+where the code differs from its commit, ``git.patch``. Every log interval: ``updates.jsonl``. At the
+end of each epoch: ``best.safetensors`` (the best held-out metric so far, of the model or of its
+moving average), ``last.safetensors`` (the average where there is one), ``last_state.pt`` (what
+resuming needs), ``summary.csv`` and ``metrics.jsonl`` (a row per epoch), ``curves.png``,
+``bad_images.txt`` (if any were skipped). Trackers have a folder each.
 """
 
 import argparse
@@ -16,7 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import distribute_bn
@@ -27,13 +27,16 @@ from vitlinear.train import arguments, folder
 from vitlinear.train.checkpoint import save_weights, write_text
 from vitlinear.train.config import Parser, parse_with_config, saved_arguments
 from vitlinear.train.curves import check_plotting, plot_curves
+from vitlinear.train.environment import record_start
 from vitlinear.train.evaluate import evaluate
 from vitlinear.train.loader import start_epoch
-from vitlinear.train.logger import FileLogger
-from vitlinear.train.loop import Totals, train_one_epoch
+from vitlinear.train.logger import FileLogger, Loggers
+from vitlinear.train.loop import train_one_epoch
+from vitlinear.train.progress import Progress
 from vitlinear.train.setup import Run, set_up
 from vitlinear.train.signals import Stopped, StopSignals
 from vitlinear.train.state import read_newest, read_state, save_state
+from vitlinear.train.trackers import check_trackers, make_trackers
 
 # A resumed run that differs in one of these is another run.
 FIXED_ON_RESUME = ("model", "model_kwargs", "opt", "model_ema", "seed")
@@ -83,6 +86,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError("--resume and --overwrite exclude each other")
     if args.plot:
         check_plotting()
+    check_trackers(args.log_tensorboard, args.log_wandb)
     path, state, note = _find_state(args)
     saved = saved_arguments(args)  # before the launcher's ranks are added
     if state is not None:
@@ -97,9 +101,12 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
                 return _epochs(run, None, start, saved, signals)
             with files:
                 write_text(path / folder.ARGUMENTS, yaml.safe_dump(saved, sort_keys=False))
+                record_start(path, run.device, run.updater.updates)
                 for line in (*filter(None, [note]), *run.notes, f"files go to {path}"):
                     print(line)
-                return _epochs(run, path, start, saved, signals)
+                with Loggers(FileLogger(path), make_trackers(args, path, saved)) as log:
+                    log.keep_before(start.epoch, run.updater.updates)
+                    return _epochs(run, path, start, saved, signals, log)
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()
@@ -112,14 +119,14 @@ class Start:
     Attributes:
         epoch: Epochs done.
         batch: Batches of the next one done.
-        totals: Sums over these batches, None where there are none.
+        progress: Numbers of these batches, None where there are none.
         lr: Learning rate that the epoch began with, None where it has not.
         best: Best held-out metric so far.
     """
 
     epoch: int = 0
     batch: int = 0
-    totals: Totals | None = None
+    progress: dict[str, Any] | None = None
     lr: float | None = None
     best: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -190,39 +197,38 @@ def _restore(run: Run, state: dict[str, Any]) -> Start:
         batch = start.batch * state["images_per_batch"] // images
         start.batch = batch - batch % updater.accumulate
         updater.updates = start.epoch * run.updates_per_epoch + start.batch // updater.accumulate
-    if start.batch:
-        start.totals = Totals(run.device)
-        sums = state["totals"]
-        if len(sums) != args.world_size:
-            whole = [sum(parts) for parts in zip(*sums, strict=True)]
-            sums = [whole] + [[0.0] * len(whole)] * (args.world_size - 1)
-        start.totals.load_state(sums, args.rank)
+    start.progress = state["progress"] if start.batch else None
     return start
 
 
 def _epochs(
-    run: Run, path: Path | None, start: Start, saved: dict[str, Any], signals: StopSignals
+    run: Run,
+    path: Path | None,
+    start: Start,
+    saved: dict[str, Any],
+    signals: StopSignals,
+    log: Loggers | None = None,
 ) -> dict[str, Any]:
-    """Runs the remaining epochs; ``path`` is None in processes that write nothing."""
+    """Runs the remaining epochs; ``path`` and ``log`` are None in processes that write nothing."""
     args, updater = run.args, run.updater
     best = start.best
-    log = FileLogger(path) if path else None
-    if log:
-        log.keep_before(start.epoch, run.updater.updates)
     end = min(run.epochs, args.stop_epoch or run.epochs)
     if updater.scheduler is not None:
         set_schedule(updater.scheduler, start.epoch, updater.updates)
     for epoch in range(start.epoch, end):
-        began = time.perf_counter()
         at = start if epoch == start.epoch else Start(epoch, best=best)
         if at.lr is None:
-            at.lr = updater.optimizer.param_groups[0]["lr"]
+            at.lr = updater.lr
 
-        def after_update(batches: int, totals: Totals, at: Start = at) -> None:
+        def after_update(
+            progress: Progress, values: dict[str, float] | None, at: Start = at
+        ) -> None:
+            if log and values:
+                log.log_update(updater.updates, values)
             number = signals.agreed(run.device, updater.updates)
             due = args.recovery_interval and updater.updates % args.recovery_interval == 0
             if number or due:
-                here = dataclasses.replace(at, batch=batches, totals=totals)
+                here = dataclasses.replace(at, batch=progress.done, progress=progress.state())
                 run.bad_images.report(path)
                 _write_state(run, path, saved, here)
             if number:
@@ -231,31 +237,36 @@ def _epochs(
         if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
             run.train_loader.mixup_enabled = False
         start_epoch(run.train_loader, args.seed, epoch, args.rank, at.batch)
+        progress = Progress(
+            len(run.train_loader),
+            epoch=epoch + 1,
+            epochs=end,
+            done=at.batch,
+            state=at.progress,
+            device=run.device,
+            log_interval=args.log_interval,
+            show=path is not None,
+            epoch_seconds=log.rows[-1]["seconds"] if log and log.rows else None,
+        )
         trained = train_one_epoch(
             updater,
             run.train_loader,
             run.autocast,
+            progress,
             seed=args.seed,
             epoch=epoch,
             rank=args.rank,
-            first=at.batch,
-            totals=at.totals,
             after_update=after_update,
             max_nonfinite=args.max_nonfinite,
-            title=f"epoch {epoch + 1}/{end}",
             channels_last=args.channels_last,
-            log_interval=args.log_interval,
-            show_progress=path is not None,
         )
-        row: dict[str, Any] = {"epoch": epoch + 1, "lr": at.lr}
-        row |= {f"train_{name}": trained[name] for name in ("loss", "top1", "skipped")}
+        row: dict[str, Any] = {"epoch": epoch + 1, "updates": updater.updates, "lr": at.lr}
+        row |= trained
+        began = time.perf_counter()
         for name, metrics in _evaluate_all(run).items():
             row |= {f"{name}_{key}": value for key, value in metrics.items()}
-        row["images_per_s"] = trained["images_per_s"] * args.world_size
         row |= run.bad_images.report(path)
-        row["seconds"] = time.perf_counter() - began
-        if run.device.type == "cuda":
-            row["peak_memory_gib"] = torch.cuda.max_memory_allocated(run.device) / 2**30
+        row["seconds"] += time.perf_counter() - began
         if updater.scheduler is not None:
             updater.scheduler.step(epoch + 1)
         found = _best_of(row, args.eval_metric)
@@ -321,7 +332,7 @@ def _best_of(row: dict[str, Any], metric: str) -> dict[str, Any]:
 def _write_epoch(
     run: Run,
     path: Path,
-    log: FileLogger,
+    log: Loggers,
     row: dict[str, Any],
     best: dict[str, Any],
     improved: bool,
@@ -339,8 +350,7 @@ def _write_epoch(
 
 
 def _write_state(run: Run, path: Path | None, saved: dict[str, Any], at: Start) -> None:
-    """Writes the state; all processes have to call, and the one with a path writes."""
-    totals = at.totals.state() if at.totals else []
+    """Writes the state, in the process that has a path."""
     if path is None:
         return
     updater, args = run.updater, run.args
@@ -349,7 +359,7 @@ def _write_state(run: Run, path: Path | None, saved: dict[str, Any], at: Start) 
         **(run.task.get_checkpoint_state(ema=True) if updater.ema else {}),
         "epoch": at.epoch,
         "batch": at.batch,
-        "totals": totals,
+        "progress": at.progress,
         "lr": at.lr,
         "updates": updater.updates,
         "skipped": updater.skipped,
@@ -364,7 +374,7 @@ def _write_state(run: Run, path: Path | None, saved: dict[str, Any], at: Start) 
     save_state(path / folder.STATE, state)
 
 
-def _show_epoch(run: Run, path: Path, log: FileLogger, improved: bool) -> None:
+def _show_epoch(run: Run, path: Path, log: Loggers, improved: bool) -> None:
     row = log.rows[-1]
     if run.args.plot:
         plot_curves(log.rows, path / folder.CURVES)

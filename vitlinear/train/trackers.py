@@ -1,5 +1,6 @@
 """Loggers for programs that show runs: TensorBoard and wandb, each imported when asked for."""
 
+import argparse
 import importlib.util
 import re
 from collections.abc import Mapping
@@ -7,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from vitlinear.errors import UserError, one_line
+from vitlinear.train.folder import TENSORBOARD, WANDB
 from vitlinear.train.logger import Logger
-
-TENSORBOARD, WANDB = "tensorboard", "wandb"  # folders in a run folder
 
 
 def check_trackers(tensorboard: bool, wandb: bool) -> None:
@@ -21,6 +21,28 @@ def check_trackers(tensorboard: bool, wandb: bool) -> None:
             raise UserError(
                 f"--log-{name} needs the {name} package: pip install {name}, or leave the flag out"
             )
+
+
+def make_trackers(
+    args: argparse.Namespace, folder: Path, config: Mapping[str, Any]
+) -> list[Logger]:
+    """Makes the loggers that flags ask for.
+
+    Args:
+        args: Flags of the run.
+        folder: The run folder.
+        config: What to show as the flags.
+    """
+    trackers: list[Logger] = []
+    if args.log_tensorboard:
+        trackers.append(TensorBoardLogger(folder))
+    if args.log_wandb:
+        trackers.append(
+            WandbLogger(
+                folder, config, args.wandb_project, args.wandb_tags, args.wandb_resume_id or None
+            )
+        )
+    return trackers
 
 
 class TensorBoardLogger(Logger):
@@ -56,7 +78,7 @@ class TensorBoardLogger(Logger):
                 self.writers[kind].add_scalar(f"{kind}/{name}", value, step)
         self.writers[kind].flush()  # a kill then loses nothing that a checkpoint may know of
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         """Closes the event files."""
         for writer in self.writers.values():
             writer.close()
@@ -131,10 +153,10 @@ class WandbLogger(Logger):
         named = {name if name == kind else f"{kind}/{name}": v for name, v in values.items()}
         self.run.log(named, step=self.update)
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         """Waits until wandb has everything."""
         if self.run is not None:
-            self.run.finish()
+            self.run.finish(exit_code=int(failed))
 
 
 def latest_run_id(folder: Path) -> str | None:
