@@ -52,6 +52,8 @@ class ReaderSource:
         try:
             file, label = self.reader[index][:2]
         except (TypeError, AssertionError) as error:
+            if not hasattr(self.reader, "image_key"):  # only columns can hold nothing
+                raise
             raise ValueError("no image is stored here") from error
         except KeyError as error:
             raise UserError(f"{self.name(index)}: --class-map has no class {error}") from error
