@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -284,8 +286,14 @@ def test_missing_packages_are_named(
 def test_unknown_prefix_and_misplaced_keys(folder: Path) -> None:
     with pytest.raises(UserError, match="unknown data set 'zfs/x': timm knows torch/, wds/"):
         data.open_dataset("zfs/x", train=True, mode="RGB")
-    with pytest.raises(UserError, match="--input-key and --target-key are for hfds/ and wds/"):
-        data.open_dataset(None, train=True, mode="RGB", data_dir=str(folder), input_key="x")
+    for name, where, key in (
+        (None, str(folder), "input_key"),
+        ("torch/image_folder", str(folder), "class_map"),
+        ("digits", None, "target_key"),
+    ):
+        flag = f"--{key.replace('_', '-')} means nothing for {name or '--data-dir'}"
+        with pytest.raises(UserError, match=flag):
+            data.open_dataset(name, train=True, mode="RGB", data_dir=where, **{key: "x"})
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -302,3 +310,37 @@ def test_a_run_over_shards_resumes_to_the_same_weights(
             run.train(run.parse_arguments([*flags, "--output", str(tmp_path / name), *part]))
         weights.append(read_weights(tmp_path / name / "last.safetensors"))
     assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_shards(folder: Path, tmp_path: Path) -> None:
+    """Each held-out image counts once, in whichever process."""
+    root = write_shards(folder, tmp_path / "shards", shards=3)
+    flags = ["--dataset", "wds/", "--data-dir", str(root), "--num-classes", "3"]
+    train = [
+        *flags,
+        *TINY_FLAGS,
+        "-b",
+        "4",
+        "-j",
+        "1",
+        "--epochs",
+        "1",
+        "--no-plot",
+        "--lr",
+        "1e-3",
+    ]
+    train += ["--warmup-epochs", "0", "--output", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*command, "-m", "vitlinear.cli", "train", *train],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    (row,) = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    checkpoint = ["--checkpoint", str(tmp_path / "run" / "last.safetensors"), "-j", "0"]
+    alone = validate.validate(validate.parse_arguments([*checkpoint, *flags]))
+    assert alone["images"] == 9
+    assert (alone["top1"], alone["loss"]) == pytest.approx((row["eval_top1"], row["eval_loss"]))

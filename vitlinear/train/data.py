@@ -13,7 +13,7 @@ from vitlinear.errors import UserError, one_line
 from vitlinear.train import sources
 from vitlinear.train.bad_images import LIMIT, UNREADABLE, BadImages, too_many
 from vitlinear.train.images import DAMAGE, UnreadableImage, convert, decode
-from vitlinear.train.readers import open_other
+from vitlinear.train.readers import open_other, refuse_keys
 
 BLANK = (64, 64)
 
@@ -212,15 +212,15 @@ def open_source(
         A `sources.Source`, a `ShardReader`, or timm's own iterable data set.
     """
     path = Path(data_dir).expanduser() if data_dir else None
+    options = {key: value for key, value in options.items() if value is not None}
+    refuse_keys(name or "--data-dir", options)
     if name == "digits":
         return sources.digits(train)
     if name == "fashion_mnist":
         return sources.fashion_mnist(train, path)
     if split is None:
         split = "train" if train else "validation"
-    options = {"is_training": train} | options
-    options = {key: value for key, value in options.items() if value is not None}
-    return open_other(name or "", path, split, mode, **options)
+    return open_other(name or "", path, split, mode, **({"is_training": train} | options))
 
 
 def open_dataset(

@@ -105,6 +105,16 @@ class TorchvisionSource:
         return f"{type(self.dataset).__name__} number {index}"
 
 
+def refuse_keys(name: str, options: dict[str, Any]) -> None:
+    """Raises `UserError` for flags that a kind of data set would not heed."""
+    prefix = name.partition("/")[0].lower() if "/" in name else ""
+    for key in ("input_key", "target_key", "class_map"):
+        heeded = prefix in PACKAGES or (key == "class_map" and name == "--data-dir")
+        if options.get(key) and not heeded:
+            flag = f"--{key.replace('_', '-')}"
+            raise UserError(f"{flag} means nothing for {name}: leave it out")
+
+
 def open_other(
     name: str, data_dir: Path | None, split: str, image_mode: str, **options: Any
 ) -> Any:
@@ -175,8 +185,6 @@ def _open_files(name: str, data_dir: Path | None, split: str, options: dict[str,
             f"unknown data set '{name}'; use digits, fashion_mnist, a timm name with a prefix "
             "such as torch/cifar10, or --data-dir FOLDER alone"
         )
-    if options.get("input_key") or options.get("target_key"):
-        raise UserError("--input-key and --target-key are for hfds/ and wds/, not for files")
     if data_dir is None:
         raise UserError("no data: give --dataset NAME or --data-dir FOLDER")
     if not data_dir.exists():
