@@ -134,6 +134,12 @@ def test_decay_of_the_average_follows_the_global_batch(folder: Path, tmp_path: P
             "global batch 256 (--batch-size 32 x --grad-accum-steps 1 x 8 process(es)), the "
             "recipe's is 1024: peak learning rate 0.004 (as it is, --lr; scale it yourself)",
         ),
+        (
+            ["-b", 1, "--min-lr", 1e-5],
+            "global batch 8 (--batch-size 1 x --grad-accum-steps 1 x 8 process(es)), the "
+            "recipe's is 1024: peak learning rate 7.8125e-06 (linear scaling of 0.0005 per 512 "
+            "images); the last is 1e-05, above it: lower --min-lr",
+        ),
     ],
 )
 def test_another_global_batch_than_the_recipes_is_said(

@@ -65,16 +65,17 @@ def batch_size_note(args: argparse.Namespace, world_size: int) -> str | None:
     images = global_batch_size(args, world_size)
     if args.recipe_batch_size in (None, images):
         return None
-    peak = learning_rate(args, world_size)
+    peak, last = learning_rate(args, world_size), warmup_and_min_rate(args, world_size)[1]
     how = (
         "as it is, --lr; scale it yourself"
         if args.lr is not None
         else f"{args.lr_base_scale} scaling of {args.lr_base:g} per {args.lr_base_size} images"
     )
+    rising = f"; the last is {last:g}, above it: lower --min-lr" if last > peak else ""
     return (
         f"global batch {images} (--batch-size {args.batch_size} x --grad-accum-steps "
         f"{args.grad_accum_steps} x {world_size} process(es)), the recipe's is "
-        f"{args.recipe_batch_size}: peak learning rate {peak:g} ({how})"
+        f"{args.recipe_batch_size}: peak learning rate {peak:g} ({how}){rising}"
     )
 
 
