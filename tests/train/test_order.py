@@ -1,5 +1,6 @@
 """Order and randomness of an epoch: from any batch on, in any number of processes."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,22 @@ def test_processes_share_the_images_of_one(folder: Path, flags: tuple[object, ..
         for rank in (0, 1):
             assert torch.equal(parts[rank][number][0], images[rank::2])
             assert torch.equal(parts[rank][number][1], labels[rank::2])
+
+
+def test_what_an_iterable_set_holds_beyond_its_estimate_is_left_out() -> None:
+    drawn = []
+
+    class Estimated:
+        def __len__(self) -> int:
+            return 3
+
+        def __iter__(self) -> Iterator[int]:
+            for item in range(9):
+                drawn.append(item)
+                yield item
+
+    assert list(loader.batches_from(Estimated(), 1)) == [(1, 1), (2, 2)]
+    assert drawn == [0, 1, 2], "a batch that is not used is not waited for"
 
 
 def test_seeds_are_spread() -> None:

@@ -172,8 +172,13 @@ def start_epoch(loader: Any, seed: int, epoch: int, rank: int = 0, first: int = 
 
 
 def batches_from(loader: Any, first: int) -> Iterator[tuple[int, Any]]:
-    """Yields (number, batch) of the epoch set by `start_epoch`, from batch ``first`` on."""
+    """Yields (number, batch) of the epoch set by `start_epoch`, from batch ``first`` on.
+
+    An iterable data set knows its length by estimate: what it holds beyond ``len(loader)`` batches
+    is left out.
+    """
     seeks = isinstance(getattr(loader, "batch_sampler", None), EpochBatches)
-    for number, batch in enumerate(loader, start=first if seeks else 0):
+    numbers = range(first if seeks else 0, len(loader))
+    for number, batch in zip(numbers, loader, strict=False):
         if number >= first:
             yield number, batch

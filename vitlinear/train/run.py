@@ -63,10 +63,12 @@ def parse_arguments(
 
 def main(argv: Sequence[str] | None, prog: str = "vitlinear train") -> None:
     """Runs the command; a run that a signal stopped ends the process with that signal's status."""
+    args = parse_arguments(argv, prog)
     try:
-        train(parse_arguments(argv, prog))
+        train(args)
     except Stopped as stop:
-        print(stop, flush=True)
+        if args.rank == 0:
+            print(stop, flush=True)
         sys.exit(stop.exit_status)
 
 
