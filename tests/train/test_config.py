@@ -7,6 +7,7 @@ import yaml
 
 from vitlinear.errors import UserError
 from vitlinear.train.config import read_config, saved_arguments
+from vitlinear.train.run import main as run_command
 from vitlinear.train.run import parse_arguments
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "classification").glob("*.yaml"))
@@ -94,6 +95,18 @@ def test_saved_arguments_are_a_config_again(tmp_path: Path) -> None:
     again = parse_arguments(["--config", config])
     assert saved_arguments(again) == saved_arguments(args)
     assert (again.resume, again.overwrite) == (None, False)
+
+
+def test_printed_flags_are_a_config_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bases, file and command line resolved; nothing is trained and no data is needed."""
+    recipe = str(next(path for path in CONFIGS if path.stem == "inline_swin_base_384"))
+    run_command(["--config", recipe, "--epochs", "7", "--print-config"])
+    printed = capsys.readouterr().out
+    args = parse_arguments(["--config", written(tmp_path, printed)])
+    assert (args.epochs, args.min_lr, args.aa) == (7, 2e-7, "rand-m9-mstd0.5-inc1")
+    assert saved_arguments(args) == yaml.safe_load(printed) and not args.print_config
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -230,6 +230,11 @@ def add_training_arguments(parser: Parser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("-c", "--config", default=None, metavar="FILE", help="YAML of flag values")
     group.add_argument(
+        "--print-config",
+        action="store_true",
+        help="print every flag as --config and command line leave it, as YAML, and end",
+    )
+    group.add_argument(
         "--output",
         default=None,
         metavar="DIR",

@@ -18,7 +18,7 @@ from vitlinear.errors import UserError, one_line
 
 # How a run was started, not what it computes: left out of the saved arguments so that
 # `--config RUN/args.yaml` means "the same again", not "resume that one".
-LAUNCH_KEYS = frozenset({"config", "resume", "overwrite", "wandb_resume_id"})
+LAUNCH_KEYS = frozenset({"config", "print_config", "resume", "overwrite", "wandb_resume_id"})
 BASE = "base"
 
 

@@ -64,6 +64,9 @@ def parse_arguments(
 def main(argv: Sequence[str] | None, prog: str = "vitlinear train") -> None:
     """Runs the command; a run that a signal stopped ends the process with that signal's status."""
     args = parse_arguments(argv, prog)
+    if args.print_config:
+        print(yaml.safe_dump(saved_arguments(args), sort_keys=False), end="")
+        return
     try:
         train(args)
     except Stopped as stop:
