@@ -106,7 +106,8 @@ def test_command_prints_writes_and_exits(
         f"    {faulty}/val/ant/leak.png = {faulty}/train/ant/5.png",
     ):
         assert line in out.splitlines()
-    assert json.loads((tmp_path / "report.json").read_text()) == check("--data-dir", faulty, "-j", 0)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report == check("--data-dir", faulty, "-j", 0)
     for name in ("0.png", "1.png"):
         (faulty / "train" / "ant" / name).unlink()
     assert main(flags) == 0
