@@ -24,17 +24,17 @@ import torch
 from attention import commit, machine
 from safetensors.torch import load_file
 
+from vitlinear.train.progress import TIMES
 from vitlinear.train.state import read_state
 
 ROOT = Path(__file__).resolve().parents[1]
-TIMES = ("seconds", "images_per_s", "data_wait", "peak_memory_gib")
 FLAGS = [
     "--dataset", "digits", "--model", "test_ravlt", "--img-size", "16", "--in-chans", "1",
     "--mean", "0.5", "--std", "0.5", "-b", "64", "--lr", "1e-3",
     "--warmup-epochs", "1", "--sched-on-updates", "--clip-grad", "1", "--grad-accum-steps", "2",
     "--drop-path", "0.1", "--mixup", "0.8", "--cutmix", "1", "--reprob", "0.25",
     "--aa", "rand-m9-mstd0.5-inc1", "--model-ema", "--model-ema-decay", "0.99",
-    "--amp", "--amp-dtype", "float16", "--recovery-interval", "2", "--no-plot",
+    "--amp", "--amp-dtype", "float16", "--recovery-interval", "2", "--no-plot", "--log-interval", "3",
     "--device", "cpu", "-j", "1",
 ]  # fmt: skip
 
@@ -109,7 +109,8 @@ def differences(first: Path, second: Path) -> tuple[list[str], int]:
     parts.append((states[0], states[1]))
     rows = []
     for folder in (first, second):
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        text = "".join((folder / name).read_text() for name in ("metrics.jsonl", "updates.jsonl"))
+        lines = [json.loads(line) for line in text.splitlines()]
         for line in lines:
             for key in TIMES:
                 line.pop(key, None)

@@ -15,6 +15,7 @@ COMMANDS = {
     "train": ("vitlinear.train.run", "train a classifier"),
     "validate": ("vitlinear.train.validate", "accuracy and loss of a checkpoint or model"),
     "predict": ("vitlinear.train.predict", "classes of image files"),
+    "compare-runs": ("vitlinear.train.compare", "several training runs: curves and a table"),
     "check-data": ("vitlinear.train.check_data", "unreadable and odd images, classes, sizes"),
     "list": ("vitlinear.cards.list_models", "the models, one a line"),
     "info": ("vitlinear.cards.info", "what is known of a model"),

@@ -59,6 +59,7 @@ def test_interrupting_is_quiet(vitlinear: Command, monkeypatch: pytest.MonkeyPat
     [
         ("train", ["--dataset", "digit"], "unknown data set 'digit'"),
         ("validate", [], "nothing to run"),
+        ("compare_runs", ["nowhere"], "nowhere is no run of `vitlinear train`"),
         ("predict", ["nowhere.png"], "nowhere.png does not exist"),
         ("convert_checkpoint", ["nowhere.pth", "out.safetensors"], "nowhere.pth does not exist"),
     ],
