@@ -34,8 +34,8 @@ FLAGS = [
     "--warmup-epochs", "1", "--sched-on-updates", "--clip-grad", "1", "--grad-accum-steps", "2",
     "--drop-path", "0.1", "--mixup", "0.8", "--cutmix", "1", "--reprob", "0.25",
     "--aa", "rand-m9-mstd0.5-inc1", "--model-ema", "--model-ema-decay", "0.99",
-    "--amp", "--amp-dtype", "float16", "--recovery-interval", "2", "--no-plot", "--log-interval", "3",
-    "--device", "cpu", "-j", "1",
+    "--amp", "--amp-dtype", "float16", "--recovery-interval", "2", "--no-plot",
+    "--log-interval", "3", "--device", "cpu", "-j", "1",
 ]  # fmt: skip
 
 

@@ -55,7 +55,7 @@ def test_the_table(vitlinear: Command, tmp_path: Path) -> None:
     assert (rows[1]["lr"], rows[1]["model_kwargs"]) == ("0.2", "{'depth': 3}")
     lines = result.out.splitlines()
     assert lines[1].split() == [
-        "first", "3", "0.6667", "0.6667", "3", "70.5", "80", "2", "102", "0.75", "0:00:30"
+        "first", "3", "0.6667", "0.6667", "@3", "70.5", "80", "@2", "102", "0.75", "0:00:30"
     ]  # fmt: skip
     start = lines.index("flags that differ")
     assert [line.split() for line in lines[start + 1 :]] == [
@@ -127,7 +127,7 @@ def test_numbers_that_are_missing_are_left_out(vitlinear: Command, tmp_path: Pat
         "compare-runs", run, "--metric", "eval_loss", "eval_top1", "--output", tmp_path / "x.png"
     )
     assert result.code == 0, result.err
-    assert result.out.splitlines()[1].split()[:8] == ["run", "2", "2", "2", "1", "50", "50", "1"]
+    assert result.out.splitlines()[1].split()[:8] == ["run", "2", "2", "2", "@1", "50", "50", "@1"]
 
 
 def test_mistakes(vitlinear: Command, tmp_path: Path) -> None:

@@ -306,11 +306,13 @@ def plot(panels: Mapping[str, Sequence[Curve]], x: str, path: Path) -> None:
 
 
 def shown(row: Mapping[str, Any]) -> dict[str, str]:
-    """Returns a row of `summary` for the eye."""
+    """Returns a row of `summary` for the eye: ``80 @2`` is a best value and its epoch."""
     text = {}
     for name, value in row.items():
         if name == "seconds":
             text["time"] = clock(value)
+        elif name.endswith(" at"):
+            text[name.removesuffix(" at")] += f" @{value}"
         elif value is None:
             text[name] = "-"
         else:

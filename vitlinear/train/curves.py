@@ -40,6 +40,7 @@ def plot_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
                     *zip(*points, strict=True), label=name, marker="." if len(rows) < 50 else ""
                 )
         axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
         if len(names) > 1 and axes.lines:
