@@ -25,6 +25,7 @@ import os
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ from attention import commit, machine  # noqa: E402  (it lies beside this file)
 PHOTOS = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")
 PHOTOS += ("motorcycle_left.png", "motorcycle_right.png")
 SIZES = ((500, 375), (500, 375), (500, 333), (375, 500), (400, 350), (300, 225), (640, 480))
-QUALITY, GRAIN = 95, 7.0  # about 105 kB; grain, since resizing smooths the camera's own away
+QUALITY, GRAIN = 95, 7.0  # about 100 kB; grain, since resizing smooths the camera's own away
 LINKS = 8  # names of each file: an epoch longer than the set is large
 RECIPE = Path(__file__).parent.parent / "configs" / "classification" / "ravlt_t.yaml"
 
@@ -177,7 +178,7 @@ def training(made: setup.Run, seconds: float) -> dict[str, float]:
     """Images per second of training, and the share of time in which there was no batch."""
     start_epoch(made.train_loader, 0, 0)
     timed = Timed(made.train_loader, ahead(made), seconds)
-    train_one_epoch(made.updater, timed, made.autocast, show_progress=False)
+    train_one_epoch(made.updater, timed, made.autocast)
     return {"images_per_s": timed.images / timed.total, "data_wait": timed.waited / timed.total}
 
 
@@ -198,6 +199,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file for the numbers")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    # More workers than cores are part of what is measured.
+    warnings.filterwarnings("ignore", message="This DataLoader will create")
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         data = write_images(root, args.images)
