@@ -20,8 +20,8 @@ from vitlinear.train import loop, run
 from vitlinear.train.checkpoint import read_card, read_weights
 from vitlinear.train.folder import BAD_IMAGES, FILES, PATCHES
 from vitlinear.train.loop import Updater
+from vitlinear.train.parallel import synchronised
 from vitlinear.train.progress import TIMES
-from vitlinear.train.setup import synchronised
 from vitlinear.train.signals import Stopped, StopSignals
 from vitlinear.train.state import read_state
 

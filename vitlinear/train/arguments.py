@@ -26,6 +26,7 @@ def _at_least(low: float, kind: type) -> "type":
 COUNT = _at_least(1, int)
 NATURAL = _at_least(0, int)
 RATE = _at_least(0.0, float)
+POSITIVE = _at_least(1e-6, float)
 
 
 def add_data_arguments(parser: Parser) -> None:
@@ -129,6 +130,15 @@ def add_training_arguments(parser: Parser) -> None:
         metavar="FILE",
         help="for each class, in a line, the class in the start weights whose classifier it takes",
     )
+    group.add_argument("--head-init-scale", type=RATE, default=None, metavar="X")
+    group.add_argument("--head-init-bias", type=float, default=None, metavar="B")
+    group.add_argument(
+        "--freeze",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="parts that are not trained: names of modules or parameters, or globs of them",
+    )
     group.add_argument("--drop", type=RATE, default=None, metavar="P", help="classifier dropout")
     group.add_argument("--drop-path", type=RATE, default=None, metavar="P", help="stochastic depth")
     group.add_argument("--grad-checkpointing", action=BooleanOptionalAction, default=False)
@@ -136,8 +146,16 @@ def add_training_arguments(parser: Parser) -> None:
         "--torchcompile", nargs="?", const="inductor", default=None, metavar="BACKEND"
     )
     group.add_argument("--torchcompile-mode", default=None, metavar="MODE")
+
+    group = parser.add_argument_group("several processes")
     group.add_argument("--sync-bn", action=BooleanOptionalAction, default=False)
     group.add_argument("--dist-bn", default="reduce", choices=("", "broadcast", "reduce"))
+    group.add_argument(
+        "--fsdp", action=BooleanOptionalAction, default=False, help="split the model over them"
+    )
+    group.add_argument(
+        "--dist-timeout", type=COUNT, default=600, metavar="S", help="longest wait for another"
+    )
 
     group = parser.add_argument_group("optimiser")
     group.add_argument("--opt", default="adamw", metavar="NAME", help="any timm optimiser")
@@ -226,6 +244,35 @@ def add_training_arguments(parser: Parser) -> None:
         help="images that --model-ema-decay is for; default: those of an update",
     )
     group.add_argument("--model-ema-warmup", action=BooleanOptionalAction, default=False)
+
+    group = parser.add_argument_group("distillation")
+    group.add_argument(
+        "--kd-model-name", default=None, metavar="NAME", help="teacher, with its published weights"
+    )
+    group.add_argument(
+        "--kd-checkpoint", default=None, metavar="FILE", help="weights of the teacher instead"
+    )
+    group.add_argument("--kd-distill-type", default="logit", choices=("logit", "feature", "token"))
+    group.add_argument(
+        "--kd-loss-type", default="kl", choices=("kl", "hard"), help="with logit: soft or hard"
+    )
+    group.add_argument("--kd-token-distill-type", default="soft", choices=("soft", "hard"))
+    group.add_argument("--kd-temperature", type=POSITIVE, default=4.0, metavar="T")
+    group.add_argument(
+        "--distill-loss-weight", type=RATE, default=None, metavar="W", help="of the teacher's term"
+    )
+    group.add_argument(
+        "--task-loss-weight",
+        type=RATE,
+        default=None,
+        metavar="W",
+        help="of the labels' term; alone, the teacher's is 1 - W",
+    )
+    group.add_argument(
+        "--mesa", type=RATE, default=0.0, metavar="W", help="learn from the average of the weights"
+    )
+    group.add_argument("--mesa-start-epoch", type=NATURAL, default=5, metavar="N")
+    group.add_argument("--mesa-temperature", type=POSITIVE, default=1.0, metavar="T")
 
     group = parser.add_argument_group("run")
     group.add_argument("-c", "--config", default=None, metavar="FILE", help="YAML of flag values")

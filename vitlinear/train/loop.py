@@ -10,6 +10,7 @@ from timm.scheduler.scheduler import Scheduler
 from timm.task import TrainingTask
 from timm.utils import dispatch_clip_grad, unwrap_model
 from torch import distributed, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from vitlinear.errors import UserError
@@ -126,7 +127,9 @@ class Updater:
         elif self.clip_grad is not None:  # adaptive clipping leaves the head alone
             chosen = self.task.get_clip_parameters(exclude_head=self.clip_mode == "agc")
             dispatch_clip_grad(chosen, self.clip_grad, mode=self.clip_mode)
-        return bool(norm.isfinite())
+        # of a model in parts, the norm of this process's is not that of the whole
+        whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return bool(whole.isfinite())
 
     def _losses_were_finite(self) -> bool:
         assert self._losses_finite is not None

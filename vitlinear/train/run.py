@@ -32,6 +32,7 @@ from vitlinear.train.evaluate import evaluate
 from vitlinear.train.loader import start_epoch
 from vitlinear.train.logger import FileLogger, Loggers
 from vitlinear.train.loop import train_one_epoch
+from vitlinear.train.parallel import full_state, load_full_state, wait_for_all
 from vitlinear.train.progress import Progress
 from vitlinear.train.setup import Run, set_up
 from vitlinear.train.signals import Stopped, StopSignals
@@ -182,10 +183,7 @@ def _restore(run: Run, state: dict[str, Any]) -> Start:
             f"the run was started with {state['num_classes']}"
         )
     try:
-        run.task.load_checkpoint_state(state["state_dict"])
-        if run.updater.ema:
-            run.task.load_checkpoint_state(state["state_dict_ema"], ema=True)
-        run.updater.optimizer.load_state_dict(state["optimizer"])
+        load_full_state(run.task, run.updater.optimizer, state)
         if run.updater.scaler is not None and "scaler" in state:
             run.updater.scaler.load_state_dict(state["scaler"])
     except (RuntimeError, ValueError, KeyError) as error:
@@ -235,8 +233,9 @@ def _epochs(
             if number or due:
                 here = dataclasses.replace(at, batch=progress.done, progress=progress.state())
                 run.bad_images.report(path)
-                _write_state(run, path, saved, here)
+                _write_state(run, path, saved, here, full_state(run.task, updater.optimizer))
             if number:
+                wait_for_all()  # or the end of one would have its launcher kill the one that saves
                 raise Stopped(number, f"update {updater.updates}, in epoch {at.epoch + 1}")
 
         if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
@@ -278,13 +277,15 @@ def _epochs(
         improved = not best or _better(found["value"], best["value"], args.eval_metric)
         if improved:
             best = found
+        whole = full_state(run.task, updater.optimizer)
         if path and log:
-            _write_epoch(run, path, log, row, best, improved)
-        _write_state(run, path, saved, Start(epoch + 1, best=best))
+            _write_epoch(run, path, log, row, best, improved, whole)
+        _write_state(run, path, saved, Start(epoch + 1, best=best), whole)
         if path and log:
             _show_epoch(run, path, log, improved)
         number = signals.agreed(run.device)
         if number and epoch + 1 < end:
+            wait_for_all()
             raise Stopped(number, f"epoch {epoch + 1}")
     return {"folder": path, "epoch": max(start.epoch, end), "best": best}
 
@@ -341,6 +342,7 @@ def _write_epoch(
     row: dict[str, Any],
     best: dict[str, Any],
     improved: bool,
+    whole: dict[str, Any],
 ) -> None:
     """Writes weights and metrics of an epoch; the state comes after what it speaks of."""
     last = "ema" if run.updater.ema else "model"
@@ -350,18 +352,19 @@ def _write_epoch(
         prefix, key = ("ema", "state_dict_ema") if ema else ("eval", "state_dict")
         metric = {run.args.eval_metric: row[f"{prefix}_{run.args.eval_metric}"]}
         card = dataclasses.replace(run.card, epoch=row["epoch"], metric=metric, weights=kind)
-        save_weights(path / name, run.task.get_checkpoint_state(ema=ema)[key], card)
+        save_weights(path / name, whole[key], card)
     log.log_epoch(row)
 
 
-def _write_state(run: Run, path: Path | None, saved: dict[str, Any], at: Start) -> None:
-    """Writes the state, in the process that has a path."""
+def _write_state(
+    run: Run, path: Path | None, saved: dict[str, Any], at: Start, whole: dict[str, Any]
+) -> None:
+    """Writes the state, with what `full_state` returned, in the process that has a path."""
     if path is None:
         return
     updater, args = run.updater, run.args
     state = {
-        **run.task.get_checkpoint_state(),
-        **(run.task.get_checkpoint_state(ema=True) if updater.ema else {}),
+        **whole,
         "epoch": at.epoch,
         "batch": at.batch,
         "progress": at.progress,
@@ -370,7 +373,6 @@ def _write_state(run: Run, path: Path | None, saved: dict[str, Any], at: Start) 
         "skipped": updater.skipped,
         "images_per_batch": args.batch_size * args.world_size,
         "num_classes": run.card.num_classes,
-        "optimizer": updater.optimizer.state_dict(),
         "best": at.best,
         "args": saved,
     }

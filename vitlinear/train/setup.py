@@ -8,9 +8,8 @@ import os
 from typing import Any
 
 import torch
-from timm.task import ClassificationTask
-from timm.utils import init_distributed_device, is_distributed_env, random_seed
-from torch import distributed, nn
+from timm.task import TrainingTask
+from timm.utils import random_seed, unwrap_model
 
 from vitlinear.errors import UserError
 from vitlinear.train import data as datasets
@@ -18,19 +17,12 @@ from vitlinear.train import loader as loaders
 from vitlinear.train import model as models
 from vitlinear.train.bad_images import BadImages
 from vitlinear.train.checkpoint import Card, initial_weights
+from vitlinear.train.finetune import freeze, initialise_head
 from vitlinear.train.initial import check_initial
 from vitlinear.train.loop import Updater, updates_per_epoch
-from vitlinear.train.optimisation import (
-    batch_size_note,
-    ema_decay,
-    make_optimizer,
-    make_schedule,
-)
-
-# Held to the end of the process. If the last reference to a group is DDP's, its destructor joins
-# gloo's threads while holding the interpreter lock that they may be waiting for: seen as two runs
-# in three that finished all epochs and never exited.
-_PROCESS_GROUPS: list[Any] = []
+from vitlinear.train.optimisation import batch_size_note, make_optimizer, make_schedule
+from vitlinear.train.parallel import distribute, join_processes, synchronised
+from vitlinear.train.tasks import check_task, make_task
 
 
 @dataclasses.dataclass
@@ -54,7 +46,7 @@ class Run:
 
     args: argparse.Namespace
     device: torch.device
-    task: ClassificationTask
+    task: TrainingTask
     updater: Updater
     autocast: Any
     train_loader: Any
@@ -71,16 +63,7 @@ def start_device(args: argparse.Namespace) -> torch.device:
 
     Adds ``distributed``, ``world_size``, ``rank`` and ``local_rank`` to ``args``.
     """
-    device = models.choose_device(args.device)
-    if is_distributed_env() and device.type == "cuda":
-        device = torch.device("cuda")
-    # timm's function writes into what it is given; the flags themselves stay as the user gave them
-    place = argparse.Namespace(device=str(device))
-    device = init_distributed_device(place)
-    for key in ("distributed", "world_size", "rank", "local_rank"):
-        setattr(args, key, getattr(place, key))
-    if args.distributed:
-        _PROCESS_GROUPS.append(distributed.group.WORLD)
+    device = join_processes(args, models.choose_device(args.device))
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -98,13 +81,6 @@ def make_autocast(args: argparse.Namespace, device: torch.device) -> Any:
         return contextlib.nullcontext
     dtype = getattr(torch, args.amp_dtype)
     return functools.partial(torch.autocast, device_type=device.type, dtype=dtype)
-
-
-def synchronised(model: nn.Module, device: torch.device) -> nn.Module:
-    """Returns the model with batch norms that take their statistics over all processes."""
-    if device.type != "cuda":
-        raise UserError(f"--sync-bn works between GPUs only, not on {device}: --no-sync-bn")
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
 def _num_classes(args: argparse.Namespace, names: list[str] | None) -> int:
@@ -129,6 +105,7 @@ def set_up(args: argparse.Namespace) -> Run:
     models.check_model_name(args.model)
     models.check_model_kwargs(args.model_kwargs)
     check_initial(args)
+    check_task(args)
     device = start_device(args)
     random_seed(args.seed)  # the same initial weights in every process
     in_chans = args.input_size[0] if args.input_size else args.in_chans
@@ -162,6 +139,9 @@ def set_up(args: argparse.Namespace) -> Run:
         model, start, args.initial_model or args.model, args.initial_head_map
     ):
         notes.append(f"{start}: its classifier does not fit, starting a new one")
+    initialise_head(model, args.head_init_scale, args.head_init_bias)
+    if args.freeze:
+        notes.append(f"{freeze(model, args.freeze) / 1e6:.2f} M parameters are frozen")
     if args.grad_checkpointing:
         models.enable_checkpointing(model, args.model)
     config = models.data_config(model, vars(args))
@@ -194,22 +174,10 @@ def set_up(args: argparse.Namespace) -> Run:
     model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
     if args.distributed and args.sync_bn:
         model = synchronised(model, device)
-    optimizer = make_optimizer(args, model)
-    mixing = args.mixup > 0 or args.cutmix > 0
-    task = ClassificationTask(
-        model,
-        criterion_kwargs={"smoothing": args.smoothing, "soft_targets": mixing},
-        device=device,
-        verbose=False,
-    )
-    if args.model_ema:
-        task.setup_ema(decay=ema_decay(args, args.world_size), use_warmup=args.model_ema_warmup)
-    if args.torchcompile:
-        task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
-    if args.distributed:
-        task.prepare_distributed(device_ids=[device] if device.type == "cuda" else None)
-
     updates = updates_per_epoch(len(train_loader), args.grad_accum_steps)
+    task = make_task(args, model, config, names, device, updates)
+    distribute(task, args, device)
+    optimizer = make_optimizer(args, unwrap_model(task.get_trainable_module()))
     scheduler, epochs = make_schedule(args, optimizer, updates)
     scaled = args.amp and args.amp_dtype == "float16"
     updater = Updater(

@@ -1,0 +1,241 @@
+"""Several processes: joining them, splitting a model over them, and its state in one piece."""
+
+import argparse
+import datetime
+import os
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from timm.layers import convert_sync_batchnorm
+from timm.task import TrainingTask
+from timm.utils import is_distributed_env, unwrap_model
+from timm.utils.distributed import world_info_from_env
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map_only
+
+from vitlinear.errors import UserError, one_line
+from vitlinear.train.optimisation import ema_decay
+
+# Held to the end of the process. If the last reference to a group is DDP's, its destructor joins
+# gloo's threads while holding the interpreter lock that they may be waiting for: seen as two runs
+# in three that finished all epochs and never exited.
+_PROCESS_GROUPS: list[Any] = []
+
+# The names that timm's and our models give to the rows of what repeats.
+BLOCK = re.compile(r"(^|\.)(blocks|layers)\.\d+$")
+
+
+def join_processes(args: argparse.Namespace, device: torch.device) -> torch.device:
+    """Joins the process group of torchrun or SLURM, if this process was started by one.
+
+    Adds ``distributed``, ``world_size``, ``rank`` and ``local_rank`` to ``args``.
+
+    Args:
+        args: Flags; ``dist_timeout`` seconds is how long processes wait for each other.
+        device: As asked for; between processes, its index is the process's own.
+
+    Returns:
+        The device of this process.
+
+    Raises:
+        UserError: There is no GPU for this process, or the others cannot be reached.
+    """
+    args.distributed = is_distributed_env()
+    args.local_rank, args.rank, args.world_size = 0, 0, 1
+    if args.distributed:
+        args.local_rank, args.rank, args.world_size = world_info_from_env()
+        if device.type == "cuda":
+            device = torch.device("cuda", _gpu_of(args.local_rank))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if args.distributed:
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if name not in os.environ:
+                raise UserError(
+                    f"{args.world_size} processes, but {name} is not set: start them with "
+                    "torchrun, or under SLURM as tools/slurm/train.sbatch does"
+                )
+        try:
+            distributed.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo",
+                init_method="env://",
+                rank=args.rank,
+                world_size=args.world_size,
+                timeout=datetime.timedelta(seconds=args.dist_timeout),
+            )
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                f"process {args.rank} of {args.world_size} could not join the others at "
+                f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: {one_line(error)[:200]}"
+            ) from error
+        _PROCESS_GROUPS.append(distributed.group.WORLD)
+    return device
+
+
+def _gpu_of(local_rank: int) -> int:
+    """Returns the GPU of a process; SLURM may show each process only its own."""
+    count = torch.cuda.device_count()
+    if local_rank < count:
+        return local_rank
+    if count == 1 and os.environ.get("SLURM_PROCID"):
+        return 0
+    raise UserError(
+        f"process {local_rank} of this machine has no GPU, {count} are visible: "
+        "start one process per GPU"
+    )
+
+
+def synchronised(model: nn.Module, device: torch.device) -> nn.Module:
+    """Returns the model with batch norms that take their statistics over all processes."""
+    if device.type != "cuda":
+        raise UserError(f"--sync-bn works between GPUs only, not on {device}: --no-sync-bn")
+    # timm's own, which knows its layers of normalisation and activation in one
+    return convert_sync_batchnorm(model)
+
+
+def check_sharding(args: argparse.Namespace) -> None:
+    """Refuses what ``--fsdp`` cannot be combined with."""
+    if not args.distributed:
+        raise UserError("--fsdp splits a model between processes: start several, with torchrun")
+    if args.amp and args.amp_dtype == "float16":
+        raise UserError("--fsdp does not scale float16 losses: use --amp-dtype bfloat16")
+    if args.clip_grad is not None and args.clip_mode == "agc":
+        raise UserError("--clip-mode agc needs whole tensors: with --fsdp, use norm or value")
+
+
+def distribute(task: TrainingTask, args: argparse.Namespace, device: torch.device) -> None:
+    """Adds the average of the weights, compiles, and spreads the task over the processes.
+
+    After this the task's parameters are final: build the optimiser from them.
+    """
+    if args.model_ema:
+        task.setup_ema(
+            decay=ema_decay(args, args.world_size),
+            use_warmup=args.model_ema_warmup,
+            foreach=not args.fsdp,  # fused operations take no mixture of whole and split tensors
+        )
+    if args.fsdp:
+        check_sharding(args)
+        dtype = getattr(torch, args.amp_dtype) if args.amp else None
+        for ema in (False, True) if args.model_ema else (False,):
+            model = unwrap_model(task.get_trainable_module(ema=ema))
+            if args.torchcompile:
+                for block in _blocks(model):
+                    block.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+            shard(model, device, dtype)
+        return
+    if args.torchcompile:
+        task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+    if args.distributed:
+        task.prepare_distributed(device_ids=[device] if device.type == "cuda" else None)
+
+
+def _blocks(model: nn.Module) -> Iterator[nn.Module]:
+    return (module for name, module in model.named_modules() if BLOCK.search(name))
+
+
+def shard(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Splits parameters, gradients and so the optimiser's state over all processes (FSDP2).
+
+    In place, block by block: a process holds one block whole at a time.
+
+    Args:
+        model: On its device, with equal weights in every process.
+        device: Of this process.
+        dtype: What whole parameters are cast to, under autocast of the same type; gradients are
+            still summed in float32, and batch normalisation, whose statistics are float32, keeps
+            that throughout.
+    """
+    mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None, cast_forward_inputs=False
+    )
+    if dtype is not None:
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                fully_shard(module, mesh=mesh)
+    for block in _blocks(model):
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    model.register_forward_pre_hook(_share_statistics)
+
+
+def _share_statistics(model: nn.Module, _: Any) -> None:
+    """Gives every process the first one's running statistics, as DDP does in each forward pass."""
+    if not model.training:
+        return
+    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    if not buffers:
+        return
+    flat = torch.cat([buffer.detach().flatten().float() for buffer in buffers])
+    distributed.broadcast(flat, 0)
+    for buffer, value in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+        buffer.copy_(value.view_as(buffer))
+
+
+def wait_for_all() -> None:
+    """Returns when all processes have called it."""
+    if distributed.is_initialized():
+        distributed.barrier()
+
+
+def full_state(task: TrainingTask, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Returns weights, average, the task's own state and the optimiser's, in whole tensors.
+
+    All processes must call it. What one process wrote with it, any number can load.
+
+    Returns:
+        ``state_dict``, where they exist ``state_dict_ema`` and ``task_state``, and ``optimizer``:
+        just what task and optimiser give, unless the model is sharded. Then tensors are on the
+        CPU, and None in all processes but the first.
+    """
+    state = dict(task.get_checkpoint_state())
+    if task.has_ema():
+        state |= task.get_checkpoint_state(ema=True)
+    state["optimizer"] = optimizer.state_dict()
+    return tree_map_only(DTensor, _whole, state)
+
+
+def _whole(tensor: DTensor) -> torch.Tensor | None:
+    whole = tensor.full_tensor()  # an exchange in which all processes take part
+    return whole.cpu() if distributed.get_rank() == 0 else None
+
+
+def load_full_state(
+    task: TrainingTask, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
+) -> None:
+    """Puts back what `full_state` returned, into a task that is sharded or not.
+
+    Raises:
+        RuntimeError, ValueError, KeyError: The state is of another model or optimiser.
+    """
+    for ema, suffix in (False, ""), (True, "_ema"):
+        if ema and not task.has_ema():
+            continue
+        own = unwrap_model(task.get_eval_model(ema=ema)).state_dict()
+        weights = {
+            name: _part(tensor, own.get(name))
+            for name, tensor in state[f"state_dict{suffix}"].items()
+        }
+        task.load_checkpoint_state(weights, state.get(f"task_state{suffix}"), ema=ema)
+    parameters = [value for group in optimizer.param_groups for value in group["params"]]
+    slots = {
+        index: {name: _part(value, parameters[index]) for name, value in slot.items()}
+        for index, slot in state["optimizer"]["state"].items()
+    }
+    optimizer.load_state_dict({**state["optimizer"], "state": slots})
+
+
+def _part(value: Any, like: torch.Tensor | None) -> Any:
+    """Returns this process's part of a whole tensor, if ``like`` is one of its shape in parts."""
+    if not isinstance(like, DTensor) or getattr(value, "shape", None) != like.shape:
+        return value
+    mesh, placements = like.device_mesh, like.placements
+    # no source: every process has read the whole
+    return distribute_tensor(value.to(like.device), mesh, placements, src_data_rank=None)
