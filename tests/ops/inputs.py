@@ -16,7 +16,10 @@ BACKENDS = ("eager", "library")
 
 
 class Inputs(NamedTuple):
-    """One projection [B, N, 4, h, D] whose first three slices are q, k, v, and the options."""
+    """One projection [B, N, 4, h, D] of q, k, v and a gate, and the options.
+
+    With an epilogue the projection has a fifth slice, lepe.
+    """
 
     projection: Tensor
     rotary: RotaryTables | None
@@ -24,11 +27,20 @@ class Inputs(NamedTuple):
     grad: Tensor
     cosine: RotaryTables | None = None  # the tables of mechanisms with the cosine encoding
     head_scale: Tensor | None = None
+    epilogue: tuple[str, ...] = ()  # which of gate and lepe there are
 
     def tables(self, attention: str) -> RotaryTables | None:
         """Position tables of the kind that an attention takes."""
         cosine = attention != "softmax" and ops.get_mechanism(attention).positions == "cosine"
         return self.cosine if cosine else self.rotary
+
+    def epilogue_terms(self, projection: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        """lepe and gate, or None: lepe with channels first, as from a convolution."""
+        if not self.epilogue:
+            return None, None
+        *_, gate, lepe = (self.projection if projection is None else projection).unbind(2)
+        lepe = lepe.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+        return lepe if "lepe" in self.epilogue else None, gate if "gate" in self.epilogue else None
 
 
 def make_inputs(
@@ -42,6 +54,7 @@ def make_inputs(
     mask: bool = False,
     scale: float = 1.0,
     seed: int = 0,
+    epilogue: tuple[str, ...] = (),
 ) -> Inputs:
     """Random inputs; the projection wants a gradient."""
     generator = torch.Generator().manual_seed(seed)
@@ -50,7 +63,9 @@ def make_inputs(
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    projection = (scale * normal(batch, n, 4, heads, dim)).to(dtype).requires_grad_()
+    projection = (
+        (scale * normal(batch, n, 5 if epilogue else 4, heads, dim)).to(dtype).requires_grad_()
+    )
     table_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     tables = ops.rotary_tables(*grid, dim, dtype=table_dtype) if rotary else None
     cosine = ops.lrpe_tables(*grid, dim, dtype=table_dtype) if rotary else None
@@ -59,23 +74,26 @@ def make_inputs(
         padding = torch.zeros(batch, n, dtype=torch.bool)
         padding[0, n // 2 :] = True
         padding[-1, n // 3] = True
-    return Inputs(projection, tables, padding, normal(batch, n, heads, dim).to(dtype), cosine)
+    grad = normal(batch, n, heads, dim).to(dtype)
+    return Inputs(projection, tables, padding, grad, cosine, None, epilogue)
 
 
 def attend(
     attention: str, inputs: Inputs, backend: str, projection: Tensor | None = None
 ) -> Tensor:
     """Run an attention; backend ``naive`` is the oracle."""
-    q, k, v, _ = (inputs.projection if projection is None else projection).unbind(2)
+    projection = inputs.projection if projection is None else projection
+    q, k, v, *_ = projection.unbind(2)
     tables = inputs.tables(attention)
     if attention == "softmax":
         if backend == "naive":
             return naive.softmax_attention(q, k, v, tables, inputs.mask)
         return ops.softmax_attention(q, k, v, tables, inputs.mask, backend)
     options = (tables, inputs.mask, inputs.head_scale)
+    lepe, gate = inputs.epilogue_terms(projection)
     if backend == "naive":
-        return naive.linear_attention(q, k, v, attention, *options)
-    return ops.linear_attention(q, k, v, attention, *options, backend)
+        return naive.linear_attention(q, k, v, attention, *options, lepe, gate)
+    return ops.linear_attention(q, k, v, attention, *options, backend, lepe, gate)
 
 
 def double(tables: RotaryTables | None) -> RotaryTables | None:

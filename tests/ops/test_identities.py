@@ -57,7 +57,7 @@ def test_inline_reads_a_centred_covariance(backend):
 def lightnet_state(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """State [D, D] and logsumexp [D] that the registered operator leaves."""
     q, k, v = (x[None, :, None] for x in (k, k, v))
-    outputs = torch.ops.vitlinear.linear_attention(q, k, v, None, None, None, None, "lightnet")
+    outputs = torch.ops.vitlinear.linear_attention(q, k, v, *[None] * 6, "lightnet")
     return outputs[1][0, 0], outputs[-1][0, 0]
 
 

@@ -23,11 +23,12 @@ each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 def operator_arguments(attention, inputs):
     """The forward operator and its arguments."""
-    q, k, v, _ = inputs.projection.unbind(2)
+    q, k, v, *_ = inputs.projection.unbind(2)
     rows, cols = inputs.tables(attention) or (None, None)
     if attention == "softmax":
         return torch.ops.vitlinear.softmax_attention.default, (q, k, v, rows, cols, inputs.mask)
-    arguments = (q, k, v, rows, cols, inputs.mask, inputs.head_scale, attention)
+    options = (rows, cols, inputs.mask, inputs.head_scale, *inputs.epilogue_terms())
+    arguments = (q, k, v, *options, attention)
     return torch.ops.vitlinear.linear_attention.default, arguments
 
 
@@ -124,7 +125,9 @@ def test_export_any_size(attention, backend):
 
 
 def scripted_rala(q, k, v, rows, cols):
-    return torch.ops.vitlinear.linear_attention(q, k, v, rows, cols, None, None, "rala")[0]
+    return torch.ops.vitlinear.linear_attention(
+        q, k, v, rows, cols, None, None, None, None, "rala"
+    )[0]
 
 
 def scripted_softmax(q, k, v, rows, cols):
@@ -152,7 +155,7 @@ def test_flop_formula_counts_what_runs(attention):
     with FlopCounterMode(display=False) as registered_backward:
         torch.autograd.grad(out, inputs.projection, inputs.grad)
 
-    q, k, v, _ = inputs.projection.detach().unbind(2)
+    q, k, v, *_ = inputs.projection.detach().unbind(2)
     row = None if attention == "softmax" else ops.get_mechanism(attention)
     tokens = eager.prepare(q, k, v, inputs.tables(attention), inputs.mask, True, row)
     grad = inputs.grad.transpose(1, 2)

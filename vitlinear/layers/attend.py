@@ -17,6 +17,8 @@ def attend(
     positions: RotaryTables | None = None,
     key_padding_mask: Tensor | None = None,
     head_scale: Tensor | None = None,
+    lepe: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> Tensor:
     """`vitlinear.ops.linear_attention`, [B, N, h, D] -> [B, N, h, D], also when scripted.
 
@@ -28,8 +30,8 @@ def attend(
         if positions is not None:
             rows, cols = positions
         return torch.ops.vitlinear.linear_attention(
-            q, k, v, rows, cols, key_padding_mask, head_scale, mechanism
+            q, k, v, rows, cols, key_padding_mask, head_scale, lepe, gate, mechanism
         )[0]
     return linear_attention(
-        q, k, v, mechanism, positions, key_padding_mask, head_scale, backend=backend
+        q, k, v, mechanism, positions, key_padding_mask, head_scale, backend, lepe, gate
     )

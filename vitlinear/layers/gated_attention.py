@@ -78,30 +78,43 @@ class GatedAttention(nn.Module):
         qkvo = self.qkvo(x).reshape(B, H * W, 4, self.num_heads, self.head_dim)
         q, k, v, o = qkvo.unbind(2)
         lepe = self.lepe(v.reshape(B, H, W, C)).reshape(B, H * W, self.num_heads, self.head_dim)
-        # lepe stands first because it decides the layout of the sum: [B, N, h, D], ready for proj.
-        x = self.gate(lepe + self.attend(q, k, v, rotary), o)
-        x = self.proj(x.reshape(B, H, W, C))
+        x = self.proj(self.combine(q, k, v, o, lepe, rotary).reshape(B, H, W, C))
         return self.proj_drop(x)
 
-    def gate(self, x: Tensor, o: Tensor) -> Tensor:
-        """Combine attention with the output multiplier, [B, N, h, D] both."""
-        return x * o
+    def combine(
+        self, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lepe: Tensor, rotary: RotaryTables
+    ) -> Tensor:
+        """What the output projection takes, from [B, N, h, D] each."""
+        return self.attend(q, k, v, rotary, lepe, o)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, rotary: RotaryTables) -> Tensor:
-        """The attention proper, [B, N, h, D] -> [B, N, h, D]."""
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rotary: RotaryTables,
+        lepe: Tensor,
+        gate: Tensor | None,
+    ) -> Tensor:
+        """(Attention(q, k, v) + lepe) * gate, [B, N, h, D] -> [B, N, h, D]."""
         if self.attn_type != "softmax":
-            return attend(q, k, v, self.attn_type, self.backend, rotary)
+            return attend(q, k, v, self.attn_type, self.backend, rotary, lepe=lepe, gate=gate)
         if torch.jit.is_scripting():  # see `attend`
             rows, cols = rotary
-            return torch.ops.vitlinear.softmax_attention(q, k, v, rows, cols, None)[0]
-        return softmax_attention(q, k, v, rotary, backend="eager")
+            out = torch.ops.vitlinear.softmax_attention(q, k, v, rows, cols, None)[0]
+        else:
+            out = softmax_attention(q, k, v, rotary, backend="eager")
+        # lepe stands first because it decides the layout of the sum: [B, N, h, D], ready for proj.
+        out = lepe + out
+        return out if gate is None else out * gate
 
 
 @register_notrace_module
 class NormGatedAttention(GatedAttention):
     """proj(LN(Attention(q, k, v) + dw5(v)) * SiLU(o)), the gate of NaLaFormer (arXiv:2506.21137).
 
-    The norm runs over all channels, not over those of a head. Arguments as `GatedAttention`.
+    The norm runs over all channels of a token, and a kernel holds those of one head: the fused
+    epilogue ends with the sum. Arguments as `GatedAttention`.
     """
 
     def __init__(
@@ -116,6 +129,9 @@ class NormGatedAttention(GatedAttention):
         super().__init__(dim, num_heads, attn_type, device=device, dtype=dtype, **kwargs)
         self.norm = LayerNorm(dim, eps=1e-5, device=device, dtype=dtype)
 
-    def gate(self, x: Tensor, o: Tensor) -> Tensor:
-        """Combine attention with the gate, [B, N, h, D] both."""
+    def combine(
+        self, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lepe: Tensor, rotary: RotaryTables
+    ) -> Tensor:
+        """What the output projection takes, from [B, N, h, D] each."""
+        x = self.attend(q, k, v, rotary, lepe, None)
         return self.norm(x.flatten(2)) * nn.functional.silu(o.flatten(2))

@@ -76,15 +76,18 @@ class InjectiveAttention(nn.Module):
         Returns:
             [B, N, C].
         """
-        out = attend(q, k, v, "inline", self.backend, key_padding_mask=key_padding_mask)
+        values = v
         if key_padding_mask is not None:
-            v = v.masked_fill(key_padding_mask[:, :, None, None], 0)
+            values = v.masked_fill(key_padding_mask[:, :, None, None], 0)
         prefix = self.num_prefix_tokens
-        values = v[:, prefix:].flatten(2).unflatten(1, [height, width])
+        values = values[:, prefix:].flatten(2).unflatten(1, [height, width])
         local = self.local(values, mean).flatten(1, 2)
         if prefix > 0:
             local = F.pad(local, [0, 0, prefix, 0])
-        return out.flatten(2) + local
+        lepe = local.unflatten(-1, [self.num_heads, self.head_dim])
+        mask = key_padding_mask
+        out = attend(q, k, v, "inline", self.backend, key_padding_mask=mask, lepe=lepe)
+        return out.flatten(2)
 
 
 def mean_token(x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:

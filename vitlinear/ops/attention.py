@@ -22,6 +22,8 @@ def linear_attention(
     key_padding_mask: Tensor | None = None,
     head_scale: Tensor | None = None,
     backend: str = "auto",
+    lepe: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> Tensor:
     """Attention whose cost grows linearly with the number of tokens.
 
@@ -30,6 +32,8 @@ def linear_attention(
 
         out_i = a(z_i) R(phi_q(q_i))^T tau S + b(z_i) vbar        z_i = phi_q(q_i) . m
         S = 1/N sum_j w_j R(phi_k(k_j)) v_j^T    m = 1/N sum_j w_j phi_k(k_j)
+
+    and, where they are given, (out_i + lepe_i) * gate_i, elementwise, rounded once.
 
     Args:
         q: Queries, [B, N, h, D], float16, bfloat16, float32 or float64, any strides: views of
@@ -44,6 +48,9 @@ def linear_attention(
             output is 0. What they hold does not matter, NaN included.
         head_scale: tau, a factor of the state for each head, [h]; None for 1.
         backend: ``auto``, ``eager``, ``library`` or ``triton``; see `vitlinear.ops.backend`.
+        lepe: Added to the output, like q; the name is that of the locally-enhanced position
+            encoding, a depthwise convolution of the values.
+        gate: Multiplies the output and lepe, like q.
 
     Returns:
         [B, N, h, D] in the type of q. Sums are kept in float32 (float64 for float64 inputs).
@@ -65,14 +72,21 @@ def linear_attention(
             f"head_scale must have one entry for each of {q.shape[2]} heads, "
             f"got shape {tuple(head_scale.shape)}"
         )
+    for name, x in (("lepe", lepe), ("gate", gate)):
+        if x is not None and (x.shape != q.shape or x.dtype != q.dtype):
+            raise ValueError(
+                f"{name} must have the shape and type of q, {tuple(q.shape)} {q.dtype}, "
+                f"got {tuple(x.shape)} {x.dtype}"
+            )
     chosen = choose_backend(backend, Call.of(q, mechanism)).backend
     if chosen == "eager":
-        return eager.linear_attention(q, k, v, row, rotary, key_padding_mask, head_scale)
+        options = (rotary, key_padding_mask, head_scale, lepe, gate)
+        return eager.linear_attention(q, k, v, row, *options)
     if chosen == "triton":  # unless it was asked for by name, the formulas may stand in
         chosen = requested_backend(backend).backend
-    rows, cols = tables_for_library(q, k, v, rotary)
+    rows, cols = tables_for_library((q, k, v, lepe, gate), rotary)
     return torch.ops.vitlinear.linear_attention(
-        q, k, v, rows, cols, key_padding_mask, head_scale, mechanism, chosen
+        q, k, v, rows, cols, key_padding_mask, head_scale, lepe, gate, mechanism, chosen
     )[0]
 
 
@@ -92,12 +106,12 @@ def softmax_attention(
     check_inputs(q, k, v, rotary, key_padding_mask)
     if choose_backend(backend).backend != "library":
         return eager.softmax_attention(q, k, v, rotary, key_padding_mask)
-    rows, cols = tables_for_library(q, k, v, rotary)
+    rows, cols = tables_for_library((q, k, v), rotary)
     return torch.ops.vitlinear.softmax_attention(q, k, v, rows, cols, key_padding_mask)[0]
 
 
 def tables_for_library(
-    q: Tensor, k: Tensor, v: Tensor, rotary: RotaryTables | None
+    tokens: tuple[Tensor | None, ...], rotary: RotaryTables | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """The tables as arguments of an operator, if it can give the derivatives asked for.
 
@@ -105,7 +119,7 @@ def tables_for_library(
         NotImplementedError: It cannot, and would leave them out without a word.
     """
     if not torch.compiler.is_compiling() and any(
-        forward_ad.unpack_dual(x).tangent is not None for x in (q, k, v)
+        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tokens
     ):
         raise NotImplementedError(
             "the library backend has no forward-mode derivative; use backend='eager'"

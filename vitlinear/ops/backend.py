@@ -28,13 +28,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .mechanisms import get_mechanism
-
 BACKENDS = ("auto", "eager", "library", "triton")
 ENVIRONMENT_VARIABLE = "VITLINEAR_BACKEND"
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 KERNEL_HEAD_DIM = 128  # the largest
-KERNEL_ROWS = 128  # of a state; twice that in bfloat16
 
 # Read once: a look-up at each call would be a guard, or a break, in compiled graphs.
 _from_environment = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
@@ -166,9 +163,6 @@ def _obstacle(call: Call) -> str | None:
         return f"it has no kernels for {call.dtype}"
     if call.head_dim > KERNEL_HEAD_DIM:
         return f"it holds heads of up to {KERNEL_HEAD_DIM} channels, not {call.head_dim}"
-    rows = get_mechanism(call.mechanism).state_dim(call.head_dim, True)
-    if rows > KERNEL_ROWS and call.dtype != torch.bfloat16:
-        return f"it holds states of up to {KERNEL_ROWS} rows in {call.dtype}, not {rows}"
     return None
 
 

@@ -7,6 +7,8 @@ in `vitlinear.ops.eager`; g is the gradient of the output.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -19,14 +21,34 @@ from .rotary import encode, rotate
 QUERY_CHUNK = 1024
 
 
+class LinearGradients(NamedTuple):
+    """Gradients of a linear attention.
+
+    Attributes:
+        q: [B, h, N, D].
+        k: Likewise.
+        v: Likewise.
+        gate: Likewise; None without a gate.
+        lepe: Likewise; None without a gate: it then is the gradient of the output.
+        head_scale: [h], or None.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gate: Tensor | None
+    lepe: Tensor | None
+    head_scale: Tensor | None
+
+
 def linear_attention_backward(
     grad_out: Tensor,
     tokens: Tokens,
     saved: LinearAttentionState,
     mechanism: Mechanism,
     head_scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of q, k and v, each [B, h, N, D], and of head_scale, [h].
+) -> LinearGradients:
+    """Gradients of everything that a linear attention takes.
 
     With c_j = w_j / N the output is out_i = a_i R(phi(q_i)) tau S + b_i vbar, hence::
 
@@ -47,8 +69,12 @@ def linear_attention_backward(
     and for a softmax of each channel, with c_j the features themselves, the same elementwise::
 
         dphi(k_j) = c_j (y_j - sum_n c_n y_n)
+
+    An epilogue (out_i + lepe_i) gate_i comes first; its outputs are computed anew::
+
+        dgate_i = g_i (out_i + lepe_i)      dlepe_i = g_i gate_i, the g_i of all of the above
     """
-    q, k, v, table, valid, num_valid = tokens
+    q, k, v, table, valid, num_valid, lepe, gate = tokens
     state, norm, mean_v, query, logsumexp = saved
     scale = q.shape[-1] ** -0.5
     reads, positions = mechanism.reads, mechanism.positions
@@ -56,12 +82,17 @@ def linear_attention_backward(
     if valid is not None:
         grad_out = grad_out.masked_fill(~valid, 0)
     grad_out = grad_out.contiguous()
+    grad_gate = grad_lepe = None
+    if gate is not None:
+        grad_gate, grad_out = grad_out, grad_out * gate
+        grad_lepe = grad_out
     scaled = state if head_scale is None else state * head_scale[:, None, None]
 
     # In-place below only on tensors made here: it is what keeps the peak under the formula's.
     features = _own_features(mechanism.phi_q, q)
     grad_q = encode(grad_out @ scaled.transpose(-1, -2), table, positions, inverse=True)
     a: Factor = 1.0
+    b: Factor = 0.0
     grad_norm = grad_mean_v = None
     if norm is not None:
         z = features @ norm.transpose(-1, -2)
@@ -74,8 +105,14 @@ def linear_attention_backward(
             grad_mean_v = b.transpose(-1, -2) @ grad_out
         grad_q.mul_(a).addcmul_(grad_z, norm)
         grad_norm = grad_z.transpose(-1, -2) @ features
-    grad_state = encode(features.mul_(a), table, positions).transpose(-1, -2) @ grad_out
-    del features, grad_out
+    encoded = encode(features.mul_(a), table, positions)
+    grad_state = encoded.transpose(-1, -2) @ grad_out
+    if grad_gate is not None:
+        out = encoded @ scaled
+        if mean_v is not None:
+            out.add_(b * mean_v)
+        grad_gate = grad_gate * (out if lepe is None else out.add_(lepe))
+    del features, encoded, grad_out
     grad_head_scale = None
     if head_scale is not None:
         grad_head_scale = (grad_state * state).sum((0, 2, 3))
@@ -115,7 +152,7 @@ def linear_attention_backward(
     if valid is not None:
         for grad in (grad_q, grad_k, grad_v):
             grad.masked_fill_(~valid, 0)
-    return grad_q, grad_k, grad_v, grad_head_scale
+    return LinearGradients(grad_q, grad_k, grad_v, grad_gate, grad_lepe, grad_head_scale)
 
 
 def _own_features(phi: FeatureMap, x: Tensor) -> Tensor:
@@ -127,7 +164,7 @@ def _own_features(phi: FeatureMap, x: Tensor) -> Tensor:
 
 def softmax_attention_forward(tokens: Tokens) -> tuple[Tensor, Tensor]:
     """Output [B, h, N, D] and logsumexp [B, h, N] of softmax attention, chunk by chunk."""
-    q, k, v, table, valid, _ = tokens
+    q, k, v, table, valid, *_ = tokens
     scale = q.shape[-1] ** -0.5
     q, k = rotate(q, table), rotate(k, table)
     k = (k * scale).transpose(-1, -2)
@@ -154,7 +191,7 @@ def softmax_attention_backward(
     With p = softmax(s q k^T): dv = p^T g, dlogits = p (g v^T - g . out), then back through the
     rotation, which is orthogonal.
     """
-    q, k, v, table, valid, _ = tokens
+    q, k, v, table, valid, *_ = tokens
     scale = q.shape[-1] ** -0.5
     if valid is not None:
         grad_out = grad_out.masked_fill(~valid, 0)

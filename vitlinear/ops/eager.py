@@ -106,6 +106,8 @@ class Tokens(NamedTuple):
     table: Tensor | None  # of positions; [N, F/2, 2] for rotary, [N, F, 2] for cosine
     valid: Tensor | None  # [B, 1, N, 1], True for tokens that exist
     num_valid: Tensor | int  # number of those, in the accumulation type, [B, 1, 1, 1] or N
+    lepe: Tensor | None = None  # [B, h, N, D], any strides, any type
+    gate: Tensor | None = None  # likewise
 
 
 def prepare(
@@ -116,8 +118,13 @@ def prepare(
     key_padding_mask: Tensor | None,
     contiguous: bool,
     mechanism: Mechanism | None = None,
+    lepe: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> Tokens:
     """Heads before tokens, accumulation type, padded tokens zeroed.
+
+    Terms of the epilogue stay as they are: what they meet is in the accumulation type already, and
+    autograd would keep a copy. Only float16 is widened, for the sake of its gradient.
 
     Args:
         q: Queries, [B, N, h, D]; k and v likewise.
@@ -128,8 +135,11 @@ def prepare(
         contiguous: Copy strided inputs at once. Feature maps are two to three times faster on
             contiguous memory, but autograd would then keep the copies.
         mechanism: Decides the width of the table; None for softmax attention.
+        lepe: [B, N, h, D], or None.
+        gate: Likewise.
     """
     dtype = accumulation_dtype(q.dtype)
+    lepe, gate = (_epilogue_term(x, key_padding_mask) for x in (lepe, gate))
     # A change of type makes a copy anyway: it might as well be contiguous.
     contiguous = contiguous or dtype != q.dtype
     q, k, v = (widen(x.transpose(1, 2), dtype) for x in (q, k, v))
@@ -139,12 +149,21 @@ def prepare(
     if table is not None and mechanism is not None and mechanism.phi_q.expansion > 1:
         table = table.repeat(1, mechanism.phi_q.expansion, 1)  # each D-wide part turns alike
     if key_padding_mask is None:
-        return Tokens(q, k, v, table, None, q.shape[2])
+        return Tokens(q, k, v, table, None, q.shape[2], lepe, gate)
     valid = ~key_padding_mask[:, None, :, None]
     # Whatever stands in padding, NaN included, must not reach a sum as 0 * NaN.
     q, k, v = (x.masked_fill(~valid, 0) for x in (q, k, v))
     num_valid = valid.sum(2, keepdim=True).clamp(min=1).to(dtype)
-    return Tokens(q, k, v, table, valid, num_valid)
+    return Tokens(q, k, v, table, valid, num_valid, lepe, gate)
+
+
+def _epilogue_term(x: Tensor | None, key_padding_mask: Tensor | None) -> Tensor | None:
+    if x is None:
+        return None
+    x = x.transpose(1, 2)
+    if x.dtype == torch.float16:
+        x = widen(x, torch.float32)
+    return x if key_padding_mask is None else x.masked_fill(key_padding_mask[:, None, :, None], 0)
 
 
 def seen_keys(valid: Tensor) -> Tensor:
@@ -181,9 +200,9 @@ def linear_attention_forward(
         head_scale: tau, [h] in the accumulation type, or None for 1.
 
     Returns:
-        Output [B, h, N, D] in the accumulation type, and the state.
+        Output [B, h, N, D] in the accumulation type, epilogue and all, and the state.
     """
-    q, k, v, table, valid, num_valid = tokens
+    q, k, v, table, valid, num_valid, *_ = tokens
     scale = q.shape[-1] ** -0.5
     reads, positions = mechanism.reads, mechanism.positions
     # Contiguous after phi, not before: phi then keeps the view that it was given, and no matrix
@@ -222,6 +241,11 @@ def linear_attention_forward(
     if reads.uses_mean:
         mean_v = v.sum(dim=2, keepdim=True) / num_valid
         out = out + b * mean_v
+    # These stand first because they decide the layout: [B, N, h, D], as the next layer wants it.
+    if tokens.lepe is not None:
+        out = tokens.lepe + out
+    if tokens.gate is not None:
+        out = tokens.gate * out
     if valid is not None:
         out = out.masked_fill(~valid, 0)
     return out, LinearAttentionState(state, norm, mean_v, query, logsumexp)
@@ -235,11 +259,13 @@ def linear_attention(
     rotary: RotaryTables | None = None,
     key_padding_mask: Tensor | None = None,
     head_scale: Tensor | None = None,
+    lepe: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> Tensor:
     """Linear attention, [B, N, h, D] in and out; see `vitlinear.ops.linear_attention`."""
     with without_autocast(q):
         keeps_nothing = not torch.is_grad_enabled()
-        tokens = prepare(q, k, v, rotary, key_padding_mask, keeps_nothing, mechanism)
+        tokens = prepare(q, k, v, rotary, key_padding_mask, keeps_nothing, mechanism, lepe, gate)
         if head_scale is not None:
             head_scale = head_scale.to(tokens.q.dtype)
         out, _ = linear_attention_forward(tokens, mechanism, head_scale)

@@ -62,6 +62,8 @@ def linear_attention_op(
     cols: Tensor | None,
     key_padding_mask: Tensor | None,
     head_scale: Tensor | None,
+    lepe: Tensor | None,
+    gate: Tensor | None,
     mechanism: str,
     backend: str = "library",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -74,13 +76,15 @@ def linear_attention_op(
     row = get_mechanism(mechanism)
     try:
         if kernels := _kernels(backend, q):
-            return kernels.forward(q, k, v, rows, cols, key_padding_mask, head_scale, row)
+            options = (rows, cols, key_padding_mask, head_scale, lepe, gate)
+            return kernels.forward(q, k, v, *options, row)
     except torch.OutOfMemoryError:
         raise  # says nothing against the kernels, and the formulas need more
     except Exception as error:
         report_failure(error, required=backend == "triton")
     with eager.without_autocast(q):
-        tokens = eager.prepare(q, k, v, _tables(rows, cols), key_padding_mask, True, row)
+        tables = _tables(rows, cols)
+        tokens = eager.prepare(q, k, v, tables, key_padding_mask, True, row, lepe, gate)
         out, saved = eager.linear_attention_forward(tokens, row, _widen(head_scale, tokens.q))
     state, norm, mean_v, query, logsumexp = saved
 
@@ -112,6 +116,8 @@ def _(
     cols: Tensor | None,
     key_padding_mask: Tensor | None,
     head_scale: Tensor | None,
+    lepe: Tensor | None,
+    gate: Tensor | None,
     mechanism: str,
     backend: str = "library",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -144,6 +150,8 @@ def linear_attention_backward_op(
     cols: Tensor | None,
     key_padding_mask: Tensor | None,
     head_scale: Tensor | None,
+    lepe: Tensor | None,
+    gate: Tensor | None,
     state: Tensor,
     norm: Tensor,
     mean_v: Tensor,
@@ -151,26 +159,26 @@ def linear_attention_backward_op(
     logsumexp: Tensor,
     mechanism: str,
     backend: str = "library",
-) -> tuple[Tensor, Tensor]:
-    """Gradients of q, k and v in one buffer [B, N, 3, h, D], and of head_scale.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and the gate in one buffer, of head_scale, and of lepe.
 
-    The latter is [h], or empty where there is none. One buffer, laid out like the projection that
-    q, k and v mostly are slices of: its gradient then is this very memory, or one copy of it. An
-    operator may not return views of one another, so slicing is left to the autograd formula.
+    The buffer is [B, N, 3, h, D], or with a gate [B, N, 4, h, D], laid out like the projection that
+    q, k, v and the gate mostly are slices of: its gradient then is this very memory, or one copy of
+    it. An operator may not return views of one another, so slicing is left to the autograd formula.
+    The others are [h] and [B, N, h, D], empty where there is none; without a gate the gradient of
+    lepe is that of the output, and is left to the autograd formula too.
     """
     row = get_mechanism(mechanism)
-    batch, length, heads, dim = q.shape
-    grads = torch.empty(batch, length, 3, heads, dim, dtype=q.dtype, device=q.device)
-    no_scale = state.new_empty(0)
+    grads, grad_lepe = _gradient_memory(q, lepe, gate)
+    grad_scale: Tensor | None
     try:
         if kernels := _kernels(backend, q):
             grad_scale = kernels.backward(
-                *(grad_out, q, k, v, rows, cols, key_padding_mask, head_scale),
-                *(state, norm, mean_v, query, logsumexp, row, grads.unbind(2)),
+                *(grad_out, q, k, v, rows, cols, key_padding_mask, head_scale, lepe, gate),
+                *(state, norm, mean_v, query, logsumexp, row),
+                *(grads.unbind(2), grad_lepe if grad_lepe.dim() == 4 else None),
             )
-            if head_scale is None or grad_scale is None:
-                return grads, no_scale
-            return grads, grad_scale.to(head_scale.dtype)
+            return grads, _like_scale(grad_scale, head_scale, state), grad_lepe
     except torch.OutOfMemoryError:
         raise  # says nothing against the kernels, and the formulas need more
     except Exception as error:
@@ -186,17 +194,30 @@ def linear_attention_backward_op(
     )
     with eager.without_autocast(q):
         tables = _tables(rows, cols)
-        tokens = eager.prepare(q, k, v, tables, key_padding_mask, False, row)
+        tokens = eager.prepare(q, k, v, tables, key_padding_mask, False, row, lepe, gate)
         grad_out = grad_out.transpose(1, 2).to(state.dtype)
-        wide_scale = _widen(head_scale, state)
-        *parts, grad_scale = backward.linear_attention_backward(
-            grad_out, tokens, saved, row, wide_scale
+        found = backward.linear_attention_backward(
+            grad_out, tokens, saved, row, _widen(head_scale, state)
         )
-    for into, part in zip(grads.unbind(2), parts, strict=True):
-        into.copy_(eager.saturate(part.transpose(1, 2), q.dtype))
-    if head_scale is None or grad_scale is None:
-        return grads, no_scale
-    return grads, grad_scale.to(head_scale.dtype)
+    into = [*grads.unbind(2), *([grad_lepe] if grad_lepe.dim() == 4 else [])]
+    for memory, part in zip(into, found[: len(into)], strict=True):
+        assert part is not None
+        memory.copy_(eager.saturate(part.transpose(1, 2), q.dtype))
+    return grads, _like_scale(found.head_scale, head_scale, state), grad_lepe
+
+
+def _gradient_memory(q: Tensor, lepe: Tensor | None, gate: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Fresh memory for the gradients of q, k, v and gate, and of lepe."""
+    batch, length, heads, dim = q.shape
+    parts, separate = (3, False) if gate is None else (4, lepe is not None)
+    grads = q.new_empty(batch, length, parts, heads, dim)
+    return grads, q.new_empty(q.shape if separate else (0,))
+
+
+def _like_scale(grad: Tensor | None, head_scale: Tensor | None, state: Tensor) -> Tensor:
+    if grad is None or head_scale is None:
+        return state.new_empty(0)
+    return grad.to(head_scale.dtype)
 
 
 @linear_attention_backward_op.register_fake
@@ -209,13 +230,15 @@ def _(
     cols: Tensor | None,
     key_padding_mask: Tensor | None,
     head_scale: Tensor | None,
+    lepe: Tensor | None,
+    gate: Tensor | None,
     state: Tensor,
     *_: Any,
-) -> tuple[Tensor, Tensor]:
-    batch, length, heads, dim = q.shape
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads, grad_lepe = _gradient_memory(q, lepe, gate)
     none = state.new_empty(0)
     grad_scale = none if head_scale is None else head_scale.new_empty(head_scale.shape)
-    return q.new_empty(batch, length, 3, heads, dim), grad_scale
+    return grads, grad_scale, grad_lepe
 
 
 @custom_op("vitlinear::softmax_attention", mutates_args=())
@@ -280,11 +303,17 @@ def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 
 def _linear_gradients(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    grads, grad_scale = torch.ops.vitlinear.linear_attention_backward(
+    grads, grad_scale, grad_lepe = torch.ops.vitlinear.linear_attention_backward(
         grad_out, *ctx.saved_tensors, ctx.mechanism, ctx.backend
     )
+    mask, lepe, gate = (ctx.saved_tensors[i] for i in (5, 7, 8))
     grad_scale = grad_scale if ctx.needs_input_grad[6] else None
-    return *grads.unbind(2), None, None, None, grad_scale, None, None
+    of_lepe: Tensor | None = None if lepe is None else grad_lepe
+    if lepe is not None and gate is None:
+        of_lepe = grad_out if mask is None else grad_out.masked_fill(mask[..., None, None], 0)
+    grad_q, grad_k, grad_v, *grad_gate = grads.unbind(2)
+    of_gate = grad_gate[0] if grad_gate else None
+    return grad_q, grad_k, grad_v, None, None, None, grad_scale, of_lepe, of_gate, None, None
 
 
 def _save_softmax(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -306,7 +335,7 @@ softmax_attention_op.register_autograd(_softmax_gradients, setup_context=_save_s
 @register_flop_formula(torch.ops.vitlinear.linear_attention)
 def linear_attention_flops(
     q_shape: Any, k_shape: Any, v_shape: Any, rows: Any, cols: Any, mask: Any, head_scale: Any,
-    mechanism: str, *args: Any, **kwargs: Any,
+    lepe: Any, gate: Any, mechanism: str, *args: Any, **kwargs: Any,
 ) -> int:  # fmt: skip
     """State, read-out and normaliser; logits of the key weights where there are any."""
     batch, length, heads, dim = q_shape
@@ -319,15 +348,18 @@ def linear_attention_flops(
 @register_flop_formula(torch.ops.vitlinear.linear_attention_backward)
 def linear_attention_backward_flops(
     grad_shape: Any, q_shape: Any, k_shape: Any, v_shape: Any, rows: Any, cols: Any, mask: Any,
-    head_scale: Any, state: Any, norm: Any, mean_v: Any, query: Any, logsumexp: Any,
-    mechanism: str, *args: Any, **kwargs: Any,
+    head_scale: Any, lepe: Any, gate: Any, state: Any, norm: Any, mean_v: Any, query: Any,
+    logsumexp: Any, mechanism: str, *args: Any, **kwargs: Any,
 ) -> int:  # fmt: skip
-    """Four products of N x F with F x D, and the vectors of normaliser, mean and key weights."""
+    """Four products of N x F with F x D, and the vectors of normaliser, mean and key weights.
+
+    With a gate one product more, for the outputs that its gradient takes.
+    """
     batch, length, heads, dim = q_shape
     row = get_mechanism(mechanism)
     vectors = 2 * (row.reads.uses_norm + row.has_global_query) * row.feature_dim(dim)
     vectors += 2 * row.reads.uses_mean * dim
-    matrices = 4 * row.state_dim(dim, rows is not None) * dim
+    matrices = (4 + (gate is not None)) * row.state_dim(dim, rows is not None) * dim
     return 2 * batch * length * heads * (matrices + vectors)
 
 

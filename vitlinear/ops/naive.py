@@ -102,10 +102,19 @@ def linear_attention(
     rotary: RotaryTables | None = None,
     key_padding_mask: Tensor | None = None,
     head_scale: Tensor | None = None,
+    lepe: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> Tensor:
     """Linear attention by its definition; see `vitlinear.ops.linear_attention`."""
     weights = linear_attention_weights(q, k, mechanism, rotary, key_padding_mask, head_scale)
-    return torch.einsum("bhnm,bmhd->bnhd", weights, v)
+    out = torch.einsum("bhnm,bmhd->bnhd", weights, v)
+    if lepe is not None:
+        out = out + lepe
+    if gate is not None:
+        out = out * gate
+    if key_padding_mask is not None:
+        out = out.masked_fill(key_padding_mask[:, :, None, None], 0)
+    return out
 
 
 def softmax_attention(

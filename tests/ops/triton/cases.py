@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from tests.ops.inputs import Inputs, attend, double, oracle
-from vitlinear import ops
 
 GRIDS = {1: (1, 1), 17: (1, 17), 49: (7, 7), 63: (7, 9), 65: (5, 13), 196: (14, 14)}
 
@@ -16,16 +15,14 @@ def run(mechanism: str, inputs: Inputs, layout: str = "projection") -> tuple[Ten
     source = inputs.projection.detach()
     if layout == "channels first":  # what a 1x1 convolution of an NCHW map gives
         leaf = source.permute(0, 2, 3, 4, 1).contiguous().requires_grad_()
-        q, k, v, _ = leaf.permute(0, 4, 1, 2, 3).unbind(2)
+        projection = leaf.permute(0, 4, 1, 2, 3)
     elif layout == "heads first":
         leaf = source.permute(0, 3, 2, 1, 4).contiguous().requires_grad_()
-        q, k, v, _ = leaf.permute(0, 3, 2, 1, 4).unbind(2)
+        projection = leaf.permute(0, 3, 2, 1, 4)
     else:
         leaf = source.clone().requires_grad_()
-        q, k, v, _ = leaf.unbind(2)
-    out = ops.linear_attention(
-        q, k, v, mechanism, inputs.tables(mechanism), inputs.mask, inputs.head_scale, "triton"
-    )
+        projection = leaf
+    out = attend(mechanism, inputs, "triton", projection)
     grad = inputs.grad
     if layout != "projection":  # a gradient with strides of its own
         grad = grad.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)

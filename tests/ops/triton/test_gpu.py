@@ -143,7 +143,18 @@ def test_repeats_are_bit_equal(mechanism, side):
 def test_opcheck(mechanism):
     inputs = on_gpu(make_inputs(mask=True, dtype=torch.float32))
     q, k, v, _ = inputs.projection.unbind(2)
-    arguments = (q, k, v, *inputs.tables(mechanism), inputs.mask, None, mechanism, "triton")
+    arguments = (
+        q,
+        k,
+        v,
+        *inputs.tables(mechanism),
+        inputs.mask,
+        None,
+        None,
+        None,
+        mechanism,
+        "triton",
+    )
     torch.library.opcheck(torch.ops.vitlinear.linear_attention.default, arguments)
 
 
@@ -167,8 +178,8 @@ def test_cuda_graph(side):
     backward = torch.ops.vitlinear.linear_attention_backward
 
     def step():
-        out, *saved = forward(q, k, v, rows, cols, None, None, "rala", "triton")
-        options = (rows, cols, None, None, *saved, "rala", "triton")
+        out, *saved = forward(q, k, v, rows, cols, *[None] * 4, "rala", "triton")
+        options = (rows, cols, *[None] * 4, *saved, "rala", "triton")
         return out, backward(inputs.grad, q, k, v, *options)[0]
 
     step()  # compiles
@@ -270,7 +281,7 @@ def test_workspace(mechanism, batch, heads):
     inputs = many_tokens(mechanism, side, batch=batch, heads=heads, dim=dim)
     q, k, v, _ = inputs.projection.detach().unbind(2)
     tables = inputs.tables(mechanism)
-    options = (*tables, None, None)
+    options = (*tables, *[None] * 4)
     forward = torch.ops.vitlinear.linear_attention
     backward = torch.ops.vitlinear.linear_attention_backward
     out, *saved = forward(q, k, v, *options, mechanism, "triton")

@@ -21,6 +21,7 @@ from .blocks import (
     load_scale,
     load_statistic,
     load_tokens,
+    load_values,
     load_vector,
     phi_k,
     phi_k_vjp,
@@ -31,8 +32,9 @@ from .blocks import (
     read_slopes,
     seen_tokens,
     steps,
+    store_gradients,
     store_statistic,
-    store_tokens,
+    store_values,
     store_vector,
     sum_of_parts,
     sum_product,
@@ -46,18 +48,21 @@ from .forward import RUN_TIME, load_sums, program, store_sums
 
 @triton.jit
 def query_pass(
-    q, grad_out, grad_q, state, norm, mean, grad_query, span,
+    q, grad_out, grad_q, epilogue, grad_epilogue, state, norm, mean, grad_query, span,
     sums: tl.constexpr, grads: tl.constexpr, plan: tl.constexpr,
 ):  # fmt: skip
     """G, dm and dvbar of a span (``sums``), and the gradients of its queries (``grads``).
 
-    The state has tau in it; ``grad_query`` is what every valid query gets through their mean.
+    With the sums go the gradients of the epilogue, for which outputs are computed anew. The state
+    has tau in it; ``grad_query`` is what every valid query gets through their mean.
     """
+    lepe, gate = epilogue
+    grad_lepe, grad_gate = grad_epilogue
     tables, mask, place = span
     b, h, first, last, width, count, _, scale = place
-    grad_state = zero_block(plan.block_rows, plan.block_dim)
+    grad_state = zero_block(plan.block_rows, plan.block_values)
     grad_norm = zeros(plan.block_features)
-    grad_mean = zeros(plan.block_dim)
+    grad_mean = zeros(plan.block_values)
     transposed = tl.trans(state)
     for start in steps(first, last, plan.block_tokens):
         n = start + tl.arange(0, plan.block_tokens)
@@ -65,7 +70,10 @@ def query_pass(
         valid = valid_tokens(mask, b, n, inside, plan)
         cos, sin = load_positions(tables, n, width, inside, plan)
         x = load_tokens(q, b, h, n, valid, plan)
-        g = load_tokens(grad_out, b, h, n, valid, plan)
+        g = load_values(grad_out, b, h, n, valid, plan)
+        grad_outer = g
+        if plan.has_gate:
+            g *= load_values(gate, b, h, n, valid, plan)
         features = phi_q(x, plan)
         u = encode(read_product(g, transposed, plan), cos, sin, True, plan)
         weighted, grad = features, u
@@ -83,9 +91,17 @@ def query_pass(
         if sums:
             encoded = encode(weighted, cos, sin, False, plan)
             grad_state = sum_product(encoded, g, grad_state, plan)
+            if plan.has_gate:
+                value = read_product(encoded, state, plan)
+                if plan.uses_mean:
+                    value += of_mean[:, None] * mean[None, :]
+                if plan.has_lepe:
+                    value += load_values(lepe, b, h, n, valid, plan)
+                    store_values(grad_lepe, g, b, h, n, inside, valid, plan)
+                store_values(grad_gate, grad_outer * value, b, h, n, inside, valid, plan)
         if grads:
             grad = phi_q_vjp(x, grad + grad_query[None, :], plan)
-            store_tokens(grad_q, grad, b, h, n, inside, valid, plan)
+            store_gradients(grad_q, grad, b, h, n, inside, valid, plan)
     return grad_state, grad_norm, grad_mean
 
 
@@ -102,7 +118,7 @@ def key_terms(k, v, n, query, statistic, transposed, grad_norm, span, plan: tl.c
     valid = valid_tokens(mask, b, n, inside, plan)
     cos, sin = load_positions(tables, n, width, inside, plan)
     x = load_tokens(k, b, h, n, valid, plan)
-    values = load_tokens(v, b, h, n, valid, plan)
+    values = load_values(v, b, h, n, valid, plan)
     features = phi_k(x, plan)
     y = encode(read_product(values, transposed, plan), cos, sin, True, plan)
     y += grad_norm[None, :]
@@ -171,12 +187,12 @@ def key_pass(
             grad = y * weights
             weighted = features * weights
         grad = phi_k_vjp(x, grad, plan)
-        store_tokens(grad_k, grad, b, h, n, n < last, valid, plan)
+        store_gradients(grad_k, grad, b, h, n, n < last, valid, plan)
         encoded = encode(weighted, cos, sin, False, plan)
         grad = read_product(encoded, grad_state, plan)
         if plan.uses_mean:
             grad += grad_mean[None, :] / count
-        store_tokens(grad_v, grad, b, h, n, n < last, valid, plan)
+        store_values(grad_v, grad, b, h, n, n < last, valid, plan)
     return grad_query
 
 
@@ -194,8 +210,9 @@ def load_softmax(query_at, statistics, slot, plan: tl.constexpr):
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def backward_kernel(
-    grad_out, q, k, v, grad_q, grad_k, grad_v, tables, mask, counts, head_scale, grad_scale,
-    sums, query_at, statistics, length, width, heads, chunk, scale, plan: tl.constexpr,
+    grad_out, q, k, v, grad_q, grad_k, grad_v, epilogue, grad_epilogue, tables, mask, counts,
+    head_scale, grad_scale, sums, query_at, statistics, length, width, heads, chunk, scale,
+    plan: tl.constexpr,
 ):  # fmt: skip
     """Everything for one head of one sample."""
     slot, h, _, place = program(counts, length, width, heads, chunk, scale, plan)
@@ -206,7 +223,7 @@ def backward_kernel(
     tau = load_scale(head_scale, h, plan)
     grad_query = zeros(plan.block_features)
     grad_state, grad_norm, grad_mean = query_pass(
-        q, grad_out, grad_q, state * tau, norm, mean, grad_query, span,
+        q, grad_out, grad_q, epilogue, grad_epilogue, state * tau, norm, mean, grad_query, span,
         True, plan.key_weights != "global_query", plan,
     )  # fmt: skip
     if plan.has_scale:
@@ -221,15 +238,15 @@ def backward_kernel(
     )  # fmt: skip
     if plan.key_weights == "global_query":
         query_pass(
-            q, grad_out, grad_q, state * tau, norm, mean, grad_query / count, span,
-            False, True, plan,
+            q, grad_out, grad_q, epilogue, grad_epilogue, state * tau, norm, mean,
+            grad_query / count, span, False, True, plan,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def query_kernel(
-    grad_out, q, grad_q, tables, mask, counts, head_scale, sums, grad_query_parts, grad_sums,
-    length, width, heads, chunk, splits, scale,
+    grad_out, q, grad_q, epilogue, grad_epilogue, tables, mask, counts, head_scale, sums,
+    grad_query_parts, grad_sums, length, width, heads, chunk, splits, scale,
     with_sums: tl.constexpr, with_grads: tl.constexpr, plan: tl.constexpr,
 ):  # fmt: skip
     """The pass over the queries of a split: sums into a slot of its own, gradients, or both."""
@@ -241,8 +258,9 @@ def query_kernel(
     grad_query = zeros(plan.block_features)
     if not with_sums:
         grad_query = sum_of_parts(grad_query_parts, slot, slots, splits, plan) / count
+    state = state * load_scale(head_scale, h, plan)
     grad_state, grad_norm, grad_mean = query_pass(
-        q, grad_out, grad_q, state * load_scale(head_scale, h, plan), norm, mean, grad_query, span,
+        q, grad_out, grad_q, epilogue, grad_epilogue, state, norm, mean, grad_query, span,
         with_sums, with_grads, plan,
     )  # fmt: skip
     if with_sums:

@@ -1,9 +1,11 @@
 """What the kernels are made of: tokens in and out, feature maps, positions, read-out factors.
 
-A kernel works on blocks of ``block_tokens`` tokens of one head of one sample. Channels fill a block
-of ``block_dim``, a power of two of at least 16; features and state rows fill one or two such blocks
-side by side. Lanes beyond the head's own channels hold zeros, among features too. Everything that
-depends on the mechanism, the head or the machine stands in one compile-time `Plan` (see `launch`).
+A kernel works on blocks of ``block_tokens`` tokens of one head of one sample. Channels of queries
+and keys fill a block of ``block_dim``, a power of two of at least 16; features and state rows fill
+one, two or four such blocks side by side. What lies like values (the output, its gradient, the
+terms of the epilogue) fills a block of ``block_values``. Lanes beyond the head's own channels hold
+zeros, among features too. Everything that depends on the mechanism, the head or the machine stands
+in one compile-time `Plan` (see `plan`).
 
 Formulas are those of `vitlinear.ops.features`, `rotary`, `mechanisms` and `backward`.
 """
@@ -54,6 +56,13 @@ def channel_lanes(width: tl.constexpr, plan: tl.constexpr):
 
 
 @triton.jit
+def value_lanes(plan: tl.constexpr):
+    """Index of the channel in each lane of values, and whether it exists."""
+    channel = tl.arange(0, plan.block_values)
+    return channel, channel < plan.value_dim
+
+
+@triton.jit
 def vector_lanes(plan: tl.constexpr):
     """Offsets of features in a stored vector, and whether they exist."""
     channel, exists = channel_lanes(plan.block_features, plan)
@@ -63,14 +72,15 @@ def vector_lanes(plan: tl.constexpr):
 
 @triton.jit
 def state_lanes(plan: tl.constexpr):
-    """Offsets of the entries of a stored state [F, D], and whether they exist.
+    """Offsets of the entries of a stored state, and whether they exist.
 
-    The cosine and the sine of a channel lie in neighbouring rows, as in `rotary.encode`.
+    It has as many rows as there are features and as many columns as values, of a matrix [F, D]. The
+    cosine and the sine of a channel lie in neighbouring rows, as in `rotary.encode`.
     """
     channel, exists = channel_lanes(plan.block_rows, plan)
     part = tl.arange(0, plan.block_rows) // plan.block_dim
     row = channel * 2 + part if plan.positions == "cosine" else part * plan.head_dim + channel
-    column, in_head = channel_lanes(plan.block_dim, plan)
+    column, in_head = value_lanes(plan)
     return row[:, None] * plan.head_dim + column[None, :], exists[:, None] & in_head[None, :]
 
 
@@ -89,20 +99,20 @@ def store_vector(start, slot, x, plan: tl.constexpr):
 
 @triton.jit
 def load_channels(start, slot, plan: tl.constexpr):
-    """A vector of channels from its slot."""
-    channel, exists = channel_lanes(plan.block_dim, plan)
+    """A vector of channels of values from its slot."""
+    channel, exists = value_lanes(plan)
     return tl.load(start + slot * plan.head_dim + channel, mask=exists, other=0.0)
 
 
 @triton.jit
 def store_channels(start, slot, x, plan: tl.constexpr):
-    channel, exists = channel_lanes(plan.block_dim, plan)
+    channel, exists = value_lanes(plan)
     tl.store(start + slot * plan.head_dim + channel, x, mask=exists)
 
 
 @triton.jit
 def load_state(start, slot, plan: tl.constexpr):
-    """A state [F, D] from its slot."""
+    """A state from its slot."""
     at, exists = state_lanes(plan)
     return tl.load(start + slot * plan.rows * plan.head_dim + at, mask=exists, other=0.0)
 
@@ -149,13 +159,12 @@ def sum_of_parts(parts, slot, slots, splits, plan: tl.constexpr):
 
 
 @triton.jit
-def token_pointers(x, b, h, n, inside, plan: tl.constexpr):
+def _token_pointers(x, b, h, n, inside, channel, exists):
     """Addresses of tokens of a strided [B, N, h, D] tensor, and which of them exist.
 
     Offsets are 64 bits wide: tensors beyond 2^31 elements, and strides of channel-first maps.
     """
     start, batch_stride, token_stride, head_stride, channel_stride = x
-    channel, exists = channel_lanes(plan.block_dim, plan)
     tokens = n.to(tl.int64) * token_stride
     channels = channel.to(tl.int64) * channel_stride
     head = start + b * batch_stride + h * head_stride
@@ -164,15 +173,41 @@ def token_pointers(x, b, h, n, inside, plan: tl.constexpr):
 
 @triton.jit
 def load_tokens(x, b, h, n, inside, plan: tl.constexpr):
-    """Tokens in float32, zeros where there is none: whatever padding holds, NaN included."""
-    at, exists = token_pointers(x, b, h, n, inside, plan)
+    """Queries or keys in float32, zeros for padding, whatever it holds, NaN included."""
+    channel, in_head = channel_lanes(plan.block_dim, plan)
+    at, exists = _token_pointers(x, b, h, n, inside, channel, in_head)
     return tl.load(at, mask=exists, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def store_tokens(x, value, b, h, n, inside, valid, plan: tl.constexpr):
+def load_values(x, b, h, n, inside, plan: tl.constexpr):
+    """The same of values."""
+    channel, in_head = value_lanes(plan)
+    at, exists = _token_pointers(x, b, h, n, inside, channel, in_head)
+    return tl.load(at, mask=exists, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_gradients(x, value, b, h, n, inside, valid, plan: tl.constexpr):
+    """Store gradients of queries or keys, or add them to what is there."""
+    channel, in_head = channel_lanes(plan.block_dim, plan)
+    at, exists = _token_pointers(x, b, h, n, inside, channel, in_head)
+    if plan.adds:
+        value += tl.load(at, mask=exists, other=0.0).to(tl.float32)
+    _store(at, exists, value, valid, plan)
+
+
+@triton.jit
+def store_values(x, value, b, h, n, inside, valid, plan: tl.constexpr):
+    """Store what lies like values."""
+    channel, in_head = value_lanes(plan)
+    at, exists = _token_pointers(x, b, h, n, inside, channel, in_head)
+    _store(at, exists, value, valid, plan)
+
+
+@triton.jit
+def _store(at, exists, value, valid, plan: tl.constexpr):
     """Store tokens in the type of the tensor, zeros for padding; float16 saturates."""
-    at, exists = token_pointers(x, b, h, n, inside, plan)
     if plan.has_mask:
         value = tl.where(valid[:, None], value, 0.0)
     if at.dtype.element_ty == tl.float16:

@@ -12,7 +12,6 @@ import triton.language as tl
 
 from .blocks import (
     beside,
-    channel_lanes,
     count_tokens,
     encode,
     load_channels,
@@ -20,6 +19,7 @@ from .blocks import (
     load_scale,
     load_state,
     load_tokens,
+    load_values,
     load_vector,
     phi_k,
     phi_q,
@@ -30,11 +30,12 @@ from .blocks import (
     store_channels,
     store_state,
     store_statistic,
-    store_tokens,
+    store_values,
     store_vector,
     sum_of_parts,
     sum_product,
     valid_tokens,
+    value_lanes,
     vector_lanes,
     zero_block,
     zeros,
@@ -88,9 +89,9 @@ def key_sums(k, v, query, span, plan: tl.constexpr):
     tables, mask, place = span
     b, h, first, last, width, count, empty, scale = place
     weight = 1.0 / count
-    state = zero_block(plan.block_rows, plan.block_dim)
+    state = zero_block(plan.block_rows, plan.block_values)
     norm = zeros(plan.block_features)
-    mean = zeros(plan.block_dim)
+    mean = zeros(plan.block_values)
     total = zeros(plan.block_features) if plan.key_weights == "token_softmax" else weight * 0.0
     top = total - float("inf")
     for start in steps(first, last, plan.block_tokens):
@@ -99,7 +100,7 @@ def key_sums(k, v, query, span, plan: tl.constexpr):
         valid = valid_tokens(mask, b, n, inside, plan)
         cos, sin = load_positions(tables, n, width, inside, plan)
         features = phi_k(load_tokens(k, b, h, n, valid, plan), plan)
-        values = load_tokens(v, b, h, n, valid, plan)
+        values = load_values(v, b, h, n, valid, plan)
         seen = seen_tokens(valid, inside, empty, plan)
         if plan.key_weights == "uniform":
             features = tl.where(valid[:, None], features, 0.0) * weight
@@ -154,8 +155,9 @@ def _of_rows(x, plan: tl.constexpr):
 
 
 @triton.jit
-def read_state(q, out, state, norm, mean, span, plan: tl.constexpr):
+def read_state(q, out, epilogue, state, norm, mean, span, plan: tl.constexpr):
     """Outputs of a span; the state has tau in it."""
+    lepe, gate = epilogue
     tables, mask, place = span
     b, h, first, last, width, count, _, scale = place
     for start in steps(first, last, plan.block_tokens):
@@ -171,7 +173,11 @@ def read_state(q, out, state, norm, mean, span, plan: tl.constexpr):
             value *= of_state[:, None]
             if plan.uses_mean:
                 value += of_mean[:, None] * mean[None, :]
-        store_tokens(out, value, b, h, n, inside, valid, plan)
+        if plan.has_lepe:
+            value += load_values(lepe, b, h, n, valid, plan)
+        if plan.has_gate:
+            value *= load_values(gate, b, h, n, valid, plan)
+        store_values(out, value, b, h, n, inside, valid, plan)
 
 
 @triton.jit
@@ -190,7 +196,7 @@ def load_sums(sums, slot, plan: tl.constexpr):
     """State, m and vbar, or their gradients; zeros where the mechanism has none."""
     state_at, norm_at, mean_at = sums
     norm = zeros(plan.block_features)
-    mean = zeros(plan.block_dim)
+    mean = zeros(plan.block_values)
     if plan.uses_norm:
         norm = load_vector(norm_at, slot, plan)
     if plan.uses_mean:
@@ -200,7 +206,7 @@ def load_sums(sums, slot, plan: tl.constexpr):
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def forward_kernel(
-    q, k, v, out, tables, mask, counts, head_scale, sums, query_at, statistics,
+    q, k, v, out, epilogue, tables, mask, counts, head_scale, sums, query_at, statistics,
     length, width, heads, chunk, scale, plan: tl.constexpr,
 ):  # fmt: skip
     """Everything for one head of one sample."""
@@ -214,7 +220,8 @@ def forward_kernel(
     store_sums(sums, slot, state, norm, mean, plan)
     if plan.key_weights != "uniform":
         store_statistic(statistics, slot, statistic, plan)
-    read_state(q, out, state * load_scale(head_scale, h, plan), norm, mean, span, plan)
+    state = state * load_scale(head_scale, h, plan)
+    read_state(q, out, epilogue, state, norm, mean, span, plan)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -250,14 +257,15 @@ def state_kernel(
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def read_kernel(
-    q, out, tables, mask, counts, head_scale, sums,
+    q, out, epilogue, tables, mask, counts, head_scale, sums,
     length, width, heads, chunk, scale, plan: tl.constexpr,
 ):  # fmt: skip
     """The outputs of a split."""
     slot, h, _, place = program(counts, length, width, heads, chunk, scale, plan)
     span = (tables, mask, place)
     state, norm, mean = load_sums(sums, slot, plan)
-    read_state(q, out, state * load_scale(head_scale, h, plan), norm, mean, span, plan)
+    state = state * load_scale(head_scale, h, plan)
+    read_state(q, out, epilogue, state, norm, mean, span, plan)
 
 
 @triton.jit
@@ -311,10 +319,12 @@ def merge_kernel(
     size: tl.constexpr = plan.rows * plan.head_dim
     width: tl.constexpr = plan.statistics
 
-    at = tile * block + tl.arange(0, block)
-    exists = at < size
+    entry = tile * block + tl.arange(0, block)
+    row = entry // plan.value_dim
+    at = row * plan.head_dim + entry % plan.value_dim
+    exists = row < plan.rows
     if softmax:
-        row = at // (plan.head_dim * (plan.rows // plan.features)) if width > 1 else at * 0
+        row = row // (plan.rows // plan.features) if width > 1 else row * 0
         lse = _merged_logsumexp(statistic_parts, row, exists, slot, slots, splits, width)
         how = (statistic_parts, row, lse, width)
         state = _merged_softmax(state_parts, at, exists, slot, slots, splits, size, how)
@@ -350,6 +360,6 @@ def _merge_vectors(
         norm = _merged(norm_parts, at, exists, slot, slots, splits, size)
         store_vector(norm_at, slot, norm, plan)
     if plan.uses_mean:
-        channel, in_head = channel_lanes(plan.block_dim, plan)
+        channel, in_head = value_lanes(plan)
         mean = _merged(mean_parts, channel, in_head, slot, slots, splits, plan.head_dim)
         store_channels(mean_at, slot, mean, plan)

@@ -1,12 +1,13 @@
 """Grids, workspaces and launches: the kernels as functions on tensors.
 
-Both functions take q, k, v as [B, N, h, D] with any strides and allocate what they return. The
+Both functions take q, k, v and the terms of the epilogue as [B, N, h, D] with any strides. The
 scratch memory of a call is splits of a state for each head, merged in their order: as many splits
 as fill the device, and for long sequences at most a hundredth of the inputs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,6 +29,8 @@ CHUNK_MULTIPLE = 128  # the largest block: a split ends where a block does
 MERGE_BLOCK = 1024
 
 _INTERPRETER_PROCESSORS = 1
+
+Sums = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -82,13 +85,22 @@ class Call:
         cols: Tensor | None,
         mask: Tensor | None,
         head_scale: Tensor | None,
+        lepe: Tensor | None,
+        gate: Tensor | None,
         mechanism: Mechanism,
     ) -> None:
         self.batch, self.length, self.heads, dim = q.shape
         self.slots = self.batch * self.heads
         self.device, self.dtype = q.device, q.dtype
         self.plan = make_plan(
-            mechanism, q.dtype, dim, rows is not None, mask is not None, head_scale is not None
+            mechanism,
+            q.dtype,
+            dim,
+            rotary=rows is not None,
+            mask=mask is not None,
+            scale=head_scale is not None,
+            lepe=lepe is not None,
+            gate=gate is not None,
         )
         self.tables: tuple[Tensor, Tensor] | None = None
         self.width = 1
@@ -109,7 +121,7 @@ class Call:
         """Fresh float32 memory."""
         return torch.empty(shape, dtype=torch.float32, device=self.device)
 
-    def sums(self, *lead: int) -> tuple[Tensor | None, ...]:
+    def sums(self, *lead: int) -> Sums:
         """Memory for a state, a normaliser and a mean value for each of ``lead``."""
         plan = self.plan
         return (
@@ -118,15 +130,26 @@ class Call:
             self.empty(*lead, plan.head_dim) if plan.uses_mean else None,
         )
 
-    def parts(self) -> tuple[Tensor | None, ...]:
+    def parts(self) -> Sums:
         """The same for each split."""
         return self.sums(self.summing.splits, self.batch, self.heads)
 
-    def launch(self, kernel: Any, splits: int, *args: Any, **constants: Any) -> None:
+    def slices(self) -> Iterator[slice]:
+        """Slices of the channels of the values, with the plan made for each in turn."""
+        whole = self.plan
+        for first in range(0, whole.head_dim, whole.value_dim):
+            last = min(first + whole.value_dim, whole.head_dim)
+            self.plan = replace(whole, value_dim=last - first, adds=first > 0)
+            yield slice(first, last)
+
+    def launch(
+        self, kernel: Any, splits: int, *args: Any, plan: Plan | None = None, **constants: Any
+    ) -> None:
         """Run a kernel for every head of every sample and each split."""
+        own = self.plan if plan is None else plan
 
         def call(config: tuning.Config) -> None:
-            plan = replace(self.plan, block_tokens=config.block_tokens)
+            plan = replace(own, block_tokens=config.block_tokens)
             kernel[(self.slots, splits)](
                 *args,
                 plan=plan,
@@ -138,18 +161,18 @@ class Call:
         # Powers of eight, not the size itself: another resolution is seldom another key.
         size = (self.slots * self.length).bit_length() // 3
         options = tuple(constants.items())
-        key = (kernel.__name__, self.plan, self.dtype, self.device, size, options)
-        tuning.run(key, self.plan, call)
+        key = (kernel.__name__, own, self.dtype, self.device, size, options)
+        tuning.run(key, own, call)
 
     def merge(
         self,
-        parts: tuple[Tensor | None, ...],
-        sums: tuple[Tensor | None, ...],
+        parts: Sums,
+        sums: Sums,
         statistic_parts: Tensor | None = None,
         statistics: Tensor | None = None,
     ) -> None:
         """Merge the slots of all splits; with statistics, as averages under a softmax."""
-        tiles = -(-self.plan.rows * self.plan.head_dim // MERGE_BLOCK)
+        tiles = -(-self.plan.rows * self.plan.value_dim // MERGE_BLOCK)
         forward_kernels.merge_kernel[(self.slots, tiles)](
             parts,
             statistic_parts,
@@ -167,9 +190,20 @@ class Call:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
 
-def strided(x: Tensor) -> tuple[Any, ...]:
+def strided(x: Tensor | None) -> tuple[Any, ...] | None:
     """A tensor as the kernels take it."""
-    return (x, *x.stride())
+    return None if x is None else (x, *x.stride())
+
+
+def part(x: Tensor | None, channels: slice) -> Tensor | None:
+    """A slice of the channels, which stand last."""
+    return None if x is None else x[..., channels]
+
+
+def part_of_sums(sums: Sums, channels: slice) -> Sums:
+    """The same of a state, a normaliser and a mean value; the normaliser has no such channels."""
+    state, norm, mean = sums
+    return part(state, channels), norm, part(mean, channels)
 
 
 def forward(
@@ -180,13 +214,15 @@ def forward(
     cols: Tensor | None,
     mask: Tensor | None,
     head_scale: Tensor | None,
+    lepe: Tensor | None,
+    gate: Tensor | None,
     mechanism: Mechanism,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output [B, N, h, D], contiguous, and state, norm, mean value, mean query and logsumexp.
 
     Those are as from `torch.ops.vitlinear.linear_attention`: empty where there is none.
     """
-    call = Call(q, rows, cols, mask, head_scale, mechanism)
+    call = Call(q, rows, cols, mask, head_scale, lepe, gate, mechanism)
     plan, lead = call.plan, (call.batch, call.heads)
     one_query, softmax = mechanism.has_global_query, mechanism.has_key_softmax
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -195,7 +231,10 @@ def forward(
     statistics = call.empty(*lead, *(() if one_query else (plan.features,))) if softmax else None
     if out.numel():
         with call.on_device():
-            _forward(call, q, k, v, out, sums, query, statistics)
+            for channels in call.slices():
+                epilogue = (strided(part(lepe, channels)), strided(part(gate, channels)))
+                values = (v[..., channels], out[..., channels])
+                _forward(call, q, k, *values, epilogue, sums, query, statistics, channels)
     state, norm, mean = sums
     assert state is not None
     none = (call.empty(0) if x is None else x for x in (norm, mean, query, statistics))
@@ -208,18 +247,21 @@ def _forward(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    sums: tuple[Tensor | None, ...],
+    epilogue: tuple[Any, Any],
+    sums: Sums,
     query: Tensor | None,
     statistics: Tensor | None,
+    channels: slice,
 ) -> None:
-    """Launch the forward kernels."""
+    """Launch the forward kernels for a slice of the values."""
     length, width, heads, scale = call.length, call.width, call.heads, call.scale
     summing, wide = call.summing, call.wide
     options = (call.tables, call.mask, call.counts)
+    sums = part_of_sums(sums, channels)
     if wide.splits == 1 and call.plan.fits_one_kernel:
         call.launch(
             forward_kernels.forward_kernel, 1,
-            strided(q), strided(k), strided(v), strided(out), *options, call.head_scale,
+            strided(q), strided(k), strided(v), strided(out), epilogue, *options, call.head_scale,
             sums, query, statistics, length, width, heads, wide.chunk, scale,
         )  # fmt: skip
         return
@@ -234,7 +276,7 @@ def _forward(
     merging = summing.splits > 1
     parts, statistic_parts = sums, statistics
     if merging:
-        parts = call.parts()
+        parts = part_of_sums(call.parts(), channels)
         if statistics is not None:
             statistic_parts = call.empty(summing.splits, *statistics.shape)
     call.launch(
@@ -246,7 +288,7 @@ def _forward(
         call.merge(parts, sums, statistic_parts, statistics)
     call.launch(
         forward_kernels.read_kernel, wide.splits,
-        strided(q), strided(out), *options, call.head_scale, sums,
+        strided(q), strided(out), epilogue, *options, call.head_scale, sums,
         length, width, heads, wide.chunk, scale,
     )  # fmt: skip
 
@@ -260,40 +302,60 @@ def backward(
     cols: Tensor | None,
     mask: Tensor | None,
     head_scale: Tensor | None,
+    lepe: Tensor | None,
+    gate: Tensor | None,
     state: Tensor,
     norm: Tensor,
     mean_v: Tensor,
     query: Tensor,
     logsumexp: Tensor,
     mechanism: Mechanism,
-    grads: tuple[Tensor, Tensor, Tensor],
+    grads: tuple[Tensor, ...],
+    grad_lepe: Tensor | None = None,
 ) -> Tensor | None:
-    """Write the gradients of q, k and v, and return that of head_scale, [h], if there is one.
+    """Write the gradients of all that lies like q, and return that of head_scale, [h], or None.
 
     Args:
         grad_out: Gradient of the output, any strides.
-        q: Queries; this and the next six as in the forward pass.
+        q: Queries; this and the next eight as in the forward pass.
         k: Keys.
         v: Values.
         rows: Position table of the rows.
         cols: Of the columns.
         mask: Padding mask.
         head_scale: tau.
+        lepe: Added to the output.
+        gate: Multiplies it.
         state: From the forward pass, as the next four.
         norm: .
         mean_v: .
         query: .
         logsumexp: .
         mechanism: The row of the table.
-        grads: Where the gradients go: [B, N, h, D] with any strides, such as the slices of one
-            buffer laid out like the projection that q, k and v are slices of.
+        grads: Where the gradients of q, k, v and, if there is one, the gate go: [B, N, h, D] with
+            any strides, such as the slices of one buffer laid out like the projection that q, k, v
+            and the gate are slices of.
+        grad_lepe: Where that of lepe goes; None without lepe, and without a gate, for it then is
+            the gradient of the output.
     """
-    call = Call(q, rows, cols, mask, head_scale, mechanism)
+    if gate is None:
+        lepe = None  # a sum has no gradient to compute
+    call = Call(q, rows, cols, mask, head_scale, lepe, gate, mechanism)
     sums = (state, norm if call.plan.uses_norm else None, mean_v if call.plan.uses_mean else None)
     if not q.numel():
         return None if head_scale is None else torch.zeros_like(head_scale)
+    grad_q, grad_k, grad_v, *grad_gates = grads
+    grad_gate = grad_gates[0] if grad_gates else None
+    total: Tensor | None = None
     with call.on_device():
-        return _backward(call, grad_out, q, k, v, sums, query, logsumexp, grads)
+        for channels in call.slices():
+            terms = tuple(part(x, channels) for x in (lepe, gate, grad_lepe, grad_gate))
+            values = (grad_out[..., channels], q, k, v[..., channels])
+            into = (grad_q, grad_k, grad_v[..., channels])
+            saved = (part_of_sums(sums, channels), query, logsumexp)
+            grad_scale = _backward(call, *values, *into, terms, *saved, channels)
+            total = grad_scale if total is None or grad_scale is None else total + grad_scale
+    return total
 
 
 def _backward(
@@ -302,32 +364,40 @@ def _backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    sums: tuple[Tensor | None, ...],
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+    terms: tuple[Tensor | None, ...],
+    sums: Sums,
     query: Tensor,
     statistics: Tensor,
-    grads: tuple[Tensor, Tensor, Tensor],
+    channels: slice,
 ) -> Tensor | None:
-    """Launch the backward kernels."""
+    """Launch the backward kernels for a slice of the values."""
     length, width, heads, scale = call.length, call.width, call.heads, call.scale
     summing, wide = call.summing, call.wide
     options = (call.tables, call.mask, call.counts, call.head_scale)
-    grad_q, grad_k, grad_v = map(strided, grads)
+    lepe, gate, grad_lepe, grad_gate = terms
+    epilogue = (strided(lepe), strided(gate))
+    grad_epilogue = (strided(grad_lepe), strided(grad_gate))
+    into_keys = (strided(grad_k), strided(grad_v))
     if wide.splits == 1 and call.plan.fits_one_kernel:
         scales = None if call.head_scale is None else call.empty(call.batch, heads)
         call.launch(
             backward_kernels.backward_kernel, 1,
-            strided(grad_out), strided(q), strided(k), strided(v), grad_q, grad_k, grad_v,
-            *options, scales, sums, query, statistics, length, width, heads, wide.chunk, scale,
+            strided(grad_out), strided(q), strided(k), strided(v), strided(grad_q), *into_keys,
+            epilogue, grad_epilogue, *options, scales, sums, query, statistics,
+            length, width, heads, wide.chunk, scale,
         )  # fmt: skip
         return None if scales is None else scales.sum(0)
 
     one_query, softmax = call.plan.key_weights == "global_query", call.plan.statistics > 0
-    grad_sums = call.sums(call.batch, heads)
+    grad_sums = part_of_sums(call.sums(call.batch, heads), channels)
     merging = summing.splits > 1
-    parts = call.parts() if merging else grad_sums
-    queries = (strided(grad_out), strided(q), grad_q, *options, sums)
+    parts = part_of_sums(call.parts(), channels) if merging else grad_sums
+    queries = (strided(q), strided(grad_q), epilogue, grad_epilogue, *options, sums)
     call.launch(
-        backward_kernels.query_kernel, summing.splits, *queries, None, parts,
+        backward_kernels.query_kernel, summing.splits, strided(grad_out), *queries, None, parts,
         length, width, heads, summing.chunk, 1, scale, with_sums=True, with_grads=not one_query,
     )  # fmt: skip
     if merging:
@@ -344,13 +414,17 @@ def _backward(
         query_parts = call.empty(wide.splits, call.slots, call.plan.features)
     call.launch(
         backward_kernels.key_kernel, wide.splits,
-        strided(k), strided(v), grad_k, grad_v, *options, query, statistics, grad_sums,
+        strided(k), strided(v), *into_keys, *options, query, statistics, grad_sums,
         mean_parts, query_parts, length, width, heads, wide.chunk, wide.splits, scale,
     )  # fmt: skip
     if one_query:
+        plan = call.plan
+        if grad_lepe is not None:  # what the gate and the gradient of the output have made already
+            grad_out, plan = grad_lepe, replace(plan, has_lepe=False, has_gate=False)
         call.launch(
-            backward_kernels.query_kernel, wide.splits, *queries, query_parts, parts,
-            length, width, heads, wide.chunk, wide.splits, scale, with_sums=False, with_grads=True,
+            backward_kernels.query_kernel, wide.splits,
+            strided(grad_out), *queries, query_parts, parts, length, width, heads, wide.chunk,
+            wide.splits, scale, with_sums=False, with_grads=True, plan=plan,
         )  # fmt: skip
     if call.head_scale is None:
         return None

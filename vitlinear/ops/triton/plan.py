@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -17,6 +17,8 @@ PRECISIONS = {
     torch.float16: ("tf32", "tf32"),
     torch.float32: ("ieee", "ieee"),
 }
+
+LARGEST_STATE = 128 * 128  # entries; two as operands in 32 bits, and a third one that is summed
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,14 @@ class Plan:
         uses_mean: .
         expansion: Feature width over head_dim.
         head_dim: D.
+        value_dim: Channels of the values that a kernel works on: D, or a slice of them.
         has_mask: Whether there is a padding mask.
         has_scale: Whether there is a tau.
+        has_lepe: Whether the epilogue adds something.
+        has_gate: Whether the epilogue multiplies by something.
         sums: Precision of products that sum over tokens.
         reads: Precision of products with a state.
+        adds: Whether gradients of queries and keys are added to those of slices before.
         block_tokens: Tokens that a program holds at once.
     """
 
@@ -49,16 +55,25 @@ class Plan:
     uses_mean: bool
     expansion: int
     head_dim: int
+    value_dim: int
     has_mask: bool
     has_scale: bool
+    has_lepe: bool
+    has_gate: bool
     sums: str
     reads: str
+    adds: bool = False
     block_tokens: int = 0  # decided by `tuning`
 
     @property
     def block_dim(self) -> int:
-        """Lanes for the channels of a head; matrix products need 16."""
-        return max(16, 1 << (self.head_dim - 1).bit_length())
+        """Lanes for the channels of a query or key; matrix products need 16."""
+        return lanes(self.head_dim)
+
+    @property
+    def block_values(self) -> int:
+        """Lanes for the channels of a value."""
+        return lanes(self.value_dim)
 
     @property
     def block_features(self) -> int:
@@ -88,7 +103,7 @@ class Plan:
     @property
     def fits_one_kernel(self) -> bool:
         """Whether a program has the registers for states and tokens of both passes at once."""
-        return self.block_rows * self.block_dim <= 128 * 64
+        return self.block_rows * self.block_values <= 128 * 64 and self.value_dim == self.head_dim
 
     @property
     def table_entries(self) -> int:
@@ -101,16 +116,35 @@ class Plan:
         return self.block_dim * (1 if self.positions == "rotary" else 2)
 
 
+def lanes(channels: int) -> int:
+    """The next power of two that a matrix product takes."""
+    return max(16, 1 << (channels - 1).bit_length())
+
+
 def make_plan(
-    row: Mechanism, dtype: torch.dtype, head_dim: int, rotary: bool, mask: bool, scale: bool
+    row: Mechanism,
+    dtype: torch.dtype,
+    head_dim: int,
+    *,
+    rotary: bool = False,
+    mask: bool = False,
+    scale: bool = False,
+    lepe: bool = False,
+    gate: bool = False,
 ) -> Plan:
-    """The plan for a call, without what `tuning` decides."""
+    """The plan for a call, without what `tuning` decides.
+
+    A state larger than a program can hold is computed in slices of columns: channels of the values
+    meet only in the gradients of queries and keys, which are sums over them.
+    """
     sums, reads = PRECISIONS[dtype]
     if INTERPRETING:  # which multiplies in float32 whatever it is told, bfloat16 wrongly
         sums = reads = "ieee"
     elif dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
         sums = reads = "tf32"
-    plan = Plan(
+    rows = row.state_dim(lanes(head_dim), rotary)
+    slices = -(-rows * lanes(head_dim) // LARGEST_STATE)
+    return Plan(
         query_map=row.query_map,
         key_map=row.key_map,
         key_weights=row.key_weights,
@@ -120,12 +154,11 @@ def make_plan(
         uses_mean=row.reads.uses_mean,
         expansion=row.phi_q.expansion,
         head_dim=head_dim,
+        value_dim=-(-head_dim // slices),
         has_mask=mask,
         has_scale=scale,
+        has_lepe=lepe,
+        has_gate=gate,
         sums=sums,
         reads=reads,
     )
-    if dtype == torch.bfloat16 and plan.block_rows * plan.block_dim > 128 * 128:
-        # Two such states as operands in more than 16 bits are more than a processor holds.
-        return replace(plan, reads=sums)
-    return plan

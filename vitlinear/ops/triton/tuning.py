@@ -35,12 +35,12 @@ def candidates(plan: Plan) -> list[Config]:
     """
     if INTERPRETING:
         return [Config(32, 4, 1)]
-    wide = plan.block_rows * plan.block_dim >= 128 * 64
+    wide = plan.block_rows * plan.block_values >= 128 * 64
     if "ieee" in (plan.sums, plan.reads):
         sizes = [(32, 8, 1), (16, 8, 1)] if wide else [(32, 4, 2), (64, 8, 1), (16, 4, 1)]
     elif wide:
         sizes = [(64, 8, 2), (32, 8, 2), (32, 8, 1), (16, 8, 1)]
-    elif plan.block_rows * plan.block_dim <= 32 * 32:
+    elif plan.block_rows * plan.block_values <= 32 * 32:
         sizes = [(64, 4, 2), (128, 4, 2), (128, 8, 2), (32, 4, 1)]
     else:
         sizes = [(64, 8, 2), (64, 4, 2), (128, 8, 2), (32, 4, 2), (16, 4, 1)]
@@ -64,13 +64,14 @@ def run(key: object, plan: Plan, call: Callable[[Config], None]) -> None:
         key: What the choice may depend on; never the number of tokens itself, or each resolution
             would be measured anew.
         plan: The plan without a block size.
-        call: Launches the kernel, which overwrites whatever it wrote before.
+        call: Launches the kernel, which overwrites whatever it wrote before, unless the plan adds:
+            then nothing is measured.
 
     Raises:
         OutOfResources: Not even the smallest configuration fits the device.
     """
     configs = candidates(plan)
-    if not is_fixed():
+    if not is_fixed() and not plan.adds:
         config = _chosen.get(key) or _measured(configs, call)
         _chosen[key] = config
         call(config)

@@ -28,7 +28,7 @@ def test_saved_states_are_those_of_the_formula(mechanism, splits, monkeypatch):
         many_splits(monkeypatch)
     inputs = make_inputs(grid=(6, 11), dtype=torch.float32)
     q, k, v, _ = inputs.projection.detach().unbind(2)
-    arguments = (q, k, v, *inputs.tables(mechanism), inputs.mask, None, mechanism)
+    arguments = (q, k, v, *inputs.tables(mechanism), inputs.mask, None, None, None, mechanism)
     fused = library.linear_attention_op(*arguments, "triton")
     plain = library.linear_attention_op(*arguments, "library")
     for a, b in zip(fused, plain, strict=True):
@@ -125,7 +125,18 @@ def test_samples_do_not_see_each_other():
 def test_opcheck(mechanism):
     inputs = make_inputs(mask=True, heads=1, batch=1, dtype=torch.float32)
     q, k, v, _ = inputs.projection.unbind(2)
-    arguments = (q, k, v, *inputs.tables(mechanism), inputs.mask, None, mechanism, "triton")
+    arguments = (
+        q,
+        k,
+        v,
+        *inputs.tables(mechanism),
+        inputs.mask,
+        None,
+        None,
+        None,
+        mechanism,
+        "triton",
+    )
     torch.library.opcheck(torch.ops.vitlinear.linear_attention.default, arguments)
 
 
@@ -161,7 +172,7 @@ def test_a_failing_kernel_says_so(monkeypatch):
 
     inputs = make_inputs(dtype=torch.float32)
     q, k, v, _ = inputs.projection.detach().unbind(2)
-    arguments = (q, k, v, *inputs.rotary, None, None, "mala")
+    arguments = (q, k, v, *inputs.rotary, *[None] * 4, "mala")
     expected = library.linear_attention_op(*arguments)[0]
     monkeypatch.setattr(kernels, "forward", broken)
     monkeypatch.setattr(backend, "_failure", None)
@@ -181,7 +192,7 @@ def test_workspace_is_bounded(length, slots, mechanism, monkeypatch):
     """By what fills the device, and from 16384 tokens on by a hundredth of the inputs."""
     monkeypatch.setattr(launch, "processors", lambda device: 132)
     row = ops.get_mechanism(mechanism)
-    plan = launch.make_plan(row, torch.bfloat16, 64, True, False, False)
+    plan = launch.make_plan(row, torch.bfloat16, 64, rotary=True)
     summing, wide = launch.cuts(plan, slots, length, 2, torch.device("cpu"))
     for cut in (summing, wide):
         assert cut.chunk * cut.splits >= length > cut.chunk * (cut.splits - 1)

@@ -76,3 +76,66 @@ def test_without_positions(mechanism):
 @pytest.mark.parametrize("layout", ["channels first", "heads first"])
 def test_layouts(mechanism, layout):
     check(mechanism, make_inputs(grid=(3, 11), dim=12, dtype=torch.float32), layout)
+
+
+@each_mechanism
+@pytest.mark.parametrize("splits", [False, True], ids=["one kernel", "splits"])
+def test_epilogue(mechanism, splits, monkeypatch):
+    """(out + lepe) * gate with padding that is NaN, and the gradients of both."""
+    if splits:
+        many_splits(monkeypatch)
+    inputs = make_inputs(
+        grid=(5, 9), heads=1, dtype=torch.float32, mask=True, epilogue=("lepe", "gate")
+    )
+    expected = reference(mechanism, inputs)
+    spoilt = inputs.projection.masked_fill(inputs.mask[:, :, None, None, None], torch.nan)
+    out, grad = run(mechanism, inputs._replace(projection=spoilt))
+    assert error(out, expected[0]) < 3e-6
+    for part in range(5):
+        assert error(grad[:, :, part], expected[1][:, :, part]) < 3e-6
+
+
+@pytest.mark.parametrize("mechanism", ["rala", "mala"])
+@pytest.mark.parametrize("term", ["lepe", "gate"])
+@pytest.mark.parametrize("layout", ["channels first", "projection"])
+def test_half_an_epilogue(mechanism, term, layout, monkeypatch):
+    many_splits(monkeypatch)
+    inputs = make_inputs(grid=(3, 12), heads=1, batch=1, dtype=torch.float32, epilogue=(term,))
+    expected = reference(mechanism, inputs)
+    out, grad = run(mechanism, inputs, layout)
+    assert error(out, expected[0]) < 3e-6
+    for part in range(5):
+        assert error(grad[:, :, part], expected[1][:, :, part]) < 3e-6
+
+
+@pytest.mark.parametrize("mechanism", ["nala", "lightnet", "inline"])
+@pytest.mark.parametrize("splits", [False, True], ids=["whole", "splits"])
+def test_states_in_slices(mechanism, splits, monkeypatch):
+    """Slices of unequal width, as large states of wide heads are computed in."""
+    from vitlinear.ops.triton import plan
+
+    monkeypatch.setattr(plan, "LARGEST_STATE", 512 if mechanism == "inline" else 1024)
+    if splits:
+        many_splits(monkeypatch)
+    scale = torch.tensor([-1.5, 0.5])
+    inputs = make_inputs(
+        grid=(5, 8), dim=20, batch=1, dtype=torch.float32, mask=True, epilogue=("lepe", "gate")
+    )
+    inputs = inputs._replace(head_scale=scale.requires_grad_())
+    expected = reference(mechanism, inputs)
+    out, grad = run(mechanism, inputs)
+    assert error(out, expected[0]) < 3e-6
+    for part in range(5):
+        assert error(grad[:, :, part], expected[1][:, :, part]) < 3e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("mechanism", ["nala", "lightnet"])
+def test_wide_heads(mechanism, dtype):
+    """States of 256 rows."""
+    inputs = make_inputs(grid=(3, 13), dim=128, batch=1, heads=1, dtype=dtype)
+    expected = reference(mechanism, inputs)
+    limit = {torch.float32: 3e-6, torch.float16: 1e-3}[dtype]
+    for actual, exact in zip(run(mechanism, inputs), expected, strict=True):
+        assert error(actual, exact) < limit
