@@ -34,6 +34,7 @@ import vitlinear  # noqa: E402
 from benchmarks import registry  # noqa: E402
 
 COPIED = 2**30  # bytes of the tensor that the copy bandwidth is measured with
+LAUNCH_BOUND = 196  # tokens up to which every implementation is timed as a CUDA graph too
 
 
 class Timer:
@@ -86,7 +87,8 @@ def measure(
     """One row: forward, backward and both."""
     dtype = torch.float32 if timer.dry else torch.bfloat16
     torch.manual_seed(0)
-    size = (shape.batch, shape.length, 3, shape.heads, shape.dim)
+    parts = 5 if shape.epilogue else 3
+    size = (shape.batch, shape.length, parts, shape.heads, shape.dim)
     qkv = torch.randn(size, device=device, dtype=dtype)
     grad = torch.randn((*size[:2], *size[3:]), device=device, dtype=dtype)
     leaf = qkv.clone().requires_grad_()
@@ -108,7 +110,7 @@ def measure(
     row["both_ms"] = timer(both)
     row["forward_peak_bytes"] = peak_memory(forward, device)
     row["backward_peak_bytes"] = peak_memory(backward, device)
-    if name == "triton" and device.type == "cuda":
+    if device.type == "cuda" and (name == "triton" or shape.length <= LAUNCH_BOUND):
         row["forward_graph_ms"] = timer(captured(forward))
         row["both_graph_ms"] = timer(captured(both))
     return row
@@ -124,8 +126,10 @@ def copy_bandwidth(device: torch.device, timer: Timer) -> float:
 
 def add_shares(row: dict[str, Any], shape: registry.Shape, bandwidth: float) -> None:
     """Fractions of the copy bandwidth that the least possible traffic would have needed."""
-    forward = registry.FORWARD_TENSORS.get(shape.mechanism, 4) * shape.tensor_bytes
-    backward = registry.BACKWARD_TENSORS.get(shape.mechanism, 7) * shape.tensor_bytes
+    forward, backward = (tensors * shape.tensor_bytes for tensors in shape.minimum())
+    if row["implementation"] == "triton":
+        ratios = [a / b for a, b in zip(shape.moved(), shape.minimum(), strict=True)]
+        row["forward_moved_over_minimum"], row["backward_moved_over_minimum"] = ratios
     row["forward_bytes"], row["backward_bytes"] = forward, backward
     row["forward_share"] = forward / (row["forward_ms"][0] * 1e-3) / bandwidth
     row["backward_share"] = backward / (row["backward_ms"][0] * 1e-3) / bandwidth
@@ -179,14 +183,23 @@ def test_results(files: list[Path]) -> dict[str, Any]:
     return {**total, "failed": failed}
 
 
+def write(file: Path, record: dict[str, Any]) -> None:
+    """Replace the result file, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(record, indent=1) + "\n")
+    partial.replace(file)
+
+
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows for people."""
-    header = f"{'mechanism':<10}{'B x N x h x D':<24}{'implementation':<26}"
+    """The rows for people; a star marks those with an epilogue."""
+    header = f"{'mechanism':<12}{'B x N x h x D':<24}{'implementation':<26}"
     header += f"{'forward ms':>11}{'share':>7}{'backward ms':>13}{'share':>7}{'both ms':>10}"
     lines = [header]
     for row in rows:
         size = " x ".join(str(row[key]) for key in ("batch", "length", "heads", "dim"))
-        start = f"{row['mechanism']:<10}{size:<24}{row['implementation']:<26}"
+        mechanism = row["mechanism"] + " *" * row["epilogue"]
+        start = f"{mechanism:<12}{size:<24}{row['implementation']:<26}"
         if "error" in row:
             lines.append(start + row["error"][:60])
             continue
@@ -219,25 +232,31 @@ def main() -> None:
         "rows": [],
     }
     dtype = torch.float32 if args.dry_run else torch.bfloat16
-    for shape in registry.DRY_SHAPES if args.dry_run else registry.SHAPES:
-        for name, attend in registry.implementations(shape, device, dtype).items():
-            if attend is None or (args.only and not {shape.mechanism, name} & set(args.only)):
-                continue
-            row = {**shape._asdict(), "length": shape.length, "implementation": name}
-            record["rows"].append(row)
-            if time.monotonic() - start > args.seconds:
-                row["error"] = "no time left"
-                continue
-            try:
-                row.update(measure(shape, name, attend, device, timer))
-                add_shares(row, shape, record["copy_bytes_per_second"])
-            except Exception as error:  # a kernel that cannot run this is a result
-                row["error"] = f"{type(error).__name__}: {str(error).strip().splitlines()[-1:]}"
-            print(table([row]).splitlines()[1], flush=True)
-        torch.compiler.reset()
+    shapes = registry.DRY_SHAPES if args.dry_run else registry.SHAPES
+    calls = [
+        (shape, name, attend)
+        for shape in shapes
+        for name, attend in registry.implementations(shape, device, dtype).items()
+        if not args.only or {shape.mechanism, name} & set(args.only)
+    ]
+    # Compiling a formula takes longer than measuring all else of its shape: last, in their order.
+    for shape, name, attend in sorted(calls, key=lambda call: call[1] == registry.COMPILED):
+        row = {**shape._asdict(), "length": shape.length, "implementation": name}
+        record["rows"].append(row)
+        if time.monotonic() - start > args.seconds:
+            row["error"] = "skipped: no time left"
+            continue
+        try:
+            row.update(measure(shape, name, attend, device, timer))
+            add_shares(row, shape, record["copy_bytes_per_second"])
+        except Exception as error:  # a kernel that cannot run this is a result
+            row["error"] = f"{type(error).__name__}: {str(error).strip().splitlines()[-1:]}"
+        print(table([row]).splitlines()[1], flush=True)
+        write(args.output, record)  # whatever ends this early, what was measured is there
+        if name == registry.COMPILED:
+            torch.compiler.reset()
     record["seconds"] = time.monotonic() - start
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(record, indent=1) + "\n")
+    write(args.output, record)
     print(f"\n{table(record['rows'])}\n\nCopy: {record['copy_bytes_per_second'] / 1e12:.3f} TB/s")
     print(f"Tests: {record['tests']}\nWritten to {args.output}")
 

@@ -16,10 +16,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from vitlinear import ops
 from vitlinear.ops.rotary import token_table
 
-# Tensors of the size of q that have to cross the memory bus: q, k, v, out, and q once more for a
-# mean query; backward q, k, v, their gradients and that of out.
-FORWARD_TENSORS = {"rala": 5}
-BACKWARD_TENSORS = {"rala": 8}
+COMPILED = "compiled eager"
+
+# Tensors of the size of q that have to cross the memory bus, and those that our kernels move: their
+# passes, counted (README.md). An epilogue adds lepe and gate, and their gradients backward.
+FORWARD_MINIMUM, BACKWARD_MINIMUM = {"rala": 5}, {"rala": 8}
+FORWARD_MOVED, BACKWARD_MOVED = {"rala": 5}, {"rala": 11, "lightnet": 9}
 
 
 class Shape(NamedTuple):
@@ -34,6 +36,7 @@ class Shape(NamedTuple):
         heads: Heads.
         dim: Channels of a head.
         compare: Whether the costly comparisons run too: compiled formula, transcription, SDPA.
+        epilogue: Whether (out + lepe) * gate is part of it, gate being a slice of the projection.
     """
 
     where: str
@@ -44,6 +47,7 @@ class Shape(NamedTuple):
     heads: int
     dim: int
     compare: bool = False
+    epilogue: bool = False
 
     @property
     def length(self) -> int:
@@ -55,13 +59,29 @@ class Shape(NamedTuple):
         """Bytes of q in bfloat16."""
         return 2 * self.batch * self.length * self.heads * self.dim
 
+    def minimum(self) -> tuple[int, int]:
+        """Tensors that any implementation has to move, forward and backward."""
+        forward = FORWARD_MINIMUM.get(self.mechanism, 4)
+        backward = BACKWARD_MINIMUM.get(self.mechanism, 7)
+        return forward + 2 * self.epilogue, backward + 4 * self.epilogue
+
+    def moved(self) -> tuple[int, int]:
+        """Tensors that our kernels move, forward and backward."""
+        forward = FORWARD_MOVED.get(self.mechanism, 4)
+        backward = BACKWARD_MOVED.get(self.mechanism, 7)
+        return forward + 2 * self.epilogue, backward + 4 * self.epilogue
+
 
 SHAPES = (
     # Classification, 64 images of 224 pixels. The first rows are those that a bar is set for.
     Shape("ravlt_t stage 1", "rala", 64, 56, 56, 1, 64, True),
     Shape("mavit_t stage 1", "mala", 64, 56, 56, 1, 64, True),
-    Shape("one image of 1024 pixels, stride 8, wide", "mala", 8, 128, 128, 4, 64, True),
-    Shape("one image of 1024 pixels, stride 4, wide", "rala", 2, 256, 256, 4, 64, True),
+    Shape("4096 tokens, for the bar against SDPA", "mala", 16, 64, 64, 4, 64, True),
+    Shape("32761 tokens, likewise", "mala", 8, 181, 181, 4, 64, True),
+    Shape("ravlt_t stage 1, whole", "rala", 64, 56, 56, 1, 64, True, True),
+    Shape("mavit_t stage 1, whole", "mala", 64, 56, 56, 1, 64, True, True),
+    Shape("eight maps of 128 x 128, wide", "mala", 8, 128, 128, 4, 64, True),
+    Shape("two maps of 256 x 256, wide", "rala", 2, 256, 256, 4, 64, True),
     Shape("nalaformer_t stage 1", "nala", 64, 56, 56, 1, 64, True),
     Shape("l2vit_tiny stage 1", "l2", 64, 56, 56, 3, 32),
     Shape("lightnet", "lightnet", 64, 14, 14, 6, 64),
@@ -72,11 +92,15 @@ SHAPES = (
     Shape("mavit_t stage 2", "mala", 64, 28, 28, 2, 64),
     Shape("mavit_t stage 3", "mala", 64, 14, 14, 4, 64),
     Shape("ravlt_t stage 4", "rala", 64, 7, 7, 8, 64, True),
-    Shape("long", "mala", 8, 181, 181, 4, 64),
+    Shape("mavit_t stage 4", "mala", 64, 7, 7, 8, 64),
+    Shape("nalaformer_t stage 2", "nala", 64, 28, 28, 2, 64),
+    Shape("l2vit_tiny stage 3", "l2", 64, 14, 14, 12, 32),
+    Shape("l2vit_tiny stage 4", "l2", 64, 7, 7, 24, 32),
     # Dense prediction: two images of 800 x 1216 pixels.
     Shape("detection, stride 4", "rala", 2, 200, 304, 1, 64),
     Shape("detection, stride 8", "rala", 2, 100, 152, 2, 64),
     Shape("detection, stride 4", "mala", 2, 200, 304, 1, 64),
+    Shape("detection, stride 8", "mala", 2, 100, 152, 2, 64),
     Shape("detection, stride 4", "l2", 2, 200, 304, 3, 32),
     # Single images.
     Shape("one image of 1024 pixels, stride 4", "rala", 1, 256, 256, 1, 64),
@@ -90,9 +114,10 @@ SHAPES = (
 DRY_SHAPES = (
     Shape("dry run", "rala", 1, 3, 5, 2, 8, True),
     Shape("dry run", "lightnet", 1, 5, 9, 1, 8),
+    Shape("dry run", "mala", 1, 3, 5, 1, 8, True, True),
 )
 
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+Attention = Callable[..., Tensor]  # q, k, v and, with an epilogue, gate and lepe
 
 
 def tables(shape: Shape, device: torch.device) -> ops.RotaryTables:
@@ -108,34 +133,69 @@ def rotate_transcribed(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
     return x * cos + swapped * sin
 
 
-def transcription(shape: Shape, rotary: ops.RotaryTables, dtype: torch.dtype) -> Attention | None:
+def signs(x: Tensor) -> Tensor:
+    """[relu(x); relu(-x)]."""
+    return torch.cat((F.relu(x), F.relu(-x)), dim=-1)
+
+
+def features_transcribed(mechanism: str, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """phi(q) and phi(k), one call for each step."""
+    if mechanism in ("rala", "mala", "elu"):
+        return F.elu(q) + 1, F.elu(k) + 1
+    if mechanism in ("l2", "relu"):
+        return F.relu(q), F.relu(k)
+    if mechanism == "nala":
+        norm = q.norm(dim=-1, keepdim=True)
+        power = 3 * (0.5 + torch.tanh(norm))
+        return signs(q / norm) ** power, signs(k**3)
+    if mechanism == "lightnet":
+        return F.silu(q), torch.softmax(k, dim=2)
+    return q, k
+
+
+def transcription(shape: Shape, rotary: ops.RotaryTables, dtype: torch.dtype) -> Attention:
     """The mechanism step by step, one call for each, heads moved by copies, as scripts do.
 
-    For the elu-based mechanisms, whose definitions are short enough to be written out here.
+    Written from the definitions in `vitlinear.ops.mechanisms`; sums are of the type of the inputs.
     """
-    if shape.mechanism not in ("rala", "mala", "elu"):
-        return None
-    table = token_table(rotary)
-    cos, sin = (t.repeat_interleave(2, dim=-1).to(dtype) for t in table.unbind(-1))
-    scale = shape.dim**-0.5
+    name, scale = shape.mechanism, shape.dim**-0.5
+    cos, sin = token_table(rotary).to(dtype).unbind(-1)
+    if name != "lightnet":  # an angle for each pair of channels, and each half of the features
+        halves = 2 if name == "nala" else 1
+        cos, sin = (t.repeat_interleave(2, dim=-1).repeat(1, halves) for t in (cos, sin))
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def encode(x: Tensor) -> Tensor:
+        if name == "lightnet":
+            return torch.cat((x * cos, x * sin), dim=-1)
+        return rotate_transcribed(x, sin, cos)
+
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None = None, lepe: Tensor | None = None
+    ) -> Tensor:
         q, k, v = (x.permute(0, 2, 1, 3).contiguous() for x in (q, k, v))
         n = q.shape[2]
-        q, k = F.elu(q) + 1, F.elu(k) + 1
-        if shape.mechanism == "rala":
+        q, k = features_transcribed(name, q, k)
+        if name == "rala":
             query = q.mean(dim=2, keepdim=True)
             weights = (scale * query) @ k.transpose(-1, -2)
             k = k * torch.softmax(weights, dim=-1).transpose(-1, -2) * n
         z = q @ k.mean(dim=2, keepdim=True).transpose(-1, -2)
-        q, k = rotate_transcribed(q, sin, cos), rotate_transcribed(k, sin, cos)
-        out = q @ ((k.transpose(-1, -2) * n**-0.5) @ (v * n**-0.5))
-        if shape.mechanism == "mala":
+        q, k = encode(q), encode(k)
+        if name == "lightnet":  # whose weights sum to one already
+            out = q @ (k.transpose(-1, -2) @ v)
+        else:
+            out = q @ ((k.transpose(-1, -2) * n**-0.5) @ (v * n**-0.5))
+        if name == "mala":
             z = z * scale
             out = out * scale * (1 + 1 / (z + 1e-6)) - z * v.mean(dim=2, keepdim=True)
-        else:
+        elif name == "inline":
+            out = out * scale + (1 - scale * z) * v.mean(dim=2, keepdim=True)
+        elif name == "l2":
+            out = out * n / (z * n).clamp(min=100)
+        elif name != "lightnet":
             out = out / (z + 1e-6)
-        return out.permute(0, 2, 1, 3).contiguous()
+        out = out.permute(0, 2, 1, 3).contiguous()
+        return out if gate is None or lepe is None else (out + lepe) * gate
 
     return attend
 
@@ -146,27 +206,33 @@ def softmax(backend: SDPBackend) -> Attention:
     Without the rotation of q and k, which SDPA does not fuse: the comparison favours softmax.
     """
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None = None, lepe: Tensor | None = None
+    ) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+            out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return out if gate is None or lepe is None else (out + lepe) * gate
 
     return attend
 
 
 def implementations(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """What runs for a shape, by name; None where it does not exist for the mechanism."""
+    """What runs for a shape, by name."""
     rotary = tables(shape, device)
 
     def backend(name: str) -> Attention:
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return ops.linear_attention(q, k, v, shape.mechanism, rotary, backend=name)
+        def attend(
+            q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None = None, lepe: Tensor | None = None
+        ) -> Tensor:
+            options = {"backend": name, "lepe": lepe, "gate": gate}
+            return ops.linear_attention(q, k, v, shape.mechanism, rotary, **options)
 
         return attend
 
     found: dict[str, Any] = {"triton": backend("triton"), "eager": backend("eager")}
     if shape.compare:
-        found["compiled eager"] = torch.compile(backend("eager"), dynamic=False)
+        found[COMPILED] = torch.compile(backend("eager"), dynamic=False)
         found["transcription"] = transcription(shape, rotary, dtype)
         kernels = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION")
         for name in kernels if device.type == "cuda" else ("MATH",):

@@ -23,5 +23,5 @@ def test_dry_run(tmp_path):
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     subprocess.run(command, env=environment, check=True, capture_output=True, cwd=tmp_path)
     record = json.loads(output.read_text())
-    assert record["dry_run"] and len(record["rows"]) == 2
+    assert record["dry_run"] and len(record["rows"]) == 3
     assert all("forward_share" in row for row in record["rows"])

@@ -32,7 +32,9 @@ def on_gpu(inputs: Inputs) -> Inputs:
     def move(x):
         if isinstance(x, ops.RotaryTables):
             return ops.RotaryTables(*map(move, x))
-        return None if x is None else x.detach().cuda().requires_grad_(x.requires_grad)
+        if not isinstance(x, torch.Tensor):
+            return x
+        return x.detach().cuda().requires_grad_(x.requires_grad)
 
     return Inputs(*map(move, inputs))
 
@@ -60,9 +62,10 @@ def check(mechanism, inputs, layout="projection"):
     eager = (eager, torch.autograd.grad(eager, inputs.projection, inputs.grad)[0])
     fused = run(mechanism, inputs, layout)
     rounding = ROUNDING[inputs.projection.dtype]
-    names = ("output", "grad_q", "grad_k", "grad_v")
-    split = [(out, *(grad[:, :, i] for i in range(3))) for out, grad in (fused, eager, expected)]
-    for name, actual, plain, exact in zip(names, *split, strict=True):
+    names = ("output", "grad_q", "grad_k", "grad_v", "grad_gate", "grad_lepe")
+    parts = 5 if inputs.epilogue else 3
+    split = [(out, *grad.unbind(2)[:parts]) for out, grad in (fused, eager, expected)]
+    for name, actual, plain, exact in zip(names[: parts + 1], *split, strict=True):
         assert actual.isfinite().all(), name
         found, allowed = error(actual, exact), 2 * error(plain, exact) + rounding
         assert found <= allowed, f"{name}: error {found:.2e}, allowed {allowed:.2e}"
@@ -94,6 +97,14 @@ def test_mask_and_head_scale(mechanism, side):
     mask = torch.rand(3, side * side, device="cuda") < 0.3
     mask[1] = True
     check(mechanism, inputs._replace(mask=mask, head_scale=torch.tensor([-1.5], device="cuda")))
+
+
+@each_mechanism
+@pytest.mark.parametrize("grid", [(9, 11), (40, 41)], ids=["one kernel", "splits"])
+def test_epilogue(mechanism, grid):
+    """(out + lepe) * gate, lepe with channels first, and the gradients of both."""
+    options = {"dtype": HALF, "mask": True, "epilogue": ("lepe", "gate")}
+    check(mechanism, on_gpu(make_inputs(grid=grid, dim=32, **options)))
 
 
 @each_mechanism
