@@ -1,5 +1,6 @@
 """Modules that models are built from. Token maps are channels-last, [B, H, W, C]."""
 
+from .attend import check_attn_type, learns_temperature
 from .conv_stem import ConvStem, check_images
 from .cross_shaped import CrossShapedAttention
 from .depthwise import DepthwiseConv
@@ -40,5 +41,7 @@ __all__ = [
     "ShiftedWindowAttention",
     "SoftmaxAttention",
     "backend_report",
+    "check_attn_type",
     "check_images",
+    "learns_temperature",
 ]

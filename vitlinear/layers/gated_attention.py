@@ -9,9 +9,9 @@ from timm.layers import LayerNorm
 from torch import Tensor, nn
 
 from .._timm import register_notrace_module
-from ..ops import RotaryTables, get_mechanism, softmax_attention
+from ..ops import RotaryTables
 from ..ops.backend import check_backend
-from .attend import attend
+from .attend import attend, check_attn_type, learns_temperature
 from .depthwise import DepthwiseConv
 from .heads import split_heads
 
@@ -55,21 +55,30 @@ class GatedAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.head_dim = split_heads(dim, num_heads, multiple=4)
-        if attn_type != "softmax" and get_mechanism(attn_type).positions != "rotary":
-            raise ValueError(f"{attn_type!r} does not take the rotary positions of this layer")
-        self.attn_type = attn_type
+        self.attn_type = check_attn_type(attn_type)
         self.backend = check_backend(backend)
         self.qkvo = nn.Linear(dim, 4 * dim, device=device, dtype=dtype)
         self.lepe = DepthwiseConv(dim, 5, device=device, dtype=dtype)
         self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
+        if learns_temperature(attn_type):
+            self.temperature = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype))
+        else:
+            self.register_parameter("temperature", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initial value of the temperature, D^-0.5; everything else has its own."""
+        if self.temperature is not None:
+            nn.init.constant_(self.temperature, self.head_dim**-0.5)
 
     def forward(self, x: Tensor, rotary: RotaryTables) -> Tensor:
         """Attend over the whole map.
 
         Args:
             x: [B, H, W, C].
-            rotary: Tables of the H x W grid for this head_dim.
+            rotary: Tables of the H x W grid for this head_dim; for ``lightnet`` those of
+                `vitlinear.ops.lrpe_tables`.
 
         Returns:
             [B, H, W, C].
@@ -97,16 +106,10 @@ class GatedAttention(nn.Module):
         gate: Tensor | None,
     ) -> Tensor:
         """(Attention(q, k, v) + lepe) * gate, [B, N, h, D] -> [B, N, h, D]."""
-        if self.attn_type != "softmax":
-            return attend(q, k, v, self.attn_type, self.backend, rotary, lepe=lepe, gate=gate)
-        if torch.jit.is_scripting():  # see `attend`
-            rows, cols = rotary
-            out = torch.ops.vitlinear.softmax_attention(q, k, v, rows, cols, None)[0]
-        else:
-            out = softmax_attention(q, k, v, rotary, backend="eager")
-        # lepe stands first because it decides the layout of the sum: [B, N, h, D], ready for proj.
-        out = lepe + out
-        return out if gate is None else out * gate
+        return attend(
+            q, k, v, self.attn_type, self.backend, rotary,
+            head_scale=self.temperature, lepe=lepe, gate=gate,
+        )  # fmt: skip
 
 
 @register_notrace_module

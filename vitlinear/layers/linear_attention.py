@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from .._timm import register_notrace_module
-from ..ops import get_mechanism
 from ..ops.backend import check_backend
-from .attend import attend
+from .attend import attend, check_attn_type
 from .heads import split_heads
 
 
@@ -37,22 +36,25 @@ class LinearAttention(nn.Module):
         Args:
             dim: Channels, C.
             num_heads: Heads, each of D = C / num_heads channels.
-            attn_type: A mechanism of `vitlinear.ops.MECHANISMS`.
-            temperature: Learn a factor of the state for each head; D^-0.5 at first.
+            attn_type: A mechanism of `vitlinear.ops.MECHANISMS`, or ``'softmax'``.
+            temperature: Learn a factor of the state for each head; D^-0.5 at first. Softmax
+                attention has no state to scale.
             proj_drop: Dropout rate of the output.
             backend: One of `vitlinear.ops.BACKENDS`.
             device: Where the parameters live.
             dtype: Type of the parameters.
 
         Raises:
-            ValueError: dim does not divide into heads, or attn_type or backend is unknown.
+            ValueError: dim does not divide into heads, attn_type or backend is unknown, or
+                softmax attention is to have a temperature.
         """
         super().__init__()
-        get_mechanism(attn_type)
         self.num_heads = num_heads
         self.head_dim = split_heads(dim, num_heads)
-        self.attn_type = attn_type
+        self.attn_type = check_attn_type(attn_type)
         self.backend = check_backend(backend)
+        if temperature and attn_type == "softmax":
+            raise ValueError("softmax attention has no state for a temperature to scale")
         if temperature:
             self.temperature = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype))
         else:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from .._timm import register_notrace_function
 from ..layers import ConvMlp, ConvStem, DepthwiseConv, GatedAttention
-from ..ops import RotaryTables, accumulation_dtype, rotary_tables
+from ..ops import RotaryTables, accumulation_dtype, get_mechanism, lrpe_tables, rotary_tables
 from ._stages import StagedBackbone, four_each, map_cfg
 
 # The sizes that RALA and MALA share, as in the released code of both.
@@ -86,9 +86,17 @@ def pyramid_cfg(test: bool = False, **kwargs: Any) -> dict[str, Any]:
 
 
 @register_notrace_function
-def stage_rotary_tables(x: Tensor, head_dim: int) -> RotaryTables:
-    """Rotary tables for a map [B, C, H, W]; one traced step, whatever the size of the map."""
+def stage_rotary_tables(x: Tensor, head_dim: int, cosine: bool = False) -> RotaryTables:
+    """Tables for a map [B, C, H, W]; one traced step, whatever the size of the map.
+
+    Args:
+        x: The map.
+        head_dim: Channels of a head.
+        cosine: Make those of LightNet's cosine encoding.
+    """
     dtype = accumulation_dtype(x.dtype)
+    if cosine:
+        return lrpe_tables(x.shape[2], x.shape[3], head_dim, x.device, dtype)
     return rotary_tables(x.shape[2], x.shape[3], head_dim, x.device, dtype)
 
 
@@ -147,6 +155,7 @@ class PyramidStage(nn.Module):
         drop_paths: Sequence[float],
         num_heads: int,
         downsample: bool,
+        attn_type: str,
         block_layer: type[PyramidBlock],
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
@@ -161,14 +170,17 @@ class PyramidStage(nn.Module):
             else nn.Identity()
         )
         self.blocks = nn.ModuleList(
-            block_layer(dim, num_heads, drop_path=rate, **block_args, **dd) for rate in drop_paths
+            block_layer(dim, num_heads, attn_type=attn_type, drop_path=rate, **block_args, **dd)
+            for rate in drop_paths
         )
         self.head_dim = dim // num_heads
+        linear = attn_type != "softmax"
+        self.cosine = linear and get_mechanism(attn_type).positions == "cosine"
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C_in, H, W] -> [B, C, H', W']."""
         x = self.downsample(x)
-        rotary = stage_rotary_tables(x, self.head_dim)
+        rotary = stage_rotary_tables(x, self.head_dim, self.cosine)
         x = x.permute(0, 2, 3, 1)
         for block in self.blocks:
             if self.grad_checkpointing and not torch.jit.is_scripting():

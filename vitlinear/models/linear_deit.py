@@ -10,7 +10,7 @@ from typing import Any
 
 from timm.models import generate_default_cfgs, register_model
 
-from ..layers import LinearAttention
+from ..layers import LinearAttention, learns_temperature
 from ._build import build_model
 from ._isotropic import DeiT, token_cfg
 
@@ -24,14 +24,18 @@ class LinearDeiT(DeiT):
         """Make the model.
 
         Args:
-            attn_type: A mechanism of `vitlinear.ops.MECHANISMS`; here without positions.
+            attn_type: A mechanism of `vitlinear.ops.MECHANISMS`, here without positions of its
+                own, or ``'softmax'``, which makes this DeiT.
             **kwargs: As for `DeiT`.
 
         Raises:
             ValueError: attn_type is unknown, or as `DeiT`.
             AssertionError: The pooling is not supported.
         """
-        super().__init__(partial(LinearAttention, attn_type=attn_type), **kwargs)
+        attn_layer = partial(
+            LinearAttention, attn_type=attn_type, temperature=learns_temperature(attn_type)
+        )
+        super().__init__(attn_layer, **kwargs)
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -47,6 +51,7 @@ def _cfg(side: int = 224) -> dict[str, Any]:
         side,
         paper_ids="arXiv:2006.16236",
         paper_name="Transformers are RNNs: Fast Autoregressive Transformers with Linear Attention",
+        fixed_input_size=True,  # img_size reaches the constructor: positions of that grid
     )
 
 

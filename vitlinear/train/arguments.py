@@ -201,7 +201,7 @@ def add_training_arguments(parser: Parser) -> None:
     )
     group.add_argument("--sched", default="cosine", metavar="NAME", help="any timm schedule")
     group.add_argument("--sched-on-updates", action=BooleanOptionalAction, default=False)
-    group.add_argument("--warmup-epochs", type=NATURAL, default=5)
+    group.add_argument("--warmup-epochs", type=RATE, default=5, metavar="N")
     group.add_argument("--warmup-lr", type=RATE, default=1e-6)
     group.add_argument("--warmup-prefix", action=BooleanOptionalAction, default=False)
     group.add_argument("--cooldown-epochs", type=NATURAL, default=0)
