@@ -34,6 +34,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout
 
 from benchmarks.attention import KEEP_PAGES, commit, held_bytes, machine  # noqa: E402
+from benchmarks.study_table import write_tables  # noqa: E402
 from vitlinear import ops  # noqa: E402
 from vitlinear.errors import UserError  # noqa: E402
 from vitlinear.train import run as training  # noqa: E402
@@ -135,8 +136,8 @@ def train_all(args: argparse.Namespace) -> None:
     data = write_subset(args.data_dir, args.output / "data", args.images, args.test_images)
     records = args.output / "runs"
     records.mkdir(exist_ok=True)
-    for seed, attention, skeleton in itertools.product(args.seeds, args.only, SKELETONS):
-        path = records / f"{skeleton}-{attention}-{seed}.json"
+    for seed, attention, skeleton in itertools.product(args.seeds, args.only, args.skeletons):
+        path = records / f"{skeleton}-{args.images}-{attention}-{seed}.json"
         if path.exists():
             continue
         record = train_one(skeleton, attention, seed, data, args.output / "last_run")
@@ -191,7 +192,7 @@ def speed_all(args: argparse.Namespace) -> None:
                     flush=True,
                 )
     record = {
-        "machine": f"{machine()}; 1 thread used",
+        "machine": f"{machine()}, 1 thread used",
         "commit": args.commit,
         "torch": torch.__version__,
         "rows": rows,
@@ -206,6 +207,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of records")
     parser.add_argument("--speed", action="store_true", help="measure speed and memory instead")
     parser.add_argument("--table", action="store_true", help="write the tables instead")
+    parser.add_argument("--skeletons", nargs="+", choices=SKELETONS, default=tuple(SKELETONS))
     parser.add_argument("--only", nargs="+", choices=ATTENTIONS, default=ATTENTIONS)
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     parser.add_argument("--images", type=int, default=10_000, help="training images")
@@ -216,7 +218,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     args.commit = args.commit or commit()
     if args.table:
-        raise NotImplementedError
+        results = HERE / "results" / "fashion_mnist_cpu.json"
+        write_tables(args.output, ATTENTIONS, results, HERE / "README.md")
     elif args.speed:
         speed_all(args)
     else:

@@ -10,8 +10,6 @@ from vitlinear import ops
 from vitlinear.layers import ConvMlp, ConvStem, DepthwiseConv, GatedAttention
 from vitlinear.ops import naive
 
-ROTARY_TYPES = [m.name for m in ops.MECHANISMS.values() if m.positions == "rotary"] + ["softmax"]
-
 
 def nchw(x: torch.Tensor) -> torch.Tensor:
     return x.permute(0, 3, 1, 2)
@@ -48,13 +46,18 @@ def test_conv_stem_quarters_any_size(size):
     assert out.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("attn_type", ROTARY_TYPES)
+@pytest.mark.parametrize("attn_type", [*ops.MECHANISMS, "softmax"])
 @pytest.mark.parametrize("backend", ["eager", "library"])
 def test_gated_attention(attn_type, backend):
     dim, heads, height, width = 24, 3, 4, 5
     layer = GatedAttention(dim, heads, attn_type, backend=backend).double()
     x = torch.randn(2, height, width, dim).double()
-    rotary = ops.rotary_tables(height, width, dim // heads, dtype=torch.float64)
+    make_tables = ops.lrpe_tables if attn_type == "lightnet" else ops.rotary_tables
+    rotary = make_tables(height, width, dim // heads, dtype=torch.float64)
+    assert (layer.temperature is not None) == (attn_type == "l2")
+    if layer.temperature is not None:
+        assert layer.temperature.tolist() == pytest.approx([8**-0.5] * heads)
+        torch.nn.init.normal_(layer.temperature)
 
     q, k, v, o = (x.flatten(1, 2) @ layer.qkvo.weight.T + layer.qkvo.bias).chunk(4, dim=-1)
     lepe = layer.lepe(v.unflatten(1, (height, width))).flatten(1, 2)
@@ -62,7 +65,7 @@ def test_gated_attention(attn_type, backend):
     if attn_type == "softmax":
         out = naive.softmax_attention(q, k, v, rotary)
     else:
-        out = naive.linear_attention(q, k, v, attn_type, rotary)
+        out = naive.linear_attention(q, k, v, attn_type, rotary, head_scale=layer.temperature)
     out = ((out.flatten(2) + lepe) * o) @ layer.proj.weight.T + layer.proj.bias
     torch.testing.assert_close(layer(x, rotary), out.unflatten(1, (height, width)))
 
@@ -74,8 +77,3 @@ def test_gated_attention_rejects_what_does_not_fit():
         GatedAttention(24, 3, "xcit")
     with pytest.raises(ValueError, match="unknown backend 'fast'"):
         GatedAttention(24, 3, "rala", backend="fast")
-
-
-def test_gated_attention_refuses_cosine_positions():
-    with pytest.raises(ValueError, match="'lightnet' does not take the rotary positions"):
-        GatedAttention(24, 3, "lightnet")

@@ -79,6 +79,16 @@ def test_linear_attention(attn_type, temperature, backend):
     torch.testing.assert_close(as_map, expected.unflatten(1, (4, 5)))
 
 
+def test_linear_attention_with_softmax():
+    layer = LinearAttention(12, 3, "softmax").double()
+    x = torch.randn(2, 20, 12).double()
+    q, k, v = (y.unflatten(-1, (3, 4)) for y in layer.qkv(x).chunk(3, dim=-1))
+    torch.testing.assert_close(layer(x), layer.proj(naive.softmax_attention(q, k, v).flatten(2)))
+    torch.testing.assert_close(torch.jit.script(layer)(x), layer(x))
+    with pytest.raises(ValueError, match="softmax attention has no state"):
+        LinearAttention(12, 3, "softmax", temperature=True)
+
+
 def test_linear_attention_rejects_what_does_not_fit():
     with pytest.raises(ValueError, match="dim 10 does not divide into 3 heads"):
         LinearAttention(10, 3, "elu")

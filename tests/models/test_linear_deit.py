@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 from timm.layers import resample_abs_pos_embed
-from timm.models import get_model_args, save_for_hf
+from timm.models import get_model_args, resolve_model_input_args, save_for_hf
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
@@ -56,6 +56,31 @@ def test_forward_by_hand(attn_type):
         nn.functional.layer_norm(tokens, (64,), model.norm.weight, model.norm.bias, 1e-6)[:, 0]
     )
     torch.testing.assert_close(model(x), expected)
+
+
+def test_softmax_makes_it_deit():
+    model = make(attn_type="softmax", img_size=224)
+    deit = timm.create_model(
+        "deit_tiny_patch16_224", embed_dim=64, num_heads=2, depth=4, num_classes=7
+    ).eval()
+    deit.load_state_dict(model.state_dict())
+    x = torch.randn(2, 3, 224, 224)
+    torch.testing.assert_close(model(x), deit(x))
+
+
+def test_l2_learns_its_temperature():
+    blocks = make(attn_type="l2").blocks
+    assert all(block.attn.temperature.requires_grad for block in blocks)
+    assert make().blocks[0].attn.temperature is None
+
+
+@pytest.mark.parametrize("name", ["test_linear_deit", "test_inline_deit"])
+def test_positions_have_the_grid_that_a_script_asks_for(name):
+    """timm's scripts hand --img-size to models whose description says that they take it."""
+    kwargs = resolve_model_input_args(name, {"img_size": 48}, num_classes=3)
+    model = timm.create_model(**kwargs)
+    assert model.pos_embed.shape == (1, 1 + 3 * 3, 64)
+    assert model(torch.randn(1, 3, 80, 33)).shape == (1, 3)  # and any other size still works
 
 
 @pytest.mark.parametrize("size", [(96, 96), (96, 160), (33, 97), (1, 1), (16, 16)])

@@ -17,6 +17,7 @@ from vitlinear.train.optimisation import (
     batch_size_note,
     ema_decay,
     make_optimizer,
+    make_schedule,
     undecayed_names,
     warmup_and_min_rate,
 )
@@ -200,3 +201,19 @@ def test_groups_of_the_optimiser(layer_decay: list[Any], pattern: list[str]) -> 
         assert (scales["gamma"], scales["norm.weight"], scales["fc.weight"]) == (0.25, 0.5, 1.0)
     else:
         assert set(scales.values()) == {1.0}
+
+
+def test_warm_up_of_a_part_of_an_epoch() -> None:
+    flags = ["--lr", "1", "--warmup-lr", "0", "--epochs", "1", "--warmup-epochs", "0.25"]
+    args = run.parse_arguments([*flags, "--sched-on-updates", "--min-lr", "0"])
+    args.world_size = 1
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1)
+    scheduler, epochs = make_schedule(args, optimizer, updates=40)
+    assert scheduler is not None and epochs == 1
+    rates = []
+    for update in range(41):
+        scheduler.step_update(update)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[:10] == pytest.approx([update / 10 for update in range(10)])
+    cosine = [(1 + math.cos(math.pi * update / 40)) / 2 for update in range(10, 41)]
+    assert rates[10:] == pytest.approx(cosine)

@@ -49,7 +49,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def _cfg(side: int, **kwargs: Any) -> dict[str, Any]:
-    return token_cfg(side, **INLINE, **kwargs)
+    # Fixed: img_size reaches the constructor, which makes positions of that grid.
+    return token_cfg(side, fixed_input_size=True, **INLINE, **kwargs)
 
 
 def _published(name: str, side: int) -> dict[str, dict[str, Any]]:

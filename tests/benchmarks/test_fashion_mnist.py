@@ -1,0 +1,115 @@
+"""The study of all attentions: its skeletons, a tiny run of the script, and its statistics."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import struct
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from benchmarks import fashion_mnist, study_table
+
+FEW = ("softmax", "l2")
+
+
+def write_images(folder, train=96, test=40):
+    """Fashion-MNIST's four files, of noise that is brighter for higher labels."""
+    random = np.random.RandomState(0)
+    folder.mkdir()
+    for split, count in (("train", train), ("t10k", test)):
+        labels = random.randint(0, 10, count).astype(np.uint8)
+        pixels = random.randint(0, 40, (count, 28, 28)) + 20 * labels[:, None, None]
+        images = struct.pack(">IIII", 0x803, count, 28, 28) + pixels.astype(np.uint8).tobytes()
+        for kind, raw in (
+            ("images-idx3", images),
+            ("labels-idx1", struct.pack(">II", 0x801, count) + labels.tobytes()),
+        ):
+            (folder / f"{split}-{kind}-ubyte.gz").write_bytes(gzip.compress(raw))
+    return folder
+
+
+@pytest.mark.parametrize("skeleton", fashion_mnist.SKELETONS)
+def test_skeletons_differ_in_their_attention_alone(skeleton):
+    models = {name: fashion_mnist.make_model(skeleton, name) for name in fashion_mnist.ATTENTIONS}
+    for name, model in models.items():
+        types = {m.attn_type for m in model.modules() if hasattr(m, "attn_type")}
+        assert types == {name}
+        shapes = {key: value.shape for key, value in model.state_dict().items()}
+        extra = {key for key in shapes if key.endswith("temperature")}
+        assert bool(extra) == (name == "l2")
+        assert {k: v for k, v in shapes.items() if k not in extra} == {
+            k: v.shape for k, v in models["softmax"].state_dict().items()
+        }
+        assert 1_000_000 < sum(p.numel() for p in model.parameters()) < 3_000_000
+
+
+def test_script(tmp_path, monkeypatch):
+    data = write_images(tmp_path / "data")
+    (tmp_path / "results").mkdir()
+    output = str(tmp_path / "study")
+    common = ["--output", output, "--only", *FEW]
+    run = [*common, "--data-dir", str(data), "--images", "64", "--seeds", "0"]
+    fashion_mnist.main(run)
+    paths = {path.name: path for path in (tmp_path / "study" / "runs").iterdir()}
+    assert sorted(paths) == [
+        f"{skeleton}-64-{name}-0.json"
+        for skeleton in ("isotropic", "pyramid")
+        for name in ("l2", "softmax")
+    ]
+    record = json.loads(paths["pyramid-64-softmax-0.json"].read_text())
+    assert 0 <= record["eval_top1"] <= 100 and record["images"] == 64
+
+    # What has a record is left alone; a run that fails is recorded with its reason.
+    before = paths["isotropic-64-l2-0.json"].stat().st_mtime_ns
+    paths["pyramid-64-l2-0.json"].unlink()
+    monkeypatch.setitem(fashion_mnist.SKELETONS["pyramid"][2], "num_heads", (3, 2, 4, 5))
+    fashion_mnist.main(run)
+    assert paths["isotropic-64-l2-0.json"].stat().st_mtime_ns == before
+    failed = json.loads(paths["pyramid-64-l2-0.json"].read_text())
+    assert "cannot build ravlt_t" in failed["error"] and "eval_top1" not in failed
+    monkeypatch.undo()
+
+    monkeypatch.setattr(fashion_mnist, "LARGER_SIDE", 48)
+    fashion_mnist.main([*common, "--speed", "--seconds", "0"])
+    speed = json.loads((tmp_path / "study" / "speed.json").read_text())
+    assert [row["side"] for row in speed["rows"]] == [40, 40, 48, 48, 28, 28, 48, 48]
+    assert all(row["images_per_s"] > 0 and row["peak_MiB"] > 1 for row in speed["rows"])
+
+    monkeypatch.setattr(fashion_mnist, "HERE", tmp_path)
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- fashion-mnist -->old<!-- /fashion-mnist -->\nafter\n")
+    fashion_mnist.main([*common, "--table"])
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert "| l2 |" in text and "failed" in text and "Images/s" in text
+    collected = json.loads((tmp_path / "results" / "fashion_mnist_cpu.json").read_text())
+    assert len(collected["runs"]) == 4 and collected["speed"] == speed
+
+
+def test_paired_difference():
+    ours, theirs = [83.2, 84.1, 83.0], [82.0, 83.5, 82.1]
+    difference = study_table.paired_difference(ours, theirs)
+    interval = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
+    assert difference.mean - difference.half_width == pytest.approx(interval.low)
+    assert difference.mean + difference.half_width == pytest.approx(interval.high)
+    assert difference.is_significant == (interval.low > 0)
+    assert not study_table.paired_difference([1.0], [0.0]).is_significant
+    assert not study_table.paired_difference([1.0, 3.0], [2.0, 1.0]).is_significant
+
+
+def test_only_seeds_that_all_have_are_compared():
+    def run(attention, seed, top1):
+        found = {"eval_top1": top1} if top1 is not None else {"error": "no"}
+        return {"skeleton": "s", "images": 9, "attention": attention, "seed": seed, **found}
+
+    runs = [run("softmax", s, 80.0 + s) for s in (0, 1, 2)]
+    runs += [run("elu", s, 70.0 + 2 * s) for s in (0, 1)] + [run("relu", s, None) for s in (0, 1)]
+    rows = {
+        row["attention"]: row for row in study_table.summarise(runs, ("softmax", "elu", "relu"))
+    }
+    assert rows["softmax"]["seeds"] == [0, 1] and rows["softmax"]["mean"] == 80.5
+    assert rows["elu"]["minus_softmax"].mean == -9.5
+    assert rows["relu"]["top1"] == [None, None] and "mean" not in rows["relu"]
