@@ -5,11 +5,14 @@ flags, raises `UserError` for a user's mistake, and is imported only when asked 
 """
 
 import importlib
+import json
+import os
 import sys
+import time
 from collections.abc import Sequence
 
 import vitlinear
-from vitlinear.errors import UserError
+from vitlinear.errors import LostPeerError, UserError
 
 COMMANDS = {
     "train": ("vitlinear.train.run", "train a classifier"),
@@ -21,6 +24,9 @@ COMMANDS = {
     "info": ("vitlinear.cards.info", "what is known of a model"),
     "convert": ("vitlinear.checkpoints.convert", "the authors' checkpoints to safetensors"),
 }
+
+# Where torchrun lets each process leave the reason of its failure.
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 
 
 def _usage() -> str:
@@ -63,6 +69,19 @@ def _message(error: UserError) -> str:
     return " ".join(text.split())
 
 
+def _report(error: UserError) -> None:
+    """Shows an error once: under torchrun in its summary, which names the process, else here."""
+    text = f"error: {_message(error)}"
+    path = os.environ.get(ERROR_FILE)
+    if not path:
+        print(text, file=sys.stderr)
+        return
+    # The summary takes the earliest for the cause, and counts in seconds.
+    when = int(time.time()) + isinstance(error, LostPeerError)
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump({"message": text, "timestamp": when}, file)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
@@ -72,10 +91,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0, or 2 for a user's mistake, or 130 when interrupted.
     """
+    dispatch = _dispatch
+    if os.environ.get(ERROR_FILE):
+        from torch.distributed.elastic.multiprocessing.errors import record
+
+        dispatch = record(_dispatch)
     try:
-        _dispatch(sys.argv[1:] if argv is None else argv)
+        dispatch(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        print(f"error: {_message(error)}", file=sys.stderr)
+        _report(error)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

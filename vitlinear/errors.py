@@ -8,6 +8,10 @@ class UserError(Exception):
     """
 
 
+class LostPeerError(UserError):
+    """Another process of the run ended or is silent; its own message says why."""
+
+
 def one_line(error: BaseException) -> str:
     """Returns what another library's error says, without its line breaks; its name if nothing."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,6 +1,7 @@
 """Several processes: joining them, splitting a model over them, and its state in one piece."""
 
 import argparse
+import contextlib
 import datetime
 import os
 import re
@@ -19,8 +20,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
-from vitlinear.errors import UserError, one_line
+from vitlinear.errors import LostPeerError, UserError, one_line
 from vitlinear.train.optimisation import ema_decay
+from vitlinear.train.signals import Stopped
 
 # Held to the end of the process. If the last reference to a group is DDP's, its destructor joins
 # gloo's threads while holding the interpreter lock that they may be waiting for: seen as two runs
@@ -76,6 +78,34 @@ def join_processes(args: argparse.Namespace, device: torch.device) -> torch.devi
             ) from error
         _PROCESS_GROUPS.append(distributed.group.WORLD)
     return device
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[None]:
+    """Leaves the process group that the block may join.
+
+    Raises:
+        LostPeerError: In place of a failed exchange between processes.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # gloo's errors have no class of their own
+        if isinstance(error, distributed.DistError) or "gloo/transport" in str(error):
+            raise LostPeerError(
+                f"this process lost another ({one_line(error).rsplit('] ', 1)[-1][:200]})"
+            ) from error
+        raise
+    except Stopped:  # all of them, together
+        _leave()
+        raise
+    # Not after an error: leaving in order could wait for processes that will not come.
+    _leave()
+
+
+def _leave() -> None:
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _gpu_of(local_rank: int) -> int:

@@ -20,7 +20,6 @@ from typing import Any
 import yaml
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import distribute_bn
-from torch import distributed
 
 from vitlinear.errors import UserError, one_line
 from vitlinear.train import arguments, folder
@@ -32,7 +31,12 @@ from vitlinear.train.evaluate import evaluate
 from vitlinear.train.loader import start_epoch
 from vitlinear.train.logger import FileLogger, Loggers
 from vitlinear.train.loop import train_one_epoch
-from vitlinear.train.parallel import full_state, load_full_state, wait_for_all
+from vitlinear.train.parallel import (
+    full_state,
+    load_full_state,
+    process_group,
+    wait_for_all,
+)
 from vitlinear.train.progress import Progress
 from vitlinear.train.setup import Run, set_up
 from vitlinear.train.signals import Stopped, StopSignals
@@ -99,7 +103,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         _check_same_run(saved, state, path)
     files = folder.RunFolder(path, resume=bool(args.resume), overwrite=args.overwrite)
     files.check()
-    try:
+    with process_group():
         run = set_up(args)
         start = Start() if state is None else _restore(run, state)
         with StopSignals() as signals:
@@ -113,9 +117,6 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
                 with Loggers(FileLogger(path), make_trackers(args, path, saved)) as log:
                     log.keep_before(start.epoch, run.updater.updates)
                     return _epochs(run, path, start, saved, signals, log)
-    finally:
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
 
 
 @dataclasses.dataclass
