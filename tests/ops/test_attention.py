@@ -423,3 +423,20 @@ def test_bad_input_is_named(message):
         with pytest.raises(ValueError) as caught:
             ops.softmax_attention(**arguments)
         assert message in str(caught.value)
+
+
+@each_attention
+@each_backend
+def test_valid_lengths_are_a_mask(attention, backend):
+    inputs = make_inputs(grid=(3, 5))
+    lengths = torch.tensor([15, 4])
+    mask = torch.arange(15) >= lengths[:, None]
+    expected = run(attention, inputs._replace(mask=mask), backend)
+    for a, b in zip(run(attention, inputs._replace(mask=lengths), backend), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_lengths_of_other_batches_are_refused():
+    x = torch.randn(2, 6, 1, 8)
+    with pytest.raises(ValueError, match=r"key_padding_mask must be \[B, N\] = \(2, 6\)"):
+        ops.linear_attention(x, x, x, key_padding_mask=torch.tensor([1, 2, 3]))

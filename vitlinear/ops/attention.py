@@ -45,7 +45,8 @@ def linear_attention(
             `lrpe_tables`.
         key_padding_mask: [B, N] bool, **True for padding**, as in `torch.nn.MultiheadAttention`.
             Padded tokens count nowhere, means divide by the number of the others, and their own
-            output is 0. What they hold does not matter, NaN included.
+            output is 0. What they hold does not matter, NaN included. Or [B] integers: the number
+            of valid tokens, which then stand first.
         head_scale: tau, a factor of the state for each head, [h]; None for 1.
         backend: ``auto``, ``eager``, ``library`` or ``triton``; see `vitlinear.ops.backend`.
         lepe: Added to the output, like q; the name is that of the locally-enhanced position
@@ -66,6 +67,7 @@ def linear_attention(
         KernelError: The backend is ``triton`` and a kernel failed.
     """
     row = get_mechanism(mechanism)
+    key_padding_mask = mask_of_lengths(key_padding_mask, q)
     check_inputs(q, k, v, rotary, key_padding_mask, row.positions)
     if head_scale is not None and head_scale.shape != q.shape[2:3]:
         raise ValueError(
@@ -103,11 +105,19 @@ def softmax_attention(
     Args, returns and errors as for `linear_attention`. All backends but ``library`` run on
     `torch.nn.functional.scaled_dot_product_attention`.
     """
+    key_padding_mask = mask_of_lengths(key_padding_mask, q)
     check_inputs(q, k, v, rotary, key_padding_mask)
     if choose_backend(backend).backend != "library":
         return eager.softmax_attention(q, k, v, rotary, key_padding_mask)
     rows, cols = tables_for_library((q, k, v), rotary)
     return torch.ops.vitlinear.softmax_attention(q, k, v, rows, cols, key_padding_mask)[0]
+
+
+def mask_of_lengths(mask: Tensor | None, q: Tensor) -> Tensor | None:
+    """The padding mask, [B, N] bool, of a mask or of valid lengths, [B] integers."""
+    if mask is None or mask.dim() != 1 or mask.dtype not in (torch.int32, torch.int64):
+        return mask
+    return torch.arange(q.shape[1], device=mask.device) >= mask.unsqueeze(1)
 
 
 def tables_for_library(
