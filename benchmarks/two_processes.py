@@ -1,0 +1,62 @@
+"""Loss curves of one process and of two over gloo with half the batch each, update by update.
+
+The model has no batch normalisation and nothing is mixed: both runs then add up the same numbers,
+in another order.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from vitlinear.train.checkpoint import read_weights
+
+ROOT = Path(__file__).parents[1]
+RECIPE = ["--dataset", "digits", "--model", "test_linear_deit", "--img-size", 32, "--lr", 1e-3]
+RECIPE += ["--warmup-epochs", 1, "--aa", "rand-m9-mstd0.5-inc1", "-j", 0, "--device", "cpu"]
+RECIPE += ["--log-interval", 1, "--no-plot"]
+
+
+def curve(processes: int, batch: int, epochs: int, folder: Path) -> list[float]:
+    """Trains, and returns the mean loss of the epoch so far after each update."""
+    launch = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    command = [sys.executable, "-m", *(launch if processes > 1 else []), "vitlinear.cli", "train"]
+    flags = [*RECIPE, "-b", batch // processes, "--epochs", epochs, "--output", folder]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, *map(str, flags)], cwd=ROOT, env=environment, check=True)
+    rows = (folder / "updates.jsonl").read_text().splitlines()
+    return [json.loads(row)["train_loss"] for row in rows]
+
+
+def main() -> None:
+    """Prints the largest differences as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--batch-size", type=int, default=64, help="over all processes")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        runs = [Path(folder) / name for name in ("one", "two")]
+        one, two = (
+            curve(count + 1, args.batch_size, args.epochs, run) for count, run in enumerate(runs)
+        )
+        weights = [read_weights(run / "last.safetensors") for run in runs]
+    result = {
+        "updates": len(one),
+        "first_loss": one[0],
+        "last_loss": one[-1],
+        "loss_rel": max(abs(a - b) / a for a, b in zip(one, two, strict=True)),
+        "weights_abs": max(
+            float((value - weights[1][name]).abs().max()) for name, value in weights[0].items()
+        ),
+        "torch": torch.__version__,
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
