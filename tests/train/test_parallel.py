@@ -148,6 +148,10 @@ def test_what_a_split_model_cannot_do(folder: Path, tmp_path: Path) -> None:
     args.distributed = True
     with pytest.raises(UserError, match="use --amp-dtype bfloat16"):
         check_sharding(args)
+    args = parse_arguments(["--fsdp", "--opt", "muon"])
+    args.distributed = True
+    with pytest.raises(UserError, match="--opt muon is not known to work with --fsdp; .*adamw"):
+        check_sharding(args)
     args = parse_arguments(["--fsdp", "--clip-grad", "1", "--clip-mode", "agc"])
     args.distributed = True
     with pytest.raises(UserError, match="use norm or value"):

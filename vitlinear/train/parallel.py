@@ -32,6 +32,13 @@ _PROCESS_GROUPS: list[Any] = []
 # The names that timm's and our models give to the rows of what repeats.
 BLOCK = re.compile(r"(^|\.)(blocks|layers)\.\d+$")
 
+# Compared with whole tensors, these take the same steps on tensors in parts. Others fail there
+# (adafactor, mars, the cautious ones) or, worse, do not (muon is off by the size of a step).
+OPTIMISERS_OF_PARTS = {
+    *("adam", "adamw", "nadam", "nadamw", "radam", "adabelief", "adopt", "madgradw", "lamb"),
+    *("sgd", "momentum", "sgdw", "lars", "lion", "rmsprop"),
+}
+
 
 def join_processes(args: argparse.Namespace, device: torch.device) -> torch.device:
     """Joins the process group of torchrun or SLURM, if this process was started by one.
@@ -135,6 +142,11 @@ def check_sharding(args: argparse.Namespace) -> None:
         raise UserError("--fsdp splits a model between processes: start several, with torchrun")
     if args.amp and args.amp_dtype == "float16":
         raise UserError("--fsdp does not scale float16 losses: use --amp-dtype bfloat16")
+    if args.opt not in OPTIMISERS_OF_PARTS:
+        raise UserError(
+            f"--opt {args.opt} is not known to work with --fsdp; "
+            f"{', '.join(sorted(OPTIMISERS_OF_PARTS))} are"
+        )
     if args.clip_grad is not None and args.clip_mode == "agc":
         raise UserError("--clip-mode agc needs whole tensors: with --fsdp, use norm or value")
 
