@@ -54,11 +54,13 @@ def summarise(runs: list[dict[str, Any]], attentions: Sequence[str]) -> list[dic
     rows: list[dict[str, Any]] = []
     for (skeleton, images), group in groups.items():
         seeds = sorted(set.intersection(*(set(found) for found in group.values())))
+        if not seeds:
+            continue
         values = {name: [group[name][seed] for seed in seeds] for name in group}
         for name in (attention for attention in attentions if attention in group):
             row = {"skeleton": skeleton, "images": images, "attention": name, "seeds": seeds}
             row["top1"] = values[name]
-            if None not in values[name] and seeds:
+            if None not in values[name]:
                 row["mean"] = statistics.fmean(values[name])
                 row["sd"] = statistics.stdev(values[name]) if len(seeds) > 1 else None
                 for base in BASELINES:

@@ -113,3 +113,5 @@ def test_only_seeds_that_all_have_are_compared():
     assert rows["softmax"]["seeds"] == [0, 1] and rows["softmax"]["mean"] == 80.5
     assert rows["elu"]["minus_softmax"].mean == -9.5
     assert rows["relu"]["top1"] == [None, None] and "mean" not in rows["relu"]
+    late = [run("softmax", 0, 1.0), run("elu", 1, 2.0)]
+    assert study_table.summarise(late, ("softmax", "elu")) == []
