@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.golden import relative_error
@@ -124,3 +125,28 @@ def test_shapes_and_types_must_fit(name):
         ops.linear_attention(x, x, x, **{name: x[:, :, :1]})
     with pytest.raises(ValueError, match=f"{name} must have the shape and type of q"):
         ops.linear_attention(x, x, x, **{name: x.half()})
+
+
+@each_backend
+def test_distributed_and_checkpointed(backend, tmp_path):
+    """The same gradients under DistributedDataParallel and gradient checkpointing as without."""
+    module = nn.Sequential(nn.Linear(10, 80), Attention(backend), nn.Flatten(2), nn.Linear(16, 3))
+    x = torch.randn(2, 3, 4, 10)
+
+    def gradients(call) -> list[torch.Tensor]:
+        module.zero_grad()
+        call(x).square().sum().backward()
+        return [parameter.grad.clone() for parameter in module.parameters()]
+
+    expected = gradients(module)
+    found = [gradients(lambda x: checkpoint(module, x, use_reentrant=False))]
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    try:
+        found.append(gradients(nn.parallel.DistributedDataParallel(module)))
+    finally:
+        torch.distributed.destroy_process_group()
+    for grads in found:
+        for a, b in zip(grads, expected, strict=True):
+            torch.testing.assert_close(a, b)

@@ -303,10 +303,11 @@ def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 
 def _linear_gradients(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors  # read once: checkpointing gives them away
     grads, grad_scale, grad_lepe = torch.ops.vitlinear.linear_attention_backward(
-        grad_out, *ctx.saved_tensors, ctx.mechanism, ctx.backend
+        grad_out, *saved, ctx.mechanism, ctx.backend
     )
-    mask, lepe, gate = (ctx.saved_tensors[i] for i in (5, 7, 8))
+    mask, lepe, gate = (saved[i] for i in (5, 7, 8))
     grad_scale = grad_scale if ctx.needs_input_grad[6] else None
     of_lepe: Tensor | None = None if lepe is None else grad_lepe
     if lepe is not None and gate is None:
