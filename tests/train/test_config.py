@@ -8,7 +8,7 @@ import yaml
 from vitlinear.errors import UserError
 from vitlinear.train.config import read_config, saved_arguments
 from vitlinear.train.run import main as run_command
-from vitlinear.train.run import parse_arguments
+from vitlinear.train.run import make_parser, parse_arguments
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "classification").glob("*.yaml"))
 
@@ -77,6 +77,14 @@ def test_bad_flags_say_what_is_wrong(flags: list[str], message: str) -> None:
     with pytest.raises(UserError) as caught:
         parse_arguments(flags)
     assert message in str(caught.value)
+
+
+def test_help_tells_what_each_flag_does_and_its_default() -> None:
+    parser = make_parser("vitlinear train")
+    assert [action.dest for action in parser._actions if not action.help] == []
+    text = " ".join(parser.format_help().split())
+    assert "--lr-base-scale {linear,sqrt} how it follows their number (default: linear)" in text
+    assert "default: None" not in text and "default: False" not in text
 
 
 def test_saved_arguments_are_a_config_again(tmp_path: Path) -> None:

@@ -62,6 +62,20 @@ def test_resuming_leaves_the_files_of_an_uninterrupted_run(
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
+def test_rows_of_done_epochs_stay_where_updates_become_fewer(tmp_path: Path) -> None:
+    """Two epochs of 4 updates are 4 of the same epochs' images in batches twice as large."""
+    log_run(FileLogger(tmp_path), 0, 0, 3)
+    log_run(FileLogger(tmp_path), 2, 4, 3, per_epoch=2)
+    rows = read_rows(tmp_path / "updates.jsonl", "update")
+    assert [(row["update"], row["epoch"]) for row in rows] == [
+        (2, 1),
+        (4, 1),
+        (6, 2),
+        (8, 2),
+        (6, 3),
+    ]
+
+
 @pytest.mark.parametrize("cut", range(1, 60, 7))
 def test_a_torn_last_row_is_cut_off(tmp_path: Path, cut: int) -> None:
     log_run(FileLogger(tmp_path), 0, 0, 2)

@@ -146,6 +146,19 @@ def test_gradients_that_overflow_are_skipped_too() -> None:
     assert torch.equal(net.weight, before)
 
 
+def test_a_scale_that_falls_for_ever_is_counted() -> None:
+    """sqrt(0) again, under a float16 scaler, which could only go on halving the loss."""
+
+    class Root(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).sub(super().forward(x)).sqrt()
+
+    up = updater(Root(5, 3, dtype=torch.float64))
+    up.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    with pytest.raises(UserError, match="3 of 5 .*gradients overflow.* bfloat16"):
+        train_one_epoch(up, batches(9), contextlib.nullcontext, max_nonfinite=2)
+
+
 def test_too_many_skipped_updates_stop_the_run_with_a_diagnosis() -> None:
     class Log(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -159,7 +172,8 @@ def test_too_many_skipped_updates_stop_the_run_with_a_diagnosis() -> None:
     assert "3 of 3 updates of epoch 1" in text
     assert "first layer with non-finite activations: 1 (Log)" in text
     assert "in: [4, 5] float64, 0 NaN, 0 infinite, finite ones from -" in text
-    assert "NaN, 0 infinite" in text and "Lower --lr" in text
+    assert "NaN, 0 infinite" in text and "Lower --lr, add --clip-grad" in text
+    assert "bfloat16" not in text
 
     net = nn.Sequential(nn.Linear(5, 3)).double()
     data[0][0][0, 0] = float("nan")

@@ -202,7 +202,8 @@ def test_resuming_refuses_another_run(folder: Path, tmp_path: Path) -> None:
     for flags, message in (
         (("--seed", 7), "with seed 7: it was started with 42"),
         (("--model-ema",), "with model_ema True"),
-        (("--opt", "sgd"), "with opt sgd"),
+        (("--opt", "sgd"), "with opt sgd.*--config .*args.yaml"),
+        (("--weight-decay", 0.2), "with weight_decay 0.2"),
     ):
         with pytest.raises(UserError, match=message):
             train(folder, path, "--resume", "auto", *flags)
@@ -214,6 +215,30 @@ def test_resuming_refuses_another_run(folder: Path, tmp_path: Path) -> None:
         train(folder, path, "--resume", path, "--overwrite")
     again = ["--config", str(path / "args.yaml"), "--resume", str(path), "--stop-epoch", "2"]
     assert run.train(run.parse_arguments(again))["epoch"] == 2
+
+
+def test_a_resumed_run_says_from_where_and_what_has_changed(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run"
+    result = train(folder, path, "--epochs", 2, "--stop-epoch", 1, "--resume", "auto")
+    out = capsys.readouterr().out
+    assert "goes on after" not in out
+    best = f"ended after epoch 1; best held-out top1 {result['best']['value']:.4g} (epoch 1), in "
+    assert best + str(path / "best.safetensors") in out
+    train(folder, path, "--epochs", 2, "--resume", path, "--smoothing", 0.2, "-j", 1)
+    out = capsys.readouterr().out
+    assert "goes on after epoch 1; changed: smoothing 0.1 -> 0.2, stop_epoch 1 -> None\n" in out
+    train(folder, path, "--epochs", 2, "--resume", path, "--smoothing", 0.2)
+    out = capsys.readouterr().out
+    assert "goes on after epoch 2\n" in out and "ended after epoch 2; best" in out
+
+
+def test_no_bound_of_gradients_is_none(folder: Path, tmp_path: Path) -> None:
+    """0 takes back what a ``--config`` sets; to bound by it would train nothing."""
+    for name, flags in (("a", ()), ("b", ("--clip-grad", 0))):
+        train(folder, tmp_path / name, "--epochs", 1, *flags)
+    assert_same_bits(weights(tmp_path / "a"), weights(tmp_path / "b"))
 
 
 def test_batch_norms_are_synchronised_between_gpus_only(folder: Path, tmp_path: Path) -> None:

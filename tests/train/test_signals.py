@@ -1,6 +1,7 @@
 """Signals are noted, agreed on, and left as they were."""
 
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,14 +11,18 @@ from vitlinear.train.signals import Stopped, StopSignals
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_noted_once_and_given_back(number: signal.Signals) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_noted_once_and_given_back(
+    number: signal.Signals, capfd: pytest.CaptureFixture[str]
+) -> None:
     second = []
     before = signal.signal(number, lambda *_: second.append(1))
     try:
         with StopSignals() as signals:
             assert signals.agreed(CPU, 3) == 0
             signal.raise_signal(number)
+            hint = capfd.readouterr().err
+            assert ("Ctrl-C again" in hint) == (number == signal.SIGINT)
             assert signals.agreed(CPU, 3) == signals.agreed(CPU) == number and not second
             signal.raise_signal(number)  # impatient: it does what it did before
             assert second == [1]
@@ -28,6 +33,6 @@ def test_noted_once_and_given_back(number: signal.Signals) -> None:
 
 
 def test_the_message_says_how_to_go_on() -> None:
-    stop = Stopped(signal.SIGTERM, "update 7, in epoch 2")
+    stop = Stopped(signal.SIGTERM, "update 7, in epoch 2", Path("a/run"))
     assert str(stop).startswith("stopped by SIGTERM after update 7, in epoch 2, state saved")
-    assert "--resume auto" in str(stop) and stop.exit_status == 143
+    assert "--resume a/run" in str(stop) and stop.exit_status == 143

@@ -20,6 +20,7 @@ from torch import nn
 from vitlinear.checkpoints import checkpoint_filter_fn, unwrap_state_dict
 from vitlinear.checkpoints.read import CheckpointError, read_checkpoint, read_metadata
 from vitlinear.errors import UserError, one_line
+from vitlinear.train.folder import BEST
 from vitlinear.train.initial import read_head_map, remapped
 from vitlinear.train.model import build_model, check_model_name
 
@@ -231,6 +232,8 @@ def load_model(
         The model on the CPU in eval mode, and the card if the file has one.
     """
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"checkpoint {path} is a folder: give a file, such as {path / BEST}")
     card = read_card(path)
     sizes = {"img_size": img_size, "input_size": input_size}
     if card is None:

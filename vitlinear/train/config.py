@@ -28,12 +28,23 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {', '.join(near)}?)" if near else ""
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """Adds the default to what ``--help`` says of a flag, where the text does not tell."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if action.default in (None, False, "", [], {}, argparse.SUPPRESS) or "default" in text:
+            return text
+        return f"{text} (default: %(default)s)".strip()
+
+
 class Parser(argparse.ArgumentParser):
-    """An `ArgumentParser` that raises `UserError` and suggests near names."""
+    """An `ArgumentParser` that raises `UserError`, suggests near names and tells defaults."""
 
     def __init__(self, **kwargs: Any) -> None:
         # An abbreviation that works today would break when a later flag shares its prefix.
         kwargs.setdefault("allow_abbrev", False)
+        kwargs.setdefault("formatter_class", HelpFormatter)
         super().__init__(**kwargs)
 
     def error(self, message: str) -> NoReturn:

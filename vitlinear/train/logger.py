@@ -123,7 +123,8 @@ class FileLogger(Logger):
         if self.updates.is_file():
             end = 0
             for row, after in _rows_with_ends(self.updates, "update"):
-                if row["update"] > update:
+                # Updates of done epochs have higher numbers where batches were smaller then.
+                if row["update"] > update and row.get("epoch", math.inf) > epoch:
                     break
                 end = after
             os.truncate(self.updates, end)

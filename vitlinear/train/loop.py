@@ -15,7 +15,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from vitlinear.errors import UserError
 from vitlinear.train.loader import batches_from
-from vitlinear.train.nonfinite import diagnose
+from vitlinear.train.nonfinite import diagnose, what_may_help
 from vitlinear.train.order import seed_step
 from vitlinear.train.progress import Progress
 
@@ -26,7 +26,7 @@ class Updater:
     An update whose loss or gradients are not finite is skipped without a trace: weights, moving
     average and BatchNorm statistics stay as they were. The schedule goes on, so that a batch has
     its learning rate whatever happened before it. With a float16 scaler, gradients that overflow
-    under a finite loss are its ordinary business and are not counted.
+    under a finite loss are its ordinary business and are not counted, until its scale is below 1.
 
     Args:
         task: Holds the model and the loss.
@@ -112,7 +112,7 @@ class Updater:
         else:
             for now, kept in self._statistics:
                 torch._foreach_copy_(now, kept)
-            self.skipped += self.scaler is None or not self._losses_were_finite()
+            self.skipped += not self._overflowed_by_scaling()
         self._losses_finite = None
         if self.scheduler is not None:
             self.scheduler.step_update(self.updates)
@@ -130,6 +130,12 @@ class Updater:
         # of a model in parts, the norm of this process's is not that of the whole
         whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
         return bool(whole.isfinite())
+
+    def _overflowed_by_scaling(self) -> bool:
+        # Once losses are scaled down, the scale is no longer to blame: it would fall for ever.
+        if self.scaler is None or self.scaler.get_scale() < 1:
+            return False
+        return self._losses_were_finite()
 
     def _losses_were_finite(self) -> bool:
         assert self._losses_finite is not None
@@ -239,8 +245,9 @@ def _cause(
     Every process looks at all of its batches: layers that talk to each other must meet.
     """
     model = unwrap_model(updater.task.get_trainable_module())
+    advice = what_may_help(updater.clip_grad is not None, updater.scaler is not None)
     causes = []
     for index, images in batches:
         seed_step(seed, epoch, index, rank)
-        causes.append(diagnose(model, images, autocast))
+        causes.append(diagnose(model, images, autocast, advice))
     return next((cause for cause in causes if "every activation" not in cause), causes[-1])

@@ -5,10 +5,18 @@ from typing import Any
 import torch
 from torch import nn
 
-ADVICE = (
-    "Lower --lr, add --clip-grad 1, or use --amp-dtype bfloat16 in place of float16, and go on "
-    "from the last state with --resume"
-)
+
+def what_may_help(clips: bool, float16: bool) -> str:
+    """Returns what may help.
+
+    Args:
+        clips: Whether gradients are clipped already.
+        float16: Whether float16 is in use.
+    """
+    more = ("" if clips else ", add --clip-grad 1") + (
+        ", use --amp-dtype bfloat16 in place of float16" if float16 else ""
+    )
+    return f"Lower --lr{more}; --resume goes on from the last state, if one was saved already"
 
 
 def describe(tensor: torch.Tensor) -> str:
@@ -37,7 +45,7 @@ def _bad(value: Any) -> torch.Tensor | None:
 
 
 @torch.no_grad()
-def diagnose(model: nn.Module, images: torch.Tensor, autocast: Any) -> str:
+def diagnose(model: nn.Module, images: torch.Tensor, autocast: Any, advice: str) -> str:
     """Runs a batch again and says where it stops being finite.
 
     The model is to be in the state, and the random generators at the seed, of the step that went
@@ -47,10 +55,11 @@ def diagnose(model: nn.Module, images: torch.Tensor, autocast: Any) -> str:
         model: Without wrappers of compilation or distribution, in the mode it failed in.
         images: ``[B, C, H, W]``.
         autocast: Function returning the context of a forward pass.
+        advice: What to do about it, if it is not the images.
 
     Returns:
         The first of images, weights, and layers in order of execution that holds a NaN or an
-        infinity, with the statistics of what went in and what came out; and what to do.
+        infinity, with the statistics of what went in and what came out; and the advice.
     """
     if _bad(images) is not None:
         return f"the images themselves are not finite: {describe(images)}; check the data and --std"
@@ -58,7 +67,7 @@ def diagnose(model: nn.Module, images: torch.Tensor, autocast: Any) -> str:
         if value.is_floating_point() and not bool(value.isfinite().all()):
             return (
                 f"the weights are not finite before this step already; first {name}: "
-                f"{describe(value)}. {ADVICE}"
+                f"{describe(value)}. {advice}"
             )
     found: list[str] = []
 
@@ -87,9 +96,9 @@ def diagnose(model: nn.Module, images: torch.Tensor, autocast: Any) -> str:
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
     if found:
-        return f"{found[0]}. {ADVICE}"
+        return f"{found[0]}. {advice}"
     top = max(float(x.abs().max()) for x in _tensors(output))
     return (
         f"every activation of the forward pass is finite (the largest logit is {top:.4g}): "
-        f"the loss or its gradients overflow. {ADVICE}"
+        f"the loss or its gradients overflow. {advice}"
     )

@@ -147,7 +147,7 @@ def check_sharding(args: argparse.Namespace) -> None:
             f"--opt {args.opt} is not known to work with --fsdp; "
             f"{', '.join(sorted(OPTIMISERS_OF_PARTS))} are"
         )
-    if args.clip_grad is not None and args.clip_mode == "agc":
+    if args.clip_grad and args.clip_mode == "agc":
         raise UserError("--clip-mode agc needs whole tensors: with --fsdp, use norm or value")
 
 

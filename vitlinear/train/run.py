@@ -44,7 +44,14 @@ from vitlinear.train.state import read_newest, read_state, save_state
 from vitlinear.train.trackers import check_trackers, make_trackers
 
 # A resumed run that differs in one of these is another run.
-FIXED_ON_RESUME = ("model", "model_kwargs", "opt", "model_ema", "seed")
+FIXED_ON_RESUME = (
+    "model", "model_kwargs", "model_ema", "seed", "opt",
+    # what the optimiser's state holds would go over these
+    "opt_eps", "opt_betas", "opt_kwargs", "momentum", "weight_decay", "weight_decay_1d",
+    "layer_decay",
+)  # fmt: skip
+# A run does not become another by these.
+LOCATION_KEYS = frozenset({"output", "experiment", "workers", "pin_mem"})
 
 
 def make_parser(prog: str) -> Parser:
@@ -106,6 +113,8 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     with process_group():
         run = set_up(args)
         start = Start() if state is None else _restore(run, state)
+        if state is not None:
+            run.notes.append(_resume_note(run, start, saved, state["args"]))
         with StopSignals() as signals:
             if args.rank != 0:
                 return _epochs(run, None, start, saved, signals)
@@ -116,7 +125,9 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
                     print(line)
                 with Loggers(FileLogger(path), make_trackers(args, path, saved)) as log:
                     log.keep_before(start.epoch, run.updater.updates)
-                    return _epochs(run, path, start, saved, signals, log)
+                    result = _epochs(run, path, start, saved, signals, log)
+                print(_end_note(result))
+                return result
 
 
 @dataclasses.dataclass
@@ -167,7 +178,7 @@ def _check_same_run(saved: dict[str, Any], state: dict[str, Any], path: Path) ->
         if saved[key] != state["args"][key]:
             raise UserError(
                 f"cannot resume {path} with {key} {saved[key]}: it was started with "
-                f"{state['args'][key]}"
+                f"{state['args'][key]}; its flags are in --config {path / folder.ARGUMENTS}"
             )
 
 
@@ -205,6 +216,27 @@ def _restore(run: Run, state: dict[str, Any]) -> Start:
     return start
 
 
+def _resume_note(run: Run, start: Start, saved: dict[str, Any], before: dict[str, Any]) -> str:
+    """Says from where a run goes on, and under which other flags than before."""
+    place = f"goes on after epoch {start.epoch}"
+    if start.batch:
+        place += f" and {start.batch} of {len(run.train_loader)} batches of the next"
+    changed = [
+        f"{key} {before[key]} -> {value}"
+        for key, value in saved.items()
+        if key in before and key not in LOCATION_KEYS and value != before[key]
+    ]
+    return f"{place}; changed: {', '.join(changed)}" if changed else place
+
+
+def _end_note(result: dict[str, Any]) -> str:
+    best = result["best"]
+    return (
+        f"ended after epoch {result['epoch']}; best held-out {best['metric']} "
+        f"{best['value']:.4g} (epoch {best['epoch']}), in {result['folder'] / folder.BEST}"
+    )
+
+
 def _epochs(
     run: Run,
     path: Path | None,
@@ -237,7 +269,8 @@ def _epochs(
                 _write_state(run, path, saved, here, full_state(run.task, updater.optimizer))
             if number:
                 wait_for_all()  # or the end of one would have its launcher kill the one that saves
-                raise Stopped(number, f"update {updater.updates}, in epoch {at.epoch + 1}")
+                where = f"update {updater.updates}, in epoch {at.epoch + 1}"
+                raise Stopped(number, where, path)
 
         if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
             run.train_loader.mixup_enabled = False
@@ -287,7 +320,7 @@ def _epochs(
         number = signals.agreed(run.device)
         if number and epoch + 1 < end:
             wait_for_all()
-            raise Stopped(number, f"epoch {epoch + 1}")
+            raise Stopped(number, f"epoch {epoch + 1}", path)
     return {"folder": path, "epoch": max(start.epoch, end), "best": best}
 
 

@@ -186,7 +186,7 @@ def set_up(args: argparse.Namespace) -> Run:
         scheduler,
         torch.amp.GradScaler(device=device.type) if scaled else None,
         accumulate=args.grad_accum_steps,
-        clip_grad=args.clip_grad,
+        clip_grad=args.clip_grad or None,
         clip_mode=args.clip_mode,
         ema=args.model_ema,
     )

@@ -1,14 +1,17 @@
-"""Stopping a run from outside: SIGTERM and SIGUSR1 end it at the next update, its state saved."""
+"""Stopping a run from outside: a signal ends it at the next update, its state saved."""
 
+import os
 import signal
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 from torch import distributed
 
-# What queues send before they take a machine away, and what `kill` sends.
-NAMES = ("SIGTERM", "SIGUSR1")
+# What queues send before they take a machine away, what `kill` sends, and Ctrl-C.
+NAMES = ("SIGTERM", "SIGUSR1", "SIGINT")
+HINT = b"\nstopping once the state is saved; Ctrl-C again stops at once, without saving\n"
 # Updates between the processes' agreements: each waits for the GPU.
 AGREE_EVERY = 10
 
@@ -20,10 +23,10 @@ class Stopped(Exception):
         exit_status: 128 and the number of the signal, as shells report it.
     """
 
-    def __init__(self, number: int, where: str) -> None:
+    def __init__(self, number: int, where: str, folder: Path | None = None) -> None:
         super().__init__(
             f"stopped by {signal.Signals(number).name} after {where}, state saved: the same "
-            "command with --resume auto continues"
+            f"command with --resume {folder} continues"
         )
         self.exit_status = 128 + number
 
@@ -60,6 +63,8 @@ class StopSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
         signal.signal(number, self._before[number])
+        if number == signal.SIGINT:
+            os.write(2, HINT)  # a handler may interrupt a print, and must not print itself
 
     def agreed(self, device: torch.device, updates: int | None = None) -> int:
         """Returns the signal that some process received, or 0; the same in all processes.
