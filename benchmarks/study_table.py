@@ -15,15 +15,18 @@ BASELINES = ("softmax", "elu")
 
 
 class Difference(NamedTuple):
-    """Mean of paired differences and half the width of its 95 % interval, by Student's t."""
+    """Mean of paired differences and half the width of its 95 % interval, by Student's t.
+
+    A single pair has no interval.
+    """
 
     mean: float
-    half_width: float
+    half_width: float | None
 
     @property
     def is_significant(self) -> bool:
         """Whether the interval leaves 0 out."""
-        return abs(self.mean) > self.half_width
+        return self.half_width is not None and abs(self.mean) > self.half_width
 
 
 def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
@@ -31,7 +34,7 @@ def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> Differe
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
     count = len(differences)
     if count < 2:
-        return Difference(statistics.fmean(differences), math.inf)
+        return Difference(statistics.fmean(differences), None)
     error = statistics.stdev(differences) / math.sqrt(count)
     return Difference(statistics.fmean(differences), float(stats.t.ppf(0.975, count - 1)) * error)
 
@@ -73,6 +76,8 @@ def summarise(runs: list[dict[str, Any]], attentions: Sequence[str]) -> list[dic
 def _difference(value: Difference | None) -> str:
     if value is None:
         return ""
+    if value.half_width is None:
+        return f"{value.mean:+.2f}"
     text = f"{value.mean:+.2f} ± {value.half_width:.2f}"
     return f"**{text}**" if value.is_significant else text
 

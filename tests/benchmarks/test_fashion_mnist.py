@@ -96,7 +96,8 @@ def test_paired_difference():
     assert difference.mean - difference.half_width == pytest.approx(interval.low)
     assert difference.mean + difference.half_width == pytest.approx(interval.high)
     assert difference.is_significant == (interval.low > 0)
-    assert not study_table.paired_difference([1.0], [0.0]).is_significant
+    single = study_table.paired_difference([1.0], [0.0])
+    assert single == (1.0, None) and not single.is_significant
     assert not study_table.paired_difference([1.0, 3.0], [2.0, 1.0]).is_significant
 
 
