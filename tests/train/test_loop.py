@@ -8,7 +8,7 @@ import pytest
 import torch
 from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask
-from torch import nn
+from torch import distributed, nn
 
 from tests.train.helpers import train
 from vitlinear.errors import UserError
@@ -65,6 +65,30 @@ def test_accumulation_equals_large_batches_with_the_remainder(count: int, group:
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     if group == 1:
         assert metrics["train_loss"] == expected["train_loss"]
+
+
+def test_processes_exchange_gradients_once_per_update(tmp_path: Path) -> None:
+    store = distributed.FileStore(str(tmp_path / "store"), 1)
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        up = updater(nn.Linear(5, 3, dtype=torch.float64), accumulate=3)
+        up.task.prepare_distributed(device_ids=None)
+        exchanges = 0
+
+        def count(
+            state: None, bucket: distributed.GradBucket
+        ) -> torch.futures.Future[torch.Tensor]:
+            nonlocal exchanges
+            exchanges += 1
+            done: torch.futures.Future = torch.futures.Future()
+            done.set_result(bucket.buffer())
+            return done
+
+        up.task.get_trainable_module().register_comm_hook(None, count)  # type: ignore[union-attr]
+        epoch(up, batches(8))
+        assert exchanges == up.updates == 3
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_loss_and_top1_are_means_over_images() -> None:

@@ -228,8 +228,11 @@ def test_a_resumed_run_says_from_where_and_what_has_changed(
     assert best + str(path / "best.safetensors") in out
     train(folder, path, "--epochs", 2, "--resume", path, "--smoothing", 0.2, "-j", 1)
     out = capsys.readouterr().out
-    assert "goes on after epoch 1; changed: smoothing 0.1 -> 0.2, stop_epoch 1 -> None\n" in out
-    train(folder, path, "--epochs", 2, "--resume", path, "--smoothing", 0.2)
+    assert (
+        "goes on after epoch 1; changed: smoothing 0.1 -> 0.2, stop_epoch 1 -> None, workers 0 -> 1"
+        in out
+    )
+    train(folder, path, "--epochs", 2, "--resume", path, "--smoothing", 0.2, "-j", 1)
     out = capsys.readouterr().out
     assert "goes on after epoch 2\n" in out and "ended after epoch 2; best" in out
 

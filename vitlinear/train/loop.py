@@ -88,9 +88,7 @@ class Updater:
         before = self._losses_finite
         self._losses_finite = finite if before is None else before & finite
         loss = loss / group
-        # Between processes, gradients need exchanging only once per update.
-        with contextlib.nullcontext() if last else self.task.no_sync():
-            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         if last:
             self._update()
 
@@ -204,10 +202,12 @@ def train_one_epoch(
             last = index + 1 == group_start + group
             seed_step(seed, epoch, index, rank)
             group_batches.append((index, batch))
-            with autocast():
-                result = task(batch, target)
             skipped, lr = updater.skipped, updater.lr
-            updater.backward(result["loss"], group, last)
+            # Gradients need exchanging once per update; DDP decides on it in the forward pass.
+            with contextlib.nullcontext() if last else task.no_sync():
+                with autocast():
+                    result = task(batch, target)
+                updater.backward(result["loss"], group, last)
             progress.add(result["loss"], result["output"], target)
             if not last:
                 continue

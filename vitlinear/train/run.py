@@ -51,7 +51,7 @@ FIXED_ON_RESUME = (
     "layer_decay",
 )  # fmt: skip
 # A run does not become another by these.
-LOCATION_KEYS = frozenset({"output", "experiment", "workers", "pin_mem"})
+LOCATION_KEYS = frozenset({"output", "experiment", "pin_mem"})
 
 
 def make_parser(prog: str) -> Parser:
