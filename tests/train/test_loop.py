@@ -13,10 +13,11 @@ from torch import distributed, nn
 from tests.train.helpers import train
 from vitlinear.errors import UserError
 from vitlinear.train.checkpoint import load_model
+from vitlinear.train.epochs import set_schedule
 from vitlinear.train.evaluate import PerClass, evaluate
 from vitlinear.train.loop import Updater, train_one_epoch, updates_per_epoch
 from vitlinear.train.optimisation import learning_rate
-from vitlinear.train.run import parse_arguments, set_schedule
+from vitlinear.train.run import parse_arguments
 
 
 def batches(count: int, size: int = 4) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -24,8 +24,9 @@ from vitlinear.checkpoints.mappings import find_mapping
 from vitlinear.train import model as models
 from vitlinear.train import optimisation, run
 from vitlinear.train.config import read_config
+from vitlinear.train.epochs import set_schedule
 from vitlinear.train.order import EpochBatches
-from vitlinear.train.run import parse_arguments, set_schedule
+from vitlinear.train.run import parse_arguments
 from vitlinear.train.state import read_state
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "classification"

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from tests.train.helpers import CLASSES, tiny_flags, train
+from tests.train.helpers import CLASSES, image_folder, tiny_flags, train
 from vitlinear.errors import UserError
 from vitlinear.train import loop, run
 from vitlinear.train.checkpoint import read_card, read_weights
@@ -129,6 +129,28 @@ def test_a_state_of_another_batch_size_goes_on_at_the_same_image(
     # 12 images were done; the third batch of 8 holds the last third, the second overlaps
     assert seen == [1, 2]
     assert read_state(tmp_path / "run" / "last_state.pt")["updates"] == 3
+
+
+@pytest.mark.gpu
+def test_a_deterministic_run_on_a_gpu_is_repeated_bit_for_bit(folder: Path, tmp_path: Path) -> None:
+    flags = (*FULL, "--device", "cuda", "--deterministic")
+    try:
+        for name in "ab":
+            train(folder, tmp_path / name, *flags)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_another_training_set_is_refused_in_the_middle_of_an_epoch(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(StopSignals, "agreed", lambda self, device, updates=None: updates == 1 and 15)
+        train(folder, tmp_path / "run", "--epochs", 1)
+    more = image_folder(tmp_path / "more", train=9)
+    with pytest.raises(UserError, match="has 27 images, the run was started with 24"):
+        train(more, tmp_path / "run", "--epochs", 1, "--resume", "auto")
 
 
 def test_another_seed_is_another_run(folder: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from vitlinear.train.checkpoint import write_atomically
 from vitlinear.train.folder import PREVIOUS_STATE, STATE
 
 STATE_VERSION = 2
+WANTED = f"; --resume wants a {STATE}"
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
@@ -41,7 +42,7 @@ def read_state(path: Path) -> dict[str, Any]:
         UserError: Missing, damaged, or not a training state.
     """
     if not path.is_file():
-        raise UserError(f"cannot resume: {path} does not exist; --resume wants a {STATE}")
+        raise UserError(f"cannot resume: {path} does not exist{WANTED}")
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load compares no checksums
             damaged = archive.testzip()
@@ -74,4 +75,5 @@ def read_newest(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
         return read_state(last), None
     except UserError as error:
         state = read_state(previous)
-        return state, f"{error}; going on from {previous}, {state['updates']} updates"
+        reason = str(error).removeprefix("cannot resume: ").removesuffix(WANTED)
+        return state, f"{reason}: going on from {previous}, {state['updates']} updates"

@@ -1,0 +1,137 @@
+"""Going on with a run: which state, whether it is the same run, and where it goes on."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from vitlinear.errors import UserError, one_line
+from vitlinear.train import folder
+from vitlinear.train.parallel import load_full_state
+from vitlinear.train.setup import Run
+from vitlinear.train.state import read_newest, read_state
+
+# A resumed run that differs in one of these is another run.
+FIXED_ON_RESUME = (
+    "model", "model_kwargs", "model_ema", "seed", "opt",
+    # what the optimiser's state holds would go over these
+    "opt_eps", "opt_betas", "opt_kwargs", "momentum", "weight_decay", "weight_decay_1d",
+    "layer_decay",
+)  # fmt: skip
+# A run does not become another by these.
+LOCATION_KEYS = frozenset({"output", "experiment", "pin_mem"})
+
+
+@dataclasses.dataclass
+class Start:
+    """Where a run starts or goes on.
+
+    Attributes:
+        epoch: Epochs done.
+        batch: Batches of the next one done.
+        progress: Numbers of these batches, None where there are none.
+        lr: Learning rate that the epoch began with, None where it has not.
+        best: Best held-out metric so far.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    progress: dict[str, Any] | None = None
+    lr: float | None = None
+    best: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def find_state(args: argparse.Namespace) -> tuple[Path, dict[str, Any] | None, str | None]:
+    """Returns the run folder, the state to resume from, if any, and a line about it, if any."""
+    if args.resume not in (None, "", "auto"):
+        state = Path(args.resume).expanduser()
+        found = state if state.is_dir() else state.parent
+        if state.exists() and (args.output or args.experiment):
+            wanted = folder.run_folder(args.output, args.experiment, args.model)
+            if wanted.resolve() != found.resolve():
+                raise UserError(
+                    f"--resume {args.resume} continues in {found}, not in {wanted}: "
+                    "leave --output and --experiment out"
+                )
+        if not state.is_dir():
+            return found, read_state(state), None
+        newest, note = read_newest(state)
+        return found, newest or read_state(state / folder.STATE), note
+    path = folder.run_folder(args.output, args.experiment, args.model or "")
+    if args.resume != "auto":
+        return path, None, None
+    if not (args.output or args.experiment):
+        raise UserError("--resume auto looks in the run folder: name it with --output")
+    return path, *read_newest(path)
+
+
+def check_same_run(saved: dict[str, Any], state: dict[str, Any], path: Path) -> None:
+    """Refuses a state of another run.
+
+    Args:
+        saved: Flags of this run, as `saved_arguments` returns them.
+        state: What the run folder holds.
+        path: The run folder.
+
+    Raises:
+        UserError: A flag that makes it another run differs.
+    """
+    for key in FIXED_ON_RESUME:
+        if saved[key] != state["args"][key]:
+            raise UserError(
+                f"cannot resume {path} with {key} {saved[key]}: it was started with "
+                f"{state['args'][key]}; its flags are in --config {path / folder.ARGUMENTS}"
+            )
+
+
+def restore(run: Run, state: dict[str, Any]) -> Start:
+    """Puts model, average, optimiser and scaler back to where ``state`` left them.
+
+    The schedule follows from the number of updates, and everything random from the seed, which
+    must be the same, and the place in the epoch. In another number of processes, or with another
+    batch size, a run goes on from the last whole update before that place.
+    """
+    if state["num_classes"] != run.card.num_classes:
+        raise UserError(
+            f"cannot resume: the data has {run.card.num_classes} classes, "
+            f"the run was started with {state['num_classes']}"
+        )
+    try:
+        load_full_state(run.task, run.updater.optimizer, state)
+        if run.updater.scaler is not None and "scaler" in state:
+            run.updater.scaler.load_state_dict(state["scaler"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = one_line(error)[:200]
+        raise UserError(f"cannot resume: the state does not fit the model ({reason})") from error
+    args, updater = run.args, run.updater
+    start = Start(state["epoch"], state["batch"], lr=state["lr"], best=dict(state["best"]))
+    updater.updates, updater.skipped = state["updates"], state["skipped"]
+    images = args.batch_size * args.world_size
+    if (
+        state["images_per_batch"] != images
+        or state["args"]["grad_accum_steps"] != updater.accumulate
+    ):
+        batch = start.batch * state["images_per_batch"] // images
+        start.batch = batch - batch % updater.accumulate
+        updater.updates = start.epoch * run.updates_per_epoch + start.batch // updater.accumulate
+    images = len(run.train_loader.dataset)
+    if start.batch and images != state["images"]:
+        raise UserError(
+            f"cannot resume in the middle of an epoch: the training set has {images} images, the "
+            f"run was started with {state['images']}"
+        )
+    start.progress = state["progress"] if start.batch else None
+    return start
+
+
+def resume_note(run: Run, start: Start, saved: dict[str, Any], before: dict[str, Any]) -> str:
+    """Says from where a run goes on, and under which other flags than before."""
+    place = f"goes on after epoch {start.epoch}"
+    if start.batch:
+        place += f" and {start.batch} of {len(run.train_loader)} batches of the next"
+    changed = [
+        f"{key} {before[key]} -> {value}"
+        for key, value in saved.items()
+        if key in before and key not in LOCATION_KEYS and value != before[key]
+    ]
+    return f"{place}; changed: {', '.join(changed)}" if changed else place
