@@ -60,6 +60,10 @@ def linear_attention(
         rotation does not meet a normaliser of zero, up to 1e12 (1e10 for ``nala``, which cubes its
         keys). What float16 cannot hold saturates.
 
+        Finite is not small: ``relu`` with rotary tables and few tokens can meet queries that have
+        no key in common, whose normaliser is 0 while the rotated sum is not (seen with 4 tokens:
+        outputs of 1e6, `benchmarks/README.md`).
+
     Raises:
         ValueError: Shapes or types do not fit, a name is unknown, or the backend is ``triton`` and
             cannot run here.
