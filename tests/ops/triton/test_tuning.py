@@ -1,0 +1,93 @@
+"""When block sizes are measured, and when they depend on the call alone."""
+
+from collections.abc import Callable
+
+import pytest
+
+pytest.importorskip("triton")
+
+import torch  # noqa: E402
+from triton.runtime.errors import OutOfResources  # noqa: E402
+
+from vitlinear.ops.triton import tuning  # noqa: E402
+from vitlinear.ops.triton.plan import Plan  # noqa: E402
+from vitlinear.ops.triton.tuning import Config  # noqa: E402
+
+PLAN = Plan(
+    "elu", "elu", "uniform", "divided", "none", True, False, 1, 64, 64,
+    has_mask=False, has_scale=False, has_lepe=False, has_gate=False, sums="bf16", reads="tf32",
+)  # fmt: skip
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as `is_fixed` looks."""
+    monkeypatch.setattr(tuning, "INTERPRETING", False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.delenv(tuning.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setattr(tuning, "_chosen", {})
+    # tests of the operators run with it on, for its poisoned memory
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
+
+
+def test_nothing_is_measured_when_told_so(on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not tuning.is_fixed()
+    with monkeypatch.context() as patch:
+        patch.setenv(tuning.ENVIRONMENT_VARIABLE, "0")
+        assert tuning.is_fixed()
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning, "INTERPRETING", True)
+        assert tuning.is_fixed()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert tuning.is_fixed()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+        assert tuning.is_fixed()
+    assert not tuning.is_fixed()
+
+
+def test_the_fastest_is_measured_once_for_a_key(
+    on_a_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, *_ = tuning.candidates(PLAN)
+    launched: list[Config] = []
+
+    def timed(call: Callable[[], None], **_: object) -> float:
+        before = len(launched)
+        call()
+        return 1.0 if launched[before] == second else 2.0
+
+    monkeypatch.setattr(tuning, "do_bench", timed)
+    tuning.run("a", PLAN, launched.append)
+    assert set(launched) == set(tuning.candidates(PLAN)) and launched[-1] == second
+    launched.clear()
+    tuning.run("a", PLAN, launched.append)
+    assert launched == [second]
+    # the same key where nothing is measured has a choice of its own
+    monkeypatch.setenv(tuning.ENVIRONMENT_VARIABLE, "0")
+    tuning.run("a", PLAN, launched.append)
+    assert launched == [second, first]
+
+
+def test_a_configuration_that_does_not_fit_gives_way_to_the_next(
+    on_a_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(tuning.ENVIRONMENT_VARIABLE, "0")
+    configs = tuning.candidates(PLAN)
+    launched: list[Config] = []
+
+    def fits_last(config: Config) -> None:
+        launched.append(config)
+        if config != configs[-1]:
+            raise OutOfResources(300_000, 227_000, "shared memory")
+
+    tuning.run("b", PLAN, fits_last)
+    tuning.run("b", PLAN, fits_last)
+    assert launched == [*configs, configs[-1]]
+
+    def never(config: Config) -> None:
+        raise OutOfResources(300_000, 227_000, "shared memory")
+
+    with pytest.raises(OutOfResources):
+        tuning.run("c", PLAN, never)
