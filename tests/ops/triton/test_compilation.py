@@ -3,6 +3,9 @@ finds. Everything happens as in a real call, up to the launch."""
 
 from __future__ import annotations
 
+import itertools
+import os
+
 import pytest
 import torch
 
@@ -18,6 +21,7 @@ from vitlinear import ops  # noqa: E402
 from vitlinear.ops.triton import INTERPRETING, launch, tuning  # noqa: E402
 
 SHARED_MEMORY = 227 * 1024  # bytes that a block may have on Hopper
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SHORT, LONG = (14, 14), (200, 200)  # one kernel, and splits
 
 pytestmark = [
@@ -99,19 +103,38 @@ def test_another_resolution_compiles_nothing(compiled):
     assert not compiled
 
 
+def in_turn(*axes, keep):
+    """Cases of the product of the axes: the first ``keep`` in full, the others one value a case.
+
+    Over all cases the others take every combination. A case takes seconds to compile, and Triton's
+    cache is empty after each change of a kernel; VITLINEAR_COMPILE=all asks for the whole product.
+    """
+    if os.environ.get("VITLINEAR_COMPILE") == "all":
+        return list(itertools.product(*axes))
+    rest = list(itertools.product(*axes[keep:]))
+    places = itertools.product(*(range(len(axis)) for axis in axes[:keep]))
+    return [
+        (*(axis[i] for axis, i in zip(axes, place, strict=False)), *rest[sum(place) % len(rest)])
+        for place in places
+    ]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("grid", [SHORT, LONG], ids=["one kernel", "splits"])
-@pytest.mark.parametrize("rotary", [False, True], ids=["plain", "rotary"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("mechanism", list(ops.MECHANISMS))
+@pytest.mark.parametrize(
+    ("mechanism", "dtype", "rotary", "grid"),
+    in_turn(list(ops.MECHANISMS), DTYPES, [False, True], [SHORT, LONG], keep=2),
+    ids=str,
+)
 def test_every_mechanism_compiles(mechanism, dtype, rotary, grid, compiled):
     call(mechanism, grid, dtype, rotary=rotary)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("dim", [8, 20, 48, 64, 128])
-@pytest.mark.parametrize("mechanism", ["rala", "mala", "nala", "lightnet"])
+@pytest.mark.parametrize(
+    ("mechanism", "dim", "dtype"),
+    in_turn(["rala", "mala", "nala", "lightnet"], [8, 20, 48, 64, 128], DTYPES, keep=2),
+    ids=str,
+)
 def test_every_head_size_compiles(mechanism, dim, dtype, compiled):
     for grid in (SHORT, LONG):
         call(mechanism, grid, dtype, dim)
