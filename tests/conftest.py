@@ -1,6 +1,8 @@
 """What holds for every test: one thread, one rule for GPU tests, the peer suite's summary."""
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 # Before torch is imported: several pytest processes share the cores, and one thread sums in one
 # order, so a result does not depend on the machine's core count.
@@ -11,6 +13,10 @@ import pytest  # noqa: E402  (the thread counts come first)
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+
+# Held to the end: see `vitlinear.train.parallel`. The destructor of a group whose last reference is
+# that of DDP can wait for ever, and no timeout reaches it.
+_PROCESS_GROUPS: list[object] = []
 
 try:
     from hypothesis import settings
@@ -23,6 +29,20 @@ else:
     settings.load_profile("repeatable")
 
 PEER_RESULT = "peer_suite"  # the user property under which tests/peer records what it ran
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    """A group of this process alone, over gloo."""
+    from torch import distributed
+
+    store = f"file://{tmp_path / 'process_group'}"
+    distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    _PROCESS_GROUPS.append(distributed.group.WORLD)
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -128,7 +128,7 @@ def test_shapes_and_types_must_fit(name):
 
 
 @each_backend
-def test_distributed_and_checkpointed(backend, tmp_path):
+def test_distributed_and_checkpointed(backend, process_group):
     """The same gradients under DistributedDataParallel and gradient checkpointing as without."""
     module = nn.Sequential(nn.Linear(10, 80), Attention(backend), nn.Flatten(2), nn.Linear(16, 3))
     x = torch.randn(2, 3, 4, 10)
@@ -140,13 +140,7 @@ def test_distributed_and_checkpointed(backend, tmp_path):
 
     expected = gradients(module)
     found = [gradients(lambda x: checkpoint(module, x, use_reentrant=False))]
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
-    )
-    try:
-        found.append(gradients(nn.parallel.DistributedDataParallel(module)))
-    finally:
-        torch.distributed.destroy_process_group()
+    found.append(gradients(nn.parallel.DistributedDataParallel(module)))
     for grads in found:
         for a, b in zip(grads, expected, strict=True):
             torch.testing.assert_close(a, b)

@@ -68,28 +68,21 @@ def test_accumulation_equals_large_batches_with_the_remainder(count: int, group:
         assert metrics["train_loss"] == expected["train_loss"]
 
 
-def test_processes_exchange_gradients_once_per_update(tmp_path: Path) -> None:
-    store = distributed.FileStore(str(tmp_path / "store"), 1)
-    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        up = updater(nn.Linear(5, 3, dtype=torch.float64), accumulate=3)
-        up.task.prepare_distributed(device_ids=None)
-        exchanges = 0
+def test_processes_exchange_gradients_once_per_update(process_group: None) -> None:
+    up = updater(nn.Linear(5, 3, dtype=torch.float64), accumulate=3)
+    up.task.prepare_distributed(device_ids=None)
+    exchanges = 0
 
-        def count(
-            state: None, bucket: distributed.GradBucket
-        ) -> torch.futures.Future[torch.Tensor]:
-            nonlocal exchanges
-            exchanges += 1
-            done: torch.futures.Future = torch.futures.Future()
-            done.set_result(bucket.buffer())
-            return done
+    def count(state: None, bucket: distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        nonlocal exchanges
+        exchanges += 1
+        done: torch.futures.Future = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
 
-        up.task.get_trainable_module().register_comm_hook(None, count)  # type: ignore[union-attr]
-        epoch(up, batches(8))
-        assert exchanges == up.updates == 3
-    finally:
-        distributed.destroy_process_group()
+    up.task.get_trainable_module().register_comm_hook(None, count)  # type: ignore[union-attr]
+    epoch(up, batches(8))
+    assert exchanges == up.updates == 3
 
 
 def test_loss_and_top1_are_means_over_images() -> None:
