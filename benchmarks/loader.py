@@ -191,7 +191,7 @@ def main() -> None:
     """Measure, print tables, write a file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2, 4])
-    parser.add_argument("--images", type=int, default=512, help="different files")
+    parser.add_argument("--images", type=int, default=1280, help="different files")
     parser.add_argument("--seconds", type=float, default=8, help="per measurement")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--model", default="test_ravlt")
