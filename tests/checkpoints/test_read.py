@@ -36,16 +36,33 @@ def weights() -> dict[str, torch.Tensor]:
     return weights
 
 
+def minimum(history: object) -> None:
+    """A function that a history names as its class's own."""
+
+
+def stand_in(patch: pytest.MonkeyPatch, path: str, bases: tuple = (), **members) -> type:
+    """A class under another package's name, whether that is installed or not."""
+    module, _, name = path.rpartition(".")
+    made = type(name, bases, {"__module__": module, **members})
+    parts = module.split(".")
+    for package in (".".join(parts[: i + 1]) for i in range(len(parts))):
+        patch.setitem(sys.modules, package, type(sys)(package))
+    setattr(sys.modules[module], name, made)
+    return made
+
+
 def save_like_a_training_script(content: dict, path: Path, **kwargs) -> None:
-    """With a `CfgNode` of yacs, whether it is installed or not."""
-    node = type("CfgNode", (dict,), {"__module__": "yacs.config"})
-    module = type(sys)("yacs.config")
-    module.CfgNode = node
+    """With settings of yacs and histories of mmengine."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "yacs", type(sys)("yacs"))
-        patch.setitem(sys.modules, "yacs.config", module)
+        node = stand_in(patch, "yacs.config.CfgNode", (dict,))
+        history = stand_in(patch, "mmengine.logging.history_buffer.HistoryBuffer", min=minimum)
+        patch.setattr(minimum, "__module__", history.__module__)
+        patch.setattr(minimum, "__qualname__", "HistoryBuffer.min")  # found through `getattr`
+        loss = history()
+        loss.__dict__ = {"statistics_methods": {"min": minimum}, "_log_history": np.ones(3)}
         settings = node(MODEL=node(DROP_PATH=0.1), OUTPUT=pathlib.PosixPath("/a/b"))
-        torch.save({**content, "config": settings}, path, **kwargs)
+        hub = {"log_scalars": {"loss": loss}, "runtime_info": {"epoch": 12}}
+        torch.save({**content, "config": settings, "message_hub": hub}, path, **kwargs)
 
 
 SETTINGS = {
@@ -66,6 +83,7 @@ def test_settings_beside_the_weights(weights, tmp_path, zipped):
     read = read_checkpoint(path)
     assert (read["max_accuracy"], read["step"], read["best"]) == (81.25, 7, 0.5)
     assert str(read["args"].output_dir) == "runs/1" and str(read["config"]["OUTPUT"]) == "/a/b"
+    assert read["message_hub"]["runtime_info"] == {"epoch": 12}
     for model in (create(path), load_model(path, model=MODEL)[0]):
         assert (model.get_parameter("stem.conv1.conv.weight") == 7).all()
     assert read_weights(path).keys() == weights.keys()

@@ -1,7 +1,7 @@
 """The one reader of checkpoint files: whatever wrote them, nothing in them is run.
 
-Training scripts save more than weights: settings, paths, numbers of numpy. Such values are read
-into plain ones here, by name, so that neither their classes nor their packages are needed.
+Training scripts save more than weights: settings, paths, logs, numbers of numpy. Those values are
+read into plain ones, by name, so that neither their classes nor their packages are needed.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class _NumpyType:
         self.order = ">" if state[1] == ">" else "<"
 
 
-class _NumpyArray:
-    """Stands for a ``numpy.ndarray``, such as the state of a random generator: never weights."""
+class _Unread:
+    """Stands for what is never weights: a ``numpy.ndarray``, the history of a loss, ..."""
 
     def __init__(self, *args: Any) -> None:
         pass
@@ -68,9 +68,13 @@ _SETTINGS: list[Any] = [
     argparse.Namespace,
     (OrderedDict, "yacs.config.CfgNode"),
     (_NumpyType, "numpy.dtype"),
-    (_NumpyArray, "numpy.ndarray"),
+    (_Unread, "numpy.ndarray"),
     *((_numpy_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-    *((_NumpyArray, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    *((_Unread, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    # Of mmengine's message hub. Each history names methods of its class, through `getattr`, which
+    # is not called: `_Unread` takes its place.
+    (_Unread, "mmengine.logging.history_buffer.HistoryBuffer"),
+    (_Unread, "builtins.getattr"),
     # Python 3.13 has moved them.
     *((PurePosixPath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")),
     *((PurePosixPath, f"{module}.PurePosixPath") for module in ("pathlib", "pathlib._local")),
