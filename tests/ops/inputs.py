@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from vitlinear import ops
 from vitlinear.ops import naive
@@ -94,6 +95,17 @@ def attend(
     if backend == "naive":
         return naive.linear_attention(q, k, v, attention, *options, lepe, gate)
     return ops.linear_attention(q, k, v, attention, *options, backend, lepe, gate)
+
+
+def operator_arguments(attention: str, inputs: Inputs) -> tuple[OpOverload, tuple[Any, ...]]:
+    """The registered forward operator and its arguments, down to the attention's name."""
+    q, k, v, *_ = inputs.projection.unbind(2)
+    rows, cols = inputs.tables(attention) or (None, None)
+    if attention == "softmax":
+        return torch.ops.vitlinear.softmax_attention.default, (q, k, v, rows, cols, inputs.mask)
+    options = (rows, cols, inputs.mask, inputs.head_scale, *inputs.epilogue_terms())
+    arguments = (q, k, v, *options, attention)
+    return torch.ops.vitlinear.linear_attention.default, arguments
 
 
 def double(tables: RotaryTables | None) -> RotaryTables | None:

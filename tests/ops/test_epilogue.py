@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.golden import relative_error
-from tests.ops.inputs import BACKENDS, attend, make_inputs, oracle
+from tests.ops.inputs import BACKENDS, attend, make_inputs, operator_arguments, oracle
 from vitlinear import ops
 from vitlinear.ops import backward, eager
 
@@ -56,12 +56,10 @@ def test_float16_saturates(backend):
 @pytest.mark.parametrize("epilogue", [BOTH, ("lepe",), ("gate",)], ids="+".join)
 def test_opcheck(mechanism, epilogue):
     inputs = make_inputs(dtype=torch.float32, mask=True, epilogue=epilogue)
-    q, k, v, *_ = inputs.projection.unbind(2)
-    options = (*inputs.tables(mechanism), inputs.mask, None, *inputs.epilogue_terms())
-    arguments = (q, k, v, *options, mechanism)
-    torch.library.opcheck(torch.ops.vitlinear.linear_attention.default, arguments)
+    operator, arguments = operator_arguments(mechanism, inputs)
+    torch.library.opcheck(operator, arguments)
     arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
-    _, *saved = torch.ops.vitlinear.linear_attention(*arguments)
+    _, *saved = operator(*arguments)
     arguments = (inputs.grad, *arguments[:-1], *saved, mechanism)
     torch.library.opcheck(torch.ops.vitlinear.linear_attention_backward.default, arguments)
 

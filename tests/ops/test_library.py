@@ -12,24 +12,20 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.golden import relative_error
-from tests.ops.inputs import ATTENTIONS, BACKENDS, attend, make_inputs, oracle
+from tests.ops.inputs import (
+    ATTENTIONS,
+    BACKENDS,
+    attend,
+    make_inputs,
+    operator_arguments,
+    oracle,
+)
 from vitlinear import ops
 from vitlinear.ops import backend as backend_module
 from vitlinear.ops import backward, eager
 
 each_attention = pytest.mark.parametrize("attention", ATTENTIONS)
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
-
-
-def operator_arguments(attention, inputs):
-    """The forward operator and its arguments."""
-    q, k, v, *_ = inputs.projection.unbind(2)
-    rows, cols = inputs.tables(attention) or (None, None)
-    if attention == "softmax":
-        return torch.ops.vitlinear.softmax_attention.default, (q, k, v, rows, cols, inputs.mask)
-    options = (rows, cols, inputs.mask, inputs.head_scale, *inputs.epilogue_terms())
-    arguments = (q, k, v, *options, attention)
-    return torch.ops.vitlinear.linear_attention.default, arguments
 
 
 @each_attention

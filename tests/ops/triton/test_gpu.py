@@ -13,7 +13,7 @@ import torch.utils.checkpoint
 
 pytest.importorskip("triton")
 
-from tests.ops.inputs import Inputs, attend, make_inputs  # noqa: E402
+from tests.ops.inputs import Inputs, attend, make_inputs, operator_arguments  # noqa: E402
 from tests.ops.triton.cases import error, reference, run  # noqa: E402
 from vitlinear import ops  # noqa: E402
 
@@ -153,20 +153,8 @@ def test_repeats_are_bit_equal(mechanism, side):
 @each_mechanism
 def test_opcheck(mechanism):
     inputs = on_gpu(make_inputs(mask=True, dtype=torch.float32))
-    q, k, v, _ = inputs.projection.unbind(2)
-    arguments = (
-        q,
-        k,
-        v,
-        *inputs.tables(mechanism),
-        inputs.mask,
-        None,
-        None,
-        None,
-        mechanism,
-        "triton",
-    )
-    torch.library.opcheck(torch.ops.vitlinear.linear_attention.default, arguments)
+    operator, arguments = operator_arguments(mechanism, inputs)
+    torch.library.opcheck(operator, (*arguments, "triton"))
 
 
 def test_compile_fullgraph():

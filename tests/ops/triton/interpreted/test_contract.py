@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.golden import relative_error
-from tests.ops.inputs import attend, make_inputs, oracle
+from tests.ops.inputs import attend, make_inputs, operator_arguments, oracle
 from tests.ops.triton.cases import many_splits, run
 from vitlinear import ops
 from vitlinear.ops import library
@@ -124,20 +124,8 @@ def test_samples_do_not_see_each_other():
 @pytest.mark.parametrize("mechanism", ["rala", "mala", "lightnet"])
 def test_opcheck(mechanism):
     inputs = make_inputs(mask=True, heads=1, batch=1, dtype=torch.float32)
-    q, k, v, _ = inputs.projection.unbind(2)
-    arguments = (
-        q,
-        k,
-        v,
-        *inputs.tables(mechanism),
-        inputs.mask,
-        None,
-        None,
-        None,
-        mechanism,
-        "triton",
-    )
-    torch.library.opcheck(torch.ops.vitlinear.linear_attention.default, arguments)
+    operator, arguments = operator_arguments(mechanism, inputs)
+    torch.library.opcheck(operator, (*arguments, "triton"))
 
 
 def test_compile_fullgraph():
