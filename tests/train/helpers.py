@@ -1,5 +1,9 @@
 """What the training tests share: a small image folder, and flags of a run that takes a second."""
 
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +12,9 @@ from PIL import Image
 
 from vitlinear.train import run
 
+ROOT = Path(__file__).parents[2]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+TWO_PROCESSES = [*TORCHRUN, "--standalone", "--nproc-per-node=2", "tools/train.py"]
 CLASSES = ("ant", "bee", "cat")
 TINY = {
     "embed_dims": (8, 8, 16, 16),
@@ -45,3 +52,31 @@ def tiny_flags(data: Path, output: Path, *more: Any) -> list[str]:
 def train(data: Path, output: Path, *more: Any) -> dict[str, Any]:
     """Runs `tiny_flags` in this process."""
     return run.train(run.parse_arguments(tiny_flags(data, output, *more)))
+
+
+def start(command: Sequence[Any], **environment: str) -> subprocess.Popen:
+    """Starts a command in the checkout, one thread a process, both outputs in one pipe."""
+    return subprocess.Popen(
+        [str(part) for part in command],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen, timeout: float = 300) -> tuple[int, str]:
+    """Returns status and output; the limit is against a hang."""
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return process.returncode, output
+
+
+def two_processes(*flags: Any) -> str:
+    """Runs training in two processes on this CPU; returns their output."""
+    status, output = finish(start([*TWO_PROCESSES, *flags, "--device", "cpu"]))
+    assert status == 0, output[-3000:]
+    return output

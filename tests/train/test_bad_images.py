@@ -5,8 +5,6 @@ import json
 import os
 import random
 import struct
-import subprocess
-import sys
 import warnings
 import zlib
 from collections.abc import Callable
@@ -18,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.train.helpers import image_folder, tiny_flags, train
+from tests.train.helpers import image_folder, tiny_flags, train, two_processes
 from vitlinear.cli import main
 from vitlinear.errors import UserError
 from vitlinear.train import data, images, validate
@@ -274,15 +272,8 @@ def test_labels_that_cannot_be_are_named(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_list_together(tmp_path: Path) -> None:
     root = damaged_folder(tmp_path / "images")
-    flags = tiny_flags(root, tmp_path / "run", "--bad-images", "skip", "-j", 1, "-b", 4)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, "-m", "vitlinear.cli", "train", *flags],
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
+    flags = ("--bad-images", "skip", "-j", 1, "-b", 4)
+    two_processes(*tiny_flags(root, tmp_path / "run", *flags))
     assert tuple(listed(tmp_path / "run", root)) == LISTED
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
     assert [row["bad_images"] for row in rows] == [6, 6]

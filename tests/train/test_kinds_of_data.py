@@ -2,8 +2,6 @@
 
 import importlib.util
 import json
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from tests.train.helpers import CLASSES, TINY_FLAGS
+from tests.train.helpers import CLASSES, TINY_FLAGS, two_processes
 from tests.train.shards import write_shards
 from vitlinear.cli import main
 from vitlinear.errors import UserError
@@ -317,28 +315,8 @@ def test_two_processes_share_the_shards(folder: Path, tmp_path: Path) -> None:
     """Each held-out image counts once, in whichever process."""
     root = write_shards(folder, tmp_path / "shards", shards=3)
     flags = ["--dataset", "wds/", "--data-dir", str(root), "--num-classes", "3"]
-    train = [
-        *flags,
-        *TINY_FLAGS,
-        "-b",
-        "4",
-        "-j",
-        "1",
-        "--epochs",
-        "1",
-        "--no-plot",
-        "--lr",
-        "1e-3",
-    ]
-    train += ["--warmup-epochs", "0", "--output", str(tmp_path / "run")]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, "-m", "vitlinear.cli", "train", *train],
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
+    more = ["-b", 4, "-j", 1, "--epochs", 1, "--no-plot", "--lr", 1e-3, "--warmup-epochs", 0]
+    two_processes(*flags, *TINY_FLAGS, *more, "--output", tmp_path / "run")
     (row,) = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     checkpoint = ["--checkpoint", str(tmp_path / "run" / "last.safetensors"), "-j", "0"]
     alone = validate.validate(validate.parse_arguments([*checkpoint, *flags]))

@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,16 @@ import timm
 import torch
 from torch import nn
 
-from tests.train.helpers import image_folder, tiny_flags, train
+from tests.train.helpers import (
+    TORCHRUN,
+    TWO_PROCESSES,
+    finish,
+    image_folder,
+    start,
+    tiny_flags,
+    train,
+    two_processes,
+)
 from vitlinear.errors import UserError
 from vitlinear.train.checkpoint import load_model
 from vitlinear.train.model import enable_checkpointing
@@ -24,8 +32,6 @@ from vitlinear.train.parallel import check_sharding, join_processes
 from vitlinear.train.run import parse_arguments
 from vitlinear.train.state import read_state
 
-ROOT = Path(__file__).parents[2]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 # Without batch normalisation, whose statistics are each process's own.
 ROW = ["--model", "test_linear_deit", "--model-kwargs", "depth=2"]
 
@@ -34,33 +40,6 @@ ROW = ["--model", "test_linear_deit", "--model-kwargs", "depth=2"]
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """72 images to train on: nine updates of eight."""
     return image_folder(tmp_path_factory.mktemp("images"), train=24)
-
-
-def start(command: Sequence[Any], **environment: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [str(part) for part in command],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def finish(process: subprocess.Popen, timeout: float = 300) -> tuple[int, str]:
-    """Returns status and output; the limit is against a hang."""
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    finally:
-        process.kill()
-    return process.returncode, output
-
-
-def two_processes(*flags: Any) -> str:
-    command = [*TORCHRUN, "--standalone", "--nproc-per-node=2", "tools/train.py"]
-    status, output = finish(start([*command, *flags, "--device", "cpu"]))
-    assert status == 0, output[-3000:]
-    return output
 
 
 def row_flags(images: Path, output: Path, batch: int, *more: Any) -> list[str]:
@@ -211,9 +190,8 @@ def test_a_process_that_dies_ends_the_run(tmp_path: Path, death: str) -> None:
     if death == "unreadable":
         victim = data / "train" / "ant" / "3.png"
         victim.write_bytes(victim.read_bytes()[:60])
-    command = [*TORCHRUN, "--standalone", "--nproc-per-node=2", "tools/train.py"]
-    command += [*tiny_flags(data, tmp_path / "run", "-b", 4, "--epochs", 1000), "--device", "cpu"]
-    process = start(command)
+    flags = tiny_flags(data, tmp_path / "run", "-b", 4, "--epochs", 1000)
+    process = start([*TWO_PROCESSES, *flags, "--device", "cpu"])
     if death == "SIGKILL":
         wait_for(process, tmp_path / "run" / "last_state.pt")
         os.kill(int(children(process.pid)[1]), signal.SIGKILL)

@@ -5,8 +5,6 @@ import csv
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from tests.train.helpers import CLASSES, image_folder, tiny_flags, train
+from tests.train.helpers import CLASSES, image_folder, tiny_flags, train, two_processes
 from vitlinear.errors import UserError
 from vitlinear.train import loop, run
 from vitlinear.train.checkpoint import read_card, read_weights
@@ -294,23 +292,13 @@ def test_a_run_that_fails_before_its_first_epoch_leaves_nothing(
 
 def test_two_processes(folder: Path, tmp_path: Path) -> None:
     """torchrun: one set of files, exact counts over uneven shards."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["tools/train.py", *tiny_flags(folder, tmp_path / "run", "-b", 4, "--model-ema")]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [*command, "--grad-accum-steps", "2", "--aug-repeats", "2", "--device", "cpu"],
-        cwd=root,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,  # against a hang
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    more = ("-b", 4, "--model-ema", "--grad-accum-steps", 2, "--aug-repeats", 2)
+    output = two_processes(*tiny_flags(folder, tmp_path / "run", *more))
     rows = metrics(tmp_path / "run")
     assert len(rows) == 2
     for row in rows:  # nine held-out images: five and four per process
         assert (row["eval_top1"] * 9 / 100) == pytest.approx(round(row["eval_top1"] * 9 / 100))
-    assert done.stdout.count("epoch 1:") == 1
+    assert output.count("epoch 1:") == 1
 
 
 @pytest.mark.parametrize("call", range(1, 15))
