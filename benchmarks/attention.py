@@ -17,11 +17,9 @@ default`` measures what an untuned process sees.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -36,6 +34,7 @@ from torch import Tensor
 
 import vitlinear
 from vitlinear import ops
+from vitlinear.train.environment import cpu_model
 
 # (tokens on a side, heads, head_dim): stages 1 to 3 of ravlt_t at 224 x 224.
 SHAPES = ((56, 1, 64), (28, 2, 64), (14, 4, 64))
@@ -95,12 +94,8 @@ def held_bytes(run: Callable[[], object]) -> tuple[int, int]:
 
 
 def machine() -> str:
-    """The processor's name, as far as the system tells it."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return f"{line.partition(':')[2].strip()}, {os.cpu_count()} cores"
-    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    """The processor's name, as far as the system tells it, and its cores."""
+    return f"{cpu_model()}, {os.cpu_count()} cores"
 
 
 def commit() -> str:

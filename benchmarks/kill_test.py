@@ -21,13 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attention import commit, machine
 from safetensors.torch import load_file
 
-from vitlinear.train.progress import TIMES
-from vitlinear.train.state import read_state
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # runs from a checkout
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks.attention import commit, machine  # noqa: E402
+from vitlinear.train.progress import TIMES  # noqa: E402
+from vitlinear.train.state import read_newest, read_state  # noqa: E402
+
 FLAGS = [
     "--dataset", "digits", "--model", "test_ravlt", "--img-size", "16", "--in-chans", "1",
     "--mean", "0.5", "--std", "0.5", "-b", "64", "--lr", "1e-3",
@@ -51,11 +53,9 @@ def start(folder: Path, epochs: int) -> subprocess.Popen[bytes]:
 
 
 def updates(folder: Path) -> int:
-    """Updates in the newest state, 0 where there is none."""
-    try:
-        return int(read_state(folder / "last_state.pt")["updates"])
-    except Exception:  # being replaced at this moment
-        return -1
+    """Updates in the newest whole state, which a run would go on from; 0 where there is none."""
+    state, _ = read_newest(folder)
+    return state["updates"] if state else 0
 
 
 def kill_until_done(folder: Path, epochs: int, kills: int, seed: int) -> list[dict[str, Any]]:

@@ -35,20 +35,21 @@ import skimage
 import torch
 from PIL import Image
 
-import vitlinear
-from vitlinear.train import images, run, setup
-from vitlinear.train.loader import start_epoch
-from vitlinear.train.loop import train_one_epoch
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # runs from a checkout
 
-sys.path.insert(0, str(Path(__file__).parent))
-from attention import commit, machine  # noqa: E402  (it lies beside this file)
+import vitlinear  # noqa: E402
+from benchmarks.attention import commit, machine  # noqa: E402
+from vitlinear.train import images, run, setup  # noqa: E402
+from vitlinear.train.loader import start_epoch  # noqa: E402
+from vitlinear.train.loop import train_one_epoch  # noqa: E402
 
 PHOTOS = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")
 PHOTOS += ("motorcycle_left.png", "motorcycle_right.png")
 SIZES = ((500, 375), (500, 375), (500, 333), (375, 500), (400, 350), (300, 225), (640, 480))
 QUALITY, GRAIN = 95, 7.0  # about 100 kB; grain, since resizing smooths the camera's own away
 LINKS = 8  # names of each file: an epoch longer than the set is large
-RECIPE = Path(__file__).parent.parent / "configs" / "classification" / "ravlt_t.yaml"
+RECIPE = ROOT / "configs" / "classification" / "ravlt_t.yaml"
 
 
 def write_images(root: Path, count: int) -> dict[str, Any]:

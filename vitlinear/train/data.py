@@ -61,7 +61,7 @@ class LabelledImages(Dataset):
             image = convert(_decoded(content), self.image_mode)
         except DAMAGE as error:
             raise UnreadableImage(self.source.name(index), error) from error
-        if label < 0 or label >= (self.num_classes or label + 1):
+        if not _is_label(label, self.num_classes):
             raise _wrong_label(self.source.name(index), label, self.num_classes)
         return image, label
 
@@ -116,7 +116,7 @@ class ShardImages(IterableImageDataset):
         for name, content, label in self.reader:
             if left == 0:
                 return
-            if label < 0 or label >= (self.num_classes or label + 1):
+            if not _is_label(label, self.num_classes):
                 raise _wrong_label(name, label, self.num_classes)
             try:
                 image = convert(_decoded(content), self.image_mode)
@@ -157,6 +157,10 @@ class StreamedImages(IterableImageDataset):
 
 def _decoded(content: bytes | Image.Image) -> Image.Image:
     return decode(content) if isinstance(content, bytes) else content
+
+
+def _is_label(label: int, num_classes: int | None) -> bool:
+    return 0 <= label < (num_classes or label + 1)
 
 
 def _wrong_label(name: str, label: int, num_classes: int | None) -> UserError:

@@ -250,4 +250,4 @@ def _cause(
     for index, images in batches:
         seed_step(seed, epoch, index, rank)
         causes.append(diagnose(model, images, autocast, advice))
-    return next((cause for cause in causes if "every activation" not in cause), causes[-1])
+    return next((cause for cause in causes if cause.found), causes[-1]).text

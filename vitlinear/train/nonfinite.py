@@ -1,9 +1,21 @@
 """What went wrong in a training step whose loss or gradients are not finite."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+
+
+class Diagnosis(NamedTuple):
+    """Where a batch stops being finite.
+
+    Attributes:
+        found: Whether there is such a place before the loss.
+        text: The place, with statistics, and advice.
+    """
+
+    found: bool
+    text: str
 
 
 def what_may_help(clips: bool, float16: bool) -> str:
@@ -45,7 +57,7 @@ def _bad(value: Any) -> torch.Tensor | None:
 
 
 @torch.no_grad()
-def diagnose(model: nn.Module, images: torch.Tensor, autocast: Any, advice: str) -> str:
+def diagnose(model: nn.Module, images: torch.Tensor, autocast: Any, advice: str) -> Diagnosis:
     """Runs a batch again and says where it stops being finite.
 
     The model is to be in the state, and the random generators at the seed, of the step that went
@@ -62,12 +74,16 @@ def diagnose(model: nn.Module, images: torch.Tensor, autocast: Any, advice: str)
         infinity, with the statistics of what went in and what came out; and the advice.
     """
     if _bad(images) is not None:
-        return f"the images themselves are not finite: {describe(images)}; check the data and --std"
+        return Diagnosis(
+            True,
+            f"the images themselves are not finite: {describe(images)}; check the data and --std",
+        )
     for name, value in (*model.named_parameters(), *model.named_buffers()):
         if value.is_floating_point() and not bool(value.isfinite().all()):
-            return (
+            return Diagnosis(
+                True,
                 f"the weights are not finite before this step already; first {name}: "
-                f"{describe(value)}. {advice}"
+                f"{describe(value)}. {advice}",
             )
     found: list[str] = []
 
@@ -96,9 +112,10 @@ def diagnose(model: nn.Module, images: torch.Tensor, autocast: Any, advice: str)
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
     if found:
-        return f"{found[0]}. {advice}"
+        return Diagnosis(True, f"{found[0]}. {advice}")
     top = max(float(x.abs().max()) for x in _tensors(output))
-    return (
+    return Diagnosis(
+        False,
         f"every activation of the forward pass is finite (the largest logit is {top:.4g}): "
-        f"the loss or its gradients overflow. {advice}"
+        f"the loss or its gradients overflow. {advice}",
     )

@@ -106,12 +106,12 @@ def restore(run: Run, state: dict[str, Any]) -> Start:
     args, updater = run.args, run.updater
     start = Start(state["epoch"], state["batch"], lr=state["lr"], best=dict(state["best"]))
     updater.updates, updater.skipped = state["updates"], state["skipped"]
-    images = args.batch_size * args.world_size
+    per_batch = args.batch_size * args.world_size
     if (
-        state["images_per_batch"] != images
+        state["images_per_batch"] != per_batch
         or state["args"]["grad_accum_steps"] != updater.accumulate
     ):
-        batch = start.batch * state["images_per_batch"] // images
+        batch = start.batch * state["images_per_batch"] // per_batch
         start.batch = batch - batch % updater.accumulate
         updater.updates = start.epoch * run.updates_per_epoch + start.batch // updater.accumulate
     images = len(run.train_loader.dataset)
