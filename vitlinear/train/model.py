@@ -51,7 +51,8 @@ def build_model(name: str, *, pretrained: bool = False, **kwargs: Any) -> nn.Mod
         size = {key: kwargs.pop(key, None) for key in ("img_size", "input_size")}
         resolved = resolve_model_input_args(name, size, **kwargs)
         resolved.pop("model_name"), resolved.pop("pretrained_cfg")
-        return timm.create_model(name, pretrained=pretrained, **resolved)
+        source = {key: kwargs.get(key) for key in ("pretrained_cfg", "pretrained_cfg_overlay")}
+        return timm.create_model(name, pretrained=pretrained, **source, **resolved)
     except ImportError as error:
         raise UserError(
             f"{name} needs {error.name}, which is missing: pip install {error.name}"
