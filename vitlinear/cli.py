@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import vitlinear
 from vitlinear.errors import LostPeerError, UserError
@@ -82,22 +82,22 @@ def _report(error: UserError) -> None:
         json.dump({"message": text, "timestamp": when}, file)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line.
+def run(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
+    """Runs a command and turns what a user can do something about into one line.
 
     Args:
+        command: Takes the arguments.
         argv: Arguments without the program's name; by default the process's own.
 
     Returns:
         Exit status: 0, or 2 for a user's mistake, or 130 when interrupted.
     """
-    dispatch = _dispatch
     if os.environ.get(ERROR_FILE):
         from torch.distributed.elastic.multiprocessing.errors import record
 
-        dispatch = record(_dispatch)
+        command = record(command)
     try:
-        dispatch(sys.argv[1:] if argv is None else argv)
+        command(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         _report(error)
         return 2
@@ -105,6 +105,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the ``vitlinear`` command line; arguments and exit status are those of `run`."""
+    return run(_dispatch, argv)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Detection: data sets here; mmdet and torchvision beside them."""
