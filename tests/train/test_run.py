@@ -237,6 +237,18 @@ def test_resuming_refuses_another_run(folder: Path, tmp_path: Path) -> None:
     assert run.train(run.parse_arguments(again))["epoch"] == 2
 
 
+def test_a_state_of_another_size_names_both_models(folder: Path, tmp_path: Path) -> None:
+    flags = ("--model", "test_linear_deit", "--model-kwargs", "depth=1")
+    train(folder, tmp_path / "run", *flags, "--epochs", 1)
+    with pytest.raises(UserError) as error:
+        train(folder, tmp_path / "run", *flags, "--img-size", 48, "--resume", "auto")
+    assert str(error.value).startswith(
+        "cannot resume: the state is of test_linear_deit (--img-size 32), the command makes "
+        "test_linear_deit (--img-size 48): pos_embed is (1, "
+    )
+    assert "\n" not in str(error.value)
+
+
 def test_a_resumed_run_says_from_where_and_what_has_changed(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -281,13 +293,24 @@ def test_resume_auto_starts_where_there_is_nothing(folder: Path, tmp_path: Path)
     assert train(folder, tmp_path / "killed", "--resume", "auto", "--epochs", 1)["epoch"] == 1
 
 
-def test_a_run_that_fails_before_its_first_epoch_leaves_nothing(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_a_run_that_fails_leaves_what_it_has_to_show(folder: Path, tmp_path: Path) -> None:
+    """Nothing before its first row; its rows, also of a first epoch, after that."""
     flags = ("--lr", 1e30, "--warmup-epochs", 0, "--max-nonfinite", 0)
     with pytest.raises(UserError, match="first layer with non-finite activations: stem"):
         train(folder, tmp_path / "deep" / "run", *flags)
     assert list(tmp_path.iterdir()) == []
+
+    with pytest.raises(UserError, match="1 of 2 updates of epoch 1 had"):
+        train(folder, tmp_path / "run", *flags, "--log-interval", 1)
+    assert ours(tmp_path / "run") == ["args.yaml", "environment.json", "updates.jsonl"]
+    (row,) = metrics(tmp_path / "run", "updates.jsonl")
+    assert row["update"] == 1 and row["train_loss"] > 0
+    with pytest.raises(UserError, match="already holds a run .*--resume auto .*--overwrite"):
+        train(folder, tmp_path / "run")
+    again = ("--resume", "auto", "--log-interval", 1)
+    assert train(folder, tmp_path / "run", *again)["epoch"] == 2
+    rows = metrics(tmp_path / "run", "updates.jsonl")
+    assert [row["update"] for row in rows] == [1, 2, 3, 4, 5, 6]
 
 
 def test_two_processes(folder: Path, tmp_path: Path) -> None:
@@ -323,8 +346,8 @@ def test_death_at_any_write_loses_at_most_an_epoch(
             train(folder, tmp_path / "run", *flags)
     left = ours(tmp_path / "run")
     assert set(left) <= set(FILES), "temporary files"
-    if "last_state.pt" not in left:
-        assert not (tmp_path / "run").exists(), "a run that never finished an epoch leaves nothing"
+    shown = {"last_state.pt", "previous_state.pt", "metrics.jsonl", "updates.jsonl"} & set(left)
+    assert (tmp_path / "run").exists() == bool(shown), "a run without rows leaves nothing"
     assert train(folder, tmp_path / "run", *flags, "--resume", "auto")["epoch"] == 2
     for name in ("last.safetensors", "best.safetensors"):
         assert_same_bits(weights(tmp_path / "whole", name), weights(tmp_path / "run", name))

@@ -182,26 +182,33 @@ def named_for(
         raise UserError(f"checkpoint {path} cannot be used: {error}") from error
 
 
+def misfit(own: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]) -> str | None:
+    """Returns how the names and shapes of weights differ from a model's own, if they do."""
+    missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    wrong = [key for key in own if key in weights and own[key].shape != weights[key].shape]
+    if not (missing or extra or wrong):
+        return None
+    example = (
+        f"{wrong[0]} is {tuple(weights[wrong[0]].shape)}, not {tuple(own[wrong[0]].shape)}"
+        if wrong
+        else f"no {missing[0]}"
+        if missing
+        else f"unexpected {extra[0]}"
+    )
+    counts = f"{len(missing)} missing, {len(extra)} unexpected, {len(wrong)} of another shape"
+    return f"{example} ({counts})"
+
+
 def load_into(model: nn.Module, weights: dict[str, torch.Tensor], path: Path, name: str) -> None:
     """Loads a state dict strictly.
 
     Raises:
         UserError: The names or shapes are another model's.
     """
-    own = model.state_dict()
-    missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    wrong = [key for key in own.keys() & weights.keys() if own[key].shape != weights[key].shape]
-    if missing or extra or wrong:
-        example = (
-            f"{wrong[0]} is {tuple(weights[wrong[0]].shape)}, not {tuple(own[wrong[0]].shape)}"
-            if wrong
-            else f"no {missing[0]}"
-            if missing
-            else f"unexpected {extra[0]}"
-        )
+    difference = misfit(model.state_dict(), weights)
+    if difference:
         raise UserError(
-            f"checkpoint {path} does not fit {name}: {example} ({len(missing)} missing, "
-            f"{len(extra)} unexpected, {len(wrong)} of another shape); give the --model and "
+            f"checkpoint {path} does not fit {name}: {difference}; give the --model and "
             "--model-kwargs it was made with"
         )
     model.load_state_dict(weights)

@@ -1,4 +1,4 @@
-"""The folder of a run: made when the run starts, gone again if it fails before its first epoch."""
+"""The folder of a run: made when it starts, gone again if it fails before it has a row or state."""
 
 import contextlib
 import datetime
@@ -34,7 +34,9 @@ def run_folder(output: str | None, experiment: str | None, model: str) -> Path:
 
 
 class RunFolder:
-    """Context manager that creates a run folder, and removes what it made if no epoch ended.
+    """Context manager that creates a run folder, and removes what it made if that tells nothing.
+
+    A run that fails keeps its folder once there is a row, which shows how it went, or a state.
 
     Args:
         path: The folder.
@@ -86,10 +88,14 @@ class RunFolder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is not None and self.fresh and not (self.path / STATE).exists():
+        if kind is not None and self.fresh and not self._tells_something():
             with contextlib.suppress(OSError):
                 self._remove_files()
             self._remove_made()
+
+    def _tells_something(self) -> bool:
+        paths = (self.path / name for name in (STATE, PREVIOUS_STATE, METRICS, UPDATES))
+        return any(path.exists() and path.stat().st_size for path in paths)
 
     def _remove_files(self) -> None:
         for path in (*(self.path / name for name in FILES), *self.path.glob(PATCHES)):

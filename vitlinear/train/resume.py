@@ -2,11 +2,15 @@
 
 import argparse
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from timm.utils import unwrap_model
+
 from vitlinear.errors import UserError, one_line
 from vitlinear.train import folder
+from vitlinear.train.checkpoint import misfit
 from vitlinear.train.parallel import load_full_state
 from vitlinear.train.setup import Run
 from vitlinear.train.state import read_newest, read_state
@@ -18,6 +22,8 @@ FIXED_ON_RESUME = (
     "opt_eps", "opt_betas", "opt_kwargs", "momentum", "weight_decay", "weight_decay_1d",
     "layer_decay",
 )  # fmt: skip
+# What else decides the shapes of a model's weights.
+SIZES = ("img_size", "input_size", "in_chans")
 # A run does not become another by these.
 LOCATION_KEYS = frozenset({"output", "experiment", "pin_mem"})
 
@@ -101,6 +107,13 @@ def restore(run: Run, state: dict[str, Any]) -> Start:
         if run.updater.scaler is not None and "scaler" in state:
             run.updater.scaler.load_state_dict(state["scaler"])
     except (RuntimeError, ValueError, KeyError) as error:
+        model = unwrap_model(run.task.get_eval_model())
+        difference = misfit(model.state_dict(), state["state_dict"])
+        if difference:
+            raise UserError(
+                f"cannot resume: the state is of {_named(state['args'])}, the command makes "
+                f"{_named(vars(run.args))}: {difference}"
+            ) from error
         reason = one_line(error)[:200]
         raise UserError(f"cannot resume: the state does not fit the model ({reason})") from error
     args, updater = run.args, run.updater
@@ -122,6 +135,12 @@ def restore(run: Run, state: dict[str, Any]) -> Start:
         )
     start.progress = state["progress"] if start.batch else None
     return start
+
+
+def _named(args: Mapping[str, Any]) -> str:
+    """Names a model, with the flags that its size depends on."""
+    sizes = [f"--{key.replace('_', '-')} {args[key]}" for key in SIZES if args[key] is not None]
+    return f"{args['model']} ({' '.join(sizes) or 'default size'})"
 
 
 def resume_note(run: Run, start: Start, saved: dict[str, Any], before: dict[str, Any]) -> str:

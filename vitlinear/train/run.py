@@ -74,7 +74,8 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         ``folder``, ``epoch`` (number done), ``best`` (metric, value, epoch, weights).
 
     Raises:
-        UserError: The request or the data cannot work; no file is left behind.
+        UserError: The request or the data cannot work; no file is left behind unless the run had
+            a row or a state to show.
     """
     if args.resume and args.overwrite:
         raise UserError("--resume and --overwrite exclude each other")
