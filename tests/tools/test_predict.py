@@ -38,6 +38,29 @@ def test_files_and_folders(
     assert alone.out.startswith(f"{one}: {first['class']} {100 * first['probability']:.1f} %")
 
 
+def test_unreadable_images_are_left_out_when_asked(
+    vitlinear: Command, images: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    good, empty = images / "val" / "cat" / "2.png", tmp_path / "empty.png"
+    empty.touch()
+    flags = ("--checkpoint", checkpoint, "-b", 1)
+    result = vitlinear("predict", empty, good, *flags)
+    assert result.code != 0 and result.out == ""
+    assert f"cannot read image {empty}: the file is empty; replace or remove it" in result.err
+    flags += ("--bad-images", "skip")
+    for batch in (1, 8):
+        result = vitlinear("predict", empty, good, good, *flags, "-b", batch)
+        assert result.code == 0, result.err
+        first, *others = result.out.splitlines()
+        assert first == f"left out: {empty}: the file is empty"
+        assert len(others) == 2 and all(line.startswith(f"{good}: ") for line in others)
+    left, read = json.loads(vitlinear("predict", empty, good, *flags, "--json").out)
+    assert left == {"file": str(empty), "unreadable": "the file is empty"}
+    assert read["file"] == str(good) and len(read["predictions"]) == len(CLASSES)
+    result = vitlinear("predict", empty, *flags)
+    assert result.code != 0 and f"none of 1 images could be read; {empty}: " in result.err
+
+
 def test_results_go_to_a_file_when_asked(
     vitlinear: Command, images: Path, checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -69,7 +69,8 @@ def add_bad_images_argument(parser: Parser) -> None:
         "--bad-images",
         default="error",
         choices=("error", "skip"),
-        help="unreadable images: stop, or train on others and list them in bad_images.txt",
+        help="unreadable images: stop, or go on without them and list them (of a run, in "
+        "bad_images.txt)",
     )
 
 

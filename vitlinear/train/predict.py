@@ -16,6 +16,7 @@ from tqdm import tqdm
 from vitlinear.errors import UserError
 from vitlinear.train import arguments
 from vitlinear.train import model as models
+from vitlinear.train.bad_images import BadImages
 from vitlinear.train.checkpoint import Card, check_parent, write_text
 from vitlinear.train.config import Parser
 from vitlinear.train.images import DAMAGE, UnreadableImage, convert, decode
@@ -36,6 +37,7 @@ def parse_arguments(
     add_checkpoint_argument(parser)
     arguments.add_model_arguments(parser, default=None)
     arguments.add_input_arguments(parser)
+    arguments.add_bad_images_argument(parser)
     arguments.add_device_arguments(parser)
     group = parser.add_argument_group("report")
     group.add_argument("--topk", type=arguments.COUNT, default=5, metavar="K", help="classes shown")
@@ -46,7 +48,7 @@ def parse_arguments(
 
 
 def main(argv: Sequence[str] | None, prog: str = "vitlinear predict") -> None:
-    """Runs the command; prints nothing before every image was read."""
+    """Runs the command; prints nothing before every image was looked at."""
     args = parse_arguments(argv, prog)
     check_parent(args.results_file)
     results = predict(args)
@@ -57,11 +59,16 @@ def main(argv: Sequence[str] | None, prog: str = "vitlinear predict") -> None:
         print(text)
     elif not args.results_file:
         for result in results:
-            shown = ", ".join(
-                f"{guess['class']} {100 * guess['probability']:.1f} %"
-                for guess in result["predictions"]
-            )
-            print(f"{result['file']}: {shown}")
+            print(_line(result))
+
+
+def _line(result: dict[str, Any]) -> str:
+    if "unreadable" in result:
+        return f"left out: {result['file']}: {result['unreadable']}"
+    shown = ", ".join(
+        f"{guess['class']} {100 * guess['probability']:.1f} %" for guess in result["predictions"]
+    )
+    return f"{result['file']}: {shown}"
 
 
 def find_images(inputs: Sequence[str]) -> list[Path]:
@@ -90,7 +97,8 @@ def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     Returns:
         Per image ``file`` and ``predictions``, a list of ``class``, ``index``, ``probability``
-        with the likeliest first.
+        with the likeliest first; in their place, for an image left out, the reason as
+        ``unreadable``.
     """
     files = find_images(args.images)
     if not args.checkpoint and not args.pretrained:
@@ -104,29 +112,40 @@ def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
     model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
     autocast = make_autocast(args, device)
     topk = min(args.topk, len(names))
-    results: list[dict[str, Any]] = []
+    bad_images = BadImages(skip=args.bad_images == "skip")
+    results: list[dict[str, Any]] = [{"file": str(file)} for file in files]
     batches = range(0, len(files), args.batch_size)
     for start in tqdm(batches, desc="predict", leave=False, disable=None):
-        chunk = files[start : start + args.batch_size]
-        images = torch.stack([transform(image) for image in _opened(chunk, mode)])
+        chunk = results[start : start + args.batch_size]
+        opened = [(result, transform(image)) for result, image in _opened(chunk, mode, bad_images)]
+        if not opened:
+            continue
+        images = torch.stack([image for _, image in opened])
         with torch.inference_mode(), autocast():
             logits = model(images.to(device=device, memory_format=layout))
         values, indices = logits.float().softmax(dim=1).topk(topk, dim=1)
-        for file, row, places in zip(chunk, values.tolist(), indices.tolist(), strict=True):
-            guesses = [
+        for (result, _), row, places in zip(opened, values.tolist(), indices.tolist(), strict=True):
+            result["predictions"] = [
                 {"class": names[place], "index": place, "probability": value}
                 for value, place in zip(row, places, strict=True)
             ]
-            results.append({"file": str(file), "predictions": guesses})
+    if not any("predictions" in result for result in results):
+        first = f"{results[0]['file']}: {results[0]['unreadable']}"
+        raise UserError(f"none of {len(files)} images could be read; {first}")
     return results
 
 
-def _opened(files: Sequence[Path], mode: str) -> Iterator[Image.Image]:
-    for path in files:
+def _opened(
+    results: Sequence[dict[str, Any]], mode: str, bad_images: BadImages
+) -> Iterator[tuple[dict[str, Any], Image.Image]]:
+    """Yields the images of results; of one that is left out, its result gets the reason."""
+    for result in results:
         try:
-            yield convert(decode(path.read_bytes()), mode)
+            yield result, convert(decode(Path(result["file"]).read_bytes()), mode)
         except DAMAGE as error:
-            raise UnreadableImage(path, error).as_user_error() from error
+            unreadable = UnreadableImage(result["file"], error)
+            bad_images.add(unreadable)
+            result["unreadable"] = unreadable.reason
 
 
 def _class_names(model: nn.Module, card: Card | None) -> list[str]:
