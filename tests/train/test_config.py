@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from vitlinear.errors import UserError
-from vitlinear.train.config import read_config, saved_arguments
+from vitlinear.train.config import LAUNCH_KEYS, read_config, saved_arguments
 from vitlinear.train.run import main as run_command
 from vitlinear.train.run import make_parser, parse_arguments
 
@@ -24,6 +24,17 @@ def test_precedence_is_default_then_file_then_flag(tmp_path: Path) -> None:
     args = parse_arguments(["--epochs", "9", "-c", config, "--no-amp"])
     assert (args.epochs, args.batch_size, args.amp, args.weight_decay) == (9, 16, False, 0.05)
     assert args.lr == 1e-3  # PyYAML reads 1e-3 as a string
+
+
+def test_the_command_line_takes_any_flag_of_the_file_back(tmp_path: Path) -> None:
+    actions = {x.dest: x for x in make_parser("train")._actions if x.nargs == 0}
+    names = sorted(actions.keys() - LAUNCH_KEYS - {"help"})
+    config = written(tmp_path, yaml.safe_dump(dict.fromkeys(names, True)))
+    back = ["--aug" if name == "no_aug" else f"--no-{name.replace('_', '-')}" for name in names]
+    for flags, expected in (([], True), (back, False)):
+        args = parse_arguments(["--config", config, *flags])
+        assert {name for name in names if getattr(args, name) is expected} == set(names)
+    assert {"amp", "channels_last", "log_wandb", "no_aug"} <= set(names)
 
 
 def test_lists_and_mappings(tmp_path: Path) -> None:

@@ -223,7 +223,10 @@ def _add_augmentation(parser: Parser) -> None:
     group.add_argument(
         "--train-split", default="train", metavar="NAME", help="name of the training data"
     )
-    group.add_argument("--no-aug", action="store_true", help="resize and crop only")
+    group.add_argument("--no-aug", action="store_true", default=False, help="resize and crop only")
+    group.add_argument(
+        "--aug", dest="no_aug", action="store_false", default=False, help="takes --no-aug back"
+    )
     group.add_argument(
         "--train-crop-mode",
         default=None,
@@ -412,9 +415,14 @@ def _add_run(parser: Parser) -> None:
         "--log-interval", type=COUNT, default=50, metavar="N", help="updates between log lines"
     )
     group.add_argument(
-        "--log-tensorboard", action="store_true", help="event files in the run folder"
+        "--log-tensorboard",
+        action=BooleanOptionalAction,
+        default=False,
+        help="event files in the run folder",
     )
-    group.add_argument("--log-wandb", action="store_true", help="Weights & Biases")
+    group.add_argument(
+        "--log-wandb", action=BooleanOptionalAction, default=False, help="Weights & Biases"
+    )
     group.add_argument("--wandb-project", default=None, metavar="NAME", help="default: wandb's")
     group.add_argument(
         "--wandb-tags", nargs="+", default=None, metavar="TAG", help="shown with the run"
