@@ -1,5 +1,7 @@
 """Loss curves of one process and of two over gloo with half the batch each, update by update.
 
+    python benchmarks/two_processes.py --output benchmarks/results/two_processes_cpu.json
+
 The model has no batch normalisation and nothing is mixed: both runs then add up the same numbers,
 in another order.
 """
@@ -14,9 +16,12 @@ from pathlib import Path
 
 import torch
 
-from vitlinear.train.checkpoint import read_weights
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # runs from a checkout
 
-ROOT = Path(__file__).parents[1]
+from benchmarks.attention import commit, machine  # noqa: E402
+from vitlinear.train.checkpoint import read_weights  # noqa: E402
+
 RECIPE = ["--dataset", "digits", "--model", "test_linear_deit", "--img-size", 32, "--lr", 1e-3]
 RECIPE += ["--warmup-epochs", 1, "--aa", "rand-m9-mstd0.5-inc1", "-j", 0, "--device", "cpu"]
 RECIPE += ["--log-interval", 1, "--no-plot"]
@@ -34,10 +39,11 @@ def curve(processes: int, batch: int, epochs: int, folder: Path) -> list[float]:
 
 
 def main() -> None:
-    """Prints the largest differences as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Trains both ways, prints the largest differences and writes a file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=64, help="over all processes")
+    parser.add_argument("--output", type=Path, help="JSON file")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         runs = [Path(folder) / name for name in ("one", "two")]
@@ -46,6 +52,11 @@ def main() -> None:
         )
         weights = [read_weights(run / "last.safetensors") for run in runs]
     result = {
+        "command": f"python benchmarks/two_processes.py --epochs {args.epochs} "
+        f"--batch-size {args.batch_size}",
+        "machine": machine(),
+        "commit": commit(),
+        "torch": torch.__version__,
         "updates": len(one),
         "first_loss": one[0],
         "last_loss": one[-1],
@@ -53,9 +64,15 @@ def main() -> None:
         "weights_abs": max(
             float((value - weights[1][name]).abs().max()) for name, value in weights[0].items()
         ),
-        "torch": torch.__version__,
+        "curves": {"one": one, "two": two},
     }
-    print(json.dumps(result))
+    if args.output:
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
+    print(
+        f"{len(one)} updates, loss {one[0]:.4f} to {one[-1]:.4f}: the curves differ by "
+        f"{result['loss_rel']:.1e} of their value at most, the last weights by "
+        f"{result['weights_abs']:.1e}"
+    )
 
 
 if __name__ == "__main__":
