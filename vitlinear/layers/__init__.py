@@ -3,8 +3,9 @@
 from .attend import check_attn_type, learns_temperature
 from .conv_stem import ConvStem, check_images
 from .cross_shaped import CrossShapedAttention
-from .depthwise import DepthwiseConv
+from .depthwise import DepthwiseConv, ResidualDepthwiseConv
 from .dynamic_conv import DynamicConv
+from .fold import ConvNormAct, fold_scale
 from .gated_attention import GatedAttention, NormGatedAttention
 from .inline_attention import InjectiveAttention, InLineAttention, InLineTokenAttention
 from .lightnet_attention import LightNetAttention
@@ -22,6 +23,7 @@ __all__ = [
     "AxisTpe",
     "BackendReport",
     "ConvMlp",
+    "ConvNormAct",
     "ConvStem",
     "CrossShapedAttention",
     "DepthwiseConv",
@@ -37,11 +39,13 @@ __all__ = [
     "MdTpe",
     "NormGatedAttention",
     "PaddedWindowAttention",
+    "ResidualDepthwiseConv",
     "RmsNorm",
     "ShiftedWindowAttention",
     "SoftmaxAttention",
     "backend_report",
     "check_attn_type",
     "check_images",
+    "fold_scale",
     "learns_temperature",
 ]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from timm.layers import ConvNormAct
 from torch import Tensor, nn
+
+from .fold import ConvNormAct
 
 
 def check_images(x: Tensor, in_chans: int) -> Tensor:

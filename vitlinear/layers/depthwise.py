@@ -37,3 +37,24 @@ class DepthwiseConv(nn.Conv2d):
         """[B, H, W, C] -> [B, H, W, C]."""
         x = self._conv_forward(x.permute(0, 3, 1, 2), self.weight, self.bias)
         return x.permute(0, 2, 3, 1)
+
+
+class ResidualDepthwiseConv(DepthwiseConv):
+    """x + conv(x), conv a `DepthwiseConv`; in inference the sum is part of the kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, H, W, C] -> [B, H, W, C]."""
+        y = self._conv_forward(x.permute(0, 3, 1, 2), self.weight, self.bias)
+        return x + y.permute(0, 2, 3, 1)
+
+    @torch.no_grad()
+    @torch.jit.ignore
+    def fuse(self) -> DepthwiseConv:
+        """One convolution that gives the same: 1 is added to the middle of each kernel."""
+        side = self.kernel_size[0]
+        fused = DepthwiseConv(
+            self.in_channels, side, device=self.weight.device, dtype=self.weight.dtype
+        )
+        fused.load_state_dict(self.state_dict())
+        fused.weight[:, :, side // 2, side // 2] += 1
+        return fused.train(self.training)

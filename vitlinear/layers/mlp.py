@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .depthwise import DepthwiseConv
+from .depthwise import ResidualDepthwiseConv
 
 
 class ConvMlp(nn.Module):
@@ -31,12 +31,11 @@ class ConvMlp(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim, device=device, dtype=dtype)
         self.act = nn.GELU()
-        self.dwconv = DepthwiseConv(hidden_dim, 3, device=device, dtype=dtype)
+        self.dwconv = ResidualDepthwiseConv(hidden_dim, 3, device=device, dtype=dtype)
         self.fc2 = nn.Linear(hidden_dim, dim, device=device, dtype=dtype)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
-        x = self.act(self.fc1(x))
-        x = x + self.dwconv(x)
+        x = self.dwconv(self.act(self.fc1(x)))
         return self.drop(self.fc2(x))

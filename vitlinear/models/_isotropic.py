@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from .._timm import feature_take_indices, update_model_input_size
 from ..layers import check_images
+from ..layers.fold import fuse_model
 from ._build import imagenet_cfg
 from ._stages import init_module
 
@@ -225,6 +226,12 @@ class IsotropicBackbone(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute every block during backward instead of keeping its activations."""
         self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def fuse(self) -> "IsotropicBackbone":
+        """Fold what inference does not need apart into its neighbours; see `fuse_model`."""
+        fuse_model(self)
+        return self
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:

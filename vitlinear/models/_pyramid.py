@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from timm.layers import (
     ClassifierHead,
-    ConvNormAct,
     DropPath,
     LayerNorm,
     LayerScale,
@@ -24,7 +23,14 @@ from timm.models import checkpoint
 from torch import Tensor, nn
 
 from .._timm import register_notrace_function
-from ..layers import ConvMlp, ConvStem, DepthwiseConv, GatedAttention
+from ..layers import (
+    ConvMlp,
+    ConvNormAct,
+    ConvStem,
+    GatedAttention,
+    ResidualDepthwiseConv,
+    fold_scale,
+)
 from ..ops import RotaryTables, accumulation_dtype, get_mechanism, lrpe_tables, rotary_tables
 from ._stages import StagedBackbone, four_each, map_cfg
 
@@ -125,7 +131,7 @@ class PyramidBlock(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.pos = DepthwiseConv(dim, 3, **dd)
+        self.pos = ResidualDepthwiseConv(dim, 3, **dd)
         self.norm1 = LayerNorm(dim, eps=1e-6, **dd)
         self.attn = self.attn_layer(
             dim, num_heads, attn_type, proj_drop=proj_drop, backend=backend, **dd
@@ -139,10 +145,17 @@ class PyramidBlock(nn.Module):
 
     def forward(self, x: Tensor, rotary: RotaryTables) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
-        x = x + self.pos(x)
+        x = self.pos(x)
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), rotary)))
         x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         return x
+
+    @torch.jit.ignore
+    def fuse(self) -> nn.Module:
+        """This block with its layer-scales inside the projections before them."""
+        self.ls1 = fold_scale(self.attn.proj, self.ls1)
+        self.ls2 = fold_scale(self.mlp.fc2, self.ls2)
+        return self
 
 
 class PyramidStage(nn.Module):

@@ -17,6 +17,7 @@ from timm.models import checkpoint
 from torch import Tensor, nn
 
 from .._timm import feature_take_indices
+from ..layers.fold import fuse_model
 from ._build import imagenet_cfg
 
 POOL_TYPES = ("", "avg", "max", "avgmax")
@@ -127,6 +128,12 @@ class StagedBackbone(nn.Module):
         """Recompute every block during backward instead of keeping its activations."""
         for stage in self.stages:
             stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def fuse(self) -> "StagedBackbone":
+        """Fold what inference does not need apart into its neighbours; see `fuse_model`."""
+        fuse_model(self)
+        return self
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from timm.layers import (
     ClassifierHead,
-    ConvNormAct,
     DropPath,
     LayerNorm,
     LayerNorm2d,
@@ -30,10 +29,11 @@ from torch import Tensor, nn
 
 from ..checkpoints.published import pretrained_source
 from ..layers import (
-    DepthwiseConv,
+    ConvNormAct,
     LinearAttention,
     LocalConcentration,
     PaddedWindowAttention,
+    ResidualDepthwiseConv,
     check_images,
 )
 from ._build import build_model
@@ -111,20 +111,20 @@ class L2WindowBlock(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.pos1 = DepthwiseConv(dim, 3, **dd)
+        self.pos1 = ResidualDepthwiseConv(dim, 3, **dd)
         self.norm1 = LayerNorm(dim, eps=EPS, **dd)
         self.attn = PaddedWindowAttention(dim, num_heads, window_size, proj_drop, backend, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path else nn.Identity()
-        self.pos2 = DepthwiseConv(dim, 3, **dd)
+        self.pos2 = ResidualDepthwiseConv(dim, 3, **dd)
         self.norm2 = LayerNorm(dim, eps=EPS, **dd)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
-        x = x + self.pos1(x)
+        x = self.pos1(x)
         x = x + self.drop_path1(self.attn(self.norm1(x)))
-        x = x + self.pos2(x)
+        x = self.pos2(x)
         x = x + self.drop_path2(self.mlp(self.norm2(x)))
         return x
 
@@ -145,7 +145,7 @@ class L2LinearBlock(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.pos1 = DepthwiseConv(dim, 3, **dd)
+        self.pos1 = ResidualDepthwiseConv(dim, 3, **dd)
         self.norm1 = LayerNorm(dim, eps=EPS, **dd)
         self.attn = LinearAttention(
             dim, num_heads, "l2", temperature=True, proj_drop=proj_drop, backend=backend, **dd
@@ -160,7 +160,7 @@ class L2LinearBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
-        x = x + self.pos1(x)
+        x = self.pos1(x)
         x = x + self.drop_path1(self.attn(self.norm1(x)))
         x = x + self.drop_path3(self.lcm(self.norm3(x)))
         x = x + self.drop_path2(self.mlp(self.norm2(x)))

@@ -13,7 +13,7 @@ from typing import Any
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor
 
-from ..layers import DepthwiseConv, NormGatedAttention
+from ..layers import NormGatedAttention, ResidualDepthwiseConv
 from ..ops import RotaryTables
 from ._build import build_model
 from ._pyramid import (
@@ -36,13 +36,13 @@ class NaLaBlock(PyramidBlock):
     def __init__(self, dim: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(dim, *args, **kwargs)
         dd = {key: kwargs.get(key) for key in ("device", "dtype")}
-        self.pos2 = DepthwiseConv(dim, 3, **dd)
+        self.pos2 = ResidualDepthwiseConv(dim, 3, **dd)
 
     def forward(self, x: Tensor, rotary: RotaryTables) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
-        x = x + self.pos(x)
+        x = self.pos(x)
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), rotary)))
-        x = x + self.pos2(x)
+        x = self.pos2(x)
         x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         return x
 

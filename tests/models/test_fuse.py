@@ -1,0 +1,94 @@
+"""Folding for inference: the same outputs from fewer modules."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from timm.layers import LayerScale
+from torch import nn
+
+from vitlinear.layers import LocalConcentration, ResidualDepthwiseConv
+
+TEST_MODELS = [
+    name
+    for name in timm.list_models("test_*")
+    if timm.model_entrypoint(name).__module__.startswith("vitlinear.")
+]
+FOLDS = [n for n in TEST_MODELS if "inline" not in n and "deit" not in n and "lightnet" not in n]
+
+
+def trained(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """The model in eval mode, its statistics and scales far from their initial values."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10, drop_path_rate=0.1)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias)
+        if isinstance(module, LayerScale):
+            nn.init.normal_(module.gamma)
+    return model.eval().to(dtype)
+
+
+@pytest.mark.parametrize("name", TEST_MODELS)
+@torch.no_grad()
+def test_same_outputs(name):
+    model = trained(name)
+    images = torch.randn(2, 3, 96, 130, dtype=torch.float64)
+    expected = model(images)
+    torch.testing.assert_close(model.fuse()(images), expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", TEST_MODELS)
+@torch.no_grad()
+def test_same_outputs_in_single_precision(name):
+    model = trained(name, torch.float32)
+    images = torch.randn(2, 3, 96, 130)
+    expected = model(images)
+    torch.testing.assert_close(model.fuse()(images), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FOLDS)
+def test_nothing_is_left_to_fold(name):
+    model = trained(name).fuse()
+    concentrations = sum(isinstance(m, LocalConcentration) for m in model.modules())
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in model.modules()) == concentrations
+    assert not any(isinstance(m, LayerScale | ResidualDepthwiseConv) for m in model.modules())
+
+
+@pytest.mark.parametrize("name", FOLDS)
+@torch.no_grad()
+def test_reparameterize_model_of_timm(name):
+    model = trained(name)
+    images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    fused = timm.utils.reparameterize_model(model)
+    assert len(list(fused.modules())) < len(list(model.modules()))
+    torch.testing.assert_close(fused(images), model(images), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["test_ravlt", "test_nalaformer", "test_l2vit"])
+@torch.no_grad()
+def test_fused_models_script_and_export(name):
+    model = trained(name, torch.float32).fuse()
+    images = torch.randn(2, 3, 64, 64)
+    expected = model(images)
+    torch.testing.assert_close(torch.jit.script(model)(images), expected)
+    exported = torch.export.export(model, (images,)).module()
+    torch.testing.assert_close(exported(images), expected)
+
+
+def test_features_of_a_fused_backbone():
+    model = trained("test_ravlt")
+    images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    expected = model.forward_intermediates(images, intermediates_only=True)
+    fused = model.fuse().forward_intermediates(images, intermediates_only=True)
+    torch.testing.assert_close(fused, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["test_ravlt", "test_linear_deit"])
+def test_training_mode_is_refused(name):
+    with pytest.raises(ValueError, match="eval mode"):
+        timm.create_model(name).fuse()
