@@ -1,7 +1,8 @@
 """The ``vitlinear`` command.
 
-A sub-command is one line of `COMMANDS`: its module has ``main(argv, prog)``, which parses its own
-flags, raises `UserError` for a user's mistake, and is imported only when asked for.
+A sub-command is one line of `COMMANDS`: a module, imported only when asked for, that has
+``main(argv, prog)``, or another function where one is named. It parses its own flags, and raises
+`UserError` for a user's mistake.
 """
 
 import importlib
@@ -14,6 +15,7 @@ from collections.abc import Callable, Sequence
 import vitlinear
 from vitlinear.errors import LostPeerError, UserError
 
+OPENMMLAB = "vitlinear.dense.openmmlab.commands"
 COMMANDS = {
     "train": ("vitlinear.train.run", "train a classifier"),
     "validate": ("vitlinear.train.validate", "accuracy and loss of a checkpoint or model"),
@@ -23,6 +25,10 @@ COMMANDS = {
     "list": ("vitlinear.cards.list_models", "the models, one a line"),
     "info": ("vitlinear.cards.info", "what is known of a model"),
     "convert": ("vitlinear.checkpoints.convert", "the authors' checkpoints to safetensors"),
+    "train-detector": (f"{OPENMMLAB}:train_detector", "a detector of mmdet"),
+    "test-detector": (f"{OPENMMLAB}:test_detector", "its average precision"),
+    "train-segmentor": (f"{OPENMMLAB}:train_segmentor", "a segmentor of mmseg"),
+    "test-segmentor": (f"{OPENMMLAB}:test_segmentor", "its intersection over union"),
 }
 
 # Where torchrun lets each process leave the reason of its failure.
@@ -60,7 +66,9 @@ def _dispatch(argv: Sequence[str]) -> None:
         raise UserError(
             f"unknown {kind} '{name}'{did_you_mean(name, COMMANDS)}; `vitlinear --help` lists them"
         )
-    importlib.import_module(COMMANDS[name][0]).main(argv[1:], prog=f"vitlinear {name}")
+    module, _, function = COMMANDS[name][0].partition(":")
+    command = getattr(importlib.import_module(module), function or "main")
+    command(argv[1:], prog=f"vitlinear {name}")
 
 
 def _message(error: UserError) -> str:

@@ -1,0 +1,8 @@
+"""Evaluate a segmentor: the same as `vitlinear test-segmentor`."""
+
+import sys
+
+from vitlinear.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["test-segmentor", *sys.argv[1:]]))

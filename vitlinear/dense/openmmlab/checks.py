@@ -1,0 +1,77 @@
+"""Mistakes in a config that can be told before anything runs or is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+
+from vitlinear.errors import UserError
+from vitlinear.train.model import check_model_name
+
+
+def check_config(config: Config, parts: tuple[str, ...]) -> None:
+    """Refuse a config whose backbone, weights or data are not there.
+
+    Args:
+        config: The whole.
+        parts: What is going to be used, out of ``train``, ``val`` and ``test``.
+
+    Raises:
+        UserError: The message names the model or the file, and the key that it stands under.
+    """
+    for key, backbone in backbones(config):
+        check_model_name(backbone.get("model"))
+        init = backbone.get("init_cfg")
+        for rule in [init] if isinstance(init, Mapping) else init or ():
+            if rule.get("type") == "Pretrained":
+                _check_set(rule["checkpoint"], f"{key}.init_cfg.checkpoint")
+    for part in parts:
+        for key, section in _sections(config.get(f"{part}_dataloader"), f"{part}_dataloader"):
+            if "data_root" in section or "ann_file" in section:
+                _check_dataset(section, key)
+        for key, section in _sections(config.get(f"{part}_evaluator"), f"{part}_evaluator"):
+            if section.get("ann_file"):
+                _check_set(section["ann_file"], f"{key}.ann_file")
+
+
+def backbones(config: Config) -> list[tuple[str, dict[str, Any]]]:
+    """Our backbones in a config's model, with the keys that lead to them."""
+    sections = _sections(config.get("model"), "model")
+    return [(key, part) for key, part in sections if part.get("type") == "vitlinear.Backbone"]
+
+
+def _sections(value: Any, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every mapping in a part of a config, with the key that leads to it."""
+    if isinstance(value, Mapping):
+        yield key, value
+        for name, inner in value.items():
+            yield from _sections(inner, f"{key}.{name}")
+    elif isinstance(value, (list, tuple)):
+        for index, inner in enumerate(value):
+            yield from _sections(inner, f"{key}.{index}")
+
+
+def _check_dataset(section: Mapping[str, Any], key: str) -> None:
+    """Check the folders and the file of a data set, which are relative to its ``data_root``."""
+    root = section.get("data_root") or ""
+    if root:
+        _check_set(root, f"{key}.data_root")
+    prefixes = section.get("data_prefix") or {}
+    places = {"ann_file": section.get("ann_file")}
+    places |= {f"data_prefix.{name}": prefix for name, prefix in prefixes.items()}
+    for name, place in places.items():
+        if isinstance(place, str) and place:
+            _check_set(place if "://" in place else str(Path(root, place)), f"{key}.{name}")
+
+
+def check_exists(path: str, remedy: str) -> None:
+    """Refuse a path that leads to nothing; addresses of other kinds are mmengine's to judge."""
+    if "://" not in path and not Path(path).exists():
+        raise UserError(f"{path} does not exist: {remedy}")
+
+
+def _check_set(path: str, key: str) -> None:
+    check_exists(path, f"set {key}, in the config or with --cfg-options")

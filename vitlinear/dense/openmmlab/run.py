@@ -1,0 +1,138 @@
+"""Training and testing with mmengine's Runner: what the four commands have in common."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.model import is_model_wrapper
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+from torch import distributed
+
+from vitlinear.checkpoints.read import CheckpointError, read_checkpoint
+from vitlinear.errors import UserError, one_line
+from vitlinear.train.config import Parser
+from vitlinear.train.parallel import join_processes, process_group
+
+TIMEOUT = 1800  # seconds that processes on CPUs wait for each other
+
+
+def add_common_flags(parser: Parser, *files: str) -> None:
+    """The flags that training and testing share, after the config and other files."""
+    parser.add_argument("config", help="a config file of mmengine's")
+    for name in files:
+        parser.add_argument(name)
+    parser.add_argument(
+        "--work-dir", default=None, metavar="FOLDER", help="default: work_dirs/NAME-OF-THE-CONFIG"
+    )
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="settings laid over the config: train_cfg.max_epochs=3 randomness.seed=0 ...",
+    )
+    parser.add_argument(
+        "--launcher",
+        choices=["none", "pytorch", "slurm", "mpi"],
+        default="none",
+        help="what starts several processes; pytorch is torchrun",
+    )
+
+
+def read_config(args: argparse.Namespace) -> Config:
+    """The config, with the shared flags laid over it.
+
+    Raises:
+        UserError: It is missing or broken, as one that it inherits may be, or an option is.
+    """
+    if not Path(args.config).is_file():
+        raise UserError(f"config {args.config} does not exist")
+    try:
+        config = Config.fromfile(args.config)
+        config.merge_from_dict(_options(args.cfg_options))
+    except UserError:
+        raise
+    except Exception as error:  # a config is a program
+        raise UserError(f"config {args.config} cannot be read: {one_line(error)}") from error
+    config.launcher = args.launcher
+    if args.work_dir is not None:
+        config.work_dir = args.work_dir
+    elif config.get("work_dir") is None:
+        config.work_dir = str(Path("work_dirs", Path(args.config).stem))
+    return config
+
+
+def _options(pairs: Sequence[str]) -> dict[str, Any]:
+    for pair in pairs:
+        if not pair.partition("=")[0] or "=" not in pair:
+            raise UserError(f"--cfg-options: expected KEY=VALUE, got {pair!r}")
+    options = argparse.Namespace()
+    DictAction([], "of_config", nargs="+")(argparse.ArgumentParser(), options, list(pairs))
+    return options.of_config
+
+
+class EvaluationRunner(Runner):
+    """mmengine's Runner, which lets no weight stay as it was drawn and runs no code of a file."""
+
+    def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
+        """Load all weights of the model.
+
+        Raises:
+            CheckpointError: The file is damaged or is not this model's.
+        """
+        checkpoint = dict(read_checkpoint(filename))
+        checkpoint.setdefault("state_dict", checkpoint)
+        self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
+        model = self.model.module if is_model_wrapper(self.model) else self.model
+        try:
+            model.load_state_dict(checkpoint["state_dict"])
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"checkpoint {filename} is not of this config's model: {one_line(error)[:300]}"
+            ) from error
+        return checkpoint
+
+
+def build_runner(config: Config, kind: type[Runner] = Runner) -> Runner:
+    """The runner of a config, of a kind of its own if it names one."""
+    if config.launcher != "none" and not torch.cuda.is_available():
+        # mmengine's own choice names a device for each process.
+        config.setdefault(
+            "model_wrapper_cfg",
+            {
+                "type": "MMDistributedDataParallel",
+                "broadcast_buffers": False,
+                "find_unused_parameters": config.get("find_unused_parameters", False),
+            },
+        )
+    return RUNNERS.build(config) if "runner_type" in config else kind.from_cfg(config)
+
+
+@contextlib.contextmanager
+def processes(launcher: str) -> Iterator[None]:
+    """Joins the other processes, where mmengine would ask for a GPU, and tells mistakes apart.
+
+    Raises:
+        UserError: The others cannot be reached; a file that the config names is missing, or what
+            it names is in no registry.
+    """
+    with process_group():
+        if launcher != "none" and not torch.cuda.is_available():
+            join_processes(argparse.Namespace(dist_timeout=TIMEOUT), torch.device("cpu"))
+            if not distributed.is_initialized():
+                raise UserError(f"--launcher {launcher}: this process was not started by it")
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise UserError(f"{error.filename or one_line(error)} does not exist") from error
+        except KeyError as error:
+            if "registry" not in str(error):
+                raise
+            raise UserError(f"the config names something unknown: {one_line(error)}") from error
