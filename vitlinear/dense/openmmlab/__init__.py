@@ -5,7 +5,7 @@ Everything under this folder needs them; its import raises `PackageError` withou
 
 from .packages import PackageError, require
 
-require("mmengine")
+require("mmengine.runner")
 
 from .backbone import Backbone  # noqa: E402  (the line above says what is missing)
 from .optimizer import LayerDecayOptimWrapperConstructor  # noqa: E402
