@@ -75,7 +75,8 @@ class MultiScaleBackbone(nn.Module):
         super().__init__()
         if pretrained and checkpoint_path is not None:
             raise UserError("give pretrained=True or a checkpoint_path, not both")
-        self.model: Any = build_model(model, pretrained=pretrained, num_classes=0, **model_args)
+        timm_model: Any = build_model(model, pretrained=pretrained, num_classes=0, **model_args)
+        self.model = timm_model
         info = _feature_info(self.model, model)
         isotropic = len(info) > 1 and len({level["reduction"] for level in info}) == 1
         self.out_indices = tuple(out_indices)
@@ -91,7 +92,7 @@ class MultiScaleBackbone(nn.Module):
         self.indices = [len(info) - 1] if isotropic else list(self.out_indices)
         if checkpoint_path is not None:
             weights = _read_weights(self.model, checkpoint_path)
-        self.model.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)
+        timm_model.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)
         if checkpoint_path is not None:
             _load_weights(self.model, weights, checkpoint_path)
 
@@ -117,7 +118,7 @@ class MultiScaleBackbone(nn.Module):
         self._freeze(model)
         if grad_checkpointing:
             try:
-                self.model.set_grad_checkpointing(True)
+                timm_model.set_grad_checkpointing(True)
             except (AttributeError, AssertionError) as error:
                 raise UserError(f"{model} has no gradient checkpointing") from error
         self.train()

@@ -1,0 +1,219 @@
+"""torchvision's detectors on our backbones: built, trained on photographs, scripted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.ops import box_iou
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+from vitlinear.dense.backbone import MultiScaleBackbone
+from vitlinear.detection.coco import write_sample
+from vitlinear.detection.torchvision import fpn_backbone
+from vitlinear.errors import UserError
+
+NAMES = [
+    "test_inline_cswin", "test_inline_deit", "test_inline_pvt", "test_inline_swin", "test_l2vit",
+    "test_lightnet", "test_linear_deit", "test_mavit", "test_nalaformer", "test_ravlt",
+]  # fmt: skip
+WIDTH = 64  # of the FPN
+CLASSES = 7  # with the background
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """A cat, and a cup with a spoon: images and targets, as torchvision takes them."""
+    pytest.importorskip("skimage")
+    folder = tmp_path_factory.mktemp("sample") / "coco"
+    write_sample(folder)
+    data = json.loads((folder / "annotations" / "instances_train.json").read_text())
+    images, targets = [], []
+    for record in data["images"]:
+        if record["file_name"] not in ("chelsea.jpg", "coffee.jpg"):
+            continue
+        found = [note for note in data["annotations"] if note["image_id"] == record["id"]]
+        images.append(read_image(folder / "images" / record["file_name"]))
+        boxes = torch.tensor([note["bbox"] for note in found])
+        boxes[:, 2:] += boxes[:, :2]
+        masks = [outline(note["segmentation"], record) for note in found]
+        targets.append(
+            {
+                "boxes": boxes,
+                "labels": torch.tensor([note["category_id"] for note in found]),
+                "masks": torch.from_numpy(np.stack(masks)),
+            }
+        )
+    assert len(images) == 2
+    return images, targets
+
+
+def read_image(path: Path) -> Tensor:
+    with Image.open(path) as image:
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+
+
+def outline(polygons: list[list[float]], record: dict) -> np.ndarray:
+    mask = Image.new("L", (record["width"], record["height"]))
+    for polygon in polygons:
+        ImageDraw.Draw(mask).polygon(polygon, fill=1)
+    return np.array(mask)
+
+
+def retinanet(name: str | nn.Module = "test_ravlt", side: int = 128) -> RetinaNet:
+    args = {"out_indices": (1, 2, 3), "out_norms": True} if isinstance(name, str) else {}
+    backbone = fpn_backbone(name, WIDTH, "p6p7", **args)
+    return RetinaNet(backbone, CLASSES, min_size=side, max_size=2 * side)
+
+
+def mask_rcnn(name: str | nn.Module = "test_ravlt", side: int = 128) -> MaskRCNN:
+    """With narrow heads: torchvision's have 14M parameters."""
+    args = {"out_norms": True} if isinstance(name, str) else {}
+    return MaskRCNN(
+        fpn_backbone(name, WIDTH, **args),
+        min_size=side,
+        max_size=2 * side,
+        rpn_pre_nms_top_n_train=200,
+        rpn_post_nms_top_n_train=50,
+        rpn_post_nms_top_n_test=50,
+        box_batch_size_per_image=64,
+        box_head=TwoMLPHead(WIDTH * 7 * 7, 128),
+        box_predictor=FastRCNNPredictor(128, CLASSES),
+        mask_head=MaskRCNNHeads(WIDTH, (WIDTH, WIDTH), 1),
+        mask_predictor=MaskRCNNPredictor(WIDTH, WIDTH, CLASSES),
+    )
+
+
+def train(detector: nn.Module, images, targets, steps: int, lr: float) -> None:
+    optimizer = torch.optim.AdamW(detector.parameters(), lr, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
+    detector.train()
+    for _ in range(steps):
+        loss = sum(detector(images, targets).values())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(detector.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    detector.eval()
+
+
+def check_found(found: dict[str, Tensor], target: dict[str, Tensor], masks: bool) -> None:
+    """Every object, as the best box of its class, and nothing else that overlaps no object."""
+    sure = found["scores"] > 0.5
+    ious = box_iou(target["boxes"], found["boxes"][sure])
+    same = target["labels"][:, None] == found["labels"][sure]
+    best, index = (ious * same).max(dim=1)
+    print(best, found["labels"][sure], target["labels"])
+    assert (best > 0.75).all() and (ious.amax(dim=0) > 0.5).all()
+    if masks:
+        drawn, wanted = found["masks"][sure][index, 0] > 0.5, target["masks"].bool()
+        overlap = (drawn & wanted).sum((1, 2)) / (drawn | wanted).sum((1, 2))
+        print(overlap)
+        assert (overlap > 0.75).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make, steps", [(retinanet, 100), (mask_rcnn, 120)])
+def test_objects_are_found(make, steps, photographs):
+    detector = make()
+    images, targets = photographs
+    train(detector, images, targets, steps, lr=2e-3)
+    with torch.no_grad():
+        for found, target in zip(detector(images), targets, strict=True):
+            check_found(found, target, masks=make is mask_rcnn)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_family_gives_maps_of_one_width(name):
+    backbone = fpn_backbone(name, WIDTH)
+    maps = backbone(torch.randn(1, 3, 64, 128))
+    assert list(maps) == ["0", "1", "2", "3", "pool"]
+    for i, x in enumerate(maps.values()):
+        assert x.shape == (1, WIDTH, 16 >> i, 32 >> i) and x.shape[1] == backbone.out_channels
+    sum(x.square().mean() for x in maps.values()).backward()
+    assert all(parameter.grad is not None for parameter in backbone.parameters())
+
+
+@pytest.mark.parametrize("detector", [RetinaNet, FCOS, FasterRCNN])
+def test_detectors_train_and_predict(detector):
+    """Gradients into the backbone, also from a batch in which one image has no objects."""
+    args = {} if detector is FasterRCNN else {"out_indices": (1, 2, 3), "extra_blocks": "p6p7"}
+    model = detector(fpn_backbone("test_lightnet", WIDTH, **args), 3, min_size=96, max_size=128)
+    images = [torch.rand(3, 80, 100), torch.rand(3, 90, 70)]
+    targets = [
+        {"boxes": torch.tensor([[10.0, 12, 60, 70]]), "labels": torch.tensor([2])},
+        {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)},
+    ]
+    losses = model(images, targets)
+    sum(losses.values()).backward()
+    assert all(value.isfinite() for value in losses.values())
+    weights = [parameter.grad for parameter in model.backbone.body.parameters()]
+    assert all(grad is not None and grad.isfinite().all() for grad in weights)
+    empty = model(images[:1], targets[1:])
+    assert all(value.isfinite() for value in empty.values())
+    found = model.eval()(images)
+    assert len(found) == 2 and {"boxes", "labels", "scores"} <= found[0].keys()
+
+
+@pytest.mark.parametrize("extra, names", [(None, []), ("pool", ["pool"]), ("p6p7", ["p6", "p7"])])
+def test_coarser_maps(extra, names):
+    body = MultiScaleBackbone("test_mavit", out_indices=(1, 2, 3))
+    maps = fpn_backbone(body, 32, extra, norm_layer=nn.BatchNorm2d)(torch.randn(1, 3, 256, 256))
+    assert list(maps) == ["0", "1", "2", *names]
+    assert [x.shape[-1] for x in maps.values()] == [32 >> i for i in range(len(maps))]
+
+
+def test_a_block_of_ones_own():
+    blocks = LastLevelMaxPool()
+    assert fpn_backbone("test_ravlt", extra_blocks=blocks).fpn.extra_blocks is blocks
+
+
+@pytest.mark.parametrize("make", [retinanet, mask_rcnn])
+def test_scripted(make):
+    """With a features_only model. Scripted, torchvision may resize to one pixel less; not here."""
+    indices = (1, 2, 3) if make is retinanet else (0, 1, 2, 3)
+    body = timm.create_model("test_ravlt", features_only=True, out_indices=indices)
+    detector = make(body, side=64).double().eval()
+    for parameter in detector.parameters():  # scores that differ from each other
+        nn.init.normal_(parameter, std=0.1)
+    images = [torch.rand(3, *size).double() for size in [(64, 80), (64, 48)]]
+    scripted = torch.jit.script(detector)
+    for found, expected in zip(scripted(images)[1], detector(images), strict=True):
+        assert len(expected["scores"]) > 3
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    "model, arguments, message",
+    [
+        ("test_ravllt", {}, "unknown model 'test_ravllt'"),
+        ("test_ravlt", {"extra_blocks": "p7"}, "'pool', 'p6p7' or None, got 'p7'"),
+        ("test_ravlt", {"out_indices": (0, 2)}, r"strides double, not \[4, 16\]"),
+        (lambda: MultiScaleBackbone("test_ravlt"), {"out_norms": True}, "out_norms: only for"),
+        (lambda: timm.create_model("test_ravlt"), {}, "RAVLT gives no maps"),
+        (
+            lambda: timm.create_model("test_lightnet", features_only=True),
+            {},
+            r"double, not \[16, 16, 16\].*by its name",
+        ),
+    ],
+)
+def test_what_cannot_be_made(model, arguments, message):
+    with pytest.raises(UserError, match=message) as caught:
+        fpn_backbone(model if isinstance(model, str) else model(), **arguments)
+    assert "\n" not in str(caught.value)
