@@ -75,6 +75,18 @@ def test_any_size(name, size):
 
 
 @each_model
+def test_conversion_to_sync_batch_norm_keeps_the_maps(name):
+    """torch's own drops activations inside of norms; detectors have no use for what follows."""
+    model, x = make(name), torch.randn(1, 3, 64, 64)
+    before = model.forward_intermediates(x, intermediates_only=True)
+    after = nn.SyncBatchNorm.convert_sync_batchnorm(model).forward_intermediates(
+        x, intermediates_only=True
+    )
+    for one, other in zip(before, after, strict=True):
+        assert torch.equal(one, other)
+
+
+@each_model
 @pytest.mark.slow
 def test_large_image(name):
     with torch.no_grad():

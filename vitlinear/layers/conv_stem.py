@@ -50,7 +50,9 @@ class ConvStem(nn.Module):
         super().__init__()
         self.in_chans = in_chans
 
-        def conv(inputs: int, outputs: int, stride: int, act: bool = True) -> ConvNormAct:
+        def conv(inputs: int, outputs: int, stride: int) -> ConvNormAct:
+            # Without timm's activation inside of the norm, which torch's and mmengine's conversion
+            # to SyncBN would drop without a word.
             return ConvNormAct(
                 inputs,
                 outputs,
@@ -58,8 +60,7 @@ class ConvStem(nn.Module):
                 stride=stride,
                 padding=1,
                 bias=True,
-                act_layer=nn.GELU,
-                apply_act=act,
+                apply_act=False,
                 device=device,
                 dtype=dtype,
             )
@@ -67,7 +68,8 @@ class ConvStem(nn.Module):
         self.conv1 = conv(in_chans, dim // 2, stride=2)
         self.conv2 = conv(dim // 2, dim // 2, stride=1)
         self.conv3 = conv(dim // 2, dim // 2, stride=1)
-        self.conv4 = conv(dim // 2, dim, stride=2, act=False)
+        self.conv4 = conv(dim // 2, dim, stride=2)
+        self.act = nn.GELU()
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, in_chans, H, W] -> features [B, dim, ceil(H/4), ceil(W/4)], channels_last.
@@ -76,4 +78,7 @@ class ConvStem(nn.Module):
             AssertionError: There is no batch axis, or another number of channels.
         """
         x = check_images(x, self.in_chans)
-        return self.conv4(self.conv3(self.conv2(self.conv1(x))))
+        x = self.act(self.conv1(x))
+        x = self.act(self.conv2(x))
+        x = self.act(self.conv3(x))
+        return self.conv4(x)
