@@ -1,6 +1,7 @@
 """Modules that models are built from. Token maps are channels-last, [B, H, W, C]."""
 
 from .attend import check_attn_type, learns_temperature
+from .ceil_conv import CeilConv
 from .conv_stem import ConvStem, check_images
 from .cross_shaped import CrossShapedAttention
 from .depthwise import DepthwiseConv, ResidualDepthwiseConv
@@ -22,6 +23,7 @@ __all__ = [
     "AttentionCall",
     "AxisTpe",
     "BackendReport",
+    "CeilConv",
     "ConvMlp",
     "ConvNormAct",
     "ConvStem",

@@ -9,7 +9,7 @@ from .._timm import register_notrace_module
 from .depthwise import DepthwiseConv
 from .inline_attention import InjectiveAttention, mean_token
 from .shifted_windows import SoftmaxAttention
-from .windows import equal_windows, from_windows, to_windows, window_padding
+from .windows import equal_windows, from_windows, join_maps, to_windows, window_padding
 
 
 class Stripe(nn.Module):
@@ -47,11 +47,9 @@ class Stripe(nn.Module):
         Returns:
             [B, H, W, C].
         """
-        B, H, W, C = qkv.shape[0], qkv.shape[1], qkv.shape[2], qkv.shape[3] // 3
+        H, W, C = qkv.shape[1], qkv.shape[2], qkv.shape[3] // 3
         rows, cols = equal_windows(H, self.limits[0]), equal_windows(W, self.limits[1])
-        mask = window_padding(H, W, rows, cols, qkv.device)
-        if mask is not None:
-            mask = mask.repeat(B, 1)
+        mask = window_padding(qkv, rows, cols, None)
         qkv = to_windows(qkv, rows, cols)
         heads = self.attend.num_heads
         qkv = qkv.reshape(-1, rows[1] * cols[1], 3, heads, C // heads)
@@ -201,16 +199,33 @@ class CrossShapedAttention(nn.Module):
         self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor, source: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        source: Tensor,
+        valid_sizes: list[tuple[int, int]] | None = None,
+    ) -> Tensor:
         """Attend.
 
         Args:
             x: [B, H, W, C].
             source: Map that InLine branches take the mean for their kernels from, like x.
+            valid_sizes: Height and width of the part of each map that is no padding: each is
+                attended to like a map of its own, with windows of its own, and padding gets 0.
 
         Returns:
             [B, H, W, C].
         """
+        if valid_sizes is None:
+            return self.attend_map(x, source)
+        maps: list[Tensor] = []
+        for i, (height, width) in enumerate(valid_sizes):
+            part, around = x[i : i + 1, :height, :width], source[i : i + 1, :height, :width]
+            maps.append(self.attend_map(part, around))
+        return join_maps(maps, x.shape[1], x.shape[2])
+
+    def attend_map(self, x: Tensor, source: Tensor) -> Tensor:
+        """[B, H, W, C] twice -> [B, H, W, C]."""
         B, H, W, C = x.shape
         count = len(self.branches)
         parts = self.qkv(x).reshape(B, H, W, 3, count, C // count)

@@ -72,13 +72,16 @@ class GatedAttention(nn.Module):
         if self.temperature is not None:
             nn.init.constant_(self.temperature, self.head_dim**-0.5)
 
-    def forward(self, x: Tensor, rotary: RotaryTables) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: RotaryTables, key_padding_mask: Tensor | None = None
+    ) -> Tensor:
         """Attend over the whole map.
 
         Args:
             x: [B, H, W, C].
             rotary: Tables of the H x W grid for this head_dim; for ``lightnet`` those of
                 `vitlinear.ops.lrpe_tables`.
+            key_padding_mask: [B, H, W] bool, True for padding: equal to a map without it.
 
         Returns:
             [B, H, W, C].
@@ -86,15 +89,27 @@ class GatedAttention(nn.Module):
         B, H, W, C = x.shape
         qkvo = self.qkvo(x).reshape(B, H * W, 4, self.num_heads, self.head_dim)
         q, k, v, o = qkvo.unbind(2)
-        lepe = self.lepe(v.reshape(B, H, W, C)).reshape(B, H * W, self.num_heads, self.head_dim)
-        x = self.proj(self.combine(q, k, v, o, lepe, rotary).reshape(B, H, W, C))
+        values = v.reshape(B, H, W, C)
+        mask: Tensor | None = None
+        if key_padding_mask is not None:
+            values = values.masked_fill(key_padding_mask.unsqueeze(-1), 0)
+            mask = key_padding_mask.flatten(1)
+        lepe = self.lepe(values).reshape(B, H * W, self.num_heads, self.head_dim)
+        x = self.proj(self.combine(q, k, v, o, lepe, rotary, mask).reshape(B, H, W, C))
         return self.proj_drop(x)
 
     def combine(
-        self, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lepe: Tensor, rotary: RotaryTables
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        o: Tensor,
+        lepe: Tensor,
+        rotary: RotaryTables,
+        mask: Tensor | None,
     ) -> Tensor:
-        """What the output projection takes, from [B, N, h, D] each."""
-        return self.attend(q, k, v, rotary, lepe, o)
+        """What the output projection takes, from [B, N, h, D] each and a mask [B, N]."""
+        return self.attend(q, k, v, rotary, lepe, o, mask)
 
     def attend(
         self,
@@ -104,11 +119,12 @@ class GatedAttention(nn.Module):
         rotary: RotaryTables,
         lepe: Tensor,
         gate: Tensor | None,
+        mask: Tensor | None,
     ) -> Tensor:
         """(Attention(q, k, v) + lepe) * gate, [B, N, h, D] -> [B, N, h, D]."""
         return attend(
             q, k, v, self.attn_type, self.backend, rotary,
-            head_scale=self.temperature, lepe=lepe, gate=gate,
+            key_padding_mask=mask, head_scale=self.temperature, lepe=lepe, gate=gate,
         )  # fmt: skip
 
 
@@ -133,8 +149,15 @@ class NormGatedAttention(GatedAttention):
         self.norm = LayerNorm(dim, eps=1e-5, device=device, dtype=dtype)
 
     def combine(
-        self, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lepe: Tensor, rotary: RotaryTables
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        o: Tensor,
+        lepe: Tensor,
+        rotary: RotaryTables,
+        mask: Tensor | None,
     ) -> Tensor:
-        """What the output projection takes, from [B, N, h, D] each."""
-        x = self.attend(q, k, v, rotary, lepe, None)
+        """What the output projection takes, from [B, N, h, D] each and a mask [B, N]."""
+        x = self.attend(q, k, v, rotary, lepe, None, mask)
         return self.norm(x.flatten(2)) * nn.functional.silu(o.flatten(2))

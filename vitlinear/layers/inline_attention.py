@@ -7,11 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._timm import register_notrace_module
+from ..ops import accumulation_dtype
 from ..ops.backend import check_backend
 from .attend import attend
 from .dynamic_conv import DynamicConv
 from .heads import split_heads
-from .windows import equal_windows, from_windows, to_windows, window_padding
+from .windows import equal_windows, from_windows, join_maps, to_windows, window_padding
 
 
 class InjectiveAttention(nn.Module):
@@ -96,7 +97,7 @@ def mean_token(x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
         return x.mean(1)
     # A mean times a ratio near one: in half precision the sum itself might not be finite.
     padding = key_padding_mask.unsqueeze(-1)
-    share = (~padding).float().mean(1).clamp(min=1.0 / x.shape[1])
+    share = (~padding).to(accumulation_dtype(x.dtype)).mean(1).clamp(min=1.0 / x.shape[1])
     return (x.masked_fill(padding, 0).mean(1) / share).to(x.dtype)
 
 
@@ -201,12 +202,35 @@ class InLineAttention(_ProjectedAttention):
         super().__init__(dim, num_heads, 0, proj_drop, backend, device=device, dtype=dtype)
         self.window_size = window_size
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        key_padding_mask: Tensor | None = None,
+        valid_sizes: list[tuple[int, int]] | None = None,
+    ) -> Tensor:
+        """Attend inside every window.
+
+        Args:
+            x: [B, H, W, C].
+            key_padding_mask: [B, H, W] bool, True for padding: equal to leaving these tokens out
+                of the windows, which remain those of the whole map.
+            valid_sizes: Height and width of the part of each map that is no padding: each is
+                attended to like a map of its own, with windows of its own, and padding gets 0.
+
+        Returns:
+            The same shape.
+        """
+        if valid_sizes is None:
+            return self.attend_map(x, key_padding_mask)
+        maps: list[Tensor] = []
+        for i, (height, width) in enumerate(valid_sizes):
+            maps.append(self.attend_map(x[i : i + 1, :height, :width], None))
+        return join_maps(maps, x.shape[1], x.shape[2])
+
+    def attend_map(self, x: Tensor, key_padding_mask: Tensor | None) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
-        B, H, W, _ = x.shape
+        H, W = x.shape[1], x.shape[2]
         rows, cols = equal_windows(H, self.window_size), equal_windows(W, self.window_size)
-        mask = window_padding(H, W, rows, cols, x.device)
-        if mask is not None:
-            mask = mask.repeat(B, 1)
+        mask = window_padding(x, rows, cols, key_padding_mask)
         x = self.attend_tokens(to_windows(x, rows, cols), rows[1], cols[1], mask)
         return from_windows(x, rows, cols, H, W)

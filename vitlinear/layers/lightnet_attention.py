@@ -61,13 +61,16 @@ class LightNetAttention(nn.Module):
         self.proj = nn.Linear(dim, dim, bias=False, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
+    def forward(
+        self, x: Tensor, height: int, width: int, key_padding_mask: Tensor | None = None
+    ) -> Tensor:
         """Attend over the whole map.
 
         Args:
             x: [B, height * width, C].
             height: Of the map.
             width: Of the map.
+            key_padding_mask: [B, N] bool, True for padding: equal to leaving these tokens out.
 
         Returns:
             The same shape.
@@ -76,5 +79,6 @@ class LightNetAttention(nn.Module):
         q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).unbind(2)
         positions = lrpe_tables(height, width, self.head_dim, x.device, accumulation_dtype(x.dtype))
         gate = self.gate2(self.gate1(x)).sigmoid()
-        x = self.norm(attend(q, k, v, "lightnet", self.backend, positions)) * gate
+        out = attend(q, k, v, "lightnet", self.backend, positions, key_padding_mask)
+        x = self.norm(out) * gate
         return self.proj_drop(self.proj(x))

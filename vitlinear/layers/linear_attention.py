@@ -69,18 +69,32 @@ class LinearAttention(nn.Module):
         if self.temperature is not None:
             nn.init.constant_(self.temperature, self.head_dim**-0.5)
 
-    def forward(self, x: Tensor, height: int = 0, width: int = 0) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        height: int = 0,
+        width: int = 0,
+        key_padding_mask: Tensor | None = None,
+    ) -> Tensor:
         """Attend over all tokens.
 
         Args:
             x: [B, N, C], or a map [B, H, W, C].
             height: Unused; blocks that serve several attentions tell it to all.
             width: Likewise.
+            key_padding_mask: x.shape[:-1] bool, True for padding: equal to leaving these tokens
+                out.
 
         Returns:
             In the shape of x.
         """
         qkv = self.qkv(x).flatten(1, -2).unflatten(-1, [3, self.num_heads, self.head_dim])
         q, k, v = qkv.unbind(2)
-        out = attend(q, k, v, self.attn_type, self.backend, head_scale=self.temperature)
+        mask = key_padding_mask
+        if mask is not None:
+            mask = mask.flatten(1)
+        out = attend(
+            q, k, v, self.attn_type, self.backend,
+            key_padding_mask=mask, head_scale=self.temperature,
+        )  # fmt: skip
         return self.proj_drop(self.proj(out.reshape(x.shape)))

@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from .._timm import register_notrace_module
 from ..ops.backend import check_backend
 from .heads import split_heads
-from .windows import fits, fixed_windows, from_windows, indices, to_windows, tokens_of_windows
+from .windows import (
+    fits,
+    fixed_windows,
+    from_windows,
+    indices,
+    join_maps,
+    to_windows,
+    tokens_of_windows,
+)
 
 
 class SoftmaxAttention(nn.Module):
@@ -102,7 +110,25 @@ class ShiftedWindowAttention(nn.Module):
         self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, valid_sizes: list[tuple[int, int]] | None = None) -> Tensor:
+        """Attend inside every window.
+
+        Args:
+            x: [B, H, W, C].
+            valid_sizes: Height and width of the part of each map that is no padding: each is
+                attended to like a map of its own, with windows of its own, and padding gets 0.
+
+        Returns:
+            The same shape.
+        """
+        if valid_sizes is None:
+            return self.attend_map(x)
+        maps: list[Tensor] = []
+        for i, (height, width) in enumerate(valid_sizes):
+            maps.append(self.attend_map(x[i : i + 1, :height, :width]))
+        return join_maps(maps, x.shape[1], x.shape[2])
+
+    def attend_map(self, x: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
         B, H, W, C = x.shape
         side, heads = self.window_size, self.attend.num_heads

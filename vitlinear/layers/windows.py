@@ -143,18 +143,44 @@ def is_one(count: int) -> bool:
 
 
 def window_padding(
-    height: int,
-    width: int,
-    rows: tuple[int, int],
-    cols: tuple[int, int],
-    device: torch.device,
+    x: Tensor, rows: tuple[int, int], cols: tuple[int, int], key_padding_mask: Tensor | None
 ) -> Tensor | None:
-    """Which tokens of `to_windows` lie beyond the map: [windows, tokens] bool, None if none do."""
-    if fits(height, rows) and fits(width, cols):
+    """Which tokens of `to_windows` are padding, of the map or beyond it.
+
+    Args:
+        x: Map, [B, H, W, C].
+        rows: Number and height of windows along the first side.
+        cols: Number and width of windows along the second.
+        key_padding_mask: Padding of the map, [B, H, W] bool.
+
+    Returns:
+        [B * windows, tokens] bool, None if no token is.
+    """
+    if key_padding_mask is not None:
+        return ~to_windows(~key_padding_mask.unsqueeze(-1), rows, cols).squeeze(-1)
+    B, H, W = x.shape[0], x.shape[1], x.shape[2]
+    if fits(H, rows) and fits(W, cols):
         return None
-    beyond_row = torch.arange(rows[0] * rows[1], device=device) >= height
-    beyond_col = torch.arange(cols[0] * cols[1], device=device) >= width
-    return tokens_of_windows(beyond_row[:, None] | beyond_col, rows, cols)
+    beyond_row = torch.arange(rows[0] * rows[1], device=x.device) >= H
+    beyond_col = torch.arange(cols[0] * cols[1], device=x.device) >= W
+    return tokens_of_windows(beyond_row[:, None] | beyond_col, rows, cols).repeat(B, 1)
+
+
+def join_maps(maps: list[Tensor], height: int, width: int) -> Tensor:
+    """Maps [1, H, W, C] of several sizes as one batch, with zeros to the right and below.
+
+    Args:
+        maps: At least one.
+        height: Of the batch.
+        width: Of the batch.
+
+    Returns:
+        [B, height, width, C].
+    """
+    padded: list[Tensor] = []
+    for x in maps:
+        padded.append(F.pad(x, [0, 0, 0, width - x.shape[2], 0, height - x.shape[1]]))
+    return torch.cat(padded)
 
 
 def tokens_of_windows(x: Tensor, rows: tuple[int, int], cols: tuple[int, int]) -> Tensor:

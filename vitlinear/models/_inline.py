@@ -11,11 +11,10 @@ No `from __future__ import annotations` in files of models: torch.fx copies the 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm, LayerNorm2d, Mlp
 from torch import Tensor, nn
 
-from ..layers import check_images
+from ..layers import CeilConv, check_images
 from ._stages import map_cfg
 
 
@@ -64,19 +63,11 @@ class ConvNorm(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        # With K - 1 zeros around a side of n there are ceil(n / stride) places for the kernel.
-        self.extra = kernel_size - 1 - 2 * padding
-        self.conv = nn.Conv2d(in_dim, dim, kernel_size, stride, padding, **dd)
+        self.conv = CeilConv(in_dim, dim, kernel_size, stride, padding, **dd)
         self.norm = LayerNorm2d(dim, eps=1e-5, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C_in, H, W] -> [B, C, ceil(H / stride), ceil(W / stride)]."""
-        return self.reduce(x)
-
-    def reduce(self, x: Tensor) -> Tensor:
-        """As `forward`; a name that subclasses can call where TorchScript has no `super`."""
-        if self.extra > 0:
-            x = F.pad(x, [0, self.extra, 0, self.extra])
         return self.norm(self.conv(x))
 
 
@@ -90,7 +81,7 @@ class ImageConvNorm(ConvNorm):
             AssertionError: There is no batch axis, or another number of channels.
         """
         x = check_images(x, self.conv.in_channels)
-        return self.reduce(x)
+        return self.norm(self.conv(x))
 
 
 # Of every host; evaluation squeezes images into a square before the crop, as published.

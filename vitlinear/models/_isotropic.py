@@ -23,13 +23,14 @@ from timm.layers import (
     resample_abs_pos_embed,
     trunc_normal_,
 )
-from timm.models import checkpoint
 from torch import Tensor, nn
 
-from .._timm import feature_take_indices, update_model_input_size
+from .._timm import feature_take_indices, register_notrace_module, update_model_input_size
 from ..layers import check_images
 from ..layers.fold import fuse_model
+from ..layers.windows import join_maps
 from ._build import imagenet_cfg
+from ._checkpoint import checkpoint
 from ._stages import init_module
 
 
@@ -75,6 +76,61 @@ class TokenBlock(nn.Module):
         x = x + self.drop_path1(self.attn(self.norm1(x), height, width))
         x = x + self.drop_path2(self.mlp(self.norm2(x)))
         return x
+
+
+# One step to torch.fx, which cannot follow choices that look at shapes.
+@register_notrace_module
+class AddPositions(nn.Module):
+    """Adds learned positions, which belong to the model, to tokens; resizes them to the map."""
+
+    def __init__(self, num_prefix_tokens: int) -> None:
+        """Note how many tokens stand before those of the map; they have positions too."""
+        super().__init__()
+        self.num_prefix_tokens = num_prefix_tokens
+
+    def forward(
+        self,
+        x: Tensor,
+        pos_embed: Tensor,
+        grid_size: tuple[int, int],
+        height: int,
+        width: int,
+        valid_sizes: list[tuple[int, int]] | None = None,
+    ) -> Tensor:
+        """Add.
+
+        Args:
+            x: Tokens, [B, num_prefix_tokens + height * width, C].
+            pos_embed: Positions, [1, num_prefix_tokens + rows * columns, C].
+            grid_size: Rows and columns of the positions.
+            height: Of the map.
+            width: Of the map.
+            valid_sizes: Height and width of the part of each map that is no padding: positions
+                are resized to it.
+
+        Returns:
+            In the shape of x.
+        """
+        if valid_sizes is None:
+            return x + self.resized(pos_embed, grid_size, height, width)
+        prefix = self.num_prefix_tokens
+        maps: list[Tensor] = []
+        for rows, cols in valid_sizes:
+            positions = self.resized(pos_embed, grid_size, rows, cols)[:, prefix:]
+            maps.append(positions.unflatten(1, [rows, cols]))
+        before = pos_embed[:, :prefix].expand(x.shape[0], -1, -1)
+        return x + torch.cat((before, join_maps(maps, height, width).flatten(1, 2)), dim=1)
+
+    def resized(
+        self, pos_embed: Tensor, grid_size: tuple[int, int], height: int, width: int
+    ) -> Tensor:
+        """The positions of a map of this size, [1, num_prefix_tokens + height * width, C]."""
+        return resample_abs_pos_embed(
+            pos_embed,
+            new_size=[height, width],
+            old_size=[grid_size[0], grid_size[1]],
+            num_prefix_tokens=self.num_prefix_tokens,
+        )
 
 
 class IsotropicBackbone(nn.Module):
@@ -167,6 +223,7 @@ class IsotropicBackbone(nn.Module):
         if learned_positions:
             length = self.num_prefix_tokens + self.patch_embed.num_patches
             self.pos_embed = nn.Parameter(torch.empty(1, length, embed_dim, **dd))
+        self.add_positions = AddPositions(self.num_prefix_tokens)
         self.pos_drop = nn.Dropout(pos_drop_rate)
         self.blocks: nn.ModuleList
         self.norm: nn.Module
@@ -344,12 +401,8 @@ class IsotropicBackbone(nn.Module):
         if self.cls_token is not None:
             x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
         if self.pos_embed is not None:
-            x = x + resample_abs_pos_embed(
-                self.pos_embed,
-                new_size=[height, width],
-                old_size=self.patch_embed.grid_size,
-                num_prefix_tokens=self.num_prefix_tokens,
-            )
+            grid_size = self.patch_embed.grid_size
+            x = self.add_positions(x, self.pos_embed, grid_size, height, width)
         return self.pos_drop(x), height, width
 
     def forward_features(self, x: Tensor) -> Tensor:

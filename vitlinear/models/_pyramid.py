@@ -19,7 +19,6 @@ from timm.layers import (
     LayerScale,
     calculate_drop_path_rates,
 )
-from timm.models import checkpoint
 from torch import Tensor, nn
 
 from .._timm import register_notrace_function
@@ -32,6 +31,7 @@ from ..layers import (
     fold_scale,
 )
 from ..ops import RotaryTables, accumulation_dtype, get_mechanism, lrpe_tables, rotary_tables
+from ._checkpoint import checkpoint
 from ._stages import StagedBackbone, four_each, map_cfg
 
 # The sizes that RALA and MALA share, as in the released code of both.

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from timm.layers import get_device_dtype, trunc_normal_
-from timm.models import checkpoint
 from torch import Tensor, nn
 
 from .._timm import feature_take_indices
 from ..layers.fold import fuse_model
 from ._build import imagenet_cfg
+from ._checkpoint import checkpoint
 
 POOL_TYPES = ("", "avg", "max", "avgmax")
 

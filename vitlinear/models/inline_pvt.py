@@ -26,6 +26,7 @@ from .._timm import register_notrace_module
 from ..checkpoints.published import pretrained_source
 from ..layers import check_images
 from ..layers.inline_attention import InLineAttention
+from ..layers.windows import join_maps
 from ._build import build_model
 from ._inline import InLineBlock, inline_cfg
 from ._stages import BlockStage, StagedBackbone, four_each
@@ -60,11 +61,13 @@ class PositionedPatchEmbed(nn.Module):
         """Truncated normal positions."""
         trunc_normal_(self.pos_embed, std=0.02)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, valid_sizes: list[tuple[int, int]] | None = None) -> Tensor:
         """Embed patches.
 
         Args:
             x: Images or a map, [B, in_dim, H, W]; channels are checked.
+            valid_sizes: Height and width of the part of each map put out that is no padding:
+                positions are resized to it.
 
         Returns:
             [B, dim, H', W'] with H' = floor(H / patch_size), but at least 1: as released, an
@@ -78,7 +81,12 @@ class PositionedPatchEmbed(nn.Module):
         if side > H or side > W:
             x = F.pad(x, [0, max(side - W, 0), 0, max(side - H, 0)])
         x = self.norm(self.conv(x))
-        return x + self.positions(x.shape[2], x.shape[3])
+        if valid_sizes is None:
+            return x + self.positions(x.shape[2], x.shape[3])
+        maps: list[Tensor] = []
+        for height, width in valid_sizes:
+            maps.append(self.positions(height, width).permute(0, 2, 3, 1))
+        return x + join_maps(maps, x.shape[2], x.shape[3]).permute(0, 3, 1, 2)
 
     def positions(self, height: int, width: int) -> Tensor:
         """The positions of a map of this size, [1, dim, height, width]; as learned if it fits."""

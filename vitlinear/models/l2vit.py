@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import (
     ClassifierHead,
     DropPath,
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.published import pretrained_source
 from ..layers import (
+    CeilConv,
     ConvNormAct,
     LinearAttention,
     LocalConcentration,
@@ -87,12 +87,11 @@ class L2Downsample(nn.Module):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm = LayerNorm2d(in_dim, eps=EPS, **dd)
-        self.conv = nn.Conv2d(in_dim, dim, 2, stride=2, **dd)
+        self.conv = CeilConv(in_dim, dim, 2, stride=2, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C_in, H, W] -> [B, C, ceil(H/2), ceil(W/2)]."""
-        # One row and column at all sizes: where the side is even already, no kernel reaches them.
-        return self.conv(F.pad(self.norm(x), (0, 1, 0, 1)))
+        return self.conv(self.norm(x))
 
 
 class L2WindowBlock(nn.Module):
