@@ -272,6 +272,19 @@ def test_copies_and_files_of_models_with_hooks():
         assert hooks == [len(module._forward_pre_hooks) for module in other.modules()]
 
 
+@torch.no_grad()
+def test_model_fused_between_two_uses():
+    model = make("test_nalaformer")
+    images = [torch.randn(3, *size).double() for size in (ODD, FULL)]
+    expected = padded_maps(model, images)
+    model.fuse()
+    for actual, before in zip(padded_maps(model, images), expected, strict=True):
+        for i, (height, width) in enumerate(sizes_of(images)):
+            scale = FULL[0] // actual.shape[2]
+            valid = before[i][:, : -(-height // scale), : -(-width // scale)]
+            assert error(actual[i], valid) < 1e-12
+
+
 def test_hooks_come_off_for_scripting():
     model, x = make("test_ravlt"), torch.randn(1, 3, 64, 64).double()
     add_hooks(model)
