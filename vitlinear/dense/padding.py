@@ -12,7 +12,8 @@ that stands alone::
         maps = model.forward_intermediates(images, intermediates_only=True)
 
 What the maps hold beyond the valid part of an image has no meaning. Gradient checkpointing
-recomputes under the sizes of its own forward pass. What remains different:
+recomputes under the sizes of its own forward pass; `docs/padding.md` says what each kind of layer
+does. What remains different:
 
 - Batch norm in training mode counts padding; with running statistics it does not.
 - Poolings of classifiers count padding: this is for maps.
