@@ -2,11 +2,12 @@
 
 from .attend import check_attn_type, learns_temperature
 from .ceil_conv import CeilConv
+from .conv_norm_act import ConvNormAct
 from .conv_stem import ConvStem, check_images
 from .cross_shaped import CrossShapedAttention
 from .depthwise import DepthwiseConv, ResidualDepthwiseConv
 from .dynamic_conv import DynamicConv
-from .fold import ConvNormAct, fold_scale
+from .fold import fold_scale
 from .gated_attention import GatedAttention, NormGatedAttention
 from .inline_attention import InjectiveAttention, InLineAttention, InLineTokenAttention
 from .lightnet_attention import LightNetAttention

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from .fold import ConvNormAct
+from .conv_norm_act import ConvNormAct
 
 
 def check_images(x: Tensor, in_chans: int) -> Tensor:
@@ -50,26 +52,12 @@ class ConvStem(nn.Module):
         super().__init__()
         self.in_chans = in_chans
 
-        def conv(inputs: int, outputs: int, stride: int) -> ConvNormAct:
-            # Without timm's activation inside of the norm, which torch's and mmengine's conversion
-            # to SyncBN would drop without a word.
-            return ConvNormAct(
-                inputs,
-                outputs,
-                kernel_size=3,
-                stride=stride,
-                padding=1,
-                bias=True,
-                apply_act=False,
-                device=device,
-                dtype=dtype,
-            )
-
-        self.conv1 = conv(in_chans, dim // 2, stride=2)
-        self.conv2 = conv(dim // 2, dim // 2, stride=1)
-        self.conv3 = conv(dim // 2, dim // 2, stride=1)
-        self.conv4 = conv(dim // 2, dim, stride=2)
-        self.act = nn.GELU()
+        half = dim // 2
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.conv1 = ConvNormAct(in_chans, half, 3, stride=2, act=nn.GELU(), **dd)
+        self.conv2 = ConvNormAct(half, half, 3, act=nn.GELU(), **dd)
+        self.conv3 = ConvNormAct(half, half, 3, act=nn.GELU(), **dd)
+        self.conv4 = ConvNormAct(half, dim, 3, stride=2, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, in_chans, H, W] -> features [B, dim, ceil(H/4), ceil(W/4)], channels_last.
@@ -78,7 +66,4 @@ class ConvStem(nn.Module):
             AssertionError: There is no batch axis, or another number of channels.
         """
         x = check_images(x, self.in_chans)
-        x = self.act(self.conv1(x))
-        x = self.act(self.conv2(x))
-        x = self.act(self.conv3(x))
-        return self.conv4(x)
+        return self.conv4(self.conv3(self.conv2(self.conv1(x))))

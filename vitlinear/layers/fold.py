@@ -1,4 +1,4 @@
-"""Folding for inference: batch norm into convolutions, layer-scales into projections.
+"""Folding for inference: of layer-scales here, of all else in the modules themselves.
 
 Modules that can fold something have a method ``fuse`` that returns what replaces them; that is the
 convention of `timm.models.reparameterize_model`, which calls them.
@@ -6,24 +6,10 @@ convention of `timm.models.reparameterize_model`, which calls them.
 
 from __future__ import annotations
 
-import timm.layers
 import torch
 from timm.layers import LayerScale
 from timm.models import reparameterize_model
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
-
-
-class ConvNormAct(timm.layers.ConvNormAct):
-    """timm's convolution, batch norm and activation, which can become one convolution."""
-
-    @torch.jit.ignore
-    def fuse(self) -> nn.Module:
-        """Convolution with the statistics of the batch norm inside, then the activation."""
-        conv = fuse_conv_bn_eval(self.conv, self.bn)
-        if isinstance(self.bn.act, nn.Identity):
-            return conv
-        return nn.Sequential(conv, self.bn.act)
 
 
 @torch.no_grad()

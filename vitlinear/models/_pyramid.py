@@ -178,9 +178,7 @@ class PyramidStage(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.grad_checkpointing = False
         self.downsample = (
-            ConvNormAct(in_dim, dim, 3, stride=2, padding=1, bias=True, apply_act=False, **dd)
-            if downsample
-            else nn.Identity()
+            ConvNormAct(in_dim, dim, 3, stride=2, **dd) if downsample else nn.Identity()
         )
         self.blocks = nn.ModuleList(
             block_layer(dim, num_heads, attn_type=attn_type, drop_path=rate, **block_args, **dd)
@@ -292,7 +290,7 @@ class LinearPyramid(StagedBackbone):
             {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"}
             for i, dim in enumerate(embed_dims)
         ]
-        self.final = ConvNormAct(embed_dims[-1], head_width, 1, bias=True, act_layer=nn.SiLU, **dd)
+        self.final = ConvNormAct(embed_dims[-1], head_width, 1, act=nn.SiLU(), **dd)
         self.num_features = self.head_hidden_size = head_width
         # A 1x1 convolution, as released: without pooling it gives a map of logits.
         self.head = ClassifierHead(

@@ -57,11 +57,8 @@ class L2Stem(nn.Module):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.in_chans = in_chans
-        # The activation is outside of the norm for the reason given in `ConvStem`.
-        conv_args: dict[str, Any] = {"stride": 2, "padding": 1, "bias": True, "apply_act": False}
-        self.conv1 = ConvNormAct(in_chans, dim // 2, 3, **conv_args, **dd)
-        self.act = nn.ReLU()
-        self.conv2 = ConvNormAct(dim // 2, dim, 3, **conv_args, **dd)
+        self.conv1 = ConvNormAct(in_chans, dim // 2, 3, stride=2, act=nn.ReLU(), **dd)
+        self.conv2 = ConvNormAct(dim // 2, dim, 3, stride=2, **dd)
         self.norm = LayerNorm2d(dim, eps=EPS, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,7 +68,7 @@ class L2Stem(nn.Module):
             AssertionError: There is no batch axis, or another number of channels.
         """
         x = check_images(x, self.in_chans)
-        return self.norm(self.conv2(self.act(self.conv1(x))))
+        return self.norm(self.conv2(self.conv1(x)))
 
 
 class L2Downsample(nn.Module):
