@@ -24,7 +24,7 @@ COMMANDS = {
     "check-data": ("vitlinear.train.check_data", "unreadable and odd images, classes, sizes"),
     "list": ("vitlinear.cards.list_models", "the models, one a line"),
     "info": ("vitlinear.cards.info", "what is known of a model"),
-    "convert": ("vitlinear.checkpoints.convert", "the authors' checkpoints to safetensors"),
+    "convert": ("vitlinear.checkpoints.convert", "the authors' checkpoints to ours"),
     "train-detector": (f"{OPENMMLAB}:train_detector", "a detector of mmdet"),
     "test-detector": (f"{OPENMMLAB}:test_detector", "its average precision"),
     "train-segmentor": (f"{OPENMMLAB}:train_segmentor", "a segmentor of mmseg"),

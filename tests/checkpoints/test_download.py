@@ -205,3 +205,25 @@ def test_a_whole_process_with_the_environment_of_a_mirror(server, tmp_path):
     assert done.returncode == 0, done.stderr
     paths = [path for _, path in server.requests]
     assert any(path.startswith("/aldjalkdf/RAVLT/resolve/main/RAVLT_T.pth") for path in paths)
+
+
+def test_convert_fetches_what_is_published(server, content, tmp_path, capsys):
+    """By the address that the model cards list; through the same checks, kept in the same cache."""
+    address = "https://huggingface.co/aldjalkdf/RAVLT/resolve/main/{}"
+    target = tmp_path / "out.safetensors"
+    server.files["RAVLT_T.pth"] = content
+    arguments = ["convert", address.format("RAVLT_T.pth"), str(target), "--model", MODEL]
+    assert main(arguments) == 0 and target.exists()
+    assert any("/aldjalkdf/RAVLT/resolve/main/RAVLT_T.pth" in path for _, path in server.requests)
+    target.unlink()
+    server.files["RAVLT_B.pth"] = content
+    for name, message in (
+        ("RAVLT_B.pth", "not 579479431: it is not the file"),
+        ("RAVLT_S.pth", "cannot download RAVLT_S.pth of aldjalkdf/RAVLT"),
+        ("other.pth", "is not the address of a published file"),
+    ):
+        capsys.readouterr()
+        assert main(["convert", address.format(name), str(target), "--model", MODEL]) == 2
+        err = capsys.readouterr().err
+        assert message in err and err.count("\n") == 1
+        assert not target.exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from math import isqrt
 from typing import Any
@@ -9,28 +10,51 @@ from typing import Any
 from timm.layers import RelPosBias, resample_abs_pos_embed, resize_rel_pos_bias_table_simple
 from torch import Tensor, nn
 
-from .mappings import find_mapping
+from .mappings import KeyMapping, find_mapping
 from .unwrap import unwrap_state_dict
 
-# Of a detector or segmenter: its backbone, and the norms that it puts behind the stages.
-BACKBONE = "backbone."
-NORMS_OF_DETECTORS = "extra_norms."
+# What a detector or segmentor calls its backbone; what `MultiScaleBackbone` calls its model.
+BACKBONE, MODEL = "backbone.", "model."
+# The norm behind a stage, as RALA and MALA, L2ViT, and `MultiScaleBackbone` call it.
+OUTPUT_NORM = re.compile(r"(?:extra_norms\.|norm|norms\.)(\d)\.(?:norm\.)?(weight|bias)")
+PYRAMID = "pyramid."
 
 
 def is_detector(weights: Mapping[str, Any]) -> bool:
-    """Whether weights look like those of a detector or segmenter, whose backbone is one part."""
+    """Whether weights look like those of a detector or segmentor, whose backbone is one part."""
     return any(key.startswith(BACKBONE) for key in weights)
+
+
+def backbone_of(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Take the backbone of a detector or segmentor, the authors' or ours, apart.
+
+    Returns:
+        Its model, under the keys of a classifier; and what stands behind the model's stages, under
+        the keys of `MultiScaleBackbone`.
+    """
+    model, behind = {}, {}
+    for key, value in weights.items():
+        if not key.startswith(BACKBONE):
+            continue
+        key = key.removeprefix(BACKBONE)
+        if norm := OUTPUT_NORM.fullmatch(key):
+            behind[f"norms.{norm[1]}.{norm[2]}"] = value
+        elif key.startswith(PYRAMID):
+            behind[key] = value
+        else:
+            model[key.removeprefix(MODEL)] = value
+    return model, behind
+
+
+def layout_of(weights: Mapping[str, Tensor]) -> KeyMapping | None:
+    """The authors' layout of weights, or of a detector's backbone; see `find_mapping`."""
+    return find_mapping(backbone_of(weights)[0] if is_detector(weights) else weights)
 
 
 def rename(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Bring bare weights into our keys, as far as they are known; of a detector, its stages."""
     if is_detector(weights):
-        stages = {
-            key.removeprefix(BACKBONE): value
-            for key, value in weights.items()
-            if key.startswith(BACKBONE)
-        }
-        weights = {k: v for k, v in stages.items() if not k.startswith(NORMS_OF_DETECTORS)}
+        weights, _ = backbone_of(weights)
     mapping = find_mapping(weights)
     return mapping.convert(weights, model.state_dict()) if mapping else dict(weights)
 
@@ -43,7 +67,7 @@ def resize(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Bring a checkpoint into our keys: ours unchanged, the authors' translated.
 
-    Of a detector or segmenter (``backbone.*``), the stages alone. Learned positions of another
+    Of a detector or segmentor (``backbone.*``), the stages alone. Learned positions of another
     grid are resized; see `resize_positions` and `resize_tables`.
 
     Args:
@@ -71,7 +95,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
 def _what_it_looks_like(weights: Mapping[str, Tensor]) -> str:
     mapping = find_mapping(weights)
     if is_detector(weights):
-        what = "a detector's or segmenter's checkpoint with another backbone"
+        what = "a detector's or segmentor's checkpoint with another backbone"
     elif mapping is not None:
         what = f"the authors' layout '{mapping.name}'"
     else:

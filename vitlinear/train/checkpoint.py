@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from vitlinear.checkpoints import checkpoint_filter_fn, unwrap_state_dict
+from vitlinear.checkpoints.filter import is_detector
 from vitlinear.checkpoints.read import CheckpointError, read_checkpoint, read_metadata
 from vitlinear.errors import UserError, one_line
 from vitlinear.train.folder import BEST
@@ -286,6 +287,8 @@ def initial_weights(
 ) -> bool:
     """Starts a model from a checkpoint; a classifier of another width stays as it is.
 
+    So does all that follows the stages, if the checkpoint is a detector's or segmentor's.
+
     Args:
         model: The model to start.
         path: The checkpoint.
@@ -303,7 +306,8 @@ def initial_weights(
             f"checkpoint {path} is of {card.model}, not {name}: give its --model, or say that "
             f"it starts from another with --initial-model {card.model}"
         )
-    weights, own = named_for(model, read_weights(path), path), model.state_dict()
+    read, own = read_weights(path), model.state_dict()
+    weights = named_for(model, read, path)
     heads = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
     prefixes = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
     head_keys = [key for key in own if prefixes and key.startswith(prefixes)]
@@ -313,7 +317,12 @@ def initial_weights(
         rows = read_head_map(head_map, model.num_classes)  # type: ignore[arg-type]
         for key in head_keys:
             weights[key] = remapped(weights[key], rows, path).reshape(own[key].shape)
-    new_head = any(key in weights and weights[key].shape != own[key].shape for key in head_keys)
+    if is_detector(read):
+        parts = {key.partition(".")[0] for key in weights}
+        weights = {k: v for k, v in own.items() if k.partition(".")[0] not in parts} | weights
+    new_head = is_detector(read) or any(
+        key in weights and weights[key].shape != own[key].shape for key in head_keys
+    )
     if new_head:
         weights = {**weights, **{key: own[key] for key in head_keys}}
     load_into(model, weights, path, name)

@@ -138,7 +138,7 @@ def set_up(args: argparse.Namespace) -> Run:
     if start and initial_weights(
         model, start, args.initial_model or args.model, args.initial_head_map
     ):
-        notes.append(f"{start}: its classifier does not fit, starting a new one")
+        notes.append(f"{start}: it has no classifier that fits, starting a new one")
     initialise_head(model, args.head_init_scale, args.head_init_bias)
     if args.freeze:
         notes.append(f"{freeze(model, args.freeze) / 1e6:.2f} M parameters are frozen")

@@ -15,6 +15,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch import distributed
 
+from vitlinear.checkpoints.filter import layout_of
 from vitlinear.checkpoints.read import CheckpointError, read_checkpoint
 from vitlinear.errors import UserError, one_line
 from vitlinear.train.config import Parser
@@ -94,8 +95,11 @@ class EvaluationRunner(Runner):
         try:
             model.load_state_dict(checkpoint["state_dict"])
         except RuntimeError as error:
+            authors = layout_of(checkpoint["state_dict"]) is not None
+            hint = "convert it first, with `vitlinear convert`; " if authors else ""
             raise CheckpointError(
-                f"checkpoint {filename} is not of this config's model: {one_line(error)[:300]}"
+                f"checkpoint {filename} is not of this config's model: {hint}"
+                f"{one_line(error)[:300]}"
             ) from error
         return checkpoint
 
