@@ -114,6 +114,21 @@ def test_norms_of_the_maps(eps):
         torch.testing.assert_close(y, expected.permute(0, 3, 1, 2))
 
 
+@pytest.mark.parametrize("name", ["test_ravlt", "test_lightnet"])
+def test_device_and_type(name):
+    backbone = MultiScaleBackbone(name, out_norms=True, device="meta", dtype=torch.bfloat16)
+    assert all(p.is_meta and p.dtype == torch.bfloat16 for p in backbone.parameters())
+
+
+@pytest.mark.parametrize("name", ["test_ravlt", "test_linear_deit"])
+def test_mixed_precision(name):
+    backbone = MultiScaleBackbone(name, out_norms=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        maps = backbone(images())
+    loss_of(x.float() for x in maps).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in backbone.parameters())
+
+
 def stage_of(key: str) -> int:
     """0 for what comes before the stages, n for the n-th stage, or block."""
     _, part, number, *_ = key.split(".") + [""]

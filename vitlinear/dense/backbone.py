@@ -96,11 +96,12 @@ class MultiScaleBackbone(nn.Module):
         if checkpoint_path is not None:
             _load_weights(self.model, weights, checkpoint_path)
 
+        dd: dict[str, Any] = {key: model_args.get(key) for key in ("device", "dtype")}
         self.pyramid: SimpleFeaturePyramid | None = None
         if isotropic:
             dim, stride = info[-1]["num_chs"], info[-1]["reduction"]
             try:
-                self.pyramid = SimpleFeaturePyramid(dim, self.out_indices)
+                self.pyramid = SimpleFeaturePyramid(dim, self.out_indices, **dd)
             except ValueError as error:
                 raise UserError(f"{model}: {error}") from error
             self.channels = self.pyramid.channels
@@ -111,7 +112,7 @@ class MultiScaleBackbone(nn.Module):
         self.norms = nn.ModuleDict()
         if out_norms:
             for index, width in zip(self.out_indices, self.channels, strict=True):
-                self.norms[str(index)] = LayerNorm2d(width, eps=out_norm_eps)
+                self.norms[str(index)] = LayerNorm2d(width, eps=out_norm_eps, **dd)
 
         self.norm_eval = norm_eval
         self.frozen_stages = frozen_stages
