@@ -12,6 +12,7 @@ import vitlinear  # noqa: F401  registers the models
 from tests.golden import upstream_state_dict, variants
 from vitlinear.checkpoints.read import CheckpointError
 from vitlinear.dense.backbone import MultiScaleBackbone
+from vitlinear.dense.padding import attach_valid_sizes
 from vitlinear.errors import UserError
 
 MODELS = [
@@ -204,6 +205,67 @@ def test_distributed_training_finds_all_gradients(name, process_group):
     model = DistributedDataParallel(MultiScaleBackbone(name, (1, 2, 3), True, frozen_stages=1))
     for _ in range(2):
         loss_of(model(images())).backward()
+
+
+def random(backbone: MultiScaleBackbone) -> MultiScaleBackbone:
+    """In float64, with no norm or bias that is without effect."""
+    with torch.no_grad():
+        for parameter in backbone.double().parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return backbone.eval()
+
+
+@each_model
+@pytest.mark.parametrize("size", [(64, 96), (50, 83)])
+def test_padded_batch(name, size):
+    """The maps of an image do not depend on the batch that it stands in."""
+    backbone = random(MultiScaleBackbone(name, out_norms=True))
+    batch = torch.randn(2, 3, 128, 160).double()
+    alone = torch.zeros(1, 3, 64, 96).double()  # a multiple of the largest stride
+    alone[0, :, : size[0], : size[1]] = batch[0, :, : size[0], : size[1]]
+    expected = backbone(alone, [size])
+    explicit = backbone(batch, [size, (128, 160)])
+    noted = backbone(attach_valid_sizes(batch.clone(), [size, (128, 160)]))
+    for x, y, z, stride in zip(expected, explicit, noted, backbone.reductions, strict=True):
+        rows, columns = (
+            max(side // stride if name == "test_inline_pvt" else -(-side // stride), 1)
+            for side in size
+        )
+        torch.testing.assert_close(y[:1, :, :rows, :columns], x[:, :, :rows, :columns])
+        assert y.equal(z) and y.isfinite().all()
+    x, y = (maps[0][0, :, : size[0] // 4, : size[1] // 4] for maps in (expected, backbone(batch)))
+    assert (x - y).norm() > 1e-3 * x.norm()  # there is something to keep out
+
+
+def test_padded_batch_compiled():
+    backbone = random(MultiScaleBackbone("test_lightnet"))
+    batch, sizes = torch.randn(2, 3, 64, 96).double(), [(40, 64), (64, 96)]
+    compiled = torch.compile(backbone, backend="eager", fullgraph=True)
+    for valid_sizes in (None, sizes):
+        expected = backbone(batch, valid_sizes)
+        torch.testing.assert_close(compiled(batch, valid_sizes), expected)
+
+
+def test_gradients_of_a_padded_batch_recomputed():
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        backbone = random(MultiScaleBackbone("test_lightnet", grad_checkpointing=checkpointing))
+        batch = attach_valid_sizes(images(64, 96).double(), [(40, 64), (64, 96)])
+        loss_of(backbone.train()(batch)).backward()
+        gradients.append([parameter.grad for parameter in backbone.parameters()])
+    assert all(gradient.isfinite().all() for gradient in gradients[0])
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_other_models_do_not_look_at_valid_sizes():
+    backbone = MultiScaleBackbone("resnet10t").eval()
+    batch = images()
+    expected = backbone(batch)
+    noted = backbone(attach_valid_sizes(batch, [(40, 64), (64, 96)]))
+    assert all(x.equal(y) for x, y in zip(expected, noted, strict=True))
+    with pytest.raises(UserError, match="no attention of vitlinear"):
+        backbone(batch, [(40, 64), (64, 96)])
 
 
 @pytest.mark.parametrize("name", ["convnext_atto", "resnet10t", "test_vit"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -18,8 +19,9 @@ from torchvision.ops import box_iou
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from vitlinear.dense.backbone import MultiScaleBackbone
+from vitlinear.dense.padding import attach_valid_sizes
 from vitlinear.detection.coco import write_sample
-from vitlinear.detection.torchvision import fpn_backbone
+from vitlinear.detection.torchvision import fpn_backbone, mask_padding
 from vitlinear.errors import UserError
 
 NAMES = [
@@ -170,6 +172,73 @@ def test_detectors_train_and_predict(detector):
     assert len(found) == 2 and {"boxes", "labels", "scores"} <= found[0].keys()
 
 
+def random(detector: nn.Module) -> nn.Module:
+    """In float64, with detections that differ from each other."""
+    for key, parameter in detector.named_parameters():
+        if not key.startswith("backbone."):
+            nn.init.normal_(parameter, std=0.05)
+    return detector.double().eval()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("size", [(64, 96), (50, 83)])
+def test_maps_of_a_padded_batch(name, size):
+    """The same for an image alone and in a batch, whoever built the body."""
+    backbone = fpn_backbone(name, 32, "p6p7").double().eval()
+    batch = torch.randn(2, 3, 128, 192).double()
+    alone = torch.zeros(1, 3, 64, 96).double()
+    alone[0, :, : size[0], : size[1]] = batch[0, :, : size[0], : size[1]]
+    bare = backbone(batch)
+    expected = backbone(attach_valid_sizes(alone, [size]))
+    maps = backbone(attach_valid_sizes(batch, [size, (128, 192)]))
+    for key, x in expected.items():
+        if name == "test_inline_pvt" and key in ("p6", "p7"):
+            continue  # see `mask_padding`
+        rows, columns = x.shape[2:]
+        torch.testing.assert_close(maps[key][:1, :, :rows, :columns], x)
+        edge = maps[key][0, :, -1, -1]  # repeated to the end of the padding
+        torch.testing.assert_close(edge, x[0, :, -1, -1])
+    assert (bare["0"][0, :, :8, :8] - expected["0"][0, :, :8, :8]).norm() > 1e-3
+
+
+def test_maps_of_a_features_only_model():
+    body = timm.create_model("test_l2vit", features_only=True)
+    backbone = fpn_backbone(body, 32).double().eval()
+    batch = torch.randn(2, 3, 64, 96).double()
+    expected = backbone(batch[:1, :, :32, :64].clone())
+    maps = backbone(attach_valid_sizes(batch, [(32, 64), (64, 96)]))
+    for key, x in expected.items():
+        torch.testing.assert_close(maps[key][:1, :, : x.shape[2], : x.shape[3]], x)
+
+
+@pytest.mark.parametrize("make", [retinanet, mask_rcnn])
+def test_batching_changes_no_detection(make):
+    plain = random(make(side=64))
+    if make is mask_rcnn:
+        plain.rpn.min_size = 4.0  # a place of the finest map; see `mask_padding`
+    masked = copy.deepcopy(mask_padding(copy.deepcopy(plain)))
+    one, other = torch.rand(3, 64, 40).double(), torch.rand(3, 64, 120).double()
+    with torch.no_grad():
+        alone, batched = masked([one])[0], masked([one, other])[0]
+        assert len(alone["scores"]) > 10
+        torch.testing.assert_close(alone, batched)
+        unlike = plain([one])[0]["scores"][:10] - plain([one, other])[0]["scores"][:10]
+        assert unlike.abs().max() > 1e-3  # which is what it is for
+
+
+@pytest.mark.parametrize("make", [retinanet, mask_rcnn])
+def test_training_with_masked_padding(make):
+    model = mask_padding(random(make(side=64))).train()
+    images = [torch.rand(3, 64, 40).double(), torch.rand(3, 64, 120).double()]
+    target = {"boxes": torch.tensor([[5.0, 8, 35, 60]]).double(), "labels": torch.tensor([2])}
+    target["masks"] = torch.ones(1, 64, 40, dtype=torch.uint8)
+    other = {**target, "masks": torch.ones(1, 64, 120, dtype=torch.uint8)}
+    losses = model(images, [target, other])
+    sum(losses.values()).backward()
+    assert all(loss.isfinite() and loss < 1e3 for loss in losses.values())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
 @pytest.mark.parametrize("extra, names", [(None, []), ("pool", ["pool"]), ("p6p7", ["p6", "p7"])])
 def test_coarser_maps(extra, names):
     body = MultiScaleBackbone("test_mavit", out_indices=(1, 2, 3))
@@ -188,9 +257,7 @@ def test_scripted(make):
     """With a features_only model. Scripted, torchvision may resize to one pixel less; not here."""
     indices = (1, 2, 3) if make is retinanet else (0, 1, 2, 3)
     body = timm.create_model("test_ravlt", features_only=True, out_indices=indices)
-    detector = make(body, side=64).double().eval()
-    for parameter in detector.parameters():  # scores that differ from each other
-        nn.init.normal_(parameter, std=0.1)
+    detector = random(make(body, side=64))
     images = [torch.rand(3, *size).double() for size in [(64, 80), (64, 48)]]
     scripted = torch.jit.script(detector)
     for found, expected in zip(scripted(images)[1], detector(images), strict=True):

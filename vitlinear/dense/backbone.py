@@ -13,8 +13,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from vitlinear.checkpoints import checkpoint_filter_fn
 from vitlinear.checkpoints.read import CheckpointError, read_checkpoint
 from vitlinear.errors import UserError, one_line
+from vitlinear.models._isotropic import IsotropicBackbone
+from vitlinear.models._stages import StagedBackbone
 from vitlinear.train.model import build_model
 
+from .padding import padding, valid_sizes_of
 from .pyramid import SimpleFeaturePyramid
 
 
@@ -135,15 +138,21 @@ class MultiScaleBackbone(nn.Module):
         Args:
             images: Normalised as the model wants it.
             valid_sizes: Height and width in pixels of each image, if the batch has been padded to
-                the right and below.
+                the right and below; by default what `attach_valid_sizes` noted on it. The valid
+                part of a map is then that of the image alone, with the exceptions that
+                `vitlinear.dense.padding` lists. Other models than ours do not look at the note.
+
+        Raises:
+            UserError: The sizes do not fit the images, or the model is not one of ours.
         """
-        if valid_sizes is not None:
-            raise NotImplementedError("valid sizes are not wired yet")
-        maps = self.model.forward_intermediates(
-            images, indices=self.indices, stop_early=True, intermediates_only=True
-        )
-        if self.pyramid is not None:
-            maps = self.pyramid(maps[0])
+        if valid_sizes is None and isinstance(self.model, (StagedBackbone, IsotropicBackbone)):
+            valid_sizes = valid_sizes_of(images)
+        with padding(self, images.shape[-2:], valid_sizes):
+            maps = self.model.forward_intermediates(
+                images, indices=self.indices, stop_early=True, intermediates_only=True
+            )
+            if self.pyramid is not None:
+                maps = self.pyramid(maps[0])
         if self.norms:
             maps = [norm(x) for norm, x in zip(self.norms.values(), maps, strict=True)]
         return tuple(maps)

@@ -8,6 +8,8 @@ import torch
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
+from vitlinear.layers.valid_region import valid_region
+
 
 class SimpleFeaturePyramid(nn.Module):
     """The simple feature pyramid of ViTDet (arXiv:2203.16527, section 3 and appendix A.2).
@@ -64,4 +66,17 @@ class SimpleFeaturePyramid(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """[B, C, H, W] -> maps [B, C_i, H_i, W_i]; H_i out of 4H, 2H, H, ceil(H/2)."""
-        return tuple(level(x) for level in self.levels.values())
+        return tuple(
+            self.pool(level, x) if isinstance(level, nn.MaxPool2d) else level(x)
+            for level in self.levels.values()
+        )
+
+    def pool(self, level: nn.Module, x: Tensor) -> Tensor:
+        """Pooling to which the padding of a batch is what lies outside of a map."""
+        region = valid_region()
+        if region is None:
+            return level(x)
+        mask = region.mask(x.shape[2], x.shape[3], x.device).unsqueeze(1)
+        x = level(x.masked_fill(mask, -torch.inf))
+        mask = region.mask(x.shape[2], x.shape[3], x.device).unsqueeze(1)
+        return x.masked_fill(mask, 0)

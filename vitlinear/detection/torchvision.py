@@ -6,8 +6,11 @@ No `from __future__ import annotations`: TorchScript cannot read annotations tha
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from timm.models import FeatureInfo
 from torch import Tensor, nn
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops.feature_pyramid_network import (
     ExtraFPNBlock,
     FeaturePyramidNetwork,
@@ -16,7 +19,9 @@ from torchvision.ops.feature_pyramid_network import (
 )
 
 from vitlinear.dense.backbone import MultiScaleBackbone
+from vitlinear.dense.padding import _zero_map, attach_valid_sizes, padding, valid_sizes_of
 from vitlinear.errors import UserError
+from vitlinear.layers.valid_region import ValidRegion, use_valid_region, valid_region
 
 
 class BackboneWithFPN(nn.Module):
@@ -43,10 +48,106 @@ class BackboneWithFPN(nn.Module):
         Those of the body are called ``'0'``, ``'1'``, ...; torchvision's names for the others are
         ``'pool'``, or ``'p6'`` and ``'p7'``.
         """
+        if torch.jit.is_scripting():
+            return self.levels(images)
+        with padding(self, images.shape[-2:], valid_sizes_of(images)):
+            maps, region = self.levels(images), valid_region()
+        if region is not None:
+            maps = {name: repeat_edges(x, region) for name, x in maps.items()}
+            for x in maps.values():
+                x.valid_region = region  # type: ignore[attr-defined]
+        return maps
+
+    def levels(self, images: Tensor) -> dict[str, Tensor]:
+        """What `forward` gives if no image is padded."""
         maps: dict[str, Tensor] = {}
         for i, x in enumerate(self.body(images)):
             maps[str(i)] = x
         return self.fpn(maps)
+
+
+def repeat_edges(x: Tensor, region: ValidRegion) -> Tensor:
+    """Fill the padding of a map [B, C, H, W] as RoI pooling takes what lies outside of a map."""
+    sizes = torch.tensor(region.map_sizes(x.shape[2], x.shape[3])).to(x.device, non_blocking=True)
+    images = torch.arange(x.shape[0], device=x.device)
+    rows = torch.arange(x.shape[2], device=x.device).minimum(sizes[:, :1] - 1)
+    cols = torch.arange(x.shape[3], device=x.device).minimum(sizes[:, 1:] - 1)
+    filled = x[images[:, None, None], :, rows[:, :, None], cols[:, None, :]]
+    return filled.permute(0, 3, 1, 2)
+
+
+class ValidSizesTransform(GeneralizedRCNNTransform):
+    """torchvision's resizing and batching; the batch knows the valid size of each image."""
+
+    def forward(
+        self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None
+    ) -> tuple[ImageList, list[dict[str, Tensor]] | None]:
+        """What torchvision's class gives; `vitlinear.dense.padding` describes what is attached."""
+        batch, targets = super().forward(images, targets)
+        attach_valid_sizes(batch.tensors, batch.image_sizes)
+        return batch, targets
+
+
+def mask_padding(detector: nn.Module) -> nn.Module:
+    """Let a detector find in each image of a batch what it would find in that image alone.
+
+    Padding is then kept out of the backbone, its FPN, RoI pooling, and the convolutions of the RPN
+    or of the heads of RetinaNet and FCOS, which propose nothing there when they predict. Without
+    this, padding is black image to a detector, as it is with torchvision's own backbones.
+
+    What remains different: batch norms in training, group norms (FCOS has them in its heads), and
+    the losses count padding; RoI pooling of boxes at the edge of an image that are thinner than
+    one place of their map; P6 and P7 of InLine-PVT, which rounds down, may end a place earlier.
+
+    Args:
+        detector: One of torchvision's, on an `fpn_backbone`. It gets another transform, and hooks
+            that TorchScript does not take.
+
+    Returns:
+        The same detector.
+    """
+    old: Any = detector.transform
+    detector.transform = ValidSizesTransform(
+        old.min_size,
+        old.max_size,
+        old.image_mean,
+        old.image_std,
+        old.size_divisible,
+        old.fixed_size,
+        _skip_resize=old._skip_resize,
+    )
+    dense: Any = getattr(detector, "rpn", detector)
+    if dense is not detector:  # an RPN would fill up with proposals of no score at all
+        dense.score_thresh = max(dense.score_thresh, 1e-7)
+    head = dense.head
+    head.register_forward_pre_hook(_enter_region)
+    head.register_forward_hook(_leave_region, always_call=True)
+    for name, module in head.named_modules():
+        if isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1:
+            module.register_forward_pre_hook(_zero_map, with_kwargs=True)
+        if name.endswith("cls_logits"):
+            module.register_forward_hook(_propose_nothing)
+    return detector
+
+
+def _enter_region(head: Any, args: tuple[list[Tensor]]) -> None:
+    region = getattr(args[0][0], "valid_region", None)
+    head.context = use_valid_region(region)
+    head.context.__enter__()
+
+
+def _leave_region(head: Any, args: Any, output: Any) -> None:
+    head.context.__exit__(None, None, None)
+    del head.context  # it cannot be copied
+
+
+def _propose_nothing(layer: nn.Module, args: Any, logits: Tensor) -> Tensor:
+    """In padding, by scores of zero; but in training, where they would be far from the truth."""
+    region = valid_region()
+    if region is None or layer.training:
+        return logits
+    mask = region.mask(logits.shape[2], logits.shape[3], logits.device)
+    return logits.masked_fill(mask.unsqueeze(1), -torch.inf)
 
 
 def fpn_backbone(
