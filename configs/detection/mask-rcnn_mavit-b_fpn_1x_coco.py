@@ -1,0 +1,5 @@
+_base_ = "./mask-rcnn_mavit-t_fpn_1x_coco.py"
+model = dict(
+    backbone=dict(model="mavit_b", drop_path_rate=0.4, pretrained=True),
+    neck=dict(in_channels=[96, 192, 384, 512]),
+)

@@ -1,0 +1,5 @@
+_base_ = "./mask-rcnn_mavit-t_fpn_1x_coco.py"
+model = dict(
+    backbone=dict(model="mavit_s", drop_path_rate=0.15),
+    neck=dict(in_channels=[64, 128, 320, 512]),
+)

@@ -1,0 +1,5 @@
+_base_ = "./mask-rcnn_nalaformer-xt_fpn_1x_coco.py"
+model = dict(
+    backbone=dict(model="nalaformer_l", drop_path_rate=0.55),
+    neck=dict(in_channels=[96, 192, 448, 640]),
+)

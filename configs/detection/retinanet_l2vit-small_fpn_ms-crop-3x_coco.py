@@ -1,0 +1,5 @@
+_base_ = "./retinanet_l2vit-tiny_fpn_ms-crop-3x_coco.py"
+model = dict(
+    backbone=dict(model="l2vit_small", drop_path_rate=0.2),
+    neck=dict(in_channels=[192, 384, 768]),
+)

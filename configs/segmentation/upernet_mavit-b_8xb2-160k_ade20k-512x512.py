@@ -1,0 +1,6 @@
+_base_ = "./upernet_mavit-t_8xb2-160k_ade20k-512x512.py"
+model = dict(
+    backbone=dict(model="mavit_b", drop_path_rate=0.4, pretrained=True),
+    decode_head=dict(in_channels=[96, 192, 384, 512]),
+    auxiliary_head=dict(in_channels=384),
+)
