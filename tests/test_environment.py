@@ -99,6 +99,8 @@ def test_damaged_stamp_means_install(tool: ModuleType, installs: Installs, conte
         ("OSError: [Errno 28] No space left on device", "the disk is full"),
         ("Failed to establish a new connection\nNo matching distribution found", "package index"),
         ("ERROR: No matching distribution found for torch==2.11.0", "pinned package"),
+        ("RuntimeError: Error compiling objects for extension", "apt install g++ python3-dev"),
+        ("c++: fatal error: Killed signal terminated program cc1plus", "MAX_JOBS=1"),
         ("something else", "exit status 3"),
     ],
 )
@@ -114,3 +116,28 @@ def test_missing_ensurepip_names_the_remedy(
     with pytest.raises(tool.SetupError, match="apt install python3-venv"):
         tool.ensure(["train"])
     assert not tool.venv_dir().exists()
+
+
+def test_compiled_extra_comes_last_without_isolation(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And is compiled again where pip's cached wheel was for another torch."""
+    asked: list[list[str]] = []
+    loads = iter([False, True])
+    monkeypatch.setattr(tool, "_pip", lambda python, log, arguments: asked.append(arguments))
+    monkeypatch.setattr(tool, "_works", lambda python: next(loads))
+    tool.venv_dir().mkdir()
+    tool._pip_install(Path("python"), ["dev", "openmmlab", "train"])
+    plain, tools, compiled, again = asked
+    assert plain == ["-e", ".[dev,train]"]
+    assert {"ninja", "psutil", "setuptools", "wheel"} <= set(tools)
+    assert compiled == ["--no-build-isolation", "-e", ".[dev,openmmlab,train]"]
+    assert {"--no-build-isolation", "--no-cache-dir", "--force-reinstall"} <= set(again)
+
+    monkeypatch.setattr(tool, "_works", lambda python: False)
+    with pytest.raises(tool.SetupError, match="cannot be loaded"):
+        tool._pip_install(Path("python"), ["openmmlab"])
+
+    asked.clear()
+    tool._pip_install(Path("python"), ["train"])
+    assert asked == [["-e", ".[train]"]]

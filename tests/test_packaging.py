@@ -45,7 +45,7 @@ def test_extras_are_declared() -> None:
     assert set(importlib.metadata.metadata("vitlinear").get_all("Provides-Extra") or ()) == EXTRAS
 
 
-@pytest.mark.parametrize("extra", [None, *sorted(EXTRAS - {"openmmlab"})])
+@pytest.mark.parametrize("extra", [None, *sorted(EXTRAS)])
 def test_pins_satisfy_what_is_declared(extra: str | None) -> None:
     """Every requirement has a pin, on each supported Python, inside the range users are given."""
     pinned, checked = pins(), 0

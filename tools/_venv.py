@@ -38,10 +38,25 @@ _CAUSES = (
         "no package index could be reached; check the network, or point PIP_INDEX_URL at a mirror",
     ),
     (
+        r"Killed signal terminated program",
+        "compiling mmcv's operators ran out of memory; MAX_JOBS=1 compiles one file at a time",
+    ),
+    (
+        r"Error compiling objects|error: command '[^']*(g\+\+|gcc|c\+\+|cc|clang)' failed"
+        r"|No such file or directory: '[^']*(g\+\+|gcc|c\+\+)'",
+        "mmcv's operators could not be compiled; they need a C++ compiler and Python's headers (on "
+        "Debian or Ubuntu: apt install g++ python3-dev). VITLINEAR_WITHOUT=openmmlab leaves them "
+        "out, and the tests that need them",
+    ),
+    (
         r"No matching distribution found|ResolutionImpossible",
         "a pinned package does not exist for this Python and platform; see constraints.txt",
     ),
 )
+# mmcv's operators are compiled against the torch that is installed, which pip's isolated builds do
+# not see: this extra comes last, and with it what they are built with.
+COMPILED = "openmmlab"
+BUILD_TOOLS = ["setuptools", "wheel", "packaging", "ninja", "psutil"]
 # Lines that pip prints by the hundred and that nobody watches an install for.
 _NOISE = re.compile(
     r"Requirement already satisfied|Using cached|\[notice\]|^\s*$|^Looking in|WARNING: Location"
@@ -187,11 +202,34 @@ def _create() -> None:
 
 def _pip_install(python: Path, extras: list[str]) -> None:
     log = venv_dir() / "install.log"
+    log.unlink(missing_ok=True)
+    plain = [extra for extra in extras if extra != COMPILED]
+    _pip(python, log, ["-e", f".[{','.join(plain)}]"])
+    if COMPILED not in extras:
+        return
+    say("mmcv's operators are compiled once, then pip has them: about 20 minutes on two cores")
+    _pip(python, log, BUILD_TOOLS)
+    _pip(python, log, ["--no-build-isolation", "-e", f".[{','.join(extras)}]"])
+    if not _works(python):
+        # pip's cache tells wheels apart by the package's version, not by torch's.
+        say("the mmcv at hand was compiled against another torch: compiling it again")
+        again = ["--no-cache-dir", "--force-reinstall", "--no-deps", "onedl-mmcv"]
+        _pip(python, log, ["--no-build-isolation", *again])
+        if not _works(python):
+            raise SetupError(f"mmcv's operators cannot be loaded (log: {log})")
+
+
+def _works(python: Path) -> bool:
+    """Whether mmcv's operators can be loaded."""
+    command = [str(python), "-c", "import mmcv.ops"]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def _pip(python: Path, log: Path, arguments: list[str]) -> None:
     command = [str(python), "-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
-    command += ["--progress-bar", "off", "--retries", "3", "-c", "constraints.txt"]
-    command += ["-e", f".[{','.join(extras)}]"]
+    command += ["--progress-bar", "off", "--retries", "3", "-c", "constraints.txt", *arguments]
     tail: deque[str] = deque(maxlen=200)
-    with log.open("w") as copy:
+    with log.open("a") as copy:
         pip = subprocess.Popen(
             command,
             cwd=ROOT,

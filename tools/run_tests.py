@@ -6,20 +6,24 @@
 
 Tests run in two processes, each with one thread; ``-n 0`` runs them in one, and
 ``VITLINEAR_TEST_WORKERS`` sets another number.
+
+The first time, mmcv's operators are compiled, which needs a C++ compiler and about 20 minutes on
+two cores. ``VITLINEAR_WITHOUT=openmmlab`` leaves them out; tests that need them then skip.
 """
 
 import os
 
 import _venv
 
-EXTRAS = ["dev", "train", "data", "export", "analysis"]
+EXTRAS = ["dev", "train", "data", "export", "analysis", "openmmlab"]
+WITHOUT = os.environ.get("VITLINEAR_WITHOUT", "").split(",")
 # The one place that says how the suite is spread over processes.
 WORKERS = os.environ.get("VITLINEAR_TEST_WORKERS", "2")
 
 
 def main(arguments: list[str]) -> int:
     """Prepares the environment and returns pytest's exit status."""
-    python = _venv.ensure(EXTRAS)
+    python = _venv.ensure([extra for extra in EXTRAS if extra not in WITHOUT])
     spread = ["-n", WORKERS, "--dist", "worksteal"] if WORKERS != "0" else []
     return _venv.run([python, "-m", "pytest", *spread, *arguments])
 

@@ -11,7 +11,7 @@ from vitlinear.dense.backbone import MultiScaleBackbone
 from vitlinear.errors import UserError
 from vitlinear.registry import MODELS
 
-InitConfig = dict[str, Any]
+Rule = dict[str, Any]
 
 
 @MODELS.register_module()
@@ -33,7 +33,7 @@ class Backbone(MultiScaleBackbone, BaseModule):
         self,
         model: str,
         *args: Any,
-        init_cfg: InitConfig | Sequence[InitConfig] | None = None,
+        init_cfg: Rule | Sequence[Rule] | None = None,
         **kwargs: Any,
     ) -> None:
         """Make the backbone; its weights are the model's own initial ones.
@@ -51,11 +51,11 @@ class Backbone(MultiScaleBackbone, BaseModule):
         Raises:
             UserError: As `MultiScaleBackbone` does; or ``init_cfg`` besides ``pretrained``.
         """
+        if kwargs.get("pretrained") and _split(init_cfg)[0]:
+            raise UserError("give pretrained=True or init_cfg=dict(type='Pretrained'), not both")
         super().__init__(model, *args, **kwargs)
         self._arguments = (model, *args), kwargs
         self.init_cfg = init_cfg
-        if kwargs.get("pretrained") and self._checkpoints():
-            raise UserError("give pretrained=True or init_cfg=dict(type='Pretrained'), not both")
         # The parts have drawn their weights, or loaded them: mmengine is not to draw them again.
         for part in self.children():
             part.is_init = True
@@ -66,21 +66,22 @@ class Backbone(MultiScaleBackbone, BaseModule):
         Raises:
             CheckpointError: The file cannot be used, or does not fit the model.
         """
-        given, checkpoints = self.init_cfg, self._checkpoints()
-        self.init_cfg = [rule for rule in _rules(given) if rule not in checkpoints] or None
+        given = self.init_cfg
+        checkpoints, self.init_cfg = _split(given)
         try:
             super().init_weights()
         finally:
             self.init_cfg = given
-        for rule in checkpoints:
+        for checkpoint in checkpoints:
             args, kwargs = self._arguments
-            loaded = MultiScaleBackbone(*args, **kwargs, checkpoint_path=rule["checkpoint"])
+            loaded = MultiScaleBackbone(*args, **kwargs, checkpoint_path=checkpoint)
             self.model.load_state_dict(loaded.model.state_dict())
 
-    def _checkpoints(self) -> list[InitConfig]:
-        kinds = ("Pretrained", PretrainedInit)
-        return [rule for rule in _rules(self.init_cfg) if rule["type"] in kinds]
 
-
-def _rules(init_cfg: InitConfig | Sequence[InitConfig] | None) -> list[InitConfig]:
-    return [init_cfg] if isinstance(init_cfg, dict) else list(init_cfg or ())
+def _split(
+    init_cfg: Rule | Sequence[Rule] | None,
+) -> tuple[list[str], list[Rule]]:
+    """The files of weights that a config names, and its other rules."""
+    rules = [init_cfg] if isinstance(init_cfg, dict) else list(init_cfg or ())
+    files = [rule for rule in rules if rule["type"] in ("Pretrained", PretrainedInit)]
+    return [rule["checkpoint"] for rule in files], [rule for rule in rules if rule not in files]

@@ -8,7 +8,7 @@ from types import ModuleType
 from vitlinear.errors import UserError, one_line
 
 INSTALL = (
-    "pip install 'setuptools>=80,<82' wheel ninja psutil && "
+    "pip install 'setuptools>=80,<82' wheel packaging ninja psutil && "
     "pip install --no-build-isolation 'vitlinear[openmmlab]'"
 )
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from mmengine.config import Config, DictAction
-from mmengine.model import is_model_wrapper
+from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch import distributed
@@ -91,7 +91,9 @@ class EvaluationRunner(Runner):
         checkpoint = dict(read_checkpoint(filename))
         checkpoint.setdefault("state_dict", checkpoint)
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
-        model = self.model.module if is_model_wrapper(self.model) else self.model
+        model = self.model
+        while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+            model = model.module
         try:
             model.load_state_dict(checkpoint["state_dict"])
         except RuntimeError as error:
@@ -107,11 +109,12 @@ class EvaluationRunner(Runner):
 def build_runner(config: Config, kind: type[Runner] = Runner) -> Runner:
     """The runner of a config, of a kind of its own if it names one."""
     if config.launcher != "none" and not torch.cuda.is_available():
-        # mmengine's own choice names a device for each process.
+        # mmengine would name a GPU for each process.
         config.setdefault(
             "model_wrapper_cfg",
             {
                 "type": "MMDistributedDataParallel",
+                "device_ids": None,
                 "broadcast_buffers": False,
                 "find_unused_parameters": config.get("find_unused_parameters", False),
             },

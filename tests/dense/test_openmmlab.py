@@ -1,0 +1,161 @@
+"""What mmdet and mmseg share: registration, missing packages, how the backbone gets its weights."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from tests.checkpoints.test_convert import released_weights
+from tests.dense.openmmlab import build, packages
+from vitlinear.errors import UserError
+
+packages()
+
+ROOT = Path(__file__).parents[2]
+
+
+def python(code: str, *path: Path) -> tuple[int, str]:
+    """Runs code in a process of its own; returns its status and all that it printed."""
+    folders = [str(folder) for folder in (*path, ROOT)]
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path[:0] = {folders!r}\n{code}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+    )
+    return done.returncode, done.stdout
+
+
+def test_nothing_of_openmmlab_is_imported_unasked() -> None:
+    code = """
+import vitlinear, vitlinear.detection, vitlinear.segmentation
+import vitlinear.dense.backbone, vitlinear.dense.padding, vitlinear.detection.torchvision
+print(sorted({name.split(".")[0] for name in sys.modules} & {"mmengine", "mmcv", "mmdet", "mmseg"}))
+"""
+    assert python(code) == (0, "[]\n")
+
+
+@pytest.mark.parametrize("scope, package", [("mmdet", "detection"), ("mmseg", "segmentation")])
+def test_custom_imports_are_enough(tmp_path: Path, scope: str, package: str) -> None:
+    """And mmengine has nothing to say about it."""
+    config = tmp_path / "config.py"
+    config.write_text(
+        f"custom_imports = dict(imports=['vitlinear.{package}'], allow_failed_imports=False)\n"
+        "model = dict(type='vitlinear.Backbone', model='test_mavit', out_norms=True)\n"
+    )
+    code = f"""
+import logging, warnings
+warnings.filterwarnings("ignore", category=DeprecationWarning)
+from mmengine.config import Config
+config = Config.fromfile({str(config)!r})
+from {scope}.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS
+backbone = MODELS.build(config.model)
+OPTIM_WRAPPER_CONSTRUCTORS.get("vitlinear.LayerDecayOptimWrapperConstructor").__name__
+print("channels", backbone.channels)
+"""
+    status, output = python(code)
+    lines = [line for line in output.splitlines() if "import OneDL" not in line]
+    assert (status, lines) == (0, ["channels (24, 48, 64, 96)"]), output
+
+
+@pytest.mark.parametrize(
+    ("files", "module", "says"),
+    [
+        ({"mmengine.py": "raise ModuleNotFoundError('no', name='mmengine')"}, "mmengine",
+         "mmengine is not installed"),
+        ({"mmcv/__init__.py": "", "mmcv/ops.py": "import mmcv._ext"}, "mmcv.ops",
+         "compiled operators"),
+        ({"mmcv/__init__.py": "", "mmcv/ops.py": "raise ImportError('undefined\\nsymbol: x')"},
+         "mmcv.ops", "undefined symbol: x"),
+        ({"mmdet.py": "assert False, 'MMCV==2.2.0 is used but incompatible.'"}, "mmdet",
+         "MMCV==2.2.0 is used but incompatible."),
+    ],
+)  # fmt: skip
+def test_packages_that_do_not_work(
+    tmp_path: Path, files: dict[str, str], module: str, says: str
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content + "\n")
+    code = """
+from vitlinear.cli import main
+from vitlinear.errors import UserError
+sys.exit(main(["train-detector", "none.py"]))
+"""
+    status, output = python(code, tmp_path)
+    error = output.splitlines()[-1]
+    assert status == 2 and "Traceback" not in output, output
+    assert error.startswith("error: ") and says in error and error.count("\n") == 0
+    assert "pip install --no-build-isolation 'vitlinear[openmmlab]'" in error
+
+
+def test_checkpoint_of_the_authors(tmp_path: Path) -> None:
+    """Loaded when the detector draws its weights, not before, and not overwritten then."""
+    torch.save({"model": released_weights("RAVLT_T")}, tmp_path / "RAVLT_T.pth")
+    init = {"type": "Pretrained", "checkpoint": str(tmp_path / "RAVLT_T.pth")}
+    config = {"type": "vitlinear.Backbone", "model": "ravlt_t", "out_norms": True}
+    backbone = build({**config, "init_cfg": init}, "mmdet")
+    before = backbone.model.state_dict()["stages.0.blocks.0.mlp.fc1.weight"].clone()
+    backbone.init_weights()
+    assert backbone.init_cfg == init
+    overlay = {"file": init["checkpoint"]}
+    source = timm.create_model("ravlt_t", pretrained=True, pretrained_cfg_overlay=overlay)
+    expected = source.state_dict()
+    assert not before.equal(expected["stages.0.blocks.0.mlp.fc1.weight"])
+    for name, value in backbone.model.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=0)
+    assert set(backbone.state_dict()) == {
+        *(f"model.{name}" for name in backbone.model.state_dict()),
+        *(f"norms.{index}.{part}" for index in range(4) for part in ("weight", "bias")),
+    }
+
+
+def test_pretrained_is_kept(tmp_path: Path) -> None:
+    """By a detector's init_weights too, which calls each part's."""
+    from mmengine.model import BaseModule
+
+    torch.manual_seed(0)
+    source = timm.create_model("test_ravlt")
+    torch.save(source.state_dict(), tmp_path / "weights.pth")
+
+    class Parent(BaseModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = build(
+                {
+                    "type": "vitlinear.Backbone",
+                    "model": "test_ravlt",
+                    "pretrained": True,
+                    "pretrained_cfg_overlay": {"file": str(tmp_path / "weights.pth")},
+                    "init_cfg": {"type": "Constant", "layer": "LayerNorm2d", "val": 2.0},
+                },
+                "mmdet",
+            )
+
+    parent = Parent()
+    parent.init_weights()
+    expected = source.state_dict()
+    for name, value in parent.backbone.model.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=0)
+
+
+def test_mistakes_in_the_backbone(tmp_path: Path) -> None:
+    config = {"type": "vitlinear.Backbone", "model": "test_ravlt"}
+    missing = {"type": "Pretrained", "checkpoint": str(tmp_path / "none.pth")}
+    with pytest.raises(UserError, match="none.pth does not exist"):
+        build({**config, "init_cfg": missing}, "mmdet").init_weights()
+    with pytest.raises(UserError, match="unknown model 'ravlt_x'"):
+        build({**config, "model": "ravlt_x"}, "mmdet")
+    with pytest.raises(UserError, match="not both"):
+        overlay = {"pretrained": True, "pretrained_cfg_overlay": {"file": __file__}}
+        build({**config, **overlay, "init_cfg": missing}, "mmdet")
+    torch.save({"weight": torch.zeros(2, 2)}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match="none of its weights"):
+        other = {**missing, "checkpoint": str(tmp_path / "other.pth")}
+        build({**config, "init_cfg": other}, "mmdet").init_weights()
