@@ -27,7 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 CONFIGS = ROOT / "configs"
-# What is counted: height and width of the image, and the figures of a table's rows.
+# What is counted: which configurations, height and width of the image, figures of a table's rows.
+NAMES = {"detection": "*_coco.py", "segmentation": "*_ade20k-*.py"}
 SIZES = {"detection": (800, 1280), "segmentation": (512, 2048)}
 RESULTS = {"detection": ("box_ap", "mask_ap"), "segmentation": ("miou",)}
 PROPOSALS = {"bbox_head": (1000, 7), "mask_head": (100, 14)}  # how many, side of their features
@@ -81,8 +82,8 @@ class Inference(nn.Module):
 
 
 def config_paths(folder: str) -> list[Path]:
-    """The configurations of ``detection`` or ``segmentation`` that are published, or ours."""
-    return sorted(CONFIGS.joinpath(folder).glob("*.py"))
+    """The configurations of ``detection`` or ``segmentation`` on COCO or ADE20K."""
+    return sorted(CONFIGS.joinpath(folder).glob(NAMES[folder]))
 
 
 def build(config: Any) -> Any:
