@@ -106,6 +106,26 @@ def test_padded_image_gives_what_it_gives_alone(name, size, dtype):
                 assert error(wrong[i], alone[0]) > 1e-2
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, {}) for name in TEST_MODELS if not name.endswith("_linear")),
+        ("test_lightnet", {"bidirectional": True}),  # whose filters look to the right and below
+        ("test_linear_deit", {"patch_size": 14}),
+    ],
+)
+@torch.no_grad()
+def test_any_size(name, options):
+    """Also of the batch: 70 and 100 are no multiples of the last stride."""
+    model = make(name, **options)
+    sizes = [(100, 70), (1, 1), (5, 9), (33, 70), (100, 17), (63, 64)]
+    images = [torch.randn(3, *size).double() for size in sizes]
+    together = padded_maps(model, images)
+    for i, image in enumerate(images):
+        for alone, actual in zip(maps_of(model, image[None]), together, strict=True):
+            assert error(actual[i], alone[0]) < TOLERANCE[torch.float64]
+
+
 @each_model
 @torch.no_grad()
 def test_photographs(name):
@@ -392,11 +412,22 @@ def test_sizes_on_maps(image, stride, rounds_down):
         assert of_image.sum() == of_image.numel() - height * width
 
 
+def test_sizes_on_maps_that_a_neck_makes_of_the_last():
+    region = ValidRegion((800, 800), [(700, 319)], rounds_down=True)
+    assert region.map_sizes(25, 25) == [(21, 9)]
+    assert region.map_sizes(13, 13) == [(11, 5)]
+    assert region.map_sizes(7, 7) == [(6, 3)]
+
+
 def test_sizes_on_maps_of_patches_of_14_pixels():
-    region = ValidRegion((224, 448), [(150, 281)])
-    assert region.map_sizes(16, 32) == [(11, 21)]
+    region = ValidRegion((224, 70), [(150, 60)], patch_size=14)
+    assert region.map_sizes(16, 5) == [(11, 5)]
+    assert region.map_sizes(64, 20) == [(44, 20)]
+    assert region.map_sizes(8, 3) == [(6, 3)]
     # What a model itself pads to whole patches is not image either.
-    assert region.map_sizes(238, 462) == [(150, 281)]
+    assert region.map_sizes(238, 70) == [(150, 60)]
+    with pytest.raises(ValueError, match="no map of images of 224 pixels has a side of 15"):
+        region.map_sizes(15, 5)
 
 
 def test_region_is_that_of_the_innermost_context():

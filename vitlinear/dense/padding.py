@@ -26,6 +26,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch.nn.functional as F
+from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from ..errors import UserError
@@ -119,7 +120,8 @@ def padding(
         return
     add_hooks(model)
     rounds_down = any(isinstance(module, PositionedPatchEmbed) for module in model.modules())
-    region = ValidRegion(full, sizes, rounds_down)
+    patches = [x.patch_size[0] for x in model.modules() if isinstance(x, PatchEmbed)]
+    region = ValidRegion(full, sizes, rounds_down, patch_size=patches[0] if patches else 1)
     with use_valid_region(region):
         yield
     if not region.used:

@@ -11,7 +11,10 @@ from torch import Tensor
 
 
 class ValidRegion:
-    """The part of each image of a batch that is no padding, on maps of any stride.
+    """The part of each image of a batch that is no padding, on its maps.
+
+    Strides are powers of two; those of models of one resolution are the side of their patches times
+    powers of two, and finer maps are made of whole patches.
 
     Attributes:
         image_size: Height and width of the padded images.
@@ -24,22 +27,29 @@ class ValidRegion:
         image_size: tuple[int, int],
         valid_sizes: Sequence[tuple[int, int]],
         rounds_down: bool = False,
+        patch_size: int = 1,
     ) -> None:
         """Keep the sizes.
 
         Args:
             image_size: Height and width of the padded images.
             valid_sizes: Height and width of each image.
-            rounds_down: Maps leave incomplete patches out, if there is at least one other.
+            rounds_down: Maps up to stride 32 leave incomplete patches out, if there is another.
+            patch_size: Side of the patches of models of one resolution.
         """
         self.image_size = image_size
         self.valid_sizes = tuple(valid_sizes)
         self.rounds_down = rounds_down
+        self.patch_size = patch_size
         self.used = False
         self._masks: dict[tuple[int, int, torch.device], Tensor] = {}
 
     def map_sizes(self, height: int, width: int) -> list[tuple[int, int]]:
-        """Valid height and width of each image on a map of this size."""
+        """Valid height and width of each image on a map of this size.
+
+        Raises:
+            ValueError: The images have no map of this size.
+        """
         self.used = True
         rows, cols = zip(*self.valid_sizes, strict=True)
         return list(
@@ -53,12 +63,18 @@ class ValidRegion:
     def _along(self, side: int, image_side: int, valid: tuple[int, ...]) -> list[int]:
         if side >= image_side:  # the images, or the images as the model itself pads them further
             return list(valid)
-        stride = next((s for s in _STRIDES if self._places(image_side, s) == side), None)
-        # Another stride than a power of two: exact if it divides the side of the images.
-        return [self._places(n, stride or image_side / side) for n in valid]
+        patches, *valid_patches = (-(-n // self.patch_size) for n in (image_side, *valid))
+        if side > patches and side % patches == 0:
+            return [n * (side // patches) for n in valid_patches]
+        halvings = next((i for i in range(16) if self._halved(patches, i) == side), None)
+        if halvings is None:
+            raise ValueError(f"no map of images of {image_side} pixels has a side of {side}")
+        return [self._halved(n, halvings) for n in valid_patches]
 
-    def _places(self, length: int, stride: float) -> int:
-        return max(int(length // stride), 1) if self.rounds_down else -int(-length // stride)
+    def _halved(self, length: int, times: int) -> int:
+        if self.rounds_down:  # up to stride 32: what necks make of the last map rounds up
+            length, times = max(length >> min(times, 5), 1), max(times - 5, 0)
+        return -(-length >> times)
 
     def mask(self, height: int, width: int, device: torch.device) -> Tensor:
         """Padding of a map: [B, height, width] bool, True for padding."""
@@ -72,9 +88,6 @@ class ValidRegion:
         if not torch.compiler.is_compiling():  # where a side effect would break the graph
             self._masks[key] = mask
         return mask
-
-
-_STRIDES = tuple(2**i for i in range(1, 11))
 
 
 class _Local(threading.local):
