@@ -120,12 +120,10 @@ def check_found(found: dict[str, Tensor], target: dict[str, Tensor], masks: bool
     ious = box_iou(target["boxes"], found["boxes"][sure])
     same = target["labels"][:, None] == found["labels"][sure]
     best, index = (ious * same).max(dim=1)
-    print(best, found["labels"][sure], target["labels"])
     assert (best > 0.75).all() and (ious.amax(dim=0) > 0.5).all()
     if masks:
         drawn, wanted = found["masks"][sure][index, 0] > 0.5, target["masks"].bool()
         overlap = (drawn & wanted).sum((1, 2)) / (drawn | wanted).sum((1, 2))
-        print(overlap)
         assert (overlap > 0.75).all()
 
 
@@ -263,6 +261,24 @@ def test_scripted(make):
     for found, expected in zip(scripted(images)[1], detector(images), strict=True):
         assert len(expected["scores"]) > 3
         torch.testing.assert_close(found, expected)
+
+
+def test_a_trained_detector_gives_its_stages(tmp_path):
+    """To another backbone, and to timm's features_only models."""
+    detector = mask_rcnn()
+    torch.save({"model": detector.state_dict()}, tmp_path / "detector.pth")
+    weights = detector.backbone.body.model.state_dict()
+    backbone = MultiScaleBackbone("test_ravlt", checkpoint_path=tmp_path / "detector.pth")
+    assert all(value.equal(weights[key]) for key, value in backbone.model.state_dict().items())
+    features = timm.create_model(
+        "test_ravlt",
+        features_only=True,
+        pretrained=True,
+        pretrained_cfg_overlay={"file": str(tmp_path / "detector.pth")},
+    )
+    images = torch.randn(1, 3, 64, 64)
+    expected = backbone.eval()(images)
+    assert all(x.equal(y) for x, y in zip(features.eval()(images), expected, strict=True))
 
 
 @pytest.mark.parametrize(

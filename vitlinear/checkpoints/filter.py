@@ -15,6 +15,8 @@ from .unwrap import unwrap_state_dict
 
 # What a detector or segmentor calls its backbone; what `MultiScaleBackbone` calls its model.
 BACKBONE, MODEL = "backbone.", "model."
+# What `BackboneWithFPN`, for torchvision's detectors, calls the backbone, and what is beside it.
+BODY, FPN = "body.", "fpn."
 # The norm behind a stage, as RALA and MALA, L2ViT, and `MultiScaleBackbone` call it.
 OUTPUT_NORM = re.compile(r"(?:extra_norms\.|norm|norms\.)(\d)\.(?:norm\.)?(weight|bias)")
 PYRAMID = "pyramid."
@@ -36,7 +38,9 @@ def backbone_of(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[
     for key, value in weights.items():
         if not key.startswith(BACKBONE):
             continue
-        key = key.removeprefix(BACKBONE)
+        key = key.removeprefix(BACKBONE).removeprefix(BODY)
+        if key.startswith(FPN):
+            continue
         if norm := OUTPUT_NORM.fullmatch(key):
             behind[f"norms.{norm[1]}.{norm[2]}"] = value
         elif key.startswith(PYRAMID):
