@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mmengine.model import BaseModule, PretrainedInit
+from torch import Tensor
 
 from vitlinear.dense.backbone import MultiScaleBackbone
 from vitlinear.errors import UserError
@@ -76,6 +77,15 @@ class Backbone(MultiScaleBackbone, BaseModule):
             args, kwargs = self._arguments
             loaded = MultiScaleBackbone(*args, **kwargs, checkpoint_path=checkpoint)
             self.model.load_state_dict(loaded.model.state_dict())
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Images [B, in_chans, H, W] -> maps [B, C_i, H_i, W_i], contiguous.
+
+        Norms over channels, and convolutions after them, leave tensors in the order of channels
+        last. mmcv's operators, RoIAlign among them, read any tensor as if it were contiguous, and
+        give wrong values without a word for one that is not.
+        """
+        return tuple(level.contiguous() for level in super().forward(images))
 
 
 def _split(
