@@ -1,4 +1,4 @@
-"""Classify image files: the same as `vitlinear predict`."""
+"""Classify image files, or find what is on them: the same as `vitlinear predict`."""
 
 import sys
 

@@ -19,7 +19,7 @@ OPENMMLAB = "vitlinear.dense.openmmlab.commands"
 COMMANDS = {
     "train": ("vitlinear.train.run", "train a classifier"),
     "validate": ("vitlinear.train.validate", "accuracy and loss of a checkpoint or model"),
-    "predict": ("vitlinear.train.predict", "classes of image files"),
+    "predict": ("vitlinear.predict", "classes of image files; boxes, masks, label maps"),
     "compare-runs": ("vitlinear.train.compare", "several training runs: curves and a table"),
     "check-data": ("vitlinear.train.check_data", "unreadable and odd images, classes, sizes"),
     "list": ("vitlinear.cards.list_models", "the models, one a line"),

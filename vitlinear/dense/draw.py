@@ -30,7 +30,7 @@ def draw_detections(
     labels: Sequence[str],
     masks: Tensor | None = None,
 ) -> Image.Image:
-    """Draws boxes with a line of text each.
+    """Draws masks, and boxes with a line of text each.
 
     Args:
         image: RGB.
@@ -46,10 +46,15 @@ def draw_detections(
     if len(boxes) == 0:
         return image.copy()
     colors = [color_of(index) for index in classes]
-    if masks is not None:
-        pixels = draw_segmentation_masks(pixels, masks, OPACITY, colors)
+    # One by one: torchvision paints black where masks that it gets together overlap.
+    for mask, color in zip([] if masks is None else masks, colors, strict=False):
+        pixels = draw_segmentation_masks(pixels, mask, OPACITY, color)
     width = max(1, round(max(image.size) / 400))
-    return to_pil_image(draw_bounding_boxes(pixels, boxes, list(labels), colors, width=width))
+    drawn = to_pil_image(draw_bounding_boxes(pixels, boxes, colors=colors, width=width))
+    draw = ImageDraw.Draw(drawn)
+    for (left, upper, _, _), label, color in zip(boxes.tolist(), labels, colors, strict=True):
+        _tag(draw, left, upper, label, color)
+    return drawn
 
 
 def draw_classes(
@@ -68,14 +73,20 @@ def draw_classes(
     """
     present = np.unique(label_map).tolist()
     masks = torch.from_numpy(np.stack([label_map == index for index in present]))
-    colors = [tuple(palette[index]) for index in present]
+    colors = [palette[index] for index in present]
     drawn = to_pil_image(draw_segmentation_masks(pil_to_tensor(image), masks, OPACITY, colors))
-    draw = ImageDraw.Draw(drawn)
-    y = 2
+    draw, y = ImageDraw.Draw(drawn), 0.0
     for index, color in zip(present, colors, strict=True):
-        _, _, right, lower = draw.textbbox((14, y), names[index])
-        draw.rectangle((0, y - 2, right + 2, lower + 2), fill="black")
-        draw.rectangle((2, y, 10, lower), fill=color)
-        draw.text((14, y), names[index], fill="white")
-        y = lower + 4
+        y = _tag(draw, 0, y, names[index], color)
     return drawn
+
+
+def _tag(draw: ImageDraw.ImageDraw, x: float, y: float, text: str, color: Color) -> float:
+    """Draws text on a ground of a colour, and returns where the ground ends below."""
+    red, green, blue = color
+    # ITU-R BT.601: how light a colour looks.
+    dark = 0.299 * red + 0.587 * green + 0.114 * blue < 140
+    _, _, right, lower = draw.textbbox((x + 2, y + 1), text)
+    draw.rectangle((x, y, right + 1, lower + 1), fill=color)
+    draw.text((x + 2, y + 1), text, fill="white" if dark else "black")
+    return float(lower + 2)

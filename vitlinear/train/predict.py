@@ -32,6 +32,8 @@ def parse_arguments(
         prog=prog,
         description="Classify image files. A checkpoint of `vitlinear train` knows everything "
         "else; other weights need --model, and --pretrained fetches a model's own.",
+        epilog="`vitlinear predict --task detection --help`, or segmentation: with models of mmdet "
+        "and mmseg.",
     )
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, or folders (recursive)")
     add_checkpoint_argument(parser)

@@ -13,7 +13,7 @@ from mmengine.config import Config, DictAction
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
-from torch import distributed
+from torch import distributed, nn
 
 from vitlinear.checkpoints.filter import layout_of
 from vitlinear.checkpoints.read import CheckpointError, read_checkpoint
@@ -24,20 +24,25 @@ from vitlinear.train.parallel import join_processes, process_group
 TIMEOUT = 1800  # seconds that processes on CPUs wait for each other
 
 
-def add_common_flags(parser: Parser, *files: str) -> None:
-    """The flags that training and testing share, after the config and other files."""
+def add_config_flags(parser: Parser, *files: str) -> None:
+    """The config, other files, and the flag that changes what a config says."""
     parser.add_argument("config", help="a config file of mmengine's")
     for name in files:
         parser.add_argument(name)
-    parser.add_argument(
-        "--work-dir", default=None, metavar="FOLDER", help="default: work_dirs/NAME-OF-THE-CONFIG"
-    )
     parser.add_argument(
         "--cfg-options",
         nargs="+",
         default=[],
         metavar="KEY=VALUE",
         help="settings laid over the config: train_cfg.max_epochs=3 randomness.seed=0 ...",
+    )
+
+
+def add_common_flags(parser: Parser, *files: str) -> None:
+    """The flags that training and testing share, after the config and other files."""
+    add_config_flags(parser, *files)
+    parser.add_argument(
+        "--work-dir", default=None, metavar="FOLDER", help="default: work_dirs/NAME-OF-THE-CONFIG"
     )
     parser.add_argument(
         "--launcher",
@@ -94,16 +99,24 @@ class EvaluationRunner(Runner):
         model = self.model
         while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
             model = model.module
-        try:
-            model.load_state_dict(checkpoint["state_dict"])
-        except RuntimeError as error:
-            authors = layout_of(checkpoint["state_dict"]) is not None
-            hint = "convert it first, with `vitlinear convert`; " if authors else ""
-            raise CheckpointError(
-                f"checkpoint {filename} is not of this config's model: {hint}"
-                f"{one_line(error)[:300]}"
-            ) from error
+        load_weights(model, checkpoint["state_dict"], filename)
         return checkpoint
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Any], filename: str) -> None:
+    """Load all weights of a model.
+
+    Raises:
+        CheckpointError: Some are missing, or there are others.
+    """
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        authors = isinstance(weights, Mapping) and layout_of(weights) is not None
+        hint = "convert it first, with `vitlinear convert`; " if authors else ""
+        raise CheckpointError(
+            f"checkpoint {filename} is not of this config's model: {hint}{one_line(error)[:300]}"
+        ) from error
 
 
 def build_runner(config: Config, kind: type[Runner] = Runner) -> Runner:
