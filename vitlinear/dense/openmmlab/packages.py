@@ -44,11 +44,15 @@ def _require(module: str) -> ModuleType:
         elif error.name == "mmcv._ext":
             what = f"{package} needs mmcv with its compiled operators, which this mmcv is without"
         else:
-            what = f"{module} cannot be imported: {one_line(error)}"
+            what = f"{module} cannot be imported: {_reason(error)}"
         raise PackageError(f"{what}. Install: {INSTALL}", name=error.name) from error
     # The packages check each other's versions with asserts.
     except (ImportError, AssertionError, AttributeError, OSError) as error:
         raise PackageError(
-            f"{module} does not work with what is installed: {one_line(error)}. Install: {INSTALL}",
+            f"{module} does not work with what is installed: {_reason(error)}. Install: {INSTALL}",
             name=package,
         ) from error
+
+
+def _reason(error: BaseException) -> str:
+    return one_line(error).rstrip(".")
