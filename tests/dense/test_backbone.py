@@ -237,6 +237,34 @@ def test_padded_batch(name, size):
     assert (x - y).norm() > 1e-3 * x.norm()  # there is something to keep out
 
 
+@each_model
+def test_gradients_of_whole_maps_are_those_of_the_images_alone(name):
+    """Losses see padding too: what it holds must not train the model."""
+    images, sizes = torch.randn(2, 3, 64, 96).double(), [(64, 64), (32, 96)]
+    backbone = random(MultiScaleBackbone(name, out_norms=True))
+
+    def gradients(*batches: torch.Tensor) -> list[torch.Tensor]:
+        backbone.zero_grad()
+        for batch in batches:
+            sum((x - 1).pow(3).sum() for x in backbone(batch)).backward()
+        return [p.grad for p in backbone.parameters()]
+
+    alone = [
+        image[None, :, :height, :width]
+        for image, (height, width) in zip(images, sizes, strict=True)
+    ]
+    for image, one in zip(images, alone, strict=True):
+        padded = torch.zeros_like(image)
+        padded[:, : one.shape[2], : one.shape[3]] = one[0]
+        image.copy_(padded)
+    expected = gradients(*alone)
+    got = gradients(attach_valid_sizes(images, sizes))
+    # Some are zero but for rounding.
+    scale = max(gradient.abs().max().item() for gradient in expected)
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-12 * scale)
+
+
 def test_padded_batch_compiled():
     backbone = random(MultiScaleBackbone("test_lightnet"))
     batch, sizes = torch.randn(2, 3, 64, 96).double(), [(40, 64), (64, 96)]

@@ -17,7 +17,7 @@ from vitlinear.models._isotropic import IsotropicBackbone
 from vitlinear.models._stages import StagedBackbone
 from vitlinear.train.model import build_model
 
-from .padding import padding, valid_sizes_of
+from .padding import padding, valid_sizes_of, zero_padding
 from .pyramid import SimpleFeaturePyramid
 
 
@@ -140,7 +140,8 @@ class MultiScaleBackbone(nn.Module):
             valid_sizes: Height and width in pixels of each image, if the batch has been padded to
                 the right and below; by default what `attach_valid_sizes` noted on it. The valid
                 part of a map is then that of the image alone, with the exceptions that
-                `vitlinear.dense.padding` lists. Other models than ours do not look at the note.
+                `vitlinear.dense.padding` lists, and the rest of it is zero. Other models than ours
+                do not look at the note.
 
         Raises:
             UserError: The sizes do not fit the images, or the model is not one of ours.
@@ -153,9 +154,9 @@ class MultiScaleBackbone(nn.Module):
             )
             if self.pyramid is not None:
                 maps = self.pyramid(maps[0])
-        if self.norms:
-            maps = [norm(x) for norm, x in zip(self.norms.values(), maps, strict=True)]
-        return tuple(maps)
+            if self.norms:
+                maps = [norm(x) for norm, x in zip(self.norms.values(), maps, strict=True)]
+            return tuple(zero_padding(x) for x in maps)
 
     def train(self, mode: bool = True) -> MultiScaleBackbone:
         """Set the mode; what is frozen, and batch norms with ``norm_eval``, stay in eval mode."""

@@ -11,9 +11,9 @@ that stands alone::
     with padding(model, images.shape[-2:], valid_sizes_of(images)):  # where the model is called
         maps = model.forward_intermediates(images, intermediates_only=True)
 
-What the maps hold beyond the valid part of an image has no meaning. Gradient checkpointing
-recomputes under the sizes of its own forward pass; `docs/padding.md` says what each kind of layer
-does. What remains different:
+What the maps hold beyond the valid part of an image has no meaning; `zero_padding`, inside, makes
+it zero, which training asks for. Gradient checkpointing recomputes under the sizes of its own
+forward pass; `docs/padding.md` says what each kind of layer does. What remains different:
 
 - Batch norm in training mode counts padding; with running statistics it does not.
 - Poolings of classifiers count padding: this is for maps.
@@ -131,6 +131,19 @@ def padding(
         )
 
 
+def zero_padding(x: Tensor) -> Tensor:
+    """A map [B, C, H, W] with zeros in its padding; outside of `padding` the map itself.
+
+    For what leaves the model: it keeps gradients out of padding as well. There all tokens of an
+    untrained model are constant, so that each layer norm multiplies gradients by 1/sqrt(eps): after
+    a dozen blocks those of the parameters are not finite any more.
+    """
+    region = _region_of(x)
+    if region is None:
+        return x
+    return x.masked_fill(region.mask(x.shape[2], x.shape[3], x.device).unsqueeze(1), 0)
+
+
 def add_hooks(model: nn.Module) -> None:
     """Make the layers of a model ask for the valid sizes; hooks that are there are kept.
 
@@ -224,12 +237,8 @@ def _zero_tokens(module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> _Inpu
 
 def _zero_map(module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> _Inputs | None:
     """The same for maps [B, C, H, W]."""
-    region = _region_of(args[0])
-    if region is None:
-        return None
     x, *rest = args
-    mask = region.mask(x.shape[2], x.shape[3], x.device)
-    return (x.masked_fill(mask.unsqueeze(1), 0), *rest), kwargs
+    return (zero_padding(x), *rest), kwargs
 
 
 _HOOKS = (_mask_attention, _size_attention, _size_positions, _zero_tokens, _zero_map)
