@@ -1,6 +1,6 @@
 # Minutes on one core: as few iterations as learning a handful of photographs by heart takes.
 _base_ = "mmdet::_base_/default_runtime.py"
-max_iters = 160
+max_iters = 120
 train_cfg = dict(type="IterBasedTrainLoop", max_iters=max_iters, val_interval=max_iters)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
