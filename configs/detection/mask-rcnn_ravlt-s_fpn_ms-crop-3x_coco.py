@@ -4,7 +4,7 @@
 # number of GPUs.
 # Weight decay: the authors exempt names that hold `norm`, among which are, there, the batch norms
 # of downsampling but not those of the stem; layer-scales are decayed. `downsample.bn` is what the
-# former are called here. The authors also exempt every other norm (norm_decay_mult).
+# former are called here.
 _base_ = [
     "./_base_/models/mask-rcnn.py",
     "./_base_/datasets/coco_instance_ms-crop.py",
@@ -27,6 +27,5 @@ optim_wrapper = dict(
     optimizer=dict(lr=0.0001, weight_decay=0.05),
     paramwise_cfg=dict(
         custom_keys={"norm": dict(decay_mult=0.0), "downsample.bn": dict(decay_mult=0.0)},
-        norm_decay_mult=0.0,
     ),
 )
