@@ -122,6 +122,15 @@ def test_resume_goes_on(config: Path, trained: Path, tmp_path: Path, capsys: Any
     assert (tmp_path / "epoch_2.pth").exists() and not (tmp_path / "epoch_1.pth").exists()
 
 
+def test_no_amp_takes_a_config_back_to_float32(config: Path, tmp_path: Path) -> None:
+    mixed = ["optim_wrapper.type=AmpOptimWrapper", "optim_wrapper.loss_scale=512.0"]
+    flags = ["--no-amp", "--work-dir", str(tmp_path), "--cfg-options", *mixed]
+    assert main(["train-detector", str(config), *flags]) == 0
+    checkpoint = torch.load(tmp_path / "epoch_1.pth", weights_only=False)
+    assert "loss_scaler" not in checkpoint["optimizer"]
+    assert "loss_scale" not in (tmp_path / config.name).read_text()
+
+
 @pytest.mark.parametrize("tta", [[], ["--tta"]])
 def test_evaluation(config: Path, trained: Path, tmp_path: Path, tta: list[str]) -> None:
     flags = ["--work-dir", tmp_path / "work", "--out", tmp_path / "out.pkl", *tta]
@@ -168,6 +177,11 @@ def test_mistakes(
     if not torch.cuda.is_available():
         assert main(["train-detector", str(config), "--amp"]) == 2
         assert "--amp: mmengine's mixed precision needs a GPU" in capsys.readouterr().err
+        mixed = [option, "optim_wrapper.type=AmpOptimWrapper", "--work-dir", str(tmp_path / "work")]
+        assert main(["train-detector", str(config), *mixed]) == 2
+        error = capsys.readouterr().err
+        assert "needs a GPU" in error and "--no-amp" in error and error.count("\n") == 1
+        assert not (tmp_path / "work").exists()
     for checkpoint, flags, says in (
         (junk, [], "truncated, corrupt or not a weights file"),
         (trained, [option, "model.neck.out_channels=16"], "is not of this config's model"),

@@ -47,7 +47,12 @@ def test_segmentor(argv: Sequence[str] | None, prog: str = "vitlinear test-segme
 def _training_flags(argv: Sequence[str] | None, prog: str, description: str) -> argparse.Namespace:
     parser = Parser(prog=prog, description=description)
     add_common_flags(parser)
-    parser.add_argument("--amp", action="store_true", help="mixed precision, on a GPU")
+    parser.add_argument(
+        "--amp",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="mixed precision, on a GPU; by default what the config says",
+    )
     parser.add_argument(
         "--auto-scale-lr",
         action="store_true",
@@ -70,11 +75,7 @@ def _train(args: argparse.Namespace, framework: str) -> None:
     for key in ("train_dataloader", "train_cfg", "optim_wrapper"):
         if not config.get(key):
             raise UserError(f"config {args.config} has no {key}: it trains nothing")
-    if args.amp:
-        if not torch.cuda.is_available():
-            raise UserError("--amp: mmengine's mixed precision needs a GPU, and there is none")
-        config.optim_wrapper.update(type="AmpOptimWrapper")
-        config.optim_wrapper.setdefault("loss_scale", "dynamic")
+    _set_precision(config, args)
     if args.auto_scale_lr:
         if "base_batch_size" not in config.get("auto_scale_lr", {}):
             raise UserError(f"--auto-scale-lr: {args.config} has no auto_scale_lr.base_batch_size")
@@ -87,6 +88,23 @@ def _train(args: argparse.Namespace, framework: str) -> None:
     check_config(config, ("train", "val"))
     with processes(args.launcher):
         build_runner(config).train()
+
+
+def _set_precision(config: Config, args: argparse.Namespace) -> None:
+    wrapper = config.optim_wrapper
+    if args.amp:
+        wrapper.type = "AmpOptimWrapper"
+        wrapper.setdefault("loss_scale", "dynamic")
+    elif args.amp is False and wrapper.get("type") == "AmpOptimWrapper":
+        wrapper.type = "OptimWrapper"
+        for key in ("loss_scale", "dtype", "use_fsdp"):
+            wrapper.pop(key, None)
+    if wrapper.get("type") == "AmpOptimWrapper" and not torch.cuda.is_available():
+        whose = "--amp" if args.amp else f"config {args.config}"
+        raise UserError(
+            f"{whose}: mmengine's mixed precision needs a GPU, and there is none; --no-amp trains "
+            "in float32"
+        )
 
 
 def _test_flags(
