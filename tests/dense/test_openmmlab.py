@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import timm
@@ -159,3 +161,15 @@ def test_mistakes_in_the_backbone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="none of its weights"):
         other = {**missing, "checkpoint": str(tmp_path / "other.pth")}
         build({**config, "init_cfg": other}, "mmdet").init_weights()
+
+
+@pytest.mark.parametrize("bare", [True, False])
+def test_evaluation_loads_bare_weights_too(bare: bool, tmp_path: Path) -> None:
+    from vitlinear.dense.openmmlab.run import EvaluationRunner
+
+    trained, model = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)
+    weights = trained.state_dict()
+    torch.save(weights if bare else {"state_dict": weights}, tmp_path / "weights.pth")
+    runner: Any = SimpleNamespace(model=model, call_hook=lambda *args, **kwargs: None)
+    EvaluationRunner.load_checkpoint(runner, str(tmp_path / "weights.pth"))
+    assert torch.equal(model.weight, trained.weight)

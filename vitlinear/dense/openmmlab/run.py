@@ -93,8 +93,8 @@ class EvaluationRunner(Runner):
         Raises:
             CheckpointError: The file is damaged or is not this model's.
         """
-        checkpoint = dict(read_checkpoint(filename))
-        checkpoint.setdefault("state_dict", checkpoint)
+        content = read_checkpoint(filename)
+        checkpoint = dict(content) if "state_dict" in content else {"state_dict": content}
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
         model = self.model
         while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
