@@ -155,13 +155,15 @@ def test_mistakes(
     work = ["--work-dir", tmp_path / "work"]
     option = "--cfg-options"
     annotations = "val_evaluator.ann_file"
-    root = "train_dataloader.dataset.data_root"
+    root, init = "train_dataloader.dataset.data_root", "model.backbone.init_cfg"
     for argv, says in (
         (["train-detector", "none.py"], "config none.py does not exist"),
         (["train-detector", broken], "none.py"),
         (["train-detector", empty], "has no train_dataloader"),
         (["train-detector", config, option, "x"], "expected KEY=VALUE, got 'x'"),
         (["train-detector", config, option, "model.backbone.model=ravlt_x"], "unknown model"),
+        (["train-detector", config, option, "model.backbone.model=None"], "set model.backbone."),
+        (["train-detector", config, option, f"{init}.type=Pretrained"], f"set {init}.checkpoint"),
         (["train-detector", config, option, f"{root}=/none"], f"/none does not exist: set {root}"),
         (["train-detector", config, option, f"{annotations}=a.json"], f"set {annotations}"),
         (["train-detector", config, "--resume", "none.pth"], "none.pth does not exist"),

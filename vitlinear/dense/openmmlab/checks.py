@@ -23,10 +23,14 @@ def check_config(config: Config, parts: tuple[str, ...]) -> None:
         UserError: The message names the model or the file, and the key that it stands under.
     """
     for key, backbone in backbones(config):
-        check_model_name(backbone.get("model"))
+        if not backbone.get("model"):
+            raise UserError(f"the backbone has no model: set {key}.model, e.g. to ravlt_t")
+        check_model_name(backbone["model"])
         init = backbone.get("init_cfg")
         for rule in [init] if isinstance(init, Mapping) else init or ():
             if rule.get("type") == "Pretrained":
+                if not rule.get("checkpoint"):
+                    raise UserError(f"{key}.init_cfg names no file: set {key}.init_cfg.checkpoint")
                 _check_set(rule["checkpoint"], f"{key}.init_cfg.checkpoint")
     for part in parts:
         for key, section in _sections(config.get(f"{part}_dataloader"), f"{part}_dataloader"):
