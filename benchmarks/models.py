@@ -1,0 +1,264 @@
+"""Speed and memory of any timm models, side by side: `python tools/benchmark.py --help`.
+
+Each model in each mode has a process of its own (`subject`), and all of one pass, size and batch
+take turns, round by round: a neighbour that takes the processor for a minute slows all of them, and
+the ratio to the reference, the median of the ratios of single rounds, hardly moves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import multiprocessing
+import os
+import shlex
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+
+import vitlinear
+from benchmarks.attention import KEEP_PAGES, commit, machine
+from benchmarks.models_report import plot, print_report
+from benchmarks.subject import MODES, PASSES, PRECISIONS, Case, serve
+from vitlinear.errors import UserError
+from vitlinear.train.checkpoint import write_text
+from vitlinear.train.config import Parser, did_you_mean
+from vitlinear.train.curves import check_plotting
+from vitlinear.train.model import check_model_name, choose_device
+
+
+class FailedError(Exception):
+    """A subject that cannot be measured; the message says why."""
+
+
+class Process:
+    """The process of a subject, and what is said to it."""
+
+    def __init__(self, case: Case, timeout: float) -> None:
+        context = multiprocessing.get_context("forkserver")
+        # Not vitlinear: a fork server may not see the path that this checkout is on.
+        context.set_forkserver_preload(["torch._dynamo", "torch.export", "torchvision", "timm"])
+        self.timeout = timeout
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, case))
+        self.process.start()
+        theirs.close()
+
+    def ask(self, seconds: float) -> list[float]:
+        """Times of the calls of one round."""
+        with contextlib.suppress(BrokenPipeError):  # `answer` says why
+            self.connection.send(seconds)
+        return self.answer()
+
+    def answer(self) -> Any:
+        """What it says next."""
+        if not self.connection.poll(self.timeout):
+            raise FailedError(f"gave up after {self.timeout:.0f} s (--timeout)")
+        try:
+            kind, value = self.connection.recv()
+        except (EOFError, ConnectionResetError):
+            self.process.join()
+            code = self.process.exitcode or 0
+            cause = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
+            hint = ": out of memory, perhaps" if code == -9 else ""
+            raise FailedError(f"its process {cause}{hint}") from None
+        if kind == "error":
+            raise FailedError(value)
+        return value
+
+    def close(self) -> None:
+        """Ends it, by force if it does not listen."""
+        with contextlib.suppress(BrokenPipeError):
+            self.connection.send(None)
+            self.process.join(10)
+        if self.process.is_alive():
+            self.process.kill()
+        self.process.join()
+        self.connection.close()
+
+
+def measure(
+    cases: Sequence[Case], rounds: int, seconds: float, timeout: float
+) -> list[dict[str, Any]]:
+    """Rows of cases that take turns.
+
+    A row has the fields of its `Case` and either ``error`` or ``facts`` of the subject,
+    ``round_ms`` (the median call of each round), ``calls`` and ``p50_ms``, ``p90_ms``, ``p99_ms``
+    over all calls, and ``images_per_s``, the batch over the median.
+    """
+    rows: list[dict[str, Any]] = [dataclasses.asdict(case) for case in cases]
+    processes: dict[int, Process] = {}
+    times: dict[int, list[list[float]]] = {i: [] for i in range(len(cases))}
+
+    def drop(i: int, error: FailedError) -> None:
+        rows[i]["error"] = str(error)
+        processes.pop(i).close()
+
+    try:
+        for i, case in enumerate(cases):
+            processes[i] = Process(case, timeout)
+            try:  # one by one: none measures its memory while others compile
+                rows[i] |= processes[i].answer()
+            except FailedError as error:
+                drop(i, error)
+        for turn in range(rounds):
+            order = sorted(processes)
+            start = turn % max(len(order), 1)
+            for i in order[start:] + order[:start]:  # nobody always follows the same model
+                try:
+                    times[i].append(processes[i].ask(seconds))
+                except FailedError as error:
+                    drop(i, error)
+    finally:
+        for process in processes.values():
+            process.close()
+    for i, row in enumerate(rows):
+        if "error" in row:
+            continue
+        calls = [time for turn in times[i] for time in turn]
+        row["calls"] = len(calls)
+        for percent, value in zip((50, 90, 99), np.percentile(calls, (50, 90, 99)), strict=True):
+            row[f"p{percent}_ms"] = 1e3 * float(value)
+        row["round_ms"] = [1e3 * statistics.median(turn) for turn in times[i]]
+        row["images_per_s"] = 1e3 * row["batch"] / row["p50_ms"]
+    return rows
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """``224`` or ``480x640``, height first."""
+    sides = text.lower().split("x")
+    if not (1 <= len(sides) <= 2 and all(side.isdecimal() and int(side) for side in sides)):
+        raise UserError(f"--sizes: '{text}' is neither a side in pixels nor HEIGHTxWIDTH")
+    return int(sides[0]), int(sides[-1])
+
+
+def parser(prog: str) -> Parser:
+    """The flags."""
+    flags = Parser(prog=prog, description="Speed and memory of any timm models, side by side.")
+    flags.add_argument("models", nargs="*", metavar="MODEL", help="any model of timm's or ours")
+    flags.add_argument("--sizes", nargs="+", default=["224"], metavar="SIZE", help="224 or 480x640")
+    flags.add_argument("-b", "--batch-sizes", nargs="+", type=int, default=[8], metavar="N")
+    flags.add_argument("--modes", nargs="+", default=["eager"], metavar="MODE",
+                       help=", ".join(MODES))  # fmt: skip
+    flags.add_argument("--passes", nargs="+", choices=PASSES, default=["forward"],
+                       help="forward is inference; train is a whole step with AdamW")  # fmt: skip
+    flags.add_argument("--reference", metavar="MODEL", help="ratios are to it (default: the first)")
+    flags.add_argument("--device", help="default: cuda where there is one")
+    flags.add_argument("--precision", choices=PRECISIONS, default="float32")
+    flags.add_argument("--channels-last", action="store_true")
+    flags.add_argument("--threads", type=int, default=torch.get_num_threads())
+    flags.add_argument("--rounds", type=int, default=10)
+    flags.add_argument("--seconds", type=float, default=0.5, help="of a model in a round")
+    flags.add_argument("--timeout", type=float, default=600, help="seconds to prepare or answer in")
+    flags.add_argument("--malloc", choices=("keep", "default"), default="keep",
+                       help="on CPUs keep freed pages, as a caching allocator would")  # fmt: skip
+    flags.add_argument("--output", type=Path, metavar="FILE.json")
+    flags.add_argument("--plot", type=Path, metavar="FILE.png", help="against the resolution")
+    flags.add_argument("--report", type=Path, metavar="FILE.json",
+                       help="measure nothing: table and plot of an earlier --output")  # fmt: skip
+    return flags
+
+
+def checked(args: Any) -> list[list[Case]]:
+    """The cases that flags ask for; those of a list take turns.
+
+    Raises:
+        UserError: An unknown model, mode, size or device, or numbers that make no sense.
+    """
+    if not args.models:
+        raise UserError("no model: name one or several, e.g. ravlt_t swin_tiny_patch4_window7_224")
+    args.reference = args.reference or args.models[0]
+    for name in args.models:
+        check_model_name(name)
+    if args.reference not in args.models:
+        hint = did_you_mean(args.reference, args.models)
+        raise UserError(f"--reference {args.reference} is not among the models{hint}")
+    for mode in args.modes:
+        if mode not in MODES:
+            hint = did_you_mean(mode, MODES) or f"; there are {', '.join(MODES)}"
+            raise UserError(f"unknown mode '{mode}'{hint}")
+    for name in ("rounds", "seconds", "timeout", "threads"):
+        if getattr(args, name) <= 0:
+            raise UserError(f"--{name} must be more than 0")
+    if min(args.batch_sizes) < 1:
+        raise UserError("--batch-sizes must be at least 1")
+    device = str(choose_device(args.device))
+    sizes = [image_size(text) for text in args.sizes]
+    groups = []
+    for task, (height, width), batch in itertools.product(args.passes, sizes, args.batch_sizes):
+        modes = [mode for mode in args.modes if task == "forward" or MODES[mode]]
+        if not modes:
+            raise UserError(f"no training step in {' or '.join(args.modes)}: add --modes eager")
+        options = (device, args.precision, args.channels_last, args.threads)
+        groups.append(
+            [
+                Case(model, mode, task, height, width, batch, *options)
+                for mode in dict.fromkeys(modes)
+                for model in dict.fromkeys(args.models)
+            ]
+        )
+    return groups
+
+
+def described(args: Any, argv: Sequence[str], device: str) -> dict[str, Any]:
+    """The head of a result file: command, machine, versions, reference."""
+    where = f"{machine()}; {args.threads} threads used"
+    if device.startswith("cuda"):
+        where = f"{torch.cuda.get_device_name(device)}; {where}"
+    return {
+        "command": shlex.join(["python", "tools/benchmark.py", *argv]),
+        "machine": where,
+        "load": os.getloadavg()[0],
+        "commit": commit(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "vitlinear": vitlinear.__version__,
+        "malloc": args.malloc,
+        "reference": args.reference,
+    }
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A file that ``--output`` wrote."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        record["rows"][0]["model"], record["reference"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"--report {path} is no result of this tool: {error}") from error
+    return record
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "benchmark.py") -> None:
+    """Measures, prints a table, writes a file and a plot."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = parser(prog).parse_args(argv)
+    if args.plot:
+        check_plotting("--plot", instead="")
+    for path in (args.output, args.plot):
+        if path and not path.resolve().parent.is_dir():
+            raise UserError(f"{path}: its folder does not exist")
+    if args.report:
+        record = read(args.report)
+    else:
+        groups = checked(args)
+        if args.malloc == "keep":
+            os.environ.update(KEEP_PAGES)  # glibc reads them when the subjects' server starts
+        record = {**described(args, argv, groups[0][0].device), "rows": []}
+        for i, cases in enumerate(groups, 1):
+            case = cases[0]
+            what = f"{case.task} at {case.height} x {case.width}, batch {case.batch}"
+            print(f"[{i}/{len(groups)}] {what}: {len(cases)} rows", file=sys.stderr, flush=True)
+            record["rows"] += measure(cases, args.rounds, args.seconds, args.timeout)
+            if args.output:  # whatever ends this early, what was measured is there
+                write_text(args.output, json.dumps(record, indent=1) + "\n")
+    print_report(record)
+    if args.plot:
+        plot(record, args.plot)

@@ -1,0 +1,173 @@
+"""Table, fitted exponents and plot of what `benchmarks/models.py` measured."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vitlinear.train.checkpoint import write_atomically
+
+Row = dict[str, Any]
+COLUMNS = ("model", "mode", "pass", "size", "batch", "images/s", "ratio", "p50, ms", "p90", "p99",
+           "calls", "memory, MiB")  # fmt: skip
+
+
+def size(row: Row) -> str:
+    """Height and width."""
+    return f"{row['height']}x{row['width']}"
+
+
+def condition(row: Row) -> tuple[Any, ...]:
+    """What rows that took turns share."""
+    return row["task"], row["height"], row["width"], row["batch"]
+
+
+def ratio(row: Row, reference: Row) -> float:
+    """Images/s over those of the reference: the median over rounds."""
+    pairs = zip(row["round_ms"], reference["round_ms"], strict=True)
+    return statistics.median(theirs / ours for ours, theirs in pairs)
+
+
+def measured(rows: Iterable[Row]) -> list[Row]:
+    """Those that ran."""
+    return [row for row in rows if "error" not in row]
+
+
+def reference_of(row: Row, rows: Sequence[Row], name: str) -> Row | None:
+    """The reference's row in the same mode and condition, if it ran."""
+    for other in measured(rows):
+        same = other["mode"] == row["mode"] and condition(other) == condition(row)
+        if same and other["model"] == name:
+            return other
+    return None
+
+
+def table(rows: Sequence[Row], reference: str) -> list[str]:
+    """A Markdown table; ``ratio`` is to the reference in the same mode."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
+    for row in rows:
+        cells = [row["model"], row["mode"], row["task"], size(row), str(row["batch"])]
+        if "error" in row:
+            # A bar would begin a cell; the file has the whole text.
+            cells.append(row["error"].replace("|", "/")[:160])
+            cells += [""] * (len(COLUMNS) - len(cells))
+        else:
+            other, memory = reference_of(row, rows, reference), row["memory_MiB"]
+            cells += [f"{row['images_per_s']:.4g}", f"{ratio(row, other):.2f}" if other else ""]
+            cells += [f"{row[f'p{percent}_ms']:.4g}" for percent in (50, 90, 99)]
+            cells += [str(row["calls"]), "" if memory is None else f"{memory:.1f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def best_modes(rows: Sequence[Row], reference: str) -> list[str]:
+    """Each model in its fastest mode against the reference in its own, for each condition."""
+    lines = []
+    for key in dict.fromkeys(condition(row) for row in measured(rows)):
+        best: dict[str, Row] = {}
+        for row in measured(rows):
+            known = best.get(row["model"])
+            faster = known is None or row["images_per_s"] > known["images_per_s"]
+            if condition(row) == key and faster:
+                best[row["model"]] = row
+        other = best.get(reference)
+        if other is None:
+            continue
+        found = [
+            f"{name} {ratio(row, other):.2f} ({row['mode']})"
+            for name, row in best.items()
+            if row is not other
+        ]
+        if found:
+            start = f"{key[0]} at {size(other)}, batch {key[3]}, each in its best mode, over "
+            lines.append(f"{start}{reference} ({other['mode']}): {', '.join(found)}")
+    return lines
+
+
+def exponent(pixels: Sequence[int], times: Sequence[float]) -> float:
+    """The slope of log time over log pixels by least squares: 1 is linear."""
+    return float(np.polyfit(np.log(pixels), np.log(times), 1)[0])
+
+
+def curves(rows: Sequence[Row]) -> dict[tuple[str, str, str, int], list[Row]]:
+    """Rows that ran by model, mode, pass and batch, each in the order of pixels."""
+    found: dict[tuple[str, str, str, int], list[Row]] = {}
+    for row in sorted(measured(rows), key=lambda row: row["height"] * row["width"]):
+        found.setdefault((row["model"], row["mode"], row["task"], row["batch"]), []).append(row)
+    return found
+
+
+def exponents(rows: Sequence[Row]) -> list[str]:
+    """How the time of each model and mode grows with pixels, where several sizes ran."""
+    lines = []
+    for (model, mode, task, batch), points in curves(rows).items():
+        pixels = [row["height"] * row["width"] for row in points]
+        if len(set(pixels)) > 1:
+            power = exponent(pixels, [row["p50_ms"] for row in points])
+            span = f"{size(points[0])} to {size(points[-1])}"
+            lines.append(f"{model}, {mode}, {task}, batch {batch}: pixels^{power:.3f}, {span}")
+    return lines
+
+
+def print_report(record: dict[str, Any]) -> None:
+    """The table and what follows from it, on standard output."""
+    rows, reference = record["rows"], record["reference"]
+    print(f"{record['machine']}; torch {record['torch']}, commit {record['commit']}\n")
+    print("\n".join(table(rows, reference)))
+    for title, lines in (
+        (None, best_modes(rows, reference)),
+        ("Time grows with", exponents(rows)),
+    ):
+        if lines:
+            print("", *([title] if title else []), *(f"- {line}" for line in lines), sep="\n")
+
+
+def plot(record: dict[str, Any], path: Path) -> None:
+    """Draws images/s and peak memory against the resolution, a column for each pass."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter, NullLocator
+
+    lines = curves(record["rows"])
+    tasks = list(dict.fromkeys(row["task"] for row in record["rows"]))
+    models = list(dict.fromkeys(row["model"] for row in record["rows"]))
+    modes = list(dict.fromkeys(row["mode"] for row in record["rows"]))
+    batches = list(dict.fromkeys(row["batch"] for row in record["rows"]))
+    figure = Figure(figsize=(6 * len(tasks), 8), layout="constrained")
+    panels = figure.subplots(2, len(tasks), squeeze=False)
+    for column, task in enumerate(tasks):
+        for axes, name, label in zip(
+            panels[:, column],
+            ("images_per_s", "memory_MiB"),
+            ("images/s", "peak memory of a call, MiB"),
+            strict=True,
+        ):
+            sides: set[float] = set()
+            for (model, mode, of, batch), rows in lines.items():
+                points = [
+                    ((row["height"] * row["width"]) ** 0.5, row[name]) for row in rows if row[name]
+                ]
+                if of == task and points:
+                    sides |= {side for side, _ in points}
+                    text = [model, *([mode] * (len(modes) > 1))]
+                    axes.loglog(
+                        *zip(*points, strict=True),
+                        label=", ".join([*text, *([f"batch {batch}"] * (len(batches) > 1))]),
+                        color=f"C{models.index(model)}",
+                        linestyle=("-", "--", ":", "-.")[modes.index(mode) % 4],
+                        marker="os^Dv<>"[batches.index(batch) % 7],
+                    )
+            axes.set_xticks(sorted(sides), [f"{side:.0f}" for side in sorted(sides)])
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_major_formatter(LogFormatter())
+            axes.yaxis.set_minor_formatter(LogFormatter())
+            axes.set_xlabel("side of the image in pixels (square root of their number)")
+            axes.set_ylabel(label)
+            axes.set_title("inference" if task == "forward" else "training step")
+            axes.grid(alpha=0.3, which="both")
+            if axes.lines:
+                axes.legend(fontsize="small")
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))

@@ -1,0 +1,223 @@
+"""What `benchmarks/models.py` measures: a model in one mode, in a process of its own.
+
+Its own process makes the peak of resident memory that of this model alone, lets each model compile
+by itself, and loses one row, not the run, where the system kills it for memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import gc
+import signal
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.utils import reparameterize_model
+from torch import Tensor, nn
+
+from vitlinear.errors import one_line
+from vitlinear.train.model import build_model
+
+# Of those, the ones that a training step can run.
+MODES = {"eager": True, "fused": False, "compiled": True, "exported": False}
+PASSES = ("forward", "train")
+# Weights and images of that type; amp_* are float32 weights under autocast, as recipes train.
+PRECISIONS = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "amp_bfloat16": torch.bfloat16,
+    "amp_float16": torch.float16,
+}
+# Largest difference from the eager outputs over the largest eager output: 16-bit sums come in
+# another order, or in float32 inside a compiled kernel.
+TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One row: a model, how it runs, and on what."""
+
+    model: str
+    mode: str
+    task: str
+    height: int
+    width: int
+    batch: int
+    device: str = "cpu"
+    precision: str = "float32"
+    channels_last: bool = False
+    threads: int = 1
+
+
+def prepared(model: nn.Module, mode: str, images: Tensor) -> nn.Module:
+    """The model in a mode; a new module, or the same one changed in place."""
+    if mode == "fused":
+        return model.fuse() if hasattr(model, "fuse") else reparameterize_model(model)
+    if mode == "compiled":
+        return torch.compile(model)
+    if mode == "exported":
+        return torch.export.export(model, (images,)).module()
+    return model
+
+
+class Subject:
+    """A model ready to be timed.
+
+    Attributes:
+        facts: ``prepare_s``, ``memory_MiB``, ``resting_MiB``, ``difference``; see `measure_memory`.
+
+    Raises:
+        ArithmeticError: The outputs are not those of the eager model.
+    """
+
+    def __init__(self, case: Case) -> None:
+        torch.manual_seed(0)
+        torch.set_num_threads(case.threads)
+        self.case, self.device = case, torch.device(case.device)
+        dtype = PRECISIONS[case.precision]
+        self.amp = case.precision.startswith("amp_")
+        layout = torch.channels_last if case.channels_last else torch.contiguous_format
+        kind: dict[str, Any] = {"device": self.device, "memory_format": layout}
+        if not self.amp:
+            kind["dtype"] = dtype
+        size = (3, case.height, case.width)
+        model = build_model(case.model, input_size=size).to(**kind)
+        model.train(case.task == "train")
+        self.images = torch.randn(case.batch, *size).to(**kind)
+        self.facts: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
+        start = time.perf_counter()
+        if case.task == "train":
+            self.prepare_training(prepared(model, case.mode, self.images))
+        else:
+            self.prepare_inference(model, TOLERANCES[dtype])
+        self.facts["prepare_s"] = time.perf_counter() - start
+        self.facts |= measure_memory(self.run, self.device)
+
+    def autocast(self) -> Any:
+        """Autocast, where the precision asks for it."""
+        dtype = PRECISIONS[self.case.precision]
+        return torch.autocast(self.device.type, dtype) if self.amp else contextlib.nullcontext()
+
+    def prepare_inference(self, model: nn.Module, tolerance: float) -> None:
+        """Sets `run`, after a call of it whose outputs are compared with the eager ones."""
+
+        def run() -> Tensor:
+            with torch.inference_mode(), self.autocast():
+                return model(self.images)
+
+        expected = run().float()
+        model = prepared(model, self.case.mode, self.images)
+        self.run: Callable[[], object] = run
+        difference = float((run().float() - expected).abs().max() / expected.abs().max())
+        self.facts["difference"] = difference
+        if not difference <= tolerance:  # also where it is not a number
+            raise ArithmeticError(f"outputs differ from eager ones by {difference:.2g} of them")
+
+    def prepare_training(self, model: nn.Module) -> None:
+        """Sets `run`: zero gradients, forward, loss, backward, an update by AdamW."""
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+        labels = torch.arange(self.case.batch, device=self.device)
+
+        def run() -> None:
+            # In place, so that gradients are held before and after and count as resting memory.
+            optimizer.zero_grad(set_to_none=False)
+            with self.autocast():
+                logits = model(self.images)
+            F.cross_entropy(logits.float(), labels % logits.shape[-1]).backward()
+            optimizer.step()
+
+        run()
+        self.run = run
+
+    def timed(self) -> float:
+        """Seconds of one call."""
+        start = time.perf_counter()
+        self.run()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - start
+
+    def round(self, seconds: float) -> list[float]:
+        """Times of calls, for about that long; at least one.
+
+        The first call after other models ran finds cold caches and is left out, but where it alone
+        takes the whole time.
+        """
+        first = self.timed()
+        if first >= seconds:
+            return [first]
+        times: list[float] = []
+        while not times or sum(times) < seconds:
+            times.append(self.timed())
+        return times
+
+
+def status(name: str) -> float:
+    """A line of /proc/self/status in MiB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) / 1024
+    raise OSError(f"/proc/self/status has no {name}")
+
+
+def measure_memory(run: Callable[[], object], device: torch.device) -> dict[str, float | None]:
+    """What a call holds at its worst beyond what the process holds between calls, and the latter.
+
+    On a GPU both are bytes of tensors, from the caching allocator. On a CPU, where PyTorch counts
+    nothing, both are resident memory (VmRSS; VmHWM, reset before the call by writing 5 to
+    /proc/self/clear_refs) after a first call and after glibc has given back what was free: code,
+    threads and weights in a library's own layout are there by then and count as resting. None
+    where the system has no such counters.
+    """
+    run()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        resting = torch.cuda.memory_allocated(device) / 2**20
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        torch.cuda.synchronize(device)
+        peak = torch.cuda.max_memory_allocated(device) / 2**20
+    else:
+        try:
+            ctypes.CDLL(None).malloc_trim(0)
+            resting = status("VmRSS")
+            Path("/proc/self/clear_refs").write_text("5")
+            run()
+            peak = status("VmHWM")
+        except (OSError, AttributeError):
+            return {"memory_MiB": None, "resting_MiB": None}
+    return {"memory_MiB": max(peak - resting, 0.0), "resting_MiB": resting}
+
+
+def reason(error: BaseException) -> str:
+    """Why a model could not be measured, in a line."""
+    text = one_line(error)
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return f"out of memory: {text}"
+    return text if type(error).__name__ == "UserError" else f"{type(error).__name__}: {text}"
+
+
+def serve(connection: Connection, case: Case) -> None:
+    """The process of one subject: answers orders for rounds until it is told, or left, to end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asks ends this one
+    with contextlib.suppress(OSError):
+        # When memory runs out, this process is to be killed, not somebody else's.
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    try:
+        subject = Subject(case)
+        connection.send(("facts", subject.facts))
+        while (seconds := connection.recv()) is not None:
+            connection.send(("times", subject.round(seconds)))
+    except (EOFError, BrokenPipeError):
+        return
+    except Exception as error:
+        connection.send(("error", reason(error)))

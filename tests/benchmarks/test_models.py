@@ -1,0 +1,171 @@
+"""The benchmark of whole models: a tiny run of the tool, its measures, and rows that fail."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import models, models_report, subject
+from benchmarks.models import FailedError, Process
+from benchmarks.subject import Case, Subject
+from vitlinear.cli import run
+
+PNG = b"\x89PNG\r\n\x1a\n"
+CASE = Case("test_linear_deit", "eager", "forward", 32, 32, 2)
+QUICK = ("--rounds", "2", "--seconds", "0.001", "--threads", "1", "--malloc", "default", "-b", "2")
+
+
+def test_tool(tmp_path, capsys):
+    output, picture = tmp_path / "rows.json", tmp_path / "rows.png"
+    flags = ["test_linear_deit", "test_vit", "--sizes", "32", "48x64", "--modes", "eager", "fused"]
+    assert run(models.main, [*flags, *QUICK, "--output", str(output), "--plot", str(picture)]) == 0
+    record = json.loads(output.read_text())
+    assert record["reference"] == "test_linear_deit" and "1 threads" in record["machine"]
+    assert record["command"].startswith("python tools/benchmark.py test_linear_deit")
+    assert {"commit", "torch", "timm"} <= set(record)
+    rows = record["rows"]
+    assert [(r["height"], r["width"], r["mode"], r["model"]) for r in rows] == [
+        (*size, mode, model)
+        for size in ((32, 32), (48, 64))
+        for mode in ("eager", "fused")
+        for model in ("test_linear_deit", "test_vit")
+    ]
+    for row in rows:
+        assert len(row["round_ms"]) == 2 <= row["calls"]
+        assert 0 < row["p50_ms"] <= row["p90_ms"] <= row["p99_ms"]
+        assert row["images_per_s"] == pytest.approx(2e3 / row["p50_ms"])
+        assert row["memory_MiB"] >= 0 and row["resting_MiB"] > 10
+        assert (row["mode"] == "fused" or row["difference"] == 0) and row["difference"] < 1e-3
+    out = capsys.readouterr().out
+    assert out.count("\n| test_") == len(rows)
+    assert out.count("pixels^") == 4 and "32x32 to 48x64" in out
+    assert out.count("each in its best mode, over test_linear_deit") == 2
+    assert picture.read_bytes().startswith(PNG)
+
+    picture.unlink()
+    assert run(models.main, ["--report", str(output), "--plot", str(picture)]) == 0
+    assert capsys.readouterr().out == out and picture.read_bytes().startswith(PNG)
+    assert sorted(tmp_path.iterdir()) == [output, picture]
+
+
+def test_a_row_that_fails_says_so(tmp_path, capsys):
+    """More images than there are addresses; the other batch size is measured all the same."""
+    flags = ["test_linear_deit", "--sizes", "32", *QUICK, str(10**13)]
+    assert run(models.main, flags) == 0
+    out = capsys.readouterr().out
+    good, bad = (line for line in out.splitlines() if line.startswith("| test_"))
+    assert "out of memory" not in good and good.count("|") == bad.count("|")
+    assert "out of memory" in bad
+
+
+def test_a_process_that_is_killed_or_silent():
+    process = Process(CASE, timeout=100)
+    assert process.answer()["parameters"] > 0
+    assert len(process.ask(1e-9)) == 1
+    os.kill(process.process.pid, signal.SIGKILL)
+    process.process.join()
+    with pytest.raises(FailedError, match="killed by signal 9: out of memory, perhaps"):
+        process.ask(1e-9)
+    process.close()
+    process = Process(CASE, timeout=0)
+    with pytest.raises(FailedError, match="gave up after 0 s"):
+        process.answer()
+    os.kill(process.process.pid, signal.SIGKILL)
+    process.close()
+
+
+@pytest.mark.parametrize(
+    ("mode", "task", "precision"),
+    [
+        ("exported", "forward", "float32"),
+        ("fused", "forward", "bfloat16"),
+        ("fused", "forward", "amp_bfloat16"),
+        ("eager", "train", "amp_bfloat16"),
+    ],
+)
+def test_modes(mode, task, precision):
+    case = Case("test_ravlt", mode, task, 64, 32, 2, "cpu", precision, channels_last=True)
+    found = Subject(case)
+    assert found.images.is_contiguous(memory_format=torch.channels_last)
+    assert found.images.dtype == (torch.bfloat16 if precision == "bfloat16" else torch.float32)
+    assert found.facts["memory_MiB"] >= 0
+    assert len(found.round(0.01)) >= 1
+    if task == "forward" and mode != "eager":
+        assert 0 < found.facts["difference"] < 0.1
+
+
+@pytest.mark.slow
+def test_compiled():
+    found = Subject(Case("test_linear_deit", "compiled", "forward", 32, 32, 2))
+    assert len(found.round(0.01)) >= 1
+    torch.compiler.reset()
+
+
+def test_outputs_that_differ_are_refused(monkeypatch):
+    def broken(model, mode, images):
+        model.head.bias.data.fill_(torch.nan)
+        return model
+
+    monkeypatch.setattr(subject, "prepared", broken)
+    with pytest.raises(ArithmeticError, match="outputs differ"):
+        Subject(CASE)
+
+
+def test_memory_is_that_of_a_call():
+    """64 MiB that a call takes and gives back, beside 32 that are there before and after."""
+    kept = torch.ones(32 * 2**18)
+    found = subject.measure_memory(lambda: torch.ones(64 * 2**18).norm(), torch.device("cpu"))
+    if found["memory_MiB"] is None:
+        pytest.skip("this system does not count resident memory")
+    assert found["memory_MiB"] == pytest.approx(64, abs=4)
+    assert found["resting_MiB"] > kept.nbytes / 2**20
+
+
+def test_exponents_and_ratios():
+    pixels = [side**2 for side in (512, 724, 1024, 2048)]
+    assert models_report.exponent(pixels, [3e-5 * n**1.3 for n in pixels]) == pytest.approx(1.3)
+    row = {"mode": "eager", "task": "forward", "height": 8, "width": 8, "batch": 1}
+    row |= {"memory_MiB": None, "calls": 3}
+    slow = {**row, "model": "a", "round_ms": [20.0, 200.0, 22.0]}
+    fast = {**row, "model": "b", "round_ms": [10.0, 100.0, 1000.0]}
+    for each in (slow, fast):
+        p50, p99 = np.percentile(each["round_ms"], (50, 99))
+        each |= {"p50_ms": p50, "p90_ms": p99, "p99_ms": p99, "images_per_s": 1e3 / p50}
+    # What slowed both in the second round, and one in the third, leaves the ratio alone.
+    assert models_report.ratio(fast, slow) == 2.0
+    failed = {**row, "model": "c", "error": "no | way"}
+    lines = models_report.table([slow, fast, failed], "a")
+    assert "| 2.00 |" in lines[3] and "no / way" in lines[4]
+    assert len({line.count("|") for line in lines}) == 1
+    assert models_report.table([fast, {**failed, "model": "a"}], "a")[2].split("|")[7] == "  "
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ([], ["no model"]),
+        (["ravlt_x"], ["unknown model 'ravlt_x'", "did you mean ravlt_"]),
+        (["test_vit", "--modes", "compild"], ["unknown mode 'compild'", "compiled"]),
+        (["test_vit", "--modes", "zzz"], ["unknown mode 'zzz'", "eager, fused"]),
+        (["test_vit", "--sizes", "0"], ["--sizes: '0'", "HEIGHTxWIDTH"]),
+        (["test_vit", "--sizes", "8x8x8"], ["--sizes: '8x8x8'"]),
+        (["test_vit", "-b", "0"], ["--batch-sizes"]),
+        (["test_vit", "--rounds", "0"], ["--rounds"]),
+        (["test_vit", "--passes", "backward"], ["--passes", "backward"]),
+        (["test_vit", "--passes", "train", "--modes", "fused"], ["no training step in fused"]),
+        (["test_vit", "--reference", "test_vi"], ["--reference test_vi", "did you mean test_vit"]),
+        (["test_vit", "--device", "warp"], ["--device warp cannot be used here"]),
+        (["test_vit", "--output", "/nowhere/rows.json"], ["/nowhere/rows.json", "folder"]),
+        (["--report", "/nowhere/rows.json"], ["--report /nowhere/rows.json"]),
+        (["test_vit", "--mode", "eager"], ["unknown option --mode", "--modes"]),
+    ],
+)
+def test_mistakes(capsys, flags, says):
+    assert run(models.main, flags) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("error: ") and err.count("\n") == 1 and not out
+    for part in says:
+        assert part in err
