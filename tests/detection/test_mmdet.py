@@ -168,6 +168,7 @@ def test_mistakes(
         (["train-detector", config, option, f"{annotations}=a.json"], f"set {annotations}"),
         (["train-detector", config, "--resume", "none.pth"], "none.pth does not exist"),
         (["train-detector", config, "--launcher", "pytorch"], "was not started by it"),
+        (["train-detector", config, option, "model.backbone.type=None1"], "something unknown"),
         (["train-detector", config, "--epochs", "3"], "unknown option --epochs"),
         (["test-detector", config, "none.pth"], "none.pth does not exist"),
         (["test-detector", config, trained, "--out", "x.json"], "has to end with .pkl"),

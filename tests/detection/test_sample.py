@@ -67,7 +67,7 @@ def metrics_of_test(work_dir: Path) -> dict[str, float]:
 @pytest.mark.slow
 def test_a_killed_run_goes_on(folder: Path) -> None:
     """Killed after its first checkpoint and started again, it ends with the same weights."""
-    options = ("--cfg-options", "train_cfg.max_iters=6", "train_cfg.val_interval=6")
+    options = ("--cfg-options", "train_cfg.max_iters=9", "train_cfg.val_interval=9")
     options += ("default_hooks.checkpoint.interval=3",)
     run(folder, "train_detector.py", RETINANET, "--work-dir", folder / "whole", *options)
     work_dir = folder / "killed"
@@ -85,13 +85,13 @@ def test_a_killed_run_goes_on(folder: Path) -> None:
         time.sleep(0.05)
     process.kill()
     process.wait()
-    assert not (work_dir / "iter_6.pth").exists(), "it was killed too late to show anything"
+    assert not (work_dir / "iter_9.pth").exists(), "it was killed too late to show anything"
     said = run(folder, "train_detector.py", RETINANET, "--work-dir", work_dir, "--resume", *options)
     assert "resumed epoch: 0, iter: 3" in said
     whole, resumed = (
-        torch.load(folder / name / "iter_6.pth", weights_only=False, map_location="cpu")
+        torch.load(folder / name / "iter_9.pth", weights_only=False, map_location="cpu")
         for name in ("whole", "killed")
     )
-    assert whole["meta"]["iter"] == resumed["meta"]["iter"] == 6
+    assert whole["meta"]["iter"] == resumed["meta"]["iter"] == 9
     for key, value in whole["state_dict"].items():
         assert torch.equal(value, resumed["state_dict"][key]), key

@@ -15,6 +15,9 @@ def test_label_maps_agree_with_the_outlines(tmp_path: Path) -> None:
     pytest.importorskip("skimage")
     coco.write_sample(tmp_path / "coco")
     ade.write_sample(tmp_path / "ade")
+    licences = (tmp_path / "ade" / "LICENSE.txt").read_text()
+    assert "coins_top.jpg: No known copyright restrictions" in licences
+    assert "annotations: Apache-2.0" in licences
     for split, images in (("train", 5), ("val", 2)):
         text = (tmp_path / "coco" / "annotations" / f"instances_{split}.json").read_text()
         data = json.loads(text)

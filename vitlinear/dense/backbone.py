@@ -42,7 +42,7 @@ class MultiScaleBackbone(nn.Module):
     def __init__(
         self,
         model: str,
-        out_indices: Sequence[int] = (0, 1, 2, 3),
+        out_indices: int | Sequence[int] = (0, 1, 2, 3),
         out_norms: bool = False,
         out_norm_eps: float = 1e-6,
         frozen_stages: int = -1,
@@ -56,7 +56,7 @@ class MultiScaleBackbone(nn.Module):
 
         Args:
             model: Name in timm's registry, with or without a tag.
-            out_indices: Maps to give, ascending; 0 is the finest.
+            out_indices: Maps to give, ascending, or a single one; 0 is the finest.
             out_norms: Put each map through a layer norm of its own, over channels; so the authors
                 of RALA, MALA and L2ViT do for detection and segmentation.
             out_norm_eps: Of those norms: 1e-6 in RALA and MALA, 1e-5 in L2ViT.
@@ -82,7 +82,7 @@ class MultiScaleBackbone(nn.Module):
         self.model = timm_model
         info = _feature_info(self.model, model)
         isotropic = len(info) > 1 and len({level["reduction"] for level in info}) == 1
-        self.out_indices = tuple(out_indices)
+        self.out_indices = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
         known = range(4 if isotropic else len(info))
         if not self.out_indices or list(self.out_indices) != sorted(
             set(self.out_indices) & {*known}

@@ -235,13 +235,13 @@ def _zero_tokens(module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> _Inpu
     return (x.masked_fill(mask.unsqueeze(-1), 0), *rest), kwargs
 
 
-def _zero_map(module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> _Inputs | None:
-    """The same for maps [B, C, H, W]."""
+def zero_map(module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> _Inputs | None:
+    """Forward pre-hook of modules that mix the places of a map [B, C, H, W]: zeros in padding."""
     x, *rest = args
     return (zero_padding(x), *rest), kwargs
 
 
-_HOOKS = (_mask_attention, _size_attention, _size_positions, _zero_tokens, _zero_map)
+_HOOKS = (_mask_attention, _size_attention, _size_positions, _zero_tokens, zero_map)
 _MASKED = (
     GatedAttention,
     InLineAttention,
@@ -263,7 +263,7 @@ def _hook_for(module: nn.Module) -> Any:
     if isinstance(module, (PaddedWindowAttention, MdTpe, DepthwiseConv)):
         return _zero_tokens
     if isinstance(module, MapMerging):
-        return _zero_map
+        return zero_map
     if isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1:
-        return _zero_map
+        return zero_map
     return None

@@ -19,7 +19,7 @@ from torchvision.ops.feature_pyramid_network import (
 )
 
 from vitlinear.dense.backbone import MultiScaleBackbone
-from vitlinear.dense.padding import _zero_map, attach_valid_sizes, padding, valid_sizes_of
+from vitlinear.dense.padding import attach_valid_sizes, padding, valid_sizes_of, zero_map
 from vitlinear.errors import UserError
 from vitlinear.layers.valid_region import ValidRegion, use_valid_region, valid_region
 
@@ -124,7 +124,7 @@ def mask_padding(detector: nn.Module) -> nn.Module:
     head.register_forward_hook(_leave_region, always_call=True)
     for name, module in head.named_modules():
         if isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1:
-            module.register_forward_pre_hook(_zero_map, with_kwargs=True)
+            module.register_forward_pre_hook(zero_map, with_kwargs=True)
         if name.endswith("cls_logits"):
             module.register_forward_hook(_propose_nothing)
     return detector

@@ -18,7 +18,7 @@ def classes() -> tuple[str, ...]:
 
 
 def write_sample(folder: Path) -> None:
-    """Writes the sample: ``{images,annotations}/{training,validation}``, JPEG and PNG.
+    """Writes ``{images,annotations}/{training,validation}``, JPEG and PNG, and ``LICENSE.txt``.
 
     A label map is one byte per pixel in ADE20K's convention, which readers undo with
     ``reduce_zero_label``: 0 is ignored in training and testing, and n is class n - 1 of `classes`.
@@ -44,6 +44,11 @@ def write_sample(folder: Path) -> None:
             ]
             label_map = draw_label_map((image["width"], image["height"]), objects)
             label_map.save(new / "annotations" / split / f"{Path(image['file_name']).stem}.png")
+        info = data["info"]
+        names = {item["id"]: f"{item['name']}, {item['url']}" for item in data["licenses"]}
+        lines = [f"{image['file_name']}: {names[image['license']]}" for image in data["images"]]
+        outlines = f"annotations: {info['annotation_license']}, {info['contributor']}"
+        (new / "LICENSE.txt").write_text("\n".join([*lines, outlines, ""]), encoding="utf-8")
 
 
 def draw_label_map(

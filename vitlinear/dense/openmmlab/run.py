@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,14 @@ def build_runner(config: Config, kind: type[Runner] = Runner) -> Runner:
                 "find_unused_parameters": config.get("find_unused_parameters", False),
             },
         )
-    return RUNNERS.build(config) if "runner_type" in config else kind.from_cfg(config)
+    work_dir = Path(config.work_dir)
+    is_new = not work_dir.exists()
+    try:
+        return RUNNERS.build(config) if "runner_type" in config else kind.from_cfg(config)
+    except BaseException:
+        if is_new:  # mmengine makes it before it builds the model
+            shutil.rmtree(work_dir, ignore_errors=True)
+        raise
 
 
 @contextlib.contextmanager
