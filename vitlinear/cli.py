@@ -25,6 +25,7 @@ COMMANDS = {
     "list": ("vitlinear.cards.list_models", "the models, one a line"),
     "info": ("vitlinear.cards.info", "what is known of a model"),
     "convert": ("vitlinear.checkpoints.convert", "the authors' checkpoints to ours"),
+    "export": ("vitlinear.export.command", "a model as ONNX, torch.export or safetensors"),
     "train-detector": (f"{OPENMMLAB}:train_detector", "a detector of mmdet"),
     "test-detector": (f"{OPENMMLAB}:test_detector", "its average precision"),
     "train-segmentor": (f"{OPENMMLAB}:train_segmentor", "a segmentor of mmseg"),

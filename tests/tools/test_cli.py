@@ -34,7 +34,7 @@ def test_unknown_command_and_option(vitlinear: Command) -> None:
     assert "unknown option '--verson'" in vitlinear("--verson").err
 
 
-@pytest.mark.parametrize("name", ["train", "validate", "predict"])
+@pytest.mark.parametrize("name", ["train", "validate", "predict", "export"])
 def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     from vitlinear.cli import main
 
@@ -61,6 +61,7 @@ def test_interrupting_is_quiet(vitlinear: Command, monkeypatch: pytest.MonkeyPat
         ("validate", [], "nothing to run"),
         ("compare_runs", ["nowhere"], "nowhere is no run of `vitlinear train`"),
         ("predict", ["nowhere.png"], "nowhere.png does not exist"),
+        ("export", ["ravlt_q", "out.onnx"], "model 'ravlt_q' is unknown"),
         ("convert_checkpoint", ["nowhere.pth", "out.safetensors"], "nowhere.pth does not exist"),
     ],
 )

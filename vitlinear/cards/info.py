@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None, prog: str = "vitlinear info") -> None:
     parser.add_argument("model", metavar="NAME", help="`vitlinear list --all` prints all names")
     parser.add_argument("--json", action="store_true", help="JSON on standard output")
     args: argparse.Namespace = parser.parse_args(argv)
-    _check_name(args.model)
+    check_name(args.model)
     model = describe(args.model)
     if args.json:
         print(json.dumps(model, indent=2))
@@ -88,7 +88,8 @@ def main(argv: Sequence[str] | None, prog: str = "vitlinear info") -> None:
         print(f"{label:<14}{text}")
 
 
-def _check_name(model: str) -> None:
+def check_name(model: str) -> None:
+    """Raises `UserError` unless this package registers a model, and the tag, of this name."""
     name, tag = split_model_name_tag(model)
     names = our_models()
     if name not in names:

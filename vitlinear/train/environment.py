@@ -173,6 +173,15 @@ def repositories(folder: Path) -> list[dict[str, Any]]:
     return list(found.values())
 
 
+def source_commit() -> str | None:
+    """Returns the commit of vitlinear's checkout, ``-dirty`` behind it if files differ; or None."""
+    source = Path(vitlinear.__file__).parent
+    if _git(source, "ls-files", "--error-unmatch", "__init__.py") is None:
+        return None
+    commit = _git(source, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
+    return commit.decode().strip() if commit else None
+
+
 def _state(root: Path, folder: Path) -> dict[str, Any]:
     commit = _git(root, "rev-parse", "--verify", "HEAD")
     branch = _git(root, "symbolic-ref", "--short", "HEAD")

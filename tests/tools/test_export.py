@@ -1,0 +1,169 @@
+"""``vitlinear export``: what it writes computes what the model does, or is not there."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+
+from vitlinear.export import write
+
+MODEL = "test_linear_deit"  # the quickest to trace
+
+
+@pytest.fixture
+def weights(vitlinear, tmp_path_factory):
+    """A checkpoint of seven classes, and its model."""
+    path = tmp_path_factory.mktemp("weights") / "weights.safetensors"
+    result = vitlinear("export", MODEL, path, "--num-classes", 7)
+    assert (result.code, result.err) == (0, "")
+    model = timm.create_model(MODEL, checkpoint_path=path, num_classes=7).eval()
+    return path, model
+
+
+def close(logits, expected, tolerance):
+    return float((logits.float() - expected).norm() / expected.norm()) <= tolerance
+
+
+def test_safetensors(vitlinear, tmp_path):
+    path = tmp_path / "model.safetensors"
+    result = vitlinear("export", "test_ravlt", path, "--num-classes", 5, "--in-chans", 1)
+    assert (result.code, result.err) == (0, "")
+    assert "weights       random (give --checkpoint" in result.out
+    assert result.out.count("verified      ") == 3 and f"wrote         {path}" in result.out
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    assert metadata["model"] == "test_ravlt" and json.loads(metadata["num_classes"]) == 5
+    assert metadata["made_by"].startswith("vitlinear ") and len(json.loads(metadata["mean"])) == 1
+    model = timm.create_model("test_ravlt", checkpoint_path=path, num_classes=5, in_chans=1)
+    again = tmp_path / "again.safetensors"
+    assert vitlinear("export", "test_ravlt", again, "--checkpoint", path).code == 0
+    with safe_open(again, "pt") as file:
+        for key, value in model.state_dict().items():
+            assert torch.equal(file.get_tensor(key), value)
+        assert file.metadata()["license"] == metadata["license"]
+        assert file.metadata()["weights"] == path.name
+    assert [file.name for file in sorted(tmp_path.iterdir())] == [again.name, path.name]
+
+
+def test_torch_export(vitlinear, weights, tmp_path):
+    checkpoint, model = weights
+    path = tmp_path / "model.pt2"
+    result = vitlinear(
+        "export", MODEL, path, "--checkpoint", checkpoint, "--fuse",
+        "--batch", "1:8", "--height", "48:256", "--width", "64",
+    )  # fmt: skip
+    assert (result.code, result.err) == (0, "")
+    assert "input         1:8 x 3 x 48:256 x 64, float32" in result.out
+    files = {write.METADATA_FILE: ""}
+    program = torch.export.load(path, extra_files=files).module()
+    metadata = json.loads(files[write.METADATA_FILE])
+    assert metadata["model"] == MODEL and metadata["fused"] == "true"
+    assert len(metadata["weights_sha256"]) == 64 and json.loads(metadata["std"])
+    for size in ((1, 3, 256, 64), (5, 3, 101, 64)):
+        x = torch.randn(size)
+        with torch.no_grad():
+            assert close(program(x), model(x), 1e-4)
+    with pytest.raises(Exception, match="256"):
+        program(torch.randn(1, 3, 300, 64))
+
+
+def test_onnx(vitlinear, weights, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    checkpoint, model = weights
+    path = tmp_path / "model.onnx"
+    result = vitlinear("export", MODEL, path, "--checkpoint", checkpoint)
+    assert (result.code, result.err) == (0, "")
+    session = onnxruntime.InferenceSession(path)
+    (images,), (logits,) = session.get_inputs(), session.get_outputs()
+    assert (images.name, logits.name) == ("images", "logits")
+    assert images.shape == ["batch", 3, "height", "width"]
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert metadata["model"] == MODEL and json.loads(metadata["num_classes"]) == 7
+    assert json.loads(metadata["mean"]) == list(model.pretrained_cfg["mean"])
+    for size in ((1, 3, 33, 90), (4, 3, 130, 65)):
+        x = torch.randn(size)
+        (out,) = session.run(None, {"images": x.numpy()})
+        with torch.no_grad():
+            assert close(torch.from_numpy(out), model(x), 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["test_linear_deit", "test_ravlt", "test_inline_swin"])
+def test_onnx_in_half_precision(name, vitlinear, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    path = tmp_path / "model.onnx"
+    result = vitlinear("export", name, path, "--dtype", "float16", "--fuse", "--batch", 2)
+    assert (result.code, result.err) == (0, "")
+    (images,) = onnxruntime.InferenceSession(path).get_inputs()
+    assert (images.type, images.shape) == ("tensor(float16)", [2, 3, "height", "width"])
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_what_computes_something_else_is_not_kept(earlier, vitlinear, tmp_path, monkeypatch):
+    """A writer that loses a bias, as an exporter's defect would."""
+    kind = write.FORMATS["safetensors"]
+
+    def lossy(model, shapes, card, metadata, path):
+        with torch.no_grad():
+            model.head.bias += 0.01
+        kind.write(model, shapes, card, metadata, path)
+
+    monkeypatch.setitem(write.FORMATS, "safetensors", dataclasses.replace(kind, write=lossy))
+    path = tmp_path / "model.safetensors"
+    if earlier:
+        path.write_text("earlier")
+    result = vitlinear("export", MODEL, path, "--overwrite")
+    assert result.code == 2 and result.err.count("\n") == 1 and result.out == ""
+    assert "was not written: at 1x3x33x33 it differs from the model by " in result.err
+    assert [file.name for file in tmp_path.iterdir()] == [path.name] * earlier
+    assert not earlier or path.read_text() == "earlier"
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["ravlt_q", "o.onnx"], "model 'ravlt_q' is unknown (did you mean ravlt_"),
+        (["resnet50", "o.onnx"], "is a model of timm, not of this package"),
+        ([MODEL, "nowhere/o.onnx"], "its folder does not exist"),
+        ([MODEL, "o.bin"], "cannot tell the format of"),
+        ([MODEL, "o.bin", "--format", "onnx"], "has to end with .onnx"),
+        ([MODEL, "o.onnx", "--format", "onx"], "invalid choice: 'onx'"),
+        ([MODEL, "o.onnx", "--height", "16:64"], "--height 16:64 is too small: "),
+        ([MODEL, "o.pt2", "--batch", "8:2"], "'8:2' is neither a number nor LEAST:MOST"),
+        ([MODEL, "o.pt2", "--dtype", "float16"], "--dtype float16 is for --format onnx"),
+        ([MODEL, "o.safetensors", "--fuse"], "--fuse is for onnx and torch-export"),
+        ([MODEL, "o.pt2", "--checkpoint", "no.pth"], "no.pth does not exist"),
+        ([MODEL, "there.pt2"], "exists: give another name, or --overwrite"),
+    ],
+)
+def test_mistakes(flags, message, vitlinear, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("there.pt2").write_text("earlier")
+    result = vitlinear("export", *flags)
+    assert result.code == 2 and message in result.err and result.err.count("\n") == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["there.pt2"]
+
+
+def test_missing_packages(vitlinear, tmp_path, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "onnx" else found(name, *a)
+    )
+    result = vitlinear("export", MODEL, tmp_path / "o.onnx")
+    assert result.code == 2
+    assert result.err == "error: --format onnx needs onnx: pip install 'vitlinear[export]'\n"
+
+
+def test_program_that_needs_this_package(vitlinear, tmp_path):
+    result = vitlinear(
+        "export", MODEL, tmp_path / "o.pt2", "--model-kwargs", "attn_backend=library"
+    )
+    assert result.code == 2 and "the program would need vitlinear to run" in result.err
+    assert list(tmp_path.iterdir()) == []

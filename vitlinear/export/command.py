@@ -1,0 +1,204 @@
+"""The ``export`` command: a model as a file that runs elsewhere, verified."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models import split_model_name_tag
+from torch import nn
+
+import vitlinear
+from vitlinear.cards.info import check_name
+from vitlinear.checkpoints.download import digest
+from vitlinear.checkpoints.published import NONE_STATED
+from vitlinear.checkpoints.read import read_metadata
+from vitlinear.checkpoints.source import published_row
+from vitlinear.errors import UserError
+from vitlinear.train.arguments import COUNT
+from vitlinear.train.checkpoint import Card, load_model, read_card
+from vitlinear.train.config import KeyValues, Parser
+from vitlinear.train.environment import source_commit
+from vitlinear.train.model import build_model, check_model_kwargs, data_config
+
+from .shapes import Range, Shapes
+from .write import FORMATS, check_onnx_packages, check_target, export, model_kwargs
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
+RANDOM = "random"
+
+
+def parse_arguments(
+    argv: Sequence[str] | None, prog: str = "vitlinear export"
+) -> argparse.Namespace:
+    """Parses flags."""
+    parser = Parser(
+        prog=prog,
+        description="Write a model of this package to a file, read it back, and keep the file only "
+        "if it computes the same as the model.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="name, with a tag or without")
+    parser.add_argument("out", metavar="OUT", type=Path, help="file: .onnx, .pt2 or .safetensors")
+    parser.add_argument("--format", choices=FORMATS, default=None, help="default: by OUT's suffix")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--checkpoint", default=None, metavar="FILE", help="weights: ours, or the authors'"
+    )
+    group.add_argument("--pretrained", action="store_true", help="fetch the published weights")
+    group.add_argument("--num-classes", type=COUNT, default=None, metavar="N")
+    group.add_argument("--in-chans", type=COUNT, default=None, metavar="N")
+    group.add_argument(
+        "--img-size", type=COUNT, default=None, metavar="N", help="side that the model is made for"
+    )
+    group.add_argument(
+        "--model-kwargs", nargs="*", action=KeyValues, default={}, metavar="K=V",
+        help="constructor arguments",
+    )  # fmt: skip
+    group.add_argument("--fuse", action="store_true", help="model.fuse(): fewer operations")
+    group = parser.add_argument_group("program (onnx and torch-export)")
+    for name, what in (("batch", "images"), ("height", "pixels"), ("width", "pixels")):
+        group.add_argument(
+            f"--{name}", type=_range, default=None, metavar="N|LEAST:MOST",
+            help=f"{what}, fixed or a range (default: all that one program can take)",
+        )  # fmt: skip
+    group.add_argument("--dtype", choices=DTYPES, default="float32", help="float16: onnx only")
+    return parser.parse_args(argv)
+
+
+def _range(text: str) -> Range:
+    try:
+        return Range.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _kind(args: argparse.Namespace) -> str:
+    """The format asked for, after checks that need no model."""
+    kinds = {row.suffix: kind for kind, row in FORMATS.items()}
+    kind: str | None = args.format or kinds.get(args.out.suffix)
+    if kind is None:
+        raise UserError(
+            f"cannot tell the format of {args.out} from its name: give --format "
+            f"{'|'.join(FORMATS)}, or a name that ends with {', '.join(kinds)}"
+        )
+    check_name(args.model)
+    check_model_kwargs(args.model_kwargs)
+    if kind == "safetensors":
+        for flag in ("fuse", "batch", "height", "width"):
+            if getattr(args, flag):
+                raise UserError(
+                    f"--{flag} is for onnx and torch-export: safetensors hold the weights of the "
+                    "model as timm builds it"
+                )
+    if args.dtype != "float32" and kind != "onnx":
+        raise UserError(f"--dtype {args.dtype} is for --format onnx")
+    if args.pretrained and args.checkpoint:
+        raise UserError("--pretrained and --checkpoint exclude each other")
+    check_target(args.out, kind, args.overwrite)
+    if kind == "onnx":
+        check_onnx_packages()
+    return kind
+
+
+def _load(args: argparse.Namespace) -> tuple[nn.Module, Card]:
+    chosen: dict[str, Any] = {"num_classes": args.num_classes, "in_chans": args.in_chans}
+    card = None
+    if args.checkpoint:
+        model, card = load_model(
+            args.checkpoint,
+            # A card names its model with the tag, or without.
+            model=_as_the_card_says(args.model, Path(args.checkpoint)),
+            model_kwargs=args.model_kwargs,
+            img_size=args.img_size,
+            **chosen,
+        )
+    else:
+        model = build_model(
+            args.model,
+            pretrained=args.pretrained,
+            img_size=args.img_size,
+            **chosen,
+            **args.model_kwargs,
+        ).eval()
+    if card is not None:
+        return model, card
+    config = data_config(model, {"img_size": args.img_size} if args.img_size else {})
+    channels = config["input_size"][0]
+    return model, Card(
+        model=args.model,
+        model_kwargs=model_kwargs(model),
+        num_classes=int(model.num_classes),  # type: ignore[arg-type]
+        in_chans=channels,
+        data_config={key: list(v) if isinstance(v, tuple) else v for key, v in config.items()},
+        image_mode="L" if channels == 1 else "RGB",
+    )
+
+
+def _as_the_card_says(model: str, path: Path) -> str:
+    card = read_card(path) if path.is_file() else None
+    same = card is not None and split_model_name_tag(card.model)[0] == model
+    return card.model if card is not None and same else model
+
+
+def _origin(args: argparse.Namespace, model: nn.Module) -> dict[str, str]:
+    """Where the weights come from, and their licence."""
+    if args.checkpoint:
+        path = Path(args.checkpoint)
+        known, sha256 = read_metadata(path), digest(path)
+        row = published_row(path, sha256)
+        license_ = known.get("license") or (row[0].license if row else "not known")
+        return {"weights": path.name, "weights_sha256": sha256, "license": license_}
+    if args.pretrained:
+        cfg = model.pretrained_cfg
+        name = f"{cfg['architecture']}.{cfg['tag']}"  # type: ignore[index]
+        return {"weights": name, "license": cfg.get("license") or NONE_STATED}  # type: ignore[operator, union-attr]
+    return {"weights": RANDOM, "license": "not applicable: random weights"}
+
+
+def metadata_of(card: Card, **more: object) -> dict[str, str]:
+    """What a file says of itself, and of the program in it; all but plain text is JSON."""
+    config = card.data_config
+    values = {
+        "model": card.model,
+        "model_kwargs": card.model_kwargs,
+        "num_classes": card.num_classes,
+        "input_size": config["input_size"],
+        "mean": config["mean"],
+        "std": config["std"],
+        "interpolation": config["interpolation"],
+        "crop_pct": config["crop_pct"],
+        "image_mode": card.image_mode,
+        **({"class_names": card.class_names} if card.class_names else {}),
+        **more,
+        "made_by": f"vitlinear {vitlinear.__version__}, torch {torch.__version__}",
+        "commit": source_commit() or "not known",
+    }
+    return {k: v if isinstance(v, str) else json.dumps(v) for k, v in values.items()}
+
+
+def main(argv: Sequence[str] | None, prog: str = "vitlinear export") -> None:
+    """Runs ``vitlinear export``."""
+    args = parse_arguments(argv, prog)
+    args.out = args.out.expanduser()
+    kind = _kind(args)
+    shapes = Shapes.of(args.model, 3, args.batch, args.height, args.width)
+    model, card = _load(args)
+    shapes = Shapes.of(args.model, card.in_chans, args.batch, args.height, args.width)
+    origin = _origin(args, model)
+    metadata = metadata_of(card, shapes=str(shapes), fused=args.fuse, dtype=args.dtype, **origin)
+    if args.fuse:
+        model.fuse()  # type: ignore[operator]
+    differences = export(model, args.out, kind, shapes, card, metadata, DTYPES[args.dtype])
+    print(f"model         {card.model}, {card.num_classes} classes{', fused' * args.fuse}")
+    hint = " (give --checkpoint FILE or --pretrained)" if origin["weights"] == RANDOM else ""
+    print(f"weights       {origin['weights']}{hint}, licence: {origin['license']}")
+    if kind != "safetensors":
+        print(f"input         {shapes}, {args.dtype}")
+    for size, difference in differences.items():
+        print(f"verified      {'x'.join(map(str, size))}: differs by {difference:.1e} of the norm")
+    print(f"wrote         {args.out} ({args.out.stat().st_size:,} bytes)")

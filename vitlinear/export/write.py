@@ -1,0 +1,243 @@
+"""Writing a model, and reading back what was written: a file appears only if it computes the same.
+
+A program is traced from the plain formula of attention, which every runtime can run; what is
+written needs neither vitlinear nor, as ONNX, torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import timm
+import torch
+from timm.models import get_model_args
+from torch import Tensor, nn
+
+from vitlinear.errors import UserError, one_line
+from vitlinear.train.checkpoint import Card, check_parent, read_card, save_weights
+
+from .shapes import Shapes
+
+Run = Callable[[Tensor], Tensor]
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+METADATA_FILE = "metadata.json"  # beside the program, in a torch.export file
+# Greatest difference from the model in float32: the norm of it over that of the logits.
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A kind of file.
+
+    Attributes:
+        suffix: Of the file's name.
+        write: Takes the model, its shapes, card and metadata, and the file.
+        read: Returns what is in the file, as a function of images.
+    """
+
+    suffix: str
+    write: Callable[[nn.Module, Shapes, Card, Mapping[str, str], Path], None]
+    read: Callable[[Path], Run]
+
+
+def _trace(model: nn.Module, shapes: Shapes, example: Tensor) -> torch.export.ExportedProgram:
+    try:
+        program = torch.export.export(
+            model, (example,), dynamic_shapes={"x": shapes.dynamic}, strict=False
+        )
+    except Exception as error:  # torch.export has no class for what it cannot do
+        raise UserError(
+            f"torch.export makes no program of this model for {shapes}: {one_line(error)[:300]}"
+        ) from error
+    ours = {
+        str(node.target)
+        for node in program.graph.nodes
+        if str(node.target).startswith("vitlinear.")
+    }
+    if ours:
+        raise UserError(
+            f"the program would need vitlinear to run ({', '.join(sorted(ours))}): leave "
+            "attn_backend and VITLINEAR_BACKEND at auto"
+        )
+    return program
+
+
+def _write_program(
+    model: nn.Module, shapes: Shapes, card: Card, metadata: Mapping[str, str], path: Path
+) -> None:
+    program = _trace(model, shapes, shapes.example())
+    torch.export.save(program, path, extra_files={METADATA_FILE: json.dumps(metadata, indent=2)})
+
+
+def _read_program(path: Path) -> Run:
+    module: Run = torch.export.load(path).module()
+    return module
+
+
+def check_onnx_packages() -> None:
+    """Raises `UserError` if what writes, checks or runs ONNX is not installed."""
+    missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"--format onnx needs {', '.join(missing)}: pip install 'vitlinear[export]'"
+        )
+
+
+def _write_onnx(
+    model: nn.Module, shapes: Shapes, card: Card, metadata: Mapping[str, str], path: Path
+) -> None:
+    import onnx
+
+    example = shapes.example().to(next(model.parameters()).dtype)
+    program = torch.onnx.export(
+        _trace(model, shapes, example),
+        (example,),
+        input_names=["images"],
+        output_names=["logits"],
+        dynamo=True,
+        verbose=False,
+    )
+    assert program is not None
+    written = program.model_proto
+    onnx.helper.set_model_props(written, dict(metadata))
+    onnx.save(written, path)
+    onnx.checker.check_model(path, full_check=True)
+
+
+def _read_onnx(path: Path) -> Run:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (images,) = session.get_inputs()
+    numpy_type = {"tensor(float16)": torch.float16}.get(images.type, torch.float32)
+
+    def run(x: Tensor) -> Tensor:
+        (logits,) = session.run(None, {images.name: x.to(numpy_type).numpy()})
+        return torch.from_numpy(logits)
+
+    return run
+
+
+def _write_weights(
+    model: nn.Module, shapes: Shapes, card: Card, metadata: Mapping[str, str], path: Path
+) -> None:
+    save_weights(path, model.state_dict(), card, metadata)
+
+
+def _read_weights(path: Path) -> Run:
+    card = read_card(path)
+    assert card is not None
+    model: Run = timm.create_model(
+        card.model,
+        checkpoint_path=path,
+        num_classes=card.num_classes,
+        in_chans=card.in_chans,
+        **card.model_kwargs,
+    ).eval()
+    return model
+
+
+FORMATS = {
+    "onnx": Format(".onnx", _write_onnx, _read_onnx),
+    "torch-export": Format(".pt2", _write_program, _read_program),
+    "safetensors": Format(".safetensors", _write_weights, _read_weights),
+}
+
+
+def check_target(path: Path, kind: str, overwrite: bool = False) -> None:
+    """Raises `UserError` if a file of this name cannot be, or must not be written."""
+    suffix = FORMATS[kind].suffix
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder")
+    if path.suffix != suffix:
+        raise UserError(f"cannot write {path}: the name of a {kind} file has to end with {suffix}")
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists: give another name, or --overwrite")
+    check_parent(str(path))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Leaves out what exporters say to their developers."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+@torch.no_grad()
+def export(
+    model: nn.Module,
+    path: Path,
+    kind: str,
+    shapes: Shapes,
+    card: Card,
+    metadata: Mapping[str, str],
+    dtype: torch.dtype = torch.float32,
+) -> dict[tuple[int, int, int, int], float]:
+    """Write a model, and let the file appear once it was read back and gave the same.
+
+    Args:
+        model: In eval mode, in float32, on the CPU; becomes one of `dtype`.
+        path: The file; replaced if there is one.
+        kind: Key in `FORMATS`.
+        shapes: Sizes of the input that the program is for.
+        card: What the model is.
+        metadata: What else the file is to say of itself.
+        dtype: Of the program, its images and logits.
+
+    Returns:
+        Norm of the difference over that of the logits in float32, by the size it was measured at.
+
+    Raises:
+        UserError: What is written computes something else, or cannot be written; nothing is left.
+    """
+    check_target(path, kind, overwrite=True)
+    generator = torch.Generator().manual_seed(0)
+    sizes = shapes.checked(*card.data_config["input_size"][1:])
+    images = [torch.randn(size, generator=generator) for size in sizes]
+    expected = [model(x) for x in images]
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            temporary = Path(folder) / path.name
+            with _quiet():
+                FORMATS[kind].write(model.to(dtype), shapes, card, metadata, temporary)
+                run = FORMATS[kind].read(temporary)
+                differences = {
+                    size: _difference(run(x), logits)
+                    for size, x, logits in zip(sizes, images, expected, strict=True)
+                }
+            for size, difference in differences.items():
+                if not difference <= TOLERANCES[dtype]:  # also one that is not a number
+                    raise UserError(
+                        f"{path} was not written: at {'x'.join(map(str, size))} it differs from "
+                        f"the model by {difference:.1e} of the logits' norm, more than "
+                        f"{TOLERANCES[dtype]:.0e}"
+                    )
+            os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or one_line(error)}") from error
+    return differences
+
+
+def _difference(logits: Tensor, expected: Tensor) -> float:
+    return float((logits.float() - expected).norm() / expected.norm())
+
+
+def model_kwargs(model: nn.Module) -> dict[str, object]:
+    """Constructor arguments that make a model of these weights, beside classes and channels."""
+    args = get_model_args(model)
+    return {key: value for key, value in args.items() if key not in ("num_classes", "in_chans")}
