@@ -57,16 +57,16 @@ def test_torch_export(vitlinear, weights, tmp_path):
     path = tmp_path / "model.pt2"
     result = vitlinear(
         "export", MODEL, path, "--checkpoint", checkpoint, "--fuse",
-        "--batch", "1:8", "--height", "48:256", "--width", "64",
+        "--batch", "1:8", "--height", "48:256", "--width", "64:250",
     )  # fmt: skip
     assert (result.code, result.err) == (0, "")
-    assert "input         1:8 x 3 x 48:256 x 64, float32" in result.out
+    assert "input         1:8 x 3 x 48:256 x 64:250, float32" in result.out
     files = {write.METADATA_FILE: ""}
     program = torch.export.load(path, extra_files=files).module()
     metadata = json.loads(files[write.METADATA_FILE])
     assert metadata["model"] == MODEL and metadata["fused"] == "true"
     assert len(metadata["weights_sha256"]) == 64 and json.loads(metadata["std"])
-    for size in ((1, 3, 256, 64), (5, 3, 101, 64)):
+    for size in ((1, 3, 256, 64), (5, 3, 101, 229)):
         x = torch.randn(size)
         with torch.no_grad():
             assert close(program(x), model(x), 1e-4)
@@ -136,6 +136,7 @@ def test_what_computes_something_else_is_not_kept(earlier, vitlinear, tmp_path, 
         ([MODEL, "o.bin", "--format", "onnx"], "has to end with .onnx"),
         ([MODEL, "o.onnx", "--format", "onx"], "invalid choice: 'onx'"),
         ([MODEL, "o.onnx", "--height", "16:64"], "--height 16:64 is too small: "),
+        ([MODEL, "o.onnx", "--width", 64], "--width 64: give two numbers, or two ranges"),
         ([MODEL, "o.pt2", "--batch", "8:2"], "'8:2' is neither a number nor LEAST:MOST"),
         ([MODEL, "o.pt2", "--dtype", "float16"], "--dtype float16 is for --format onnx"),
         ([MODEL, "o.safetensors", "--fuse"], "--fuse is for onnx and torch-export"),

@@ -79,7 +79,7 @@ class Shapes:
         """The shapes asked for, by default all that one program of the model takes.
 
         Raises:
-            UserError: A range begins below that.
+            UserError: A range begins below that, or only one of the sides is a range.
         """
         least = shortest_side(model)
         sides = Range(least, LONGEST_SIDE)
@@ -89,7 +89,11 @@ class Shapes:
                     f"--{name} {side} is too small: {model} is one program for sides of {least} "
                     f"and more; give {least}:{max(side.high, least)}, or one smaller size alone"
                 )
-        return cls(batch or Range(1, MOST_IMAGES), height or sides, width or sides, channels)
+        height, width = height or sides, width or sides
+        if height.fixed != width.fixed:
+            # torch.export cannot prove what it has to about divisions of the one that is left.
+            raise UserError(f"--height {height} --width {width}: give two numbers, or two ranges")
+        return cls(batch or Range(1, MOST_IMAGES), height, width, channels)
 
     @property
     def dynamic(self) -> dict[int, torch.export.Dim]:

@@ -103,6 +103,7 @@ def _write_onnx(
         (example,),
         input_names=["images"],
         output_names=["logits"],
+        dynamic_shapes={"x": shapes.dynamic},  # for their names alone
         dynamo=True,
         verbose=False,
     )
