@@ -13,7 +13,7 @@ from vitlinear.train.checkpoint import write_atomically
 
 Row = dict[str, Any]
 COLUMNS = ("model", "mode", "pass", "size", "batch", "images/s", "ratio", "p50, ms", "p90", "p99",
-           "calls", "memory, MiB")  # fmt: skip
+           "calls", "memory, MiB", "tensors")  # fmt: skip
 
 
 def size(row: Row) -> str:
@@ -60,6 +60,7 @@ def table(rows: Sequence[Row], reference: str) -> list[str]:
             cells += [f"{row['images_per_s']:.4g}", f"{ratio(row, other):.2f}" if other else ""]
             cells += [f"{row[f'p{percent}_ms']:.4g}" for percent in (50, 90, 99)]
             cells += [str(row["calls"]), "" if memory is None else f"{memory:.1f}"]
+            cells.append(f"{row['tensors_MiB']:.1f}")
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 

@@ -12,6 +12,7 @@ import dataclasses
 import gc
 import signal
 import time
+import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
+from benchmarks.attention import held_bytes
 from vitlinear.errors import one_line
 from vitlinear.train.model import build_model
 
@@ -72,7 +74,7 @@ class Subject:
     """A model ready to be timed.
 
     Attributes:
-        facts: ``prepare_s``, ``memory_MiB``, ``resting_MiB``, ``difference``; see `measure_memory`.
+        facts: ``parameters``, ``prepare_s``, ``difference``, and those of `measure_memory`.
 
     Raises:
         ArithmeticError: The outputs are not those of the eager model.
@@ -169,10 +171,10 @@ def status(name: str) -> float:
 
 
 def measure_memory(run: Callable[[], object], device: torch.device) -> dict[str, float | None]:
-    """What a call holds at its worst beyond what the process holds between calls, and the latter.
+    """What a call holds at its worst beyond what is held between calls, and the latter, in MiB.
 
-    On a GPU both are bytes of tensors, from the caching allocator. On a CPU, where PyTorch counts
-    nothing, both are resident memory (VmRSS; VmHWM, reset before the call by writing 5 to
+    ``tensors_MiB`` counts PyTorch's allocations. ``memory_MiB`` and ``resting_MiB`` are the same on
+    a GPU; on a CPU they are resident memory (VmRSS; VmHWM, reset before the call by writing 5 to
     /proc/self/clear_refs) after a first call and after glibc has given back what was free: code,
     threads and weights in a library's own layout are there by then and count as resting. None
     where the system has no such counters.
@@ -185,17 +187,20 @@ def measure_memory(run: Callable[[], object], device: torch.device) -> dict[str,
         torch.cuda.reset_peak_memory_stats(device)
         run()
         torch.cuda.synchronize(device)
-        peak = torch.cuda.max_memory_allocated(device) / 2**20
-    else:
-        try:
-            ctypes.CDLL(None).malloc_trim(0)
-            resting = status("VmRSS")
-            Path("/proc/self/clear_refs").write_text("5")
-            run()
-            peak = status("VmHWM")
-        except (OSError, AttributeError):
-            return {"memory_MiB": None, "resting_MiB": None}
-    return {"memory_MiB": max(peak - resting, 0.0), "resting_MiB": resting}
+        peak = torch.cuda.max_memory_allocated(device) / 2**20 - resting
+        return {"memory_MiB": peak, "tensors_MiB": peak, "resting_MiB": resting}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning: Profiler clears events")
+        tensors = held_bytes(run)[1] / 2**20
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        resting = status("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")
+        run()
+        peak = max(status("VmHWM") - resting, 0.0)
+    except (OSError, AttributeError):
+        return {"memory_MiB": None, "tensors_MiB": tensors, "resting_MiB": None}
+    return {"memory_MiB": peak, "tensors_MiB": tensors, "resting_MiB": resting}
 
 
 def reason(error: BaseException) -> str:

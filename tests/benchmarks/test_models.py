@@ -118,6 +118,7 @@ def test_memory_is_that_of_a_call():
     """64 MiB that a call takes and gives back, beside 32 that are there before and after."""
     kept = torch.ones(32 * 2**18)
     found = subject.measure_memory(lambda: torch.ones(64 * 2**18).norm(), torch.device("cpu"))
+    assert found["tensors_MiB"] == pytest.approx(64, abs=0.01)
     if found["memory_MiB"] is None:
         pytest.skip("this system does not count resident memory")
     assert found["memory_MiB"] == pytest.approx(64, abs=4)
@@ -128,7 +129,7 @@ def test_exponents_and_ratios():
     pixels = [side**2 for side in (512, 724, 1024, 2048)]
     assert models_report.exponent(pixels, [3e-5 * n**1.3 for n in pixels]) == pytest.approx(1.3)
     row = {"mode": "eager", "task": "forward", "height": 8, "width": 8, "batch": 1}
-    row |= {"memory_MiB": None, "calls": 3}
+    row |= {"memory_MiB": None, "tensors_MiB": 1.0, "calls": 3}
     slow = {**row, "model": "a", "round_ms": [20.0, 200.0, 22.0]}
     fast = {**row, "model": "b", "round_ms": [10.0, 100.0, 1000.0]}
     for each in (slow, fast):
