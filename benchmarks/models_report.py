@@ -169,6 +169,8 @@ def plot(record: dict[str, Any], path: Path) -> None:
             axes.set_ylabel(label)
             axes.set_title("inference" if task == "forward" else "training step")
             axes.grid(alpha=0.3, which="both")
-            if axes.lines:
-                axes.legend(fontsize="small")
+    handles = {line.get_label(): line for axes in panels.flat for line in axes.lines}
+    if handles:
+        where = {"loc": "outside lower center", "ncols": 2 * len(tasks), "fontsize": "small"}
+        figure.legend(handles.values(), handles.keys(), **where)
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
