@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := $(or $(VITLINEAR_VENV),.venv)/bin
 
-.PHONY: help venv test peer nightly lint format types demo ci clean
+.PHONY: help venv test peer lint format types demo ci clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
@@ -15,9 +15,6 @@ test:  ## run every test; ARGS="-k name -x" goes to pytest
 
 peer:  ## run timm's own suite on our models; VITLINEAR_PEER_MODELS=all for every size
 	$(PYTHON) tools/run_tests.py tests/peer $(ARGS)
-
-nightly:  ## every configuration of mmdet and mmseg: counted, trained a step, predicting
-	VITLINEAR_CONFIGS=all $(PYTHON) tools/run_tests.py tests/dense/test_configs.py $(ARGS)
 
 lint: venv  ## ruff's rules and formatting, checked
 	$(BIN)/ruff check .

@@ -1,14 +1,11 @@
 """The configurations of configs/detection and configs/segmentation: every published value, whom
 weight decay reaches, that they train and predict, and the tables of their sizes.
-
-`VITLINEAR_CONFIGS=all` trains every one and counts every one.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +30,6 @@ FACTS = yaml.safe_load((Path(__file__).parents[1] / "data" / "dense_recipes.yaml
 PATHS = {
     path.stem: path for folder in count_dense.SIZES for path in count_dense.config_paths(folder)
 }
-ALL = os.environ.get("VITLINEAR_CONFIGS") == "all"
-# Of each family and each head one, the smallest.
-SAMPLE = [
-    "retinanet_ravlt-t_fpn_1x_coco",
-    "mask-rcnn_l2vit-tiny_fpn_ms-crop-1x_coco",
-    "mask-rcnn_nalaformer-xt_fpn_1x_coco",
-    "mask-rcnn_lightnet-tiny_fpn_1x_coco",
-    "cascade-mask-rcnn_inline-swin-tiny_fpn_ms-crop-3x_coco",
-    "semantic-fpn_inline-pvt-tiny_8xb2-80k_ade20k-512x512",
-    "upernet_mavit-t_8xb2-160k_ade20k-512x512",
-]
-COUNTED = ["cascade-mask-rcnn_ravlt-s_fpn_ms-crop-3x_coco", SAMPLE[0], *SAMPLE[-2:]]
 # Configurations of mmdet's that have what ours have to have.
 MMDET = f"{mmdet.__path__[0]}/.mim/configs"
 SWIN = "mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco.py"
@@ -327,7 +312,7 @@ def sample(name: str, image: torch.Tensor) -> Any:
     return DetDataSample(metainfo=metainfo, gt_instances=objects)
 
 
-@pytest.mark.parametrize("name", sorted(PUBLISHED) if ALL else SAMPLE)
+@each_config
 def test_trains_and_predicts(name):
     torch.manual_seed(0)
     c = Config({**config(name).to_dict(), "model": shrink(config(name).model)})
@@ -372,7 +357,7 @@ def test_trains_and_predicts(name):
                 assert found.masks.shape[1:] == size
 
 
-@pytest.mark.parametrize("name", sorted(PUBLISHED) if ALL else COUNTED)
+@each_config
 def test_table_is_up_to_date(name):
     path = PATHS[name]
     facts = count_dense.published(path.parent.name).get(name, {})
