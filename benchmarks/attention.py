@@ -29,12 +29,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-import vitlinear
-from vitlinear import ops
-from vitlinear.train.environment import cpu_model
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout
+
+import vitlinear  # noqa: E402
+from benchmarks.transcription import rala  # noqa: E402
+from vitlinear import ops  # noqa: E402
+from vitlinear.train.environment import cpu_model  # noqa: E402
 
 # (tokens on a side, heads, head_dim): stages 1 to 3 of ravlt_t at 224 x 224.
 SHAPES = ((56, 1, 64), (28, 2, 64), (14, 4, 64))
@@ -47,24 +49,10 @@ KEEP_PAGES = {
 }
 
 
-def rotate_transcribed(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
-    """(x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin) with per-token tables."""
-    swapped = torch.stack((-x[..., 1::2], x[..., 0::2]), dim=-1).flatten(-2)
-    return x * cos + swapped * sin
-
-
 def rala_transcribed(q: Tensor, k: Tensor, v: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
     """RALA step by step; [B, N, h, D] -> [B, N, h, D]."""
     q, k, v = (x.permute(0, 2, 1, 3).contiguous() for x in (q, k, v))
-    n, scale = q.shape[2], q.shape[-1] ** -0.5
-    q, k = F.elu(q) + 1, F.elu(k) + 1
-    query = q.mean(dim=2, keepdim=True)
-    weights = torch.softmax((scale * query) @ k.transpose(-1, -2), dim=-1).transpose(-1, -2) * n
-    k = k * weights
-    normaliser = 1 / (q @ k.mean(dim=2, keepdim=True).transpose(-1, -2) + 1e-6)
-    q, k = rotate_transcribed(q, sin, cos), rotate_transcribed(k, sin, cos)
-    state = (k.transpose(-1, -2) * n**-0.5) @ (v * n**-0.5)
-    return (q @ state * normaliser).permute(0, 2, 1, 3).contiguous()
+    return rala(q, k, v, sin, cos).permute(0, 2, 1, 3).contiguous()
 
 
 def median_seconds(run: Callable[[], object], seconds: float = 2.0) -> float:

@@ -28,6 +28,7 @@ import vitlinear
 from benchmarks.attention import KEEP_PAGES, commit, machine
 from benchmarks.models_report import plot, print_report
 from benchmarks.subject import MODES, PASSES, PRECISIONS, Case, serve
+from benchmarks.transcription import SUFFIX, check_transcribed
 from vitlinear.errors import UserError
 from vitlinear.train.checkpoint import write_text
 from vitlinear.train.config import Parser, did_you_mean
@@ -143,7 +144,8 @@ def image_size(text: str) -> tuple[int, int]:
 def parser(prog: str) -> Parser:
     """The flags."""
     flags = Parser(prog=prog, description="Speed and memory of any timm models, side by side.")
-    flags.add_argument("models", nargs="*", metavar="MODEL", help="any model of timm's or ours")
+    flags.add_argument("models", nargs="*", metavar="MODEL",
+                       help=f"any model of timm's or ours, or e.g. ravlt_s{SUFFIX}")  # fmt: skip
     flags.add_argument("--sizes", nargs="+", default=["224"], metavar="SIZE", help="224 or 480x640")
     flags.add_argument("-b", "--batch-sizes", nargs="+", type=int, default=[8], metavar="N")
     flags.add_argument("--modes", nargs="+", default=["eager"], metavar="MODE",
@@ -177,7 +179,7 @@ def checked(args: Any) -> list[list[Case]]:
         raise UserError("no model: name one or several, e.g. ravlt_t swin_tiny_patch4_window7_224")
     args.reference = args.reference or args.models[0]
     for name in args.models:
-        check_model_name(name)
+        check_model_name(check_transcribed(name) if name.endswith(SUFFIX) else name)
     if args.reference not in args.models:
         hint = did_you_mean(args.reference, args.models)
         raise UserError(f"--reference {args.reference} is not among the models{hint}")

@@ -13,7 +13,7 @@ from vitlinear.train.checkpoint import write_atomically
 
 Row = dict[str, Any]
 COLUMNS = ("model", "mode", "pass", "size", "batch", "images/s", "ratio", "p50, ms", "p90", "p99",
-           "calls", "memory, MiB", "tensors")  # fmt: skip
+           "calls", "memory, MiB", "tensors", "GMACs", "img/s/GMAC", "GMACs/s")  # fmt: skip
 
 
 def size(row: Row) -> str:
@@ -61,6 +61,8 @@ def table(rows: Sequence[Row], reference: str) -> list[str]:
             cells += [f"{row[f'p{percent}_ms']:.4g}" for percent in (50, 90, 99)]
             cells += [str(row["calls"]), "" if memory is None else f"{memory:.1f}"]
             cells.append(f"{row['tensors_MiB']:.1f}")
+            cost, speed = row["gmacs"], row["images_per_s"]
+            cells += [f"{value:.4g}" for value in (cost, speed / cost, speed * cost)]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 

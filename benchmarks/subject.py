@@ -7,6 +7,7 @@ by itself, and loses one row, not the run, where the system kills it for memory.
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import dataclasses
 import gc
@@ -22,8 +23,10 @@ import torch
 import torch.nn.functional as F
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.attention import held_bytes
+from benchmarks.transcription import SUFFIX, check_transcribed, transcribe
 from vitlinear.errors import one_line
 from vitlinear.train.model import build_model
 
@@ -59,6 +62,26 @@ class Case:
     threads: int = 1
 
 
+def build(name: str, size: tuple[int, int, int]) -> nn.Module:
+    """A timm model, or with `SUFFIX` the transcription of one of ours, for images of that size."""
+    if name.endswith(SUFFIX):
+        return transcribe(build_model(check_transcribed(name), input_size=size))
+    return build_model(name, input_size=size)
+
+
+def multiply_adds(model: nn.Module, size: tuple[int, int, int]) -> int:
+    """Multiply-adds of one image in convolutions, linear layers and matrix products.
+
+    Those of attention too, fused or not; nothing else. On the meta device: nothing is computed. Of
+    our models that is projections and attention of `vitlinear.cards.count`, in eager mode.
+    """
+    model = copy.deepcopy(model).to("meta").eval()
+    image = torch.empty(1, *size, device="meta", dtype=next(model.parameters()).dtype)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(image)
+    return counter.get_total_flops() // 2
+
+
 def prepared(model: nn.Module, mode: str, images: Tensor) -> nn.Module:
     """The model in a mode; a new module, or the same one changed in place."""
     if mode == "fused":
@@ -74,7 +97,8 @@ class Subject:
     """A model ready to be timed.
 
     Attributes:
-        facts: ``parameters``, ``prepare_s``, ``difference``, and those of `measure_memory`.
+        facts: ``parameters``, ``gmacs`` of one image, ``prepare_s``, ``difference``, and those of
+            `measure_memory`.
 
     Raises:
         ArithmeticError: The outputs are not those of the eager model.
@@ -91,10 +115,13 @@ class Subject:
         if not self.amp:
             kind["dtype"] = dtype
         size = (3, case.height, case.width)
-        model = build_model(case.model, input_size=size).to(**kind)
+        model = build(case.model, size).to(**kind)
         model.train(case.task == "train")
         self.images = torch.randn(case.batch, *size).to(**kind)
-        self.facts: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
+        self.facts: dict[str, Any] = {
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "gmacs": multiply_adds(model, size) / 1e9,
+        }
         start = time.perf_counter()
         if case.task == "train":
             self.prepare_training(prepared(model, case.mode, self.images))

@@ -11,6 +11,7 @@ import torch
 from benchmarks import models, models_report, subject
 from benchmarks.models import FailedError, Process
 from benchmarks.subject import Case, Subject
+from vitlinear.cards.count import count
 from vitlinear.cli import run
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -38,6 +39,7 @@ def test_tool(tmp_path, capsys):
         assert 0 < row["p50_ms"] <= row["p90_ms"] <= row["p99_ms"]
         assert row["images_per_s"] == pytest.approx(2e3 / row["p50_ms"])
         assert row["memory_MiB"] >= 0 and row["resting_MiB"] > 10
+        assert row["gmacs"] > 1e-3
         assert (row["mode"] == "fused" or row["difference"] == 0) and row["difference"] < 1e-3
     out = capsys.readouterr().out
     assert out.count("\n| test_") == len(rows)
@@ -97,6 +99,15 @@ def test_modes(mode, task, precision):
         assert 0 < found.facts["difference"] < 0.1
 
 
+def test_the_transcription_has_the_multiply_adds_of_the_model():
+    """And both those that fvcore finds in a traced program."""
+    size = (3, 64, 64)
+    model, theirs = (subject.build(f"test_mavit{end}", size) for end in ("", "@transcription"))
+    cost = count(model, size)
+    assert subject.multiply_adds(model, size) == cost.projections + cost.attention
+    assert subject.multiply_adds(theirs, size) == cost.projections + cost.attention
+
+
 @pytest.mark.slow
 def test_compiled():
     found = Subject(Case("test_linear_deit", "compiled", "forward", 32, 32, 2))
@@ -129,7 +140,7 @@ def test_exponents_and_ratios():
     pixels = [side**2 for side in (512, 724, 1024, 2048)]
     assert models_report.exponent(pixels, [3e-5 * n**1.3 for n in pixels]) == pytest.approx(1.3)
     row = {"mode": "eager", "task": "forward", "height": 8, "width": 8, "batch": 1}
-    row |= {"memory_MiB": None, "tensors_MiB": 1.0, "calls": 3}
+    row |= {"memory_MiB": None, "tensors_MiB": 1.0, "calls": 3, "gmacs": 2.0}
     slow = {**row, "model": "a", "round_ms": [20.0, 200.0, 22.0]}
     fast = {**row, "model": "b", "round_ms": [10.0, 100.0, 1000.0]}
     for each in (slow, fast):
@@ -139,7 +150,8 @@ def test_exponents_and_ratios():
     assert models_report.ratio(fast, slow) == 2.0
     failed = {**row, "model": "c", "error": "no | way"}
     lines = models_report.table([slow, fast, failed], "a")
-    assert "| 2.00 |" in lines[3] and "no / way" in lines[4]
+    assert "| 2.00 |" in lines[3] and lines[3].endswith("| 2 | 5 | 20 |")
+    assert "no / way" in lines[4]
     assert len({line.count("|") for line in lines}) == 1
     assert models_report.table([fast, {**failed, "model": "a"}], "a")[2].split("|")[7] == "  "
 
@@ -149,6 +161,8 @@ def test_exponents_and_ratios():
     [
         ([], ["no model"]),
         (["ravlt_x"], ["unknown model 'ravlt_x'", "did you mean ravlt_"]),
+        (["ravlt_x@transcription"], ["unknown model 'ravlt_x'"]),
+        (["test_vit@transcription"], ["only ravlt_* and mavit_* are transcribed"]),
         (["test_vit", "--modes", "compild"], ["unknown mode 'compild'", "compiled"]),
         (["test_vit", "--modes", "zzz"], ["unknown mode 'zzz'", "eager, fused"]),
         (["test_vit", "--sizes", "0"], ["--sizes: '0'", "HEIGHTxWIDTH"]),
