@@ -11,10 +11,11 @@ from .fold import fold_scale
 from .gated_attention import GatedAttention, NormGatedAttention
 from .inline_attention import InjectiveAttention, InLineAttention, InLineTokenAttention
 from .lightnet_attention import LightNetAttention
+from .linear import Linear
 from .linear_attention import LinearAttention
 from .local_concentration import LocalConcentration
 from .md_tpe import AxisTpe, MdTpe
-from .mlp import ConvMlp
+from .mlp import ConvMlp, Mlp
 from .report import AttentionCall, BackendReport, backend_report
 from .rms_norm import HeadRmsNorm, RmsNorm
 from .shifted_windows import ShiftedWindowAttention, SoftmaxAttention
@@ -37,9 +38,11 @@ __all__ = [
     "InLineTokenAttention",
     "InjectiveAttention",
     "LightNetAttention",
+    "Linear",
     "LinearAttention",
     "LocalConcentration",
     "MdTpe",
+    "Mlp",
     "NormGatedAttention",
     "PaddedWindowAttention",
     "ResidualDepthwiseConv",

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .._timm import register_notrace_module
 from .depthwise import DepthwiseConv
 from .inline_attention import InjectiveAttention, mean_token
+from .linear import Linear
 from .shifted_windows import SoftmaxAttention
 from .windows import equal_windows, from_windows, join_maps, to_windows, window_padding
 
@@ -191,12 +192,12 @@ class CrossShapedAttention(nn.Module):
             raise ValueError(f"dim {dim} does not divide into {parts}")
         stripe = InjectiveStripe if attn_type == "inline" else SoftmaxStripe
         limits = ((0, split), (split, 0)) if branches == 2 else ((split, split),)
-        self.qkv = nn.Linear(dim, 3 * dim, device=device, dtype=dtype)
+        self.qkv = Linear(dim, 3 * dim, device=device, dtype=dtype)
         self.branches = nn.ModuleList(
             stripe(dim // branches, num_heads // branches, limit, backend, device, dtype)
             for limit in limits
         )
-        self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
+        self.proj = Linear(dim, dim, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(

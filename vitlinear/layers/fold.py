@@ -11,6 +11,8 @@ from timm.layers import LayerScale
 from timm.models import reparameterize_model
 from torch import nn
 
+from .linear import Linear
+
 
 @torch.no_grad()
 def fold_scale(linear: nn.Linear, scale: nn.Module) -> nn.Module:
@@ -19,6 +21,14 @@ def fold_scale(linear: nn.Linear, scale: nn.Module) -> nn.Module:
         linear.weight.mul_(scale.gamma[:, None])
         if linear.bias is not None:
             linear.bias.mul_(scale.gamma)
+    return nn.Identity()
+
+
+def fold_gelu(linear: Linear, act: nn.Module) -> nn.Module:
+    """Make a GELU part of the linear layer before it; returns what replaces the former."""
+    if not (type(act) is nn.GELU and act.approximate == "none"):
+        return act
+    linear.activation = "gelu"
     return nn.Identity()
 
 

@@ -14,6 +14,7 @@ from ..ops.backend import check_backend
 from .attend import attend, check_attn_type, learns_temperature
 from .depthwise import DepthwiseConv
 from .heads import split_heads
+from .linear import Linear
 
 
 # One step to torch.fx, which cannot follow checks and choices that look at shapes. As a module, not
@@ -57,9 +58,9 @@ class GatedAttention(nn.Module):
         self.head_dim = split_heads(dim, num_heads, multiple=4)
         self.attn_type = check_attn_type(attn_type)
         self.backend = check_backend(backend)
-        self.qkvo = nn.Linear(dim, 4 * dim, device=device, dtype=dtype)
+        self.qkvo = Linear(dim, 4 * dim, device=device, dtype=dtype)
         self.lepe = DepthwiseConv(dim, 5, device=device, dtype=dtype)
-        self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
+        self.proj = Linear(dim, dim, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
         if learns_temperature(attn_type):
             self.temperature = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype))

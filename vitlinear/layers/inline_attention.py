@@ -12,6 +12,7 @@ from ..ops.backend import check_backend
 from .attend import attend
 from .dynamic_conv import DynamicConv
 from .heads import split_heads
+from .linear import Linear
 from .windows import equal_windows, from_windows, join_maps, to_windows, window_padding
 
 
@@ -132,8 +133,8 @@ class _ProjectedAttention(nn.Module):
         self.attend = InjectiveAttention(
             dim, num_heads, num_prefix_tokens, backend, device=device, dtype=dtype
         )
-        self.qkv = nn.Linear(dim, 3 * dim, device=device, dtype=dtype)
-        self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
+        self.qkv = Linear(dim, 3 * dim, device=device, dtype=dtype)
+        self.proj = Linear(dim, dim, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def attend_tokens(

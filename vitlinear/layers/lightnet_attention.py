@@ -10,6 +10,7 @@ from ..ops import accumulation_dtype, lrpe_tables
 from ..ops.backend import check_backend
 from .attend import attend
 from .heads import split_heads
+from .linear import Linear
 from .rms_norm import HeadRmsNorm
 
 
@@ -54,11 +55,11 @@ class LightNetAttention(nn.Module):
         self.num_heads = num_heads
         self.head_dim = split_heads(dim, num_heads, multiple=2)
         self.backend = check_backend(backend)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False, device=device, dtype=dtype)
+        self.qkv = Linear(dim, 3 * dim, bias=False, device=device, dtype=dtype)
         self.norm = HeadRmsNorm(dim, num_heads, device=device, dtype=dtype)
-        self.gate1 = nn.Linear(dim, self.head_dim, bias=False, device=device, dtype=dtype)
-        self.gate2 = nn.Linear(self.head_dim, dim, bias=False, device=device, dtype=dtype)
-        self.proj = nn.Linear(dim, dim, bias=False, device=device, dtype=dtype)
+        self.gate1 = Linear(dim, self.head_dim, bias=False, device=device, dtype=dtype)
+        self.gate2 = Linear(self.head_dim, dim, bias=False, device=device, dtype=dtype)
+        self.proj = Linear(dim, dim, bias=False, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(

@@ -9,6 +9,7 @@ from .._timm import register_notrace_module
 from ..ops.backend import check_backend
 from .attend import attend, check_attn_type
 from .heads import split_heads
+from .linear import Linear
 
 
 # One step to torch.fx, for the reasons that `GatedAttention` gives.
@@ -59,8 +60,8 @@ class LinearAttention(nn.Module):
             self.temperature = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype))
         else:
             self.register_parameter("temperature", None)
-        self.qkv = nn.Linear(dim, 3 * dim, device=device, dtype=dtype)
-        self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
+        self.qkv = Linear(dim, 3 * dim, device=device, dtype=dtype)
+        self.proj = Linear(dim, dim, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
         self.reset_parameters()
 

@@ -10,6 +10,7 @@ from .._timm import register_notrace_module
 from ..ops import accumulation_dtype
 from ..ops.eager import without_autocast
 from .heads import split_heads
+from .linear import Linear
 from .rms_norm import HeadRmsNorm
 
 
@@ -56,7 +57,7 @@ class AxisTpe(nn.Module):
         self.key = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
         self.log_decay = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype))
         self.norm = HeadRmsNorm(dim, num_heads, device=device, dtype=dtype)
-        self.proj = nn.Linear(dim, dim, bias=False, device=device, dtype=dtype)
+        self.proj = Linear(dim, dim, bias=False, device=device, dtype=dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from .depthwise import ResidualDepthwiseConv
+from .fold import fold_gelu
+from .linear import Linear
 
 
 class ConvMlp(nn.Module):
@@ -29,13 +31,58 @@ class ConvMlp(nn.Module):
             dtype: Type of the parameters.
         """
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim, device=device, dtype=dtype)
-        self.act = nn.GELU()
+        self.fc1 = Linear(dim, hidden_dim, device=device, dtype=dtype)
+        self.act: nn.Module = nn.GELU()
         self.dwconv = ResidualDepthwiseConv(hidden_dim, 3, device=device, dtype=dtype)
-        self.fc2 = nn.Linear(hidden_dim, dim, device=device, dtype=dtype)
+        self.fc2 = Linear(hidden_dim, dim, device=device, dtype=dtype)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
         x = self.dwconv(self.act(self.fc1(x)))
         return self.drop(self.fc2(x))
+
+    @torch.jit.ignore
+    def fuse(self) -> nn.Module:
+        """This network with its GELU as part of the product before it."""
+        self.act = fold_gelu(self.fc1, self.act)
+        return self
+
+
+class Mlp(nn.Module):
+    """Feed-forward network fc2(GELU(fc1(x))); modules named as in `timm.layers.Mlp`."""
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        drop: float = 0.0,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Make the network.
+
+        Args:
+            dim: Channels in and out.
+            hidden_dim: Channels in between.
+            drop: Dropout rate of the hidden channels and of the output.
+            device: Where the parameters live.
+            dtype: Type of the parameters.
+        """
+        super().__init__()
+        self.fc1 = Linear(dim, hidden_dim, device=device, dtype=dtype)
+        self.act: nn.Module = nn.GELU()
+        self.drop1 = nn.Dropout(drop)
+        self.fc2 = Linear(hidden_dim, dim, device=device, dtype=dtype)
+        self.drop2 = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] -> [..., C]."""
+        x = self.drop1(self.act(self.fc1(x)))
+        return self.drop2(self.fc2(x))
+
+    @torch.jit.ignore
+    def fuse(self) -> nn.Module:
+        """This network with its GELU as part of the product before it."""
+        self.act = fold_gelu(self.fc1, self.act)
+        return self

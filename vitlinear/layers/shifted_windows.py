@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .._timm import register_notrace_module
 from ..ops.backend import check_backend
 from .heads import split_heads
+from .linear import Linear
 from .windows import (
     fits,
     fixed_windows,
@@ -105,9 +106,9 @@ class ShiftedWindowAttention(nn.Module):
         self.window_size = window_size
         self.shift = window_size // 2 if shift else 0
         self.attend = SoftmaxAttention(num_heads, split_heads(dim, num_heads), backend)
-        self.qkv = nn.Linear(dim, 3 * dim, device=device, dtype=dtype)
+        self.qkv = Linear(dim, 3 * dim, device=device, dtype=dtype)
         self.rel_pos = RelPosBias((window_size, window_size), num_heads, device=device, dtype=dtype)
-        self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
+        self.proj = Linear(dim, dim, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor, valid_sizes: list[tuple[int, int]] | None = None) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .._timm import register_notrace_module
 from .heads import split_heads
+from .linear import Linear
 from .shifted_windows import SoftmaxAttention
 from .windows import fixed_windows, from_windows, to_windows
 
@@ -52,8 +53,8 @@ class PaddedWindowAttention(nn.Module):
             raise ValueError(f"a window needs a side of at least 1, got {window_size}")
         self.window_size = window_size
         self.attend = SoftmaxAttention(num_heads, split_heads(dim, num_heads), backend)
-        self.qkv = nn.Linear(dim, 3 * dim, device=device, dtype=dtype)
-        self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
+        self.qkv = Linear(dim, 3 * dim, device=device, dtype=dtype)
+        self.proj = Linear(dim, dim, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -11,10 +11,10 @@ No `from __future__ import annotations` in files of models: torch.fx copies the 
 from typing import Any
 
 import torch
-from timm.layers import DropPath, LayerNorm, LayerNorm2d, Mlp
+from timm.layers import DropPath, LayerNorm, LayerNorm2d
 from torch import Tensor, nn
 
-from ..layers import CeilConv, check_images
+from ..layers import CeilConv, Mlp, check_images
 from ._stages import map_cfg
 
 

@@ -15,7 +15,6 @@ import torch
 from timm.layers import (
     DropPath,
     LayerNorm,
-    Mlp,
     PatchEmbed,
     calculate_drop_path_rates,
     get_device_dtype,
@@ -26,7 +25,7 @@ from timm.layers import (
 from torch import Tensor, nn
 
 from .._timm import feature_take_indices, register_notrace_module, update_model_input_size
-from ..layers import check_images
+from ..layers import Mlp, check_images
 from ..layers.fold import fuse_model
 from ..layers.windows import join_maps
 from ._build import imagenet_cfg

@@ -19,6 +19,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..checkpoints.published import pretrained_source
+from ..layers import Linear
 from ..layers.inline_attention import InLineAttention
 from ..layers.shifted_windows import ShiftedWindowAttention
 from ._build import build_model
@@ -41,7 +42,7 @@ class MapMerging(nn.Module):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm = LayerNorm(4 * dim, eps=1e-5, **dd)
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False, **dd)
+        self.reduction = Linear(4 * dim, 2 * dim, bias=False, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, 2 C, ceil(H / 2), ceil(W / 2)], zeros beyond an odd side."""

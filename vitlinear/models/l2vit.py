@@ -20,7 +20,6 @@ from timm.layers import (
     DropPath,
     LayerNorm,
     LayerNorm2d,
-    Mlp,
     calculate_drop_path_rates,
 )
 from timm.models import generate_default_cfgs, register_model
@@ -32,6 +31,7 @@ from ..layers import (
     ConvNormAct,
     LinearAttention,
     LocalConcentration,
+    Mlp,
     PaddedWindowAttention,
     ResidualDepthwiseConv,
     check_images,

@@ -1,0 +1,152 @@
+"""The linear map that CPUs run through oneDNN."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd import forward_ad
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from vitlinear.layers import Linear
+from vitlinear.ops.linear import linear, onednn_available, runs_on_onednn
+
+needs_onednn = pytest.mark.skipif(not onednn_available(), reason="this PyTorch has no oneDNN")
+# Rows of a projection, of one token, of a map, of a view with gaps, of a transposed view.
+INPUTS = {
+    "rows": lambda: torch.randn(7, 24),
+    "token": lambda: torch.randn(1, 24),
+    "map": lambda: torch.randn(2, 5, 3, 24),
+    "gaps": lambda: torch.randn(2, 5, 3, 48)[..., ::2],
+    "transposed": lambda: torch.randn(2, 24, 5, 3).permute(0, 2, 3, 1),
+    "expanded": lambda: torch.randn(1, 1, 24).expand(3, 2, 24),
+}
+
+
+def layer(bias: bool = True) -> Linear:
+    torch.manual_seed(0)
+    return Linear(24, 40, bias=bias)
+
+
+def operators(run) -> set[str]:
+    with profile(activities=[ProfilerActivity.CPU]) as trace:
+        run()
+    return {event.key for event in trace.key_averages()}
+
+
+@needs_onednn
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", INPUTS)
+def test_outputs_and_gradients(name, bias):
+    ours = layer(bias)
+    theirs = copy.deepcopy(ours).double()
+    x = INPUTS[name]().requires_grad_()
+    wide = x.detach().double().requires_grad_()
+    assert runs_on_onednn(x, ours.weight)
+    out, expected = ours(x), F.linear(wide, theirs.weight, theirs.bias)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), out, rtol=1e-6, atol=1e-6)
+    grad = torch.randn_like(out)
+    results = torch.autograd.grad(out, [x, *ours.parameters()], grad)
+    oracles = torch.autograd.grad(expected, [wide, *theirs.parameters()], grad.double())
+    for result, oracle in zip(results, oracles, strict=True):
+        torch.testing.assert_close(result.double(), oracle, rtol=1e-5, atol=1e-5)
+
+
+@needs_onednn
+def test_derivatives_of_higher_order():
+    ours = layer()
+    theirs = copy.deepcopy(ours).double()
+    x, direction = torch.randn(2, 6, 24)
+
+    def second(module, dtype):
+        y = x.to(dtype).requires_grad_()
+        weights = [y, module.weight]
+        loss = module(y).tanh().sum()
+        first = torch.autograd.grad(loss, weights, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), weights)
+
+    def forward_mode(module, dtype):
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x.to(dtype), direction.to(dtype))
+            return [forward_ad.unpack_dual(module(dual)).tangent]
+
+    assert runs_on_onednn(x, ours.weight)
+    for derivative in (second, forward_mode):
+        results, oracles = derivative(ours, torch.float32), derivative(theirs, torch.float64)
+        for result, oracle in zip(results, oracles, strict=True):
+            torch.testing.assert_close(result.double(), oracle, rtol=1e-4, atol=1e-5)
+
+
+@needs_onednn
+def test_which_library():
+    ours, x = layer(), torch.randn(7, 24)
+    assert "mkldnn::_linear_pointwise" in operators(lambda: ours(x))
+    assert "mkldnn::_linear_pointwise" not in operators(lambda: ours.double()(x.double()))
+    ours.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ours(x).dtype == torch.bfloat16
+    assert ours(x[:0]).shape == (0, 40)
+    torch.backends.mkldnn.enabled = False
+    try:
+        assert "mkldnn::_linear_pointwise" not in operators(lambda: ours(x))
+    finally:
+        torch.backends.mkldnn.enabled = True
+
+
+def test_programs_for_other_places_have_common_operators_only():
+    ours, x = layer(), torch.randn(7, 24)
+    program = torch.export.export(ours, (x,))
+    assert "mkldnn" not in str(program.graph)
+    assert "mkldnn" not in str(torch.jit.trace(ours, x).graph)
+    torch.testing.assert_close(torch.jit.script(ours)(x), ours(x))
+    assert ours(x[0]).shape == (40,)
+    batched = torch.func.vmap(lambda w: linear(x, w))(torch.randn(3, 40, 24))
+    assert batched.shape == (3, 7, 40)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_folded_gelu(grad):
+    ours, x = layer(), torch.randn(7, 24)
+    expected = F.gelu(F.linear(x, ours.weight, ours.bias))
+    ours.activation = "gelu"
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(ours(x), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(torch.jit.script(ours)(x), expected, rtol=1e-5, atol=1e-6)
+
+
+@needs_onednn
+@pytest.mark.parametrize("grad", [True, False])
+def test_compiles_without_breaks_for_any_size(grad):
+    ours = nn.Sequential(layer(), nn.GELU(), Linear(40, 8))
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True, dynamic=True)
+    with torch.set_grad_enabled(grad), torch._dynamo.config.patch(error_on_recompile=True):
+        for rows in (5, 9):
+            x = torch.randn(rows, 24)
+            torch.testing.assert_close(compiled(x), ours(x))
+            if grad:
+                compiled(x).sum().backward()
+
+
+@needs_onednn
+def test_registered_operator():
+    x, weight, bias = torch.randn(2, 5, 24), torch.randn(40, 24), torch.randn(40)
+    torch.library.opcheck(torch.ops.vitlinear.linear, (x, weight, bias, "gelu"))
+    ours = layer().requires_grad_(False)
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, backend="aot_eager")
+    assert "vitlinear::linear" in operators(lambda: compiled(x))
+
+
+@needs_onednn
+def test_counted_as_multiply_adds():
+    ours, x = layer(), torch.randn(2, 5, 24)
+    with FlopCounterMode(display=False) as counter:
+        ours(x).sum().backward()
+    assert counter.get_total_flops() == 2 * (2 * 10 * 24 * 40)

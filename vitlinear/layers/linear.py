@@ -1,0 +1,44 @@
+"""Linear layer."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .._timm import register_notrace_module
+from ..ops.linear import linear
+
+
+# One step to torch.fx, as `nn.Linear` is.
+@register_notrace_module
+class Linear(nn.Linear):
+    """`nn.Linear` by the faster of the libraries, with the activation that was folded into it.
+
+    Attributes:
+        activation: ``'none'`` or ``'gelu'``; see `vitlinear.ops.linear.linear`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Make the layer; arguments as `nn.Linear`."""
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.activation = "none"
+
+    def extra_repr(self) -> str:
+        """Arguments, and the activation if there is one."""
+        folded = "" if self.activation == "none" else f", activation={self.activation}"
+        return super().extra_repr() + folded
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C_in] -> [..., C_out]."""
+        if torch.jit.is_scripting():
+            x = F.linear(x, self.weight, self.bias)
+            return F.gelu(x) if self.activation == "gelu" else x
+        return linear(x, self.weight, self.bias, self.activation)

@@ -1,0 +1,136 @@
+"""Linear maps of channels, through oneDNN where PyTorch would take MKL.
+
+In float32 on a CPU, `torch.nn.functional.linear` calls MKL, which on processors that are not
+Intel's is about half as fast as oneDNN (`benchmarks/README.md`). Both libraries are in PyTorch, and
+its compiler already chooses oneDNN for frozen weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.library import custom_op
+from torch.utils.flop_counter import register_flop_formula
+
+
+def onednn_available() -> bool:
+    """Whether this PyTorch has both libraries, oneDNN with the operator that its compiler uses."""
+    return (
+        torch.backends.mkl.is_available()
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+_AVAILABLE = onednn_available()
+
+
+@torch.compiler.assume_constant_result
+def _wants_common_operators() -> bool:
+    """Whether operators must be common ones: programs for other places, transformed functions.
+
+    Evaluated when Dynamo traces, which by itself would take every program for an exported one.
+    """
+    return (
+        torch.compiler.is_exporting()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
+def runs_on_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether `linear` takes oneDNN for these tensors.
+
+    Subclasses of tensors (quantised, distributed) bring a product of their own.
+    """
+    return (
+        _AVAILABLE
+        and bool(torch.backends.mkldnn.enabled)
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and type(weight) in (Tensor, nn.Parameter)
+        and not torch.is_autocast_enabled("cpu")
+        and not _wants_common_operators()
+        and x.dim() > 1
+        and x.numel() > 0
+    )
+
+
+@custom_op("vitlinear::linear", mutates_args=(), device_types="cpu")
+def linear_op(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """What compiled graphs call: for the operator below, inductor wants constant weights."""
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none")
+    return out
+
+
+@linear_op.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
+    """activation(x weight^T + bias), strided as you like; contiguous."""
+    if torch.compiler.is_compiling():
+        out: Tensor = torch.ops.vitlinear.linear(x, weight, bias, activation)
+    else:
+        out = torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none")
+    return out
+
+
+class _Linear(torch.autograd.Function):
+    """x weight^T + bias; its gradients are products of the same kind."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        rows = grad.flatten(0, -2)
+        return (
+            _Linear.apply(grad, weight.t(), None) if needs_x else None,
+            _Linear.apply(rows.t(), x.flatten(0, -2).t(), None) if needs_weight else None,
+            rows.sum(0) if needs_bias else None,
+        )
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none"
+) -> Tensor:
+    """activation(x weight^T + bias), over the last axis.
+
+    Args:
+        x: [..., C_in].
+        weight: [C_out, C_in].
+        bias: [C_out], or None.
+        activation: ``'none'``, or ``'gelu'``, which is part of the product where nothing is kept
+            for a gradient.
+
+    Returns:
+        [..., C_out].
+    """
+    if not runs_on_onednn(x, weight):
+        out = F.linear(x, weight, bias)
+    elif not torch.is_grad_enabled():
+        return _product(x, weight, bias, activation)
+    else:
+        out = _Linear.apply(x, weight, bias)
+    return F.gelu(out) if activation == "gelu" else out
+
+
+def _flops(x: torch.Size, weight: torch.Size, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    """Two for each multiply-add, as PyTorch counts products."""
+    return 2 * x.numel() * weight[0]
+
+
+register_flop_formula(torch.ops.vitlinear.linear)(_flops)
+if _AVAILABLE:
+    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_flops)
