@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -269,7 +270,7 @@ def test_weight_decay_elsewhere(name):
 
 def shrink(settings: ConfigDict) -> ConfigDict:
     """A model's config with few proposals and small batches, for a CPU."""
-    settings = ConfigDict(settings)
+    settings = deepcopy(settings)
     settings.backbone.pretrained = False
     if "size" in settings.data_preprocessor:
         settings.data_preprocessor.size = (64, 64)
@@ -318,7 +319,6 @@ def test_trains_and_predicts(name):
     c = Config({**config(name).to_dict(), "model": shrink(config(name).model)})
     model = count_dense.build(c)
     wrapper = build_optim_wrapper(model, on_cpu(name))
-    before = {key: p.detach().clone() for key, p in model.named_parameters()}
     model.train()
     data = model.data_preprocessor(batch(name), training=True)
     losses, logged = model.parse_losses(model(**data, mode="loss"))
@@ -329,11 +329,18 @@ def test_trains_and_predicts(name):
     assert {key.split(".")[1] for key in idle} <= (
         {"norms"} if PUBLISHED[name].get("unused") else set()
     )
-    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    assert nn.utils.get_total_norm(grads).isfinite()
+    # The first layer of all: gradients reach it, and no rule keeps it back. An update of the rest
+    # is as slow as the pass above.
+    first = {}
+    for key, parameter in model.named_parameters():
+        if key.startswith(("backbone.model.stem", "backbone.model.patch")):
+            first[parameter] = parameter.detach().clone()
+        else:
+            parameter.grad = None
     wrapper.step()
-    changed = {key for key, p in model.named_parameters() if not torch.equal(p, before[key])}
-    # The first layer of all: gradients reach it, and no rule keeps it back.
-    assert any(key.startswith(("backbone.model.stem", "backbone.model.patch")) for key in changed)
+    assert any(not torch.equal(parameter, before) for parameter, before in first.items())
 
     model.eval()
     data = batch(name)
