@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -11,10 +13,13 @@ from vitlinear import ops
 
 each_mechanism = pytest.mark.parametrize("mechanism", list(ops.MECHANISMS))
 FAST = {(1, 8), (17, 20), (49, 32), (63, 8), (65, 20)}
-SIZES = [
-    pytest.param(length, dim, marks=() if (length, dim) in FAST else pytest.mark.slow)
-    for length in GRIDS
-    for dim in (8, 20, 32)
+OTHERS = [size for size in itertools.product(GRIDS, (8, 20, 32)) if size not in FAST]
+# Each mechanism at every size of the fast ones; the others in turn, each of them by two mechanisms.
+SIZES = [(mechanism, *size) for mechanism in ops.MECHANISMS for size in sorted(FAST)] + [
+    pytest.param(mechanism, *size, marks=pytest.mark.slow)
+    for i, mechanism in enumerate(ops.MECHANISMS)
+    for j, size in enumerate(OTHERS)
+    if (i + j) % (len(ops.MECHANISMS) // 2) == 0
 ]
 
 
@@ -28,8 +33,7 @@ def check(mechanism, inputs, layout="projection"):
     assert not grad[:, :, 3].any()
 
 
-@each_mechanism
-@pytest.mark.parametrize("length, dim", SIZES)
+@pytest.mark.parametrize("mechanism, length, dim", SIZES)
 def test_one_kernel(mechanism, length, dim):
     check(mechanism, make_inputs(grid=GRIDS[length], dim=dim, batch=1, dtype=torch.float32))
 
