@@ -1,8 +1,8 @@
-"""timm's own test suite, unmodified, on our models: one test here per model.
+"""timm's own test suite, unmodified, on our models: a few of them in each test here.
 
 ``VITLINEAR_PEER_MODELS`` chooses the models: names or wildcards, comma separated, or ``all``; by
 default the ``test_*`` ones, which exist so that this is quick. What ran inside is listed at the end
-of pytest's output.
+of pytest's output, a line for each model.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from tests.peer import timm_peer
 pytestmark = pytest.mark.network
 
 MODELS = timm_peer.our_models()
+# In one process, which takes as long to start and to collect as the tests of a model do.
+TOGETHER = 4
 # timm's reason for passing over a model that takes one, large, input size only.
 TOO_LARGE = "Fixed input size model > limit."
 
@@ -70,14 +72,18 @@ def test_the_selection_names_models() -> None:
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "models", [MODELS[i : i + TOGETHER] for i in range(0, len(MODELS), TOGETHER)], ids=",".join
+)
 def test_timm_suite(
-    model: str, suite: Path, record_property: Callable[[str, object], None]
+    models: list[str], suite: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    run = peer.run_suite(suite, model)
-    record_property("peer_suite", summarise(run, model))
+    run = peer.run_suite(suite, ",".join(models))
+    for model in models:
+        record_property("peer_suite", summarise(run, model))
     print(run.output)
-    check(run, model, timm_peer.required_tests(model))
+    for model in models:
+        check(run, model, timm_peer.required_tests(model))
     assert run.exit_status == 0
 
 
