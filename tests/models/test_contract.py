@@ -181,6 +181,22 @@ def test_gradient_checkpointing_changes_no_gradient(name):
 
 
 @each_model
+def test_gradient_checkpointing_of_chosen_stages(name):
+    model = timm.create_model(name)
+    parts = getattr(model, "stages", [model])
+    last = len(parts) - 1
+    model.set_grad_checkpointing(stages=(last,))
+    assert [part.grad_checkpointing for part in parts] == [False] * last + [True]
+    model.set_grad_checkpointing()
+    model.set_grad_checkpointing(False, stages=[0])
+    assert [part.grad_checkpointing for part in parts] == [False] + [True] * last
+    model.set_grad_checkpointing(stages=[])
+    assert [part.grad_checkpointing for part in parts] == [False] + [True] * last
+    with pytest.raises(ValueError, match=f"no stage {last + 1}: the model has stages 0 to {last}"):
+        model.set_grad_checkpointing(stages=(0, last + 1))
+
+
+@each_model
 def test_drop_rates_reach_their_modules(name):
     model = timm.create_model(name, drop_path_rate=0.4, drop_rate=0.3, proj_drop_rate=0.2)
     blocks = blocks_of(model)

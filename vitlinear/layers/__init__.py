@@ -16,6 +16,7 @@ from .linear_attention import LinearAttention
 from .local_concentration import LocalConcentration
 from .md_tpe import AxisTpe, MdTpe
 from .mlp import ConvMlp, Mlp
+from .recompute import run_recomputing
 from .report import AttentionCall, BackendReport, backend_report
 from .rms_norm import HeadRmsNorm, RmsNorm
 from .shifted_windows import ShiftedWindowAttention, SoftmaxAttention
@@ -54,4 +55,5 @@ __all__ = [
     "check_images",
     "fold_scale",
     "learns_temperature",
+    "run_recomputing",
 ]

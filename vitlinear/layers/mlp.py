@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .depthwise import ResidualDepthwiseConv
 from .fold import fold_gelu
 from .linear import Linear
+from .recompute import run_recomputing
 
 
 class ConvMlp(nn.Module):
@@ -39,8 +40,12 @@ class ConvMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
-        x = self.dwconv(self.act(self.fc1(x)))
-        return self.drop(self.fc2(x))
+        x = self.fc1(x)
+        if torch.jit.is_scripting():
+            x = self.fc2(self.dwconv(self.act(x)))
+        else:
+            x = run_recomputing((self.act, self.dwconv, self.fc2), x)
+        return self.drop(x)
 
     @torch.jit.ignore
     def fuse(self) -> nn.Module:
@@ -78,8 +83,12 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., C]."""
-        x = self.drop1(self.act(self.fc1(x)))
-        return self.drop2(self.fc2(x))
+        x = self.fc1(x)
+        if torch.jit.is_scripting() or self.drop1.p > 0:
+            x = self.fc2(self.drop1(self.act(x)))
+        else:
+            x = run_recomputing((self.act, self.fc2), x)
+        return self.drop2(x)
 
     @torch.jit.ignore
     def fuse(self) -> nn.Module:

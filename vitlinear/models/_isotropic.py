@@ -7,7 +7,7 @@ No `from __future__ import annotations` in files of models: torch.fx copies the 
 `forward` into the code it generates, and TorchScript cannot read them there as strings.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -29,7 +29,7 @@ from ..layers import Mlp, check_images
 from ..layers.fold import fuse_model
 from ..layers.windows import join_maps
 from ._build import imagenet_cfg
-from ._checkpoint import checkpoint
+from ._checkpoint import check_stages, checkpoint
 from ._stages import init_module
 
 
@@ -279,9 +279,20 @@ class IsotropicBackbone(nn.Module):
         }
 
     @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute every block during backward instead of keeping its activations."""
-        self.grad_checkpointing = enable
+    def set_grad_checkpointing(
+        self, enable: bool = True, stages: Sequence[int] | None = None
+    ) -> None:
+        """Recompute every block during backward instead of keeping its activations.
+
+        Args:
+            enable: Whether to.
+            stages: As for pyramids. This model is one stage, 0.
+
+        Raises:
+            ValueError: There is no such stage.
+        """
+        if check_stages(stages, 1):
+            self.grad_checkpointing = enable
 
     @torch.jit.ignore
     def fuse(self) -> "IsotropicBackbone":

@@ -29,6 +29,7 @@ from ..layers import (
     GatedAttention,
     ResidualDepthwiseConv,
     fold_scale,
+    run_recomputing,
 )
 from ..ops import RotaryTables, accumulation_dtype, get_mechanism, lrpe_tables, rotary_tables
 from ._checkpoint import checkpoint
@@ -146,8 +147,14 @@ class PyramidBlock(nn.Module):
     def forward(self, x: Tensor, rotary: RotaryTables) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
         x = self.pos(x)
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), rotary)))
-        x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        if torch.jit.is_scripting():
+            x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), rotary)))
+            x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        else:
+            y = run_recomputing((self.norm1, self.attn), x, rotary)
+            x = x + self.drop_path1(self.ls1(y))
+            y = run_recomputing((self.norm2, self.mlp), x)
+            x = x + self.drop_path2(self.ls2(y))
         return x
 
     @torch.jit.ignore

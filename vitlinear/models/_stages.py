@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .._timm import feature_take_indices
 from ..layers.fold import fuse_model
 from ._build import imagenet_cfg
-from ._checkpoint import checkpoint
+from ._checkpoint import check_stages, checkpoint
 
 POOL_TYPES = ("", "avg", "max", "avgmax")
 
@@ -124,10 +124,21 @@ class StagedBackbone(nn.Module):
         }
 
     @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute every block during backward instead of keeping its activations."""
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
+    def set_grad_checkpointing(
+        self, enable: bool = True, stages: Sequence[int] | None = None
+    ) -> None:
+        """Recompute every block during backward instead of keeping its activations.
+
+        Args:
+            enable: Whether to.
+            stages: Indices of the stages to switch, the others staying as they are; None for all.
+                The first ones have the most tokens, and keep the most for their share of the work.
+
+        Raises:
+            ValueError: There is no such stage.
+        """
+        for i in check_stages(stages, len(self.stages)):
+            self.stages[i].grad_checkpointing = enable
 
     @torch.jit.ignore
     def fuse(self) -> "StagedBackbone":

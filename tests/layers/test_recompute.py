@@ -1,0 +1,125 @@
+"""What backward computes again: the same gradients, from less memory."""
+
+import weakref
+
+import pytest
+import timm
+import torch
+from timm.layers import LayerNorm
+from torch import nn
+
+from benchmarks.saved import saved_bytes
+from vitlinear.layers import ConvMlp, ResidualDepthwiseConv, run_recomputing
+from vitlinear.ops import recompute
+
+
+@pytest.fixture
+def keeping_all(monkeypatch):
+    """A switch: from its call on nothing is computed again."""
+    return lambda: monkeypatch.setattr(recompute, "can_recompute", lambda x: False)
+
+
+def gradients(model, x, amp=False):
+    torch.manual_seed(1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        out = model(x)
+    return torch.autograd.grad(out.float().square().sum(), list(model.parameters()))
+
+
+@pytest.mark.parametrize("name", ["test_ravlt", "test_mavit", "test_nalaformer"])
+def test_gradients_are_bit_for_bit_the_same(name, keeping_all):
+    model = timm.create_model(name, drop_path_rate=0.2, proj_drop_rate=0.1).train()
+    x = torch.randn(2, 3, 64, 96)
+
+    def each_way():
+        found = []
+        for amp, checkpointing in ((False, False), (True, False), (False, True)):
+            model.set_grad_checkpointing(checkpointing)
+            found += gradients(model, x, amp)
+        return found
+
+    less = each_way()
+    keeping_all()
+    assert all(torch.equal(a, b) for a, b in zip(less, each_way(), strict=True))
+
+
+def test_memory(keeping_all):
+    """Of the feed-forward network one hidden map stays of three, of norms what they took."""
+    model, x = timm.create_model("test_ravlt").train(), torch.randn(2, 3, 64, 64)
+    block, hidden = "stages.0.blocks.0.", 2 * 16 * 16 * 72 * 4
+    less = saved_bytes(model, x)
+    keeping_all()
+    more = saved_bytes(model, x)
+    assert less[f"{block}mlp.act"] == more[f"{block}mlp.act"] == hidden
+    assert more[f"{block}mlp.dwconv"] == more[f"{block}mlp.fc2"] == hidden
+    for name in ("mlp.dwconv", "mlp.fc1", "mlp.fc2", "attn.qkvo"):
+        assert less[block + name] == 0 < more[block + name]
+
+
+def test_nothing_else_holds_what_is_computed_again():
+    """Autograd's hooks live until backward; what they refer to would too."""
+    mlp, x, made = ConvMlp(4, 8), torch.randn(1, 3, 3, 4), []
+    conv = mlp.dwconv.forward
+    mlp.dwconv.forward = lambda y: made.append(weakref.ref(y)) or conv(y)
+    out = mlp(x)
+    assert [y() for y in made] == [None]
+    out.sum().backward()
+    assert len(made) == 2  # once more, for fc2
+
+
+def test_derivatives_of_any_order():
+    torch.manual_seed(0)
+    mlp = ConvMlp(2, 3).double()
+    norm = LayerNorm(2).double()
+    x = torch.randn(1, 2, 2, 2, dtype=torch.float64, requires_grad=True)
+
+    def run(x):
+        return run_recomputing((norm, mlp), x)
+
+    assert torch.autograd.gradcheck(run, x, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(run, x)
+    loss = run(x).square().sum()
+    twice = [torch.autograd.grad(loss, x, retain_graph=True)[0] for _ in range(2)]
+    assert torch.equal(*twice)
+    assert torch.equal(torch.func.grad(lambda x: run(x).square().sum())(x), twice[0])
+
+
+def doubled() -> nn.Module:
+    """A GELU with a hook that changes what it puts out."""
+    gelu = nn.GELU()
+    gelu.register_forward_hook(lambda module, args, out: out * 2)
+    return gelu
+
+
+@pytest.mark.parametrize(
+    "first", [doubled(), nn.SiLU(inplace=True), nn.Dropout(0.5)], ids=["hook", "in place", "random"]
+)
+def test_what_must_not_run_again(first):
+    last, x = ResidualDepthwiseConv(4, 3), torch.randn(2, 5, 5, 4)
+
+    def gradients_of(chain):
+        torch.manual_seed(2)
+        leaf = x.clone().requires_grad_()
+        return torch.autograd.grad(chain(leaf * 1).square().sum(), (leaf, last.weight))
+
+    less = gradients_of(lambda x: run_recomputing((first, last), x))
+    more = gradients_of(lambda x: last(first(x)))
+    assert all(torch.equal(a, b) for a, b in zip(less, more, strict=True))
+
+
+def test_inside_other_hooks():
+    """Those of gradient checkpointing, of offloading: what stays passes through them."""
+    mlp, x = ConvMlp(4, 8), torch.randn(1, 3, 3, 4, requires_grad=True)
+    expected = gradients(mlp, x)
+    with torch.autograd.graph.save_on_cpu():
+        assert all(map(torch.equal, gradients(mlp, x), expected))
+    out = torch.utils.checkpoint.checkpoint(mlp, x, use_reentrant=False)
+    grads = torch.autograd.grad(out.square().sum(), list(mlp.parameters()))
+    assert all(map(torch.equal, grads, expected))
+
+
+def test_compilers_see_the_plain_program():
+    mlp, x = ConvMlp(4, 8), torch.randn(1, 3, 3, 4)
+    exported = torch.export.export(mlp, (x,)).module()
+    for program in (torch.jit.script(mlp), torch.jit.trace(mlp, x), exported):
+        torch.testing.assert_close(program(x), mlp(x))

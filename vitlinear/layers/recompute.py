@@ -1,0 +1,57 @@
+"""Modules in a row, of which backward computes the cheap ones again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch.nn.modules.module as torch_module
+from torch import Tensor, nn
+
+from ..ops.recompute import recomputing
+from .rms_norm import HeadRmsNorm, RmsNorm
+
+# Cheap, and the same whenever they run on the same input.
+_CHEAP = (nn.GELU, nn.SiLU, nn.LayerNorm, RmsNorm, HeadRmsNorm)
+
+
+def _can_run_again(module: nn.Module) -> bool:
+    """Whether ``module.forward`` is cheap and gives what the module gave."""
+    everywhere = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
+    if everywhere or module._forward_hooks or module._forward_pre_hooks:
+        return False  # a hook may change what goes in or comes out
+    depthwise = isinstance(module, nn.Conv2d) and module.groups == module.in_channels
+    return depthwise or isinstance(module, _CHEAP)
+
+
+def _again(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
+    for module in modules:
+        x = module.forward(x)
+    return x
+
+
+def run_recomputing(modules: Sequence[nn.Module], x: Tensor, *args: Any) -> Tensor:
+    """``modules[-1](...modules[1](modules[0](x)), *args)``, keeping less for backward.
+
+    What comes out of all but the last is not kept for the sake of the next one: backward makes it
+    again from x, with autograd's own formulas for the rest. Cheap modules only: activations,
+    norms, depthwise convolutions. From the first on that is none of those, or has forward hooks,
+    autograd keeps what it always keeps. See `vitlinear.ops.recompute`.
+
+    Args:
+        modules: At least two.
+        x: Input of the first, which keeps it anyway.
+        args: Further arguments of the last.
+    """
+    y = modules[0](x)
+    cheap = _can_run_again(modules[0])
+    for i, module in enumerate(modules[1:], 1):
+        rest = args if i == len(modules) - 1 else ()
+        if cheap:
+            with recomputing(y, partial(_again, modules[:i]), x):
+                y = module(y, *rest)
+            cheap = _can_run_again(module)
+        else:
+            y = module(y, *rest)
+    return y
