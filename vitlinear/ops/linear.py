@@ -61,11 +61,22 @@ def runs_on_onednn(x: Tensor, weight: Tensor) -> bool:
     )
 
 
+def _dense(x: Tensor) -> Tensor:
+    """x, copied unless it or its transpose is contiguous: with gaps oneDNN is 100 times slower."""
+    return x if x.is_contiguous() or (x.dim() == 2 and x.t().is_contiguous()) else x.contiguous()
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: str = "none") -> Tensor:
+    """act(x weight^T + bias) by oneDNN, where `runs_on_onednn`; no gradient."""
+    x, weight = _dense(x), _dense(weight)
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, act, [], "none")
+    return out
+
+
 @custom_op("vitlinear::linear", mutates_args=(), device_types="cpu")
 def linear_op(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """What compiled graphs call: for the operator below, inductor wants constant weights."""
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none")
-    return out
+    """`product` in compiled graphs: inductor has a lowering of its operator, for constants only."""
+    return product(x, weight, bias, activation)
 
 
 @linear_op.register_fake
@@ -74,11 +85,9 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
-    """activation(x weight^T + bias), strided as you like; contiguous."""
-    if torch.compiler.is_compiling():
-        out: Tensor = torch.ops.vitlinear.linear(x, weight, bias, activation)
-    else:
-        out = torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none")
+    if not torch.compiler.is_compiling():
+        return product(x, weight, bias, activation)
+    out: Tensor = torch.ops.vitlinear.linear(x, weight, bias, activation)
     return out
 
 
