@@ -39,7 +39,7 @@ def softmax_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     B, h, N, D = q.shape
     out = q.new_empty(B, N, h, D)
     for queries, keys, values, result in zip(
-        *(x.flatten(0, 1) for x in (q * D**-0.5, k, v.contiguous())),
+        *(x.flatten(0, 1) for x in ((q * D**-0.5).contiguous(), k.contiguous(), v.contiguous())),
         (out[b, :, i] for b in range(B) for i in range(h)),
         strict=True,
     ):
