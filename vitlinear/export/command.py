@@ -25,10 +25,18 @@ from vitlinear.train.config import KeyValues, Parser
 from vitlinear.train.environment import source_commit
 from vitlinear.train.model import build_model, check_model_kwargs, data_config
 
+from . import calibration
 from .shapes import Range, Shapes
 from .write import FORMATS, check_onnx_packages, check_target, export, model_kwargs
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
+# Flags of the images to calibrate on, by the argument of `calibration.read`.
+CALIBRATION = {
+    "dataset": "dataset",
+    "data_dir": "data_dir",
+    "train_split": "split",
+    "calibration_images": "count",
+}
 RANDOM = "random"
 
 
@@ -66,7 +74,24 @@ def parse_arguments(
             f"--{name}", type=_range, default=None, metavar="N|LEAST:MOST",
             help=f"{what}, fixed or a range (default: all that one program can take)",
         )  # fmt: skip
-    group.add_argument("--dtype", choices=DTYPES, default="float32", help="float16: onnx only")
+    group.add_argument(
+        "--dtype", choices=DTYPES, default="float32",
+        help="float16, int8: onnx only; int8: products with weights, all else in float32",
+    )  # fmt: skip
+    group = parser.add_argument_group("images to calibrate on (--dtype int8)")
+    group.add_argument(
+        "--data-dir", default=None, metavar="DIR", help="a folder of images, classes or not"
+    )
+    group.add_argument(
+        "--dataset", default=None, metavar="NAME",
+        help="digits, fashion_mnist, or a name of timm's, as `vitlinear train` takes them "
+        "(default: what the checkpoint was trained on)",
+    )  # fmt: skip
+    group.add_argument("--train-split", default=None, metavar="NAME", help="of it (default: train)")
+    group.add_argument(
+        "--calibration-images", type=COUNT, default=None, metavar="N",
+        help=f"how many (default: {calibration.IMAGES})",
+    )  # fmt: skip
     return parser.parse_args(argv)
 
 
@@ -97,6 +122,10 @@ def _kind(args: argparse.Namespace) -> str:
                 )
     if args.dtype != "float32" and kind != "onnx":
         raise UserError(f"--dtype {args.dtype} is for --format onnx")
+    if args.dtype != "int8":
+        for flag in CALIBRATION:
+            if getattr(args, flag) is not None:
+                raise UserError(f"--{flag.replace('_', '-')} is for --dtype int8")
     if args.pretrained and args.checkpoint:
         raise UserError("--pretrained and --checkpoint exclude each other")
     check_target(args.out, kind, args.overwrite)
@@ -190,15 +219,25 @@ def main(argv: Sequence[str] | None, prog: str = "vitlinear export") -> None:
     model, card = _load(args)
     shapes = Shapes.of(args.model, card.in_chans, args.batch, args.height, args.width)
     origin = _origin(args, model)
-    metadata = metadata_of(card, shapes=str(shapes), fused=args.fuse, dtype=args.dtype, **origin)
+    about: dict[str, object] = {"shapes": str(shapes), "fused": args.fuse, "dtype": args.dtype}
+    images = None
+    if args.dtype == "int8":
+        given = {key: getattr(args, flag) for flag, key in CALIBRATION.items()}
+        images = calibration.read(
+            card, shapes, **{key: value for key, value in given.items() if value is not None}
+        )
+        about["calibration"] = f"{len(images.images)} images of {images.source}"
+    metadata = metadata_of(card, **about, **origin)
     if args.fuse:
         model.fuse()  # type: ignore[operator]
-    differences = export(model, args.out, kind, shapes, card, metadata, DTYPES[args.dtype])
+    differences = export(model, args.out, kind, shapes, card, metadata, DTYPES[args.dtype], images)
     print(f"model         {card.model}, {card.num_classes} classes{', fused' * args.fuse}")
     hint = " (give --checkpoint FILE or --pretrained)" if origin["weights"] == RANDOM else ""
     print(f"weights       {origin['weights']}{hint}, licence: {origin['license']}")
     if kind != "safetensors":
-        print(f"input         {shapes}, {args.dtype}")
+        print(f"input         {shapes}, {'float32' if images else args.dtype}")
+    if images:
+        print(f"calibrated    on {about['calibration']}")
     for size, difference in differences.items():
         print(f"verified      {'x'.join(map(str, size))}: differs by {difference:.1e} of the norm")
     print(f"wrote         {args.out} ({args.out.stat().st_size:,} bytes)")

@@ -25,13 +25,16 @@ from torch import Tensor, nn
 from vitlinear.errors import UserError, one_line
 from vitlinear.train.checkpoint import Card, check_parent, read_card, save_weights
 
+from .calibration import Calibration
+from .quantise import quantise
 from .shapes import Shapes
 
 Run = Callable[[Tensor], Tensor]
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 METADATA_FILE = "metadata.json"  # beside the program, in a torch.export file
-# Greatest difference from the model in float32: the norm of it over that of the logits.
-TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2}
+# Greatest difference from the model in float32: the norm of it over that of the logits. What int8
+# may cost is its user's decision; beyond this it computes something else.
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.int8: 1e-1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,6 +191,7 @@ def export(
     card: Card,
     metadata: Mapping[str, str],
     dtype: torch.dtype = torch.float32,
+    calibration: Calibration | None = None,
 ) -> dict[tuple[int, int, int, int], float]:
     """Write a model, and let the file appear once it was read back and gave the same.
 
@@ -198,7 +202,9 @@ def export(
         shapes: Sizes of the input that the program is for.
         card: What the model is.
         metadata: What else the file is to say of itself.
-        dtype: Of the program, its images and logits.
+        dtype: Of the program, its images and logits; torch.int8: of its products with weights.
+        calibration: For torch.int8, images to take ranges from, and others to check with, in
+            place of random ones.
 
     Returns:
         Norm of the difference over that of the logits in float32, by the size it was measured at.
@@ -209,13 +215,20 @@ def export(
     check_target(path, kind, overwrite=True)
     generator = torch.Generator().manual_seed(0)
     sizes = shapes.checked(*card.data_config["input_size"][1:])
-    images = [torch.randn(size, generator=generator) for size in sizes]
+    images = [
+        calibration.checks(size) if calibration else torch.randn(size, generator=generator)
+        for size in sizes
+    ]
     expected = [model(x) for x in images]
     try:
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
             temporary = Path(folder) / path.name
             with _quiet():
-                FORMATS[kind].write(model.to(dtype), shapes, card, metadata, temporary)
+                if dtype.is_floating_point:
+                    model = model.to(dtype)
+                FORMATS[kind].write(model, shapes, card, metadata, temporary)
+                if calibration:
+                    quantise(temporary, model, shapes, calibration)
                 run = FORMATS[kind].read(temporary)
                 differences = {
                     size: _difference(run(x), logits)

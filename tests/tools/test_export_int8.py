@@ -1,0 +1,202 @@
+"""``vitlinear export --dtype int8``: products with weights are int8, and nothing else is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from vitlinear.cli import main
+from vitlinear.errors import UserError
+from vitlinear.export import quantise
+from vitlinear.export.calibration import HELD_OUT, Calibration
+from vitlinear.export.shapes import Range, Shapes
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+MODEL = "test_linear_deit"  # the quickest to trace
+DEPTH = 4
+CALIBRATE = ["--dtype", "int8", "--data-dir"]
+
+
+@pytest.fixture(scope="module")
+def written(images, tmp_path_factory):
+    """A model with random weights, and it as an int8 program of images of many sizes."""
+    folder = tmp_path_factory.mktemp("int8")
+    weights, path = folder / "weights.safetensors", folder / "int8.onnx"
+    flags = [MODEL, path, "--checkpoint", weights, *CALIBRATE, images, "--calibration-images", 20]
+    sizes = ["--batch", "1:8", "--height", "48:320", "--width", "48:320"]
+    assert main(["export", MODEL, str(weights), "--num-classes", "7"]) == 0
+    assert main(["export", *(str(flag) for flag in [*flags, *sizes])]) == 0
+    model = timm.create_model(MODEL, checkpoint_path=weights, num_classes=7).eval()
+    return model, path
+
+
+def test_graph(written):
+    model, path = written
+    graph = onnx.load(path).graph
+    made_by = {name: node for node in graph.node for name in node.output}
+    constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+
+    def source(name):
+        """Which kind of node an input is from, and the integers of a constant."""
+        node = made_by.get(name)
+        if node is None or node.op_type != "DequantizeLinear":
+            return None
+        return constants.get(node.input[0], made_by.get(node.input[0]))
+
+    sources = {
+        kind: [[source(name) for name in n.input] for n in graph.node if n.op_type == kind]
+        for kind in ("MatMul", "Gemm", "Conv")
+    }
+    quantised = [row for row in sources["MatMul"] if row[1] is not None]
+    assert len(quantised) == 4 * DEPTH and len(sources["Gemm"]) == 1
+    # States and what they give: three products of two activations in each block.
+    assert [row for row in sources["MatMul"] if row[1] is None] == 3 * DEPTH * [[None, None]]
+    assert sources["Conv"] == [[None, None]]  # patches of 16 x 16
+    for activation, weight, *_ in quantised + sources["Gemm"]:
+        assert activation.op_type == "QuantizeLinear"
+        assert weight.dtype == np.int8 and np.abs(weight).max() == 64
+    assert sum(weight.size for _, weight, *_ in quantised + sources["Gemm"]) == sum(
+        module.weight.numel() for module in quantise.projections(model)
+    )
+    weights = 4 * sum(p.numel() for p in model.parameters())
+    saved = 3 * sum(module.weight.numel() for module in quantise.projections(model))
+    assert sum(array.nbytes for array in constants.values()) < weights - saved + 30_000  # scales
+    others = {n.op_type for n in graph.node} - {"QuantizeLinear", "DequantizeLinear"}
+    assert not any("Integer" in kind or "QLinear" in kind for kind in others)
+
+
+def test_any_size(written, images):
+    model, path = written
+    session = onnxruntime.InferenceSession(path)
+    (inputs,), metadata = session.get_inputs(), session.get_modelmeta().custom_metadata_map
+    assert (inputs.type, inputs.shape) == ("tensor(float)", ["batch", 3, "height", "width"])
+    assert json.loads(metadata["num_classes"]) == 7 and metadata["dtype"] == "int8"
+    assert metadata["calibration"] == f"20 images of {images}"
+    mean, std = (torch.tensor(json.loads(metadata[key])).view(3, 1, 1) for key in ("mean", "std"))
+    torch.manual_seed(0)
+    for size in ((1, 3, 48, 320), (5, 3, 101, 229)):
+        x = 40 * torch.rand(size)  # as `image_folder` draws them
+        x[:, 1] += 200
+        x = (x / 255 - mean) / std
+        (logits,) = session.run(None, {"images": x.numpy()})
+        (one,) = session.run(None, {"images": x[:1].numpy()})
+        with torch.no_grad():
+            expected = model(x)
+        assert 0 < (torch.from_numpy(logits) - expected).norm() < 0.1 * expected.norm()
+        # Ranges are fixed: the images beside it change nothing but the order of float32 sums.
+        np.testing.assert_allclose(one[0], logits[0], atol=1e-2 * np.abs(logits).max())
+
+
+def graph_of(kind, weight=None, first=None, **attributes):
+    """A graph of one node, with constants of given shapes."""
+    node = onnx.helper.make_node(kind, ["a", "b"], ["c"], name="product", **attributes)
+    constants = [
+        onnx.numpy_helper.from_array(np.zeros(shape, np.float32), name)
+        for name, shape in (("a", first), ("b", weight))
+        if shape
+    ]
+    return onnx.helper.make_graph([node], "graph", [], [], constants)
+
+
+@pytest.mark.parametrize(
+    "graph, quantised",
+    [
+        (graph_of("MatMul", (4, 4)), True),
+        (graph_of("Gemm", (4, 4), transB=1), True),
+        (graph_of("Conv", (4, 4, 1, 1)), True),
+        (graph_of("Conv", (4, 4, 3, 3)), False),
+        (graph_of("Conv", (4, 1, 1, 1), group=4), False),
+        (graph_of("MatMul"), False),
+        (graph_of("MatMul", first=(4, 4)), False),
+        (graph_of("MatMul", (4, 4), first=(4, 4)), False),
+        (graph_of("Mul", (4, 4)), False),
+    ],
+)
+def test_products(graph, quantised):
+    assert [node.name for node in quantise.products(graph)] == ["product"] * quantised
+
+
+def test_batches_are_full():
+    images = torch.arange(5.0).reshape(5, 1, 1, 1).expand(5, 1, 6, 6)
+    calibration = Calibration(images, images, "nowhere")
+    assert [batch[:, 0, 0, 0].tolist() for batch in calibration.batches(3)] == [
+        [0, 1, 2],
+        [3, 4, 0],
+    ]
+    assert next(calibration.batches(8)).shape == (8, 1, 6, 6)
+    checks = calibration.checks((7, 1, 9, 3))
+    torch.testing.assert_close(checks, images[[0, 1, 2, 3, 4, 0, 1], :, :1, :1].expand(7, 1, 9, 3))
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch, images):
+    """A working folder with others to calibrate on."""
+    monkeypatch.chdir(tmp_path)
+    file = next(Path(images).rglob("*.png")).read_bytes()
+    for name, count in (("empty", 0), ("few", HELD_OUT), ("damaged", 20)):
+        Path(name).mkdir()
+        for index in range(count):
+            Path(name, f"{index}.png").write_bytes(file if name == "few" else file[:60])
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["o.onnx", "--dtype", "int8"], "give --data-dir FOLDER, or --dataset NAME"),
+        (["o.onnx", *CALIBRATE, "nowhere"], "--data-dir nowhere is not a folder"),
+        (["o.onnx", *CALIBRATE, "empty"], "folder empty holds no images"),
+        (["o.onnx", *CALIBRATE, "few"], "few has 8 images"),
+        (["o.onnx", *CALIBRATE, "damaged"], "cannot read image damaged/"),
+        (["o.onnx", "--dtype", "int8", "--dataset", "digit"], "digit"),
+        (["o.onnx", *CALIBRATE, "few", "--calibration-images", "0"], "must be at least 1"),
+        (["o.pt2", *CALIBRATE, "few"], "--dtype int8 is for --format onnx"),
+        (["o.onnx", "--data-dir", "few"], "--data-dir is for --dtype int8"),
+        (["o.onnx", "--dtype", "float16", "--dataset", "digits"], "--dataset is for --dtype int8"),
+    ],
+)
+def test_mistakes(flags, message, vitlinear, folders):
+    before = sorted(folders.iterdir())
+    result = vitlinear("export", MODEL, *flags)
+    assert result.code == 2 and message in result.err and result.err.count("\n") == 1
+    assert sorted(folders.iterdir()) == before
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_every_projection(complete, tmp_path):
+    """A linear layer of two that the program has not as a product, as with another exporter."""
+    path = tmp_path / "o.onnx"
+    kept = torch.nn.Linear(6, 5)
+    model = (
+        torch.nn.Sequential(kept) if complete else torch.nn.Sequential(kept, torch.nn.Linear(6, 5))
+    )
+    float32 = onnx.TensorProto.FLOAT
+    weight = onnx.numpy_helper.from_array(kept.weight.detach().numpy().T.copy(), "weight")
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("MatMul", ["images", "weight"], ["logits"], name="product")],
+        "graph",
+        [onnx.helper.make_tensor_value_info("images", float32, ["batch", 1, 6, 6])],
+        [onnx.helper.make_tensor_value_info("logits", float32, ["batch", 1, 6, 5])],
+        [weight],
+    )
+    opsets = [onnx.helper.make_opsetid("", 20)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
+    calibration = Calibration(torch.randn(4, 1, 6, 6), torch.randn(2, 1, 6, 6), "nowhere")
+    shapes = Shapes(Range(1, 8), Range(6, 6), Range(6, 6), 1)
+    if complete:
+        quantise.quantise(path, model, shapes, calibration)
+        x = torch.randn(2, 1, 6, 6).clamp(-1.5, 1.5)
+        (y,) = onnxruntime.InferenceSession(path).run(None, {"images": x.numpy()})
+        torch.testing.assert_close(
+            torch.from_numpy(y), x @ kept.weight.detach().T, atol=0.1, rtol=0
+        )
+    else:
+        with pytest.raises(UserError, match="30 of 60 weights of projections became int8"):
+            quantise.quantise(path, model, shapes, calibration)
