@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
 
 from vitlinear import ops
 from vitlinear.layers import LinearAttention, LocalConcentration, PaddedWindowAttention
-from vitlinear.layers.window_attention import window_order
-from vitlinear.layers.windows import to_windows
+from vitlinear.layers.cross_shaped import CrossShapedAttention
+from vitlinear.layers.shifted_windows import ShiftedWindowAttention
+from vitlinear.layers.windows import from_windows, gather_map, gather_windows, to_windows
 from vitlinear.ops import naive
 
 
@@ -35,15 +37,16 @@ def test_padded_window_attention(size):
     torch.testing.assert_close(layer(x), expected[:, :height, :width])
 
 
+@pytest.mark.parametrize("shift", [(0, 0), (2, 1)])
 @pytest.mark.parametrize("size", [(1, 1), (4, 9), (7, 5)])
-def test_window_order_is_the_partition(size):
-    height, width = size
-    order, inverse = window_order(3, height, width, 4, torch.device("cpu"))
-    x = torch.randn(3, height, width, 2)
-    rows, cols = (-(-height // 4), 4), (-(-width // 4), 4)
-    windows = F.pad(x.flatten(0, 2), (0, 0, 0, 1))[order]
-    assert torch.equal(windows, to_windows(x, rows, cols).flatten(0, 1))
-    assert torch.equal(windows[inverse], x.flatten(0, 2))
+def test_gathered_windows_are_the_partition(size, shift):
+    """The form that programs with symbolic sizes get, run plainly."""
+    x = torch.randn(3, *size, 2)
+    rows, cols = (-(-size[0] // 4), 4), (-(-size[1] // 3), 3)
+    windows = gather_windows(x, rows, cols, *shift)
+    assert torch.equal(windows, to_windows(x, rows, cols, *shift))
+    assert torch.equal(gather_map(windows, rows, cols, (3, *size), *shift), x)
+    assert torch.equal(from_windows(windows, rows, cols, (3, *size), *shift), x)
 
 
 def test_compiled_windows_give_the_same_gradients():
@@ -52,6 +55,23 @@ def test_compiled_windows_give_the_same_gradients():
     (expected,) = torch.autograd.grad(layer(x.requires_grad_()).square().sum(), x)
     (grad,) = torch.autograd.grad(compiled(x).square().sum(), x)
     torch.testing.assert_close(grad, expected)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [ShiftedWindowAttention(8, 2, 4, shift=True), CrossShapedAttention(8, 2, "softmax", 4)],
+    ids=["shifted", "cross-shaped"],
+)
+@torch.no_grad()
+def test_compiled_once_for_all_sizes(layer):
+    """One window or many, whole ones and not, fewer than 16 and more."""
+    torch._dynamo.reset()
+    counter, args = CompileCounter(), 2 if isinstance(layer, CrossShapedAttention) else 1
+    compiled = torch.compile(layer.eval(), backend=counter, fullgraph=True, dynamic=True)
+    for size in ((2, 12, 14), (3, 30, 31), (5, 3, 4), (2, 24, 55)):
+        x = (torch.randn(*size, 8),) * args
+        torch.testing.assert_close(compiled(*x), layer(*x))
+    assert counter.frame_count == 1
 
 
 def test_window_attention_rejects_what_does_not_fit():

@@ -37,7 +37,7 @@ each_program = pytest.mark.parametrize("name", PROGRAMS)
 
 # InLine-PVT leaves incomplete patches out, as released; every other model rounds up.
 ROUNDS_DOWN = "test_inline_pvt"
-# Windows that adapt to the map are several programs to Dynamo: of one window, of more.
+# Tracing them for any size takes 20 s each: tests/layers has their attention alone.
 ADAPTIVE_WINDOWS = ("test_inline_swin", "test_inline_cswin")
 
 

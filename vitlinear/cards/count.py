@@ -20,7 +20,7 @@ from torch.utils.flop_counter import flop_registry
 
 from vitlinear.errors import UserError
 
-PROJECTIONS = frozenset({"conv", "linear", "addmm"})
+PROJECTIONS = frozenset({"conv", "linear", "addmm", "baddbmm"})
 PRODUCTS = frozenset({"matmul", "mm", "bmm", "einsum", "scaled_dot_product_attention"})
 NORMS = frozenset({"batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm"})
 NAMESPACE = "vitlinear::"
@@ -70,6 +70,7 @@ def count(model: nn.Module, input_size: tuple[int, int, int]) -> Cost:
         analysis.tracer_warnings("none")
         analysis.set_op_handle("aten::scaled_dot_product_attention", _fused_attention)
         analysis.set_op_handle("aten::rms_norm", _rms_norm)
+        analysis.set_op_handle("aten::baddbmm", _grouped_product)
         for packet, formula in flop_registry.items():
             if str(getattr(packet, "_qualified_op_name", "")).startswith(NAMESPACE):
                 analysis.set_op_handle(packet._qualified_op_name, _registered(formula))
@@ -85,7 +86,7 @@ def count(model: nn.Module, input_size: tuple[int, int, int]) -> Cost:
         part: int(sum(value for name, value in operators.items() if name in names))
         for part, names in (
             ("projections", PROJECTIONS),
-            ("attention", PRODUCTS | ours),
+            ("attention", PRODUCTS | ours - PROJECTIONS),
             ("norms", NORMS),
         )
     }
@@ -118,6 +119,12 @@ def _fused_attention(inputs: list[Any], outputs: list[Any]) -> int:
     """Of queries [..., N, D], keys [..., M, D] and values [..., M, V]: q k^T and p v."""
     q, k, v = (_argument(value) for value in inputs[:3])
     return math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
+
+
+def _grouped_product(inputs: list[Any], outputs: list[Any]) -> int:
+    """Of [groups, M, K] and [groups, K, N], added to something."""
+    a, b = (_argument(value) for value in inputs[1:3])
+    return math.prod(a) * b[-1]
 
 
 def _rms_norm(inputs: list[Any], outputs: list[Any]) -> int:

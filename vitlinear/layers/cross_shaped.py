@@ -7,10 +7,11 @@ from torch import Tensor, nn
 
 from .._timm import register_notrace_module
 from .depthwise import DepthwiseConv
+from .dynamic_conv import shifted_sum
 from .inline_attention import InjectiveAttention, mean_token
 from .linear import Linear
 from .shifted_windows import SoftmaxAttention
-from .windows import equal_windows, from_windows, join_maps, to_windows, window_padding
+from .windows import equal_windows, from_windows, join_maps, to_windows, varies, window_padding
 
 
 class Stripe(nn.Module):
@@ -42,22 +43,32 @@ class Stripe(nn.Module):
         """Attend.
 
         Args:
-            qkv: Queries, keys and values, [B, H, W, 3 C].
+            qkv: Queries, keys and values, [B, H, W, 3, C], any strides.
             source: Map [B, H, W, C'] that the attention may look at besides.
 
         Returns:
             [B, H, W, C].
         """
-        H, W, C = qkv.shape[1], qkv.shape[2], qkv.shape[3] // 3
+        B, H, W, _, C = qkv.shape
         rows, cols = equal_windows(H, self.limits[0]), equal_windows(W, self.limits[1])
         mask = window_padding(qkv, rows, cols, None)
-        qkv = to_windows(qkv, rows, cols)
         heads = self.attend.num_heads
-        qkv = qkv.reshape(-1, rows[1] * cols[1], 3, heads, C // heads)
-        q, k, v = qkv.unbind(2)
+        q, k, v = to_windows(qkv, rows, cols).unflatten(3, [heads, C // heads]).unbind(2)
         x = self.attend_windows(q, k, v, source, rows, cols, mask)
-        x = x + self.lepe(v.reshape(-1, rows[1], cols[1], C)).flatten(1, 2)
-        return from_windows(x, rows, cols, H, W)
+        x = x + self.local(v.flatten(2).unflatten(1, [rows[1], cols[1]])).flatten(1, 2)
+        return from_windows(x, rows, cols, (B, H, W))
+
+    def local(self, v: Tensor) -> Tensor:
+        """LePE of windows, [B * windows, height, width, C] -> the same shape."""
+        if torch.jit.is_scripting():
+            return self.lepe(v)
+        else:  # noqa: RET505  TorchScript leaves out the branch not taken, but not what follows it
+            if not (torch.compiler.is_dynamo_compiling() and varies(v.shape[0])):
+                return self.lepe(v)
+            # PyTorch takes other convolutions from 16 images on: with windows for images, maps on
+            # both sides of that would be different programs.
+            assert self.lepe.bias is not None
+            return shifted_sum(v, self.lepe.weight.reshape(1, -1, 9)) + self.lepe.bias
 
     def attend_windows(
         self,
@@ -232,5 +243,5 @@ class CrossShapedAttention(nn.Module):
         parts = self.qkv(x).reshape(B, H, W, 3, count, C // count)
         outs: list[Tensor] = []
         for i, branch in enumerate(self.branches):
-            outs.append(branch(parts[:, :, :, :, i].flatten(3), source))
+            outs.append(branch(parts[:, :, :, :, i], source))
         return self.proj_drop(self.proj(torch.cat(outs, -1)))

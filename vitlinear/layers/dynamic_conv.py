@@ -32,6 +32,7 @@ class DynamicConv(nn.Module):
             dtype: Type of the parameters.
         """
         super().__init__()
+        self.num_heads = num_heads
         self.fc1 = nn.Conv1d(dim, dim, 1, groups=num_heads, device=device, dtype=dtype)
         self.act = nn.GELU()
         self.fc2 = nn.Conv1d(dim, 9 * dim, 1, groups=num_heads, device=device, dtype=dtype)
@@ -46,13 +47,36 @@ class DynamicConv(nn.Module):
         Returns:
             [B, H, W, C].
         """
-        kernel = self.fc2(self.act(self.fc1(mean.unsqueeze(-1)))).reshape(-1, x.shape[-1], 9)
+        groups = self.num_heads
+        hidden = self.act(grouped_linear(mean, self.fc1.weight, self.fc1.bias, groups))
+        kernel = grouped_linear(hidden, self.fc2.weight, self.fc2.bias, groups)
+        kernel = kernel.unflatten(1, [x.shape[3], 9])
         if torch.jit.is_scripting():
             return grouped_conv(x, kernel)
         # A convolution of no groups is an error; a batch of no samples is not.
         if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export() or x.shape[0] == 0:
             return shifted_sum(x, kernel)
         return grouped_conv(x, kernel)
+
+
+def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+    """A 1x1 convolution of a single place as one product of matrices.
+
+    Which convolution PyTorch takes depends on batch and size: each would be a compiled program.
+
+    Args:
+        x: [B, C_in].
+        weight: [C_out, C_in / groups, 1].
+        bias: [C_out]; what `nn.Conv1d` holds may be None to TorchScript.
+        groups: Number of groups.
+
+    Returns:
+        [B, C_out].
+    """
+    assert bias is not None
+    x = x.unflatten(1, [groups, -1]).transpose(0, 1)
+    weight = weight.squeeze(2).unflatten(0, [groups, -1]).transpose(1, 2)
+    return torch.baddbmm(bias.unflatten(0, [groups, 1, -1]), x, weight).transpose(0, 1).flatten(1)
 
 
 def grouped_conv(x: Tensor, kernel: Tensor) -> Tensor:

@@ -141,9 +141,8 @@ class _ProjectedAttention(nn.Module):
         self, x: Tensor, height: int, width: int, key_padding_mask: Tensor | None
     ) -> Tensor:
         """[B, num_prefix_tokens + height * width, C] -> the same shape."""
-        B, N, C = x.shape
-        heads = self.attend.num_heads
-        q, k, v = self.qkv(x).reshape(B, N, 3, heads, C // heads).unbind(2)
+        heads = [3, self.attend.num_heads, self.attend.head_dim]
+        q, k, v = self.qkv(x).unflatten(2, heads).unbind(2)
         mean = mean_token(x, key_padding_mask)
         x = self.attend(q, k, v, mean, height, width, key_padding_mask)
         return self.proj_drop(self.proj(x))
@@ -230,8 +229,8 @@ class InLineAttention(_ProjectedAttention):
 
     def attend_map(self, x: Tensor, key_padding_mask: Tensor | None) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
-        H, W = x.shape[1], x.shape[2]
+        B, H, W = x.shape[0], x.shape[1], x.shape[2]
         rows, cols = equal_windows(H, self.window_size), equal_windows(W, self.window_size)
         mask = window_padding(x, rows, cols, key_padding_mask)
         x = self.attend_tokens(to_windows(x, rows, cols), rows[1], cols[1], mask)
-        return from_windows(x, rows, cols, H, W)
+        return from_windows(x, rows, cols, (B, H, W))

@@ -11,15 +11,7 @@ from .._timm import register_notrace_module
 from ..ops.backend import check_backend
 from .heads import split_heads
 from .linear import Linear
-from .windows import (
-    fits,
-    fixed_windows,
-    from_windows,
-    indices,
-    join_maps,
-    to_windows,
-    tokens_of_windows,
-)
+from .windows import fits, fixed_windows, from_windows, join_maps, to_windows, window_places
 
 
 class SoftmaxAttention(nn.Module):
@@ -137,34 +129,32 @@ class ShiftedWindowAttention(nn.Module):
         # 1 // n is 1 for one window and 0 for more.
         down, right = self.shift * (1 - 1 // rows[0]), self.shift * (1 - 1 // cols[0])
         bias = self.rel_pos.get_bias()
-        regions = window_regions(H, W, rows, cols, down, right, x.device)
+        regions = window_regions((B, H, W), rows, cols, down, right, x.device)
         x = to_windows(x, rows, cols, down, right)
-        q, k, v = self.qkv(x).reshape(-1, side * side, 3, heads, C // heads).unbind(2)
+        q, k, v = self.qkv(x).unflatten(2, [3, heads, C // heads]).unbind(2)
         if regions is not None:
             hidden = regions[:, :, None] != regions[:, None, :]
-            bias = bias.masked_fill(hidden[:, None], -torch.inf).repeat(B, 1, 1, 1)
+            bias = bias.masked_fill(hidden[:, None], -torch.inf)
         x = self.proj_drop(self.proj(self.attend(q, k, v, bias.to(q.dtype))))
-        return from_windows(x, rows, cols, H, W, down, right)
+        return from_windows(x, rows, cols, (B, H, W), down, right)
 
 
 def window_regions(
-    height: int,
-    width: int,
+    size: tuple[int, int, int],
     rows: tuple[int, int],
     cols: tuple[int, int],
     down: int,
     right: int,
     device: torch.device,
 ) -> Tensor | None:
-    """Which tokens of a window belong together: [windows, tokens] numbers, None if all do.
+    """Which tokens of a window belong together: [B * windows, tokens] numbers, None if all do.
 
     A shifted window at the end of a side holds tokens of both ends of the map, which do not see
     each other; padding sees only padding.
     """
-    if fits(height, rows) and fits(width, cols) and down == 0 and right == 0:
+    B, H, W = size
+    if fits(H, rows) and fits(W, cols) and down == 0 and right == 0:
         return None
-    # Windows of the shifted map hold its rows and columns in this order.
-    row, col = indices(rows, down, device)[:, None], indices(cols, right, device)
+    _, row, col = window_places(B, rows, cols, down, right, device)
     regions = 2 * (row < down).long() + (col < right).long()
-    regions = regions.masked_fill((row >= height) | (col >= width), 4)
-    return tokens_of_windows(regions, rows, cols)
+    return regions.masked_fill((row >= H) | (col >= W), 4)

@@ -1,15 +1,14 @@
 """Windows of a map: how many, how large, and which of their tokens are padding.
 
 A split along one side is a pair (count, length) of windows. In programs compiled or exported for
-any size of the map, tokens are gathered by index: views would tie the program to how the windows
-happen to fit the map that it was made with.
+any size of the map, tokens are gathered by their numbers: a view would have an axis for the number
+of windows, of which one and several, whole and padded ones are different programs.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from timm.models.swin_transformer import window_partition, window_reverse
 from torch import Tensor
 
 try:
@@ -75,66 +74,138 @@ def fits(size: int, split: tuple[int, int]) -> bool:
     return varies(length) or (not varies(size) and count * length == size)
 
 
-def indices(split: tuple[int, int], shift: int, device: torch.device) -> Tensor:
-    """Where in a side of whole windows each token of the shifted windows comes from."""
+def window_places(
+    batch: int,
+    rows: tuple[int, int],
+    cols: tuple[int, int],
+    down: int,
+    right: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Image, row and column that the tokens of all shifted windows of a batch come from.
+
+    Args:
+        batch: Number of maps.
+        rows: Number and height of windows along the first side.
+        cols: Number and width of windows along the second.
+        down: Rows by which the windows are shifted.
+        right: Columns, likewise.
+        device: Where the numbers are wanted.
+
+    Returns:
+        [B * windows, 1], and twice [B * windows, tokens]: rows and columns of whole windows, which
+        may reach beyond the map.
+    """
+    window = torch.arange(batch * rows[0] * cols[0], device=device)[:, None]
+    place = torch.arange(rows[1] * cols[1], device=device)
+    # Without %, whose divisor has to be a plain number in ONNX.
+    line = window // cols[0]
+    image = line // rows[0]
+    row, col = (line - image * rows[0]) * rows[1] + down, (window - line * cols[0]) * cols[1]
+    line = place // cols[1]
+    return image, rotated(row + line, rows), rotated(col + place - line * cols[1] + right, cols)
+
+
+def rotated(index: Tensor, split: tuple[int, int]) -> Tensor:
+    """Places along a side of whole windows; those beyond its end begin at its start again."""
     length = split[0] * split[1]
-    index = torch.arange(length, device=device) + shift
     return torch.where(index < length, index, index - length)
+
+
+def gather_windows(
+    x: Tensor, rows: tuple[int, int], cols: tuple[int, int], down: int, right: int
+) -> Tensor:
+    """`to_windows` by numbers of tokens, for programs with symbolic sizes."""
+    H, W = x.shape[1], x.shape[2]
+    image, row, col = window_places(x.shape[0], rows, cols, down, right, x.device)
+    beyond = (row >= H) | (col >= W)
+    x = x[image, row.clamp(max=H - 1), col.clamp(max=W - 1)]
+    while beyond.dim() < x.dim():
+        beyond = beyond.unsqueeze(-1)
+    return x.masked_fill(beyond, 0)
+
+
+def gather_map(
+    x: Tensor,
+    rows: tuple[int, int],
+    cols: tuple[int, int],
+    size: tuple[int, int, int],
+    down: int,
+    right: int,
+) -> Tensor:
+    """`from_windows` by numbers of tokens, for programs with symbolic sizes."""
+    image = torch.arange(size[0], device=x.device)[:, None, None]
+    row = torch.arange(size[1], device=x.device)[:, None] - down
+    col = torch.arange(size[2], device=x.device) - right
+    row = torch.where(row >= 0, row, row + rows[0] * rows[1])
+    col = torch.where(col >= 0, col, col + cols[0] * cols[1])
+    window_row, window_col = row // rows[1], col // cols[1]
+    window = (image * rows[0] + window_row) * cols[0] + window_col
+    place = (row - window_row * rows[1]) * cols[1] + col - window_col * cols[1]
+    return x[window, place]
 
 
 def to_windows(
     x: Tensor, rows: tuple[int, int], cols: tuple[int, int], down: int = 0, right: int = 0
 ) -> Tensor:
-    """[B, H, W, C] -> [B * windows, height * width, C], zeros where windows reach beyond the map.
+    """[B, H, W, ...] -> [B * windows, height * width, ...], zeros beyond the map.
 
     Args:
-        x: Map.
+        x: Map, any strides and any axes after the first three; copied once, or not at all.
         rows: Number and height of windows along the first side.
         cols: Number and width of windows along the second.
         down: Rows by which the windows of the padded map are shifted; those above come last.
         right: Columns, likewise.
     """
-    H, W, height, width = x.shape[1], x.shape[2], rows[0] * rows[1], cols[0] * cols[1]
+    H, W = x.shape[1], x.shape[2]
     if fits(H, rows) and fits(W, cols):
         if is_one(rows[0]) and is_one(cols[0]):
             return x.flatten(1, 2)
-    elif varies(height) or varies(width) or varies(H) or varies(W):
-        row, col = indices(rows, down, x.device), indices(cols, right, x.device)
-        beyond = (row >= H)[:, None] | (col >= W)
-        x = x.index_select(1, row.clamp(max=H - 1)).index_select(2, col.clamp(max=W - 1))
-        x = x.masked_fill(beyond[:, :, None], 0)
-        return window_partition(x, (rows[1], cols[1])).flatten(1, 2)
+    elif known(H, rows) and known(W, cols):
+        missing = [0, cols[0] * cols[1] - W, 0, rows[0] * rows[1] - H]
+        x = F.pad(x, [0, 0] * (x.dim() - 3) + missing)
     else:
-        x = F.pad(x, [0, 0, 0, width - W, 0, height - H])
+        return gather_windows(x, rows, cols, down, right)
     if down != 0 or right != 0:
         x = x.roll([-down, -right], [1, 2])
-    return window_partition(x.contiguous(), (rows[1], cols[1])).flatten(1, 2)
+    x = x.unflatten(2, [cols[0], cols[1]]).unflatten(1, [rows[0], rows[1]]).transpose(2, 3)
+    return x.flatten(3, 4).flatten(0, 2)
 
 
 def from_windows(
     x: Tensor,
     rows: tuple[int, int],
     cols: tuple[int, int],
-    height: int,
-    width: int,
+    size: tuple[int, int, int],
     down: int = 0,
     right: int = 0,
 ) -> Tensor:
-    """What `to_windows` did, undone: [B * windows, tokens, C] -> [B, height, width, C]."""
-    whole = fits(height, rows) and fits(width, cols)
+    """What `to_windows` did, undone: [B * windows, tokens, C] -> [B, H, W, C].
+
+    Args:
+        x: Tokens of windows.
+        rows: Number and height of windows along the first side.
+        cols: Number and width of windows along the second.
+        size: Of the map, B, H and W.
+        down: Rows by which the windows were shifted.
+        right: Columns, likewise.
+    """
+    B, H, W = size
+    whole = fits(H, rows) and fits(W, cols)
     if whole and is_one(rows[0]) and is_one(cols[0]):
-        return x.unflatten(1, [height, width])
-    padded_height, padded_width = rows[0] * rows[1], cols[0] * cols[1]
-    x = window_reverse(x.contiguous(), (rows[1], cols[1]), padded_height, padded_width)
-    if not whole and (varies(padded_height) or varies(padded_width)):
-        row = torch.arange(height, device=x.device) - down
-        col = torch.arange(width, device=x.device) - right
-        row = torch.where(row >= 0, row, row + padded_height)
-        col = torch.where(col >= 0, col, col + padded_width)
-        return x.index_select(1, row).index_select(2, col)
+        return x.unflatten(1, [H, W])
+    if not whole and not (known(H, rows) and known(W, cols)):
+        return gather_map(x, rows, cols, size, down, right)
+    x = x.reshape(B, rows[0], cols[0], rows[1], cols[1], x.shape[2]).transpose(2, 3)
+    x = x.reshape(B, rows[0] * rows[1], cols[0] * cols[1], x.shape[5])
     if down != 0 or right != 0:
         x = x.roll([down, right], [1, 2])
-    return x[:, :height, :width]
+    return x[:, :H, :W]
+
+
+def known(size: int, split: tuple[int, int]) -> bool:
+    """Whether a side and its windows are plain numbers."""
+    return not (varies(size) or varies(split[0]) or varies(split[1]))
 
 
 def is_one(count: int) -> bool:
@@ -157,13 +228,12 @@ def window_padding(
         [B * windows, tokens] bool, None if no token is.
     """
     if key_padding_mask is not None:
-        return ~to_windows(~key_padding_mask.unsqueeze(-1), rows, cols).squeeze(-1)
+        return ~to_windows(~key_padding_mask, rows, cols)
     B, H, W = x.shape[0], x.shape[1], x.shape[2]
     if fits(H, rows) and fits(W, cols):
         return None
-    beyond_row = torch.arange(rows[0] * rows[1], device=x.device) >= H
-    beyond_col = torch.arange(cols[0] * cols[1], device=x.device) >= W
-    return tokens_of_windows(beyond_row[:, None] | beyond_col, rows, cols).repeat(B, 1)
+    _, row, col = window_places(B, rows, cols, 0, 0, x.device)
+    return (row >= H) | (col >= W)
 
 
 def join_maps(maps: list[Tensor], height: int, width: int) -> Tensor:
@@ -181,9 +251,3 @@ def join_maps(maps: list[Tensor], height: int, width: int) -> Tensor:
     for x in maps:
         padded.append(F.pad(x, [0, 0, 0, width - x.shape[2], 0, height - x.shape[1]]))
     return torch.cat(padded)
-
-
-def tokens_of_windows(x: Tensor, rows: tuple[int, int], cols: tuple[int, int]) -> Tensor:
-    """A number for each token of a map of whole windows, [H, W] -> [windows, tokens]."""
-    x = x.reshape(rows[0], rows[1], cols[0], cols[1]).permute(0, 2, 1, 3)
-    return x.reshape(rows[0] * cols[0], rows[1] * cols[1])
