@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..ops import RotaryTables, get_mechanism, linear_attention, softmax_attention
+from ..ops.eager import epilogue
 
 
 def check_attn_type(attn_type: str) -> str:
@@ -52,10 +53,10 @@ def attend(
             out = torch.ops.vitlinear.softmax_attention(q, k, v, rows, cols, key_padding_mask)[0]
         else:
             out = softmax_attention(q, k, v, positions, key_padding_mask, backend="eager")
-        # lepe stands first because it decides the layout of the sum: [B, N, h, D], ready for the
-        # projection that follows.
-        out = out if lepe is None else lepe + out
-        return out if gate is None else out * gate
+        if torch.jit.is_scripting():
+            out = out if lepe is None else lepe + out
+            return out if gate is None else out * gate
+        return epilogue(out, lepe, gate)
     if torch.jit.is_scripting():
         return torch.ops.vitlinear.linear_attention(
             q, k, v, rows, cols, key_padding_mask, head_scale, lepe, gate, mechanism

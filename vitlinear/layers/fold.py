@@ -24,9 +24,14 @@ def fold_scale(linear: nn.Linear, scale: nn.Module) -> nn.Module:
     return nn.Identity()
 
 
+def is_gelu(act: nn.Module) -> bool:
+    """Whether this is the exact GELU."""
+    return type(act) is nn.GELU and act.approximate == "none"
+
+
 def fold_gelu(linear: Linear, act: nn.Module) -> nn.Module:
     """Make a GELU part of the linear layer before it; returns what replaces the former."""
-    if not (type(act) is nn.GELU and act.approximate == "none"):
+    if not is_gelu(act):
         return act
     linear.activation = "gelu"
     return nn.Identity()

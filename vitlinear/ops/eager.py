@@ -185,6 +185,23 @@ def hide_padding(logits: Tensor, valid: Tensor | None) -> Tensor:
     return logits if valid is None else logits.masked_fill(~seen_keys(valid), -torch.inf)
 
 
+def epilogue(out: Tensor, lepe: Tensor | None, gate: Tensor | None) -> Tensor:
+    """(out + lepe) * gate, of what is given, in the layout of lepe."""
+    if lepe is None:
+        return out if gate is None else gate * out
+    out = lepe + out
+    if gate is None:
+        return out
+    if keeps_nothing() and out.dtype == torch.result_type(out, gate):
+        return out.mul_(gate)  # in memory that the caches hold
+    return gate * out
+
+
+def keeps_nothing() -> bool:
+    """Whether a new tensor may be written to again: no gradient wants it, no compiler looks."""
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 def linear_attention_forward(
     tokens: Tokens, mechanism: Mechanism, head_scale: Tensor | None = None
 ) -> tuple[Tensor, LinearAttentionState]:
@@ -243,10 +260,7 @@ def linear_attention_forward(
         mean_v = v.sum(dim=2, keepdim=True) / num_valid
         out = out + b * mean_v
     # These stand first because they decide the layout: [B, N, h, D], as the next layer wants it.
-    if tokens.lepe is not None:
-        out = tokens.lepe + out
-    if tokens.gate is not None:
-        out = tokens.gate * out
+    out = epilogue(out, tokens.lepe, tokens.gate)
     if valid is not None:
         out = out.masked_fill(~valid, 0)
     return out, LinearAttentionState(state, norm, mean_v, query, logsumexp)
@@ -265,8 +279,8 @@ def linear_attention(
 ) -> Tensor:
     """Linear attention, [B, N, h, D] in and out; see `vitlinear.ops.linear_attention`."""
     with without_autocast(q):
-        keeps_nothing = not torch.is_grad_enabled()
-        tokens = prepare(q, k, v, rotary, key_padding_mask, keeps_nothing, mechanism, lepe, gate)
+        contiguous = not torch.is_grad_enabled()
+        tokens = prepare(q, k, v, rotary, key_padding_mask, contiguous, mechanism, lepe, gate)
         if head_scale is not None:
             head_scale = head_scale.to(tokens.q.dtype)
         out, _ = linear_attention_forward(tokens, mechanism, head_scale)

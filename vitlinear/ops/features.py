@@ -31,7 +31,10 @@ class FeatureMap:
 
 def elu_plus_one(x: Tensor) -> Tensor:
     """``elu(x) + 1``: ``exp(x)`` for x <= 0, ``x + 1`` above (Katharopoulos et al., 2020)."""
-    return F.elu(x) + 1
+    features = F.elu(x)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return features + 1
+    return features.add_(1)
 
 
 def _elu_plus_one_vjp(x: Tensor, grad: Tensor) -> Tensor:

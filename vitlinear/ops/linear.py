@@ -135,6 +135,27 @@ def linear(
     return F.gelu(out) if activation == "gelu" else out
 
 
+def convolves_with_gelu(x: Tensor, conv: nn.Conv2d) -> bool:
+    """Whether `conv_gelu` takes these: no gradient, not compiled, no hooks, zeros for padding."""
+    return (
+        not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and runs_on_onednn(x, conv.weight)
+        and conv.padding_mode == "zeros"
+        and isinstance(conv.padding, tuple)
+        and not (conv._forward_hooks or conv._forward_pre_hooks)
+    )
+
+
+def conv_gelu(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """GELU(conv(x)) by oneDNN where `convolves_with_gelu`, [B, C, H, W] -> [B, C', H', W']."""
+    out: Tensor = torch.ops.mkldnn._convolution_pointwise(
+        x, conv.weight, conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups,
+        "gelu", [], "none",
+    )  # fmt: skip
+    return out
+
+
 def _flops(x: torch.Size, weight: torch.Size, *_: Any, out_shape: Any = None, **__: Any) -> int:
     """Two for each multiply-add, as PyTorch counts products."""
     return 2 * x.numel() * weight[0]
