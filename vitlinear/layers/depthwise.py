@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .._timm import register_notrace_module
+from ..ops.depthwise import depthwise_conv
 
+
+# One step to torch.fx, as `nn.Conv2d` is.
+@register_notrace_module
 class DepthwiseConv(nn.Conv2d):
     """K x K depthwise convolution, stride 1, same size, on [B, H, W, C].
 
@@ -35,10 +40,15 @@ class DepthwiseConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
-        x = self._conv_forward(x.permute(0, 3, 1, 2), self.weight, self.bias)
+        x = x.permute(0, 3, 1, 2)
+        if torch.jit.is_scripting():
+            x = self._conv_forward(x, self.weight, self.bias)
+        else:
+            x = depthwise_conv(x, self.weight, self.bias)
         return x.permute(0, 2, 3, 1)
 
 
+@register_notrace_module
 class ResidualDepthwiseConv(DepthwiseConv):
     """x + conv(x), conv a `DepthwiseConv`; in inference the sum is part of the kernel."""
 

@@ -103,10 +103,16 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        rows = grad.flatten(0, -2)
+        rows, inputs = grad.flatten(0, -2), x.flatten(0, -2)
+        grad_weight = None
+        if needs_weight and rows.shape[1] > inputs.shape[1]:
+            # oneDNN copies its first operand where that is a transpose: the narrower one.
+            grad_weight = _Linear.apply(inputs.t(), rows.t(), None).t()
+        elif needs_weight:
+            grad_weight = _Linear.apply(rows.t(), inputs.t(), None)
         return (
             _Linear.apply(grad, weight.t(), None) if needs_x else None,
-            _Linear.apply(rows.t(), x.flatten(0, -2).t(), None) if needs_weight else None,
+            grad_weight,
             rows.sum(0) if needs_bias else None,
         )
 

@@ -1,0 +1,57 @@
+"""Depthwise convolutions and their gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
+
+from vitlinear.ops.depthwise import _DepthwiseConv, depthwise_conv
+from vitlinear.ops.linear import onednn_available
+
+
+def inputs(side: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32):
+    """A map, channels-last in memory, kernels and biases."""
+    torch.manual_seed(0)
+    x = torch.randn(*shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(shape[1], 1, side, side, dtype=dtype)
+    return [t.requires_grad_() for t in (x, weight, torch.randn(shape[1], dtype=dtype))]
+
+
+def gradients(function, tensors):
+    out = function(*tensors)
+    grad = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
+    return out, torch.autograd.grad(out, tensors, grad)
+
+
+@pytest.mark.parametrize("side", [3, 5, 7])
+@pytest.mark.parametrize("shape", [(2, 6, 9, 11), (1, 16, 2, 3), (3, 4, 1, 1)])
+def test_outputs_and_gradients(side, shape):
+    tensors = inputs(side, shape)
+    wide = [t.detach().double().requires_grad_() for t in tensors]
+    out, found = gradients(depthwise_conv, tensors)
+    expected, oracle = gradients(
+        lambda x, w, b: F.conv2d(x, w, b, padding=side // 2, groups=len(w)), wide
+    )
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    for a, b in zip(found, oracle, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_of_gradients():
+    tensors = inputs(5, (1, 2, 4, 3), torch.float64)
+    assert torch.autograd.gradcheck(_DepthwiseConv.apply, tensors)
+    assert torch.autograd.gradgradcheck(_DepthwiseConv.apply, tensors)
+
+
+@pytest.mark.skipif(not onednn_available(), reason="this PyTorch has no oneDNN")
+def test_where_the_weight_gradient_is_put_together():
+    def pieces(side: int, dtype: torch.dtype = torch.float32) -> int:
+        tensors = inputs(side, (1, 4, 8, 8), dtype)
+        with profile(activities=[ProfilerActivity.CPU]) as trace:
+            depthwise_conv(*tensors).sum().backward()
+        return sum(e.count for e in trace.key_averages() if e.key == "aten::convolution_backward")
+
+    assert [pieces(side) for side in (3, 5, 7)] == [1, 1 + 4, 1 + 9]
+    assert pieces(5, torch.float64) == 1
