@@ -51,8 +51,10 @@ def test_memory(keeping_all):
     keeping_all()
     more = saved_bytes(model, x)
     assert less[f"{block}mlp.act"] == more[f"{block}mlp.act"] == hidden
-    assert more[f"{block}mlp.dwconv"] == more[f"{block}mlp.fc2"] == hidden
-    for name in ("mlp.dwconv", "mlp.fc1", "mlp.fc2", "attn.qkvo"):
+    kernel = 72 * 9 * 4  # with the 1 in its middle
+    assert more[f"{block}mlp.dwconv"] - kernel == more[f"{block}mlp.fc2"] == hidden
+    assert less[f"{block}mlp.dwconv"] == kernel
+    for name in ("mlp.fc1", "mlp.fc2", "attn.qkvo"):
         assert less[block + name] == 0 < more[block + name]
 
 
@@ -65,6 +67,21 @@ def test_nothing_else_holds_what_is_computed_again():
     assert [y() for y in made] == [None]
     out.sum().backward()
     assert len(made) == 2  # once more, for fc2
+
+
+def test_what_backward_makes_twice_is_made_once():
+    """GELU comes again for fc2, on the way to its input, and is there for the convolution."""
+    mlp, x, calls = ConvMlp(4, 8), torch.randn(1, 3, 3, 4), []
+    mlp.act.forward = lambda y, gelu=mlp.act.forward: calls.append(1) or gelu(y)
+    out = mlp(x)
+    assert len(calls) == 1
+    for _ in range(2):  # of a graph that is kept, every time
+        calls.clear()
+        out.sum().backward(retain_graph=True)
+        assert len(calls) == 1
+    calls.clear()
+    torch.autograd.grad(out.sum(), mlp.dwconv.parameters())
+    assert len(calls) == 1
 
 
 def test_derivatives_of_any_order():

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from vitlinear.ops.depthwise import _DepthwiseConv, depthwise_conv
+from vitlinear.ops.depthwise import _DepthwiseConv, depthwise_conv, residual_depthwise_conv
 from vitlinear.ops.linear import onednn_available
 
 
@@ -43,6 +43,17 @@ def test_gradients_of_gradients():
     tensors = inputs(5, (1, 2, 4, 3), torch.float64)
     assert torch.autograd.gradcheck(_DepthwiseConv.apply, tensors)
     assert torch.autograd.gradgradcheck(_DepthwiseConv.apply, tensors)
+
+
+@pytest.mark.parametrize("side", [3, 5])
+def test_residual(side):
+    tensors = inputs(side, (2, 6, 9, 11))
+    wide = [t.detach().double().requires_grad_() for t in tensors]
+    out, found = gradients(residual_depthwise_conv, tensors)
+    expected, oracle = gradients(lambda x, w, b: x + depthwise_conv(x, w, b), wide)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    for a, b in zip(found, oracle, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.skipif(not onednn_available(), reason="this PyTorch has no oneDNN")

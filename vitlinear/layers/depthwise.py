@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .._timm import register_notrace_module
-from ..ops.depthwise import depthwise_conv
+from ..ops.depthwise import depthwise_conv, identity_kernel, residual_depthwise_conv
 
 
 # One step to torch.fx, as `nn.Conv2d` is.
@@ -50,21 +50,27 @@ class DepthwiseConv(nn.Conv2d):
 
 @register_notrace_module
 class ResidualDepthwiseConv(DepthwiseConv):
-    """x + conv(x), conv a `DepthwiseConv`; in inference the sum is part of the kernel."""
+    """x + conv(x), conv a `DepthwiseConv`; see `vitlinear.ops.depthwise` for the sum."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
-        y = self._conv_forward(x.permute(0, 3, 1, 2), self.weight, self.bias)
-        return x + y.permute(0, 2, 3, 1)
+        x = x.permute(0, 3, 1, 2)
+        if torch.jit.is_scripting():
+            x = x + self._conv_forward(x, self.weight, self.bias)
+        else:
+            x = residual_depthwise_conv(x, self.weight, self.bias)
+        return x.permute(0, 2, 3, 1)
 
     @torch.no_grad()
     @torch.jit.ignore
     def fuse(self) -> DepthwiseConv:
         """One convolution that gives the same: 1 is added to the middle of each kernel."""
-        side = self.kernel_size[0]
         fused = DepthwiseConv(
-            self.in_channels, side, device=self.weight.device, dtype=self.weight.dtype
+            self.in_channels,
+            self.kernel_size[0],
+            device=self.weight.device,
+            dtype=self.weight.dtype,
         )
         fused.load_state_dict(self.state_dict())
-        fused.weight[:, :, side // 2, side // 2] += 1
+        fused.weight += identity_kernel(self.weight)
         return fused.train(self.training)

@@ -25,10 +25,26 @@ def _can_run_again(module: nn.Module) -> bool:
     return depthwise or isinstance(module, _CHEAP)
 
 
-def _again(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
-    for module in modules:
-        x = module.forward(x)
-    return x
+class _Chain:
+    """Modules in a row, run again from the input of the first.
+
+    Backward asks for what comes out last first, and on the way to it makes all that it asks for
+    next: that is held until then.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.modules = modules
+        self.made: dict[int, Tensor] = {}
+
+    def run(self, count: int, x: Tensor) -> Tensor:
+        """What comes out of the first ``count`` modules."""
+        if count in self.made:
+            return self.made.pop(count)
+        for i, module in enumerate(self.modules[:count], 1):
+            x = module.forward(x)
+            if i < count:
+                self.made[i] = x
+        return x
 
 
 def run_recomputing(modules: Sequence[nn.Module], x: Tensor, *args: Any) -> Tensor:
@@ -46,10 +62,11 @@ def run_recomputing(modules: Sequence[nn.Module], x: Tensor, *args: Any) -> Tens
     """
     y = modules[0](x)
     cheap = _can_run_again(modules[0])
+    chain = _Chain(modules)
     for i, module in enumerate(modules[1:], 1):
         rest = args if i == len(modules) - 1 else ()
         if cheap:
-            with recomputing(y, partial(_again, modules[:i]), x):
+            with recomputing(y, partial(chain.run, i), x):
                 y = module(y, *rest)
             cheap = _can_run_again(module)
         else:

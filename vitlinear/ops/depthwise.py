@@ -84,3 +84,19 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
         out: Tensor = _DepthwiseConv.apply(x, weight, bias)
         return out
     return F.conv2d(x, weight, bias, padding=side // 2, groups=weight.shape[0])
+
+
+def identity_kernel(weight: Tensor) -> Tensor:
+    """The kernel [K, K] whose convolution gives what goes in."""
+    side = weight.shape[-1]
+    kernel = weight.new_zeros(side, side)
+    kernel[side // 2, side // 2] = 1
+    return kernel
+
+
+def residual_depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x + `depthwise_conv`; in float32 on CPUs the sum is part of the kernel."""
+    if runs_on_onednn(x, weight):
+        return depthwise_conv(x, weight + identity_kernel(weight), bias)
+    # Half precision would round the weight in 1 + weight, and GPUs' TF32 would round x.
+    return x + depthwise_conv(x, weight, bias)

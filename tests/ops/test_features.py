@@ -1,0 +1,42 @@
+"""Feature maps whose gradients are not left to autograd's formulas."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from vitlinear.ops.features import elu_plus_one
+
+
+def inputs() -> torch.Tensor:
+    """Views with gaps, zeros and what exp() loses among them."""
+    x = torch.linspace(-30, 5, 2 * 3 * 2 * 4, dtype=torch.float64).view(2, 3, 2, 4).unbind(2)[0]
+    return torch.cat((x, torch.zeros_like(x[..., :1])), -1).transpose(0, 1).requires_grad_()
+
+
+def test_elu_plus_one():
+    x = inputs()
+    torch.testing.assert_close(elu_plus_one(x), F.elu(x) + 1, rtol=0, atol=0)
+    grad = torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view(x.shape)
+    (found,), (expected,) = (
+        torch.autograd.grad(f(x), x, grad) for f in (elu_plus_one, lambda x: F.elu(x) + 1)
+    )
+    torch.testing.assert_close(found, expected)
+    with torch.no_grad():
+        torch.testing.assert_close(elu_plus_one(x), F.elu(x) + 1, rtol=0, atol=0)
+
+
+def test_derivatives_of_elu_plus_one():
+    x = (inputs().detach() / 6 + 0.01).requires_grad_()
+    assert torch.autograd.gradcheck(elu_plus_one, x, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(elu_plus_one, x)
+    rows = torch.func.vmap(torch.func.grad(lambda row: elu_plus_one(row).sum()))(x.detach())
+    torch.testing.assert_close(rows, torch.exp(x.detach().clamp(max=0)))
+
+
+def test_elu_plus_one_keeps_one_tensor():
+    kept = []
+    x = inputs()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        out = elu_plus_one(x)
+    assert [t.data_ptr() for t in kept] == [out.data_ptr()]
