@@ -12,7 +12,8 @@ import timm
 import torch
 from safetensors import safe_open
 
-from vitlinear.export import write
+from vitlinear.export import Shapes, write
+from vitlinear.export.shapes import Range
 
 MODEL = "test_linear_deit"  # the quickest to trace
 
@@ -80,6 +81,7 @@ def test_onnx(vitlinear, weights, tmp_path):
     path = tmp_path / "model.onnx"
     result = vitlinear("export", MODEL, path, "--checkpoint", checkpoint)
     assert (result.code, result.err) == (0, "")
+    assert b".py" not in path.read_bytes()  # no calls of the exporter, nor folders of this machine
     session = onnxruntime.InferenceSession(path)
     (images,), (logits,) = session.get_inputs(), session.get_outputs()
     assert (images.name, logits.name) == ("images", "logits")
@@ -124,6 +126,33 @@ def test_what_computes_something_else_is_not_kept(earlier, vitlinear, tmp_path, 
     assert "was not written: at 1x3x33x33 it differs from the model by " in result.err
     assert [file.name for file in tmp_path.iterdir()] == [path.name] * earlier
     assert not earlier or path.read_text() == "earlier"
+
+
+def test_sides_traced():
+    """Up to 31 pixels smaller ones too, where the model takes them."""
+
+    def sides(model, low, high=4096):
+        shapes = Shapes.of(model, height=Range(low, high), width=Range(low + 1, high))
+        assert shapes.height.low == low
+        return [(dim.min, dim.max) for axis, dim in shapes.dynamic.items() if axis > 0]
+
+    assert sides("ravlt_t", 33) == [(33, 4096), (33, 4096)]
+    assert sides("lightnet_tiny", 64, 96) == [(33, 96), (65, 96)]
+    assert sides("inline_pvt_tiny", 64) == [(64, 4096), (65, 4096)]
+    assert Shapes.of("ravlt_t", 3, None, Range(224, 224), Range(96, 96)).dynamic.keys() == {0}
+
+
+def test_other_sides_than_by_default():
+    """LightNet's maps have none of the bounds of a pyramid that torch.export could reason from."""
+    model = timm.create_model("test_lightnet", depth=1).eval()
+    shapes = Shapes.of("test_lightnet", 3, None, Range(64, 96), Range(64, 96))
+    example = shapes.example()
+    assert example.shape[2] != example.shape[3]
+    program = write._trace(model, shapes, example).module()
+    for size in ((1, 3, 64, 96), (3, 3, 95, 71)):
+        x = torch.randn(size)
+        with torch.no_grad():
+            assert close(program(x), model(x), 1e-4)
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ def written(images, tmp_path_factory):
 
 def test_graph(written):
     model, path = written
+    assert b".py" not in path.read_bytes()
     graph = onnx.load(path).graph
     made_by = {name: node for node in graph.node for name in node.output}
     constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
@@ -113,6 +114,7 @@ def graph_of(kind, weight=None, first=None, **attributes):
         (graph_of("Conv", (4, 4, 1, 1)), True),
         (graph_of("Conv", (4, 4, 3, 3)), False),
         (graph_of("Conv", (4, 1, 1, 1), group=4), False),
+        (graph_of("MatMul", (2, 4, 4)), False),
         (graph_of("MatMul"), False),
         (graph_of("MatMul", first=(4, 4)), False),
         (graph_of("MatMul", (4, 4), first=(4, 4)), False),

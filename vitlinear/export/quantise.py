@@ -3,7 +3,8 @@
 Quantised are the products of activations with constant weights: projections, feed-forward
 networks and 1 x 1 convolutions. What linear attention computes from them stays in float32: feature
 maps, states, normalisers, softmaxes and the products of two activations, whose ranges depend on the
-number of tokens, and so do norms and other convolutions.
+number of tokens, and so do norms, other convolutions, and the small products that make the kernels
+of InLine's convolution.
 
 Post-training, static, as QuantizeLinear and DequantizeLinear around each product, which any runtime
 of ONNX can run and onnxruntime fuses with it:
@@ -27,6 +28,7 @@ from torch import nn
 
 from vitlinear.errors import UserError
 
+from . import onnx_file
 from .calibration import Calibration
 from .shapes import Shapes
 
@@ -42,8 +44,10 @@ def products(graph: Any) -> list[Any]:
         if node.op_type not in KINDS or node.input[0] in constants:
             return False
         weight = constants.get(node.input[1])
-        if weight is None or node.op_type != "Conv":
-            return weight is not None
+        if weight is None:
+            return False
+        if node.op_type != "Conv":
+            return len(weight.dims) == 2  # of three, the kernels of InLine's convolution by head
         groups = next((each.i for each in node.attribute if each.name == "group"), 1)
         return groups == 1 and math.prod(weight.dims[2:]) == 1
 
@@ -103,9 +107,7 @@ def quantise(path: Path, model: nn.Module, shapes: Shapes, calibration: Calibrat
         extra_options={"OpTypesToExcludeOutputQuantization": list(KINDS)},
     )
     written = onnx.load(path)
-    onnx.helper.set_model_props(written, {p.key: p.value for p in program.metadata_props})
-    onnx.save(written, path)
-    onnx.checker.check_model(path, full_check=True)
+    onnx_file.save(written, path, {each.key: each.value for each in program.metadata_props})
     quantised = sum(
         math.prod(tensor.dims)
         for tensor in written.graph.initializer

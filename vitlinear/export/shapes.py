@@ -17,6 +17,9 @@ MOST_IMAGES, LONGEST_SIDE = 4096, 4096
 # out; every other model rounds up, so that 33 pixels are two rows.
 SHORTEST_SIDE = {"inline_pvt": 64}
 OTHER_SHORTEST_SIDE = 33
+# Sides are traced from a multiple of this, and 1 more, on: of a map of ceil(side / 32) rows
+# torch.export (2.11) then proves that there are at least so many, and from others on it does not.
+STRIDE = 32
 # Sides at which an export is tried are within this, where the range allows: checks take seconds.
 CHECKED_SIDE = 288
 
@@ -60,12 +63,13 @@ def shortest_side(model: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """Sizes of the input [B, C, H, W]; H and W in pixels."""
+    """Sizes of the input [B, C, H, W]; H and W in pixels, of which the model takes `least`."""
 
     batch: Range
     height: Range
     width: Range
     channels: int = 3
+    least: int = OTHER_SHORTEST_SIDE
 
     @classmethod
     def of(
@@ -93,23 +97,30 @@ class Shapes:
         if height.fixed != width.fixed:
             # torch.export cannot prove what it has to about divisions of the one that is left.
             raise UserError(f"--height {height} --width {width}: give two numbers, or two ranges")
-        return cls(batch or Range(1, MOST_IMAGES), height, width, channels)
+        return cls(batch or Range(1, MOST_IMAGES), height, width, channels, least)
 
     @property
     def dynamic(self) -> dict[int, torch.export.Dim]:
         """The dimensions of more than one size, as torch.export wants them."""
-        named = {0: ("batch", self.batch), 2: ("height", self.height), 3: ("width", self.width)}
+        height, width = self._traced(self.height), self._traced(self.width)
+        named = {0: ("batch", self.batch), 2: ("height", height), 3: ("width", width)}
         return {
             axis: torch.export.Dim(name, min=sizes.low, max=sizes.high)
             for axis, (name, sizes) in named.items()
             if not sizes.fixed
         }
 
+    def _traced(self, side: Range) -> Range:
+        """A range of sides, and up to 31 smaller ones if that helps and the model takes them."""
+        low = side.low - (side.low - 1) % STRIDE
+        return side if side.fixed or low < self.least else Range(low, side.high)
+
     def example(self) -> torch.Tensor:
         """Zeros to trace with: sizes that differ, so that none is taken for another."""
-        return torch.zeros(
-            self.batch.nearest(2), self.channels, self.height.nearest(160), self.width.nearest(192)
-        )
+        height, width = self.height.nearest(160), self.width.nearest(192)
+        if height == width:
+            height = self.height.low
+        return torch.zeros(self.batch.nearest(2), self.channels, height, width)
 
     def checked(self, height: int, width: int) -> list[tuple[int, int, int, int]]:
         """Sizes to try: the smallest, about the model's own, and one not square; without doubles.

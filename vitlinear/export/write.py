@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from vitlinear.errors import UserError, one_line
 from vitlinear.train.checkpoint import Card, check_parent, read_card, save_weights
 
+from . import onnx_file
 from .calibration import Calibration
 from .quantise import quantise
 from .shapes import Shapes
@@ -35,6 +36,12 @@ METADATA_FILE = "metadata.json"  # beside the program, in a torch.export file
 # Greatest difference from the model in float32: the norm of it over that of the logits. What int8
 # may cost is its user's decision; beyond this it computes something else.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.int8: 1e-1}
+ADVICE = {
+    torch.float32: "report this model",
+    torch.float16: "take --dtype float32",
+    torch.int8: "give trained weights, more --calibration-images, or only sizes near the model's "
+    "own (--height, --width); or take --dtype float16",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +66,8 @@ def _trace(model: nn.Module, shapes: Shapes, example: Tensor) -> torch.export.Ex
         )
     except Exception as error:  # torch.export has no class for what it cannot do
         raise UserError(
-            f"torch.export makes no program of this model for {shapes}: {one_line(error)[:300]}"
+            f"torch.export makes no program of this model for {shapes}; give one size "
+            f"(--height 224 --width 224) or leave the sizes out: {one_line(error)[:300]}"
         ) from error
     ours = {
         str(node.target)
@@ -98,8 +106,6 @@ def check_onnx_packages() -> None:
 def _write_onnx(
     model: nn.Module, shapes: Shapes, card: Card, metadata: Mapping[str, str], path: Path
 ) -> None:
-    import onnx
-
     example = shapes.example().to(next(model.parameters()).dtype)
     program = torch.onnx.export(
         _trace(model, shapes, example),
@@ -111,10 +117,7 @@ def _write_onnx(
         verbose=False,
     )
     assert program is not None
-    written = program.model_proto
-    onnx.helper.set_model_props(written, dict(metadata))
-    onnx.save(written, path)
-    onnx.checker.check_model(path, full_check=True)
+    onnx_file.save(program.model_proto, path, metadata)
 
 
 def _read_onnx(path: Path) -> Run:
@@ -239,7 +242,7 @@ def export(
                     raise UserError(
                         f"{path} was not written: at {'x'.join(map(str, size))} it differs from "
                         f"the model by {difference:.1e} of the logits' norm, more than "
-                        f"{TOLERANCES[dtype]:.0e}"
+                        f"{TOLERANCES[dtype]:.0e}: {ADVICE[dtype]}"
                     )
             os.replace(temporary, path)
     except OSError as error:
