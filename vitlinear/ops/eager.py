@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .features import keeps_nothing
 from .mechanisms import Mechanism
 from .rotary import RotaryTables, encode, rotate, token_table
 from .softmax import runs_in_blocks, softmax_in_blocks
@@ -195,11 +196,6 @@ def epilogue(out: Tensor, lepe: Tensor | None, gate: Tensor | None) -> Tensor:
     if keeps_nothing() and out.dtype == torch.result_type(out, gate):
         return out.mul_(gate)  # in memory that the caches hold
     return gate * out
-
-
-def keeps_nothing() -> bool:
-    """Whether a new tensor may be written to again: no gradient wants it, no compiler looks."""
-    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def linear_attention_forward(

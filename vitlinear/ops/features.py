@@ -15,6 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def keeps_nothing() -> bool:
+    """Whether a new tensor may be written to again: no gradient wants it, no compiler looks."""
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 @dataclass(frozen=True)
 class FeatureMap:
     """A feature map phi.
@@ -92,10 +97,13 @@ def _silu_vjp(x: Tensor, grad: Tensor) -> Tensor:
 
 def split_signs(x: Tensor, magnitude: Tensor) -> Tensor:
     """[magnitude where x > 0; magnitude where x < 0], twice as wide as x and 0 elsewhere."""
-    zero = torch.zeros((), dtype=magnitude.dtype, device=magnitude.device)
-    return torch.cat(
-        (torch.where(x > 0, magnitude, zero), torch.where(x < 0, magnitude, zero)), dim=-1
-    )
+    if keeps_nothing():
+        signed = magnitude * x.sign()
+        parts = signed.clamp(min=0), signed.neg().clamp_(min=0)
+    else:
+        # Not `where`, which on CPUs is a branch for each number: signs cannot be predicted.
+        parts = magnitude * (x > 0), magnitude * (x < 0)  # autograd keeps masks of bytes
+    return torch.cat(parts, dim=-1)
 
 
 def _join_signs(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,6 +126,8 @@ def _direction(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _power(base: Tensor, exponent: Tensor) -> Tensor:
     """base ** exponent for base >= 0; 0 ** exponent is 0 with all of its derivatives."""
+    if keeps_nothing():
+        return base.pow(exponent)
     positive = base > 0
     zero = torch.zeros((), dtype=base.dtype, device=base.device)
     return torch.where(positive, torch.where(positive, base, 1.0) ** exponent, zero)
@@ -148,7 +158,7 @@ def _norm_aware_query_vjp(x: Tensor, grad: Tensor) -> Tensor:
 
 def cubed_key(x: Tensor) -> Tensor:
     """Key features of NaLaFormer, [relu(k^3); relu(-k^3)], [..., D] -> [..., 2 D]."""
-    return split_signs(x, (x * x * x).abs())
+    return split_signs(x, x.abs().pow(3))
 
 
 def _cubed_key_vjp(x: Tensor, grad: Tensor) -> Tensor:
