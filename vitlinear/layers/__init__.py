@@ -15,7 +15,7 @@ from .linear import Linear
 from .linear_attention import LinearAttention
 from .local_concentration import LocalConcentration
 from .md_tpe import AxisTpe, MdTpe
-from .mlp import ConvMlp, Mlp
+from .mlp import ConvMlp, Mlp, SwiGlu
 from .recompute import run_recomputing
 from .report import AttentionCall, BackendReport, backend_report
 from .rms_norm import HeadRmsNorm, RmsNorm
@@ -50,6 +50,7 @@ __all__ = [
     "RmsNorm",
     "ShiftedWindowAttention",
     "SoftmaxAttention",
+    "SwiGlu",
     "backend_report",
     "check_attn_type",
     "check_images",

@@ -95,3 +95,37 @@ class Mlp(nn.Module):
         """This network with its GELU as part of the product before it."""
         self.act = fold_gelu(self.fc1, self.act)
         return self
+
+
+class SwiGlu(nn.Module):
+    """Gated network fc2(SiLU(fc1_g(x)) * fc1_x(x)), no biases; named as in `timm.layers.SwiGLU`."""
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        drop: float = 0.0,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Make the network.
+
+        Args:
+            dim: Channels in and out.
+            hidden_dim: Channels in between.
+            drop: Dropout rate of the hidden channels and of the output.
+            device: Where the parameters live.
+            dtype: Type of the parameters.
+        """
+        super().__init__()
+        self.fc1_g = Linear(dim, hidden_dim, bias=False, device=device, dtype=dtype)
+        self.fc1_x = Linear(dim, hidden_dim, bias=False, device=device, dtype=dtype)
+        self.act = nn.SiLU()
+        self.drop1 = nn.Dropout(drop)
+        self.fc2 = Linear(hidden_dim, dim, bias=False, device=device, dtype=dtype)
+        self.drop2 = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] -> [..., C]."""
+        x = self.act(self.fc1_g(x)) * self.fc1_x(x)
+        return self.drop2(self.fc2(self.drop1(x)))

@@ -14,11 +14,11 @@ of MD-LRPE, and the order of norm and gate in the attention.
 from typing import Any
 
 import torch
-from timm.layers import SwiGLU, calculate_drop_path_rates
+from timm.layers import calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
-from ..layers import LightNetAttention, MdTpe, RmsNorm
+from ..layers import LightNetAttention, MdTpe, RmsNorm, SwiGlu
 from ._build import build_model
 from ._isotropic import IsotropicBackbone, TokenBlock, token_cfg
 
@@ -94,9 +94,7 @@ class LightNet(IsotropicBackbone):
                 LightNetAttention(
                     embed_dim, num_heads, proj_drop=proj_drop_rate, backend=attn_backend, **dd
                 ),
-                SwiGLU(
-                    embed_dim, int(embed_dim * mlp_ratio), bias=False, drop=proj_drop_rate, **dd
-                ),
+                SwiGlu(embed_dim, int(embed_dim * mlp_ratio), proj_drop_rate, **dd),
                 RmsNorm,
                 rate,
                 **dd,
