@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import timm.layers
 import torch
 
-from vitlinear.layers import AxisTpe, HeadRmsNorm, LightNetAttention, MdTpe, RmsNorm
+from vitlinear.layers import AxisTpe, HeadRmsNorm, LightNetAttention, MdTpe, RmsNorm, SwiGlu
 
 
 @pytest.fixture(autouse=True)
@@ -119,6 +120,13 @@ def test_lightnet_attention(backend, size):
     gate = ((x @ layer.gate1.weight.T) @ layer.gate2.weight.T).sigmoid()
     expected = (head_norm(out.flatten(2), layer.norm.weight, heads) * gate) @ layer.proj.weight.T
     torch.testing.assert_close(layer(x, height, width), expected)
+
+
+def test_glu_is_timms():
+    ours, theirs = SwiGlu(12, 20), timm.layers.SwiGLU(12, 20, bias=False)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 5, 12)
+    torch.testing.assert_close(ours(x), theirs(x))
 
 
 def test_lightnet_layers_reject_what_does_not_fit():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 
-from vitlinear.ops.features import elu_plus_one
+from vitlinear.ops.features import cubed_key, elu_plus_one, norm_aware_query
 
 
 def inputs() -> torch.Tensor:
@@ -40,3 +41,15 @@ def test_elu_plus_one_keeps_one_tensor():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         out = elu_plus_one(x)
     assert [t.data_ptr() for t in kept] == [out.data_ptr()]
+
+
+@pytest.mark.parametrize("with_gradient", [False, True])
+def test_features_of_nala(with_gradient):
+    x = inputs().detach().clone() / 10
+    x[0, 0] = 0
+    norm = x.norm(dim=-1, keepdim=True)
+    u, p = x / norm.clamp(min=1e-30), 3 * (0.5 + norm.tanh())
+    with torch.set_grad_enabled(with_gradient):
+        queries, keys = (f(x.clone().requires_grad_()) for f in (norm_aware_query, cubed_key))
+    torch.testing.assert_close(queries, torch.cat((u.relu() ** p, (-u).relu() ** p), -1))
+    torch.testing.assert_close(keys, torch.cat((x.relu() ** 3, (-x).relu() ** 3), -1))

@@ -125,7 +125,7 @@ def _direction(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _power(base: Tensor, exponent: Tensor) -> Tensor:
-    """base ** exponent for base >= 0; 0 ** exponent is 0 with all of its derivatives."""
+    """base ** exponent, base >= 0, exponent > 0; 0 ** exponent is 0 with all of its derivatives."""
     if keeps_nothing():
         return base.pow(exponent)
     positive = base > 0
