@@ -34,12 +34,32 @@ def test_rotation_matches_definition_and_inverts():
     torch.testing.assert_close(rotate(turned, table, inverse=True), heads_first)
 
 
+class Rotate(torch.nn.Module):
+    def forward(self, x, table, inverse):
+        return rotate(x, table, inverse)
+
+
 @pytest.mark.parametrize("inverse", [False, True])
-def test_compiled_formula_equals_eager(inverse):
+def test_compiled_and_exported_programs_equal_eager(inverse):
     table = token_table(ops.rotary_tables(3, 5, 12, dtype=torch.float64))
-    x = torch.randn(2, 3, 15, 12, dtype=torch.float64)
+    x = torch.randn(2, 15, 3, 12, dtype=torch.float64).transpose(1, 2)
+    expected = rotate(x, table, inverse)
     compiled = torch.compile(rotate, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x, table, inverse), rotate(x, table, inverse))
+    torch.testing.assert_close(compiled(x, table, inverse), expected)
+    exported = torch.export.export(Rotate(), (x, table, inverse))
+    torch.testing.assert_close(exported.module()(x, table, inverse), expected)
+    names = {str(node.target) for node in exported.graph.nodes}
+    assert not [name for name in names if "vitlinear" in name or "complex" in name]
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_operator_of_compiled_programs(inverse):
+    table = token_table(ops.rotary_tables(3, 5, 12))
+    x = torch.randn(2, 15, 3, 12).transpose(1, 2).requires_grad_()
+    torch.library.opcheck(torch.ops.vitlinear.rotate, (x, table, inverse))
+    grad = torch.randn(x.shape)
+    (found,) = torch.autograd.grad(torch.ops.vitlinear.rotate(x, table, inverse), x, grad)
+    torch.testing.assert_close(found, torch.autograd.grad(rotate(x, table, inverse), x, grad)[0])
 
 
 def test_scores_depend_on_the_offset_alone():

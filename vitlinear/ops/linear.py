@@ -12,9 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
+
+from .tracing import wants_common_operators
 
 
 def onednn_available() -> bool:
@@ -29,20 +30,6 @@ def onednn_available() -> bool:
 _AVAILABLE = onednn_available()
 
 
-@torch.compiler.assume_constant_result
-def _wants_common_operators() -> bool:
-    """Whether operators must be common ones: programs for other places, transformed functions.
-
-    Evaluated when Dynamo traces, which by itself would take every program for an exported one.
-    """
-    return (
-        torch.compiler.is_exporting()
-        or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    )
-
-
 def runs_on_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether `linear` takes oneDNN for these tensors.
 
@@ -55,7 +42,7 @@ def runs_on_onednn(x: Tensor, weight: Tensor) -> bool:
         and x.dtype == weight.dtype == torch.float32
         and type(weight) in (Tensor, nn.Parameter)
         and not torch.is_autocast_enabled("cpu")
-        and not _wants_common_operators()
+        and not wants_common_operators()
         and x.dim() > 1
         and x.numel() > 0
     )

@@ -17,10 +17,13 @@ those of `lrpe_tables`, of the same form with e in the place of g.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
+
+from .tracing import wants_common_operators
 
 
 class RotaryTables(NamedTuple):
@@ -130,7 +133,10 @@ def rotate(x: Tensor, table: Tensor | None, inverse: bool = False) -> Tensor:
     if table is None:
         return x
     if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export():
-        # Inductor fuses this form and ONNX has no complex numbers.
+        if x.device.type == "cpu" and not wants_common_operators():
+            out: Tensor = torch.ops.vitlinear.rotate(x, table, inverse)
+            return out
+        # Inductor fuses this form on GPUs, and ONNX has no complex numbers.
         cos, sin = table.unbind(-1)
         if inverse:
             sin = -sin
@@ -138,15 +144,47 @@ def rotate(x: Tensor, table: Tensor | None, inverse: bool = False) -> Tensor:
         return torch.stack((x0 * cos - x1 * sin, x1 * cos + x0 * sin), dim=-1).flatten(-2)
     # In eager mode one complex product is one vectorised pass; the form above is about ten slow
     # ones. It also keeps only the table for backward.
+    return torch.view_as_real(_pairs(x) * _turns(table, inverse)).flatten(-2)
+
+
+def _pairs(x: Tensor) -> Tensor:
+    """[..., D] as complex numbers [..., D/2]."""
     if x.stride(-1) != 1 or x.storage_offset() % 2 or any(s % 2 for s in x.stride()[:-1]):
         x = x.contiguous()  # a pair must lie as a complex number does
-    turn = torch.view_as_complex(table)
-    if inverse:
-        # Not the lazy conj(): a custom operator called from a compiled graph runs below the
-        # dispatch key that resolves it, and would silently turn the wrong way.
-        turn = turn.conj_physical()
-    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turn).flatten(-2)
+    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+
+
+def _turns(table: Tensor, inverse: bool) -> Tensor:
+    """[N, D/2, 2] as complex numbers."""
+    turns = torch.view_as_complex(table)
+    # Not the lazy conj(): a custom operator called from a compiled graph runs below the dispatch
+    # key that resolves it, and would silently turn the wrong way.
+    return turns.conj_physical() if inverse else turns
+
+
+@custom_op("vitlinear::rotate", mutates_args=(), device_types="cpu")
+def rotate_op(x: Tensor, table: Tensor, inverse: bool) -> Tensor:
+    """`rotate` in programs compiled for CPUs: inductor does not vectorise loops over pairs."""
+    out = x.new_empty(x.shape)
+    torch.mul(_pairs(x), _turns(table, inverse), out=_pairs(out))
+    return out
+
+
+@rotate_op.register_fake
+def _(x: Tensor, table: Tensor, inverse: bool) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _keep_table(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: Tensor) -> None:
+    _, table, ctx.inverse = inputs
+    ctx.save_for_backward(table)
+
+
+def _rotate_back(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return torch.ops.vitlinear.rotate(grad, *ctx.saved_tensors, not ctx.inverse), None, None
+
+
+rotate_op.register_autograd(_rotate_back, setup_context=_keep_table)
 
 
 def encode(x: Tensor, table: Tensor | None, positions: str, inverse: bool = False) -> Tensor:
