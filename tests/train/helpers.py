@@ -1,16 +1,25 @@
 """What the training tests share: a small image folder, and flags of a run that takes a second."""
 
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from vitlinear import cli
 from vitlinear.train import run
+
+# What starts of training share: a process that has imported everything, and forks. Importing alone
+# takes more time than all that these tests then compute.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["vitlinear.cli", "vitlinear.train.run"])
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -75,8 +84,49 @@ def finish(process: subprocess.Popen, timeout: float = 300) -> tuple[int, str]:
     return process.returncode, output
 
 
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def fork_two(function: Callable[..., Any], *arguments: Any, timeout: float = 300) -> str:
+    """Calls a function of a module in two processes that can join a group; returns their output.
+
+    They are told of each other as torchrun tells them.
+    """
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    with tempfile.NamedTemporaryFile("r") as output:
+        call = (environment, output.name, function, *arguments)
+        processes = [FORKS.Process(target=_run_rank, args=(rank, *call)) for rank in range(2)]
+        for process in processes:
+            process.start()
+        try:
+            for process in processes:
+                process.join(timeout)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        text = output.read()
+    assert [process.exitcode for process in processes] == [0, 0], text[-3000:]
+    return text
+
+
+def _run_rank(
+    rank: int,
+    environment: dict[str, str],
+    output: str,
+    function: Callable[..., Any],
+    *arguments: Any,
+) -> None:
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+    file = os.open(output, os.O_WRONLY | os.O_APPEND)
+    for standard in (1, 2):
+        os.dup2(file, standard)
+    sys.exit(function(*arguments))
+
+
 def two_processes(*flags: Any) -> str:
-    """Runs training in two processes on this CPU; returns their output."""
-    status, output = finish(start([*TWO_PROCESSES, *flags, "--device", "cpu"]))
-    assert status == 0, output[-3000:]
-    return output
+    """Trains in two processes on this CPU; returns their output."""
+    return fork_two(cli.main, ["train", *map(str, flags), "--device", "cpu"])

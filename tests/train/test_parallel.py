@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from tests.train.helpers import (
     TORCHRUN,
     TWO_PROCESSES,
     finish,
+    free_port,
     image_folder,
     start,
     tiny_flags,
@@ -85,10 +85,17 @@ def assert_same_run(found: Path, expected: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one_with_the_doubled_batch(
+def test_two_machines_equal_one_process_with_the_doubled_batch(
     images: Path, one: Path, tmp_path: Path
 ) -> None:
-    two_processes(*row_flags(images, tmp_path / "run", 4))
+    """Two launchers that find each other, as on two machines."""
+    launch = [*TORCHRUN, "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d"]
+    launch += [f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-id=test", "tools/train.py"]
+    flags = [*row_flags(images, tmp_path / "run", 4), "--device", "cpu"]
+    ends = [finish(process) for process in [start([*launch, *flags]) for _ in range(2)]]
+    for status, output in ends:
+        assert status == 0, output[-3000:]
+    assert sum("epoch 1: loss" in output for _, output in ends) == 1
     assert_same_run(tmp_path / "run", one / "run")
 
 
@@ -164,20 +171,13 @@ def test_recomputed_gradients_are_the_same(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_compiled_between_two_machines(images: Path, tmp_path: Path) -> None:
-    """Two launchers that find each other, as on two machines; accumulation has a remainder."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    launch = [*TORCHRUN, "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d"]
-    launch += [f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=test", "tools/train.py"]
+def test_compiled(images: Path, tmp_path: Path) -> None:
+    """Accumulation has a remainder."""
     flags = tiny_flags(images, tmp_path / "run", "-b", 4, "--grad-accum-steps", 2, "--epochs", 1)
-    flags += ["--torchcompile", "eager", "--channels-last", "--device", "cpu"]
+    flags += ["--torchcompile", "eager", "--channels-last"]
     flags += ["--amp", "--amp-dtype", "bfloat16", "--drop-path", "0.1"]
-    ends = [finish(process) for process in [start([*launch, *flags]) for _ in range(2)]]
-    for status, output in ends:
-        assert status == 0, output[-3000:]
-    assert sum("epoch 1: loss" in output for _, output in ends) == 1
+    output = two_processes(*flags)
+    assert output.count("epoch 1: loss") == 1
     state = read_state(tmp_path / "run" / "last_state.pt")
     assert state["updates"] == 5 and state["images_per_batch"] == 8
 
@@ -256,9 +256,7 @@ def test_slurm_script_requeues_and_resumes(images: Path, tmp_path: Path) -> None
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         (tmp_path / name).write_text(text.format(python=sys.executable, log=log))
         (tmp_path / name).chmod(0o755)
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    port = free_port()
     environment = {
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
         "VITLINEAR_PYTHON": sys.executable,

@@ -3,8 +3,6 @@
 import io
 import json
 import math
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -13,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import distributed
 from tqdm import tqdm
 
+from tests.train.helpers import fork_two
 from vitlinear.train import progress as module
 from vitlinear.train.progress import TIMES, HostTimer, Progress, StreamTimer, clock, peak_memory
 
@@ -199,45 +199,26 @@ def test_the_device_is_read_at_looks_only(monkeypatch: pytest.MonkeyPatch) -> No
     assert reads == 3  # after updates 4, 8 and 10
 
 
-TWO = """
-import json, sys, torch
-from torch import distributed
-from tests.train.test_progress import batches, run
-from vitlinear.train.progress import Progress
-rank = int(sys.argv[1])
-store = f"file://{sys.argv[2]}/store"
-distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-flags = dict(log_interval=2, show=rank == 0)
-data = batches(12)[rank::2]
-first = Progress(6, **flags)
-rows = run(first, data, stop=3)
-state = first.state()
-second = Progress(6, done=3, state=state, **flags)
-rows += run(second, data[3:])
-found = [rows, second.metrics(), state]
-every = [None, None]
-distributed.all_gather_object(every, found)
-if rank == 0:
-    print(json.dumps(every))
-"""
+def half_of_the_batches(folder: Path) -> None:
+    """What each of two processes does; leaves what it found in the folder."""
+    distributed.init_process_group("gloo")
+    rank = distributed.get_rank()
+    data = batches(12)[rank::2]
+    first = Progress(6, log_interval=2, show=rank == 0)
+    rows = run(first, data, stop=3)
+    state = first.state()
+    second = Progress(6, done=3, state=state, log_interval=2, show=rank == 0)
+    rows += run(second, data[3:])
+    (folder / f"{rank}.json").write_text(json.dumps([rows, second.metrics(), state]))
+    distributed.destroy_process_group()
 
 
 def test_two_processes_tell_of_all_images(tmp_path: Path) -> None:
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO, str(rank), str(tmp_path)],
-            cwd=Path(__file__).parents[2],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    out, nothing = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0] and not nothing
-    lines = out.splitlines()
-    assert len(lines) == 4 and all("loss" in line for line in lines[:3])
-    (rows, whole, state), (rows_of_other, whole_of_other, _) = json.loads(lines[3])
+    lines = fork_two(half_of_the_batches, tmp_path).splitlines()
+    assert len(lines) == 3 and all("loss" in line for line in lines)
+    (rows, whole, state), (rows_of_other, whole_of_other, _) = (
+        json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)
+    )
     assert [*map(without_times, rows)] == [*map(without_times, rows_of_other)]
     assert without_times(whole) == without_times(whole_of_other)
 

@@ -314,7 +314,7 @@ def test_a_run_that_fails_leaves_what_it_has_to_show(folder: Path, tmp_path: Pat
 
 
 def test_two_processes(folder: Path, tmp_path: Path) -> None:
-    """torchrun: one set of files, exact counts over uneven shards."""
+    """One set of files, exact counts over uneven shards."""
     more = ("-b", 4, "--model-ema", "--grad-accum-steps", 2, "--aug-repeats", 2)
     output = two_processes(*tiny_flags(folder, tmp_path / "run", *more))
     rows = metrics(tmp_path / "run")
@@ -324,13 +324,21 @@ def test_two_processes(folder: Path, tmp_path: Path) -> None:
     assert output.count("epoch 1:") == 1
 
 
+TWO_EPOCHS = ("--epochs", 2, "--eval-metric", "loss")
+
+
+@pytest.fixture(scope="module")
+def two_epochs(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("two_epochs") / "run"
+    train(folder, path, *TWO_EPOCHS)
+    return path
+
+
 @pytest.mark.parametrize("call", range(1, 15))
 def test_death_at_any_write_loses_at_most_an_epoch(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
+    folder: Path, two_epochs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
 ) -> None:
     """Two epochs make fourteen writes or fewer; dying at each, then resuming, changes no bit."""
-    flags = ("--epochs", 2, "--eval-metric", "loss")
-    train(folder, tmp_path / "whole", *flags)
     real, calls = os.replace, 0
 
     def replace(source: Any, target: Any) -> None:
@@ -343,12 +351,12 @@ def test_death_at_any_write_loses_at_most_an_epoch(
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", replace)
         with contextlib.suppress(SystemExit):
-            train(folder, tmp_path / "run", *flags)
+            train(folder, tmp_path / "run", *TWO_EPOCHS)
     left = ours(tmp_path / "run")
     assert set(left) <= set(FILES), "temporary files"
     shown = {"last_state.pt", "previous_state.pt", "metrics.jsonl", "updates.jsonl"} & set(left)
     assert (tmp_path / "run").exists() == bool(shown), "a run without rows leaves nothing"
-    assert train(folder, tmp_path / "run", *flags, "--resume", "auto")["epoch"] == 2
+    assert train(folder, tmp_path / "run", *TWO_EPOCHS, "--resume", "auto")["epoch"] == 2
     for name in ("last.safetensors", "best.safetensors"):
-        assert_same_bits(weights(tmp_path / "whole", name), weights(tmp_path / "run", name))
+        assert_same_bits(weights(two_epochs, name), weights(tmp_path / "run", name))
     assert [row["epoch"] for row in metrics(tmp_path / "run")] == [1, 2]

@@ -26,13 +26,13 @@ def rotate_tokens(x: Tensor, rotary: RotaryTables | None) -> Tensor:
     if x.shape[-1] == 8 * rows.shape[1]:
         return torch.cat([rotate_tokens(half, rotary) for half in x.chunk(2, dim=-1)], dim=-1)
     out = torch.empty_like(x)
-    half, width = x.shape[-1] // 2, cols.shape[0]
-    for n in range(x.shape[1]):
-        for axis, table in ((0, rows[n // width]), (1, cols[n % width])):
-            for t, (cos, sin) in enumerate(table):
-                c = axis * half + 2 * t
-                out[:, n, :, c] = x[:, n, :, c] * cos - x[:, n, :, c + 1] * sin
-                out[:, n, :, c + 1] = x[:, n, :, c + 1] * cos + x[:, n, :, c] * sin
+    half = x.shape[-1] // 2
+    for axis, table in enumerate(_tables_of_tokens(rows, cols)):
+        for t in range(table.shape[1]):
+            c = axis * half + 2 * t
+            cos, sin = table[:, t, 0, None], table[:, t, 1, None]  # [N, 1]
+            out[..., c] = x[..., c] * cos - x[..., c + 1] * sin
+            out[..., c + 1] = x[..., c + 1] * cos + x[..., c] * sin
     return out
 
 
@@ -41,15 +41,20 @@ def cosine_tokens(x: Tensor, tables: RotaryTables | None) -> Tensor:
     if tables is None:
         return x
     rows, cols = tables
-    half, width = x.shape[-1] // 2, cols.shape[0]
+    half = x.shape[-1] // 2
     cosines, sines = torch.empty_like(x), torch.empty_like(x)
-    for n in range(x.shape[1]):
-        for axis, table in ((0, rows[n // width]), (1, cols[n % width])):
-            for t, (cos, sin) in enumerate(table):
-                c = axis * half + t
-                cosines[:, n, :, c] = x[:, n, :, c] * cos
-                sines[:, n, :, c] = x[:, n, :, c] * sin
+    for axis, table in enumerate(_tables_of_tokens(rows, cols)):
+        for t in range(table.shape[1]):
+            c = axis * half + t
+            cosines[..., c] = x[..., c] * table[:, t, 0, None]
+            sines[..., c] = x[..., c] * table[:, t, 1, None]
     return torch.cat((cosines, sines), dim=-1)
+
+
+def _tables_of_tokens(rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor]:
+    """The entry of each token n of a grid, row n // W and column n % W: [N, T, 2], twice."""
+    tokens = torch.arange(rows.shape[0] * cols.shape[0], device=rows.device)
+    return rows[tokens // cols.shape[0]], cols[tokens % cols.shape[0]]
 
 
 def linear_attention_weights(
