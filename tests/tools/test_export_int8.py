@@ -125,6 +125,21 @@ def test_products(graph, quantised):
     assert [node.name for node in quantise.products(graph)] == ["product"] * quantised
 
 
+def test_runs_in_integers(written, images, vitlinear, tmp_path):
+    """Also at fixed sizes, where onnxruntime joins products and biases that it can."""
+    fixed, folder = tmp_path / "fixed.onnx", written[1].parent
+    flags = [MODEL, fixed, "--checkpoint", folder / "weights.safetensors", *CALIBRATE, images]
+    sizes = ["--batch", 1, "--height", 64, "--width", 96]
+    assert vitlinear("export", *flags, "--calibration-images", 12, *sizes).code == 0
+    for path in (written[1], fixed):
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+        onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        kinds = [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node]
+        assert kinds.count("MatMulIntegerToFloat") == 4 * DEPTH
+        assert kinds.count("Gemm") <= 1  # the classifier
+
+
 def test_batches_are_full():
     images = torch.arange(5.0).reshape(5, 1, 1, 1).expand(5, 1, 6, 6)
     calibration = Calibration(images, images, "nowhere")

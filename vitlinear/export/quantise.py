@@ -16,6 +16,8 @@ of ONNX can run and onnxruntime fuses with it:
   without VNNI adds pairs of products in 16 bits, which 128 * 255 * 2 would overflow. So what was
   checked on one machine holds on others.
 - Outputs are float32 sums; they are not rounded again.
+- Biases are rows, [1, C]. Of a product and a bias [C] onnxruntime (1.32) makes one Gemm where sizes
+  are fixed, turns its int8 weights into float32 at every run, and multiplies in float32.
 """
 
 from __future__ import annotations
@@ -64,6 +66,31 @@ def projections(model: nn.Module) -> list[nn.Module]:
     ]
 
 
+def biases_to_rows(graph: Any, sums: set[str]) -> None:
+    """Reshape the constants [C] that are added to some values to [1, C], in place.
+
+    Args:
+        graph: Of the program; the values have two dimensions or more.
+        sums: Names of the values.
+    """
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    rows = {}
+    for node in graph.node:
+        if node.op_type != "Add" or not sums.intersection(node.input):
+            continue
+        for place, name in enumerate(node.input):
+            if name in constants and len(constants[name].dims) == 1:
+                row = rows.setdefault(name, type(constants[name])())
+                row.CopyFrom(constants[name])
+                row.name = f"{name}_row"
+                row.dims.insert(0, 1)
+                node.input[place] = row.name
+    used = {name for node in graph.node for name in node.input}
+    kept = [tensor for name, tensor in constants.items() if name in used]
+    del graph.initializer[:]
+    graph.initializer.extend([*kept, *rows.values()])
+
+
 class _Batches:
     """Calibration images as onnxruntime asks for them."""
 
@@ -107,6 +134,7 @@ def quantise(path: Path, model: nn.Module, shapes: Shapes, calibration: Calibrat
         extra_options={"OpTypesToExcludeOutputQuantization": list(KINDS)},
     )
     written = onnx.load(path)
+    biases_to_rows(written.graph, {node.output[0] for node in nodes if node.op_type == "MatMul"})
     onnx_file.save(written, path, {each.key: each.value for each in program.metadata_props})
     quantised = sum(
         math.prod(tensor.dims)
