@@ -1,6 +1,9 @@
 """What holds for every test: one thread, one rule for GPU tests, the peer suite's summary."""
 
+import ctypes
+import gc
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,6 +46,15 @@ def process_group(tmp_path: Path) -> Iterator[None]:
         yield
     finally:
         distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def memory_given_back() -> Iterator[None]:
+    """Returns what a file's tests freed to the system: tools/run_tests.py has glibc keep it."""
+    yield
+    gc.collect()
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -312,6 +312,8 @@ def test_onnx_any_size(name, tmp_path):
                 }
             },
             dynamo=True,
+            # Of onnxscript, takes a third of the time; tests/tools exports with it.
+            optimize=False,
             verbose=False,
         )
     session = onnxruntime.InferenceSession(path)
