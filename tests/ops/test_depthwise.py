@@ -56,7 +56,23 @@ def test_residual(side):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.skipif(not onednn_available(), reason="this PyTorch has no oneDNN")
+needs_onednn = pytest.mark.skipif(not onednn_available(), reason="this PyTorch has no oneDNN")
+
+
+@needs_onednn
+def test_compiled_programs_put_the_weight_gradient_together():
+    compiled = torch.compile(depthwise_conv, backend="aot_eager", fullgraph=True, dynamic=True)
+    for shape in [(2, 6, 9, 11), (3, 6, 7, 5)]:
+        tensors = inputs(5, shape)
+        with profile(activities=[ProfilerActivity.CPU]) as trace:
+            out, found = gradients(compiled, tensors)
+        expected, eager = gradients(depthwise_conv, tensors)
+        torch.testing.assert_close(out, expected)
+        torch.testing.assert_close(found, eager)
+        assert "vitlinear::depthwise_weight_gradient" in {e.key for e in trace.key_averages()}
+
+
+@needs_onednn
 def test_where_the_weight_gradient_is_put_together():
     def pieces(side: int, dtype: torch.dtype = torch.float32) -> int:
         tensors = inputs(side, (1, 4, 8, 8), dtype)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.library import custom_op
 
 from .linear import runs_on_onednn
 
@@ -45,6 +46,17 @@ def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     return found
 
 
+@custom_op("vitlinear::depthwise_weight_gradient", mutates_args=(), device_types="cpu")
+def weight_gradient_op(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """`weight_gradient` in compiled graphs, where its views would each be copied."""
+    return weight_gradient(grad, x, weight)
+
+
+@weight_gradient_op.register_fake
+def _(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    return torch.empty_like(weight)
+
+
 class _DepthwiseConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -56,9 +68,11 @@ class _DepthwiseConv(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         side = weight.shape[-1] // 2
+        compiling = torch.compiler.is_compiling()
+        of_weight = torch.ops.vitlinear.depthwise_weight_gradient if compiling else weight_gradient
         return (
             _gradients(grad, x, weight, side, [True, False, False])[0] if needs_x else None,
-            weight_gradient(grad, x, weight) if needs_weight else None,
+            of_weight(grad, x, weight) if needs_weight else None,
             grad.sum((0, 2, 3)) if needs_bias else None,
         )
 
@@ -75,12 +89,7 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
         [B, C, H, W].
     """
     side = weight.shape[-1]
-    if (
-        side > PIECE
-        and torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and runs_on_onednn(x, weight)
-    ):
+    if side > PIECE and torch.is_grad_enabled() and runs_on_onednn(x, weight):
         out: Tensor = _DepthwiseConv.apply(x, weight, bias)
         return out
     return F.conv2d(x, weight, bias, padding=side // 2, groups=weight.shape[0])
