@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from vitlinear.ops import softmax_attention
 from vitlinear.ops.linear import onednn_available
-from vitlinear.ops.softmax import MIN_TOKENS, runs_in_blocks, softmax_in_blocks
+from vitlinear.ops.softmax import MIN_TOKENS, sdpa, softmax_in_blocks
 
 pytestmark = pytest.mark.skipif(not onednn_available(), reason="this PyTorch has no oneDNN")
 
@@ -23,7 +26,6 @@ def inputs(tokens: int) -> list[torch.Tensor]:
 def test_equals_sdpa_in_double_precision():
     q, k, v = inputs(MIN_TOKENS + 77)
     heads = [x.transpose(1, 2) for x in (q, k, v)]
-    assert runs_in_blocks(*heads)
     expected = F.scaled_dot_product_attention(*(x.double() for x in heads)).transpose(1, 2)
     out = softmax_attention(q, k, v)
     assert out.is_contiguous()
@@ -34,11 +36,38 @@ def test_equals_sdpa_in_double_precision():
     assert large.isfinite().all()
 
 
+def products(function, *heads: torch.Tensor) -> bool:
+    """Whether oneDNN multiplied."""
+    with profile(activities=[ProfilerActivity.CPU]) as trace:
+        function(*heads)
+    return "mkldnn::_linear_pointwise" in {event.key for event in trace.key_averages()}
+
+
 def test_where_sdpa_stays():
     heads = [x.transpose(1, 2) for x in inputs(MIN_TOKENS)]
-    assert not runs_in_blocks(*heads)  # gradients are enabled
+    assert not products(sdpa, *heads)  # gradients are enabled
     with torch.no_grad():
-        assert runs_in_blocks(*heads)
-        assert not runs_in_blocks(*(x[:, :, 1:] for x in heads))
-        assert not runs_in_blocks(*(x.double() for x in heads))
-        assert not runs_in_blocks(*(x.bfloat16() for x in heads))
+        assert products(sdpa, *heads)
+        assert not products(sdpa, *(x[:, :, 1:] for x in heads))
+        assert not products(sdpa, *(x.double() for x in heads))
+        assert not products(sdpa, *(x.bfloat16() for x in heads))
+
+
+@torch.no_grad()
+def test_one_compiled_program_for_short_and_long():
+    compiled = torch.compile(sdpa, backend="aot_eager", fullgraph=True, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for tokens in (50, MIN_TOKENS + 77, MIN_TOKENS - 1):
+            heads = [x.transpose(1, 2) for x in inputs(tokens)]
+            assert products(compiled, *heads) == (tokens >= MIN_TOKENS)
+            torch.testing.assert_close(compiled(*heads), sdpa(*heads), rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_flops_are_those_of_its_products():
+    q = inputs(40)[0].transpose(1, 2)
+    with FlopCounterMode(display=False) as ours:
+        torch.ops.vitlinear.sdpa(q, q, q)
+    with FlopCounterMode(display=False) as theirs, sdpa_kernel(SDPBackend.MATH):
+        F.scaled_dot_product_attention(q, q, q)
+    assert ours.get_total_flops() == theirs.get_total_flops() > 0

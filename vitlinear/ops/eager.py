@@ -20,7 +20,7 @@ from torch import Tensor
 from .features import keeps_nothing
 from .mechanisms import Mechanism
 from .rotary import RotaryTables, encode, rotate, token_table
-from .softmax import runs_in_blocks, softmax_in_blocks
+from .softmax import sdpa
 
 
 class LinearAttentionState(NamedTuple):
@@ -290,7 +290,7 @@ def softmax_attention(
     rotary: RotaryTables | None = None,
     key_padding_mask: Tensor | None = None,
 ) -> Tensor:
-    """Rotary softmax attention on SDPA, [B, N, h, D] in and out; see `softmax` for where not.
+    """Rotary softmax attention on SDPA, [B, N, h, D] in and out; see `softmax`.
 
     Only the rotation runs in the accumulation type; SDPA's fused kernels take the input type and
     accumulate in float32 themselves. They have no second derivative; their plain form, under
@@ -313,9 +313,7 @@ def _softmax_attention(
         table = token_table(rotary).to(accumulation_dtype(dtype))
         q, k = (rotate(x.to(table.dtype), table).to(dtype) for x in (q, k))
     if key_padding_mask is None:
-        if runs_in_blocks(q, k, v):
-            return softmax_in_blocks(q, k, v)
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return sdpa(q, k, v)
 
     padded = key_padding_mask[:, None, :, None]
     q, k, v = (x.masked_fill(padded, 0) for x in (q, k, v))

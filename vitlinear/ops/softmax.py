@@ -1,28 +1,23 @@
-"""Softmax attention of long sequences on CPUs, where SDPA multiplies with MKL (see `linear`).
+"""Softmax attention: PyTorch's SDPA, but for long sequences on CPUs, where it takes MKL.
 
-Everywhere else softmax attention is `torch.nn.functional.scaled_dot_product_attention`.
+`linear` tells more of MKL and oneDNN.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.library import custom_op
+from torch.utils.flop_counter import register_flop_formula
 
 from .linear import product, runs_on_onednn
 
 # From here on, the products outweigh what a call for each head costs (`benchmarks/README.md`).
 MIN_TOKENS = 512
 BLOCK = 256  # queries whose weights are in memory at a time, N numbers each
-
-
-def runs_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether `softmax_in_blocks` takes these [B, h, N, D]: many tokens, no gradient."""
-    return (
-        not torch.compiler.is_compiling()
-        and not torch.is_grad_enabled()
-        and runs_on_onednn(q, k)
-        and q.shape[2] >= MIN_TOKENS
-    )
 
 
 def softmax_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -44,6 +39,51 @@ def softmax_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         strict=True,
     ):
         for start in range(0, N, BLOCK):
-            weights = product(queries[start : start + BLOCK], keys).softmax(-1)
+            weights = product(queries[start : start + BLOCK], keys)
+            torch.softmax(weights, -1, out=weights)  # in memory that the caches hold
             result[start : start + BLOCK] = product(weights, values.t())
     return out
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v by what is fastest.
+
+    Args:
+        q: [B, h, N, D]; k and v likewise, any strides.
+        k: Keys.
+        v: Values.
+
+    Returns:
+        [B, N, h, D].
+    """
+    if torch.is_grad_enabled() or not runs_on_onednn(q, k):
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    if torch.compiler.is_compiling():
+        out: Tensor = torch.ops.vitlinear.sdpa(q, k, v)
+        return out
+    return _sdpa(q, k, v)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    if q.shape[2] >= MIN_TOKENS:
+        return softmax_in_blocks(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+@custom_op("vitlinear::sdpa", mutates_args=(), device_types="cpu")
+def sdpa_op(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`sdpa` in compiled programs: one operator for any number of tokens, so one program."""
+    return _sdpa(q, k, v).contiguous()
+
+
+@sdpa_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    B, h, N, D = q.shape
+    return q.new_empty(B, N, h, D)
+
+
+@register_flop_formula(torch.ops.vitlinear.sdpa)
+def _(q: torch.Size, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    """Two for each multiply-add, as PyTorch counts SDPA."""
+    B, h, N, D = q
+    return 4 * B * h * N * N * D
