@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitlinear.layers import Linear
-from vitlinear.ops.linear import linear, onednn_available, runs_on_onednn
+from vitlinear.ops.linear import PACK_ROWS, linear, onednn_available, runs_on_onednn
 
 needs_onednn = pytest.mark.skipif(not onednn_available(), reason="this PyTorch has no oneDNN")
 # Rows of a projection, of one token, of a map, of a view with gaps, of a transposed view.
@@ -36,6 +36,23 @@ def operators(run) -> set[str]:
     with profile(activities=[ProfilerActivity.CPU]) as trace:
         run()
     return {event.key for event in trace.key_averages()}
+
+
+@needs_onednn
+@torch.no_grad()
+def test_weights_that_widen_are_packed_for_many_rows():
+    def packed(rows: int, weight: torch.Tensor) -> bool:
+        x, bias = torch.randn(2, rows // 2, weight.shape[1]), torch.randn(len(weight))
+        ran = operators(lambda: linear(x, weight, bias))
+        expected = F.linear(x.double(), weight.double(), bias.double())
+        torch.testing.assert_close(linear(x, weight, bias).double(), expected, rtol=1e-5, atol=1e-5)
+        return "mkldnn::_reorder_linear_weight" in ran
+
+    torch.manual_seed(0)
+    assert packed(PACK_ROWS, torch.randn(40, 24))
+    assert packed(PACK_ROWS, torch.randn(24, 40).t())
+    assert not packed(PACK_ROWS, torch.randn(24, 40))
+    assert not packed(PACK_ROWS - 2, torch.randn(40, 24))
 
 
 @needs_onednn
