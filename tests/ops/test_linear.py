@@ -9,13 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.ops.onednn import needs_onednn, operators
 from vitlinear.layers import Linear
-from vitlinear.ops.linear import PACK_ROWS, linear, onednn_available, runs_on_onednn
+from vitlinear.ops.linear import PACK_ROWS, linear, runs_on_onednn
 
-needs_onednn = pytest.mark.skipif(not onednn_available(), reason="this PyTorch has no oneDNN")
 # Rows of a projection, of one token, of a map, of a view with gaps, of a transposed view.
 INPUTS = {
     "rows": lambda: torch.randn(7, 24),
@@ -30,12 +29,6 @@ INPUTS = {
 def layer(bias: bool = True) -> Linear:
     torch.manual_seed(0)
     return Linear(24, 40, bias=bias)
-
-
-def operators(run) -> set[str]:
-    with profile(activities=[ProfilerActivity.CPU]) as trace:
-        run()
-    return {event.key for event in trace.key_averages()}
 
 
 @needs_onednn

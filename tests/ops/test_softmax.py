@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.ops.onednn import needs_onednn, operators
 from vitlinear.ops import softmax_attention
-from vitlinear.ops.linear import onednn_available
 from vitlinear.ops.softmax import MIN_TOKENS, sdpa, softmax_in_blocks
 
-pytestmark = pytest.mark.skipif(not onednn_available(), reason="this PyTorch has no oneDNN")
+pytestmark = needs_onednn
 
 
 def inputs(tokens: int) -> list[torch.Tensor]:
@@ -38,9 +36,7 @@ def test_equals_sdpa_in_double_precision():
 
 def products(function, *heads: torch.Tensor) -> bool:
     """Whether oneDNN multiplied."""
-    with profile(activities=[ProfilerActivity.CPU]) as trace:
-        function(*heads)
-    return "mkldnn::_linear_pointwise" in {event.key for event in trace.key_averages()}
+    return "mkldnn::_linear_pointwise" in operators(lambda: function(*heads))
 
 
 def test_where_sdpa_stays():

@@ -5,13 +5,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import register_flop_formula, sdpa_flop
 
 from .linear import product, runs_on_onednn
 
@@ -21,16 +19,7 @@ BLOCK = 256  # queries whose weights are in memory at a time, N numbers each
 
 
 def softmax_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v, a head and a block of queries at a time.
-
-    Args:
-        q: [B, h, N, D]; k and v likewise, any strides.
-        k: Keys.
-        v: Values.
-
-    Returns:
-        [B, N, h, D], contiguous.
-    """
+    """`sdpa`, a head and a block of queries at a time; contiguous."""
     B, h, N, D = q.shape
     out = q.new_empty(B, N, h, D)
     for queries, keys, values, result in zip(
@@ -56,16 +45,11 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     Returns:
         [B, N, h, D].
     """
-    if torch.is_grad_enabled() or not runs_on_onednn(q, k):
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-    if torch.compiler.is_compiling():
+    faster = not torch.is_grad_enabled() and runs_on_onednn(q, k)
+    if faster and torch.compiler.is_compiling():
         out: Tensor = torch.ops.vitlinear.sdpa(q, k, v)
         return out
-    return _sdpa(q, k, v)
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    if q.shape[2] >= MIN_TOKENS:
+    if faster and q.shape[2] >= MIN_TOKENS:
         return softmax_in_blocks(q, k, v)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
@@ -73,7 +57,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @custom_op("vitlinear::sdpa", mutates_args=(), device_types="cpu")
 def sdpa_op(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """`sdpa` in compiled programs: one operator for any number of tokens, so one program."""
-    return _sdpa(q, k, v).contiguous()
+    with torch.no_grad():  # which the program may have set for this part alone
+        return sdpa(q, k, v).contiguous()
 
 
 @sdpa_op.register_fake
@@ -82,8 +67,4 @@ def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return q.new_empty(B, N, h, D)
 
 
-@register_flop_formula(torch.ops.vitlinear.sdpa)
-def _(q: torch.Size, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    """Two for each multiply-add, as PyTorch counts SDPA."""
-    B, h, N, D = q
-    return 4 * B * h * N * N * D
+register_flop_formula(torch.ops.vitlinear.sdpa, get_raw=True)(sdpa_flop)
