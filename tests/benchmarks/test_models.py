@@ -99,6 +99,15 @@ def test_modes(mode, task, precision):
         assert 0 < found.facts["difference"] < 0.1
 
 
+def test_the_first_call_of_a_turn_does_not_count(monkeypatch):
+    """Also where it alone takes the whole time."""
+    found = Subject(Case("test_ravlt", "eager", "forward", 64, 32, 2))
+    calls = iter([9.0, 3.0, 1.0, 1.5, 1.0])
+    monkeypatch.setattr(found, "timed", lambda: next(calls))
+    assert found.round(2.0) == [3.0]
+    assert found.round(0.5) == [1.5]
+
+
 def test_the_transcription_has_the_multiply_adds_of_the_model():
     """And both those that fvcore finds in a traced program."""
     size = (3, 64, 64)
