@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -9,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.ops.onednn import needs_onednn, operators
 from vitlinear.ops import softmax_attention
-from vitlinear.ops.softmax import MIN_TOKENS, sdpa, softmax_in_blocks
+from vitlinear.ops.softmax import MAX_LOGIT, MAX_VALUE, MIN_TOKENS, sdpa, softmax_in_blocks
 
 pytestmark = needs_onednn
 
@@ -29,9 +32,42 @@ def test_equals_sdpa_in_double_precision():
     assert out.is_contiguous()
     torch.testing.assert_close(out, softmax_in_blocks(*heads), rtol=0, atol=0)
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
-    # Logits of 1e6: their exponentials fit no number.
-    large = softmax_attention(1e3 * q, 1e3 * k, v)
-    assert large.isfinite().all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 2.7, 3.0, 30.0])
+def test_logits_of_any_size(scale):
+    """Without a shift and with one, each head by its own: head 1 has the smaller keys."""
+    q, k, v = inputs(MIN_TOKENS)
+    k[:, :, 1] *= 0.25
+    heads = [x.transpose(1, 2) for x in (scale * q, scale * k, v)]
+    expected = F.scaled_dot_product_attention(*(x.double() for x in heads)).transpose(1, 2)
+    error = (softmax_in_blocks(*heads) - expected).abs().max()
+    # Logits have relative errors, so weights errors in proportion to the logits.
+    assert error <= 1e-6 * max(1.0, scale**2)
+
+
+@torch.no_grad()
+def test_only_long_queries_and_keys_pay_for_a_shift():
+    heads = [x.transpose(1, 2) for x in inputs(MIN_TOKENS)]
+    assert "aten::sub_" not in operators(lambda: softmax_in_blocks(*heads))
+    heads[1] = 10 * heads[1]
+    assert "aten::sub_" in operators(lambda: softmax_in_blocks(*heads))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("value", [1.0, MAX_VALUE, 1e30])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_the_largest_logits_without_a_shift(sign, value):
+    q, k, v = (torch.zeros(1, 1, MIN_TOKENS, 4) for _ in range(3))
+    q[..., 0] = sign
+    k[..., 0] = (1 - 1e-5) * 2 * MAX_LOGIT * math.log(2)  # 2 for sqrt(D)
+    v[...] = value
+    out = softmax_in_blocks(q, k, v)
+    # 512 equal terms round alike.
+    torch.testing.assert_close(out, v.transpose(1, 2), rtol=1e-5, atol=0)
+    shifted = "aten::sub_" in operators(lambda: softmax_in_blocks(q, k, v))
+    assert shifted == (value > MAX_VALUE)
 
 
 def products(function, *heads: torch.Tensor) -> bool:
