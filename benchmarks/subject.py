@@ -31,7 +31,13 @@ from vitlinear.errors import one_line
 from vitlinear.train.model import build_model
 
 # Of those, the ones that a training step can run.
-MODES = {"eager": True, "fused": False, "compiled": True, "exported": False}
+MODES = {
+    "eager": True,
+    "fused": False,
+    "compiled": True,
+    "compiled-as-is": True,
+    "exported": False,
+}
 PASSES = ("forward", "train")
 # Weights and images of that type; amp_* are float32 weights under autocast, as recipes train.
 PRECISIONS = {
@@ -88,6 +94,8 @@ def prepared(model: nn.Module, mode: str, images: Tensor) -> nn.Module:
         return model.fuse() if hasattr(model, "fuse") else reparameterize_model(model)
     if mode == "compiled":
         return torch.compile(model)
+    if mode == "compiled-as-is":
+        return torch.compile(model, options={"layout_optimization": False})
     if mode == "exported":
         return torch.export.export(model, (images,)).module()
     return model

@@ -8,6 +8,7 @@ import torch
 from timm.data import resolve_input_data_config
 from timm.models import is_model, resolve_model_input_args, split_model_name_tag
 from torch import nn
+from torch._inductor import list_mode_options
 
 import vitlinear  # noqa: F401  registers the models with timm
 from vitlinear.errors import UserError, one_line
@@ -60,6 +61,30 @@ def build_model(name: str, *, pretrained: bool = False, **kwargs: Any) -> nn.Mod
     except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
         what = "build or fetch the weights of" if pretrained else "build"
         raise UserError(f"cannot {what} {name}: {one_line(error)}") from error
+
+
+def compile_arguments(model: nn.Module, backend: str, mode: str | None = None) -> dict[str, Any]:
+    """Arguments of `torch.compile` that suit a model.
+
+    Inductor's layout optimisation takes each tensor of four axes that it keeps near a convolution
+    for [B, C, H, W] and copies it to channels-last. Our maps are [B, H, W, C] and heads
+    [B, h, N, D]: they are to stay as they are (`docs/compile.md`).
+
+    Args:
+        model: The model, or one of its blocks.
+        backend: A backend of `torch.compile`.
+        mode: A mode of `torch.compile`, of inductor alone.
+
+    Raises:
+        UserError: Unknown mode.
+    """
+    if backend != "inductor" or not type(model).__module__.startswith("vitlinear."):
+        return {"backend": backend, "mode": mode}
+    try:
+        options = list_mode_options(mode or "default")
+    except RuntimeError as error:
+        raise UserError(f"--torchcompile-mode: {one_line(error)}") from error
+    return {"backend": backend, "options": {**options, "layout_optimization": False}}
 
 
 def data_config(model: nn.Module, requested: dict[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
 from vitlinear.errors import LostPeerError, UserError, one_line
+from vitlinear.train.model import compile_arguments
 from vitlinear.train.optimisation import ema_decay
 from vitlinear.train.signals import Stopped
 
@@ -169,11 +170,14 @@ def distribute(task: TrainingTask, args: argparse.Namespace, device: torch.devic
             model = unwrap_model(task.get_trainable_module(ema=ema))
             if args.torchcompile:
                 for block in _blocks(model):
-                    block.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+                    block.compile(
+                        **compile_arguments(block, args.torchcompile, args.torchcompile_mode)
+                    )
             shard(model, device, dtype)
         return
     if args.torchcompile:
-        task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+        model = unwrap_model(task.get_trainable_module())
+        task.compile(**compile_arguments(model, args.torchcompile, args.torchcompile_mode))
     if args.distributed:
         task.prepare_distributed(device_ids=[device] if device.type == "cuda" else None)
 
