@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.ops.onednn import needs_onednn, operators
 from vitlinear.layers import Linear
-from vitlinear.ops.linear import PACK_ROWS, linear, runs_on_onednn
+from vitlinear.ops.linear import MATMUL_ROWS, PACK_ROWS, linear, matmul, runs_on_onednn
 
 # Rows of a projection, of one token, of a map, of a view with gaps, of a transposed view.
 INPUTS = {
@@ -46,6 +46,26 @@ def test_weights_that_widen_are_packed_for_many_rows():
     assert packed(PACK_ROWS, torch.randn(24, 40).t())
     assert not packed(PACK_ROWS, torch.randn(24, 40))
     assert not packed(PACK_ROWS - 2, torch.randn(40, 24))
+
+
+@needs_onednn
+@pytest.mark.parametrize("batch", [1, 3])
+def test_matrix_products_by_onednn_where_no_gradient_is_wanted(batch):
+    # Heads before tokens, as views of tokens before heads.
+    x, y = torch.randn(batch, MATMUL_ROWS, 2, 12).transpose(1, 2), torch.randn(batch, 2, 12, 20)
+    used = "mkldnn::_linear_pointwise"
+    assert used not in operators(lambda: matmul(x, y))  # gradients are enabled
+    with torch.no_grad():
+        for case in (x, x[:, :1], x[:1, 1:]):
+            weight = y[: case.shape[0], : case.shape[1]]
+            torch.testing.assert_close(
+                matmul(case, weight).double(), case.double() @ weight.double(), rtol=1e-5, atol=1e-5
+            )
+            assert used in operators(lambda: matmul(case, weight))  # noqa: B023
+        assert used not in operators(lambda: matmul(x[:, :, 1:], y))
+        assert used not in operators(lambda: matmul(x.double(), y.double()))
+        assert used not in operators(lambda: matmul(x[:0], y[:0]))
+        assert matmul(x[:0], y[:0]).shape == (0, 2, MATMUL_ROWS, 20)
 
 
 @needs_onednn

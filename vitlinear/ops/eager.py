@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .features import keeps_nothing
+from .linear import matmul
 from .mechanisms import Mechanism
 from .rotary import RotaryTables, encode, rotate, token_table
 from .softmax import sdpa
@@ -251,7 +252,7 @@ def linear_attention_forward(
             q_features = q_features * a
         else:
             scaled = scaled * a
-    out = encode(q_features, table, positions) @ scaled
+    out = matmul(encode(q_features, table, positions), scaled)
     if reads.uses_mean:
         mean_v = v.sum(dim=2, keepdim=True) / num_valid
         out = out + b * mean_v
