@@ -36,6 +36,7 @@ MODES = {
     "fused": False,
     "compiled": True,
     "compiled-as-is": True,
+    "fused-compiled-as-is": False,
     "exported": False,
 }
 PASSES = ("forward", "train")
@@ -90,11 +91,11 @@ def multiply_adds(model: nn.Module, size: tuple[int, int, int]) -> int:
 
 def prepared(model: nn.Module, mode: str, images: Tensor) -> nn.Module:
     """The model in a mode; a new module, or the same one changed in place."""
-    if mode == "fused":
-        return model.fuse() if hasattr(model, "fuse") else reparameterize_model(model)
+    if mode.startswith("fused"):
+        model = model.fuse() if hasattr(model, "fuse") else reparameterize_model(model)
     if mode == "compiled":
         return torch.compile(model)
-    if mode == "compiled-as-is":
+    if mode.endswith("as-is"):
         return torch.compile(model, options={"layout_optimization": False})
     if mode == "exported":
         return torch.export.export(model, (images,)).module()

@@ -69,6 +69,23 @@ def test_matrix_products_by_onednn_where_no_gradient_is_wanted(batch):
 
 
 @needs_onednn
+@torch.no_grad()
+def test_one_compiled_program_of_matrix_products_for_short_and_long():
+    compiled = torch.compile(matmul, backend="aot_eager", fullgraph=True, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rows in (50, MATMUL_ROWS + 7, MATMUL_ROWS - 1):
+            x, y = torch.randn(3, 2, rows, 12), torch.randn(3, 2, 12, 20)
+            torch.testing.assert_close(compiled(x, y), matmul(x, y), rtol=0, atol=0)
+            used = "mkldnn::_linear_pointwise" in operators(lambda: compiled(x, y))  # noqa: B023
+            assert used == (rows >= MATMUL_ROWS)
+    with FlopCounterMode(display=False) as ours:
+        torch.ops.vitlinear.matmul(x, y)
+    with FlopCounterMode(display=False) as theirs:
+        torch.matmul(x, y)
+    assert ours.get_total_flops() == theirs.get_total_flops() > 0
+
+
+@needs_onednn
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("name", INPUTS)
 def test_outputs_and_gradients(name, bias):

@@ -81,16 +81,27 @@ def matmul(x: Tensor, y: Tensor) -> Tensor:
     Returns:
         [B, h, N, D].
     """
-    if (
-        torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or x.shape[2] < MATMUL_ROWS
-        or not runs_on_onednn(x, y)
-    ):
+    faster = not torch.is_grad_enabled() and runs_on_onednn(x, y)
+    if faster and torch.compiler.is_compiling():
+        compiled: Tensor = torch.ops.vitlinear.matmul(x, y)
+        return compiled
+    if not faster or x.shape[2] < MATMUL_ROWS:
         return x @ y
     outs = [product(a, b.t()) for a, b in zip(x.flatten(0, 1), y.flatten(0, 1), strict=True)]
     out = outs[0][None] if len(outs) == 1 else torch.stack(outs)
     return out.unflatten(0, x.shape[:2])
+
+
+@custom_op("vitlinear::matmul", mutates_args=(), device_types="cpu")
+def matmul_op(x: Tensor, y: Tensor) -> Tensor:
+    """`matmul` in compiled programs: one operator for any number of rows, so one program."""
+    with torch.no_grad():  # which the program may have set for this part alone
+        return matmul(x, y)
+
+
+@matmul_op.register_fake
+def _(x: Tensor, y: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], y.shape[-1])
 
 
 @custom_op("vitlinear::linear", mutates_args=(), device_types="cpu")
@@ -187,6 +198,11 @@ def _flops(x: torch.Size, weight: torch.Size, *_: Any, out_shape: Any = None, **
     return 2 * x.numel() * weight[0]
 
 
+def _matmul_flops(x: torch.Size, y: torch.Size, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return 2 * x.numel() * y[-1]
+
+
 register_flop_formula(torch.ops.vitlinear.linear)(_flops)
+register_flop_formula(torch.ops.vitlinear.matmul)(_matmul_flops)
 if _AVAILABLE:
     register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_flops)
