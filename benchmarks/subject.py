@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.attention import held_bytes
 from benchmarks.transcription import SUFFIX, check_transcribed, transcribe
 from vitlinear.errors import one_line
-from vitlinear.train.model import build_model
+from vitlinear.train.model import KEEP_LAYOUT, build_model
 
 # Of those, the ones that a training step can run.
 MODES = {
@@ -96,7 +96,7 @@ def prepared(model: nn.Module, mode: str, images: Tensor) -> nn.Module:
     if mode == "compiled":
         return torch.compile(model)
     if mode.endswith("as-is"):
-        return torch.compile(model, options={"layout_optimization": False})
+        return torch.compile(model, options=KEEP_LAYOUT)
     if mode == "exported":
         return torch.export.export(model, (images,)).module()
     return model

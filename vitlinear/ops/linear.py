@@ -193,16 +193,11 @@ def conv_gelu(x: Tensor, conv: nn.Conv2d) -> Tensor:
     return out
 
 
-def _flops(x: torch.Size, weight: torch.Size, *_: Any, out_shape: Any = None, **__: Any) -> int:
+def _flops(x: torch.Size, *_: Any, out_shape: torch.Size, **__: Any) -> int:
     """Two for each multiply-add, as PyTorch counts products."""
-    return 2 * x.numel() * weight[0]
+    return 2 * x.numel() * out_shape[-1]
 
 
-def _matmul_flops(x: torch.Size, y: torch.Size, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    return 2 * x.numel() * y[-1]
-
-
-register_flop_formula(torch.ops.vitlinear.linear)(_flops)
-register_flop_formula(torch.ops.vitlinear.matmul)(_matmul_flops)
+register_flop_formula([torch.ops.vitlinear.linear, torch.ops.vitlinear.matmul])(_flops)
 if _AVAILABLE:
     register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_flops)

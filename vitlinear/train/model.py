@@ -14,6 +14,9 @@ import vitlinear  # noqa: F401  registers the models with timm
 from vitlinear.errors import UserError, one_line
 from vitlinear.train.config import did_you_mean
 
+# Of `torch.compile`: tensors stay in the layout they have (`docs/compile.md`).
+KEEP_LAYOUT = {"layout_optimization": False}
+
 
 def check_model_name(name: str | None) -> str:
     """Returns ``name`` if timm can build it.
@@ -84,7 +87,7 @@ def compile_arguments(model: nn.Module, backend: str, mode: str | None = None) -
         options = list_mode_options(mode or "default")
     except RuntimeError as error:
         raise UserError(f"--torchcompile-mode: {one_line(error)}") from error
-    return {"backend": backend, "options": {**options, "layout_optimization": False}}
+    return {"backend": backend, "options": {**options, **KEEP_LAYOUT}}
 
 
 def data_config(model: nn.Module, requested: dict[str, Any]) -> dict[str, Any]:
