@@ -11,10 +11,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.ops.onednn import needs_onednn, operators
-from vitlinear.ops import softmax_attention
+from vitlinear.ops import linear, softmax_attention
 from vitlinear.ops.softmax import MAX_LOGIT, MAX_VALUE, MIN_TOKENS, sdpa, softmax_in_blocks
 
 pytestmark = needs_onednn
+
+
+@pytest.fixture(autouse=True)
+def no_intel(monkeypatch):
+    """Wherever this runs."""
+    monkeypatch.setattr(linear, "INTEL", False)
 
 
 def inputs(tokens: int) -> list[torch.Tensor]:
@@ -75,7 +81,7 @@ def products(function, *heads: torch.Tensor) -> bool:
     return "mkldnn::_linear_pointwise" in operators(lambda: function(*heads))
 
 
-def test_where_sdpa_stays():
+def test_where_sdpa_stays(monkeypatch):
     heads = [x.transpose(1, 2) for x in inputs(MIN_TOKENS)]
     assert not products(sdpa, *heads)  # gradients are enabled
     with torch.no_grad():
@@ -83,6 +89,8 @@ def test_where_sdpa_stays():
         assert not products(sdpa, *(x[:, :, 1:] for x in heads))
         assert not products(sdpa, *(x.double() for x in heads))
         assert not products(sdpa, *(x.bfloat16() for x in heads))
+        monkeypatch.setattr(linear, "INTEL", True)
+        assert not products(sdpa, *heads)
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ class Linear(nn.Linear):
 
     Attributes:
         activation: ``'none'`` or ``'gelu'``; see `vitlinear.ops.linear.linear`.
+        frozen: Whether `fuse` was called; likewise.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class Linear(nn.Linear):
         """Make the layer; arguments as `nn.Linear`."""
         super().__init__(in_features, out_features, bias, device, dtype)
         self.activation = "none"
+        self.frozen = False
 
     def extra_repr(self) -> str:
         """Arguments, and the activation if there is one."""
@@ -41,4 +43,10 @@ class Linear(nn.Linear):
         if torch.jit.is_scripting():
             x = F.linear(x, self.weight, self.bias)
             return F.gelu(x) if self.activation == "gelu" else x
-        return linear(x, self.weight, self.bias, self.activation)
+        return linear(x, self.weight, self.bias, self.activation, self.frozen)
+
+    @torch.jit.ignore
+    def fuse(self) -> Linear:
+        """This layer, free to keep a copy of its weight in a faster layout."""
+        self.frozen = True
+        return self

@@ -1,6 +1,6 @@
-"""Softmax attention: PyTorch's SDPA, but for long sequences on CPUs, where it takes MKL.
+"""Softmax attention: PyTorch's SDPA, but for long sequences on CPUs that are not Intel's.
 
-`linear` tells more of MKL and oneDNN.
+SDPA takes MKL; `linear` tells more of that and oneDNN.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula, sdpa_flop
 
+from . import linear
 from .linear import product, runs_on_onednn
 
 # From here on, the products outweigh what a call for each head costs (`benchmarks/README.md`).
@@ -27,7 +28,7 @@ MAX_VALUE = 2**32
 def softmax_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """`sdpa`, a head and a block of queries at a time; contiguous.
 
-    Weights are powers of 2, which take PyTorch a quarter of the time of `exp` on CPUs, and are
+    Weights are powers of 2, which take PyTorch a quarter of the time of `exp` on such CPUs, and are
     divided by their sum after the product with the values. A row's largest logit is
     taken from it only where it may exceed `MAX_LOGIT`, by the inequality of Cauchy and Schwarz,
     or a value exceeds `MAX_VALUE`.
@@ -66,7 +67,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     Returns:
         [B, N, h, D].
     """
-    faster = not torch.is_grad_enabled() and runs_on_onednn(q, k)
+    faster = not (linear.INTEL or torch.is_grad_enabled()) and runs_on_onednn(q, k)
     if faster and torch.compiler.is_compiling():
         out: Tensor = torch.ops.vitlinear.sdpa(q, k, v)
         return out
