@@ -7,6 +7,9 @@ import timm
 import torch
 from timm.layers import LayerNorm
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch.utils.checkpoint import checkpoint
 
 from benchmarks.saved import saved_bytes
 from vitlinear.layers import ConvMlp, ResidualDepthwiseConv, run_recomputing
@@ -130,7 +133,7 @@ def test_inside_other_hooks():
     expected = gradients(mlp, x)
     with torch.autograd.graph.save_on_cpu():
         assert all(map(torch.equal, gradients(mlp, x), expected))
-    out = torch.utils.checkpoint.checkpoint(mlp, x, use_reentrant=False)
+    out = checkpoint(mlp, x, use_reentrant=False)
     grads = torch.autograd.grad(out.square().sum(), list(mlp.parameters()))
     assert all(map(torch.equal, grads, expected))
 
@@ -140,3 +143,51 @@ def test_compilers_see_the_plain_program():
     exported = torch.export.export(mlp, (x,)).module()
     for program in (torch.jit.script(mlp), torch.jit.trace(mlp, x), exported):
         torch.testing.assert_close(program(x), mlp(x))
+
+
+def kept_by_compiled(model, x) -> list[torch.Size]:
+    """Shapes of what a compiled forward pass leaves for backward, its inputs and output aside."""
+    kept = []
+
+    def forward(program, inputs):
+        (outputs,) = program.graph.find_nodes(op="output")[0].args
+        kept.extend(node.meta["val"].shape for node in outputs[1:] if node.op != "placeholder")
+        return program
+
+    backend = aot_autograd(
+        fw_compiler=forward,
+        bw_compiler=lambda program, inputs: program,
+        partition_fn=min_cut_rematerialization_partition,  # inductor's
+    )
+    torch._dynamo.reset()
+    torch.compile(model, backend=backend, fullgraph=True)(x).sum().backward()
+    return kept
+
+
+def test_compiled_programs_keep_no_more():
+    mlp, x = ConvMlp(4, 8), torch.randn(1, 3, 3, 4, requires_grad=True)
+    hidden = 3 * 3 * 8
+    kept = [shape.numel() for shape in kept_by_compiled(mlp, x)]
+    assert kept.count(hidden) == 1
+    mlp.act.register_forward_hook(lambda module, args, out: out * 2)
+    kept = [shape.numel() for shape in kept_by_compiled(mlp, x)]
+    assert kept.count(hidden) > 1  # what has hooks does not run again
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_gradients(checkpointing):
+    """In one program for all sizes, and where all is computed again anyway."""
+
+    def forward(x):
+        return checkpoint(mlp, x, use_reentrant=False) if checkpointing else mlp(x)
+
+    mlp = ConvMlp(4, 8)
+    parameters = list(mlp.parameters())
+    torch._dynamo.reset()
+    compiled = torch.compile(forward, backend="aot_eager", fullgraph=True, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for size in (5, 6):
+            x = torch.randn(2, size, size + 1, 4)
+            less = torch.autograd.grad(compiled(x).square().sum(), parameters)
+            more = torch.autograd.grad(mlp(x).square().sum(), parameters)
+            torch.testing.assert_close(less, more)

@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..ops.recompute import recomputing
+from ..ops.tracing import wants_common_operators
 from .rms_norm import HeadRmsNorm, RmsNorm
 
 # Cheap, and the same whenever they run on the same input.
@@ -47,19 +50,42 @@ class _Chain:
         return x
 
 
+def _compiles_for_training() -> bool:
+    """Whether a compiler looks that makes a backward pass as well, and for this place."""
+    return (
+        torch.compiler.is_compiling() and torch.is_grad_enabled() and not wants_common_operators()
+    )
+
+
+def _compute_twice(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
+    """Modules in a row, all marked for the compiler to run again in backward."""
+
+    def run(x: Tensor) -> Tensor:
+        for module in modules:
+            x = module(x)
+        return x
+
+    y: Tensor = checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
+    return y
+
+
 def run_recomputing(modules: Sequence[nn.Module], x: Tensor, *args: Any) -> Tensor:
     """``modules[-1](...modules[1](modules[0](x)), *args)``, keeping less for backward.
 
     What comes out of all but the last is not kept for the sake of the next one: backward makes it
     again from x, with autograd's own formulas for the rest. Cheap modules only: activations,
     norms, depthwise convolutions. From the first on that is none of those, or has forward hooks,
-    autograd keeps what it always keeps. See `vitlinear.ops.recompute`.
+    autograd keeps what it always keeps. See `vitlinear.ops.recompute`. A compiler, which by itself
+    keeps more here than eager mode does, is told the same if it holds for all but the last.
 
     Args:
         modules: At least two.
         x: Input of the first, which keeps it anyway.
         args: Further arguments of the last.
     """
+    *first, last = modules
+    if _compiles_for_training() and all(map(_can_run_again, first)):
+        return last(_compute_twice(first, x), *args)
     y = modules[0](x)
     cheap = _can_run_again(modules[0])
     chain = _Chain(modules)
