@@ -40,8 +40,9 @@ def fold_gelu(linear: Linear, act: nn.Module) -> nn.Module:
 def fuse_model(model: nn.Module) -> None:
     """Fold all that can be folded in a model, in place; inference only, same outputs.
 
-    On CPUs linear layers also keep a copy of their weights in a faster layout. A weight that is changed
-    afterwards is copied anew, but not where it changes through ``.data``, which nothing records.
+    On CPUs linear layers also keep a copy of their weights in a faster layout. A weight that is
+    changed afterwards is copied anew, but not where it changes through ``.data``, which nothing
+    records.
 
     Raises:
         ValueError: The model is in training mode, where batch norm has no fixed statistics.
