@@ -43,6 +43,26 @@ def test_elu_plus_one_keeps_one_tensor():
     assert [t.data_ptr() for t in kept] == [out.data_ptr()]
 
 
+@torch.no_grad()
+def test_elu_plus_one_of_compiled_programs():
+    x = torch.tensor([-torch.inf, -100, -20, -1, -1e-4, 0, 1e-4, 1, 100, torch.inf, torch.nan])
+    program = []
+
+    def backend(graph, inputs):
+        program.append(str(graph.graph))
+        return graph
+
+    compiled = torch.compile(elu_plus_one, backend=backend, fullgraph=True)
+    torch.testing.assert_close(compiled(x), elu_plus_one(x), equal_nan=True)
+    assert "exp" in program[0] and "elu" not in program[0]
+    assert "elu" in str(torch.export.export(Features(), (x,)).graph)
+
+
+class Features(torch.nn.Module):
+    def forward(self, x):
+        return elu_plus_one(x)
+
+
 @pytest.mark.parametrize("with_gradient", [False, True])
 def test_features_of_nala(with_gradient):
     x = inputs().detach().clone() / 10

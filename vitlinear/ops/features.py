@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .tracing import wants_common_operators
+
 
 def keeps_nothing() -> bool:
     """Whether a new tensor may be written to again: no gradient wants it, no compiler looks."""
@@ -67,7 +69,10 @@ def _elu_plus_one(x: Tensor) -> Tensor:
 def elu_plus_one(x: Tensor) -> Tensor:
     """``elu(x) + 1``: ``exp(x)`` for x <= 0, ``x + 1`` above (Katharopoulos et al., 2020)."""
     if torch.compiler.is_compiling():
-        return F.elu(x) + 1
+        if torch.is_grad_enabled() or wants_common_operators():
+            return F.elu(x) + 1
+        # For CPUs inductor computes elu anew in each loop that reads it, but an exponential once.
+        return x.clamp(max=0).exp() + x.clamp(min=0)
     if torch.is_grad_enabled():
         out: Tensor = _EluPlusOne.apply(x)
         return out
