@@ -100,15 +100,20 @@ def product(
 ) -> Tensor:
     """`linear` by oneDNN, where `runs_on_onednn`; no gradient."""
     x = _dense(x)
-    rows = x.numel() // x.shape[-1]
     if frozen and not weight.is_inference():  # which has no version
         weight = _packed(weight)
     else:
         weight = _dense(weight)
+        rows = x.numel() // x.shape[-1]
         if not INTEL and rows >= PACK_ROWS and weight.shape[0] > weight.shape[1]:
             weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none")
     return out
+
+
+def outdoes_batches(x: Tensor, y: Tensor) -> bool:
+    """Whether oneDNN, called for each matrix, may outdo MKL, called once for all of a batch."""
+    return not (INTEL or torch.is_grad_enabled()) and runs_on_onednn(x, y)
 
 
 def matmul(x: Tensor, y: Tensor) -> Tensor:
@@ -121,7 +126,7 @@ def matmul(x: Tensor, y: Tensor) -> Tensor:
     Returns:
         [B, h, N, D].
     """
-    faster = not (INTEL or torch.is_grad_enabled()) and runs_on_onednn(x, y)
+    faster = outdoes_batches(x, y)
     if faster and torch.compiler.is_compiling():
         compiled: Tensor = torch.ops.vitlinear.matmul(x, y)
         return compiled

@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula, sdpa_flop
 
-from . import linear
-from .linear import product, runs_on_onednn
+from .linear import outdoes_batches, product
 
 # From here on, the products outweigh what a call for each head costs (`benchmarks/README.md`).
 MIN_TOKENS = 512
@@ -67,7 +66,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     Returns:
         [B, N, h, D].
     """
-    faster = not (linear.INTEL or torch.is_grad_enabled()) and runs_on_onednn(q, k)
+    faster = outdoes_batches(q, k)
     if faster and torch.compiler.is_compiling():
         out: Tensor = torch.ops.vitlinear.sdpa(q, k, v)
         return out
