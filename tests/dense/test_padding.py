@@ -328,9 +328,10 @@ def test_compiled():
 
     counter = CompileCounter()
     compiled = torch.compile(run, backend=counter, fullgraph=True)
-    assert all(map(torch.equal, compiled(batch, None), plain))
+    # Not equal bit for bit: elu + 1 is another formula there.
+    assert max(map(error, compiled(batch, None), plain)) < 1e-12
     assert counter.frame_count == 1
-    assert all(map(torch.equal, compiled(batch, sizes), expected))
+    assert max(map(error, compiled(batch, sizes), expected)) < 1e-12
 
 
 @torch.no_grad()
