@@ -238,6 +238,23 @@ def test_compiled_once_for_all_sizes(name):
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("name", ["test_ravlt", "test_l2vit"])
+def test_checkpointed_training_compiles_for_any_size(name):
+    """Numbers that Dynamo takes for inputs, as constants of a module, fail inside such parts."""
+    torch._dynamo.reset()
+    model = make(name).train()
+    expected = deepcopy(model)
+    model.set_grad_checkpointing()
+    compiled = torch.compile(model, backend=CompileCounter(), fullgraph=True, dynamic=True)
+    for size in ((64, 96), (97, 161)):
+        x = torch.randn(2, 3, *size)
+        grads = [
+            torch.autograd.grad(f(x).square().sum(), m.stem.parameters())
+            for f, m in ((compiled, model), (expected, expected))
+        ]
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+
 @each_model
 def test_second_derivative(name):
     """Softmax stages need SDPA's plain form for it: the fused one has none on CPUs."""

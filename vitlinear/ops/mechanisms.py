@@ -37,8 +37,6 @@ from torch import Tensor
 
 from .features import FEATURE_MAPS, FeatureMap
 
-EPS = 1e-6  # keeps normalisers from zero; as in the released code of every family
-
 Factor = Tensor | float
 Count = Tensor | int
 
@@ -60,21 +58,30 @@ class ReadOut:
     uses_mean: bool = False
 
 
+# Constants stand in functions: under `torch.compile(dynamic=True)` a number of a module would be an
+# input of the program, and no program when part of it is under gradient checkpointing.
+
+
+def _reciprocal(z: Tensor) -> Tensor:
+    """1 / (z + eps); eps is as in the released code of every family."""
+    return (z + 1e-6).reciprocal()
+
+
 def _normalised(z: Tensor, s: float, n: Count) -> tuple[Factor, Factor]:
-    return (z + EPS).reciprocal(), 0.0
+    return _reciprocal(z), 0.0
 
 
 def _normalised_derivatives(z: Tensor, s: float, n: Count) -> tuple[Factor, Factor]:
-    return -(z + EPS).reciprocal().square(), 0.0
+    return -_reciprocal(z).square(), 0.0
 
 
 def _magnitude_aware(z: Tensor, s: float, n: Count) -> tuple[Factor, Factor]:
     z = s * z
-    return s + s * (z + EPS).reciprocal(), -z
+    return s + s * _reciprocal(z), -z
 
 
 def _magnitude_aware_derivatives(z: Tensor, s: float, n: Count) -> tuple[Factor, Factor]:
-    return -(s * (s * z + EPS).reciprocal()).square(), -s
+    return -(s * _reciprocal(s * z)).square(), -s
 
 
 def _injective(z: Tensor, s: float, n: Count) -> tuple[Factor, Factor]:
@@ -85,17 +92,18 @@ def _injective_derivatives(z: Tensor, s: float, n: Count) -> tuple[Factor, Facto
     return 0.0, -s
 
 
-# The sum of similarities, not their mean, is what L2ViT keeps from vanishing.
-MIN_SUM = 100.0
+def _clamped_sum(z: Tensor, n: Count) -> Tensor:
+    """The sum of similarities, which is what L2ViT keeps from vanishing, not their mean."""
+    return (n * z).clamp(min=100.0)
 
 
 def _clamped(z: Tensor, s: float, n: Count) -> tuple[Factor, Factor]:
-    return n * (n * z).clamp(min=MIN_SUM).reciprocal(), 0.0
+    return n * _clamped_sum(z, n).reciprocal(), 0.0
 
 
 def _clamped_derivatives(z: Tensor, s: float, n: Count) -> tuple[Factor, Factor]:
-    total = n * z
-    return -(n * total.clamp(min=MIN_SUM).reciprocal()).square() * (total >= MIN_SUM), 0.0
+    total = _clamped_sum(z, n)
+    return -(n * total.reciprocal()).square() * (total == n * z), 0.0
 
 
 def _constant(z: Tensor, s: float, n: Count) -> tuple[Factor, Factor]:
