@@ -68,6 +68,42 @@ def test_any_shape(backend, attention, grid, batch, heads, quads, rotary, mask, 
 
 @each_attention
 @each_backend
+@pytest.mark.parametrize("mask", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("epilogue", [(), ("gate", "lepe")], ids=["bare", "epilogue"])
+@pytest.mark.parametrize("dense", [False, True], ids=["views", "dense"])
+def test_inference_writes_to_no_input(attention, backend, mask, heads, epilogue, dense):
+    """It does to what it has made: dense inputs of one head are their own features at times."""
+    inputs = make_inputs(grid=(3, 4), heads=heads, mask=mask, epilogue=epilogue)
+    if dense:
+        terms = inputs.projection.detach().movedim(2, 0).contiguous()
+        inputs = inputs._replace(projection=terms.movedim(0, 2))
+    before = inputs.projection.detach().clone()
+    with torch.no_grad():
+        out = attend(attention, inputs, backend)
+    assert torch.equal(inputs.projection, before)
+    assert relative_error(out, oracle(attention, inputs)[0]) < 1e-12
+
+
+@pytest.mark.parametrize("attention", ops.MECHANISMS)
+@pytest.mark.parametrize("batched", range(5))
+def test_inference_of_many_by_vmap(attention, batched):
+    inputs = make_inputs(epilogue=("gate", "lepe"))
+    lepe, gate = inputs.epilogue_terms()
+    terms = [*inputs.projection.detach().unbind(2)[:3], lepe.detach(), gate.detach()]
+
+    def run(term):
+        q, k, v, *epilogue = *terms[:batched], term, *terms[batched + 1 :]
+        tables = inputs.tables(attention)
+        return ops.linear_attention(q, k, v, attention, tables, None, None, "eager", *epilogue)
+
+    many = torch.stack((terms[batched], -terms[batched]))
+    with torch.no_grad():
+        torch.testing.assert_close(torch.func.vmap(run)(many), torch.stack([*map(run, many)]))
+
+
+@each_attention
+@each_backend
 def test_gradcheck(attention, backend):
     inputs = make_inputs(grid=(2, 3), dim=4, mask=True)
     assert torch.autograd.gradcheck(

@@ -135,8 +135,8 @@ def prepare(
         v: Values.
         rotary: Tables, or None.
         key_padding_mask: [B, N], or None.
-        contiguous: Copy strided inputs at once. Feature maps are two to three times faster on
-            contiguous memory, but autograd would then keep the copies.
+        contiguous: Copy strided queries and keys at once. Feature maps are two to three times
+            faster on contiguous memory, but autograd would then keep the copies.
         mechanism: Decides the width of the table; None for softmax attention.
         lepe: [B, N, h, D], or None.
         gate: Likewise.
@@ -147,7 +147,7 @@ def prepare(
     contiguous = contiguous or dtype != q.dtype
     q, k, v = (widen(x.transpose(1, 2), dtype) for x in (q, k, v))
     if contiguous:
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        q, k = q.contiguous(), k.contiguous()
     table = None if rotary is None else token_table(rotary).to(dtype)
     if table is not None and mechanism is not None and mechanism.phi_q.expansion > 1:
         table = table.repeat(1, mechanism.phi_q.expansion, 1)  # each D-wide part turns alike
@@ -187,6 +187,11 @@ def hide_padding(logits: Tensor, valid: Tensor | None) -> Tensor:
     return logits if valid is None else logits.masked_fill(~seen_keys(valid), -torch.inf)
 
 
+def _times(x: Tensor, factor: Tensor, spare: bool) -> Tensor:
+    """x * factor, in x if that is spare."""
+    return x.mul_(factor) if spare else x * factor
+
+
 def epilogue(out: Tensor, lepe: Tensor | None, gate: Tensor | None) -> Tensor:
     """(out + lepe) * gate, of what is given, in the layout of lepe."""
     if lepe is None:
@@ -224,7 +229,12 @@ def linear_attention_forward(
     # product below makes, and keeps, a copy of its own.
     q_features = mechanism.phi_q.function(q).contiguous()
     k_features = mechanism.phi_k.function(k).contiguous()
-    v = v.contiguous()
+    # Most of the time goes by in passes over memory. New tensors are written to again where nobody
+    # wants them as they were; features may be the queries or keys themselves.
+    spare = keeps_nothing()
+    spare_q, spare_k = spare and q_features is not q, spare and k_features is not k
+    if not spare:
+        v = v.contiguous()
 
     query = logsumexp = norm = mean_v = None
     if mechanism.has_key_softmax:
@@ -235,27 +245,34 @@ def linear_attention_forward(
             logits = global_query_logits(query, k_features, scale)
         logits = hide_padding(logits, valid)
         logsumexp = logits.logsumexp(dim=2, keepdim=True)
-        weights = (logits - logsumexp).exp()  # w_j / N
-        weighted = k_features * weights if mechanism.has_global_query else weights
+        weights = logits - logsumexp
+        weights = weights.exp_() if spare else weights.exp()  # w_j / N
+        weighted = _times(k_features, weights, spare_k) if mechanism.has_global_query else weights
+        spare_k = spare
         per_token: Tensor | float = 1.0
     else:
-        weighted = k_features if valid is None else k_features * valid
+        weighted = k_features if valid is None else _times(k_features, valid, spare_k)
         per_token = 1.0 / num_valid
 
-    state = (encode(weighted, table, positions).transpose(-1, -2) @ v) * per_token
-    scaled = state if head_scale is None else state * head_scale[:, None, None]
     if reads.uses_norm:
         norm = weighted.sum(dim=2, keepdim=True) * per_token
+    encoded = encode(weighted, table, positions, overwrite=spare_k)
+    state = (encoded.transpose(-1, -2) @ v) * per_token
+    scaled = state if head_scale is None else state * head_scale[:, None, None]
+    if norm is not None:
         z = q_features @ norm.transpose(-1, -2)
         a, b = reads.factors(z, scale, num_valid)
         if isinstance(a, Tensor):
-            q_features = q_features * a
+            q_features = _times(q_features, a, spare_q)
         else:
             scaled = scaled * a
-    out = matmul(encode(q_features, table, positions), scaled)
+    out = matmul(encode(q_features, table, positions, overwrite=spare_q), scaled)
     if reads.uses_mean:
         mean_v = v.sum(dim=2, keepdim=True) / num_valid
-        out = out + b * mean_v
+        if spare and isinstance(b, Tensor):
+            out.addcmul_(b, mean_v)
+        else:
+            out = out + b * mean_v
     # These stand first because they decide the layout: [B, N, h, D], as the next layer wants it.
     out = epilogue(out, tokens.lepe, tokens.gate)
     if valid is not None:

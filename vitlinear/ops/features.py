@@ -18,8 +18,10 @@ from .tracing import wants_common_operators
 
 
 def keeps_nothing() -> bool:
-    """Whether a new tensor may be written to again: no gradient wants it, no compiler looks."""
-    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    """Whether a new tensor may be written to again: no gradient wants it, nobody traces."""
+    return not (
+        torch.is_grad_enabled() or torch.compiler.is_compiling() or wants_common_operators()
+    )
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class FeatureMap:
     """A feature map phi.
 
     Attributes:
-        function: x [..., D] -> phi(x) [..., F].
+        function: x [..., D] -> phi(x) [..., F], a new tensor or x itself.
         vjp: x [..., D] and the gradient of phi(x) [..., F] -> gradient of x [..., D].
         expansion: F / D.
     """
@@ -102,13 +104,17 @@ def _silu_vjp(x: Tensor, grad: Tensor) -> Tensor:
 
 def split_signs(x: Tensor, magnitude: Tensor) -> Tensor:
     """[magnitude where x > 0; magnitude where x < 0], twice as wide as x and 0 elsewhere."""
-    if keeps_nothing():
-        signed = magnitude * x.sign()
-        parts = signed.clamp(min=0), signed.neg().clamp_(min=0)
-    else:
-        # Not `where`, which on CPUs is a branch for each number: signs cannot be predicted.
-        parts = magnitude * (x > 0), magnitude * (x < 0)  # autograd keeps masks of bytes
+    # Not `where`, which on CPUs is a branch for each number: signs cannot be predicted.
+    parts = magnitude * (x > 0), magnitude * (x < 0)  # autograd keeps masks of bytes
     return torch.cat(parts, dim=-1)
+
+
+def _split_signs_of(x: Tensor) -> Tensor:
+    """[relu(x); relu(-x)], twice as wide as x, which is written to."""
+    out = x.new_empty(*x.shape[:-1], 2, x.shape[-1])
+    torch.clamp(x, min=0, out=out[..., 0, :])
+    torch.clamp(x.neg_(), min=0, out=out[..., 1, :])
+    return out.flatten(-2)
 
 
 def _join_signs(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,7 +151,10 @@ def norm_aware_query(x: Tensor) -> Tensor:
     [relu(u)^p; relu(-u)^p]. A query of zeros has features of zeros.
     """
     norm, _, u = _direction(x)
-    return split_signs(u, _power(u.abs(), 3 * (0.5 + torch.tanh(norm))))
+    magnitude = _power(u.abs(), 3 * (0.5 + torch.tanh(norm)))
+    if keeps_nothing():
+        return _split_signs_of(magnitude.copysign_(u))
+    return split_signs(u, magnitude)
 
 
 def _norm_aware_query_vjp(x: Tensor, grad: Tensor) -> Tensor:
@@ -163,7 +172,7 @@ def _norm_aware_query_vjp(x: Tensor, grad: Tensor) -> Tensor:
 
 def cubed_key(x: Tensor) -> Tensor:
     """Key features of NaLaFormer, [relu(k^3); relu(-k^3)], [..., D] -> [..., 2 D]."""
-    return split_signs(x, x.abs().pow(3))
+    return _split_signs_of(x.pow(3)) if keeps_nothing() else split_signs(x, x.abs().pow(3))
 
 
 def _cubed_key_vjp(x: Tensor, grad: Tensor) -> Tensor:

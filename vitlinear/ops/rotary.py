@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from .features import keeps_nothing
 from .tracing import wants_common_operators
 
 
@@ -119,13 +120,16 @@ def token_table(tables: RotaryTables) -> Tensor:
     return per_token.flatten(0, 1)
 
 
-def rotate(x: Tensor, table: Tensor | None, inverse: bool = False) -> Tensor:
+def rotate(
+    x: Tensor, table: Tensor | None, inverse: bool = False, overwrite: bool = False
+) -> Tensor:
     """Rotate channel pairs of tokens.
 
     Args:
         x: [..., N, D] in the table's dtype.
         table: [N, D/2, 2] from `token_table`; None returns x itself.
         inverse: Turn backwards, which is also the transpose of the rotation.
+        overwrite: x may be written to; for no gradient, and not in compiled programs.
 
     Returns:
         [..., N, D].
@@ -144,7 +148,8 @@ def rotate(x: Tensor, table: Tensor | None, inverse: bool = False) -> Tensor:
         return torch.stack((x0 * cos - x1 * sin, x1 * cos + x0 * sin), dim=-1).flatten(-2)
     # In eager mode one complex product is one vectorised pass; the form above is about ten slow
     # ones. It also keeps only the table for backward.
-    return torch.view_as_real(_pairs(x) * _turns(table, inverse)).flatten(-2)
+    pairs, turns = _pairs(x), _turns(table, inverse)
+    return torch.view_as_real(pairs.mul_(turns) if overwrite else pairs * turns).flatten(-2)
 
 
 def _pairs(x: Tensor) -> Tensor:
@@ -187,7 +192,13 @@ def _rotate_back(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
 rotate_op.register_autograd(_rotate_back, setup_context=_keep_table)
 
 
-def encode(x: Tensor, table: Tensor | None, positions: str, inverse: bool = False) -> Tensor:
+def encode(
+    x: Tensor,
+    table: Tensor | None,
+    positions: str,
+    inverse: bool = False,
+    overwrite: bool = False,
+) -> Tensor:
     """Apply the encoding R of a mechanism.
 
     Args:
@@ -195,13 +206,16 @@ def encode(x: Tensor, table: Tensor | None, positions: str, inverse: bool = Fals
         table: [N, F/2, 2] for ``rotary``, [N, F, 2] for ``cosine``; None returns x itself.
         positions: ``'rotary'`` or ``'cosine'``.
         inverse: Apply the transpose.
+        overwrite: As for `rotate`.
 
     Returns:
         [..., N, F], or [..., N, 2 F] from ``cosine``, with cosine and sine of a channel side by
         side: their order does not matter to a product of two encoded features.
     """
     if table is None or positions == "rotary":
-        return rotate(x, table, inverse)
+        return rotate(x, table, inverse, overwrite)
     if inverse:
         return (x.unflatten(-1, (-1, 2)) * table).sum(-1)
+    if keeps_nothing():  # complex times real is vectorised, an axis of two is not
+        return torch.view_as_real(torch.view_as_complex(table) * x).flatten(-2)
     return (x.unsqueeze(-1) * table).flatten(-2)
