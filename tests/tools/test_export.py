@@ -101,6 +101,7 @@ def test_onnx(vitlinear, weights, tmp_path):
     "name, flags, sides",
     [
         ("test_linear_deit", [], ["height", "width"]),
+        ("test_inline_pvt", ["--model-kwargs", "depths=(1,1,1,1)"], ["height", "width"]),
         ("test_ravlt", ["--model-kwargs", "depths=(1,1,1,1)"], ["height", "width"]),
         # Windows that adapt to any size take a minute to trace; here is what is new in float16.
         ("test_inline_swin", ["--height", 64, "--width", 96], [64, 96]),

@@ -38,7 +38,7 @@ METADATA_FILE = "metadata.json"  # beside the program, in a torch.export file
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.int8: 1e-1}
 ADVICE = {
     torch.float32: "report this model",
-    torch.float16: "take --dtype float32",
+    torch.float16: "take --dtype float32, or only sizes near the model's own (--height, --width)",
     torch.int8: "give trained weights, more --calibration-images, or only sizes near the model's "
     "own (--height, --width); or take --dtype float16",
 }

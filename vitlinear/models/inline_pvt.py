@@ -96,8 +96,12 @@ class PositionedPatchEmbed(nn.Module):
             known = height == rows and width == cols
         else:
             # To compare them would tie an exported program to the size it was made with; to
-            # resize them to their own size changes nothing.
-            known = not torch.compiler.is_compiling() and (height, width) == (rows, cols)
+            # resize them to their own size changes nothing. Resized with channels last, the
+            # strides of half-precision ones would tie it to some sizes, too.
+            compiling = torch.compiler.is_compiling()
+            known = not compiling and (height, width) == (rows, cols)
+            if compiling:
+                pos = pos.contiguous()
         if not known:
             pos = F.interpolate(pos, size=[height, width], mode="bilinear", align_corners=False)
         return pos
