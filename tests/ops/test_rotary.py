@@ -62,6 +62,19 @@ def test_operator_of_compiled_programs(inverse):
     torch.testing.assert_close(found, torch.autograd.grad(rotate(x, table, inverse), x, grad)[0])
 
 
+@pytest.mark.parametrize("attention", ["softmax", "inline"])
+def test_memory_that_starts_between_pairs(attention):
+    x = torch.randn(2 * 6 * 8 + 1)[1:].view(2, 6, 1, 8)
+    tables = ops.rotary_tables(2, 3, 8)
+
+    def attend(x):
+        if attention == "softmax":
+            return ops.softmax_attention(x, x, x, tables)
+        return ops.linear_attention(x, x, x, attention, tables)
+
+    assert x.is_contiguous() and torch.equal(attend(x), attend(x.clone()))
+
+
 def test_scores_depend_on_the_offset_alone():
     tables = ops.rotary_tables(6, 6, 8, dtype=torch.float64)
     table = token_table(tables).unflatten(0, (6, 6))

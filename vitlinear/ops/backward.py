@@ -156,17 +156,16 @@ def linear_attention_backward(
 
 
 def _own_features(phi: FeatureMap, x: Tensor) -> Tensor:
-    """phi(x) in memory that nobody else holds; the identity gives back its argument."""
-    x = x.contiguous()
-    features = phi.function(x)
-    return features.clone() if features is x else features
+    """phi(x) in memory that nobody else holds."""
+    features = phi.function(x.contiguous())
+    return features if phi.makes_new else features.clone()
 
 
 def softmax_attention_forward(tokens: Tokens) -> tuple[Tensor, Tensor]:
     """Output [B, h, N, D] and logsumexp [B, h, N] of softmax attention, chunk by chunk."""
     q, k, v, table, valid, *_ = tokens
     scale = q.shape[-1] ** -0.5
-    q, k = rotate(q, table), rotate(k, table)
+    q, k, v = rotate(q, table), rotate(k, table), v.contiguous()
     k = (k * scale).transpose(-1, -2)
     hidden = _hidden_keys(valid)
     outs, logsumexps = [], []

@@ -230,11 +230,12 @@ def linear_attention_forward(
     q_features = mechanism.phi_q.function(q).contiguous()
     k_features = mechanism.phi_k.function(k).contiguous()
     # Most of the time goes by in passes over memory. New tensors are written to again where nobody
-    # wants them as they were; features may be the queries or keys themselves.
+    # wants them as they were.
     spare = keeps_nothing()
-    spare_q, spare_k = spare and q_features is not q, spare and k_features is not k
+    spare_q = spare and mechanism.phi_q.makes_new
+    spare_k = spare and mechanism.phi_k.makes_new
     if not spare:
-        v = v.contiguous()
+        v = v.contiguous()  # or the product would make, and keep, a copy of its own
 
     query = logsumexp = norm = mean_v = None
     if mechanism.has_key_softmax:
@@ -269,10 +270,8 @@ def linear_attention_forward(
     out = matmul(encode(q_features, table, positions, overwrite=spare_q), scaled)
     if reads.uses_mean:
         mean_v = v.sum(dim=2, keepdim=True) / num_valid
-        if spare and isinstance(b, Tensor):
-            out.addcmul_(b, mean_v)
-        else:
-            out = out + b * mean_v
+        assert isinstance(b, Tensor)
+        out = out.addcmul_(b, mean_v) if spare else out + b * mean_v
     # These stand first because they decide the layout: [B, N, h, D], as the next layer wants it.
     out = epilogue(out, tokens.lepe, tokens.gate)
     if valid is not None:

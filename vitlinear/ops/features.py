@@ -29,14 +29,16 @@ class FeatureMap:
     """A feature map phi.
 
     Attributes:
-        function: x [..., D] -> phi(x) [..., F], a new tensor or x itself.
+        function: x [..., D] -> phi(x) [..., F].
         vjp: x [..., D] and the gradient of phi(x) [..., F] -> gradient of x [..., D].
         expansion: F / D.
+        makes_new: phi(x) is a new tensor, and not x itself.
     """
 
     function: Callable[[Tensor], Tensor]
     vjp: Callable[[Tensor, Tensor], Tensor]
     expansion: int = 1
+    makes_new: bool = True
 
 
 class _EluPlusOne(torch.autograd.Function):
@@ -182,7 +184,7 @@ def _cubed_key_vjp(x: Tensor, grad: Tensor) -> Tensor:
 FEATURE_MAPS = {
     "elu+1": FeatureMap(elu_plus_one, _elu_plus_one_vjp),
     "relu": FeatureMap(torch.relu, _relu_vjp),
-    "identity": FeatureMap(_identity, _identity_vjp),
+    "identity": FeatureMap(_identity, _identity_vjp, makes_new=False),
     "silu": FeatureMap(F.silu, _silu_vjp),
     "norm-aware": FeatureMap(norm_aware_query, _norm_aware_query_vjp, expansion=2),
     "cubed": FeatureMap(cubed_key, _cubed_key_vjp, expansion=2),

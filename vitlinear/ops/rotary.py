@@ -155,7 +155,8 @@ def rotate(
 def _pairs(x: Tensor) -> Tensor:
     """[..., D] as complex numbers [..., D/2]."""
     if x.stride(-1) != 1 or x.storage_offset() % 2 or any(s % 2 for s in x.stride()[:-1]):
-        x = x.contiguous()  # a pair must lie as a complex number does
+        # A pair must lie as a complex number does; contiguous() would leave an odd offset.
+        x = x.clone(memory_format=torch.contiguous_format)
     return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
 
 
@@ -206,7 +207,7 @@ def encode(
         table: [N, F/2, 2] for ``rotary``, [N, F, 2] for ``cosine``; None returns x itself.
         positions: ``'rotary'`` or ``'cosine'``.
         inverse: Apply the transpose.
-        overwrite: As for `rotate`.
+        overwrite: As for `rotate`; ``cosine`` has no use for it.
 
     Returns:
         [..., N, F], or [..., N, 2 F] from ``cosine``, with cosine and sine of a channel side by
