@@ -11,11 +11,13 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import shlex
 import statistics
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,13 +29,13 @@ import torch
 import vitlinear
 from benchmarks.attention import KEEP_PAGES, commit, machine
 from benchmarks.models_report import plot, print_report
-from benchmarks.subject import MODES, PASSES, PRECISIONS, Case, serve
-from benchmarks.transcription import SUFFIX, check_transcribed
+from benchmarks.subject import MODES, PASSES, PRECISIONS, Case, check_subject, serve
+from benchmarks.transcription import SUFFIX
 from vitlinear.errors import UserError
 from vitlinear.train.checkpoint import write_text
 from vitlinear.train.config import Parser, did_you_mean
 from vitlinear.train.curves import check_plotting
-from vitlinear.train.model import check_model_name, choose_device
+from vitlinear.train.model import choose_device
 
 
 class FailedError(Exception):
@@ -47,7 +49,7 @@ class Process:
         context = multiprocessing.get_context("forkserver")
         # Not vitlinear: a fork server may not see the path that this checkout is on.
         context.set_forkserver_preload(["torch._dynamo", "torch.export", "torchvision", "timm"])
-        self.timeout = timeout
+        self.timeout, self.asked = timeout, time.monotonic()
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, case))
         self.process.start()
@@ -55,14 +57,18 @@ class Process:
 
     def ask(self, seconds: float) -> list[float]:
         """Times of the calls of one round."""
+        self.asked = time.monotonic()
         with contextlib.suppress(BrokenPipeError):  # `answer` says why
             self.connection.send(seconds)
         return self.answer()
 
-    def answer(self) -> Any:
-        """What it says next."""
-        if not self.connection.poll(self.timeout):
-            raise FailedError(f"gave up after {self.timeout:.0f} s (--timeout)")
+    def answer(self, deadline: float = math.inf) -> Any:
+        """What it says next; a process that takes longer than it may is ended."""
+        left = min(self.asked + self.timeout, deadline) - time.monotonic()
+        if not self.connection.poll(max(left, 0)):
+            self.process.kill()
+            why = "--timeout" if math.isinf(deadline) else "no time left"
+            raise FailedError(f"gave up after {time.monotonic() - self.asked:.0f} s ({why})")
         try:
             kind, value = self.connection.recv()
         except (EOFError, ConnectionResetError):
@@ -87,13 +93,29 @@ class Process:
 
 
 def measure(
-    cases: Sequence[Case], rounds: int, seconds: float, timeout: float
+    cases: Sequence[Case],
+    rounds: int,
+    seconds: float,
+    timeout: float,
+    *,
+    at_once: int = 1,
+    deadline: float = math.inf,
 ) -> list[dict[str, Any]]:
     """Rows of cases that take turns.
 
     A row has the fields of its `Case` and either ``error`` or ``facts`` of the subject,
     ``round_ms`` (the median call of each round), ``calls`` and ``p50_ms``, ``p90_ms``, ``p99_ms``
     over all calls, and ``images_per_s``, the batch over the median.
+
+    Args:
+        cases: What to measure.
+        rounds: How many rounds each of them gets.
+        seconds: Length of its turn in a round.
+        timeout: Seconds that it may take to prepare or to answer.
+        at_once: How many prepare at once. On CPUs more than one would slow each other down, and
+            measure each other's memory where they have to share it.
+        deadline: On the clock of `time.monotonic`: past it nothing is prepared and no further
+            round begins.
     """
     rows: list[dict[str, Any]] = [dataclasses.asdict(case) for case in cases]
     processes: dict[int, Process] = {}
@@ -104,13 +126,22 @@ def measure(
         processes.pop(i).close()
 
     try:
-        for i, case in enumerate(cases):
-            processes[i] = Process(case, timeout)
-            try:  # one by one: none measures its memory while others compile
-                rows[i] |= processes[i].answer()
-            except FailedError as error:
-                drop(i, error)
+        for first in range(0, len(cases), at_once):
+            together = range(first, min(first + at_once, len(cases)))
+            if time.monotonic() >= deadline:
+                for i in together:
+                    rows[i]["error"] = "skipped: no time left"
+                continue
+            for i in together:
+                processes[i] = Process(cases[i], timeout)
+            for i in together:
+                try:
+                    rows[i] |= processes[i].answer(deadline)
+                except FailedError as error:
+                    drop(i, error)
         for turn in range(rounds):
+            if turn and time.monotonic() > deadline:
+                break
             order = sorted(processes)
             start = turn % max(len(order), 1)
             for i in order[start:] + order[:start]:  # nobody always follows the same model
@@ -145,7 +176,7 @@ def parser(prog: str) -> Parser:
     """The flags."""
     flags = Parser(prog=prog, description="Speed and memory of any timm models, side by side.")
     flags.add_argument("models", nargs="*", metavar="MODEL",
-                       help=f"any model of timm's or ours, or e.g. ravlt_s{SUFFIX}")  # fmt: skip
+                       help=f"timm's or ours; ravlt_s@library, ravlt_s{SUFFIX}")  # fmt: skip
     flags.add_argument("--sizes", nargs="+", default=["224"], metavar="SIZE", help="224 or 480x640")
     flags.add_argument("-b", "--batch-sizes", nargs="+", type=int, default=[8], metavar="N")
     flags.add_argument("--modes", nargs="+", default=["eager"], metavar="MODE",
@@ -179,7 +210,7 @@ def checked(args: Any) -> list[list[Case]]:
         raise UserError("no model: name one or several, e.g. ravlt_t swin_tiny_patch4_window7_224")
     args.reference = args.reference or args.models[0]
     for name in args.models:
-        check_model_name(check_transcribed(name) if name.endswith(SUFFIX) else name)
+        check_subject(name)
     if args.reference not in args.models:
         hint = did_you_mean(args.reference, args.models)
         raise UserError(f"--reference {args.reference} is not among the models{hint}")

@@ -27,8 +27,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.attention import held_bytes
 from benchmarks.transcription import SUFFIX, check_transcribed, transcribe
-from vitlinear.errors import one_line
-from vitlinear.train.model import KEEP_LAYOUT, build_model
+from vitlinear.errors import UserError, one_line
+from vitlinear.ops.backend import check_backend
+from vitlinear.train.model import KEEP_LAYOUT, build_model, check_model_name
 
 # Of those, the ones that a training step can run.
 MODES = {
@@ -69,11 +70,37 @@ class Case:
     threads: int = 1
 
 
+def check_subject(name: str) -> None:
+    """Does nothing if ``name`` is one that `build` takes.
+
+    Raises:
+        UserError: It is not: an unknown model or backend, or one that is not transcribed.
+    """
+    if name.endswith(SUFFIX):
+        check_model_name(check_transcribed(name))
+        return
+    model, at, backend = name.partition("@")
+    check_model_name(model)
+    if at:
+        try:
+            check_backend(backend, "backend of " + model)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+
 def build(name: str, size: tuple[int, int, int]) -> nn.Module:
-    """A timm model, or with `SUFFIX` the transcription of one of ours, for images of that size."""
+    """A model for images of that size.
+
+    Args:
+        name: A model of timm's or ours, ``MODEL@BACKEND`` for one of ours on that attention
+            backend, or with `SUFFIX` its transcription.
+        size: Channels, height and width of an image.
+    """
     if name.endswith(SUFFIX):
         return transcribe(build_model(check_transcribed(name), input_size=size))
-    return build_model(name, input_size=size)
+    model, at, backend = name.partition("@")
+    options = {"attn_backend": backend} if at else {}
+    return build_model(model, input_size=size, **options)
 
 
 def multiply_adds(model: nn.Module, size: tuple[int, int, int]) -> int:
@@ -183,6 +210,11 @@ class Subject:
             torch.cuda.synchronize(self.device)
         return time.perf_counter() - start
 
+    def rest(self) -> None:
+        """Gives back the GPU memory that is free, which others need while this one waits."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def round(self, seconds: float) -> list[float]:
         """Times of calls, for about that long; at least one.
 
@@ -253,9 +285,12 @@ def serve(connection: Connection, case: Case) -> None:
         Path("/proc/self/oom_score_adj").write_text("1000")
     try:
         subject = Subject(case)
+        subject.rest()
         connection.send(("facts", subject.facts))
         while (seconds := connection.recv()) is not None:
-            connection.send(("times", subject.round(seconds)))
+            times = subject.round(seconds)
+            subject.rest()
+            connection.send(("times", times))
     except (EOFError, BrokenPipeError):
         return
     except Exception as error:

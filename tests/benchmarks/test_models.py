@@ -73,9 +73,13 @@ def test_a_process_that_is_killed_or_silent():
         process.ask(1e-9)
     process.close()
     process = Process(CASE, timeout=0)
-    with pytest.raises(FailedError, match="gave up after 0 s"):
+    with pytest.raises(FailedError, match=r"gave up after 0 s \(--timeout\)"):
         process.answer()
-    os.kill(process.process.pid, signal.SIGKILL)
+    process.close()
+    process = Process(CASE, timeout=100)
+    with pytest.raises(FailedError, match=r"gave up after 0 s \(no time left\)"):
+        process.answer(deadline=0)
+    assert process.process.join() is None and process.process.exitcode == -signal.SIGKILL
     process.close()
 
 
@@ -122,6 +126,46 @@ def test_compiled():
     found = Subject(Case("test_linear_deit", "compiled", "forward", 32, 32, 2))
     assert len(found.round(0.01)) >= 1
     torch.compiler.reset()
+
+
+def test_a_backend_by_name():
+    plain, library = (
+        Subject(Case(f"test_ravlt{end}", "eager", "forward", 64, 32, 2)) for end in ("", "@library")
+    )
+    assert (
+        subject.build("test_ravlt@library", (3, 64, 32)).stages[0].blocks[0].attn.backend
+        == "library"
+    )
+    assert plain.facts["gmacs"] == library.facts["gmacs"]
+
+
+def test_what_there_is_no_time_for_says_so(monkeypatch):
+    """Two prepare at once; those after the deadline do not, and nor does a second round begin."""
+    clock = [0.0]
+
+    class Instant:
+        def __init__(self, case, timeout):
+            clock[0] += 1
+
+        def answer(self, deadline):
+            clock[0] += 10
+            return {"parameters": 1}
+
+        def ask(self, seconds):
+            clock[0] += 1
+            return [0.5]
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(models, "Process", Instant)
+    monkeypatch.setattr(models.time, "monotonic", lambda: clock[0])
+    rows = models.measure([CASE] * 5, 9, 1.0, 600, at_once=2, deadline=20.0)
+    assert [row.get("calls") for row in rows] == [1, 1, None, None, None]
+    assert [row.get("error") for row in rows[2:]] == ["skipped: no time left"] * 3
+    clock[0] = 0.0
+    rows = models.measure([CASE] * 3, 9, 1.0, 600, at_once=2, deadline=40.0)
+    assert [row["calls"] for row in rows] == [3, 3, 3]
 
 
 def test_outputs_that_differ_are_refused(monkeypatch):
@@ -172,6 +216,8 @@ def test_exponents_and_ratios():
         (["ravlt_x"], ["unknown model 'ravlt_x'", "did you mean ravlt_"]),
         (["ravlt_x@transcription"], ["unknown model 'ravlt_x'"]),
         (["test_vit@transcription"], ["only ravlt_* and mavit_* are transcribed"]),
+        (["ravlt_t@tritan"], ["unknown backend of ravlt_t 'tritan'", "eager, library, triton"]),
+        (["ravlt_x@triton"], ["unknown model 'ravlt_x'"]),
         (["test_vit", "--modes", "compild"], ["unknown mode 'compild'", "compiled"]),
         (["test_vit", "--modes", "zzz"], ["unknown mode 'zzz'", "eager, fused"]),
         (["test_vit", "--sizes", "0"], ["--sizes: '0'", "HEIGHTxWIDTH"]),
