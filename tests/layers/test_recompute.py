@@ -9,6 +9,7 @@ from timm.layers import LayerNorm
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.saved import saved_bytes
@@ -111,8 +112,32 @@ def doubled() -> nn.Module:
     return gelu
 
 
+def perturbed() -> nn.Module:
+    """A norm whose weight is another one whenever it is asked for."""
+
+    class Noise(nn.Module):
+        def forward(self, weight):
+            return weight + torch.randn_like(weight)
+
+    norm = nn.LayerNorm(4)
+    register_parametrization(norm, "weight", Noise())
+    return norm
+
+
+class Observing(nn.Conv2d):
+    """A depthwise convolution as quantisation has them, which counts what goes through it."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x) * self.calls
+
+
 @pytest.mark.parametrize(
-    "first", [doubled(), nn.SiLU(inplace=True), nn.Dropout(0.5)], ids=["hook", "in place", "random"]
+    "first",
+    [doubled(), nn.SiLU(inplace=True), nn.Dropout(0.5), perturbed()],
+    ids=["hook", "in place", "random", "parametrization"],
 )
 def test_what_must_not_run_again(first):
     last, x = ResidualDepthwiseConv(4, 3), torch.randn(2, 5, 5, 4)
@@ -125,6 +150,28 @@ def test_what_must_not_run_again(first):
     less = gradients_of(lambda x: run_recomputing((first, last), x))
     more = gradients_of(lambda x: last(first(x)))
     assert all(torch.equal(a, b) for a, b in zip(less, more, strict=True))
+
+
+def test_subclasses_do_not_run_again():
+    first, x = Observing(4, 4, 1, groups=4), torch.randn(2, 4, 5, 5)
+    run_recomputing((first, nn.Conv2d(4, 4, 1)), x).sum().backward()
+    assert first.calls == 1
+
+
+@pytest.mark.parametrize("name", ["test_ravlt", "test_nalaformer"])
+def test_weights_lent_for_a_call(name):
+    """Backward of `functional_call`, whose weights are the module's no more by then."""
+    torch.manual_seed(0)
+    model, x = timm.create_model(name, num_classes=5).double().eval(), torch.randn(2, 3, 64, 64)
+    lent = {
+        key: (value.detach() + 0.1 * torch.randn_like(value)).requires_grad_()
+        for key, value in model.named_parameters()
+    }
+    out = torch.func.functional_call(model, lent, (x.double(),))
+    results = torch.autograd.grad(out.square().sum(), list(lent.values()))
+    model.load_state_dict(lent, strict=False)
+    expected = torch.autograd.grad(model(x.double()).square().sum(), list(model.parameters()))
+    torch.testing.assert_close(results, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_inside_other_hooks():

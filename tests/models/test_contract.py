@@ -110,6 +110,21 @@ def test_batch_equals_single_images(name):
 
 
 @each_model
+def test_many_at_once(name):
+    """Transforms of functions: images of a batch by `vmap`, rows of a Jacobian together."""
+    model = make(name).double()
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        out = torch.func.vmap(lambda image: model(image[None])[0])(x)
+        torch.testing.assert_close(out, model(x), rtol=1e-9, atol=1e-9)
+    bias = next(p for p in model.parameters() if p.dim() == 1)
+    logits, rows = model(x)[0, :3], torch.eye(3, dtype=torch.float64)
+    single = torch.stack([torch.autograd.grad(z, bias, retain_graph=True)[0] for z in logits])
+    (many,) = torch.autograd.grad(logits, bias, rows, is_grads_batched=True)
+    torch.testing.assert_close(many, single, rtol=1e-9, atol=1e-9)
+
+
+@each_model
 def test_channels_last(name):
     model, x = make(name), torch.randn(2, 3, 64, 96)
     expected = model(x)

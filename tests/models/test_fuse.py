@@ -92,3 +92,25 @@ def test_features_of_a_fused_backbone():
 def test_training_mode_is_refused(name):
     with pytest.raises(ValueError, match="eval mode"):
         timm.create_model(name).fuse()
+
+
+@pytest.mark.parametrize("name", FOLDS)
+@torch.no_grad()
+def test_nothing_of_the_caller_is_written_to(name):
+    """A state dict from before, and a model that lent its weights."""
+    model = trained(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    held, other = model.state_dict(), trained(name)
+    other.load_state_dict(held, assign=True)
+    other.fuse()
+    assert all(torch.equal(held[key], before[key]) for key in before)
+    assert all(p.requires_grad for p in other.parameters())
+
+
+@torch.no_grad()
+def test_hooks_on_a_folded_gelu():
+    model, calls = trained("test_ravlt", torch.float32).fuse(), []
+    for part in model.stem.conv1:
+        part.register_forward_hook(lambda *args: calls.append(1))
+    model(torch.randn(1, 3, 32, 32))
+    assert len(calls) == 2

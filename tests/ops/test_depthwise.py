@@ -79,3 +79,14 @@ def test_where_the_weight_gradient_is_put_together():
 
     assert [pieces(side) for side in (3, 5, 7)] == [1, 1 + 4, 1 + 9]
     assert pieces(5, torch.float64) == 1
+
+
+@needs_onednn
+def test_many_gradients_at_once():
+    x, weight = torch.randn(1, 2, 4, 3), torch.randn(2, 1, 5, 5)
+
+    def gradients(vectorized):
+        inputs = (x, weight, torch.zeros(2))
+        return torch.autograd.functional.jacobian(depthwise_conv, inputs, vectorize=vectorized)
+
+    torch.testing.assert_close(gradients(True), gradients(False), rtol=1e-5, atol=1e-5)

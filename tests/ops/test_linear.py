@@ -15,7 +15,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.ops.onednn import needs_onednn, operators
 from vitlinear.layers import Linear
 from vitlinear.ops import linear as module
-from vitlinear.ops.linear import MATMUL_ROWS, PACK_ROWS, linear, matmul, runs_on_onednn
+from vitlinear.ops.linear import (
+    MATMUL_ROWS,
+    PACK_ROWS,
+    conv_gelu,
+    convolves_with_gelu,
+    linear,
+    matmul,
+    runs_on_onednn,
+)
 
 # Rows of a projection, of one token, of a map, of a view with gaps, of a transposed view.
 INPUTS = {
@@ -108,6 +116,22 @@ def test_frozen_weights_that_change_all_the_same(change):
 
 
 @needs_onednn
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+def test_frozen_weights_that_are_trained_all_the_same(optimizer):
+    """Fused optimisers change weights without a trace."""
+    ours, x = layer().fuse(), torch.randn(7, 24)
+    with torch.no_grad():
+        before = ours(x)
+    ours(x).square().sum().backward()
+    optimizer(ours.parameters(), lr=0.1, fused=True).step()
+    with torch.no_grad():
+        assert not torch.allclose(ours(x), before)
+        torch.testing.assert_close(
+            ours(x), F.linear(x, ours.weight, ours.bias), rtol=1e-5, atol=1e-5
+        )
+
+
+@needs_onednn
 @torch.no_grad()
 def test_packed_weights_live_no_longer_than_weights():
     ours = layer().fuse()
@@ -173,6 +197,66 @@ def test_outputs_and_gradients(name, bias):
     oracles = torch.autograd.grad(expected, [wide, *theirs.parameters()], grad.double())
     for result, oracle in zip(results, oracles, strict=True):
         torch.testing.assert_close(result.double(), oracle, rtol=1e-5, atol=1e-5)
+
+
+@needs_onednn
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("bias", ["gaps", "expanded"])
+def test_biases_with_strides(bias, grad):
+    """oneDNN reads them as if there were none."""
+    ours, x = layer(), torch.randn(7, 24)
+    values = torch.randn(80)[::2] if bias == "gaps" else torch.randn(1).expand(40)
+    ours.bias = nn.Parameter(values)
+    assert runs_on_onednn(x, ours.weight) and not ours.bias.is_contiguous()
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(
+            ours(x), F.linear(x, ours.weight, ours.bias), rtol=1e-5, atol=1e-5
+        )
+
+
+def test_what_does_not_fit_is_told_as_pytorch_tells_it():
+    ours = layer()
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
+        ours(torch.randn(7, 25))
+    with pytest.raises(RuntimeError, match=r"size of tensor|expand"):
+        linear(torch.randn(7, 24), ours.weight, torch.randn(39))
+    with pytest.raises(RuntimeError, match="dtype"):
+        linear(torch.randn(7, 24), ours.weight, torch.randn(40).double())
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match="meta"):
+            layer().to("meta")(torch.randn(7, 24))
+
+
+@needs_onednn
+def test_gradients_keep_what_they_need():
+    """And no more: what a frozen weight saw may be written to."""
+    x, ours = torch.randn(7, 24, requires_grad=True), layer().requires_grad_(False)
+    seen = x * 1
+    out = ours(seen)
+    seen.mul_(2)
+    torch.testing.assert_close(
+        torch.autograd.grad(out.sum(), x)[0], ours.weight.sum(0).expand(7, 24), rtol=1e-5, atol=1e-5
+    )
+    ours.requires_grad_()
+    out = ours(torch.ones(7, 24))
+    with torch.no_grad():
+        ours.weight.mul_(2)
+    assert (torch.autograd.grad(out.sum(), ours.weight)[0] == 7).all()
+
+
+@needs_onednn
+def test_many_gradients_at_once():
+    ours = layer()
+
+    def gradients(vectorized):
+        x = torch.linspace(-1, 1, 48).view(2, 24)
+        return torch.autograd.functional.jacobian(
+            lambda x, w, b: linear(x, w, b),
+            (x, ours.weight.detach(), ours.bias.detach()),
+            vectorize=vectorized,
+        )
+
+    torch.testing.assert_close(gradients(True), gradients(False), rtol=1e-5, atol=1e-5)
 
 
 @needs_onednn
@@ -280,4 +364,20 @@ def test_counted_as_multiply_adds():
     ours, x = layer(), torch.randn(2, 5, 24)
     with FlopCounterMode(display=False) as counter:
         ours(x).sum().backward()
-    assert counter.get_total_flops() == 2 * (2 * 10 * 24 * 40)
+    assert counter.get_total_flops() == 2 * (2 * 10 * 24 * 40)  # no gradient of x
+
+
+@needs_onednn
+@torch.no_grad()
+@pytest.mark.parametrize("groups", [1, 2])
+def test_convolutions_with_gelu(groups):
+    conv, x = nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=groups), torch.randn(2, 4, 9, 7)
+    conv.bias = nn.Parameter(torch.randn(12)[::2])
+    assert convolves_with_gelu(x, conv)
+    torch.testing.assert_close(conv_gelu(x, conv), F.gelu(conv(x)), rtol=1e-5, atol=1e-6)
+    counts = []
+    for call in (lambda: conv_gelu(x, conv), lambda: conv(x)):
+        with FlopCounterMode(display=False) as counter:
+            call()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0

@@ -89,3 +89,15 @@ def test_scores_depend_on_the_offset_alone():
 def test_head_dim_must_divide_by_four():
     with pytest.raises(ValueError, match="divisible by 4, got 6"):
         ops.rotary_tables(2, 2, 6)
+
+
+def test_gradient_of_learned_tables():
+    """In compiled programs too, whose operator has none."""
+    table = torch.randn(5, 4, 2, requires_grad=True)
+    x = torch.randn(5, 8, requires_grad=True)
+    compiled = torch.compile(rotate, backend="aot_eager", fullgraph=True)
+    results, expected = (
+        torch.autograd.grad(run(x, table).square().sum() + run(x, table).sum(), (x, table))
+        for run in (compiled, rotate)
+    )
+    torch.testing.assert_close(results, expected)

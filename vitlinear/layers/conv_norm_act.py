@@ -9,6 +9,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from .._timm import register_notrace_module
 from ..ops.linear import conv_gelu, convolves_with_gelu
 from .fold import is_gelu
+from .hooks import has_forward_hooks
 
 
 class ConvNormAct(nn.Module):
@@ -69,6 +70,6 @@ class ConvGelu(nn.Sequential):
             return self[1](self[0](x))
         conv = self[0]
         assert isinstance(conv, nn.Conv2d)
-        if convolves_with_gelu(x, conv):
+        if not has_forward_hooks(*self) and convolves_with_gelu(x, conv):
             return conv_gelu(x, conv)
         return self[1](conv(x))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.tracing import under_transforms
 from .conv_norm_act import ConvNormAct
 
 
@@ -25,6 +26,10 @@ def check_images(x: Tensor, in_chans: int) -> Tensor:
         f"the model takes images of {in_chans} channels; for others make it with in_chans",
     )
     torch._assert(x.shape[2] * x.shape[3] > 0, "images must have pixels; one side has none")
+    # Two conditions, for TorchScript to leave out what it cannot read.
+    if not torch.jit.is_scripting():  # noqa: SIM102
+        if under_transforms():  # vmap cannot tell layouts
+            return x
     return x.contiguous(memory_format=torch.channels_last)
 
 

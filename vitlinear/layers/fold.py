@@ -9,18 +9,23 @@ from __future__ import annotations
 import torch
 from timm.layers import LayerScale
 from timm.models import reparameterize_model
-from torch import nn
+from torch import Tensor, nn
 
 from .linear import Linear
+
+
+def _times(parameter: nn.Parameter, factor: Tensor) -> nn.Parameter:
+    return nn.Parameter(parameter * factor, parameter.requires_grad)
 
 
 @torch.no_grad()
 def fold_scale(linear: nn.Linear, scale: nn.Module) -> nn.Module:
     """Multiply the outputs of a linear layer by a layer-scale; returns what replaces the latter."""
     if isinstance(scale, LayerScale):
-        linear.weight.mul_(scale.gamma[:, None])
+        # New ones: the memory of the old may be that of the caller's state dict.
+        linear.weight = _times(linear.weight, scale.gamma[:, None])
         if linear.bias is not None:
-            linear.bias.mul_(scale.gamma)
+            linear.bias = _times(linear.bias, scale.gamma)
     return nn.Identity()
 
 
@@ -41,8 +46,8 @@ def fuse_model(model: nn.Module) -> None:
     """Fold all that can be folded in a model, in place; inference only, same outputs.
 
     On CPUs linear layers also keep a copy of their weights in a faster layout. A weight that is
-    changed afterwards is copied anew, but not where it changes through ``.data``, which nothing
-    records.
+    changed afterwards is copied anew, but not where nothing records the change: through ``.data``,
+    through the vector of `torch.nn.utils.vector_to_parameters`, or from another process.
 
     Raises:
         ValueError: The model is in training mode, where batch norm has no fixed statistics.

@@ -7,44 +7,61 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.checkpoint import checkpoint
 
 from ..ops.recompute import recomputing
 from ..ops.tracing import wants_common_operators
+from .depthwise import DepthwiseConv, ResidualDepthwiseConv
+from .hooks import has_forward_hooks
 from .rms_norm import HeadRmsNorm, RmsNorm
 
 # Cheap, and the same whenever they run on the same input.
 _CHEAP = (nn.GELU, nn.SiLU, nn.LayerNorm, RmsNorm, HeadRmsNorm)
+# Not their subclasses: those of quantisation observe what goes through them.
+_CONVOLUTIONS = (nn.Conv2d, DepthwiseConv, ResidualDepthwiseConv)
 
 
 def _can_run_again(module: nn.Module) -> bool:
     """Whether ``module.forward`` is cheap and gives what the module gave."""
-    everywhere = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
-    if everywhere or module._forward_hooks or module._forward_pre_hooks:
-        return False  # a hook may change what goes in or comes out
-    depthwise = isinstance(module, nn.Conv2d) and module.groups == module.in_channels
-    return depthwise or isinstance(module, _CHEAP)
+    # A hook may change what goes in or comes out, a parametrization may be random.
+    if has_forward_hooks(module) or is_parametrized(module):
+        return False
+    if type(module) in _CONVOLUTIONS:
+        return module.groups == module.in_channels
+    return isinstance(module, _CHEAP)
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
 class _Chain:
-    """Modules in a row, run again from the input of the first.
+    """Modules in a row, run again from the input of the first, with the weights of this moment.
 
+    The modules may have others by then: `torch.func.functional_call` lends them for a call.
     Backward asks for what comes out last first, and on the way to it makes all that it asks for
     next: that is held until then.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.modules = modules
+        self.held = [_tensors(module) for module in modules[:-1]]  # the last is not run again
         self.made: dict[int, Tensor] = {}
 
     def run(self, count: int, x: Tensor) -> Tensor:
         """What comes out of the first ``count`` modules."""
         if count in self.made:
             return self.made.pop(count)
-        for i, module in enumerate(self.modules[:count], 1):
-            x = module.forward(x)
+        for i, (module, held) in enumerate(zip(self.modules[:count], self.held, strict=False), 1):
+            now = _tensors(module)
+            if all(now.get(name) is value for name, value in held.items()):
+                x = module.forward(x)
+            else:
+                x = functional_call(module, held, (x,))
             if i < count:
                 self.made[i] = x
         return x
@@ -86,6 +103,10 @@ def run_recomputing(modules: Sequence[nn.Module], x: Tensor, *args: Any) -> Tens
     *first, last = modules
     if _compiles_for_training() and all(map(_can_run_again, first)):
         return last(_compute_twice(first, x), *args)
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        for module in first:
+            x = module(x)
+        return last(x, *args)
     y = modules[0](x)
     cheap = _can_run_again(modules[0])
     chain = _Chain(modules)

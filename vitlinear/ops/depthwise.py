@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from .linear import runs_on_onednn
+from .tracing import stands_for_many
 
 PIECE = 3  # the kernel that is fast
 
@@ -68,13 +69,16 @@ class _DepthwiseConv(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         side = weight.shape[-1] // 2
-        compiling = torch.compiler.is_compiling()
-        of_weight = torch.ops.vitlinear.depthwise_weight_gradient if compiling else weight_gradient
-        return (
-            _gradients(grad, x, weight, side, [True, False, False])[0] if needs_x else None,
-            of_weight(grad, x, weight) if needs_weight else None,
-            grad.sum((0, 2, 3)) if needs_bias else None,
-        )
+        grad_x = grad_weight = None
+        if needs_x:
+            grad_x = _gradients(grad, x, weight, side, [True, False, False])[0]
+        if needs_weight and stands_for_many(grad):
+            grad_weight = _gradients(grad, x, weight, side, [False, True, False])[1]
+        elif needs_weight and torch.compiler.is_compiling():
+            grad_weight = torch.ops.vitlinear.depthwise_weight_gradient(grad, x, weight)
+        elif needs_weight:
+            grad_weight = weight_gradient(grad, x, weight)
+        return grad_x, grad_weight, grad.sum((0, 2, 3)) if needs_bias else None
 
 
 def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

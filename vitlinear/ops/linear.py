@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.library import custom_op
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .tracing import wants_common_operators
+from .tracing import stands_for_many, wants_common_operators
 
 
 def onednn_available() -> bool:
@@ -58,7 +58,7 @@ def runs_on_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
         _AVAILABLE
         and bool(torch.backends.mkldnn.enabled)
-        and x.device.type == "cpu"
+        and x.device.type == weight.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and type(weight) in (Tensor, nn.Parameter)
         and not torch.is_autocast_enabled("cpu")
@@ -71,6 +71,11 @@ def runs_on_onednn(x: Tensor, weight: Tensor) -> bool:
 def _dense(x: Tensor) -> Tensor:
     """x, copied unless it or its transpose is contiguous: with gaps oneDNN is 100 times slower."""
     return x if x.is_contiguous() or (x.dim() == 2 and x.t().is_contiguous()) else x.contiguous()
+
+
+def _contiguous(bias: Tensor | None) -> Tensor | None:
+    """The bias as oneDNN reads it: whatever its strides are, as if there were no gaps."""
+    return None if bias is None else bias.contiguous()
 
 
 # Weights in oneDNN's own layout, with the memory and version of what they were made from.
@@ -99,7 +104,7 @@ def product(
     frozen: bool = False,
 ) -> Tensor:
     """`linear` by oneDNN, where `runs_on_onednn`; no gradient."""
-    x = _dense(x)
+    x, bias = _dense(x), _contiguous(bias)
     if frozen and not weight.is_inference():  # which has no version
         weight = _packed(weight)
     else:
@@ -180,27 +185,40 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
         return _product(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        rows, inputs = grad.flatten(0, -2), x.flatten(0, -2)
-        grad_weight = None
-        if needs_weight and INTEL:
-            grad_weight = rows.t() @ inputs
-        elif needs_weight and rows.shape[1] > inputs.shape[1]:
-            # oneDNN copies its first operand where that is a transpose: the narrower one.
-            grad_weight = _Linear.apply(inputs.t(), rows.t(), None).t()
-        elif needs_weight:
-            grad_weight = _Linear.apply(rows.t(), inputs.t(), None)
-        return (
-            _Linear.apply(grad, weight.t(), None) if needs_x else None,
-            grad_weight,
-            rows.sum(0) if needs_bias else None,
-        )
+        plain = stands_for_many(grad)
+        rows = grad.reshape(-1, grad.shape[-1])
+        grad_x = grad_weight = None
+        if needs_x:
+            grad_x = grad @ weight if plain else _Linear.apply(grad, weight.t(), None)
+        if needs_weight:
+            inputs = x.reshape(-1, x.shape[-1])
+            if INTEL or plain:
+                grad_weight = rows.t() @ inputs
+            elif rows.shape[1] > inputs.shape[1]:
+                # oneDNN copies its first operand where that is a transpose: the narrower one.
+                grad_weight = _Linear.apply(inputs.t(), rows.t(), None).t()
+            else:
+                grad_weight = _Linear.apply(rows.t(), inputs.t(), None)
+        return grad_x, grad_weight, rows.sum(0) if needs_bias else None
+
+
+def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether shapes and types fit; where they do not, PyTorch's own function says so best."""
+    if weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
+        return False
+    return bias is None or (
+        bias.shape == weight.shape[:1]
+        and bias.dtype == weight.dtype
+        and bias.device == weight.device
+    )
 
 
 def linear(
@@ -224,31 +242,34 @@ def linear(
     Returns:
         [..., C_out].
     """
-    if not runs_on_onednn(x, weight):
+    if not runs_on_onednn(x, weight) or not _fits(x, weight, bias):
         out = F.linear(x, weight, bias)
     elif not torch.is_grad_enabled():
         return _product(x, weight, bias, activation, frozen)
     else:
+        if frozen and not torch.compiler.is_compiling():
+            # A step may follow, and fused optimisers do not raise a parameter's version.
+            _PACKED.pop(weight, None)
         out = _Linear.apply(x, weight, bias)
     return F.gelu(out) if activation == "gelu" else out
 
 
 def convolves_with_gelu(x: Tensor, conv: nn.Conv2d) -> bool:
-    """Whether `conv_gelu` takes these: no gradient, not compiled, no hooks, zeros for padding."""
+    """Whether `conv_gelu` takes these: no gradient, not compiled, zeros for padding."""
     return (
         not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and runs_on_onednn(x, conv.weight)
         and conv.padding_mode == "zeros"
         and isinstance(conv.padding, tuple)
-        and not (conv._forward_hooks or conv._forward_pre_hooks)
     )
 
 
 def conv_gelu(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """GELU(conv(x)) by oneDNN where `convolves_with_gelu`, [B, C, H, W] -> [B, C', H', W']."""
+    bias = _contiguous(conv.bias)
     out: Tensor = torch.ops.mkldnn._convolution_pointwise(
-        x, conv.weight, conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups,
+        x, conv.weight, bias, conv.padding, conv.stride, conv.dilation, conv.groups,
         "gelu", [], "none",
     )  # fmt: skip
     return out
@@ -259,6 +280,15 @@ def _flops(x: torch.Size, *_: Any, out_shape: torch.Size, **__: Any) -> int:
     return 2 * x.numel() * out_shape[-1]
 
 
+def _convolution_flops(
+    x: torch.Size, weight: torch.Size, *_: Any, out_shape: torch.Size, **__: Any
+) -> int:
+    """As PyTorch counts convolutions."""
+    count: int = conv_flop_count(list(x), list(weight), list(out_shape))
+    return count
+
+
 register_flop_formula([torch.ops.vitlinear.linear, torch.ops.vitlinear.matmul])(_flops)
 if _AVAILABLE:
     register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_flops)
+    register_flop_formula(torch.ops.mkldnn._convolution_pointwise)(_convolution_flops)

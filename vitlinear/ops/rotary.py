@@ -137,7 +137,9 @@ def rotate(
     if table is None:
         return x
     if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export():
-        if x.device.type == "cpu" and not wants_common_operators():
+        # The operator has no gradient of the table.
+        learned = table.requires_grad and torch.is_grad_enabled()
+        if x.device.type == "cpu" and not learned and not wants_common_operators():
             out: Tensor = torch.ops.vitlinear.rotate(x, table, inverse)
             return out
         # Inductor fuses this form on GPUs, and ONNX has no complex numbers.

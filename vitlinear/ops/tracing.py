@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
+
+
+@torch.compiler.assume_constant_result
+def under_transforms() -> bool:
+    """Whether transforms of `torch.func` are at work, such as vmap."""
+    return bool(torch._C._are_functorch_transforms_active())
 
 
 @torch.compiler.assume_constant_result
@@ -15,6 +22,16 @@ def wants_common_operators() -> bool:
     return (
         torch.compiler.is_exporting()
         or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
+        or under_transforms()
         or forward_ad._current_level >= 0
     )
+
+
+def stands_for_many(grad: Tensor) -> bool:
+    """Whether a gradient is a batch of gradients: ``torch.autograd.grad(is_grads_batched=True)``.
+
+    That is a transformation of its own, which knows common operators alone.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.is_legacy_batchedtensor(grad)
