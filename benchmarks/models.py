@@ -278,6 +278,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "benchmark.py") -> None:
     for path in (args.output, args.plot):
         if path and not path.resolve().parent.is_dir():
             raise UserError(f"{path}: its folder does not exist")
+        if path and path.is_dir():
+            raise UserError(f"{path} is a folder: name a file")
     if args.report:
         record = read(args.report)
     else:
@@ -293,5 +295,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "benchmark.py") -> None:
             if args.output:  # whatever ends this early, what was measured is there
                 write_text(args.output, json.dumps(record, indent=1) + "\n")
     print_report(record)
+    if all("error" in row for row in record["rows"]):
+        raise UserError("nothing could be measured; the table says why")
     if args.plot:
         plot(record, args.plot)

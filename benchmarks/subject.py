@@ -19,6 +19,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 import torch.nn.functional as F
 from timm.utils import reparameterize_model
@@ -82,6 +83,8 @@ def check_subject(name: str) -> None:
     model, at, backend = name.partition("@")
     check_model_name(model)
     if at:
+        if not timm.model_entrypoint(model).__module__.startswith("vitlinear."):
+            raise UserError(f"{name}: only models of this package have attention backends")
         try:
             check_backend(backend, "backend of " + model)
         except ValueError as error:

@@ -63,6 +63,14 @@ def test_a_row_that_fails_says_so(tmp_path, capsys):
     assert "out of memory" in bad
 
 
+def test_nothing_measured(capsys):
+    assert run(models.main, ["test_linear_deit", "--sizes", "32", *QUICK[:-1], str(10**13)]) == 2
+    out, err = capsys.readouterr()
+    assert "out of memory" in out and err.endswith(
+        "nothing could be measured; the table says why\n"
+    )
+
+
 def test_a_process_that_is_killed_or_silent():
     process = Process(CASE, timeout=100)
     assert process.answer()["parameters"] > 0
@@ -217,6 +225,8 @@ def test_exponents_and_ratios():
         (["ravlt_x@transcription"], ["unknown model 'ravlt_x'"]),
         (["test_vit@transcription"], ["only ravlt_* and mavit_* are transcribed"]),
         (["ravlt_t@tritan"], ["unknown backend of ravlt_t 'tritan'", "eager, library, triton"]),
+        (["test_vit@library"], ["test_vit@library: only models of this package"]),
+        (["test_vit", "--output", "/tmp"], ["/tmp is a folder"]),
         (["ravlt_x@triton"], ["unknown model 'ravlt_x'"]),
         (["test_vit", "--modes", "compild"], ["unknown mode 'compild'", "compiled"]),
         (["test_vit", "--modes", "zzz"], ["unknown mode 'zzz'", "eager, fused"]),

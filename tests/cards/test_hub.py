@@ -69,7 +69,7 @@ def test_push_and_load(name, hub):
 
 def test_card_on_the_hub(hub):
     model = timm.create_model("test_ravlt", num_classes=5)
-    push_to_hf_hub(model, REPO, model_card=model_card(model))
+    push_to_hf_hub(model, REPO, model_card=model_card(model, repo_id=REPO))
     _, header, text = (hub / "README.md").read_text("utf-8").split("---\n", 2)
     fields = yaml.safe_load(header)
     assert fields["license"] == "mit" and fields["library_name"] == "timm"
@@ -77,6 +77,7 @@ def test_card_on_the_hub(hub):
     assert {"vitlinear", "linear-attention", "arxiv:2411.07635"} <= set(fields["tags"])
     assert "# Model card for my-model" in text and "RALA" in text
     assert "- **Classes:** 5" in text and "import vitlinear" in text
+    assert f'timm.create_model("hf-hub:{REPO}", pretrained=True)' in text
 
 
 def test_a_card_for_every_model():

@@ -112,6 +112,7 @@ class Payload:
         (None, "does not exist"),
         (b"", "truncated, corrupt"),
         (b"<html>", "truncated, corrupt"),
+        (b"not a model", r"truncated, corrupt or not a weights file \(.*[A-Za-z]{3}.*\)"),
         ([1, 2], "holds a list"),
         ({"epoch": 3}, "no weights in this checkpoint"),
         ({"model": Payload()}, r"\(print\).*refused"),

@@ -349,7 +349,7 @@ def test_onnx_any_size(name, tmp_path):
             verbose=False,
         )
     session = onnxruntime.InferenceSession(path)
-    for size in ((2, 3, 70, 90), (1, 3, 97, 66)):
+    for size in ((2, 3, 70, 90), (1, 3, 97, 66), (3, 3, 64, 225)):
         x = torch.randn(size)
         (out,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         torch.testing.assert_close(torch.from_numpy(out), model(x), rtol=1e-3, atol=1e-5)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
+import signal
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -67,6 +70,10 @@ def test_torch_export(vitlinear, weights, tmp_path):
     metadata = json.loads(files[write.METADATA_FILE])
     assert metadata["model"] == MODEL and metadata["fused"] == "true"
     assert len(metadata["weights_sha256"]) == 64 and json.loads(metadata["std"])
+    with zipfile.ZipFile(path) as archive:  # no images that it was traced with
+        assert (
+            sum(f.file_size for f in archive.infolist() if "sample_inputs" in f.filename) < 10_000
+        )
     for size in ((1, 3, 256, 64), (5, 3, 101, 229)):
         x = torch.randn(size)
         with torch.no_grad():
@@ -96,24 +103,38 @@ def test_onnx(vitlinear, weights, tmp_path):
             assert close(torch.from_numpy(out), model(x), 1e-4)
 
 
+SHALLOW = ["--model-kwargs", "depths=(1,1,1,1)"]
+FROM_64 = ["--height", "64:4096", "--width", "64:4096"]  # NaLaFormer's bound, see docs/export.md
+# Windows that adapt to any size take a minute to trace; MAViT has the shapes of RAVLT.
+ONE_SIZE = ["--height", 64, "--width", 96]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name, flags, sides",
+    "name, flags",
     [
-        ("test_linear_deit", [], ["height", "width"]),
-        ("test_inline_pvt", ["--model-kwargs", "depths=(1,1,1,1)"], ["height", "width"]),
-        ("test_ravlt", ["--model-kwargs", "depths=(1,1,1,1)"], ["height", "width"]),
-        # Windows that adapt to any size take a minute to trace; here is what is new in float16.
-        ("test_inline_swin", ["--height", 64, "--width", 96], [64, 96]),
+        ("test_linear_deit", []),
+        ("test_inline_deit", ["--model-kwargs", "depth=1"]),
+        ("test_inline_pvt", SHALLOW),
+        ("test_inline_swin", ONE_SIZE),
+        ("test_inline_cswin", ONE_SIZE),
+        ("test_l2vit", SHALLOW),
+        ("test_lightnet", ["--model-kwargs", "depth=1"]),
+        ("test_mavit", [*ONE_SIZE, *SHALLOW]),
+        ("test_nalaformer", [*SHALLOW, *FROM_64]),
+        ("test_ravlt", SHALLOW),
     ],
 )
-def test_onnx_in_half_precision(name, flags, sides, vitlinear, tmp_path):
+def test_onnx_in_half_precision(name, flags, vitlinear, tmp_path):
+    """Each family, in onnxruntime against the model in float32 at three sizes."""
     onnxruntime = pytest.importorskip("onnxruntime")
     path = tmp_path / "model.onnx"
-    result = vitlinear("export", name, path, "--dtype", "float16", "--fuse", "--batch", 2, *flags)
+    result = vitlinear("export", name, path, "--dtype", "float16", "--fuse", *flags)
     assert (result.code, result.err) == (0, "")
+    assert result.out.count("\nverified      ") == 3
     (images,) = onnxruntime.InferenceSession(path).get_inputs()
-    assert (images.type, images.shape) == ("tensor(float16)", [2, 3, *sides])
+    sides = [64, 96] if 96 in flags else ["height", "width"]
+    assert (images.type, images.shape) == ("tensor(float16)", ["batch", 3, *sides])
 
 
 @pytest.mark.parametrize("earlier", [False, True])
@@ -135,6 +156,29 @@ def test_what_computes_something_else_is_not_kept(earlier, vitlinear, tmp_path, 
     assert "was not written: at 1x3x33x33 it differs from the model by " in result.err
     assert [file.name for file in tmp_path.iterdir()] == [path.name] * earlier
     assert not earlier or path.read_text() == "earlier"
+
+
+def test_terminated(vitlinear, tmp_path, monkeypatch):
+    """SIGTERM while a file is being written leaves nothing of it, and later means what it did."""
+    kind = write.FORMATS["safetensors"]
+
+    def interrupted(model, shapes, card, metadata, path):
+        path.write_text("half")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setitem(write.FORMATS, "safetensors", dataclasses.replace(kind, write=interrupted))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        vitlinear("export", MODEL, tmp_path / "model.safetensors")
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == [] and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_sizes_checked():
+    wide = Shapes.of("l2vit_base_384").checked(384, 384)
+    assert wide == [(1, 3, 33, 33), (2, 3, 288, 288), (3, 3, 271, 147)]
+    one = Shapes.of("ravlt_t", 3, Range(1, 1), Range(224, 224), Range(224, 224))
+    assert one.checked(224, 224) == [(1, 3, 224, 224)]
 
 
 def test_sides_traced():
@@ -179,6 +223,13 @@ def test_other_sides_than_by_default():
         ([MODEL, "o.pt2", "--dtype", "float16"], "--dtype float16 is for --format onnx"),
         ([MODEL, "o.safetensors", "--fuse"], "--fuse is for onnx and torch-export"),
         ([MODEL, "o.pt2", "--checkpoint", "no.pth"], "no.pth does not exist"),
+        ([MODEL, "o.onnx", "--model-kwargs", "features_only=True"], "makes a model without logits"),
+        (
+            [MODEL, "o.pt2", "--batch", 4096, "--height", 500_000, "--width", 500_000],
+            "too little memory to compare with the model at 4096x3x500000x500000: give smaller",
+        ),
+        ([MODEL, "o.onnx", "--checkpoint", "there.pt2"], "is a program of torch.export, not a"),
+        (["test_ravlt", "o.onnx", "--model-kwargs", "depths=3"], "depths must have four entries"),
         ([MODEL, "there.pt2"], "exists: give another name, or --overwrite"),
     ],
 )

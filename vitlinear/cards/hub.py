@@ -12,13 +12,16 @@ from .registry import num_parameters
 from .render import mega
 
 
-def model_card(model: nn.Module, license: str | None = None) -> dict[str, Any]:
+def model_card(
+    model: nn.Module, license: str | None = None, repo_id: str = "OWNER/NAME"
+) -> dict[str, Any]:
     """The card of a model of this package: ``push_to_hf_hub(model, repo, model_card=...)``.
 
     Args:
         model: Made by ``timm.create_model``, with the classes and channels that it is pushed with.
         license: Identifier of the weights' licence on the hub; by default that of the authors'
             weights of the family, ``unknown`` where they state none.
+        repo_id: Where it is pushed to, for the line that loads it.
     """
     name: str = model.pretrained_cfg["architecture"]  # type: ignore[index, assignment]
     family = family_of(name)
@@ -42,5 +45,5 @@ def model_card(model: nn.Module, license: str | None = None) -> dict[str, Any]:
             **({"Code of the authors": family.code} if family.code else {}),
         },
         "usage": "```python\nimport timm\nimport vitlinear  # registers the models\n\n"
-        'model = timm.create_model("hf-hub:OWNER/NAME", pretrained=True).eval()\n```\n',
+        f'model = timm.create_model("hf-hub:{repo_id}", pretrained=True).eval()\n```\n',
     }  # fmt: skip

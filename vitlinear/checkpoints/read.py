@@ -99,6 +99,11 @@ def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
     """
     path = Path(path)
     _check_is_file(path)
+    if path.suffix == ".pt2":
+        raise CheckpointError(
+            f"checkpoint {path} is a program of torch.export, not a checkpoint: give the file that "
+            "it was made from"
+        )
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
@@ -147,6 +152,8 @@ def _damaged(path: Path, error: BaseException) -> CheckpointError:
     # PyTorch's advice around the reason is to read the file unsafely.
     _, _, reason = one_line(error).rpartition("WeightsUnpickler error: ")
     reason = reason.partition(" Check the documentation")[0][:200]
+    if not re.search("[A-Za-z]", reason):  # a key that was not found, in text taken for a pickle
+        reason = f"{type(error).__name__}: {reason}"
     return CheckpointError(
         f"checkpoint {path} is truncated, corrupt or not a weights file ({reason}); "
         "use another copy"

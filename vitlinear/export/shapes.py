@@ -129,7 +129,10 @@ class Shapes:
             height: What the model is made for.
             width: Likewise.
         """
-        own = self.height.nearest(min(height, CHECKED_SIDE)), self.width.nearest(width)
+        own = (
+            self.height.nearest(min(height, CHECKED_SIDE)),
+            self.width.nearest(min(width, CHECKED_SIDE)),
+        )
         other = self.height.nearest(CHECKED_SIDE - 17), self.width.nearest(CHECKED_SIDE // 2 + 3)
         sides = ((self.height.low, self.width.low), own, other)
         batches = (self.batch.low, self.batch.nearest(2), self.batch.nearest(3))

@@ -12,9 +12,12 @@ import importlib.util
 import json
 import logging
 import os
+import signal
+import sys
 import tempfile
+import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import timm
@@ -86,6 +89,7 @@ def _write_program(
     model: nn.Module, shapes: Shapes, card: Card, metadata: Mapping[str, str], path: Path
 ) -> None:
     program = _trace(model, shapes, shapes.example())
+    program.example_inputs = None  # images, which are of no use in the file
     torch.export.save(program, path, extra_files={METADATA_FILE: json.dumps(metadata, indent=2)})
 
 
@@ -166,7 +170,7 @@ def check_target(path: Path, kind: str, overwrite: bool = False) -> None:
     if path.is_dir():
         raise UserError(f"cannot write {path}: it is a folder")
     if path.suffix != suffix:
-        raise UserError(f"cannot write {path}: the name of a {kind} file has to end with {suffix}")
+        raise UserError(f"cannot write {path}: for {kind} its name has to end with {suffix}")
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists: give another name, or --overwrite")
     check_parent(str(path))
@@ -183,6 +187,20 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+
+
+@contextlib.contextmanager
+def _scratch_folder(path: Path) -> Iterator[Path]:
+    """A folder beside the file, for this long; gone after SIGTERM as well."""
+    takes_signals = threading.current_thread() is threading.main_thread()
+    if takes_signals:
+        before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            yield Path(folder)
+    finally:
+        if takes_signals:
+            signal.signal(signal.SIGTERM, before)
 
 
 @torch.no_grad()
@@ -218,14 +236,22 @@ def export(
     check_target(path, kind, overwrite=True)
     generator = torch.Generator().manual_seed(0)
     sizes = shapes.checked(*card.data_config["input_size"][1:])
-    images = [
-        calibration.checks(size) if calibration else torch.randn(size, generator=generator)
-        for size in sizes
-    ]
-    expected = [model(x) for x in images]
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-            temporary = Path(folder) / path.name
+        images = [
+            calibration.checks(size) if calibration else torch.randn(size, generator=generator)
+            for size in sizes
+        ]
+        expected = [model(x) for x in images]
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        raise UserError(
+            f"too little memory to compare with the model at {' or '.join(map(_times, sizes))}: "
+            "give smaller --batch, --height and --width"
+        ) from error
+    try:
+        with _scratch_folder(path) as folder:
+            temporary = folder / path.name
             with _quiet():
                 if dtype.is_floating_point:
                     model = model.to(dtype)
@@ -240,14 +266,18 @@ def export(
             for size, difference in differences.items():
                 if not difference <= TOLERANCES[dtype]:  # also one that is not a number
                     raise UserError(
-                        f"{path} was not written: at {'x'.join(map(str, size))} it differs from "
-                        f"the model by {difference:.1e} of the logits' norm, more than "
-                        f"{TOLERANCES[dtype]:.0e}: {ADVICE[dtype]}"
+                        f"{path} was not written: at {_times(size)} it differs from the model by "
+                        f"{difference:.1e} of the logits' norm, more than {TOLERANCES[dtype]:.0e}: "
+                        f"{ADVICE[dtype]}"
                     )
             os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or one_line(error)}") from error
     return differences
+
+
+def _times(size: Sequence[int]) -> str:
+    return "x".join(map(str, size))
 
 
 def _difference(logits: Tensor, expected: Tensor) -> float:

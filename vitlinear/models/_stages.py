@@ -261,7 +261,7 @@ def four_each(**settings: Sequence[Any]) -> None:
         ValueError: One does not; the message shows it.
     """
     for name, setting in settings.items():
-        if isinstance(setting, str) or len(setting) != 4:
+        if isinstance(setting, str) or not isinstance(setting, Sequence) or len(setting) != 4:
             raise ValueError(f"{name} must have four entries, one for each stage; got {setting!r}")
 
 

@@ -261,7 +261,7 @@ def load_model(
         if model is not None and model != card.model:
             raise UserError(
                 f"checkpoint {path} is of {card.model}, not {model}; "
-                "leave --model out, or give the right file"
+                "give that model, or another file"
             )
         if model_kwargs:
             raise UserError(f"checkpoint {path} knows its own model: leave --model-kwargs out")

@@ -36,6 +36,8 @@ def check_model_kwargs(kwargs: dict[str, Any]) -> None:
     for key in ("num_classes", "in_chans", "pretrained"):
         if key in kwargs:
             raise UserError(f"give {key} as --{key.replace('_', '-')}, not in --model-kwargs")
+    if kwargs.get("features_only"):
+        raise UserError("--model-kwargs features_only makes a model without logits: leave it out")
 
 
 def build_model(name: str, *, pretrained: bool = False, **kwargs: Any) -> nn.Module:
