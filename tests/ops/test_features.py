@@ -15,16 +15,30 @@ def inputs() -> torch.Tensor:
     return torch.cat((x, torch.zeros_like(x[..., :1])), -1).transpose(0, 1).requires_grad_()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("grad", [True, False])
+def test_elu_plus_one_is_exact(dtype, grad):
+    """To rounding, where elu + 1 has lost 1e-4 (float64) of exp(-30) or all of it."""
+    eps = torch.finfo(dtype).eps
+    with torch.set_grad_enabled(grad):
+        for x in (inputs(), inputs().detach().contiguous()):
+            before, exact = x.to(dtype).double(), x.to(dtype).double()
+            exact = torch.where(exact > 0, exact + 1, exact.exp())
+            out = elu_plus_one(x.to(dtype))
+            torch.testing.assert_close(out.double(), exact, rtol=25 * eps, atol=0)
+            assert torch.equal(x.to(dtype).double(), before)  # nothing is written to
+
+
 def test_elu_plus_one():
     x = inputs()
-    torch.testing.assert_close(elu_plus_one(x), F.elu(x) + 1, rtol=0, atol=0)
+    torch.testing.assert_close(elu_plus_one(x), F.elu(x) + 1, rtol=0, atol=2e-16)
     grad = torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view(x.shape)
     (found,), (expected,) = (
         torch.autograd.grad(f(x), x, grad) for f in (elu_plus_one, lambda x: F.elu(x) + 1)
     )
     torch.testing.assert_close(found, expected)
     with torch.no_grad():
-        torch.testing.assert_close(elu_plus_one(x), F.elu(x) + 1, rtol=0, atol=0)
+        torch.testing.assert_close(elu_plus_one(x), F.elu(x) + 1, rtol=0, atol=2e-16)
 
 
 def test_derivatives_of_elu_plus_one():

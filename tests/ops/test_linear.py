@@ -36,10 +36,10 @@ INPUTS = {
 }
 
 
-@pytest.fixture(autouse=True, params=[False, True], ids=["other", "intel"])
-def intel(request, monkeypatch):
+@pytest.fixture(autouse=True, params=[False, True], ids=["other", "mkl keeps up"])
+def keeps_up(request, monkeypatch):
     """Both kinds of processor, wherever this runs."""
-    monkeypatch.setattr(module, "INTEL", request.param)
+    monkeypatch.setattr(module, "MKL_KEEPS_UP", request.param)
     torch._dynamo.reset()  # which would see a change that no processor makes
     return request.param
 
@@ -51,7 +51,7 @@ def layer(bias: bool = True) -> Linear:
 
 @needs_onednn
 @torch.no_grad()
-def test_weights_that_widen_are_packed_for_many_rows(intel):
+def test_weights_that_widen_are_packed_for_many_rows(keeps_up):
     def packed(rows: int, weight: torch.Tensor) -> bool:
         x, bias = torch.randn(2, rows // 2, weight.shape[1]), torch.randn(len(weight))
         ran = operators(lambda: linear(x, weight, bias))
@@ -60,8 +60,8 @@ def test_weights_that_widen_are_packed_for_many_rows(intel):
         return "mkldnn::_reorder_linear_weight" in ran
 
     torch.manual_seed(0)
-    assert packed(PACK_ROWS, torch.randn(40, 24)) != intel
-    assert packed(PACK_ROWS, torch.randn(24, 40).t()) != intel
+    assert packed(PACK_ROWS, torch.randn(40, 24)) != keeps_up
+    assert packed(PACK_ROWS, torch.randn(24, 40).t()) != keeps_up
     assert not packed(PACK_ROWS, torch.randn(24, 40))
     assert not packed(PACK_ROWS - 2, torch.randn(40, 24))
 
@@ -144,7 +144,7 @@ def test_packed_weights_live_no_longer_than_weights():
 
 @needs_onednn
 @pytest.mark.parametrize("batch", [1, 3])
-def test_matrix_products_by_onednn_where_no_gradient_is_wanted(batch, intel):
+def test_matrix_products_by_onednn_where_no_gradient_is_wanted(batch, keeps_up):
     # Heads before tokens, as views of tokens before heads.
     x, y = torch.randn(batch, MATMUL_ROWS, 2, 12).transpose(1, 2), torch.randn(batch, 2, 12, 20)
     used = "mkldnn::_linear_pointwise"
@@ -155,7 +155,7 @@ def test_matrix_products_by_onednn_where_no_gradient_is_wanted(batch, intel):
             torch.testing.assert_close(
                 matmul(case, weight).double(), case.double() @ weight.double(), rtol=1e-5, atol=1e-5
             )
-            assert (used in operators(lambda: matmul(case, weight))) != intel  # noqa: B023
+            assert (used in operators(lambda: matmul(case, weight))) != keeps_up  # noqa: B023
         assert used not in operators(lambda: matmul(x[:, :, 1:], y))
         assert used not in operators(lambda: matmul(x.double(), y.double()))
         assert used not in operators(lambda: matmul(x[:0], y[:0]))
@@ -164,14 +164,14 @@ def test_matrix_products_by_onednn_where_no_gradient_is_wanted(batch, intel):
 
 @needs_onednn
 @torch.no_grad()
-def test_one_compiled_program_of_matrix_products_for_short_and_long(intel):
+def test_one_compiled_program_of_matrix_products_for_short_and_long(keeps_up):
     compiled = torch.compile(matmul, backend="aot_eager", fullgraph=True, dynamic=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for rows in (50, MATMUL_ROWS + 7, MATMUL_ROWS - 1):
             x, y = torch.randn(3, 2, rows, 12), torch.randn(3, 2, 12, 20)
             torch.testing.assert_close(compiled(x, y), matmul(x, y), rtol=1e-5, atol=1e-5)
             used = "mkldnn::_linear_pointwise" in operators(lambda: compiled(x, y))  # noqa: B023
-            assert used == (rows >= MATMUL_ROWS and not intel)
+            assert used == (rows >= MATMUL_ROWS and not keeps_up)
     with FlopCounterMode(display=False) as ours:
         torch.ops.vitlinear.matmul(x, y)
     with FlopCounterMode(display=False) as theirs:
@@ -260,11 +260,11 @@ def test_many_gradients_at_once():
 
 
 @needs_onednn
-def test_weight_gradients(intel):
+def test_weight_gradients(keeps_up):
     ours, x = layer(), torch.randn(7, 24)
     out = ours(x)
     ran = operators(lambda: torch.autograd.grad(out.sum(), ours.weight))
-    assert ("aten::mm" in ran, "mkldnn::_linear_pointwise" in ran) == (intel, not intel)
+    assert ("aten::mm" in ran, "mkldnn::_linear_pointwise" in ran) == (keeps_up, not keeps_up)
 
 
 @needs_onednn
@@ -292,12 +292,20 @@ def test_derivatives_of_higher_order():
             torch.testing.assert_close(result.double(), oracle, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["Intel Xeon", "AMD EPYC", None])
-def test_maker_of_the_processor(name, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name}, raising=False)
-    assert module.made_by_intel() == (name == "Intel Xeon")
+@pytest.mark.parametrize(
+    ("found", "keeps_up"),
+    [
+        ({"cpu_name": "Intel Xeon", "avx512_f": True}, True),
+        ({"cpu_name": "AMD EPYC", "avx512_f": True}, False),
+        ({"cpu_name": "AMD EPYC", "avx512_f": False}, True),
+        ({"cpu_name": None}, False),
+    ],
+)
+def test_processors_on_which_mkl_keeps_up(found, keeps_up, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+    assert module.mkl_keeps_up() == keeps_up
     monkeypatch.delattr(torch.cpu, "get_capabilities")
-    assert not module.made_by_intel()
+    assert not module.mkl_keeps_up()
 
 
 @needs_onednn

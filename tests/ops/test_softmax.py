@@ -20,7 +20,7 @@ pytestmark = needs_onednn
 @pytest.fixture(autouse=True)
 def no_intel(monkeypatch):
     """Wherever this runs."""
-    monkeypatch.setattr(linear, "INTEL", False)
+    monkeypatch.setattr(linear, "MKL_KEEPS_UP", False)
 
 
 def inputs(tokens: int) -> list[torch.Tensor]:
@@ -89,7 +89,7 @@ def test_where_sdpa_stays(monkeypatch):
         assert not products(sdpa, *(x[:, :, 1:] for x in heads))
         assert not products(sdpa, *(x.double() for x in heads))
         assert not products(sdpa, *(x.bfloat16() for x in heads))
-        monkeypatch.setattr(linear, "INTEL", True)
+        monkeypatch.setattr(linear, "MKL_KEEPS_UP", True)
         assert not products(sdpa, *heads)
 
 

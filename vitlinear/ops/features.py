@@ -6,6 +6,7 @@ closed-form gradients of `vitlinear.ops.backward`; autograd uses the function al
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .tracing import wants_common_operators
+
+LOG2_E = math.log2(math.e)
 
 
 def keeps_nothing() -> bool:
@@ -67,7 +70,22 @@ class _EluPlusOne(torch.autograd.Function):
 
 
 def _elu_plus_one(x: Tensor) -> Tensor:
-    return F.elu(x.contiguous()).add_(1)  # strided, elu takes three times as long as copy and elu
+    if x.device.type != "cpu" or wants_common_operators():
+        return F.elu(x.contiguous()).add_(1)
+    # On CPUs elu takes twice as long as these four passes, and is off by 3e-6 in float32: it takes
+    # 1 from exp(x), which is added again. exp(x) >= x + 1, with equality at 0.
+    if x.is_contiguous():
+        line = x + 1
+        power = x.clamp(max=0)
+    else:  # strided, each of them would take longer than the copy
+        line = x.contiguous()
+        power = line.clamp(max=0)
+        line.add_(1)
+    if x.dtype == torch.float32:
+        power.mul_(LOG2_E).exp2_()  # faster than exp, which is MKL's
+    else:
+        power.exp_()
+    return torch.maximum(power, line, out=power)
 
 
 def elu_plus_one(x: Tensor) -> Tensor:

@@ -1,10 +1,11 @@
 """Linear maps of channels, through oneDNN where PyTorch would take MKL.
 
-In float32 on a CPU, `torch.nn.functional.linear` calls MKL, which on processors that are not
-Intel's is about half as fast as oneDNN (`benchmarks/README.md`). On Intel's, where `INTEL` is true,
-oneDNN is as fast or a little faster with operands that lie as it wants them, and slower with
-transposed ones and with many small products. Both libraries are in PyTorch, and its compiler
-already chooses oneDNN for frozen weights.
+In float32 on a CPU, `torch.nn.functional.linear` calls MKL, which uses AVX-512 on Intel's
+processors alone: on others that have it, it is about half as fast as oneDNN
+(`benchmarks/README.md`). Everywhere else, where `MKL_KEEPS_UP` is true, oneDNN is as fast or a
+little faster with operands that lie as it wants them, and slower with transposed ones and with many
+small products. Both libraries are in PyTorch, and its compiler already chooses oneDNN for frozen
+weights.
 """
 
 from __future__ import annotations
@@ -32,18 +33,22 @@ def onednn_available() -> bool:
     )
 
 
-def made_by_intel() -> bool:
-    """Whether this processor is Intel's, as far as this PyTorch knows."""
-    if not hasattr(torch.cpu, "get_capabilities"):  # an older one
+def mkl_keeps_up() -> bool:
+    """Whether MKL uses all that this processor can do: Intel's, or without AVX-512.
+
+    Unless this PyTorch, an older one, does not know.
+    """
+    if not hasattr(torch.cpu, "get_capabilities"):
         return False
-    return str(torch.cpu.get_capabilities().get("cpu_name")).startswith("Intel")
+    known = torch.cpu.get_capabilities()
+    return str(known.get("cpu_name")).startswith("Intel") or known.get("avx512_f") is False
 
 
 _AVAILABLE = onednn_available()
-INTEL = made_by_intel()
+MKL_KEEPS_UP = mkl_keeps_up()
 
 # From so many rows on, oneDNN's own layout of a weight that widens is worth making in each call:
-# 5 to 20 % less time for 64 to 320 channels on AMD's processors, none on Intel's.
+# 5 to 20 % less time for 64 to 320 channels on AMD's processors with AVX-512, none on others.
 PACK_ROWS = 4096
 
 # From so many rows on, a call for each matrix costs less than oneDNN gains over MKL's batches.
@@ -110,7 +115,7 @@ def product(
     else:
         weight = _dense(weight)
         rows = x.numel() // x.shape[-1]
-        if not INTEL and rows >= PACK_ROWS and weight.shape[0] > weight.shape[1]:
+        if not MKL_KEEPS_UP and rows >= PACK_ROWS and weight.shape[0] > weight.shape[1]:
             weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none")
     return out
@@ -118,7 +123,7 @@ def product(
 
 def outdoes_batches(x: Tensor, y: Tensor) -> bool:
     """Whether oneDNN, called for each matrix, may outdo MKL, called once for all of a batch."""
-    return not (INTEL or torch.is_grad_enabled()) and runs_on_onednn(x, y)
+    return not (MKL_KEEPS_UP or torch.is_grad_enabled()) and runs_on_onednn(x, y)
 
 
 def matmul(x: Tensor, y: Tensor) -> Tensor:
@@ -200,7 +205,7 @@ class _Linear(torch.autograd.Function):
             grad_x = grad @ weight if plain else _Linear.apply(grad, weight.t(), None)
         if needs_weight:
             inputs = x.reshape(-1, x.shape[-1])
-            if INTEL or plain:
+            if MKL_KEEPS_UP or plain:
                 grad_weight = rows.t() @ inputs
             elif rows.shape[1] > inputs.shape[1]:
                 # oneDNN copies its first operand where that is a transpose: the narrower one.

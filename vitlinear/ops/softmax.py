@@ -1,11 +1,9 @@
-"""Softmax attention: PyTorch's SDPA, but for long sequences on CPUs that are not Intel's.
+"""Softmax attention: PyTorch's SDPA, but for long sequences on CPUs where MKL does not keep up.
 
 SDPA takes MKL; `linear` tells more of that and oneDNN.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +11,7 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula, sdpa_flop
 
+from .features import LOG2_E
 from .linear import outdoes_batches, product
 
 # From here on, the products outweigh what a call for each head costs (`benchmarks/README.md`).
@@ -34,7 +33,7 @@ def softmax_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     B, h, N, D = q.shape
     out = q.new_empty(B, N, h, D)
-    q = q * (D**-0.5 * math.log2(math.e))
+    q = q * (D**-0.5 * LOG2_E)
     q_squared, k_squared = (x.square().sum(-1).amax(-1) for x in (q, k))
     # False for NaN too.
     in_range = (q_squared * k_squared <= MAX_LOGIT**2) & (v.abs().amax((-2, -1)) <= MAX_VALUE)
