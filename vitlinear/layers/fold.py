@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .linear import Linear
 
 
-def _times(parameter: nn.Parameter, factor: Tensor) -> nn.Parameter:
+def _times(parameter: Tensor, factor: Tensor) -> nn.Parameter:
     return nn.Parameter(parameter * factor, parameter.requires_grad)
 
 
