@@ -192,15 +192,17 @@ def _quiet() -> Iterator[None]:
 @contextlib.contextmanager
 def _scratch_folder(path: Path) -> Iterator[Path]:
     """A folder beside the file, for this long; gone after SIGTERM as well."""
-    takes_signals = threading.current_thread() is threading.main_thread()
+    main = threading.current_thread() is threading.main_thread()
+    # A program that handles the signal itself goes on doing so.
+    takes_signals = main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     if takes_signals:
-        before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
             yield Path(folder)
     finally:
         if takes_signals:
-            signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @torch.no_grad()

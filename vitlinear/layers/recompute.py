@@ -48,15 +48,15 @@ class _Chain:
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self.modules = modules
-        self.held = [_tensors(module) for module in modules[:-1]]  # the last is not run again
+        # The last is not run again.
+        self.modules = [(module, _tensors(module)) for module in modules[:-1]]
         self.made: dict[int, Tensor] = {}
 
     def run(self, count: int, x: Tensor) -> Tensor:
         """What comes out of the first ``count`` modules."""
         if count in self.made:
             return self.made.pop(count)
-        for i, (module, held) in enumerate(zip(self.modules[:count], self.held, strict=False), 1):
+        for i, (module, held) in enumerate(self.modules[:count], 1):
             now = _tensors(module)
             if all(now.get(name) is value for name, value in held.items()):
                 x = module.forward(x)
