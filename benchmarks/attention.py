@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a c
 import vitlinear  # noqa: E402
 from benchmarks.transcription import rala  # noqa: E402
 from vitlinear import ops  # noqa: E402
-from vitlinear.train.environment import cpu_model  # noqa: E402
+from vitlinear.train.record.environment import cpu_model  # noqa: E402
 
 # (tokens on a side, heads, head_dim): stages 1 to 3 of ravlt_t at 224 x 224.
 SHAPES = ((56, 1, 64), (28, 2, 64), (14, 4, 64))

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs from a checkout
 
 from benchmarks.attention import commit, machine  # noqa: E402
-from vitlinear.cli import main as vitlinear  # noqa: E402
+from vitlinear_cli import main as vitlinear  # noqa: E402
 
 CONFIG = "configs/detection/retinanet_test-ravlt_fpn_deepforest.py"
 DATA = Path("data/deepforest")

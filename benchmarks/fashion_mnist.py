@@ -36,9 +36,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a c
 from benchmarks.attention import KEEP_PAGES, commit, held_bytes, machine  # noqa: E402
 from benchmarks.study_table import write_tables  # noqa: E402
 from vitlinear import ops  # noqa: E402
+from vitlinear.data.sources import FASHION_MNIST_DEBIAN  # noqa: E402
 from vitlinear.errors import UserError  # noqa: E402
 from vitlinear.train import run as training  # noqa: E402
-from vitlinear.train.sources import FASHION_MNIST_DEBIAN  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 RECIPE = HERE / "fashion_mnist.yaml"

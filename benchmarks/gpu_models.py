@@ -30,7 +30,7 @@ from benchmarks.models import measure  # noqa: E402
 from benchmarks.models_report import best_modes, print_report  # noqa: E402
 from benchmarks.subject import Case  # noqa: E402
 from benchmarks.transcription import SUFFIX  # noqa: E402
-from vitlinear.train.checkpoint import write_text  # noqa: E402
+from vitlinear.files import write_text  # noqa: E402
 
 AT_ONCE = 4
 TURN = 0.2  # seconds

@@ -30,14 +30,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a c
 from benchmarks.attention import commit, machine  # noqa: E402
 from benchmarks.fashion_mnist import write_subset  # noqa: E402
 from benchmarks.study_table import write_between  # noqa: E402
+from vitlinear.checkpoints.load import load_model  # noqa: E402
+from vitlinear.data.dataset import open_dataset  # noqa: E402
+from vitlinear.data.loader import eval_loader  # noqa: E402
+from vitlinear.data.sources import FASHION_MNIST_DEBIAN  # noqa: E402
 from vitlinear.export import Shapes, calibration, export  # noqa: E402
 from vitlinear.export.command import metadata_of  # noqa: E402
 from vitlinear.export.shapes import Range  # noqa: E402
 from vitlinear.train import run as training  # noqa: E402
-from vitlinear.train.checkpoint import load_model  # noqa: E402
-from vitlinear.train.data import open_dataset  # noqa: E402
-from vitlinear.train.loader import eval_loader  # noqa: E402
-from vitlinear.train.sources import FASHION_MNIST_DEBIAN  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 RECIPES = HERE.parent / "configs" / "classification"

@@ -40,8 +40,9 @@ sys.path.insert(0, str(ROOT))  # runs from a checkout
 
 import vitlinear  # noqa: E402
 from benchmarks.attention import commit, machine  # noqa: E402
-from vitlinear.train import images, run, setup  # noqa: E402
-from vitlinear.train.loader import start_epoch  # noqa: E402
+from vitlinear.data import images  # noqa: E402
+from vitlinear.data.loader import start_epoch  # noqa: E402
+from vitlinear.train import run, setup  # noqa: E402
 from vitlinear.train.loop import train_one_epoch  # noqa: E402
 
 PHOTOS = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")

@@ -31,11 +31,11 @@ from benchmarks.attention import KEEP_PAGES, commit, machine
 from benchmarks.models_report import plot, print_report
 from benchmarks.subject import MODES, PASSES, PRECISIONS, Case, check_subject, serve
 from benchmarks.transcription import SUFFIX
-from vitlinear.errors import UserError
-from vitlinear.train.checkpoint import write_text
-from vitlinear.train.config import Parser, did_you_mean
-from vitlinear.train.curves import check_plotting
-from vitlinear.train.model import choose_device
+from vitlinear.cli.device import choose_device
+from vitlinear.cli.parser import Parser
+from vitlinear.errors import UserError, did_you_mean
+from vitlinear.files import write_text
+from vitlinear.train.record.curves import check_plotting
 
 
 class FailedError(Exception):

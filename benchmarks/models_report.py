@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vitlinear.train.checkpoint import write_atomically
+from vitlinear.files import write_atomically
 
 Row = dict[str, Any]
 COLUMNS = ("model", "mode", "pass", "size", "batch", "images/s", "ratio", "p50, ms", "p90", "p99",

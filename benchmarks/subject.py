@@ -28,9 +28,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.attention import held_bytes
 from benchmarks.transcription import SUFFIX, check_transcribed, transcribe
+from vitlinear.create import build_model, check_model_name
 from vitlinear.errors import UserError, one_line
 from vitlinear.ops.backend import check_backend
-from vitlinear.train.model import KEEP_LAYOUT, build_model, check_model_name
+from vitlinear.train.compilation import KEEP_LAYOUT
 
 # Of those, the ones that a training step can run.
 MODES = {

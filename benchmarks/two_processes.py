@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs from a checkout
 
 from benchmarks.attention import commit, machine  # noqa: E402
-from vitlinear.train.checkpoint import read_weights  # noqa: E402
+from vitlinear.checkpoints.load import read_weights  # noqa: E402
 
 RECIPE = ["--dataset", "digits", "--model", "test_linear_deit", "--img-size", 32, "--lr", 1e-3]
 RECIPE += ["--warmup-epochs", 1, "--aa", "rand-m9-mstd0.5-inc1", "-j", 0, "--device", "cpu"]
@@ -30,7 +30,7 @@ RECIPE += ["--log-interval", 1, "--no-plot"]
 def curve(processes: int, batch: int, epochs: int, folder: Path) -> list[float]:
     """Trains, and returns the mean loss of the epoch so far after each update."""
     launch = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
-    command = [sys.executable, "-m", *(launch if processes > 1 else []), "vitlinear.cli", "train"]
+    command = [sys.executable, "-m", *(launch if processes > 1 else []), "vitlinear", "train"]
     flags = [*RECIPE, "-b", batch // processes, "--epochs", epochs, "--output", folder]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([*command, *map(str, flags)], cwd=ROOT, env=environment, check=True)

@@ -17,7 +17,7 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
-# Held to the end: see `vitlinear.train.parallel`. The destructor of a group whose last reference is
+# Held to the end: see `vitlinear.processes`. The destructor of a group whose last reference is
 # that of DDP can wait for ever, and no timeout reaches it.
 _PROCESS_GROUPS: list[object] = []
 

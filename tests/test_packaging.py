@@ -85,7 +85,7 @@ def test_pre_commit_uses_the_pinned_ruff() -> None:
 
 def test_console_script_is_importable() -> None:
     scripts = importlib.metadata.entry_points(group="console_scripts", name="vitlinear")
-    assert [script.value for script in scripts] == ["vitlinear.cli:main"]
+    assert [script.value for script in scripts] == ["vitlinear_cli:main"]
     assert all(callable(script.load()) for script in scripts)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout
 
 from benchmarks.models import main  # noqa: E402
-from vitlinear.cli import run  # noqa: E402
+from vitlinear_cli import run  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(run(main))

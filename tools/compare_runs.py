@@ -2,7 +2,7 @@
 
 import sys
 
-from vitlinear.cli import main
+from vitlinear_cli import main
 
 if __name__ == "__main__":
     sys.exit(main(["compare-runs", *sys.argv[1:]]))

@@ -9,9 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vitlinear.cli import run
-from vitlinear.detection import deepforest
-from vitlinear.train.arguments import COUNT
+from vitlinear.cli.flags import COUNT
+from vitlinear.dense import deepforest
+from vitlinear_cli import run
 
 
 def main(argv: Sequence[str]) -> None:

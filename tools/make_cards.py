@@ -26,8 +26,9 @@ import timm  # noqa: E402
 import torch  # noqa: E402
 
 from tests import golden  # noqa: E402
-from vitlinear.cards import count, facts, registry, render  # noqa: E402
+from vitlinear.cards import count, facts, render  # noqa: E402
 from vitlinear.checkpoints import checkpoint_filter_fn  # noqa: E402
+from vitlinear.models import names as registry  # noqa: E402
 
 COUNTS = ROOT / "vitlinear" / "cards" / facts.COUNTS
 CARDS = ROOT / "model_cards"

@@ -8,9 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vitlinear.cli import run
-from vitlinear.detection import coco
-from vitlinear.segmentation import ade
+from vitlinear.dense import ade, coco
+from vitlinear_cli import run
 
 
 def main(argv: Sequence[str]) -> None:

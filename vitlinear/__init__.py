@@ -6,8 +6,8 @@ Importing the package registers every model with timm::
     model = timm.create_model("ravlt_s")
 """
 
-from . import models as models
-from .layers import backend_report
+from vitlinear import models as models
+from vitlinear.report import backend_report
 
 __all__ = ["backend_report"]
 

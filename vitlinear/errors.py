@@ -1,5 +1,8 @@
 """The one exception that command-line tools turn into a one-line message, and that line."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """A mistake in what the user asked for; the message says what was wrong and what to do.
@@ -15,3 +18,9 @@ class LostPeerError(UserError):
 def one_line(error: BaseException) -> str:
     """Returns what another library's error says, without its line breaks; its name if nothing."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Returns ``" (did you mean a, b?)"`` for near misses of ``name``, or an empty string."""
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
+    return f" (did you mean {', '.join(near)}?)" if near else ""

@@ -24,13 +24,13 @@ OPTIM_WRAPPER_CONSTRUCTORS = Registry(
 # Functions, which import mmdet and mmseg only when asked: neither needs the other.
 @MODELS.register_module(name="DetDataPreprocessor")
 def _detection(**kwargs: Any) -> Any:
-    from vitlinear.detection.preprocessing import DetDataPreprocessor
+    from vitlinear.dense.openmmlab.det_preprocessor import DetDataPreprocessor
 
     return DetDataPreprocessor(**kwargs)
 
 
 @MODELS.register_module(name="SegDataPreProcessor")
 def _segmentation(**kwargs: Any) -> Any:
-    from vitlinear.segmentation.preprocessing import SegDataPreProcessor
+    from vitlinear.dense.openmmlab.seg_preprocessor import SegDataPreProcessor
 
     return SegDataPreProcessor(**kwargs)

@@ -12,7 +12,7 @@ from benchmarks import models, models_report, subject
 from benchmarks.models import FailedError, Process
 from benchmarks.subject import Case, Subject
 from vitlinear.cards.count import count
-from vitlinear.cli import run
+from vitlinear_cli import run
 
 PNG = b"\x89PNG\r\n\x1a\n"
 CASE = Case("test_linear_deit", "eager", "forward", 32, 32, 2)

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from vitlinear import ops
 from vitlinear.cards.count import Cost, count
 from vitlinear.cards.facts import convention, counts, families
-from vitlinear.cards.registry import input_size, our_models
 from vitlinear.errors import UserError
+from vitlinear.models.names import input_size, our_models
 
 TABLE = Path(__file__).parents[1] / "data" / "multiply_adds.csv"
 NAMES = {

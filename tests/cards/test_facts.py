@@ -7,9 +7,9 @@ import re
 import pytest
 import timm
 
-from vitlinear.cards import registry
 from vitlinear.cards.facts import counts, families, family_of
 from vitlinear.checkpoints.published import PUBLISHED
+from vitlinear.models import names as registry
 
 FAMILIES = families().values()
 

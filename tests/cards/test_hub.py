@@ -16,7 +16,7 @@ from timm.models import _hub, push_to_hf_hub
 
 from vitlinear.cards.facts import families
 from vitlinear.cards.hub import model_card
-from vitlinear.cards.registry import our_models
+from vitlinear.models.names import our_models
 
 REPO = "someone/my-model"
 

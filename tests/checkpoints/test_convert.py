@@ -19,13 +19,12 @@ import timm
 import torch
 
 from tests import golden
-from vitlinear.cards import registry
 from vitlinear.cards.facts import families
-from vitlinear.checkpoints.published import PUBLISHED
-from vitlinear.checkpoints.recognise import recognise
-from vitlinear.checkpoints.source import published_row
-from vitlinear.cli import main
+from vitlinear.checkpoints.published import PUBLISHED, published_row
+from vitlinear.convert.recognise import recognise
 from vitlinear.errors import UserError
+from vitlinear.models import names as registry
+from vitlinear_cli import main
 
 GOLDEN = {
     released: path.stem
@@ -124,7 +123,7 @@ def test_converted_file_knows_itself(checkpoint, tmp_path, capsys):
     """What the other commands read: model, classes and input."""
     target, again = tmp_path / "out.safetensors", tmp_path / "again.safetensors"
     run(capsys, checkpoint, target)
-    from vitlinear.train.checkpoint import load_model
+    from vitlinear.checkpoints.load import load_model
 
     model, card = load_model(target)
     assert card is not None and card.model == "ravlt_t" and card.num_classes == 1000

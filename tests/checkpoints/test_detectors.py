@@ -15,14 +15,15 @@ import torch
 
 import vitlinear  # noqa: F401  registers the models
 from tests.checkpoints import mmcv1
-from vitlinear.checkpoints import checkpoint_filter_fn, recognise
-from vitlinear.checkpoints.detectors import architecture_of
+from vitlinear.checkpoints import checkpoint_filter_fn
 from vitlinear.checkpoints.published import PUBLISHED
 from vitlinear.checkpoints.read import read_checkpoint
-from vitlinear.cli import main
+from vitlinear.convert import recognise
+from vitlinear.convert.detectors import architecture_of
 from vitlinear.dense.backbone import MultiScaleBackbone
 from vitlinear.errors import UserError
-from vitlinear.train.checkpoint import initial_weights
+from vitlinear.train.start_weights import initial_weights
+from vitlinear_cli import main
 
 ON_META = functools.cache(MultiScaleBackbone)
 DIMS = {"rala": (64, 128, 256, 512), "mala": (64, 128, 256, 512), "l2vit": (96, 192, 384, 768)}

@@ -17,9 +17,9 @@ from tests.checkpoints import mmcv1
 from tests.dense.openmmlab import build, packages
 from vitlinear.checkpoints import checkpoint_filter_fn
 from vitlinear.checkpoints.read import read_checkpoint
-from vitlinear.cli import main
 from vitlinear.dense.backbone import MultiScaleBackbone
 from vitlinear.errors import UserError
+from vitlinear_cli import main
 
 packages()
 

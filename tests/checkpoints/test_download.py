@@ -19,7 +19,7 @@ from tests.checkpoints.loopback import Server, serve
 from vitlinear.checkpoints import download
 from vitlinear.checkpoints.download import DownloadError, ensure_downloaded
 from vitlinear.checkpoints.published import PublishedFile
-from vitlinear.cli import main
+from vitlinear_cli import main
 
 MODEL = "test_ravlt"
 REPO = "authors/Weights"

@@ -16,9 +16,9 @@ import torch
 
 import vitlinear  # noqa: F401  registers the models
 from vitlinear.checkpoints import checkpoint_filter_fn
+from vitlinear.checkpoints.load import load_model, read_weights
 from vitlinear.checkpoints.read import CheckpointError, read_checkpoint
 from vitlinear.errors import UserError
-from vitlinear.train.checkpoint import load_model, read_weights
 
 MODEL = "test_ravlt"
 

@@ -86,7 +86,7 @@ def test_packages_that_do_not_work(
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content + "\n")
     code = """
-from vitlinear.cli import main
+from vitlinear_cli import main
 from vitlinear.errors import UserError
 sys.exit(main(["train-detector", "none.py"]))
 """

@@ -23,7 +23,7 @@ from vitlinear.dense.padding import (
     valid_sizes_of,
 )
 from vitlinear.errors import UserError
-from vitlinear.layers.valid_region import ValidRegion, use_valid_region, valid_region
+from vitlinear.models._valid_region import ValidRegion, use_valid_region, valid_region
 
 TEST_MODELS = [
     name

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from vitlinear.detection import coco
+from vitlinear.dense import coco
 from vitlinear.errors import UserError
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitlinear.detection import deepforest
+from vitlinear.dense import deepforest
 from vitlinear.errors import UserError
 
 HEADER = "image_path,xmin,ymin,xmax,ymax,label\n"

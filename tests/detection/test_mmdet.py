@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from tests.dense.openmmlab import build, detector, packages
-from vitlinear.cli import main
-from vitlinear.detection import coco
+from vitlinear.dense import coco
+from vitlinear_cli import main
 
 packages()
 pytest.importorskip("skimage")

@@ -19,9 +19,9 @@ from torchvision.ops import box_iou
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from vitlinear.dense.backbone import MultiScaleBackbone
+from vitlinear.dense.coco import write_sample
 from vitlinear.dense.padding import attach_valid_sizes
-from vitlinear.detection.coco import write_sample
-from vitlinear.detection.torchvision import fpn_backbone, mask_padding
+from vitlinear.dense.torchvision import fpn_backbone, mask_padding
 from vitlinear.errors import UserError
 
 NAMES = [

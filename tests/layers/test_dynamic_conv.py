@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vitlinear.layers.dynamic_conv import DynamicConv, grouped_conv, shifted_sum
+from vitlinear.layers.conv.dynamic_conv import DynamicConv, grouped_conv, shifted_sum
 
 
 def defined(layer: DynamicConv, x: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:

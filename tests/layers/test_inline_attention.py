@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests import golden
-from vitlinear.layers.inline_attention import (
+from vitlinear.layers.attention.inline_attention import (
     InjectiveAttention,
     InLineAttention,
     InLineTokenAttention,

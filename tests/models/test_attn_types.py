@@ -7,8 +7,8 @@ import timm
 import torch
 
 from vitlinear import ops
-from vitlinear.layers import backend_report
 from vitlinear.models._pyramid import stage_rotary_tables
+from vitlinear.report import backend_report
 
 FAMILIES = ("test_ravlt", "test_nalaformer")
 

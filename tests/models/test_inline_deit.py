@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests import golden
 from vitlinear.checkpoints import checkpoint_filter_fn
-from vitlinear.layers import backend_report
-from vitlinear.layers.inline_attention import InjectiveAttention, InLineTokenAttention
+from vitlinear.layers.attention.inline_attention import InjectiveAttention, InLineTokenAttention
+from vitlinear.report import backend_report
 
 RELEASED = {
     "inline_deit_tiny": 6_477_736,

@@ -13,11 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests import golden
 from vitlinear.checkpoints import checkpoint_filter_fn
-from vitlinear.layers import backend_report
-from vitlinear.layers.cross_shaped import CrossShapedAttention
-from vitlinear.layers.inline_attention import InjectiveAttention, InLineAttention
-from vitlinear.layers.shifted_windows import ShiftedWindowAttention
+from vitlinear.layers.attention.cross_shaped import CrossShapedAttention
+from vitlinear.layers.attention.inline_attention import InjectiveAttention, InLineAttention
+from vitlinear.layers.attention.shifted_windows import ShiftedWindowAttention
 from vitlinear.layers.windows import equal_windows
+from vitlinear.report import backend_report
 
 
 class Released(NamedTuple):

@@ -9,7 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests import golden
 from vitlinear.checkpoints import checkpoint_filter_fn
-from vitlinear.layers import LinearAttention, PaddedWindowAttention, backend_report
+from vitlinear.layers import LinearAttention, PaddedWindowAttention
+from vitlinear.report import backend_report
 
 RELEASED = {
     "L2ViT_Tiny": ("l2vit_tiny", 28_596_781),

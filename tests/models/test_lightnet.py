@@ -8,7 +8,7 @@ import torch
 from timm.optim import param_groups_layer_decay
 from torch.nn import functional as F
 
-from vitlinear.layers import backend_report
+from vitlinear.report import backend_report
 
 
 def parameters(dim: int, heads: int, depth: int = 12, classes: int = 1000) -> int:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from tests.ops.onednn import needs_onednn, operators
-from vitlinear.ops.depthwise import _DepthwiseConv, depthwise_conv, residual_depthwise_conv
+from vitlinear.ops.cpu.depthwise import _DepthwiseConv, depthwise_conv, residual_depthwise_conv
 
 
 def inputs(side: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32):

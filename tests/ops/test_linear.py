@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.ops.onednn import needs_onednn, operators
 from vitlinear.layers import Linear
-from vitlinear.ops import linear as module
-from vitlinear.ops.linear import (
+from vitlinear.ops.cpu import linear as module
+from vitlinear.ops.cpu.linear import (
     MATMUL_ROWS,
     PACK_ROWS,
     conv_gelu,

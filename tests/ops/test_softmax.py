@@ -11,8 +11,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.ops.onednn import needs_onednn, operators
-from vitlinear.ops import linear, softmax_attention
-from vitlinear.ops.softmax import MAX_LOGIT, MAX_VALUE, MIN_TOKENS, sdpa, softmax_in_blocks
+from vitlinear.ops import softmax_attention
+from vitlinear.ops.cpu import linear
+from vitlinear.ops.cpu.softmax import MAX_LOGIT, MAX_VALUE, MIN_TOKENS, sdpa, softmax_in_blocks
 
 pytestmark = needs_onednn
 

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from vitlinear.detection import coco
-from vitlinear.segmentation import ade
+from vitlinear.dense import ade, coco
 
 
 def test_label_maps_agree_with_the_outlines(tmp_path: Path) -> None:

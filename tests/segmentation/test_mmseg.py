@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from tests.dense.openmmlab import build, packages, segmentor
-from vitlinear.cli import main
-from vitlinear.segmentation import ade
+from vitlinear.dense import ade
+from vitlinear_cli import main
 
 packages()
 pytest.importorskip("skimage")

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from tests.dense.openmmlab import packages
-from vitlinear.cli import main
+from vitlinear_cli import main
 
 packages()
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 
 from tests.train.helpers import image_folder, train
-from vitlinear.cli import main
+from vitlinear_cli import main
 
 
 class Result(NamedTuple):

@@ -9,7 +9,7 @@ import pytest
 
 import vitlinear as package
 from tests.tools.conftest import Command
-from vitlinear.cli import COMMANDS
+from vitlinear_cli import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,7 +36,7 @@ def test_unknown_command_and_option(vitlinear: Command) -> None:
 
 @pytest.mark.parametrize("name", ["train", "validate", "predict", "export"])
 def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from vitlinear.cli import main
+    from vitlinear_cli import main
 
     with pytest.raises(SystemExit) as stop:
         main([name, "--help"])
@@ -81,7 +81,7 @@ def test_scripts_are_the_commands(
 
 def test_in_a_process_of_its_own(tmp_path: Path) -> None:
     """One line, status 2, no traceback, no folder: also as the shell sees it."""
-    command = [sys.executable, "-m", "vitlinear.cli", "train", "--model", "ravlt_q"]
+    command = [sys.executable, "-m", "vitlinear", "train", "--model", "ravlt_q"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: unknown model 'ravlt_q'")

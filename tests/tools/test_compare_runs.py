@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.tools.conftest import Command
 from tests.train.helpers import train
-from vitlinear.train import compare
+from vitlinear.train import compare_runs as compare
 
 
 def write_run(

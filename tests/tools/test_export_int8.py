@@ -10,11 +10,11 @@ import pytest
 import timm
 import torch
 
-from vitlinear.cli import main
 from vitlinear.errors import UserError
 from vitlinear.export import quantise
 from vitlinear.export.calibration import HELD_OUT, Calibration
 from vitlinear.export.shapes import Range, Shapes
+from vitlinear_cli import main
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

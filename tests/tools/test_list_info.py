@@ -8,7 +8,7 @@ import pytest
 import timm
 
 from vitlinear.cards.facts import counts, families
-from vitlinear.cards.registry import our_models
+from vitlinear.models.names import our_models
 
 
 def names(out: str) -> list[str]:

@@ -11,7 +11,7 @@ from PIL import Image
 from tests.golden import upstream_state_dict, variants
 from tests.tools.conftest import Command
 from tests.train.helpers import CLASSES, train
-from vitlinear.train.data import export_sample
+from vitlinear.data.dataset import export_sample
 
 
 def test_files_and_folders(

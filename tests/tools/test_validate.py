@@ -9,7 +9,7 @@ import torch
 
 from tests.tools.conftest import Command
 from tests.train.helpers import CLASSES
-from vitlinear.train.checkpoint import read_card
+from vitlinear.checkpoints.card import read_card
 
 
 def test_a_checkpoint_alone_repeats_the_metric_of_training(

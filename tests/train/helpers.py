@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vitlinear import cli
+import vitlinear_cli as cli
 from vitlinear.train import run
 
 # What starts of training share: a process that has imported everything, and forks. Importing alone
 # takes more time than all that these tests then compute.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["vitlinear.cli", "vitlinear.train.run"])
+FORKS.set_forkserver_preload(["vitlinear_cli", "vitlinear.train.run"])
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]

@@ -17,12 +17,14 @@ import torch
 from PIL import Image
 
 from tests.train.helpers import image_folder, tiny_flags, train, two_processes
-from vitlinear.cli import main
+from vitlinear.checkpoints.load import read_weights
+from vitlinear.data import dataset as data
+from vitlinear.data import images
+from vitlinear.data.bad_images import LIMIT, UNREADABLE, BadImages
 from vitlinear.errors import UserError
-from vitlinear.train import data, images, validate
-from vitlinear.train.bad_images import LIMIT, UNREADABLE, BadImages
-from vitlinear.train.checkpoint import read_weights
-from vitlinear.train.evaluate import Evaluator, PerClass
+from vitlinear.evaluation import validate
+from vitlinear.evaluation.evaluate import Evaluator, PerClass
+from vitlinear_cli import main
 
 
 def bomb() -> bytes:

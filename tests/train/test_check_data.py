@@ -13,9 +13,9 @@ from PIL import ExifTags, Image
 
 from tests.train.helpers import CLASSES, image_folder
 from tests.train.shards import write_shards
-from vitlinear.cli import main
+from vitlinear.data import check_data
 from vitlinear.errors import UserError
-from vitlinear.train import check_data
+from vitlinear_cli import main
 
 
 def check(*flags: object) -> dict[str, Any]:

@@ -10,19 +10,13 @@ import torch
 
 from tests.golden import upstream_state_dict, variants
 from tests.train.helpers import TINY
+from vitlinear.checkpoints.card import Card, read_card, save_weights
+from vitlinear.checkpoints.load import load_model, read_weights
+from vitlinear.create import build_model, data_config
 from vitlinear.errors import UserError
-from vitlinear.train.checkpoint import (
-    Card,
-    initial_weights,
-    load_model,
-    read_card,
-    read_weights,
-    save_weights,
-    write_atomically,
-    write_text,
-)
-from vitlinear.train.model import build_model, data_config
-from vitlinear.train.state import read_state, save_state
+from vitlinear.files import write_atomically, write_text
+from vitlinear.train.record.state import read_state, save_state
+from vitlinear.train.start_weights import initial_weights
 
 
 def small(num_classes: int = 3, in_chans: int = 3) -> torch.nn.Module:

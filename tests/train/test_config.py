@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from vitlinear.cli.config_file import LAUNCH_KEYS, read_config, saved_arguments
 from vitlinear.errors import UserError
-from vitlinear.train.config import LAUNCH_KEYS, read_config, saved_arguments
 from vitlinear.train.run import main as run_command
 from vitlinear.train.run import make_parser, parse_arguments
 
@@ -173,7 +173,7 @@ def test_bad_bases_say_what_is_wrong(tmp_path: Path, text: str, message: str) ->
 
 
 def test_read_config_needs_no_command_line(tmp_path: Path) -> None:
-    from vitlinear.train.config import Parser
+    from vitlinear.cli.parser import Parser
 
     parser = Parser(prog="x")
     parser.add_argument("--count", type=int)

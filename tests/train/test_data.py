@@ -13,8 +13,11 @@ from PIL import Image
 from timm.data import auto_augment
 
 from tests.train.helpers import CLASSES, image_folder, tiny_flags
+from vitlinear import create as model
+from vitlinear.data import dataset as data
+from vitlinear.data import loader, sources
 from vitlinear.errors import UserError
-from vitlinear.train import data, loader, model, run, sources
+from vitlinear.train import run
 
 CPU = torch.device("cpu")
 

@@ -11,9 +11,9 @@ import torch
 
 import vitlinear
 from vitlinear.errors import UserError
-from vitlinear.train import environment
-from vitlinear.train.environment import read_starts, record_start, repositories, variables
-from vitlinear.train.folder import PATCHES
+from vitlinear.train.record import environment
+from vitlinear.train.record.environment import read_starts, record_start, repositories, variables
+from vitlinear.train.record.folder import PATCHES
 
 CPU = torch.device("cpu")
 IDENTITY = ("-c", "user.name=a", "-c", "user.email=a@b.c")

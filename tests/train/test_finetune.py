@@ -10,8 +10,8 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from tests.train.helpers import TINY, train
+from vitlinear.checkpoints.load import read_weights
 from vitlinear.errors import UserError
-from vitlinear.train.checkpoint import read_weights
 from vitlinear.train.finetune import freeze, initialise_head
 
 FAMILIES = [

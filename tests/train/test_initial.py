@@ -8,11 +8,12 @@ import safetensors.torch
 import torch
 
 from tests.train.helpers import CLASSES
+from vitlinear.checkpoints.card import Card, save_weights
+from vitlinear.checkpoints.load import read_weights
+from vitlinear.create import build_model
 from vitlinear.errors import UserError
 from vitlinear.train import run
-from vitlinear.train.checkpoint import Card, initial_weights, read_weights, save_weights
-from vitlinear.train.initial import read_head_map
-from vitlinear.train.model import build_model
+from vitlinear.train.start_weights import initial_weights, read_head_map
 
 RECIPE = Path(__file__).parents[2] / "configs/classification/l2vit_base.in22k_ft_in1k.yaml"
 ROWS = [4, 0, 2]  # class of the start weights, of seven, for each of three

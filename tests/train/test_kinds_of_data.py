@@ -13,10 +13,13 @@ from torch.utils.data import DataLoader
 
 from tests.train.helpers import CLASSES, TINY_FLAGS, two_processes
 from tests.train.shards import write_shards
-from vitlinear.cli import main
+from vitlinear.checkpoints.card import read_card
+from vitlinear.checkpoints.load import read_weights
+from vitlinear.data import dataset as data
 from vitlinear.errors import UserError
-from vitlinear.train import data, run, validate
-from vitlinear.train.checkpoint import read_card, read_weights
+from vitlinear.evaluation import validate
+from vitlinear.train import run
+from vitlinear_cli import main
 
 pytest.importorskip("datasets", reason="pip install 'vitlinear[data]'")
 pytest.importorskip("webdataset", reason="pip install 'vitlinear[data]'")

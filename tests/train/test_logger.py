@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from vitlinear.errors import UserError
-from vitlinear.train import curves, trackers
-from vitlinear.train.logger import FileLogger, Logger, Loggers, read_rows
+from vitlinear.train.record import curves, trackers
+from vitlinear.train.record.logger import FileLogger, Logger, Loggers, read_rows
 
 NAN = float("nan")
 

@@ -11,10 +11,10 @@ from timm.task import ClassificationTask
 from torch import distributed, nn
 
 from tests.train.helpers import train
+from vitlinear.checkpoints.load import load_model
 from vitlinear.errors import UserError
-from vitlinear.train.checkpoint import load_model
+from vitlinear.evaluation.evaluate import PerClass, evaluate
 from vitlinear.train.epochs import set_schedule
-from vitlinear.train.evaluate import PerClass, evaluate
 from vitlinear.train.loop import Updater, train_one_epoch, updates_per_epoch
 from vitlinear.train.optimisation import learning_rate
 from vitlinear.train.run import parse_arguments

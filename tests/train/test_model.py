@@ -7,7 +7,7 @@ import timm
 import torch
 
 from vitlinear.errors import UserError
-from vitlinear.train.model import compile_arguments
+from vitlinear.train.compilation import compile_arguments
 
 
 def test_our_models_are_compiled_in_the_layout_they_have():

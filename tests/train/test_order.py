@@ -7,8 +7,11 @@ import pytest
 import torch
 
 from tests.train.helpers import tiny_flags
-from vitlinear.train import data, loader, model, run
-from vitlinear.train.order import EpochBatches, Place, SeededErasing, derive_seed
+from vitlinear import create as model
+from vitlinear.data import dataset as data
+from vitlinear.data import loader
+from vitlinear.data.order import EpochBatches, Place, SeededErasing, derive_seed
+from vitlinear.train import run
 
 MIXED = ("--aa", "rand-m9-mstd0.5-inc1", "--reprob", 0.5, "--mixup", 0.8, "--cutmix", 1.0)
 

@@ -25,12 +25,13 @@ from tests.train.helpers import (
     train,
     two_processes,
 )
+from vitlinear.checkpoints.load import load_model
 from vitlinear.errors import UserError
-from vitlinear.train.checkpoint import load_model
-from vitlinear.train.model import enable_checkpointing
-from vitlinear.train.parallel import check_sharding, join_processes
+from vitlinear.processes import join_processes
+from vitlinear.train.finetune import enable_checkpointing
+from vitlinear.train.parallel import check_sharding
+from vitlinear.train.record.state import read_state
 from vitlinear.train.run import parse_arguments
-from vitlinear.train.state import read_state
 
 # Without batch normalisation, whose statistics are each process's own.
 ROW = ["--model", "test_linear_deit", "--model-kwargs", "depth=2"]

@@ -19,15 +19,15 @@ from timm.layers import DropPath
 
 from tests import golden
 from tests.train.helpers import image_folder
+from vitlinear import create as models
 from vitlinear.cards.facts import families
 from vitlinear.checkpoints.mappings import find_mapping
-from vitlinear.train import model as models
+from vitlinear.cli.config_file import read_config
+from vitlinear.data.order import EpochBatches
 from vitlinear.train import optimisation, run
-from vitlinear.train.config import read_config
 from vitlinear.train.epochs import set_schedule
-from vitlinear.train.order import EpochBatches
+from vitlinear.train.record.state import read_state
 from vitlinear.train.run import parse_arguments
-from vitlinear.train.state import read_state
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "classification"
 OURS = {"digits_test_ravlt", "fashion_mnist_ravlt"}

@@ -13,15 +13,16 @@ import torch
 import yaml
 
 from tests.train.helpers import CLASSES, image_folder, tiny_flags, train, two_processes
+from vitlinear.checkpoints.card import read_card
+from vitlinear.checkpoints.load import read_weights
 from vitlinear.errors import UserError
+from vitlinear.signals import Stopped, StopSignals
 from vitlinear.train import loop, run
-from vitlinear.train.checkpoint import read_card, read_weights
-from vitlinear.train.folder import BAD_IMAGES, FILES, PATCHES
 from vitlinear.train.loop import Updater
 from vitlinear.train.parallel import synchronised
 from vitlinear.train.progress import TIMES
-from vitlinear.train.signals import Stopped, StopSignals
-from vitlinear.train.state import read_state
+from vitlinear.train.record.folder import BAD_IMAGES, FILES, PATCHES
+from vitlinear.train.record.state import read_state
 
 # Everything that draws random numbers or keeps state between updates.
 FULL = ["--epochs", 4, "--model-ema", "--model-ema-decay", 0.9, "--drop-path", 0.2]

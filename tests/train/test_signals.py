@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vitlinear.train.signals import Stopped, StopSignals
+from vitlinear.signals import Stopped, StopSignals
 
 CPU = torch.device("cpu")
 

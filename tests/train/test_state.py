@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from vitlinear.errors import UserError
-from vitlinear.train.checkpoint import write_text
-from vitlinear.train.state import read_newest, read_state, save_state
+from vitlinear.files import write_text
+from vitlinear.train.record.state import read_newest, read_state, save_state
 
 
 def state(updates: int) -> dict[str, object]:

@@ -12,9 +12,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests.train.helpers import TINY, train
+from vitlinear.checkpoints.card import read_card
+from vitlinear.checkpoints.load import load_model
 from vitlinear.errors import UserError
-from vitlinear.train.checkpoint import load_model, read_card
-from vitlinear.train.state import read_state
+from vitlinear.train.record.state import read_state
 from vitlinear.train.tasks import HardDistillationTask, MesaTask, Teacher
 
 CPU = torch.device("cpu")

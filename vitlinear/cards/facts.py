@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from .registry import module_of
+from vitlinear.models.names import module_of
 
 FACTS = "facts.yaml"
 COUNTS = "counts.json"

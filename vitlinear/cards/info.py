@@ -11,11 +11,11 @@ import timm
 from timm.models import is_model, split_model_name_tag
 
 from vitlinear.checkpoints.published import published_files
-from vitlinear.errors import UserError
-from vitlinear.train.config import Parser, did_you_mean
+from vitlinear.cli.parser import Parser
+from vitlinear.errors import UserError, did_you_mean
+from vitlinear.models.names import input_size, num_parameters, on_meta, our_models
 
 from .facts import convention, counts, families, family_of
-from .registry import input_size, num_parameters, on_meta, our_models
 from .render import giga, mega
 
 

@@ -6,12 +6,12 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from vitlinear.errors import UserError
-from vitlinear.train.config import Parser, did_you_mean
+from vitlinear.cli.parser import Parser
+from vitlinear.errors import UserError, did_you_mean
+from vitlinear.models.names import our_models
 
 from .facts import families, family_of
 from .info import describe
-from .registry import our_models
 from .render import giga, mega
 
 

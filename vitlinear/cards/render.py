@@ -10,9 +10,9 @@ from typing import Any
 import yaml
 
 from vitlinear.checkpoints.published import PUBLISHED, PublishedFile
+from vitlinear.models.names import module_of, our_models
 
 from .facts import Family, ModelFacts, convention, counts
-from .registry import module_of, our_models
 
 COMMAND = "python tools/make_cards.py"
 

@@ -8,6 +8,7 @@ into models: see `pretrained_source`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 NONE_STATED = "none stated"
@@ -212,4 +213,23 @@ def published_at(hub_id: str | None, filename: str | None, url: str | None) -> P
             url and row.url == url and not hub_id
         ):
             return row
+    return None
+
+
+BY_HASH = "SHA-256"
+
+
+def published_row(path: Path, sha256: str) -> tuple[PublishedFile, str] | None:
+    """The row of a published file that this may be a copy of, and what says so.
+
+    The hash, where the row has one; else the name and the size, where it is known; else the name.
+    """
+    for row in PUBLISHED:
+        if row.sha256 and sha256.startswith(row.sha256):
+            return row, BY_HASH
+    for row in PUBLISHED:
+        if row.filename == path.name and row.sha256 is None:
+            if row.size is None:
+                return row, "file name only"
+            return (row, "file name and size") if row.size == path.stat().st_size else None
     return None

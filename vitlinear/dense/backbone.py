@@ -12,10 +12,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from vitlinear.checkpoints import checkpoint_filter_fn
 from vitlinear.checkpoints.read import CheckpointError, read_checkpoint
+from vitlinear.create import build_model
 from vitlinear.errors import UserError, one_line
 from vitlinear.models._isotropic import IsotropicBackbone
 from vitlinear.models._stages import StagedBackbone
-from vitlinear.train.model import build_model
 
 from .padding import padding, valid_sizes_of, zero_padding
 from .pyramid import SimpleFeaturePyramid

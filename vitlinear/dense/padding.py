@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
-from ..errors import UserError
-from ..layers import (
+from vitlinear.errors import UserError
+from vitlinear.layers import (
     CrossShapedAttention,
     DepthwiseConv,
     GatedAttention,
@@ -42,10 +42,10 @@ from ..layers import (
     PaddedWindowAttention,
     ShiftedWindowAttention,
 )
-from ..layers.valid_region import ValidRegion, use_valid_region, valid_region
-from ..models._isotropic import AddPositions
-from ..models.inline_pvt import PositionedPatchEmbed
-from ..models.inline_swin import MapMerging
+from vitlinear.models._isotropic import AddPositions
+from vitlinear.models._valid_region import ValidRegion, use_valid_region, valid_region
+from vitlinear.models.inline_pvt import PositionedPatchEmbed
+from vitlinear.models.inline_swin import MapMerging
 
 Sizes = Sequence[tuple[int, int]]
 

@@ -8,7 +8,7 @@ import torch
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from vitlinear.layers.valid_region import valid_region
+from vitlinear.models._valid_region import valid_region
 
 
 class SimpleFeaturePyramid(nn.Module):

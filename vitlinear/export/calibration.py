@@ -14,11 +14,10 @@ from PIL import Image
 from timm.data import IterableImageDataset, create_transform
 from torch import Tensor
 
+from vitlinear.checkpoints.card import Card
+from vitlinear.data.dataset import open_dataset
+from vitlinear.data.images import DAMAGE, UnreadableImage, convert, decode, find_images
 from vitlinear.errors import UserError
-from vitlinear.train.checkpoint import Card
-from vitlinear.train.data import open_dataset
-from vitlinear.train.images import DAMAGE, UnreadableImage, convert, decode
-from vitlinear.train.predict import find_images
 
 from .shapes import Shapes
 

@@ -14,16 +14,16 @@ from torch import nn
 
 import vitlinear
 from vitlinear.cards.info import check_name
+from vitlinear.checkpoints.card import Card, read_card
 from vitlinear.checkpoints.download import digest
-from vitlinear.checkpoints.published import NONE_STATED
+from vitlinear.checkpoints.load import load_model
+from vitlinear.checkpoints.published import NONE_STATED, published_row
 from vitlinear.checkpoints.read import read_metadata
-from vitlinear.checkpoints.source import published_row
+from vitlinear.cli.flags import COUNT
+from vitlinear.cli.parser import KeyValues, Parser
+from vitlinear.create import build_model, check_model_kwargs, data_config
 from vitlinear.errors import UserError
-from vitlinear.train.arguments import COUNT
-from vitlinear.train.checkpoint import Card, load_model, read_card
-from vitlinear.train.config import KeyValues, Parser
-from vitlinear.train.environment import source_commit
-from vitlinear.train.model import build_model, check_model_kwargs, data_config
+from vitlinear.revision import source_commit
 
 from . import calibration
 from .shapes import Range, Shapes

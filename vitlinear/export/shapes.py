@@ -8,8 +8,8 @@ import re
 import torch
 from timm.models import split_model_name_tag
 
-from vitlinear.cards.registry import module_of
 from vitlinear.errors import UserError
+from vitlinear.models.names import module_of
 
 MOST_IMAGES, LONGEST_SIDE = 4096, 4096
 

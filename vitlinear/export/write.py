@@ -25,8 +25,9 @@ import torch
 from timm.models import get_model_args
 from torch import Tensor, nn
 
+from vitlinear.checkpoints.card import Card, read_card, save_weights
 from vitlinear.errors import UserError, one_line
-from vitlinear.train.checkpoint import Card, check_parent, read_card, save_weights
+from vitlinear.files import check_parent
 
 from . import onnx_file
 from .calibration import Calibration

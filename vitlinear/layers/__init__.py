@@ -1,31 +1,28 @@
 """Modules that models are built from. Token maps are channels-last, [B, H, W, C]."""
 
-from .attend import check_attn_type, learns_temperature
-from .ceil_conv import CeilConv
-from .conv_norm_act import ConvNormAct
-from .conv_stem import ConvStem, check_images
-from .cross_shaped import CrossShapedAttention
-from .depthwise import DepthwiseConv, ResidualDepthwiseConv
-from .dynamic_conv import DynamicConv
+from .attention.attend import check_attn_type, learns_temperature
+from .attention.cross_shaped import CrossShapedAttention
+from .attention.gated_attention import GatedAttention, NormGatedAttention
+from .attention.inline_attention import InjectiveAttention, InLineAttention, InLineTokenAttention
+from .attention.lightnet_attention import LightNetAttention
+from .attention.linear_attention import LinearAttention
+from .attention.md_tpe import AxisTpe, MdTpe
+from .attention.padded_windows import PaddedWindowAttention
+from .attention.shifted_windows import ShiftedWindowAttention, SoftmaxAttention
+from .conv.ceil_conv import CeilConv
+from .conv.conv_norm_act import ConvNormAct
+from .conv.conv_stem import ConvStem, check_images
+from .conv.depthwise_conv import DepthwiseConv, ResidualDepthwiseConv
+from .conv.dynamic_conv import DynamicConv
+from .conv.local_concentration import LocalConcentration
 from .fold import fold_scale
-from .gated_attention import GatedAttention, NormGatedAttention
-from .inline_attention import InjectiveAttention, InLineAttention, InLineTokenAttention
-from .lightnet_attention import LightNetAttention
 from .linear import Linear
-from .linear_attention import LinearAttention
-from .local_concentration import LocalConcentration
-from .md_tpe import AxisTpe, MdTpe
 from .mlp import ConvMlp, Mlp, SwiGlu
 from .recompute import run_recomputing
-from .report import AttentionCall, BackendReport, backend_report
 from .rms_norm import HeadRmsNorm, RmsNorm
-from .shifted_windows import ShiftedWindowAttention, SoftmaxAttention
-from .window_attention import PaddedWindowAttention
 
 __all__ = [
-    "AttentionCall",
     "AxisTpe",
-    "BackendReport",
     "CeilConv",
     "ConvMlp",
     "ConvNormAct",
@@ -51,7 +48,6 @@ __all__ = [
     "ShiftedWindowAttention",
     "SoftmaxAttention",
     "SwiGlu",
-    "backend_report",
     "check_attn_type",
     "check_images",
     "fold_scale",

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._timm import register_notrace_module
-from ..ops.linear import linear
+from vitlinear._timm import register_notrace_module
+from vitlinear.ops.cpu.linear import linear
 
 
 # One step to torch.fx, as `nn.Linear` is.

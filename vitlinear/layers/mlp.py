@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .depthwise import ResidualDepthwiseConv
+from .conv.depthwise_conv import ResidualDepthwiseConv
 from .fold import fold_gelu
 from .linear import Linear
 from .recompute import run_recomputing

@@ -12,9 +12,10 @@ from torch.func import functional_call
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.checkpoint import checkpoint
 
-from ..ops.recompute import recomputing
-from ..ops.tracing import wants_common_operators
-from .depthwise import DepthwiseConv, ResidualDepthwiseConv
+from vitlinear.ops.recompute import recomputing
+from vitlinear.ops.tracing import wants_common_operators
+
+from .conv.depthwise_conv import DepthwiseConv, ResidualDepthwiseConv
 from .hooks import has_forward_hooks
 from .rms_norm import HeadRmsNorm, RmsNorm
 

@@ -7,10 +7,10 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from torch import Tensor, nn
 
-from ..checkpoints import checkpoint_filter_fn
-from ..checkpoints.download import DownloadError, ensure_downloaded
-from ..checkpoints.published import published_files
-from ..checkpoints.read import CheckpointError, read_checkpoint
+from vitlinear.checkpoints import checkpoint_filter_fn
+from vitlinear.checkpoints.download import DownloadError, ensure_downloaded
+from vitlinear.checkpoints.published import published_files
+from vitlinear.checkpoints.read import CheckpointError, read_checkpoint
 
 Model = TypeVar("Model", bound=nn.Module)
 

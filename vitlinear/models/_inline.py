@@ -14,7 +14,8 @@ import torch
 from timm.layers import DropPath, LayerNorm, LayerNorm2d
 from torch import Tensor, nn
 
-from ..layers import CeilConv, Mlp, check_images
+from vitlinear.layers import CeilConv, Mlp, check_images
+
 from ._stages import map_cfg
 
 

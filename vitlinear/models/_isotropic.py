@@ -24,12 +24,13 @@ from timm.layers import (
 )
 from torch import Tensor, nn
 
-from .._timm import feature_take_indices, register_notrace_module, update_model_input_size
-from ..layers import Mlp, check_images
-from ..layers.fold import fuse_model
-from ..layers.windows import join_maps
+from vitlinear._timm import feature_take_indices, register_notrace_module, update_model_input_size
+from vitlinear.layers import Mlp, check_images
+from vitlinear.layers.fold import fuse_model
+from vitlinear.layers.windows import join_maps
+
 from ._build import imagenet_cfg
-from ._checkpoint import check_stages, checkpoint
+from ._gradient_checkpointing import check_stages, checkpoint
 from ._stages import init_module
 
 

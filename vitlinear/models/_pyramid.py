@@ -21,8 +21,8 @@ from timm.layers import (
 )
 from torch import Tensor, nn
 
-from .._timm import register_notrace_function
-from ..layers import (
+from vitlinear._timm import register_notrace_function
+from vitlinear.layers import (
     ConvMlp,
     ConvNormAct,
     ConvStem,
@@ -31,8 +31,15 @@ from ..layers import (
     fold_scale,
     run_recomputing,
 )
-from ..ops import RotaryTables, accumulation_dtype, get_mechanism, lrpe_tables, rotary_tables
-from ._checkpoint import checkpoint
+from vitlinear.ops import (
+    RotaryTables,
+    accumulation_dtype,
+    get_mechanism,
+    lrpe_tables,
+    rotary_tables,
+)
+
+from ._gradient_checkpointing import checkpoint
 from ._stages import StagedBackbone, four_each, map_cfg
 
 # The sizes that RALA and MALA share, as in the released code of both.

@@ -15,10 +15,11 @@ import torch
 from timm.layers import get_device_dtype, trunc_normal_
 from torch import Tensor, nn
 
-from .._timm import feature_take_indices
-from ..layers.fold import fuse_model
+from vitlinear._timm import feature_take_indices
+from vitlinear.layers.fold import fuse_model
+
 from ._build import imagenet_cfg
-from ._checkpoint import check_stages, checkpoint
+from ._gradient_checkpointing import check_stages, checkpoint
 
 POOL_TYPES = ("", "avg", "max", "avgmax")
 

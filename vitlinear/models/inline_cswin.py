@@ -17,8 +17,9 @@ from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from ..checkpoints.published import pretrained_source
-from ..layers.cross_shaped import CrossShapedAttention
+from vitlinear.checkpoints.published import pretrained_source
+from vitlinear.layers.attention.cross_shaped import CrossShapedAttention
+
 from ._build import build_model
 from ._inline import ConvNorm, ImageConvNorm, InLineBlock, inline_cfg
 from ._stages import BlockStage, StagedBackbone, four_each

@@ -13,8 +13,9 @@ from typing import Any
 
 from timm.models import generate_default_cfgs, register_model
 
-from ..checkpoints.published import pretrained_source
-from ..layers.inline_attention import InLineTokenAttention
+from vitlinear.checkpoints.published import pretrained_source
+from vitlinear.layers.attention.inline_attention import InLineTokenAttention
+
 from ._build import build_model
 from ._inline import INLINE
 from ._isotropic import DeiT, token_cfg

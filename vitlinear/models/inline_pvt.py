@@ -22,11 +22,12 @@ from timm.layers import (
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from .._timm import register_notrace_module
-from ..checkpoints.published import pretrained_source
-from ..layers import check_images
-from ..layers.inline_attention import InLineAttention
-from ..layers.windows import join_maps
+from vitlinear._timm import register_notrace_module
+from vitlinear.checkpoints.published import pretrained_source
+from vitlinear.layers import check_images
+from vitlinear.layers.attention.inline_attention import InLineAttention
+from vitlinear.layers.windows import join_maps
+
 from ._build import build_model
 from ._inline import InLineBlock, inline_cfg
 from ._stages import BlockStage, StagedBackbone, four_each

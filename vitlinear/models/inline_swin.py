@@ -18,10 +18,11 @@ from timm.layers import ClassifierHead, LayerNorm, LayerNorm2d, calculate_drop_p
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from ..checkpoints.published import pretrained_source
-from ..layers import Linear
-from ..layers.inline_attention import InLineAttention
-from ..layers.shifted_windows import ShiftedWindowAttention
+from vitlinear.checkpoints.published import pretrained_source
+from vitlinear.layers import Linear
+from vitlinear.layers.attention.inline_attention import InLineAttention
+from vitlinear.layers.attention.shifted_windows import ShiftedWindowAttention
+
 from ._build import build_model
 from ._inline import ImageConvNorm, InLineBlock, inline_cfg
 from ._stages import BlockStage, StagedBackbone, four_each

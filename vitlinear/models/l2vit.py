@@ -25,8 +25,8 @@ from timm.layers import (
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from ..checkpoints.published import pretrained_source
-from ..layers import (
+from vitlinear.checkpoints.published import pretrained_source
+from vitlinear.layers import (
     CeilConv,
     ConvNormAct,
     LinearAttention,
@@ -36,6 +36,7 @@ from ..layers import (
     ResidualDepthwiseConv,
     check_images,
 )
+
 from ._build import build_model
 from ._stages import BlockStage, StagedBackbone, four_each, map_cfg
 

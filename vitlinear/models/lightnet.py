@@ -18,7 +18,8 @@ from timm.layers import calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
-from ..layers import LightNetAttention, MdTpe, RmsNorm, SwiGlu
+from vitlinear.layers import LightNetAttention, MdTpe, RmsNorm, SwiGlu
+
 from ._build import build_model
 from ._isotropic import IsotropicBackbone, TokenBlock, token_cfg
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from timm.models import generate_default_cfgs, register_model
 
-from ..layers import LinearAttention, learns_temperature
+from vitlinear.layers import LinearAttention, learns_temperature
+
 from ._build import build_model
 from ._isotropic import DeiT, token_cfg
 

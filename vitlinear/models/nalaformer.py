@@ -14,17 +14,11 @@ import torch
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor
 
-from ..layers import NormGatedAttention, ResidualDepthwiseConv, run_recomputing
-from ..ops import RotaryTables
+from vitlinear.layers import NormGatedAttention, ResidualDepthwiseConv, run_recomputing
+from vitlinear.ops import RotaryTables
+
 from ._build import build_model
-from ._pyramid import (
-    SIZES,
-    LinearPyramid,
-    PyramidBlock,
-    linear_types,
-    published_types,
-    pyramid_cfg,
-)
+from ._pyramid import SIZES, LinearPyramid, PyramidBlock, linear_types, published_types, pyramid_cfg
 
 __all__ = ["NaLaFormer"]
 

@@ -2,7 +2,7 @@
 
 ``eager``    the formulas of `vitlinear.ops.eager`: any derivative, fused by `torch.compile`,
              exported to anything.
-``library``  the registered operators of `vitlinear.ops.library` with closed-form formulas: keep
+``library``  the registered operators of `vitlinear.ops.registered` with closed-form formulas: keep
              only q, k and v for backward, opaque to compilers.
 ``triton``   the same operators with fused GPU kernels (`vitlinear.ops.triton`). float64 runs the
              eager formula.

@@ -1,6 +1,6 @@
 """Closed-form gradients of the operators, from the inputs and O(h D^2) of saved state.
 
-They stand behind the registered operators (`vitlinear.ops.library`), where autograd does not
+They stand behind the registered operators (`vitlinear.ops.registered`), where autograd does not
 reach; everything that depends on a token is computed anew instead of kept. Shapes and notation as
 in `vitlinear.ops.eager`; g is the gradient of the output.
 """

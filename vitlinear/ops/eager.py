@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .cpu.linear import matmul
+from .cpu.softmax import sdpa
 from .features import keeps_nothing
-from .linear import matmul
 from .mechanisms import Mechanism
 from .rotary import RotaryTables, encode, rotate, token_table
-from .softmax import sdpa
 
 
 class LinearAttentionState(NamedTuple):

@@ -9,19 +9,20 @@ from typing import Any
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import distribute_bn
 
-from vitlinear.train import folder
-from vitlinear.train.checkpoint import save_weights
-from vitlinear.train.curves import plot_curves
-from vitlinear.train.evaluate import evaluate
-from vitlinear.train.loader import start_epoch
-from vitlinear.train.logger import Loggers
-from vitlinear.train.loop import train_one_epoch
-from vitlinear.train.parallel import full_state, wait_for_all
-from vitlinear.train.progress import Progress
-from vitlinear.train.resume import Start
-from vitlinear.train.setup import Run
-from vitlinear.train.signals import Stopped, StopSignals
-from vitlinear.train.state import save_state
+from vitlinear.checkpoints.card import save_weights
+from vitlinear.data.loader import start_epoch
+from vitlinear.evaluation.evaluate import evaluate
+from vitlinear.signals import Stopped, StopSignals
+
+from .loop import train_one_epoch
+from .parallel import full_state, wait_for_all
+from .progress import Progress
+from .record import folder
+from .record.curves import plot_curves
+from .record.logger import Loggers
+from .record.state import save_state
+from .resume import Start
+from .setup import Run
 
 
 def run_epochs(

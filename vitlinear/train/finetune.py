@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitlinear.errors import UserError
-from vitlinear.train.config import did_you_mean
+import vitlinear  # noqa: F401  registers the models with timm
+from vitlinear.errors import UserError, did_you_mean
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> int:
@@ -93,3 +93,13 @@ def initialise_head(model: nn.Module, scale: float | None, bias: float | None) -
                 if layer.bias is None:
                     raise UserError("--head-init-bias: the classifier has no bias")
                 layer.bias.fill_(bias)
+
+
+def enable_checkpointing(model: nn.Module, name: str) -> None:
+    """Turns gradient checkpointing on, or says that the model has none."""
+    try:
+        model.set_grad_checkpointing(enable=True)  # type: ignore[operator]
+    except (AttributeError, AssertionError) as error:
+        raise UserError(
+            f"{name} has no gradient checkpointing: drop --grad-checkpointing"
+        ) from error

@@ -13,11 +13,12 @@ from torch import distributed, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from vitlinear.data.loader import batches_from
+from vitlinear.data.order import seed_step
 from vitlinear.errors import UserError
-from vitlinear.train.loader import batches_from
-from vitlinear.train.nonfinite import diagnose, what_may_help
-from vitlinear.train.order import seed_step
-from vitlinear.train.progress import Progress
+
+from .nonfinite import diagnose, what_may_help
+from .progress import Progress
 
 
 class Updater:

@@ -8,12 +8,13 @@ from typing import Any
 
 from timm.utils import unwrap_model
 
+from vitlinear.checkpoints.load import misfit
 from vitlinear.errors import UserError, one_line
-from vitlinear.train import folder
-from vitlinear.train.checkpoint import misfit
-from vitlinear.train.parallel import load_full_state
-from vitlinear.train.setup import Run
-from vitlinear.train.state import read_newest, read_state
+
+from .parallel import load_full_state
+from .record import folder
+from .record.state import read_newest, read_state
+from .setup import Run
 
 # A resumed run that differs in one of these is another run.
 FIXED_ON_RESUME = (

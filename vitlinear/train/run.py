@@ -15,20 +15,23 @@ from typing import Any
 
 import yaml
 
+from vitlinear.cli import flags as arguments
+from vitlinear.cli.config_file import parse_with_config, saved_arguments
+from vitlinear.cli.parser import Parser
 from vitlinear.errors import UserError
-from vitlinear.train import arguments, folder
-from vitlinear.train.checkpoint import write_text
-from vitlinear.train.config import Parser, parse_with_config, saved_arguments
-from vitlinear.train.curves import check_plotting
-from vitlinear.train.environment import record_start
-from vitlinear.train.epochs import run_epochs
-from vitlinear.train.logger import FileLogger, Loggers
-from vitlinear.train.parallel import process_group
-from vitlinear.train.resume import Start, check_same_run, find_state, restore, resume_note
-from vitlinear.train.setup import set_up
-from vitlinear.train.signals import Stopped, StopSignals
-from vitlinear.train.trackers import check_trackers, make_trackers
-from vitlinear.train.training_arguments import add_training_arguments
+from vitlinear.files import write_text
+from vitlinear.processes import process_group
+from vitlinear.signals import Stopped, StopSignals
+
+from .epochs import run_epochs
+from .flags import add_training_arguments
+from .record import folder
+from .record.curves import check_plotting
+from .record.environment import record_start
+from .record.logger import FileLogger, Loggers
+from .record.trackers import check_trackers, make_trackers
+from .resume import Start, check_same_run, find_state, restore, resume_note
+from .setup import set_up
 
 
 def make_parser(prog: str) -> Parser:

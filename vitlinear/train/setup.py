@@ -1,9 +1,7 @@
 """What a run is built from: model, data, task, optimiser and schedule, out of parsed flags."""
 
 import argparse
-import contextlib
 import dataclasses
-import functools
 import os
 from typing import Any
 
@@ -11,18 +9,21 @@ import torch
 from timm.task import TrainingTask
 from timm.utils import random_seed, unwrap_model
 
+from vitlinear import create as models
+from vitlinear.checkpoints.card import Card
+from vitlinear.cli.device import choose_device, make_autocast
+from vitlinear.data import dataset as datasets
+from vitlinear.data import loader as loaders
+from vitlinear.data.bad_images import BadImages
 from vitlinear.errors import UserError
-from vitlinear.train import data as datasets
-from vitlinear.train import loader as loaders
-from vitlinear.train import model as models
-from vitlinear.train.bad_images import BadImages
-from vitlinear.train.checkpoint import Card, initial_weights
-from vitlinear.train.finetune import freeze, initialise_head
-from vitlinear.train.initial import check_initial
-from vitlinear.train.loop import Updater, updates_per_epoch
-from vitlinear.train.optimisation import batch_size_note, make_optimizer, make_schedule
-from vitlinear.train.parallel import distribute, join_processes, synchronised
-from vitlinear.train.tasks import check_task, make_task
+from vitlinear.processes import join_processes
+
+from .finetune import enable_checkpointing, freeze, initialise_head
+from .loop import Updater, updates_per_epoch
+from .optimisation import batch_size_note, make_optimizer, make_schedule
+from .parallel import distribute, synchronised
+from .start_weights import check_initial, initial_weights
+from .tasks import check_task, make_task
 
 
 @dataclasses.dataclass
@@ -63,7 +64,7 @@ def start_device(args: argparse.Namespace) -> torch.device:
 
     Adds ``distributed``, ``world_size``, ``rank`` and ``local_rank`` to ``args``.
     """
-    device = join_processes(args, models.choose_device(args.device))
+    device = join_processes(args, choose_device(args.device))
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -73,14 +74,6 @@ def start_device(args: argparse.Namespace) -> torch.device:
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
     return device
-
-
-def make_autocast(args: argparse.Namespace, device: torch.device) -> Any:
-    """Returns a function that makes the context of a forward pass."""
-    if not args.amp:
-        return contextlib.nullcontext
-    dtype = getattr(torch, args.amp_dtype)
-    return functools.partial(torch.autocast, device_type=device.type, dtype=dtype)
 
 
 def _num_classes(args: argparse.Namespace, names: list[str] | None) -> int:
@@ -143,7 +136,7 @@ def set_up(args: argparse.Namespace) -> Run:
     if args.freeze:
         notes.append(f"{freeze(model, args.freeze) / 1e6:.2f} M parameters are frozen")
     if args.grad_checkpointing:
-        models.enable_checkpointing(model, args.model)
+        enable_checkpointing(model, args.model)
     config = models.data_config(model, vars(args))
     card = Card(
         model=args.model,

@@ -21,10 +21,11 @@ from timm.task import (
 from torch import nn
 from torch.nn import functional as F
 
+from vitlinear.checkpoints.card import read_card
+from vitlinear.checkpoints.load import load_model
+from vitlinear.create import build_model, data_config
+from vitlinear.data.dataset import check_same_classes
 from vitlinear.errors import UserError, one_line
-from vitlinear.train.checkpoint import load_model, read_card
-from vitlinear.train.data import check_same_classes
-from vitlinear.train.model import build_model, data_config
 
 
 class Teacher(DistillationTeacher):
@@ -34,7 +35,7 @@ class Teacher(DistillationTeacher):
 
     Args:
         model: The teacher, with its weights.
-        config: How its images are made, as `vitlinear.train.model.data_config` returns it.
+        config: How its images are made, as `vitlinear.create.data_config` returns it.
         student: Likewise for the student, whose batches it will be given.
         device: Where it runs.
     """

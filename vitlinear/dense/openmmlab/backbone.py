@@ -8,9 +8,10 @@ from typing import Any
 from mmengine.model import BaseModule, PretrainedInit
 from torch import Tensor
 
-from vitlinear.dense.backbone import MultiScaleBackbone
 from vitlinear.errors import UserError
 from vitlinear.registry import MODELS
+
+from ..backbone import MultiScaleBackbone
 
 Rule = dict[str, Any]
 

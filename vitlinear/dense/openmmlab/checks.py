@@ -8,8 +8,8 @@ from typing import Any
 
 from mmengine.config import Config
 
+from vitlinear.create import check_model_name
 from vitlinear.errors import UserError
-from vitlinear.train.model import check_model_name
 
 
 def check_config(config: Config, parts: tuple[str, ...]) -> None:

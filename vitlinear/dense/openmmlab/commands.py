@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from mmengine.config import Config, ConfigDict
 
+from vitlinear.cli.parser import Parser
 from vitlinear.errors import UserError
-from vitlinear.train.config import Parser
 
 from .checks import backbones, check_config, check_exists
 from .packages import require

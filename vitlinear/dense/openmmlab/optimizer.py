@@ -9,9 +9,10 @@ from mmengine.optim import DefaultOptimWrapperConstructor
 from timm.models import group_parameters
 from torch import nn
 
-from vitlinear.dense.backbone import MultiScaleBackbone
 from vitlinear.errors import UserError
 from vitlinear.registry import OPTIM_WRAPPER_CONSTRUCTORS
+
+from ..backbone import MultiScaleBackbone
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()

@@ -19,16 +19,15 @@ from torch import nn
 from tqdm import tqdm
 
 from vitlinear.checkpoints.read import read_checkpoint
-from vitlinear.dense.draw import Color, color_of, draw_classes, draw_detections
+from vitlinear.cli import flags as arguments
+from vitlinear.cli.device import choose_device
+from vitlinear.cli.parser import Parser
+from vitlinear.data.bad_images import BadImages
+from vitlinear.data.images import DAMAGE, UnreadableImage, convert, decode, find_images
 from vitlinear.errors import UserError, one_line
-from vitlinear.train import arguments
-from vitlinear.train.bad_images import BadImages
-from vitlinear.train.checkpoint import check_parent, write_atomically, write_text
-from vitlinear.train.config import Parser
-from vitlinear.train.images import DAMAGE, UnreadableImage, convert, decode
-from vitlinear.train.model import choose_device
-from vitlinear.train.predict import find_images
+from vitlinear.files import check_parent, write_atomically, write_text
 
+from ..draw import Color, color_of, draw_classes, draw_detections
 from .checks import backbones, check_config
 from .packages import require
 from .run import add_config_flags, load_weights, processes, read_config

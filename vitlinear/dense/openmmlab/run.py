@@ -18,9 +18,9 @@ from torch import distributed, nn
 
 from vitlinear.checkpoints.filter import layout_of
 from vitlinear.checkpoints.read import CheckpointError, read_checkpoint
+from vitlinear.cli.parser import Parser
 from vitlinear.errors import UserError, one_line
-from vitlinear.train.config import Parser
-from vitlinear.train.parallel import join_processes, process_group
+from vitlinear.processes import join_processes, process_group
 
 TIMEOUT = 1800  # seconds that processes on CPUs wait for each other
 

@@ -9,7 +9,7 @@ from tests.golden import relative_error
 from tests.ops.inputs import attend, make_inputs, operator_arguments, oracle
 from tests.ops.triton.cases import many_splits, run
 from vitlinear import ops
-from vitlinear.ops import library
+from vitlinear.ops import registered as library
 from vitlinear.ops import triton as kernels
 from vitlinear.ops.triton import launch
 

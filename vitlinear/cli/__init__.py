@@ -1,0 +1,1 @@
+"""The parser, configuration files, flags and device that commands share."""

@@ -1,0 +1,68 @@
+"""An argument parser whose mistakes are `UserError`s."""
+
+import argparse
+import ast
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from vitlinear.errors import UserError, did_you_mean
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Adds the default to what ``--help`` says of a flag, where the text does not tell."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if action.default in (None, False, "", [], {}, argparse.SUPPRESS) or "default" in text:
+            return text
+        return f"{text} (default: %(default)s)".strip()
+
+
+class Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` that raises `UserError`, suggests near names and tells defaults."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        # An abbreviation that works today would break when a later flag shares its prefix.
+        kwargs.setdefault("allow_abbrev", False)
+        kwargs.setdefault("formatter_class", HelpFormatter)
+        super().__init__(**kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        """Raises instead of printing the usage and exiting."""
+        raise UserError(f"{message}; `{self.prog} --help` lists the options")
+
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        """Parses ``args``; an option nobody defined is named, with its nearest neighbours."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown and not unknown[0].startswith("-"):
+            extra = " ".join(repr(word) for word in unknown)
+            self.error(f"{extra}: more arguments than this command takes")
+        if unknown:
+            flag = unknown[0].split("=", 1)[0]
+            self.error(f"unknown option {flag}{did_you_mean(flag, self._option_string_actions)}")
+        return parsed
+
+
+class KeyValues(argparse.Action):
+    """``--model-kwargs a=1 b='[2,3]'`` as a dict; values are Python literals, or else strings."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        """Stores the pairs."""
+        pairs: dict[str, Any] = {}
+        for item in values or ():
+            key, equals, text = str(item).partition("=")
+            if not equals or not key:
+                parser.error(f"{option_string}: expected KEY=VALUE, got {item!r}")
+            try:
+                pairs[key] = ast.literal_eval(text)
+            except (ValueError, SyntaxError):
+                pairs[key] = text
+        setattr(namespace, self.dest, pairs)

@@ -1,0 +1,1 @@
+"""The ``convert`` command: published checkpoints to files that say what they are."""

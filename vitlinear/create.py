@@ -1,0 +1,80 @@
+"""A timm model from flags, with errors that say what to change."""
+
+import warnings
+from typing import Any
+
+import timm
+from timm.data import resolve_input_data_config
+from timm.models import is_model, resolve_model_input_args, split_model_name_tag
+from torch import nn
+
+import vitlinear  # noqa: F401  registers the models with timm
+from vitlinear.errors import UserError, did_you_mean, one_line
+
+
+def check_model_name(name: str | None) -> str:
+    """Returns ``name`` if timm can build it.
+
+    Names with a source prefix (``hf-hub:``, ``local-dir:``) are timm's to judge.
+    """
+    if not name:
+        raise UserError("no model: give --model NAME, e.g. --model ravlt_t")
+    if ":" not in name and not is_model(split_model_name_tag(name)[0]):
+        known = timm.list_models()
+        raise UserError(f"unknown model '{name}'{did_you_mean(name, known)}")
+    return name
+
+
+def check_model_kwargs(kwargs: dict[str, Any]) -> None:
+    """Refuses constructor arguments that have flags of their own, which other things depend on."""
+    for key in ("num_classes", "in_chans", "pretrained"):
+        if key in kwargs:
+            raise UserError(f"give {key} as --{key.replace('_', '-')}, not in --model-kwargs")
+    if kwargs.get("features_only"):
+        raise UserError("--model-kwargs features_only makes a model without logits: leave it out")
+
+
+def build_model(name: str, *, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Builds a model with ``timm.create_model``.
+
+    Args:
+        name: Registered name, with or without a tag.
+        pretrained: Fetch the tag's weights.
+        **kwargs: Constructor arguments; None means the default.
+
+    Raises:
+        UserError: Unknown name or argument, or no such weights.
+    """
+    check_model_name(name)
+    try:
+        # The factory's own rule for which models take their input size as an argument.
+        size = {key: kwargs.pop(key, None) for key in ("img_size", "input_size")}
+        resolved = resolve_model_input_args(name, size, **kwargs)
+        resolved.pop("model_name"), resolved.pop("pretrained_cfg")
+        source = {key: kwargs.get(key) for key in ("pretrained_cfg", "pretrained_cfg_overlay")}
+        return timm.create_model(name, pretrained=pretrained, **source, **resolved)
+    except ImportError as error:
+        raise UserError(
+            f"{name} needs {error.name}, which is missing: pip install {error.name}"
+        ) from error
+    except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
+        what = "build or fetch the weights of" if pretrained else "build"
+        raise UserError(f"cannot {what} {name}: {one_line(error)}") from error
+
+
+def data_config(model: nn.Module, requested: dict[str, Any]) -> dict[str, Any]:
+    """Returns input size, normalisation and crop for a model, flags before the model's own.
+
+    Normalisation statistics are returned with one value per channel.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            config = resolve_input_data_config(model, args=requested)
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"input of the model: {one_line(error)}") from error
+    channels = config["input_size"][0]
+    for key in ("mean", "std"):
+        values = tuple(float(value) for value in config[key])
+        config[key] = values * channels if len(values) == 1 else values
+    return config

@@ -1,0 +1,1 @@
+"""Images with labels: data sets, readers, loaders, and what becomes of unreadable files."""

@@ -1,0 +1,251 @@
+"""The ``check-data`` command: reads both splits of a data set once and reports what is in them."""
+
+import argparse
+import collections
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vitlinear.cli import flags as arguments
+from vitlinear.cli.parser import Parser
+from vitlinear.files import check_parent, write_text
+
+from . import dataset as datasets
+from .probe import Record, probe
+
+PERCENTILES = {"min": 0, "p5": 5, "median": 50, "p95": 95, "max": 100}
+# Kinds of oddity: what models are seldom meant to see, or what happens to it is easily overlooked.
+ODD = {
+    "cmyk": "CMYK or another mode of print",
+    "deep": "more than 8 bits per channel (grey: the upper 8 are used)",
+    "rotated": "to be shown rotated or mirrored by its EXIF tag, which training ignores",
+    "tiny": "shorter side under a quarter of the median",
+    "elongated": "one side more than 4 times the other",
+}
+SHOWN = 10  # names per finding in the text; the JSON file has all
+
+
+def parse_arguments(
+    argv: Sequence[str] | None, prog: str = "vitlinear check-data"
+) -> argparse.Namespace:
+    """Parses flags."""
+    parser = Parser(
+        prog=prog,
+        description="Read a data set once, every image of both splits, and report unreadable and "
+        "odd ones, class counts, sizes, and files that are in both splits. The exit status is 1 "
+        "if anything is unreadable. It takes the same flags as `vitlinear train`.",
+    )
+    arguments.add_data_arguments(parser)
+    group = parser.add_argument_group("check")
+    group.add_argument("--train-split", default="train", metavar="NAME")
+    group.add_argument("--num-classes", type=arguments.COUNT, default=None, metavar="N")
+    group.add_argument("--json", default=None, metavar="FILE", help="everything found, as JSON")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None, prog: str = "vitlinear check-data") -> None:
+    """Runs the command."""
+    args = parse_arguments(argv, prog)
+    check_parent(args.json)
+    report = check_data(args)
+    print("\n".join(_text(report)))
+    if args.json:
+        write_text(Path(args.json).expanduser(), json.dumps(report, indent=2) + "\n")
+    if any(split["unreadable"] for split in report["splits"].values()):
+        sys.exit(1)
+
+
+def check_data(args: argparse.Namespace) -> dict[str, Any]:
+    """Reads what ``args`` mean.
+
+    Returns:
+        ``splits``, by name what `describe` says; ``in_both``, pairs of names of held-out and
+        training images with the same content; ``classes_differ``, the names that only one split
+        has; ``classes_in_one_split``, the classes that have images in one split only.
+    """
+    names = ("held-out",) if _is_file(args.data_dir) else ("training", "held-out")
+    sources = {name: _open(args, name == "training") for name in names}  # mistakes come first
+    splits, records = {}, {}
+    for name, source in sources.items():
+        records[name] = list(probe(source, args.workers, name))
+        classes = getattr(source, "classes", None)
+        splits[name] = describe(records[name], classes, args.num_classes)
+    report: dict[str, Any] = {"splits": splits, "in_both": []}
+    if len(splits) == 2:
+        report["in_both"] = _in_both(records["training"], records["held-out"])
+        first, second = (splits[name] for name in names)
+        found = [{entry["class"] for entry in split["classes"]} for split in (first, second)]
+        report["classes_differ"] = sorted(found[0] ^ found[1])
+        used = [
+            {entry["class"] for entry in split["classes"] if entry["images"]}
+            for split in (first, second)
+        ]
+        report["classes_in_one_split"] = sorted(used[0] ^ used[1])
+    return report
+
+
+def _is_file(path: str | None) -> bool:
+    return path is not None and Path(path).expanduser().is_file()
+
+
+def _open(args: argparse.Namespace, train: bool) -> Any:
+    options = datasets.source_options(args, train)
+    # Not for training: that would shuffle streams, and repeat some images to fill batches.
+    return datasets.open_source(args.dataset, train=train, mode="RGB", is_training=False, **options)
+
+
+def describe(
+    records: Sequence[Record], classes: Sequence[str] | None, num_classes: int | None = None
+) -> dict[str, Any]:
+    """Summarises the records of one split.
+
+    Args:
+        records: Of every image.
+        classes: Names by label, or None.
+        num_classes: Their number where the names are not known.
+
+    Returns:
+        ``images``; ``unreadable``, a list of ``name`` and ``reason``; ``classes``, a list of
+        ``class`` and ``images``; ``class_counts`` with ``min``, ``median``, ``max``, ``empty`` and
+        ``imbalance`` (largest over smallest that is not empty); ``width``, ``height`` (pixels) and
+        ``file_bytes`` with `PERCENTILES`; ``modes`` and ``formats``, counts by name; ``odd``, names
+        by the kinds of `ODD`; ``repeated``, the number of images whose content came before;
+        ``ambiguous``, the number of contents that are in several classes.
+    """
+    labels = [record.label for record in records if record.label is not None]
+    count = len(classes) if classes else num_classes or max(labels, default=-1) + 1
+    unreadable = [
+        {"name": record.name, "reason": record.error} for record in records if record.error
+    ]
+    for record in records:
+        if record.label is not None and not 0 <= record.label < count:
+            why = f"the label {record.label} is none of {count} classes"
+            unreadable.append({"name": record.name, "reason": why})
+    counts = np.bincount([label for label in labels if 0 <= label < count], minlength=count)
+    filled = counts[counts > 0]
+    whole = [record for record in records if not record.error]
+    return {
+        "images": len(records),
+        "unreadable": unreadable,
+        "classes": [
+            {"class": str(classes[label]) if classes else str(label), "images": int(number)}
+            for label, number in enumerate(counts)
+        ],
+        "class_counts": {
+            "min": int(counts.min(initial=len(records))),
+            "median": float(np.median(counts)) if count else 0.0,
+            "max": int(counts.max(initial=0)),
+            "empty": int((counts == 0).sum()),
+            "imbalance": float(filled.max() / filled.min()) if len(filled) else None,
+        },
+        "width": _percentiles(record.size[0] for record in whole),
+        "height": _percentiles(record.size[1] for record in whole),
+        "file_bytes": _percentiles(
+            record.content_bytes for record in whole if record.content_bytes is not None
+        ),
+        "modes": dict(collections.Counter(record.mode for record in whole).most_common()),
+        "formats": dict(
+            collections.Counter(record.format for record in whole if record.format).most_common()
+        ),
+        "odd": _odd(whole),
+        **_repeated(whole),
+    }
+
+
+def _percentiles(values: Iterable[int]) -> dict[str, float] | None:
+    array = np.fromiter(values, dtype=np.int64)
+    if not len(array):
+        return None
+    return {name: float(np.percentile(array, part)) for name, part in PERCENTILES.items()}
+
+
+def _odd(records: Sequence[Record]) -> dict[str, list[str]]:
+    median = np.median([min(record.size) for record in records]) if records else 0
+    odd: dict[str, list[str]] = {}
+    for record in records:
+        short, long = sorted(record.size)
+        kinds = {
+            "cmyk": record.mode in ("CMYK", "YCbCr", "LAB", "HSV"),
+            "deep": record.mode.startswith(("I", "F")),
+            "rotated": record.orientation != 1,
+            "tiny": short < median / 4,
+            "elongated": long > 4 * short,
+        }
+        for kind, applies in kinds.items():
+            if applies:
+                odd.setdefault(kind, []).append(record.name)
+    return odd
+
+
+def _repeated(records: Sequence[Record]) -> dict[str, int]:
+    labels: dict[int, int | None] = {}
+    ambiguous = set()
+    for record in records:
+        if labels.setdefault(record.digest, record.label) != record.label:
+            ambiguous.add(record.digest)
+    return {"repeated": len(records) - len(labels), "ambiguous": len(ambiguous)}
+
+
+def _in_both(training: Sequence[Record], held_out: Sequence[Record]) -> list[list[str]]:
+    known = {record.digest: record.name for record in reversed(training) if not record.error}
+    return [
+        [record.name, known[record.digest]]
+        for record in held_out
+        if not record.error and record.digest in known
+    ]
+
+
+def _text(report: dict[str, Any]) -> list[str]:
+    lines = []
+    for name, split in report["splits"].items():
+        counts, unreadable = split["class_counts"], split["unreadable"]
+        lines += [f"{name}: {split['images']} images, {len(unreadable)} unreadable"]
+        lines += _shown([f"{entry['name']}: {entry['reason']}" for entry in unreadable])
+        lines += [_classes(split["classes"], counts)]
+        for key in ("width", "height", "file_bytes"):
+            if split[key]:
+                shown = ", ".join(f"{part} {value:.0f}" for part, value in split[key].items())
+                lines += [f"  {key.replace('_', ' ')}: {shown}"]
+        for key in ("modes", "formats"):
+            if split[key]:
+                shown = ", ".join(f"{part} {number}" for part, number in split[key].items())
+                lines += [f"  {key}: {shown}"]
+        for kind, names in split["odd"].items():
+            lines += [f"  {len(names)} {ODD[kind]}", *_shown(names)]
+        if split["repeated"]:
+            lines += [f"  {split['repeated']} repeat the content of another"]
+        if split["ambiguous"]:
+            lines += [f"  {split['ambiguous']} contents are in several classes"]
+    if report["in_both"]:
+        lines += [f"{len(report['in_both'])} held-out images are also in the training split"]
+        lines += _shown([" = ".join(pair) for pair in report["in_both"]])
+    if report.get("classes_differ"):
+        lines += [f"classes that only one split has: {_few(report['classes_differ'])}"]
+    elif report.get("classes_in_one_split"):
+        lines += [f"classes with images in one split only: {_few(report['classes_in_one_split'])}"]
+    return lines
+
+
+def _classes(classes: list[dict[str, Any]], counts: dict[str, Any]) -> str:
+    line = f"  {len(classes)} classes; images per class: min {counts['min']}, "
+    line += f"median {counts['median']:g}, max {counts['max']}"
+    if counts["imbalance"] is not None and counts["imbalance"] > 1:
+        line += f", largest / smallest {counts['imbalance']:.1f}"
+    if counts["empty"]:
+        empty = [entry["class"] for entry in classes if not entry["images"]]
+        line += f"; {counts['empty']} empty: {_few(empty)}"
+    return line
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+
+
+def _shown(names: list[str]) -> list[str]:
+    lines = [f"    {name}" for name in names[:SHOWN]]
+    more = len(names) - SHOWN
+    return lines + ([f"    ... and {more} more; --json FILE lists all"] if more > 0 else [])

@@ -1,0 +1,237 @@
+"""Data sets that timm's readers open: folders, tars, torchvision's, Hugging Face's, shards."""
+
+import importlib.util
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from timm.data import IterableImageDataset, create_dataset, get_img_extensions
+from torchvision.datasets import DatasetFolder
+
+from vitlinear.errors import UserError, one_line
+
+from .class_names import OPENING, names_in_order
+from .sources import Source
+
+TRAIN_NAMES = ("train", "training")
+# What each prefix needs besides what vitlinear itself does: module, how to install it.
+PACKAGES = {
+    "wds": ("webdataset", "'vitlinear[data]'"),
+    "hfds": ("datasets", "'vitlinear[data]'"),
+    "hfids": ("datasets", "'vitlinear[data]'"),
+    "tfds": ("tensorflow", "tensorflow tensorflow-datasets"),
+}
+
+
+class ReaderSource:
+    """A timm reader with random access: folder, tar, hfds."""
+
+    def __init__(self, reader: Any, classes: Sequence[str] | None) -> None:
+        self.reader, self.classes = reader, classes
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        """Content of the file, and label."""
+        try:
+            file, label = self.reader[index][:2]
+        except (TypeError, AssertionError) as error:
+            if not hasattr(self.reader, "image_key"):  # only columns can hold nothing
+                raise
+            raise ValueError("no image is stored here") from error
+        except KeyError as error:
+            raise UserError(f"{self.name(index)}: --class-map has no class {error}") from error
+        with file:
+            content = file.read()
+        try:
+            return content, int(label)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"{self.name(index)} has the label {label!r}, which is no class number: give the "
+                "classes with --class-map, or another --target-key"
+            ) from error
+
+    def name(self, index: int) -> str:
+        """Path, or number where images have none."""
+        try:
+            path = self.reader.filename(index, absolute=True)
+        except TypeError:  # no image
+            path = None
+        return str(path or f"number {index}")
+
+
+class TorchvisionSource:
+    """A torchvision data set of (image, label)."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+        names = getattr(dataset, "classes", None)
+        # ImageNet's are tuples of synonyms.
+        self.classes: Sequence[str] | None = names and [
+            name if isinstance(name, str) else name[0] for name in names
+        ]
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def read(self, index: int) -> tuple[bytes | Image.Image, int]:
+        """Content of the file, or image where there are no files, and label."""
+        if isinstance(self.dataset, DatasetFolder):
+            path, label = self.dataset.samples[index]
+            return Path(path).read_bytes(), int(label)
+        image, label = self.dataset[index]
+        return image, int(label)
+
+    def name(self, index: int) -> str:
+        """Path, or number where there are no files."""
+        if isinstance(self.dataset, DatasetFolder):
+            return str(self.dataset.samples[index][0])
+        return f"{type(self.dataset).__name__} number {index}"
+
+
+def refuse_keys(name: str, options: dict[str, Any]) -> None:
+    """Raises `UserError` for flags that a kind of data set would not heed."""
+    prefix = name.partition("/")[0].lower() if "/" in name else ""
+    for key in ("input_key", "target_key", "class_map"):
+        heeded = prefix in PACKAGES or (key == "class_map" and name == "--data-dir")
+        if options.get(key) and not heeded:
+            flag = f"--{key.replace('_', '-')}"
+            raise UserError(f"{flag} means nothing for {name}: leave it out")
+
+
+def open_other(
+    name: str, data_dir: Path | None, split: str, image_mode: str, **options: Any
+) -> Any:
+    """Opens anything that timm's ``create_dataset`` knows.
+
+    Args:
+        name: timm's data set name; empty for a folder or tar.
+        data_dir: Root folder, or a tar file.
+        split: Name of the split; for folders, of a sub-folder (with timm's synonyms).
+        image_mode: PIL mode for timm's own iterable data sets; others convert later.
+        **options: Passed on to ``create_dataset``.
+
+    Returns:
+        A `Source`, a `ShardReader`, or timm's own iterable data set.
+    """
+    prefix = name.partition("/")[0].lower() if "/" in name else ""
+    if not prefix:
+        return _open_files(name, data_dir, split, options)
+    if data_dir is not None and not data_dir.exists() and not options.get("download"):
+        raise UserError(f"data folder {data_dir} does not exist")
+    if prefix in ("torch", "wds") and data_dir is None:
+        raise UserError(f"data set {name} needs --data-dir, the folder it lies in")
+    module, install = PACKAGES.get(prefix, ("torchvision", "torchvision"))
+    if importlib.util.find_spec(module) is None:
+        raise UserError(f"data set {name} needs the package {module}: pip install {install}")
+    if prefix == "torch":  # hands what it does not know to torchvision, which refuses it
+        options = {key: value for key, value in options.items() if key == "download"}
+    elif prefix not in PACKAGES:
+        raise UserError(f"unknown data set '{name}': timm knows torch/, {'/, '.join(PACKAGES)}/")
+    root = str(data_dir) if data_dir else None
+    try:
+        if prefix == "wds":
+            from .shards import ShardReader  # imports webdataset
+
+            return ShardReader.open(root or "", split, options)
+        dataset = create_dataset(name, root=root, split=split, input_img_mode=image_mode, **options)
+    except OPENING as error:
+        where = f"{name} in {root}" if root else name
+        flag = "--train-split" if options.get("is_training") else "--val-split"
+        raise UserError(
+            f"cannot open data set {where} ({flag} {split}): {one_line(error)}"
+        ) from error
+    if isinstance(dataset, IterableImageDataset):
+        return dataset
+    reader = getattr(dataset, "reader", None)
+    if reader is None:
+        return TorchvisionSource(dataset)
+    _check_columns(reader, name)
+    return ReaderSource(reader, _class_names(reader))
+
+
+def _check_columns(reader: Any, name: str) -> None:
+    """Raises `UserError` if a Hugging Face data set lacks the column of images or of labels."""
+    table = reader.dataset.data
+    found = [key for key in table.column_names if table.column(key).null_count < len(table)]
+    # timm's reader adds the column of images, empty, where there is none
+    for flag, keys in (("--input-key", reader.image_key), ("--target-key", reader.label_key)):
+        for key in keys.split(","):
+            if key.partition(".")[0] not in found:
+                raise UserError(
+                    f"{name} has no column '{key}', only {', '.join(found)}: name it by {flag}"
+                )
+
+
+def _open_files(name: str, data_dir: Path | None, split: str, options: dict[str, Any]) -> Source:
+    if name:
+        raise UserError(
+            f"unknown data set '{name}'; use digits, fashion_mnist, a timm name with a prefix "
+            "such as torch/cifar10, or --data-dir FOLDER alone"
+        )
+    if data_dir is None:
+        raise UserError("no data: give --dataset NAME or --data-dir FOLDER")
+    if not data_dir.exists():
+        raise UserError(f"data folder {data_dir} does not exist")
+    if data_dir.is_file() and options.get("is_training"):
+        raise UserError(
+            f"{data_dir} holds one split, training needs two: give the folder of train.tar "
+            "and val.tar, or of train/ and val/"
+        )
+    part = _find_split(data_dir, split) if data_dir.is_dir() else data_dir
+    if part.is_dir():
+        _check_class_folders(part)
+    try:
+        mapping = {"class_map": options["class_map"]} if options.get("class_map") else {}
+        dataset = create_dataset("", root=str(part), search_split=False, **mapping)
+    except OPENING as error:
+        raise UserError(f"cannot open {part}: {one_line(error)}") from error
+    return ReaderSource(dataset.reader, _class_names(dataset.reader))
+
+
+def _find_split(root: Path, split: str) -> Path:
+    """Finds the sub-folder or tar of a split, by its name or a synonym that timm knows too."""
+    if not split:  # a folder of class folders, as ``--val-split ''`` says
+        return root
+    synonyms = ("validation", "val", "valid", "eval", "evaluation")
+    for group in (TRAIN_NAMES, synonyms):
+        names = (split, *group) if split in group else (split,)
+        for name in names:
+            for path in (root / name, root / f"{name}.tar"):
+                if path.exists():
+                    return path
+    wanted = "train" if split in TRAIN_NAMES else split
+    raise UserError(
+        f"no '{wanted}' folder in {root}: images belong in {root}/train/CLASS/ and "
+        f"{root}/val/CLASS/"
+    )
+
+
+def _check_class_folders(root: Path) -> None:
+    """Names a class folder without images, which timm would take for no class at all."""
+    extensions = get_img_extensions(as_set=True)
+    entries = (entry for entry in root.iterdir() if not entry.name.startswith("."))
+    folders = sorted(entry for entry in entries if entry.is_dir())
+    if not folders:
+        raise UserError(f"no class folders in {root}: images belong in {root}/CLASS/")
+    for folder in folders:
+        if not any(path.suffix.lower() in extensions for path in _files(folder)):
+            raise UserError(
+                f"class folder {folder} holds no images "
+                f"({', '.join(sorted(extensions))}); add some or remove the folder"
+            )
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for where, _, names in os.walk(folder, followlinks=True):
+        for name in names:
+            yield Path(where, name)
+
+
+def _class_names(reader: Any) -> list[str] | None:
+    # The second name is that of timm's tar reader.
+    table = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)
+    return names_in_order(table)

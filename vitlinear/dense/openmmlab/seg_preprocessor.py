@@ -1,0 +1,22 @@
+"""mmseg's data preprocessor, which also tells the backbone how much of each image is padding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .packages import require
+from .valid_sizes import with_valid_sizes
+
+(_models,) = require("mmseg.models")
+
+
+class SegDataPreProcessor(_models.SegDataPreProcessor):
+    """mmseg's ``SegDataPreProcessor``; its batches know the valid size of each image.
+
+    That is the size after the pipeline and before the batch was padded. What a pipeline's own
+    ``Pad`` adds counts as image, as it does for mmseg. Takes the arguments of mmseg's class.
+    """
+
+    def forward(self, data: dict[str, Any], training: bool = False) -> dict[str, Any]:
+        """What mmseg's class gives; `vitlinear.dense.padding` describes what is attached."""
+        return with_valid_sizes(super().forward(data, training), data["inputs"])

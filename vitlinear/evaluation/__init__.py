@@ -1,0 +1,1 @@
+"""Accuracy and predictions of classifiers: the ``validate`` and ``predict`` commands."""

@@ -1,0 +1,1 @@
+"""Attention modules, and the encodings of position that stand beside them."""

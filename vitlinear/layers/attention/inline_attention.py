@@ -1,0 +1,237 @@
+"""InLine attention: injective linear attention and a local term whose kernel the tokens decide."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitlinear._timm import register_notrace_module
+from vitlinear.ops import accumulation_dtype
+from vitlinear.ops.backend import check_backend
+
+from ..conv.dynamic_conv import DynamicConv
+from ..linear import Linear
+from ..windows import equal_windows, from_windows, join_maps, to_windows, window_padding
+from .attend import attend
+from .heads import split_heads
+
+
+class InjectiveAttention(nn.Module):
+    """What InLine does between its projections: Attention(q, k, v) + DynamicConv(v).
+
+    The local term sees the spatial tokens alone; tokens before them, such as a class token, take
+    part in the attention only. Source: arXiv:2412.06590, equations 6 and 7, and its released code.
+    """
+
+    attn_type = "inline"
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        num_prefix_tokens: int = 0,
+        backend: str = "auto",
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Make the attention.
+
+        Args:
+            dim: Channels, C.
+            num_heads: Heads, each of C / num_heads channels.
+            num_prefix_tokens: Tokens that stand before those of the map.
+            backend: One of `vitlinear.ops.BACKENDS`.
+            device: Where the parameters live.
+            dtype: Type of the parameters.
+
+        Raises:
+            ValueError: dim does not divide into heads, or backend is unknown.
+        """
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dim = split_heads(dim, num_heads)
+        self.num_prefix_tokens = num_prefix_tokens
+        self.backend = check_backend(backend)
+        self.local = DynamicConv(dim, num_heads, device=device, dtype=dtype)
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mean: Tensor,
+        height: int,
+        width: int,
+        key_padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            q: Queries, [B, N, h, D], any strides; N = num_prefix_tokens + height * width.
+            k: Keys, like q.
+            v: Values, like q.
+            mean: Mean of the tokens that the kernels come from, [B, C].
+            height: Of the map.
+            width: Of the map.
+            key_padding_mask: [B, N] bool, True for padding: equal to leaving these tokens out.
+
+        Returns:
+            [B, N, C].
+        """
+        values = v
+        if key_padding_mask is not None:
+            values = v.masked_fill(key_padding_mask[:, :, None, None], 0)
+        prefix = self.num_prefix_tokens
+        values = values[:, prefix:].flatten(2).unflatten(1, [height, width])
+        local = self.local(values, mean).flatten(1, 2)
+        if prefix > 0:
+            local = F.pad(local, [0, 0, prefix, 0])
+        lepe = local.unflatten(-1, [self.num_heads, self.head_dim])
+        mask = key_padding_mask
+        out = attend(q, k, v, "inline", self.backend, key_padding_mask=mask, lepe=lepe)
+        return out.flatten(2)
+
+
+def mean_token(x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+    """Mean over the tokens of [B, N, C] that are no padding, [B, C]."""
+    if key_padding_mask is None:
+        return x.mean(1)
+    # A mean times a ratio near one: in half precision the sum itself might not be finite.
+    padding = key_padding_mask.unsqueeze(-1)
+    share = (~padding).to(accumulation_dtype(x.dtype)).mean(1).clamp(min=1.0 / x.shape[1])
+    return (x.masked_fill(padding, 0).mean(1) / share).to(x.dtype)
+
+
+class _ProjectedAttention(nn.Module):
+    """proj(InjectiveAttention(q, k, v)), q, k and v from one projection."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        num_prefix_tokens: int = 0,
+        proj_drop: float = 0.0,
+        backend: str = "auto",
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Make the attention.
+
+        Args:
+            dim: Channels, C.
+            num_heads: Heads, each of C / num_heads channels.
+            num_prefix_tokens: Tokens that stand before those of the map.
+            proj_drop: Dropout rate of the output.
+            backend: One of `vitlinear.ops.BACKENDS`.
+            device: Where the parameters live.
+            dtype: Type of the parameters.
+
+        Raises:
+            ValueError: dim does not divide into heads, or backend is unknown.
+        """
+        super().__init__()
+        self.attend = InjectiveAttention(
+            dim, num_heads, num_prefix_tokens, backend, device=device, dtype=dtype
+        )
+        self.qkv = Linear(dim, 3 * dim, device=device, dtype=dtype)
+        self.proj = Linear(dim, dim, device=device, dtype=dtype)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def attend_tokens(
+        self, x: Tensor, height: int, width: int, key_padding_mask: Tensor | None
+    ) -> Tensor:
+        """[B, num_prefix_tokens + height * width, C] -> the same shape."""
+        heads = [3, self.attend.num_heads, self.attend.head_dim]
+        q, k, v = self.qkv(x).unflatten(2, heads).unbind(2)
+        mean = mean_token(x, key_padding_mask)
+        x = self.attend(q, k, v, mean, height, width, key_padding_mask)
+        return self.proj_drop(self.proj(x))
+
+
+# One step to torch.fx, as `GatedAttention`.
+@register_notrace_module
+class InLineTokenAttention(_ProjectedAttention):
+    """InLine attention on a row of tokens; arguments as `InjectiveAttention`, and proj_drop."""
+
+    def forward(
+        self, x: Tensor, height: int, width: int, key_padding_mask: Tensor | None = None
+    ) -> Tensor:
+        """Attend over all tokens.
+
+        Args:
+            x: [B, num_prefix_tokens + height * width, C].
+            height: Of the map.
+            width: Of the map.
+            key_padding_mask: [B, N] bool, True for padding: equal to leaving these tokens out.
+
+        Returns:
+            The same shape.
+        """
+        return self.attend_tokens(x, height, width, key_padding_mask)
+
+
+@register_notrace_module
+class InLineAttention(_ProjectedAttention):
+    """InLine attention on a map, in windows with a state, a mean token and kernels each."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window_size: int = 0,
+        proj_drop: float = 0.0,
+        backend: str = "auto",
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Make the attention.
+
+        Args:
+            dim: Channels, C.
+            num_heads: Heads, each of C / num_heads channels.
+            window_size: Greatest side of a window. Larger maps are split into equal windows,
+                smaller ones are one window; 0 always makes one window.
+            proj_drop: Dropout rate of the output.
+            backend: One of `vitlinear.ops.BACKENDS`.
+            device: Where the parameters live.
+            dtype: Type of the parameters.
+
+        Raises:
+            ValueError: dim does not divide into heads, or backend is unknown.
+        """
+        super().__init__(dim, num_heads, 0, proj_drop, backend, device=device, dtype=dtype)
+        self.window_size = window_size
+
+    def forward(
+        self,
+        x: Tensor,
+        key_padding_mask: Tensor | None = None,
+        valid_sizes: list[tuple[int, int]] | None = None,
+    ) -> Tensor:
+        """Attend inside every window.
+
+        Args:
+            x: [B, H, W, C].
+            key_padding_mask: [B, H, W] bool, True for padding: equal to leaving these tokens out
+                of the windows, which remain those of the whole map.
+            valid_sizes: Height and width of the part of each map that is no padding: each is
+                attended to like a map of its own, with windows of its own, and padding gets 0.
+
+        Returns:
+            The same shape.
+        """
+        if valid_sizes is None:
+            return self.attend_map(x, key_padding_mask)
+        maps: list[Tensor] = []
+        for i, (height, width) in enumerate(valid_sizes):
+            maps.append(self.attend_map(x[i : i + 1, :height, :width], None))
+        return join_maps(maps, x.shape[1], x.shape[2])
+
+    def attend_map(self, x: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+        """[B, H, W, C] -> [B, H, W, C]."""
+        B, H, W = x.shape[0], x.shape[1], x.shape[2]
+        rows, cols = equal_windows(H, self.window_size), equal_windows(W, self.window_size)
+        mask = window_padding(x, rows, cols, key_padding_mask)
+        x = self.attend_tokens(to_windows(x, rows, cols), rows[1], cols[1], mask)
+        return from_windows(x, rows, cols, (B, H, W))

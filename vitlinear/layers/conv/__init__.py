@@ -1,0 +1,1 @@
+"""Convolutions: stems, depthwise ones, and those whose kernel the tokens decide."""

@@ -1,0 +1,76 @@
+"""Convolution, batch norm and activation in one module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from vitlinear._timm import register_notrace_module
+from vitlinear.ops.cpu.linear import conv_gelu, convolves_with_gelu
+
+from ..fold import is_gelu
+from ..hooks import has_forward_hooks
+
+
+class ConvNormAct(nn.Module):
+    """Convolution with as much padding as keeps the size at stride 1, batch norm, activation.
+
+    timm's module of this name has the activation inside of its norm, where the conversions to
+    synchronised batch norm of torch and mmengine lose it without a word.
+    """
+
+    def __init__(
+        self,
+        in_chans: int,
+        out_chans: int,
+        kernel_size: int,
+        stride: int = 1,
+        act: nn.Module | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Make the three.
+
+        Args:
+            in_chans: Channels in.
+            out_chans: Channels out.
+            kernel_size: K, odd.
+            stride: Of the convolution.
+            act: The activation; None for none.
+            device: Where the parameters live.
+            dtype: Type of the parameters.
+        """
+        super().__init__()
+        self.conv = nn.Conv2d(
+            in_chans, out_chans, kernel_size, stride, kernel_size // 2, device=device, dtype=dtype
+        )
+        self.bn = nn.BatchNorm2d(out_chans, device=device, dtype=dtype)
+        self.act = nn.Identity() if act is None else act
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C_in, H, W] -> [B, C_out, ceil(H / stride), ceil(W / stride)]."""
+        return self.act(self.bn(self.conv(x)))
+
+    @torch.jit.ignore
+    def fuse(self) -> nn.Module:
+        """Convolution with the statistics of the batch norm inside, then the activation."""
+        conv = fuse_conv_bn_eval(self.conv, self.bn)
+        if isinstance(self.act, nn.Identity):
+            return conv
+        return (ConvGelu if is_gelu(self.act) else nn.Sequential)(conv, self.act)
+
+
+@register_notrace_module
+class ConvGelu(nn.Sequential):
+    """A convolution and a GELU, on CPUs in one pass over memory where nothing is kept."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C_in, H, W] -> [B, C_out, H', W']."""
+        if torch.jit.is_scripting():
+            return self[1](self[0](x))
+        conv = self[0]
+        assert isinstance(conv, nn.Conv2d)
+        if not has_forward_hooks(*self) and convolves_with_gelu(x, conv):
+            return conv_gelu(x, conv)
+        return self[1](conv(x))

@@ -1,0 +1,76 @@
+"""Depthwise convolution of a channels-last token map."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vitlinear._timm import register_notrace_module
+from vitlinear.ops.cpu.depthwise import depthwise_conv, identity_kernel, residual_depthwise_conv
+
+
+# One step to torch.fx, as `nn.Conv2d` is.
+@register_notrace_module
+class DepthwiseConv(nn.Conv2d):
+    """K x K depthwise convolution, stride 1, same size, on [B, H, W, C].
+
+    A subclass of `nn.Conv2d` with its weight [C, 1, K, K], so that whatever knows convolutions
+    (counters, quantisers, folding of x + conv(x) into the weight) knows this one. The permutes are
+    views: in memory the input is what PyTorch calls a channels_last image already.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        kernel_size: int,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Make the convolution.
+
+        Args:
+            dim: Channels, C.
+            kernel_size: K, odd.
+            device: Where the parameters live.
+            dtype: Type of the parameters.
+        """
+        super().__init__(
+            dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, device=device, dtype=dtype
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, H, W, C] -> [B, H, W, C]."""
+        x = x.permute(0, 3, 1, 2)
+        if torch.jit.is_scripting():
+            x = self._conv_forward(x, self.weight, self.bias)
+        else:
+            x = depthwise_conv(x, self.weight, self.bias)
+        return x.permute(0, 2, 3, 1)
+
+
+@register_notrace_module
+class ResidualDepthwiseConv(DepthwiseConv):
+    """x + conv(x), conv a `DepthwiseConv`; see `vitlinear.ops.depthwise` for the sum."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, H, W, C] -> [B, H, W, C]."""
+        x = x.permute(0, 3, 1, 2)
+        if torch.jit.is_scripting():
+            x = x + self._conv_forward(x, self.weight, self.bias)
+        else:
+            x = residual_depthwise_conv(x, self.weight, self.bias)
+        return x.permute(0, 2, 3, 1)
+
+    @torch.no_grad()
+    @torch.jit.ignore
+    def fuse(self) -> DepthwiseConv:
+        """One convolution that gives the same: 1 is added to the middle of each kernel."""
+        fused = DepthwiseConv(
+            self.in_channels,
+            self.kernel_size[0],
+            device=self.weight.device,
+            dtype=self.weight.dtype,
+        )
+        fused.load_state_dict(self.state_dict())
+        fused.weight += identity_kernel(self.weight)
+        return fused.train(self.training)

@@ -1,0 +1,109 @@
+"""Joining and leaving the process group of torchrun or SLURM."""
+
+import argparse
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from timm.utils import is_distributed_env
+from timm.utils.distributed import world_info_from_env
+from torch import distributed
+
+from vitlinear.errors import LostPeerError, UserError, one_line
+from vitlinear.signals import Stopped
+
+# Held to the end of the process. If the last reference to a group is DDP's, its destructor joins
+# gloo's threads while holding the interpreter lock that they may be waiting for: seen as two runs
+# in three that finished all epochs and never exited.
+_PROCESS_GROUPS: list[Any] = []
+
+
+def join_processes(args: argparse.Namespace, device: torch.device) -> torch.device:
+    """Joins the process group of torchrun or SLURM, if this process was started by one.
+
+    Adds ``distributed``, ``world_size``, ``rank`` and ``local_rank`` to ``args``.
+
+    Args:
+        args: Flags; ``dist_timeout`` seconds is how long processes wait for each other.
+        device: As asked for; between processes, its index is the process's own.
+
+    Returns:
+        The device of this process.
+
+    Raises:
+        UserError: There is no GPU for this process, or the others cannot be reached.
+    """
+    args.distributed = is_distributed_env()
+    args.local_rank, args.rank, args.world_size = 0, 0, 1
+    if args.distributed:
+        args.local_rank, args.rank, args.world_size = world_info_from_env()
+        if device.type == "cuda":
+            device = torch.device("cuda", _gpu_of(args.local_rank))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if args.distributed:
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if name not in os.environ:
+                raise UserError(
+                    f"{args.world_size} processes, but {name} is not set: start them with "
+                    "torchrun, or under SLURM as tools/slurm/train.sbatch does"
+                )
+        try:
+            distributed.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo",
+                init_method="env://",
+                rank=args.rank,
+                world_size=args.world_size,
+                timeout=datetime.timedelta(seconds=args.dist_timeout),
+            )
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                f"process {args.rank} of {args.world_size} could not join the others at "
+                f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: {one_line(error)[:200]}"
+            ) from error
+        _PROCESS_GROUPS.append(distributed.group.WORLD)
+    return device
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[None]:
+    """Leaves the process group that the block may join.
+
+    Raises:
+        LostPeerError: In place of a failed exchange between processes.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # gloo's errors have no class of their own
+        if isinstance(error, distributed.DistError) or "gloo/transport" in str(error):
+            raise LostPeerError(
+                f"this process lost another ({one_line(error).rsplit('] ', 1)[-1][:200]})"
+            ) from error
+        raise
+    except Stopped:  # all of them, together
+        _leave()
+        raise
+    # Not after an error: leaving in order could wait for processes that will not come.
+    _leave()
+
+
+def _leave() -> None:
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def _gpu_of(local_rank: int) -> int:
+    """Returns the GPU of a process; SLURM may show each process only its own."""
+    count = torch.cuda.device_count()
+    if local_rank < count:
+        return local_rank
+    if count == 1 and os.environ.get("SLURM_PROCID"):
+        return 0
+    raise UserError(
+        f"process {local_rank} of this machine has no GPU, {count} are visible: "
+        "start one process per GPU"
+    )

@@ -1,0 +1,122 @@
+"""A report on which attention implementation a model would run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vitlinear.ops import Call, Choice, choose_backend
+
+
+class AttentionCall(NamedTuple):
+    """One attention of a model and what would run for it.
+
+    Attributes:
+        name: Path of the module.
+        attn_type: Linear mechanism or ``softmax``.
+        shape: Of the queries, [B, N, h, D].
+        backend: Implementation that would run.
+        reason: Why that one.
+    """
+
+    name: str
+    attn_type: str
+    shape: tuple[int, int, int, int]
+    backend: str
+    reason: str
+
+
+class BackendReport(tuple[AttentionCall, ...]):
+    """The attention calls of a model in order; prints as a table."""
+
+    def __str__(self) -> str:
+        header = ("module", "attention", "B x N x h x D", "backend", "reason")
+        rows = [
+            (row.name, row.attn_type, " x ".join(map(str, row.shape)), row.backend, row.reason)
+            for row in self
+        ]
+        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in (header, *rows)
+        )
+
+
+def _batch_and_tokens(module: Any, x: Tensor) -> tuple[int, int]:
+    """Sequences, and tokens in each, that an attention sees.
+
+    Args:
+        module: The attention.
+        x: Its first input: tokens [B, N, C], a map [B, H, W, C] or queries [B, N, h, D].
+    """
+    batch, *shape = x.shape
+    heads = tuple(shape[-2:]) == (module.num_heads, module.head_dim)
+    return batch, prod(shape[: -2 if heads else -1])
+
+
+def backend_report(model: nn.Module, input_size: Sequence[int] | None = None) -> BackendReport:
+    """Tell which implementation every attention of a model would run, and why.
+
+    Nothing is computed: the model is traced on the meta device.
+
+    Args:
+        model: A model of this package, on any device.
+        input_size: Shape of the images, [B, C, H, W]; one of the model's own size by default.
+
+    Returns:
+        One `AttentionCall` for each attention in the order of their calls; `print` shows a table.
+
+    Raises:
+        ValueError: The model has no attention of this package.
+    """
+    attentions = {
+        name: module
+        for name, module in model.named_modules()
+        if hasattr(module, "attn_type") and hasattr(module, "backend")
+    }
+    if not attentions:
+        raise ValueError(f"{type(model).__name__} has no attention of vitlinear to report on")
+    if input_size is None:
+        height_width = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))[1:]
+        input_size = (1, getattr(model, "in_chans", 3), *height_width)
+    calls: list[AttentionCall] = []
+
+    def recorder(name: str) -> Any:
+        def record(module: Any, args: tuple[Any, ...]) -> None:
+            batch, length = _batch_and_tokens(module, args[0])
+            shape = (batch, length, module.num_heads, module.head_dim)
+            if module.attn_type == "softmax":
+                choice = Choice("eager", "softmax runs on SDPA")
+            else:
+                call = Call(device, dtype, length, module.head_dim, module.attn_type)
+                try:
+                    choice = choose_backend(module.backend, call)
+                except ValueError as error:
+                    choice = Choice("none", str(error))
+            calls.append(AttentionCall(name, module.attn_type, shape, *choice))
+
+        return record
+
+    handles = [m.register_forward_pre_hook(recorder(name)) for name, m in attentions.items()]
+    state: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    parameter = next(model.parameters())
+    dtype, device = parameter.dtype, parameter.device.type
+    modes = {module: module.training for module in model.modules()}
+    model.eval()  # batch norm refuses to train on a single value
+    try:
+        with torch.no_grad():
+            torch.func.functional_call(
+                model,
+                {name: value.detach().to("meta") for name, value in state.items()},
+                (torch.empty(tuple(input_size), device="meta", dtype=dtype),),
+            )
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes.items():
+            module.training = training
+    return BackendReport(calls)

@@ -1,0 +1,36 @@
+"""Arguments of `torch.compile` for a training run."""
+
+from typing import Any
+
+from torch import nn
+from torch._inductor import list_mode_options
+
+import vitlinear  # noqa: F401  registers the models with timm
+from vitlinear.errors import UserError, one_line
+
+# Of `torch.compile`: tensors stay in the layout they have (`docs/compile.md`).
+KEEP_LAYOUT = {"layout_optimization": False}
+
+
+def compile_arguments(model: nn.Module, backend: str, mode: str | None = None) -> dict[str, Any]:
+    """Arguments of `torch.compile` that suit a model.
+
+    Inductor's layout optimisation takes each tensor of four axes that it keeps near a convolution
+    for [B, C, H, W] and copies it to channels-last. Our maps are [B, H, W, C] and heads
+    [B, h, N, D]: they are to stay as they are (`docs/compile.md`).
+
+    Args:
+        model: The model, or one of its blocks.
+        backend: A backend of `torch.compile`.
+        mode: A mode of `torch.compile`, of inductor alone.
+
+    Raises:
+        UserError: Unknown mode.
+    """
+    if backend != "inductor" or not type(model).__module__.startswith("vitlinear."):
+        return {"backend": backend, "mode": mode}
+    try:
+        options = list_mode_options(mode or "default")
+    except RuntimeError as error:
+        raise UserError(f"--torchcompile-mode: {one_line(error)}") from error
+    return {"backend": backend, "options": {**options, **KEEP_LAYOUT}}

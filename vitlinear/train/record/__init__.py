@@ -1,0 +1,1 @@
+"""A run's records: its folder, states, metrics, curves, environment and trackers."""

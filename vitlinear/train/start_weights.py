@@ -1,0 +1,119 @@
+"""Weights that a run starts from: whose they are, and what becomes of their classifier."""
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from vitlinear.checkpoints.card import read_card
+from vitlinear.checkpoints.filter import is_detector
+from vitlinear.checkpoints.load import load_into, named_for, read_weights
+from vitlinear.create import check_model_name
+from vitlinear.errors import UserError
+
+
+def check_initial(args: argparse.Namespace) -> None:
+    """Refuses a recipe that fine-tunes without weights to start from, and flags that need some.
+
+    Raises:
+        UserError: There are none.
+    """
+    if args.initial_model is not None:
+        check_model_name(args.initial_model)
+        if not args.initial_checkpoint and not args.pretrained:
+            raise UserError(
+                f"this run is to start from weights of {args.initial_model}: "
+                "give --initial-checkpoint FILE"
+            )
+    if args.initial_head_map is not None and not args.initial_checkpoint:
+        raise UserError("--initial-head-map is for the classifier of --initial-checkpoint FILE")
+
+
+def read_head_map(path: str | Path, num_classes: int) -> torch.Tensor:
+    """Reads which class of the start weights each class takes its classifier from.
+
+    Args:
+        path: Text file; line i (from 0) holds the number of that class for class i.
+        num_classes: Lines that there must be.
+
+    Returns:
+        [num_classes] int64.
+
+    Raises:
+        UserError: The file is missing, or does not hold that many numbers.
+    """
+    try:
+        words = Path(path).read_text(encoding="utf-8").split()
+        numbers = [int(word) for word in words]
+    except OSError as error:
+        raise UserError(f"cannot read --initial-head-map {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"--initial-head-map {path}: needs a class number in each line") from error
+    if len(numbers) != num_classes or min(numbers) < 0:
+        raise UserError(
+            f"--initial-head-map {path} has {len(numbers)} lines for {num_classes} classes, or a "
+            "negative one: it needs the class in the start weights for each"
+        )
+    return torch.tensor(numbers)
+
+
+def remapped(value: torch.Tensor, head_map: torch.Tensor, path: str | Path) -> torch.Tensor:
+    """Returns the rows of a classifier's weight or bias that ``head_map`` names, in its order.
+
+    Raises:
+        UserError: The classifier of the start weights, ``path``, has too few classes.
+    """
+    if int(head_map.max()) >= len(value):
+        raise UserError(
+            f"--initial-head-map asks for class {int(head_map.max())}, but {path} has only "
+            f"{len(value)} classes (counted from 0)"
+        )
+    return value[head_map]
+
+
+def initial_weights(
+    model: nn.Module, path: str | Path, name: str, head_map: str | Path | None = None
+) -> bool:
+    """Starts a model from a checkpoint; a classifier of another width stays as it is.
+
+    So does all that follows the stages, if the checkpoint is a detector's or segmentor's.
+
+    Args:
+        model: The model to start.
+        path: The checkpoint.
+        name: The model that it must be of.
+        head_map: File that names a class of the checkpoint for each class of the model, whose
+            part of the classifier it takes; see `read_head_map`.
+
+    Returns:
+        Whether the classifier was left out.
+    """
+    path = Path(path)
+    card = read_card(path)
+    if card is not None and card.model != name:
+        raise UserError(
+            f"checkpoint {path} is of {card.model}, not {name}: give its --model, or say that "
+            f"it starts from another with --initial-model {card.model}"
+        )
+    read, own = read_weights(path), model.state_dict()
+    weights = named_for(model, read, path)
+    heads = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    prefixes = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
+    head_keys = [key for key in own if prefixes and key.startswith(prefixes)]
+    if head_map is not None:
+        if not weights.keys() >= set(head_keys):
+            raise UserError(f"checkpoint {path} has no classifier for --initial-head-map to read")
+        rows = read_head_map(head_map, model.num_classes)  # type: ignore[arg-type]
+        for key in head_keys:
+            weights[key] = remapped(weights[key], rows, path).reshape(own[key].shape)
+    if is_detector(read):
+        parts = {key.partition(".")[0] for key in weights}
+        weights = {k: v for k, v in own.items() if k.partition(".")[0] not in parts} | weights
+    new_head = is_detector(read) or any(
+        key in weights and weights[key].shape != own[key].shape for key in head_keys
+    )
+    if new_head:
+        weights = {**weights, **{key: own[key] for key in head_keys}}
+    load_into(model, weights, path, name)
+    return new_head

@@ -1,0 +1,140 @@
+"""The ``vitlinear`` command, outside the package: help and version answer before torch is loaded.
+
+A sub-command is one line of `COMMANDS`: a module, imported only when asked for, that has
+``main(argv, prog)``, or another function where one is named. It parses its own flags, and raises
+`vitlinear.errors.UserError` for a user's mistake.
+"""
+
+import importlib
+import importlib.metadata
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+OPENMMLAB = "vitlinear.dense.openmmlab.commands"
+COMMANDS = {
+    "train": ("vitlinear.train.run", "train a classifier"),
+    "validate": ("vitlinear.evaluation.validate", "accuracy and loss of a checkpoint or model"),
+    "predict": ("vitlinear.cli.predict_task", "classes of image files; boxes, masks, label maps"),
+    "compare-runs": ("vitlinear.train.compare_runs", "several training runs: curves and a table"),
+    "check-data": ("vitlinear.data.check_data", "unreadable and odd images, classes, sizes"),
+    "list": ("vitlinear.cards.list_models", "the models, one a line"),
+    "info": ("vitlinear.cards.info", "what is known of a model"),
+    "convert": ("vitlinear.convert.command", "the authors' checkpoints to ours"),
+    "export": ("vitlinear.export.command", "a model as ONNX, torch.export or safetensors"),
+    "train-detector": (f"{OPENMMLAB}:train_detector", "a detector of mmdet"),
+    "test-detector": (f"{OPENMMLAB}:test_detector", "its average precision"),
+    "train-segmentor": (f"{OPENMMLAB}:train_segmentor", "a segmentor of mmseg"),
+    "test-segmentor": (f"{OPENMMLAB}:test_segmentor", "its intersection over union"),
+}
+
+# Where torchrun lets each process leave the reason of its failure.
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+
+
+def _usage() -> str:
+    lines = [f"  {name:<16}{summary}" for name, (_, summary) in COMMANDS.items()]
+    return "\n".join(
+        (
+            "usage: vitlinear [--help] [--version] COMMAND ...",
+            "",
+            "Linear-attention vision backbones for timm.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "`vitlinear COMMAND --help` lists a command's options.",
+        )
+    )
+
+
+def _version() -> str:
+    """The version as installed; from the package itself in a checkout that is not."""
+    try:
+        return importlib.metadata.version("vitlinear")
+    except importlib.metadata.PackageNotFoundError:
+        import vitlinear
+
+        return vitlinear.__version__
+
+
+def _dispatch(argv: Sequence[str]) -> None:
+    from vitlinear.errors import UserError, did_you_mean
+
+    name = argv[0]
+    if name not in COMMANDS:
+        kind = "option" if name.startswith("-") else "command"
+        raise UserError(
+            f"unknown {kind} '{name}'{did_you_mean(name, COMMANDS)}; `vitlinear --help` lists them"
+        )
+    module, _, function = COMMANDS[name][0].partition(":")
+    command = getattr(importlib.import_module(module), function or "main")
+    command(argv[1:], prog=f"vitlinear {name}")
+
+
+def _message(error: Exception) -> str:
+    """One line; a data worker's error arrives wrapped in that process's traceback."""
+    from vitlinear.errors import UserError
+
+    text = str(error).rstrip().rsplit(f"{UserError.__module__}.{UserError.__name__}: ", 1)[-1]
+    return " ".join(text.split())
+
+
+def _report(error: Exception) -> None:
+    """Shows an error once: under torchrun in its summary, which names the process, else here."""
+    from vitlinear.errors import LostPeerError
+
+    text = f"error: {_message(error)}"
+    path = os.environ.get(ERROR_FILE)
+    if not path:
+        print(text, file=sys.stderr)
+        return
+    # The summary takes the earliest for the cause, and counts in seconds.
+    when = int(time.time()) + isinstance(error, LostPeerError)
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump({"message": text, "timestamp": when}, file)
+
+
+def run(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
+    """Runs a command and turns what a user can do something about into one line.
+
+    Args:
+        command: Takes the arguments.
+        argv: Arguments without the program's name; by default the process's own.
+
+    Returns:
+        Exit status: 0, or 2 for a user's mistake, or 130 when interrupted.
+    """
+    from vitlinear.errors import UserError
+
+    if os.environ.get(ERROR_FILE):
+        from torch.distributed.elastic.multiprocessing.errors import record
+
+        command = record(command)
+    try:
+        command(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        _report(error)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the ``vitlinear`` command line; arguments and exit status are those of `run`."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if argv[0] == "--version":
+        print(f"vitlinear {_version()}")
+        return 0
+    return run(_dispatch, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
