@@ -14,10 +14,10 @@ from tests.train.helpers import train
 from vitlinear.checkpoints.load import load_model
 from vitlinear.errors import UserError
 from vitlinear.evaluation.evaluate import PerClass, evaluate
-from vitlinear.train.epochs import set_schedule
-from vitlinear.train.loop import Updater, train_one_epoch, updates_per_epoch
-from vitlinear.train.optimisation import learning_rate
+from vitlinear.train.loop import train_one_epoch, updates_per_epoch
 from vitlinear.train.run import parse_arguments
+from vitlinear.train.schedule import learning_rate, set_schedule
+from vitlinear.train.updater import Updater
 
 
 def batches(count: int, size: int = 4) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -233,11 +233,15 @@ def test_learning_rates_of_a_run_and_of_a_resumed_one(on_updates: bool) -> None:
 
 
 def test_learning_rate_scales_with_the_global_batch() -> None:
-    args = parse_arguments(["-b", "64", "--grad-accum-steps", "2"])
-    assert learning_rate(args, world_size=8) == pytest.approx(1e-3)
-    args = parse_arguments(["-b", "128", "--lr-base-scale", "sqrt"])
-    assert learning_rate(args, world_size=1) == pytest.approx(2.5e-4)
-    assert learning_rate(parse_arguments(["--lr", "0.3"]), world_size=8) == 0.3
+    def rate(*flags: str, world_size: int) -> float:
+        config = parse_arguments(flags)
+        accumulate = config.optimiser.grad_accum_steps
+        images = config.schedule.images_per_update(accumulate, world_size)
+        return learning_rate(config.schedule, images)
+
+    assert rate("-b", "64", "--grad-accum-steps", "2", world_size=8) == pytest.approx(1e-3)
+    assert rate("-b", "128", "--lr-base-scale", "sqrt", world_size=1) == pytest.approx(2.5e-4)
+    assert rate("--lr", "0.3", world_size=8) == 0.3
 
 
 class Fixed(nn.Module):
