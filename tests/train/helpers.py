@@ -1,4 +1,4 @@
-"""What the training tests share: a small image folder, and flags of a run that takes a second."""
+"""Shared by the training tests: a small image folder, and flags of a run that takes a second."""
 
 import multiprocessing
 import os

@@ -17,7 +17,7 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "classification").glob
 
 
 def parsed(flags: Sequence[str]) -> SimpleNamespace:
-    """What `parse_arguments` gives, by flag; sequences are lists, as in YAML."""
+    """Parsed values by flag; sequences are lists, as in YAML."""
     values = values_by_flag(parse_arguments(flags))
     return SimpleNamespace(
         **{key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}

@@ -157,7 +157,7 @@ def test_killed_while_writing(tmp_path: Path) -> None:
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard reads, by tag."""
+    """Scalars as TensorBoard reads them, by tag."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     found = {}

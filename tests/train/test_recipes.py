@@ -79,8 +79,8 @@ def on_meta(config: TrainConfig) -> torch.nn.Module:
     """The recipe's model, without memory."""
     kwargs = {**config.model.model_kwargs, "device": "meta"}
     model = dataclasses.replace(config.model, model_kwargs=kwargs)
-    assert model.num_classes is not None
-    return make_model(model, config.regularisation, config.input, model.num_classes)
+    classes = model.num_classes or 1000  # what their models have by default
+    return make_model(model, config.regularisation, config.input, classes)
 
 
 def optimizer_of(config: TrainConfig, model: torch.nn.Module, images: int) -> Any:
@@ -97,7 +97,7 @@ def decayed_names(optimizer: torch.optim.Optimizer, model: torch.nn.Module, deca
 
 
 def resolved(name: str) -> dict[str, Any]:
-    """What the run would do, from the objects that it would be built of."""
+    """The run as it would go, from the objects that it would be built of."""
     config = recipe(name)
     args = SimpleNamespace(**values_by_flag(config))
     world_size, model = processes(config), on_meta(config)

@@ -10,9 +10,10 @@ from torch import nn
 from vitlinear.create import build_model, check_model_name
 from vitlinear.errors import UserError
 
-from . import checkpoint_filter_fn, unwrap_state_dict
 from .card import Card, read_card
+from .filter import checkpoint_filter_fn
 from .read import CheckpointError, read_checkpoint
+from .unwrap import unwrap_state_dict
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:

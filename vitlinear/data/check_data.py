@@ -31,7 +31,7 @@ SHOWN = 10  # names per finding in the text; the JSON file has all
 
 @dataclass(frozen=True)
 class CheckDataConfig:
-    """What ``check-data`` reads, and where it writes."""
+    """The data set that ``check-data`` reads, and the file that it writes."""
 
     data: DataConfig
     train_split: str

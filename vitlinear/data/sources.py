@@ -1,4 +1,4 @@
-"""What a data set with random access is, and the two that are read here.
+"""`Source`, a data set with random access, and the two that are read here.
 
 ``digits`` and ``fashion_mnist`` are arrays in memory; `readers` opens everything else.
 """

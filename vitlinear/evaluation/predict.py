@@ -34,7 +34,7 @@ from .model import load_or_build
 
 @dataclass(frozen=True)
 class PredictConfig:
-    """What ``predict`` classifies, with what, and what it reports."""
+    """Images, model and report of ``predict``."""
 
     images: tuple[str, ...]
     checkpoint: str | None

@@ -30,7 +30,7 @@ from .model import load_or_build
 
 @dataclass(frozen=True)
 class ValidateConfig:
-    """What ``validate`` evaluates, on what, and what it reports."""
+    """Model, data set and report of ``validate``."""
 
     checkpoint: str | None
     data: DataConfig

@@ -15,7 +15,7 @@ from vitlinear.errors import UserError
 
 @dataclass(frozen=True)
 class RegularisationConfig:
-    """What a model drops in training, and whether it computes activations twice."""
+    """Dropout rates of a model in training, and whether it computes activations twice."""
 
     drop: float | None
     drop_path: float | None

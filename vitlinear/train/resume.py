@@ -149,10 +149,10 @@ def restore(run: Run, state: dict[str, Any]) -> Start:
     return start
 
 
-def _named(args: Mapping[str, Any]) -> str:
+def _named(flags: Mapping[str, Any]) -> str:
     """Names a model, with the flags that its size depends on."""
-    sizes = [f"--{key.replace('_', '-')} {args[key]}" for key in SIZES if args[key] is not None]
-    return f"{args['model']} ({' '.join(sizes) or 'default size'})"
+    sizes = [f"--{key.replace('_', '-')} {flags[key]}" for key in SIZES if flags[key] is not None]
+    return f"{flags['model']} ({' '.join(sizes) or 'default size'})"
 
 
 def resume_note(run: Run, start: Start, saved: dict[str, Any], before: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What a run is built from: model, data, task, optimiser and schedule, out of its configuration."""
+"""The parts of a run, built from its configuration: model, data, task, optimiser, schedule."""
 
 import dataclasses
 import os

@@ -18,7 +18,7 @@ from .logger import Logger
 
 @dataclass(frozen=True)
 class RecordConfig:
-    """What is recorded of a run beside its weights and tables of numbers."""
+    """Logging and drawing of a run, beside the tables of numbers that every run has."""
 
     log_interval: int
     log_tensorboard: bool
