@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from tests.data_sets.shards import write_shards
 from tests.train.helpers import CLASSES, TINY_FLAGS, two_processes
-from tests.train.shards import write_shards
 from vitlinear.checkpoints.card import read_card
 from vitlinear.checkpoints.load import read_weights
 from vitlinear.data import dataset as data

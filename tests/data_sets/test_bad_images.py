@@ -287,7 +287,7 @@ def test_shards_leave_out_unreadable_images(workers: int, tmp_path: Path) -> Non
     pytest.importorskip("webdataset", reason="pip install 'vitlinear[data]'")
     from torch.utils.data import DataLoader
 
-    from tests.train.shards import write_shards
+    from tests.data_sets.shards import write_shards
 
     root = damaged_folder(tmp_path / "images")
     (root / "train/bee/5.png").unlink()
