@@ -29,6 +29,7 @@ from .record.environment import record_start
 from .record.folder import ARGUMENTS, BEST, RunFolder
 from .record.logger import FileLogger, Loggers
 from .record.trackers import check_trackers, make_trackers
+from .recorder import Recorder
 from .resume import Start, check_same_run, find_state, restore, resume_note
 from .setup import set_up
 
@@ -92,7 +93,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             run.notes.append(resume_note(run, start, saved, state["args"]))
         with StopSignals() as signals:
             if run.processes.rank != 0:
-                return run_epochs(run, None, start, saved, signals)
+                return run_epochs(run, Recorder(run, saved), start, signals)
             with files:
                 write_text(path / ARGUMENTS, yaml.safe_dump(saved, sort_keys=False))
                 record_start(path, run.device, run.updater.updates)
@@ -100,7 +101,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                     print(line)
                 with Loggers(FileLogger(path), make_trackers(record, path, saved)) as log:
                     log.keep_before(start.epoch, run.updater.updates)
-                    result = run_epochs(run, path, start, saved, signals, log)
+                    result = run_epochs(run, Recorder(run, saved, path, log), start, signals)
                 print(_end_note(result))
                 return result
 
