@@ -29,7 +29,12 @@ PYRAMIDS = [
     for name in TEST_MODELS
     if isinstance(timm.create_model(name, device="meta"), LinearPyramid)
 ]
-each_model = pytest.mark.parametrize("name", TEST_MODELS)
+# A family with states of its own kind each: what the inner loop takes.
+QUICK = ("test_inline_swin", "test_l2vit", "test_linear_deit", "test_nalaformer", "test_ravlt")
+each_model = pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.quick if name in QUICK else ()) for name in TEST_MODELS],
+)
 # The siblings that are linear throughout run the same code: slow compilers see it once.
 PROGRAMS = [name for name in TEST_MODELS if not name.endswith("_linear")]
 each_program = pytest.mark.parametrize("name", PROGRAMS)
@@ -48,6 +53,8 @@ FEWER_BLOCKS = {
 ROUNDS_DOWN = "test_inline_pvt"
 # Tracing them for any size takes 20 s each: tests/layers has their attention alone.
 ADAPTIVE_WINDOWS = ("test_inline_swin", "test_inline_cswin")
+# One pyramid and two isotropic models, with each of the two kinds of positions.
+IN_ONNX = ("test_inline_deit", "test_lightnet", "test_ravlt")
 
 
 def smallest_side(name: str) -> int:
@@ -243,6 +250,7 @@ def test_copies(name):
         assert torch.equal(copy(x), model(x))
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("name", [n for n in PROGRAMS if n not in ADAPTIVE_WINDOWS])
 def test_compiled_once_for_all_sizes(name):
     torch._dynamo.reset()
@@ -253,6 +261,7 @@ def test_compiled_once_for_all_sizes(name):
     assert counter.frame_count == 1
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("name", ["test_ravlt", "test_l2vit"])
 def test_checkpointed_training_compiles_for_any_size(name):
     """Numbers that Dynamo takes for inputs, as constants of a module, fail inside such parts."""
@@ -286,6 +295,7 @@ def test_rotary_tables_stay_exact_in_half_precision():
     assert tables.rows.dtype == torch.float32 and torch.equal(tables.rows, expected.rows)
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize(
     "name, backend",
     # With the formula every model is compiled above too, for all sizes at once.
@@ -324,7 +334,12 @@ def test_export_any_size(name):
         torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-6)
 
 
-@each_program
+# tests/tools exports every family to ONNX, the windows that adapt at one size.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in IN_ONNX else pytest.mark.nightly) for name in PROGRAMS],
+)
 def test_onnx_any_size(name, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
