@@ -30,6 +30,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--nightly", action="store_true", help="run the nightly tests too")
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Passes over files without a quick test in quick runs: importing them all takes longer."""
+    if not (config.getoption("--quick") and collection_path.is_file()):
+        return None
+    return True if "mark.quick" not in collection_path.read_text(encoding="utf-8") else None
+
+
 def rooms_of(item: pytest.Item) -> set[str]:
     """The rooms of vitlinear/ that a quick test touches: named in its mark, or its own folder."""
     named = {room for mark in item.iter_markers("quick") for room in mark.args}

@@ -22,6 +22,7 @@ def test_every_model_has_facts(name):
     assert paper == f"arXiv:{family.paper['arxiv']}"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_rows_are_of_this_family(family):
     for name in family.models:
@@ -36,6 +37,7 @@ def test_unknown_models():
         families()["rala"].model("ravlt_xl")
 
 
+@pytest.mark.quick
 def test_published_parameters():
     """Within rounding of ours, but for those that the card says differ."""
     differ = set()

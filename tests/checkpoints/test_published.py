@@ -19,6 +19,7 @@ from vitlinear.checkpoints.published import (
 WIRED = [row for row in PUBLISHED if row.wired]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("row", WIRED, ids=lambda row: f"{row.model}.{row.tag}")
 def test_every_confirmed_file_is_wired(row):
     cfg = timm.get_pretrained_cfg(f"{row.model}.{row.tag}")

@@ -37,6 +37,7 @@ def loss_of(maps) -> torch.Tensor:
     return sum((x * torch.linspace(-1, 1, x.shape[-1])).square().mean() for x in maps)
 
 
+@pytest.mark.quick
 @each_model
 def test_maps(name):
     """Channels and strides are as announced; layouts are what a convolution takes as they are."""

@@ -232,6 +232,7 @@ def test_masks_reach_the_registered_operators():
         assert error(y, x) < 1e-13
 
 
+@pytest.mark.quick
 @torch.no_grad()
 def test_nothing_changes_without_padding():
     model, x = make("test_ravlt"), torch.randn(2, 3, 64, 64).double()
@@ -364,6 +365,7 @@ def test_sizes_travel_on_the_batch():
     assert valid_sizes_of(images) == ((32, 64), (20, 30))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [

@@ -20,6 +20,7 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("size", [(1, 1), (4, 4), (4, 9), (7, 5)])
 def test_padded_window_attention(size):
     layer = PaddedWindowAttention(12, 3, window_size=4).double()
@@ -83,6 +84,7 @@ def test_window_attention_rejects_what_does_not_fit():
         PaddedWindowAttention(12, 3, 7, backend="fast")
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("attn_type", ops.MECHANISMS)
 @pytest.mark.parametrize("temperature", [False, True])
 @pytest.mark.parametrize("backend", ["eager", "library"])

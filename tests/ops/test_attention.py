@@ -150,6 +150,7 @@ def test_library_refuses_second_derivative(attention):
         grad.sum().backward()
 
 
+@pytest.mark.quick
 @pairwise(
     attention=ATTENTIONS,
     backend=BACKENDS,
@@ -473,6 +474,7 @@ BAD_INPUT = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("message", BAD_INPUT)
 def test_bad_input_is_named(message):
     arguments = dict.fromkeys("qkv", torch.zeros(2, 6, 2, 8)) | BAD_INPUT[message]
@@ -485,6 +487,7 @@ def test_bad_input_is_named(message):
         assert message in str(caught.value)
 
 
+@pytest.mark.quick
 @each_attention
 @each_backend
 def test_valid_lengths_are_a_mask(attention, backend):

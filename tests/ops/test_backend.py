@@ -36,6 +36,7 @@ def test_kernels_refuse_what_they_cannot_run(monkeypatch):
     assert ops.choose_backend("triton", CALL._replace(dtype=torch.float64)).backend == "eager"
 
 
+@pytest.mark.quick
 def test_auto_follows_measurements(monkeypatch):
     monkeypatch.setattr(backend, "_has_triton", True)
     monkeypatch.setattr(backend, "_failure", None)

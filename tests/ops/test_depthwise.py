@@ -25,6 +25,7 @@ def gradients(function, tensors):
     return out, torch.autograd.grad(out, tensors, grad)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("side", [3, 5, 7])
 @pytest.mark.parametrize("shape", [(2, 6, 9, 11), (1, 16, 2, 3), (3, 4, 1, 1)])
 def test_outputs_and_gradients(side, shape):

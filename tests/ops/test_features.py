@@ -15,6 +15,7 @@ def inputs() -> torch.Tensor:
     return torch.cat((x, torch.zeros_like(x[..., :1])), -1).transpose(0, 1).requires_grad_()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("grad", [True, False])
 def test_elu_plus_one_is_exact(dtype, grad):

@@ -24,6 +24,7 @@ def weights(q: torch.Tensor, k: torch.Tensor, mechanism: str, backend: str) -> t
     return ops.linear_attention(q, k, v, mechanism, backend=backend)[0, :, 0]
 
 
+@pytest.mark.quick
 @each_backend
 def test_mala_is_a_linear_contrast_around_normalised_shares(backend):
     """MALA weighs by a_ij (1 + 1/t_i) - t_i/N; rows sum to one.
@@ -72,6 +73,7 @@ def test_lightnet_is_the_end_of_an_additive_recurrence():
     torch.testing.assert_close(lightnet_state(k, v)[0], state, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.quick
 def test_lightnet_states_of_shards_merge():
     """States of parts of a sequence and their logsumexps give the state of the whole."""
     k, v = 5 * normal(20, N), normal(20, N, seed=1)

@@ -179,6 +179,7 @@ def test_softmax_operator_in_chunks(monkeypatch):
     assert relative_error(grad, expected_grad) < 1e-12
 
 
+@pytest.mark.quick
 def test_library_keeps_only_inputs_and_state():
     """What a forward pass leaves for backward does not grow with the tokens."""
     kept = {}
@@ -200,6 +201,7 @@ def test_library_keeps_only_inputs_and_state():
     assert kept[(4, 4)] == kept[(16, 16)] > 0
 
 
+@pytest.mark.quick
 def test_argument_wins_over_environment(monkeypatch):
     assert ops.choose_backend().backend == "eager"
     monkeypatch.setattr(backend_module, "_from_environment", "library")

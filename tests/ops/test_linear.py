@@ -179,6 +179,7 @@ def test_one_compiled_program_of_matrix_products_for_short_and_long(keeps_up):
     assert ours.get_total_flops() == theirs.get_total_flops() > 0
 
 
+@pytest.mark.quick
 @needs_onednn
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("name", INPUTS)
@@ -308,6 +309,7 @@ def test_processors_on_which_mkl_keeps_up(found, keeps_up, monkeypatch):
     assert not module.mkl_keeps_up()
 
 
+@pytest.mark.quick
 @needs_onednn
 def test_which_library():
     ours, x = layer(), torch.randn(7, 24)

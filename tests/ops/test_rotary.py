@@ -24,6 +24,7 @@ def test_single_frequency_is_one():
     torch.testing.assert_close(rows[1, 0], torch.stack((one.cos(), one.sin())))
 
 
+@pytest.mark.quick
 def test_rotation_matches_definition_and_inverts():
     tables = ops.rotary_tables(3, 5, 12, dtype=torch.float64)
     x = torch.randn(2, 15, 3, 12, dtype=torch.float64)

@@ -14,6 +14,7 @@ from vitlinear_cli import COMMANDS
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.quick("cli")
 def test_help_lists_the_commands(command: Command) -> None:
     for flags in ([], ["--help"], ["-h"]):
         result = command(*flags)
@@ -25,6 +26,7 @@ def test_version(command: Command) -> None:
     assert command("--version").out == f"vitlinear {vitlinear.__version__}\n"
 
 
+@pytest.mark.quick("cli")
 def test_unknown_command_and_option(command: Command) -> None:
     result = command("trian")
     assert result.code == 2 and result.out == ""

@@ -51,6 +51,7 @@ def merged(
     ]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("count", "group"), [(6, 3), (7, 3), (2, 3), (5, 1)])
 def test_accumulation_equals_large_batches_with_the_remainder(count: int, group: int) -> None:
     """The last group of an epoch is smaller; its gradients must be a mean all the same."""
@@ -85,6 +86,7 @@ def test_processes_exchange_gradients_once_per_update(process_group: None) -> No
     assert exchanges == up.updates == 3
 
 
+@pytest.mark.quick
 def test_loss_and_top1_are_means_over_images() -> None:
     torch.manual_seed(0)
     net = nn.Linear(5, 3, dtype=torch.float64)
@@ -203,6 +205,7 @@ def test_too_many_skipped_updates_stop_the_run_with_a_diagnosis() -> None:
         train_one_epoch(updater(net), data[1:], contextlib.nullcontext, max_nonfinite=0)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("on_updates", [False, True])
 def test_learning_rates_of_a_run_and_of_a_resumed_one(on_updates: bool) -> None:
     """Warm-up starts at its own rate (not at the peak), and a later start joins the same curve."""
@@ -247,6 +250,7 @@ class Fixed(nn.Module):
         return x
 
 
+@pytest.mark.quick("evaluation")
 @pytest.mark.parametrize("classes", [3, 8])
 def test_evaluation_against_its_definition(classes: int) -> None:
     generator = torch.Generator().manual_seed(0)
