@@ -14,7 +14,7 @@ import torch
 
 TESTS = Path(__file__).resolve().parent
 SLOW = 10.0  # seconds of processor time from which a test has to be marked slow
-STARTED = 0.5  # seconds of processor time in other processes that only another Python takes
+STARTED = 2.0  # seconds of processor time in other processes; importing torch takes more
 PEER_RESULT = "peer_suite"  # the user property under which tests/peer records what it ran
 COST = "processor_seconds"
 UNMARKED = "mark_that_is_missing"

@@ -89,6 +89,7 @@ def test_console_script_is_importable() -> None:
     assert all(callable(script.load()) for script in scripts)
 
 
+@pytest.mark.process
 def test_import_loads_nothing_optional() -> None:
     """Beyond what ``import timm`` loads: another release of torch may itself load one of these."""
     code = (

@@ -19,6 +19,7 @@ CASE = Case("test_linear_deit", "eager", "forward", 32, 32, 2)
 QUICK = ("--rounds", "2", "--seconds", "0.001", "--threads", "1", "--malloc", "default", "-b", "2")
 
 
+@pytest.mark.process
 @pytest.mark.quick
 def test_tool(tmp_path, capsys):
     output, picture = tmp_path / "rows.json", tmp_path / "rows.png"
@@ -131,6 +132,7 @@ def test_the_transcription_has_the_multiply_adds_of_the_model():
     assert subject.multiply_adds(theirs, size) == cost.projections + cost.attention
 
 
+@pytest.mark.compile
 @pytest.mark.slow
 def test_compiled():
     found = Subject(Case("test_linear_deit", "compiled", "forward", 32, 32, 2))

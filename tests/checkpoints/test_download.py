@@ -188,6 +188,7 @@ def test_the_command_says_it_in_one_line(server, capsys):
     assert "RAVLT_T.pth" in error and "404" in error and error.count("\n") == 1
 
 
+@pytest.mark.process
 def test_a_whole_process_with_the_environment_of_a_mirror(server, tmp_path):
     """What a user of a mirror sets; the model's own hub id and file name."""
     buffer = io.BytesIO()

@@ -266,6 +266,7 @@ def test_gradients_of_whole_maps_are_those_of_the_images_alone(name):
         torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-12 * scale)
 
 
+@pytest.mark.compile
 def test_padded_batch_compiled():
     backbone = random(MultiScaleBackbone("test_lightnet"))
     batch, sizes = torch.randn(2, 3, 64, 96).double(), [(40, 64), (64, 96)]

@@ -316,6 +316,7 @@ def test_hooks_come_off_for_scripting():
     torch.testing.assert_close(torch.jit.script(model)(x), model(x))
 
 
+@pytest.mark.compile
 @torch.no_grad()
 def test_compiled():
     model = make("test_ravlt", depths=(1, 1, 1, 1))
@@ -335,6 +336,7 @@ def test_compiled():
     assert max(map(error, compiled(batch, sizes), expected)) < 1e-12
 
 
+@pytest.mark.compile
 @torch.no_grad()
 def test_program_compiled_outside_is_never_run_without_its_sizes():
     model, x = make("test_linear_deit", depth=1), torch.randn(2, 3, 32, 64).double()

@@ -50,6 +50,7 @@ def test_gathered_windows_are_the_partition(size, shift):
     assert torch.equal(from_windows(windows, rows, cols, (3, *size), *shift), x)
 
 
+@pytest.mark.compile
 def test_compiled_windows_give_the_same_gradients():
     layer, x = PaddedWindowAttention(8, 2, window_size=3), torch.randn(2, 4, 7, 8)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
@@ -58,6 +59,7 @@ def test_compiled_windows_give_the_same_gradients():
     torch.testing.assert_close(grad, expected)
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize(
     "layer",
     [ShiftedWindowAttention(8, 2, 4, shift=True), CrossShapedAttention(8, 2, "softmax", 4)],

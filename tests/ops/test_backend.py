@@ -65,6 +65,7 @@ def test_report_names_the_obstacle(monkeypatch):
         assert row.backend == "none" and "needs a GPU" in row.reason
 
 
+@pytest.mark.process
 def test_kernels_are_loaded_only_when_they_run():
     """By nothing in the package but what the operator imports when it is to run them."""
     code = (

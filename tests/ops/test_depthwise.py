@@ -57,6 +57,7 @@ def test_residual(side):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.compile
 @needs_onednn
 def test_compiled_programs_put_the_weight_gradient_together():
     compiled = torch.compile(depthwise_conv, backend="aot_eager", fullgraph=True, dynamic=True)

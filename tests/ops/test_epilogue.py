@@ -105,6 +105,7 @@ def test_export_any_size(backend):
     torch.testing.assert_close(program.module()(x), module(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.compile
 @each_backend
 def test_compile_fullgraph(backend):
     torch._dynamo.reset()

@@ -62,6 +62,7 @@ def test_opcheck_backward_with_strided_gradient(attention):
     torch.library.opcheck(operator, arguments)
 
 
+@pytest.mark.compile
 @each_attention
 @each_backend
 def test_compile_fullgraph(attention, backend):
@@ -75,6 +76,7 @@ def test_compile_fullgraph(attention, backend):
     assert relative_error(grad, expected_grad) < 1e-12
 
 
+@pytest.mark.compile
 @pytest.mark.slow
 def test_eager_formula_compiles_with_inductor():
     """The real compiler, forward and backward, in float32 as models run."""

@@ -49,6 +49,7 @@ def layer(bias: bool = True) -> Linear:
     return Linear(24, 40, bias=bias)
 
 
+@pytest.mark.compile
 @needs_onednn
 @torch.no_grad()
 def test_weights_that_widen_are_packed_for_many_rows(keeps_up):
@@ -162,6 +163,7 @@ def test_matrix_products_by_onednn_where_no_gradient_is_wanted(batch, keeps_up):
         assert matmul(x[:0], y[:0]).shape == (0, 2, MATMUL_ROWS, 20)
 
 
+@pytest.mark.compile
 @needs_onednn
 @torch.no_grad()
 def test_one_compiled_program_of_matrix_products_for_short_and_long(keeps_up):
@@ -347,6 +349,7 @@ def test_folded_gelu(grad):
         torch.testing.assert_close(torch.jit.script(ours)(x), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.compile
 @needs_onednn
 @pytest.mark.parametrize("grad", [True, False])
 def test_compiles_without_breaks_for_any_size(grad):
@@ -360,6 +363,7 @@ def test_compiles_without_breaks_for_any_size(grad):
                 compiled(x).sum().backward()
 
 
+@pytest.mark.compile
 @needs_onednn
 def test_registered_operator():
     x, weight, bias = torch.randn(2, 5, 24), torch.randn(40, 24), torch.randn(40)

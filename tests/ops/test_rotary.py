@@ -40,6 +40,7 @@ class Rotate(torch.nn.Module):
         return rotate(x, table, inverse)
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("inverse", [False, True])
 def test_compiled_and_exported_programs_equal_eager(inverse):
     table = token_table(ops.rotary_tables(3, 5, 12, dtype=torch.float64))
@@ -53,6 +54,7 @@ def test_compiled_and_exported_programs_equal_eager(inverse):
     assert not [name for name in names if "vitlinear" in name or "complex" in name]
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("inverse", [False, True])
 def test_operator_of_compiled_programs(inverse):
     table = token_table(ops.rotary_tables(3, 5, 12))
@@ -92,6 +94,7 @@ def test_head_dim_must_divide_by_four():
         ops.rotary_tables(2, 2, 6)
 
 
+@pytest.mark.compile
 def test_gradient_of_learned_tables():
     """In compiled programs too, whose operator has none."""
     table = torch.randn(5, 4, 2, requires_grad=True)

@@ -94,6 +94,7 @@ def test_where_sdpa_stays(monkeypatch):
         assert not products(sdpa, *heads)
 
 
+@pytest.mark.compile
 @torch.no_grad()
 def test_one_compiled_program_for_short_and_long():
     compiled = torch.compile(sdpa, backend="aot_eager", fullgraph=True, dynamic=True)

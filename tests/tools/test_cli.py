@@ -81,6 +81,7 @@ def test_scripts_are_the_commands(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.process
 def test_in_a_process_of_its_own(tmp_path: Path) -> None:
     """One line, status 2, no traceback, no folder: also as the shell sees it."""
     command = [sys.executable, "-m", "vitlinear", "train", "--model", "ravlt_q"]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_a_killed_run_ends_as_one_left_alone() -> None:
     root = Path(__file__).parents[2]

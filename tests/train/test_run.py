@@ -314,6 +314,7 @@ def test_a_run_that_fails_leaves_what_it_has_to_show(folder: Path, tmp_path: Pat
     assert [row["update"] for row in rows] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.process
 def test_two_processes(folder: Path, tmp_path: Path) -> None:
     """One set of files, exact counts over uneven shards."""
     more = ("-b", 4, "--model-ema", "--grad-accum-steps", 2, "--aug-repeats", 2)

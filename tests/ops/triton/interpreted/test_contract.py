@@ -128,6 +128,7 @@ def test_opcheck(mechanism):
     torch.library.opcheck(operator, (*arguments, "triton"))
 
 
+@pytest.mark.compile
 def test_compile_fullgraph():
     inputs = make_inputs(grid=(4, 6), dtype=torch.float32)
     compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
