@@ -54,8 +54,21 @@ def test_recount_small(name):
     recount(name)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", our_models(tests=False))
+# A family's other sizes are counted by the same rules.
+SMALLEST = {
+    min(models, key=lambda name: counts()[name]["params"])
+    for family in families().values()
+    if (models := [name for name in family.models if not name.startswith("test_")])
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in SMALLEST else pytest.mark.nightly)
+        for name in our_models(tests=False)
+    ],
+)
 def test_recount(name):
     recount(name)
 

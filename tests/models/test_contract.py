@@ -53,8 +53,8 @@ FEWER_BLOCKS = {
 ROUNDS_DOWN = "test_inline_pvt"
 # Tracing them for any size takes 20 s each: tests/layers has their attention alone.
 ADAPTIVE_WINDOWS = ("test_inline_swin", "test_inline_cswin")
-# One pyramid and two isotropic models, with each of the two kinds of positions.
-IN_ONNX = ("test_inline_deit", "test_lightnet", "test_ravlt")
+# One with learned positions and one with cosine encodings; tests/tools exports all families.
+IN_ONNX = ("test_inline_deit", "test_lightnet")
 
 
 def smallest_side(name: str) -> int:
@@ -334,7 +334,6 @@ def test_export_any_size(name):
         torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-6)
 
 
-# tests/tools exports every family to ONNX, the windows that adapt at one size.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",

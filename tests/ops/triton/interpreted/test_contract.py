@@ -8,6 +8,7 @@ import torch
 from tests.golden import relative_error
 from tests.ops.inputs import attend, make_inputs, operator_arguments, oracle
 from tests.ops.triton.cases import many_splits, run
+from tests.pairwise import pairwise
 from vitlinear import ops
 from vitlinear.ops import registered as library
 from vitlinear.ops import triton as kernels
@@ -49,14 +50,13 @@ def test_half_precision(mechanism, dtype):
     assert relative_error(grad, expected[1]) < limit
 
 
-@each_mechanism
-@pytest.mark.parametrize(
-    "case",
-    ["zero queries", "constant keys", "vanishing normaliser", "large", "huge", "zeros", "alone"],
-)
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)]
-)
+@pairwise(
+    mechanism=ops.MECHANISMS,
+    case=[
+        "zero queries", "constant keys", "vanishing normaliser", "large", "huge", "zeros", "alone",
+    ],
+    dtype=[torch.float32, torch.float16],
+)  # fmt: skip
 def test_finite(mechanism, dtype, case, monkeypatch):
     many_splits(monkeypatch)
     grid = (1, 1) if case == "alone" else (4, 10)
