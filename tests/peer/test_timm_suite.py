@@ -72,6 +72,8 @@ def test_the_selection_names_models() -> None:
     assert MODELS, "VITLINEAR_PEER_MODELS matches no model of ours"
 
 
+@pytest.mark.process
+@pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
     "models", [MODELS[i : i + TOGETHER] for i in range(0, len(MODELS), TOGETHER)], ids=",".join
@@ -91,6 +93,8 @@ def test_timm_suite(
 class TestHarness:
     """The harness itself: it passes what is right, and sees what is wrong or missing."""
 
+    @pytest.mark.slow
+    @pytest.mark.process
     def test_tells_a_right_model_from_a_wrong_one(self, suite: Path) -> None:
         right, wrong = "test_toy_pyramid", "toy_sloppy"
         run = peer.run_suite(suite, f"{right},{wrong}", package="toyzoo")
