@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 import vitlinear
+from tests.pairwise import pairwise
 from vitlinear.dense.padding import (
     add_hooks,
     attach_valid_sizes,
@@ -85,9 +86,7 @@ def error(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).norm() / expected.norm())
 
 
-@each_model
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-@pytest.mark.parametrize("size", [MULTIPLES, ODD], ids=["multiples", "odd"])
+@pairwise(name=TEST_MODELS, size=[MULTIPLES, ODD], dtype=[torch.float64, torch.float32])
 @torch.no_grad()
 def test_padded_image_gives_what_it_gives_alone(name, size, dtype):
     """NaN in the padding, too; without valid sizes even zeros there change all maps."""
