@@ -6,6 +6,7 @@ from itertools import combinations, product
 
 import pytest
 
+from tests import selection
 from tests.pairwise import cover, pairwise
 from tests.selection import QUICK_ROOMS, TESTS, missing_marks, rooms_of
 
@@ -26,6 +27,43 @@ def test_without_a_name_the_room_is_the_folder(request: pytest.FixtureRequest) -
     assert rooms_of(request.node) == {"test_selection.py"}
     request.node.add_marker(pytest.mark.quick("export", "cli"))
     assert rooms_of(request.node) == {"export", "cli"}
+
+
+@pytest.fixture
+def a_run(pytester: pytest.Pytester) -> pytest.Pytester:
+    """Three tests, one of each choice, under the hooks."""
+    pytester.makeconftest("from tests.selection import *")
+    pytester.makepyfile("""
+        import pytest
+
+        @pytest.mark.quick("ops")
+        def test_a(): pass
+
+        @pytest.mark.nightly
+        def test_b(): pass
+
+        @pytest.mark.slow
+        def test_c(): pass
+    """)
+    return pytester
+
+
+@pytest.mark.parametrize(
+    ("flags", "passed"), [(["--quick"], 1), ([], 2), (["--nightly"], 3), (["-m", "nightly"], 0)]
+)
+def test_flags_choose(a_run: pytest.Pytester, flags: list[str], passed: int) -> None:
+    result = a_run.runpytest_inprocess("-p", "no:cacheprovider", *flags)
+    result.assert_outcomes(passed=passed, deselected=3 - passed)
+
+
+def test_marks_that_are_missing_are_told(
+    a_run: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(selection, "SLOW", -1.0)
+        output = a_run.runpytest_inprocess("-p", "no:cacheprovider").stdout.str()
+    assert "slow: test_marks_that_are_missing_are_told.py::test_a" in output
+    assert "::test_c" not in output
 
 
 @pytest.mark.parametrize("sizes", [(3, 2), (4, 3, 2), (13, 2, 3, 2), (9, 2, 2, 2, 4)], ids=str)
