@@ -10,7 +10,7 @@ import pytest
 @pytest.mark.slow
 @pytest.mark.process
 @pytest.mark.parametrize(
-    ("kills", "epochs"), [(2, 1), pytest.param(4, 2, marks=pytest.mark.nightly)]
+    ("kills", "epochs"), [(2, 2), pytest.param(6, 4, marks=pytest.mark.nightly)]
 )
 def test_a_killed_run_ends_as_one_left_alone(kills: int, epochs: int) -> None:
     """Every other kill is to hit a write of the state."""
