@@ -44,8 +44,14 @@ def test_one_kernel(mechanism, length, dim):
     check(mechanism, make_inputs(grid=GRIDS[length], dim=dim, batch=1, dtype=torch.float32))
 
 
-@each_mechanism
-@pytest.mark.parametrize("length, dim", [(63, 20), (65, 32), (196, 8)])
+@pytest.mark.parametrize(
+    "mechanism, length, dim",
+    [
+        pytest.param(mechanism, *size, marks=pytest.mark.nightly if (i + j) % 3 else ())
+        for i, mechanism in enumerate(ops.MECHANISMS)
+        for j, size in enumerate([(63, 20), (65, 32), (196, 8)])
+    ],
+)
 def test_splits(mechanism, length, dim, monkeypatch):
     many_splits(monkeypatch)
     check(mechanism, make_inputs(grid=GRIDS[length], dim=dim, batch=1, dtype=torch.float32))
