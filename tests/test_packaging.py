@@ -92,6 +92,7 @@ def test_console_script_is_importable() -> None:
     assert all(callable(script.load()) for script in scripts)
 
 
+@pytest.mark.process
 def test_import_loads_nothing_optional() -> None:
     """Beyond what ``import timm`` loads: another release of torch may itself load one of these."""
     code = (
@@ -104,6 +105,7 @@ def test_import_loads_nothing_optional() -> None:
     assert "vitlinear" in loaded
 
 
+@pytest.mark.process
 def test_help_and_version_load_no_torch() -> None:
     """They answer at once: everything else imports torch and timm, which takes seconds."""
     code = (
@@ -175,6 +177,7 @@ def run(installed: Path, folder: Path, *command: str) -> str:
     return done.stdout
 
 
+@pytest.mark.process
 def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     tops = {name.split("/")[0] for name in names}
@@ -207,6 +210,8 @@ for command in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_an_installed_wheel_finds_recipes_by_name(installed: Path, tmp_path: Path) -> None:
     """Lists them all, reads one over its base, and trains one to its end."""
     if importlib.util.find_spec("sklearn") is None:
@@ -257,6 +262,9 @@ for scope, name in (
 """
 
 
+@pytest.mark.process
+@pytest.mark.slow
+@pytest.mark.openmmlab
 def test_mmengine_finds_what_a_wheel_installs(installed: Path, tmp_path: Path) -> None:
     """``vitlinear::...`` as a config and as a base, whose parts are mmdet's, mmseg's and ours."""
     for package in ("mmengine", "mmcv", "mmdet", "mmseg"):

@@ -17,7 +17,7 @@ from tests.dense.openmmlab import build, packages
 from vitlinear.cli.parser import Parser
 from vitlinear.errors import UserError
 
-packages()
+pytestmark = packages()
 
 ROOT = Path(__file__).parents[2]
 
