@@ -60,7 +60,7 @@ def read_config(args: argparse.Namespace, framework: str) -> Config:
 
     Args:
         args: ``config``, ``cfg_options``, ``launcher``, ``work_dir``.
-        framework: ``mmdet`` or ``mmseg``: where a config is looked for that is named without a path.
+        framework: ``mmdet`` or ``mmseg``, which says where a name without a path is looked for.
 
     Raises:
         UserError: It is missing or broken, as one that it inherits may be, or an option is.
