@@ -35,6 +35,7 @@ def python(code: str, *path: Path) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
+@pytest.mark.process
 def test_nothing_of_openmmlab_is_imported_unasked() -> None:
     code = """
 import vitlinear, vitlinear.detection, vitlinear.segmentation
@@ -44,6 +45,7 @@ print(sorted({name.split(".")[0] for name in sys.modules} & {"mmengine", "mmcv",
     assert python(code) == (0, "[]\n")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("scope, package", [("mmdet", "detection"), ("mmseg", "segmentation")])
 def test_custom_imports_are_enough(tmp_path: Path, scope: str, package: str) -> None:
     """And mmengine has nothing to say about it."""
@@ -67,6 +69,7 @@ print("channels", backbone.channels)
     assert (status, lines) == (0, ["channels (24, 48, 64, 96)"]), output
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("files", "module", "says"),
     [
