@@ -8,7 +8,6 @@ from timm.data import resolve_input_data_config
 from timm.models import is_model, resolve_model_input_args, split_model_name_tag
 from torch import nn
 
-import vitlinear  # noqa: F401  registers the models with timm
 from vitlinear.errors import UserError, did_you_mean, one_line
 
 

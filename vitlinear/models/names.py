@@ -7,8 +7,6 @@ from typing import Any
 import timm
 from torch import nn
 
-import vitlinear  # noqa: F401  registers the models
-
 PACKAGE = "vitlinear.models."
 
 
