@@ -6,7 +6,6 @@ from .attention.gated_attention import GatedAttention, NormGatedAttention
 from .attention.inline_attention import InjectiveAttention, InLineAttention, InLineTokenAttention
 from .attention.lightnet_attention import LightNetAttention
 from .attention.linear_attention import LinearAttention
-from .attention.md_tpe import AxisTpe, MdTpe
 from .attention.padded_windows import PaddedWindowAttention
 from .attention.shifted_windows import ShiftedWindowAttention, SoftmaxAttention
 from .conv.ceil_conv import CeilConv
@@ -18,10 +17,14 @@ from .conv.local_concentration import LocalConcentration
 from .fold import fold_scale
 from .linear import Linear
 from .mlp import ConvMlp, Mlp, SwiGlu
+from .positions.learned import AddMapPositions, AddTokenPositions
+from .positions.md_tpe import AxisTpe, MdTpe
 from .recompute import run_recomputing
 from .rms_norm import HeadRmsNorm, RmsNorm
 
 __all__ = [
+    "AddMapPositions",
+    "AddTokenPositions",
     "AxisTpe",
     "CeilConv",
     "ConvMlp",

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from vitlinear._timm import register_notrace_module
 from vitlinear.ops.backend import check_backend
 
+from ..heads import split_heads
 from ..linear import Linear
+from ..padding_rule import MASK
 from .attend import attend, check_attn_type
-from .heads import split_heads
 
 
 # One step to torch.fx, for the reasons that `GatedAttention` gives.
@@ -21,6 +22,8 @@ class LinearAttention(nn.Module):
     With a temperature this is the linear global attention of L2ViT (arXiv:2501.16182), without it
     the plain baseline (arXiv:2006.16236) in the layout of ViT.
     """
+
+    padding_rule = MASK
 
     def __init__(
         self,

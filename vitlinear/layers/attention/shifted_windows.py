@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from vitlinear._timm import register_notrace_module
 from vitlinear.ops.backend import check_backend
 
+from ..heads import split_heads
 from ..linear import Linear
+from ..padding_rule import SIZES
 from ..windows import fits, fixed_windows, from_windows, join_maps, to_windows, window_places
-from .heads import split_heads
 
 
 class SoftmaxAttention(nn.Module):
@@ -65,6 +66,8 @@ class ShiftedWindowAttention(nn.Module):
     Maps are padded to whole windows; padding is no key. A side that one window covers is not
     shifted. Source: Swin transformer (arXiv:2103.14030) as the released InLine-Swin has it.
     """
+
+    padding_rule = SIZES
 
     def __init__(
         self,
