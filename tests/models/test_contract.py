@@ -17,13 +17,11 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vitlinear
+from vitlinear.export.shapes import shortest_side
+from vitlinear.models import our_models
 from vitlinear.models._pyramid import LinearPyramid, stage_rotary_tables
 
-TEST_MODELS = [
-    name
-    for name in timm.list_models("test_*")
-    if timm.model_entrypoint(name).__module__.startswith("vitlinear.")
-]
+TEST_MODELS = [name for name in our_models() if name.startswith("test_")]
 PYRAMIDS = [
     name
     for name in TEST_MODELS
@@ -44,15 +42,8 @@ FEWER_BLOCKS = {
 }
 
 
-# InLine-PVT leaves incomplete patches out, as released; every other model rounds up.
-ROUNDS_DOWN = "test_inline_pvt"
 # Tracing them for any size takes 20 s each: tests/layers has their attention alone.
 ADAPTIVE_WINDOWS = ("test_inline_swin", "test_inline_cswin")
-
-
-def smallest_side(name: str) -> int:
-    """Least side for one exported program: a last map of one row or column is another program."""
-    return 64 if name == ROUNDS_DOWN else 33
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -82,7 +73,7 @@ def test_any_size(name, size):
     extractor = timm.create_model(name, features_only=True).eval()
     for feature, info in zip(extractor(x), extractor.feature_info.get_dicts(), strict=True):
         expected = [-(-side // info["reduction"]) for side in size]
-        if name == ROUNDS_DOWN:
+        if model.rounds_down:
             expected = [max(side // info["reduction"], 1) for side in size]
         assert list(feature.shape[1:]) == [info["num_chs"], *expected]
 
@@ -310,7 +301,7 @@ def test_fx_is_bit_equal(name, backend):
 def test_export_any_size(name):
     """With registered operators; the formula is exported to ONNX below."""
     model = make_program(name, attn_backend="library")
-    side = smallest_side(name)
+    side = shortest_side(name)
     batch, height, width = (
         torch.export.Dim(n, min=m, max=2048) for n, m in zip("bhw", (2, side, side), strict=True)
     )
@@ -339,8 +330,8 @@ def test_onnx_any_size(name, tmp_path):
             dynamic_shapes={
                 "x": {
                     0: torch.export.Dim("batch"),
-                    2: torch.export.Dim("height", min=smallest_side(name), max=2048),
-                    3: torch.export.Dim("width", min=smallest_side(name), max=2048),
+                    2: torch.export.Dim("height", min=shortest_side(name), max=2048),
+                    3: torch.export.Dim("width", min=shortest_side(name), max=2048),
                 }
             },
             dynamo=True,

@@ -10,12 +10,11 @@ from typing import Any
 import timm
 from timm.models import is_model, split_model_name_tag
 
-from vitlinear.checkpoints.published import published_files
 from vitlinear.cli.parser import Parser
 from vitlinear.errors import UserError, did_you_mean
-from vitlinear.models.names import input_size, num_parameters, on_meta, our_models
+from vitlinear.facts import convention, counts, families, family_of, published_files
+from vitlinear.models import input_size, num_parameters, on_meta, our_models
 
-from .facts import convention, counts, families, family_of
 from .render import giga, mega
 
 

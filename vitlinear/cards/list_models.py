@@ -8,9 +8,9 @@ from typing import Any
 
 from vitlinear.cli.parser import Parser
 from vitlinear.errors import UserError, did_you_mean
-from vitlinear.models.names import our_models
+from vitlinear.facts import families, family_of
+from vitlinear.models import our_models
 
-from .facts import families, family_of
 from .info import describe
 from .render import giga, mega
 

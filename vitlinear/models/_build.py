@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from vitlinear.checkpoints import checkpoint_filter_fn
 from vitlinear.checkpoints.download import DownloadError, ensure_downloaded
-from vitlinear.checkpoints.published import published_files
 from vitlinear.checkpoints.read import CheckpointError, read_checkpoint
+from vitlinear.facts import published_files
 
 Model = TypeVar("Model", bound=nn.Module)
 

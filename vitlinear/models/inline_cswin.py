@@ -17,7 +17,7 @@ from timm.layers import LayerNorm2d
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from vitlinear.checkpoints.published import pretrained_source
+from vitlinear.facts import pretrained_source
 from vitlinear.layers.attention.cross_shaped import CrossShapedAttention
 
 from ._build import build_model

@@ -17,7 +17,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vitlinear._timm import register_notrace_module
-from vitlinear.checkpoints.published import pretrained_source
+from vitlinear.facts import pretrained_source
 from vitlinear.layers import AddMapPositions, check_images
 from vitlinear.layers.attention.inline_attention import InLineAttention
 

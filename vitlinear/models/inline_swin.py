@@ -18,7 +18,7 @@ from timm.layers import LayerNorm, LayerNorm2d
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from vitlinear.checkpoints.published import pretrained_source
+from vitlinear.facts import pretrained_source
 from vitlinear.layers import Linear
 from vitlinear.layers.attention.inline_attention import InLineAttention
 from vitlinear.layers.attention.shifted_windows import ShiftedWindowAttention

@@ -19,7 +19,7 @@ from timm.layers import DropPath, LayerNorm, LayerNorm2d
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from vitlinear.checkpoints.published import pretrained_source
+from vitlinear.facts import pretrained_source
 from vitlinear.layers import (
     CeilConv,
     ConvNormAct,
