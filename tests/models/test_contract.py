@@ -18,8 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vitlinear
 from vitlinear.export.shapes import shortest_side
+from vitlinear.layers import MapRotaryTables
 from vitlinear.models import our_models
-from vitlinear.models._pyramid import LinearPyramid, stage_rotary_tables
+from vitlinear.models._pyramid import LinearPyramid
 
 TEST_MODELS = [name for name in our_models() if name.startswith("test_")]
 PYRAMIDS = [
@@ -272,8 +273,8 @@ def test_second_derivative(name):
 
 
 def test_rotary_tables_stay_exact_in_half_precision():
-    tables = stage_rotary_tables(torch.empty(1, 8, 300, 2, dtype=torch.bfloat16), 8)
-    expected = stage_rotary_tables(torch.empty(1, 8, 300, 2), 8)
+    tables = MapRotaryTables(8)(torch.empty(1, 8, 300, 2, dtype=torch.bfloat16))
+    expected = MapRotaryTables(8)(torch.empty(1, 8, 300, 2))
     assert tables.rows.dtype == torch.float32 and torch.equal(tables.rows, expected.rows)
 
 

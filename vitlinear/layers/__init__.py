@@ -19,6 +19,7 @@ from .linear import Linear
 from .mlp import ConvMlp, Mlp, SwiGlu
 from .positions.learned import AddMapPositions, AddTokenPositions
 from .positions.md_tpe import AxisTpe, MdTpe
+from .positions.rotary import MapRotaryTables
 from .recompute import run_recomputing
 from .rms_norm import HeadRmsNorm, RmsNorm
 
@@ -42,6 +43,7 @@ __all__ = [
     "Linear",
     "LinearAttention",
     "LocalConcentration",
+    "MapRotaryTables",
     "MdTpe",
     "Mlp",
     "NormGatedAttention",

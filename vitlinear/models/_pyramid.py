@@ -15,23 +15,17 @@ import torch
 from timm.layers import DropPath, LayerNorm, LayerScale
 from torch import Tensor, nn
 
-from vitlinear._timm import register_notrace_function
 from vitlinear.layers import (
     ConvMlp,
     ConvNormAct,
     ConvStem,
     GatedAttention,
+    MapRotaryTables,
     ResidualDepthwiseConv,
     fold_scale,
     run_recomputing,
 )
-from vitlinear.ops import (
-    RotaryTables,
-    accumulation_dtype,
-    get_mechanism,
-    lrpe_tables,
-    rotary_tables,
-)
+from vitlinear.ops import RotaryTables, get_mechanism
 
 from ._stages import Stage, StagedBackbone, four_each, map_cfg
 
@@ -90,21 +84,6 @@ def pyramid_cfg(test: bool = False, **kwargs: Any) -> dict[str, Any]:
         **kwargs: Source, licence and paper of the family.
     """
     return map_cfg(160 if test else 224, first_conv="stem.conv1.conv", **kwargs)
-
-
-@register_notrace_function
-def stage_rotary_tables(x: Tensor, head_dim: int, cosine: bool = False) -> RotaryTables:
-    """Tables for a map [B, C, H, W]; one traced step, whatever the size of the map.
-
-    Args:
-        x: The map.
-        head_dim: Channels of a head.
-        cosine: Make those of LightNet's cosine encoding.
-    """
-    dtype = accumulation_dtype(x.dtype)
-    if cosine:
-        return lrpe_tables(x.shape[2], x.shape[3], head_dim, x.device, dtype)
-    return rotary_tables(x.shape[2], x.shape[3], head_dim, x.device, dtype)
 
 
 class PyramidBlock(nn.Module):
@@ -188,12 +167,11 @@ class RotaryStage(Stage):
             cosine: Give them LightNet's tables.
         """
         super().__init__(downsample, blocks)
-        self.head_dim = head_dim
-        self.cosine = cosine
+        self.rotary = MapRotaryTables(head_dim, cosine)
 
     def shared(self, x: Tensor) -> tuple[RotaryTables]:
         """The tables of a map [B, C, H, W]."""
-        return (stage_rotary_tables(x, self.head_dim, self.cosine),)
+        return (self.rotary(x),)
 
 
 class LinearPyramid(StagedBackbone):
