@@ -14,9 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests import golden
 from vitlinear.checkpoints import checkpoint_filter_fn
-from vitlinear.layers.attention.cross_shaped import CrossShapedAttention
+from vitlinear.layers.attention.cross_shaped_attention import CrossShapedAttention
 from vitlinear.layers.attention.inline_attention import InjectiveAttention, InLineAttention
-from vitlinear.layers.attention.shifted_windows import ShiftedWindowAttention
+from vitlinear.layers.attention.shifted_window_attention import ShiftedWindowAttention
 from vitlinear.layers.windows import equal_windows
 from vitlinear.report import backend_report
 

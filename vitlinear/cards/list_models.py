@@ -16,7 +16,7 @@ from .render import giga, mega
 
 
 def main(argv: Sequence[str] | None, prog: str = "vitlinear list") -> None:
-    """Runs ``vitlinear list``."""
+    """Run ``vitlinear list``."""
     parser = Parser(prog=prog, description="The models of this package, one a line.")
     parser.add_argument("--family", default=None, metavar="F", help=", ".join(families()))
     parser.add_argument("--all", action="store_true", help="also test_*, for tests and small data")

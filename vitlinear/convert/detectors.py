@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitlinear.checkpoints.filter import BACKBONE, MODEL
+from vitlinear.checkpoints.translate import BACKBONE, MODEL
 from vitlinear.errors import UserError
 from vitlinear.facts import PublishedFile, families
 from vitlinear.files import write_atomically

@@ -11,8 +11,8 @@ from torch import Tensor
 
 import vitlinear
 from vitlinear.checkpoints.download import digest, ensure_downloaded
-from vitlinear.checkpoints.filter import layout_of
 from vitlinear.checkpoints.read import read_checkpoint
+from vitlinear.checkpoints.translate import layout_of
 from vitlinear.checkpoints.unwrap import find_weights
 from vitlinear.errors import UserError
 from vitlinear.facts import PUBLISHED, PublishedFile, published_row

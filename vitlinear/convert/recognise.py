@@ -13,7 +13,7 @@ import timm
 from torch import Tensor
 
 from vitlinear import models as registry
-from vitlinear.checkpoints.filter import MODEL, backbone_of, layout_of, rename, resize
+from vitlinear.checkpoints.translate import MODEL, backbone_of, layout_of, rename, resize
 from vitlinear.dense.backbone import MultiScaleBackbone
 from vitlinear.errors import UserError
 from vitlinear.facts import counts, family_of

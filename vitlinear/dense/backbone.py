@@ -169,7 +169,7 @@ class MultiScaleBackbone(nn.Module):
         return self
 
     def _stages(self) -> tuple[str, list[nn.Module]]:
-        """What `frozen_stages` counts, after the name that holds it."""
+        """The stages that `frozen_stages` counts, after the name that holds them."""
         for name in ("stages", "blocks"):
             if isinstance(stages := getattr(self.model, name, None), nn.Module):
                 return name, list(stages.children())

@@ -55,7 +55,7 @@ def attach_valid_sizes(images: Tensor, valid_sizes: Sizes) -> Tensor:
 
 
 def valid_sizes_of(images: Tensor) -> tuple[tuple[int, int], ...] | None:
-    """What `attach_valid_sizes` noted on a batch, or None."""
+    """The sizes that `attach_valid_sizes` noted on a batch, or None."""
     return getattr(images, "valid_sizes", None)
 
 

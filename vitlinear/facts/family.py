@@ -1,4 +1,4 @@
-"""What is published of a family and of each of its models, as objects."""
+"""Families and their models, as objects: the published part of the facts file."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class PublishedFigures:
 
 @dataclasses.dataclass(frozen=True)
 class ModelFacts:
-    """What is known of one model.
+    """The facts of one model.
 
     Attributes:
         name: timm's.

@@ -1,13 +1,14 @@
 """Modules that models are built from. Token maps are channels-last, [B, H, W, C]."""
 
 from .attention.attend import check_attn_type, learns_temperature
-from .attention.cross_shaped import CrossShapedAttention
+from .attention.cross_shaped_attention import CrossShapedAttention
 from .attention.gated_attention import GatedAttention, NormGatedAttention
 from .attention.inline_attention import InjectiveAttention, InLineAttention, InLineTokenAttention
 from .attention.lightnet_attention import LightNetAttention
 from .attention.linear_attention import LinearAttention
-from .attention.padded_windows import PaddedWindowAttention
-from .attention.shifted_windows import ShiftedWindowAttention, SoftmaxAttention
+from .attention.padded_window_attention import PaddedWindowAttention
+from .attention.shifted_window_attention import ShiftedWindowAttention
+from .attention.softmax_attention import SoftmaxAttention
 from .conv.ceil_conv import CeilConv
 from .conv.conv_norm_act import ConvNormAct
 from .conv.conv_stem import ConvStem, check_images

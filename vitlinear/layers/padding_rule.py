@@ -1,4 +1,4 @@
-"""How a layer keeps padding out: every layer that mixes tokens says it of itself.
+"""Rules by which layers keep padding out; every layer that mixes tokens names its own.
 
 Its attribute ``padding_rule`` is one of the names below; `vitlinear.dense.padding` acts on it. A
 layer with a rule answers for the modules inside it. Layers that treat each token by itself need

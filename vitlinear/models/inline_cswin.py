@@ -18,7 +18,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vitlinear.facts import pretrained_source
-from vitlinear.layers.attention.cross_shaped import CrossShapedAttention
+from vitlinear.layers.attention.cross_shaped_attention import CrossShapedAttention
 
 from ._build import build_model
 from ._inline import ConvNorm, ImageConvNorm, InLineBlock, inline_cfg

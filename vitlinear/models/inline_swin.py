@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from vitlinear.facts import pretrained_source
 from vitlinear.layers import Linear
 from vitlinear.layers.attention.inline_attention import InLineAttention
-from vitlinear.layers.attention.shifted_windows import ShiftedWindowAttention
+from vitlinear.layers.attention.shifted_window_attention import ShiftedWindowAttention
 from vitlinear.layers.padding_rule import ZEROS_CHANNELS_FIRST
 
 from ._build import build_model

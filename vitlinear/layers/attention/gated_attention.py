@@ -113,7 +113,7 @@ class GatedAttention(nn.Module):
         rotary: RotaryTables,
         mask: Tensor | None,
     ) -> Tensor:
-        """What the output projection takes, from [B, N, h, D] each and a mask [B, N]."""
+        """The input of the output projection, from [B, N, h, D] each and a mask [B, N]."""
         return self.attend(q, k, v, rotary, lepe, o, mask)
 
     def attend(
@@ -163,6 +163,6 @@ class NormGatedAttention(GatedAttention):
         rotary: RotaryTables,
         mask: Tensor | None,
     ) -> Tensor:
-        """What the output projection takes, from [B, N, h, D] each and a mask [B, N]."""
+        """The input of the output projection, from [B, N, h, D] each and a mask [B, N]."""
         x = self.attend(q, k, v, rotary, lepe, None, mask)
         return self.norm(x.flatten(2)) * nn.functional.silu(o.flatten(2))

@@ -19,7 +19,7 @@ from .attend import attend
 
 
 class InjectiveAttention(nn.Module):
-    """What InLine does between its projections: Attention(q, k, v) + DynamicConv(v).
+    """InLine attention between its projections: Attention(q, k, v) + DynamicConv(v).
 
     The local term sees the spatial tokens alone; tokens before them, such as a class token, take
     part in the attention only. Source: arXiv:2412.06590, equations 6 and 7, and its released code.

@@ -86,7 +86,7 @@ class LinearAttention(nn.Module):
         Args:
             x: [B, N, C], or a map [B, H, W, C].
             height: Unused; blocks that serve several attentions tell it to all.
-            width: Likewise.
+            width: Unused, too.
             key_padding_mask: x.shape[:-1] bool, True for padding: equal to leaving these tokens
                 out.
 

@@ -13,7 +13,7 @@ from ..linear import Linear
 from ..padding_rule import SIZES
 from ..windows import equal_windows, from_windows, join_maps, to_windows, varies, window_padding
 from .inline_attention import InjectiveAttention, mean_token
-from .shifted_windows import SoftmaxAttention
+from .softmax_attention import SoftmaxAttention
 
 
 class Stripe(nn.Module):

@@ -11,7 +11,7 @@ from ..heads import split_heads
 from ..linear import Linear
 from ..padding_rule import ZEROS
 from ..windows import fixed_windows, from_windows, to_windows
-from .shifted_windows import SoftmaxAttention
+from .softmax_attention import SoftmaxAttention
 
 
 # One step to torch.fx, for the reasons that `GatedAttention` gives.
