@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from vitlinear import ops
 from vitlinear.cards.count import Cost, count
-from vitlinear.cards.facts import convention, counts, families
 from vitlinear.errors import UserError
-from vitlinear.models.names import input_size, our_models
+from vitlinear.facts import convention, counts, families
+from vitlinear.models import input_size, our_models
 
 TABLE = Path(__file__).parents[1] / "data" / "multiply_adds.csv"
 NAMES = {

@@ -20,10 +20,10 @@ from timm.layers import DropPath
 from tests import golden
 from tests.train.helpers import image_folder
 from vitlinear import create as models
-from vitlinear.cards.facts import families
 from vitlinear.checkpoints.mappings import find_mapping
 from vitlinear.cli.config_file import read_config
 from vitlinear.data.order import EpochBatches
+from vitlinear.facts import families
 from vitlinear.train import optimisation, run
 from vitlinear.train.epochs import set_schedule
 from vitlinear.train.record.state import read_state

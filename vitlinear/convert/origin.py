@@ -11,11 +11,11 @@ from torch import Tensor
 
 import vitlinear
 from vitlinear.checkpoints.download import digest, ensure_downloaded
-from vitlinear.checkpoints.filter import layout_of
-from vitlinear.checkpoints.published import PUBLISHED, PublishedFile, published_row
 from vitlinear.checkpoints.read import read_checkpoint
+from vitlinear.checkpoints.translate import layout_of
 from vitlinear.checkpoints.unwrap import find_weights
 from vitlinear.errors import UserError
+from vitlinear.facts import PUBLISHED, PublishedFile, published_row
 
 from .recognise import Fit, keys_report
 

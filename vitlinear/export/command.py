@@ -17,12 +17,12 @@ from vitlinear.cards.info import check_name
 from vitlinear.checkpoints.card import Card, read_card
 from vitlinear.checkpoints.download import digest
 from vitlinear.checkpoints.load import load_model
-from vitlinear.checkpoints.published import NONE_STATED, published_row
 from vitlinear.checkpoints.read import read_metadata
 from vitlinear.cli.flags import COUNT
 from vitlinear.cli.parser import KeyValues, Parser
 from vitlinear.create import build_model, check_model_kwargs, data_config
 from vitlinear.errors import UserError
+from vitlinear.facts import NONE_STATED, published_row
 from vitlinear.revision import source_commit
 
 from . import calibration

@@ -13,9 +13,10 @@ LightNet's multi-dimensional LRPE (arXiv:2405.21022) puts [x cos; x sin] for x i
 angle for each channel: e = D/2 of them for each axis, position * 10000^(-t / e), t = 0..e-1. The
 product of two features so encoded is sum_c q_c k_c cos(difference of the angles). Its tables are
 those of `lrpe_tables`, of the same form with e in the place of g.
-"""
 
-from __future__ import annotations
+No `from __future__ import annotations` here: inside of another tuple, TorchScript cannot read the
+types of `RotaryTables` as strings.
+"""
 
 from typing import Any, NamedTuple
 

@@ -16,8 +16,8 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch import distributed, nn
 
-from vitlinear.checkpoints.filter import layout_of
 from vitlinear.checkpoints.read import CheckpointError, read_checkpoint
+from vitlinear.checkpoints.translate import layout_of
 from vitlinear.cli.configs import find_config
 from vitlinear.cli.parser import Parser
 from vitlinear.errors import UserError, one_line

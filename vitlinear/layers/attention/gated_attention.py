@@ -13,9 +13,10 @@ from vitlinear.ops import RotaryTables
 from vitlinear.ops.backend import check_backend
 
 from ..conv.depthwise_conv import DepthwiseConv
+from ..heads import split_heads
 from ..linear import Linear
+from ..padding_rule import MASK
 from .attend import attend, check_attn_type, learns_temperature
-from .heads import split_heads
 
 
 # One step to torch.fx, which cannot follow checks and choices that look at shapes. As a module, not
@@ -28,6 +29,8 @@ class GatedAttention(nn.Module):
     output multiplier o has no activation. Source: released code of RALA (arXiv:2411.07635) and
     MALA (arXiv:2507.00698).
     """
+
+    padding_rule = MASK
 
     def __init__(
         self,
@@ -110,7 +113,7 @@ class GatedAttention(nn.Module):
         rotary: RotaryTables,
         mask: Tensor | None,
     ) -> Tensor:
-        """What the output projection takes, from [B, N, h, D] each and a mask [B, N]."""
+        """The input of the output projection, from [B, N, h, D] each and a mask [B, N]."""
         return self.attend(q, k, v, rotary, lepe, o, mask)
 
     def attend(
@@ -160,6 +163,6 @@ class NormGatedAttention(GatedAttention):
         rotary: RotaryTables,
         mask: Tensor | None,
     ) -> Tensor:
-        """What the output projection takes, from [B, N, h, D] each and a mask [B, N]."""
+        """The input of the output projection, from [B, N, h, D] each and a mask [B, N]."""
         x = self.attend(q, k, v, rotary, lepe, None, mask)
         return self.norm(x.flatten(2)) * nn.functional.silu(o.flatten(2))

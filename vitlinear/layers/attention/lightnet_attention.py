@@ -9,10 +9,11 @@ from vitlinear._timm import register_notrace_module
 from vitlinear.ops import accumulation_dtype, lrpe_tables
 from vitlinear.ops.backend import check_backend
 
+from ..heads import split_heads
 from ..linear import Linear
+from ..padding_rule import MASK
 from ..rms_norm import HeadRmsNorm
 from .attend import attend
-from .heads import split_heads
 
 
 # One step to torch.fx, as `GatedAttention`.
@@ -28,6 +29,7 @@ class LightNetAttention(nn.Module):
     """
 
     attn_type = "lightnet"
+    padding_rule = MASK
 
     def __init__(
         self,

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from vitlinear._timm import register_notrace_module
 from vitlinear.ops.cpu.depthwise import depthwise_conv, identity_kernel, residual_depthwise_conv
 
+from ..padding_rule import ZEROS
+
 
 # One step to torch.fx, as `nn.Conv2d` is.
 @register_notrace_module
@@ -18,6 +20,8 @@ class DepthwiseConv(nn.Conv2d):
     (counters, quantisers, folding of x + conv(x) into the weight) knows this one. The permutes are
     views: in memory the input is what PyTorch calls a channels_last image already.
     """
+
+    padding_rule = ZEROS
 
     def __init__(
         self,

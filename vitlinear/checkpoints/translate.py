@@ -1,4 +1,4 @@
-"""The one way from a checkpoint, whoever wrote it, to a state dict that fits a model."""
+"""Translation of a checkpoint, whoever wrote it, into a state dict that fits a model."""
 
 from __future__ import annotations
 

@@ -1,27 +1,21 @@
-"""The facts file and the counted numbers, as objects."""
+"""Families and their models, as objects: the published part of the facts file."""
 
 from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import json
 from collections.abc import Mapping
 from functools import cache
-from importlib import resources
 from typing import Any
 
-import yaml
+from .document import FACTS, document
 
-from vitlinear.models.names import module_of
-
-FACTS = "facts.yaml"
-COUNTS = "counts.json"
 SECONDARY = "secondary"
 
 
 @dataclasses.dataclass(frozen=True)
-class Published:
-    """What is published of one model.
+class PublishedFigures:
+    """The figures published of one model.
 
     Attributes:
         params: Millions.
@@ -43,7 +37,7 @@ class Published:
 
 @dataclasses.dataclass(frozen=True)
 class ModelFacts:
-    """One model.
+    """The facts of one model.
 
     Attributes:
         name: timm's.
@@ -56,13 +50,13 @@ class ModelFacts:
     name: str
     attention: str
     released: str | None = None
-    published: Published | None = None
+    published: PublishedFigures | None = None
     note: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """One model card; the text fields are those of the facts file."""
+    """One entry of the facts file, for one model card."""
 
     name: str
     title: str
@@ -71,13 +65,19 @@ class Family:
     code: str | None
     hub_license: str
     weights_license: str
-    modules: tuple[str, ...]
     mechanism: str
     stages: str
     sources: Mapping[str, str]
     models: Mapping[str, ModelFacts]
     siblings: tuple[Mapping[str, str], ...]
     notes: tuple[str, ...]
+    backbone_type: str | None = None
+
+    def has(self, name: str) -> bool:
+        """Whether a model is one of this family's, published or a sibling."""
+        return name in self.models or any(
+            fnmatch.fnmatch(name, row["pattern"]) for row in self.siblings
+        )
 
     def model(self, name: str) -> ModelFacts:
         """Facts of a model of this family.
@@ -93,10 +93,6 @@ class Family:
         raise KeyError(f"{name} is not in {FACTS}: add it to {self.name}")
 
 
-def _read(name: str) -> str:
-    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
-
-
 def _model(name: str, row: Mapping[str, Any], sources: Mapping[str, str]) -> ModelFacts:
     published = row.get("published")
     return ModelFacts(
@@ -104,7 +100,7 @@ def _model(name: str, row: Mapping[str, Any], sources: Mapping[str, str]) -> Mod
         attention=row["attention"],
         released=row.get("released"),
         published=published
-        and Published(
+        and PublishedFigures(
             params=published["params"],
             macs=published["macs"],
             top1=published["top1"],
@@ -117,7 +113,7 @@ def _model(name: str, row: Mapping[str, Any], sources: Mapping[str, str]) -> Mod
 def families() -> dict[str, Family]:
     """Every family of the facts file, by name."""
     result = {}
-    for name, row in yaml.safe_load(_read(FACTS)).items():
+    for name, row in document().items():
         sources = row["sources"]
         models = {key: _model(key, value, sources) for key, value in row["models"].items()}
         texts = {key: row[key].strip() for key in ("title", "summary", "stages", "weights_license")}
@@ -126,44 +122,31 @@ def families() -> dict[str, Family]:
             paper=row["paper"],
             code=row["code"],
             hub_license=row["hub_license"],
-            modules=tuple(row["modules"]),
             mechanism=row["mechanism"].rstrip(),
             sources=sources,
             models=models,
             siblings=tuple(row.get("siblings", ())),
             notes=tuple(note.strip() for note in row["notes"]),
+            backbone_type=row.get("backbone_type"),
             **texts,
         )
     return result
 
 
 def family_of(name: str) -> Family:
-    """The family of a registered model.
+    """The family of a model.
 
     Raises:
-        KeyError: Its file belongs to none.
+        KeyError: No family has it.
     """
-    module = module_of(name)
     for family in families().values():
-        if module in family.modules:
+        if family.has(name):
             return family
-    raise KeyError(f"vitlinear/models/{module}.py belongs to no family of {FACTS}")
-
-
-@cache
-def counts() -> dict[str, dict[str, Any]]:
-    """What `tools/make_cards.py` counted, by model.
-
-    Of each: ``input_size``, ``params``, and ``total``, ``projections``, ``attention`` and
-    ``norms`` in multiply-adds; of some, ``agreement``: relative difference from the outputs of the
-    authors' code, by input size.
-    """
-    result: dict[str, dict[str, Any]] = json.loads(_read(COUNTS))
-    return result
+    raise KeyError(f"{name} belongs to no family of {FACTS}")
 
 
 def convention(published: float, counted: Mapping[str, Any]) -> str:
-    """What a published number of G multiply-adds counts, judged by what we counted.
+    """Tell what a published number of G multiply-adds counts, judged by what we counted.
 
     Returns:
         ``'projections'`` or ``'total'``, whichever is nearer, or ``'neither'`` if both are more

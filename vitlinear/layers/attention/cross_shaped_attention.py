@@ -10,9 +10,10 @@ from vitlinear._timm import register_notrace_module
 from ..conv.depthwise_conv import DepthwiseConv
 from ..conv.dynamic_conv import shifted_sum
 from ..linear import Linear
+from ..padding_rule import SIZES
 from ..windows import equal_windows, from_windows, join_maps, to_windows, varies, window_padding
 from .inline_attention import InjectiveAttention, mean_token
-from .shifted_windows import SoftmaxAttention
+from .softmax_attention import SoftmaxAttention
 
 
 class Stripe(nn.Module):
@@ -168,6 +169,8 @@ class CrossShapedAttention(nn.Module):
     a split of 0 one branch over all channels and the whole map. Source: CSWin transformer
     (arXiv:2107.00652) and arXiv:2412.06590.
     """
+
+    padding_rule = SIZES
 
     def __init__(
         self,

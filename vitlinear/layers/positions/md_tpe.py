@@ -10,9 +10,10 @@ from vitlinear._timm import register_notrace_module
 from vitlinear.ops import accumulation_dtype
 from vitlinear.ops.eager import without_autocast
 
+from ..heads import split_heads
 from ..linear import Linear
+from ..padding_rule import ZEROS
 from ..rms_norm import HeadRmsNorm
-from .heads import split_heads
 
 
 # One step to torch.fx, as `GatedAttention`.
@@ -104,6 +105,8 @@ class MdTpe(nn.Module):
 
     Source: described with LightNet, arXiv:2405.21022.
     """
+
+    padding_rule = ZEROS
 
     def __init__(
         self,

@@ -7,10 +7,11 @@ from torch import Tensor, nn
 
 from vitlinear._timm import register_notrace_module
 
+from ..heads import split_heads
 from ..linear import Linear
+from ..padding_rule import ZEROS
 from ..windows import fixed_windows, from_windows, to_windows
-from .heads import split_heads
-from .shifted_windows import SoftmaxAttention
+from .softmax_attention import SoftmaxAttention
 
 
 # One step to torch.fx, for the reasons that `GatedAttention` gives.
@@ -22,6 +23,8 @@ class PaddedWindowAttention(nn.Module):
     like any other token: that is how the released L2ViT models (arXiv:2501.16182) were trained, so
     that a mask would change what they compute.
     """
+
+    padding_rule = ZEROS
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Which models there are, asked of timm's registry, and what it takes to describe one."""
+"""The models of this package, asked of timm's registry, and what it takes to describe one."""
 
 from __future__ import annotations
 
@@ -8,12 +8,6 @@ import timm
 from torch import nn
 
 PACKAGE = "vitlinear.models."
-
-
-def module_of(name: str) -> str:
-    """The file of `vitlinear.models` that registers a model: ``ravlt``, ``inline_pvt``."""
-    module: str = timm.model_entrypoint(name).__module__
-    return module.removeprefix(PACKAGE)
 
 
 def our_models(tests: bool = True) -> list[str]:

@@ -1,4 +1,4 @@
-"""The one check of how channels divide into heads."""
+"""A check of how channels divide into heads."""
 
 
 def split_heads(dim: int, num_heads: int, multiple: int = 1) -> int:
