@@ -1,4 +1,4 @@
-"""The commit that the running code is of."""
+"""The commit of the running code, and git's answers about a folder."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What a run records of its surroundings: each start, no secrets, what git does not have."""
+"""Records of a run's surroundings: each start, no secrets, differences from the commit."""
 
 import json
 import os

@@ -7,6 +7,7 @@ comes with the package is found by its name alone.
 """
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,12 @@ import yaml
 from vitlinear.errors import UserError, did_you_mean, one_line
 
 from .configs import find_config
+from .flags import values_by_flag
 from .parser import KeyValues, Parser
 
 # How a run was started, not what it computes: left out of the saved arguments so that
 # `--config RUN/args.yaml` means "the same again", not "resume that one".
 LAUNCH_KEYS = frozenset({"config", "print_config", "resume", "overwrite", "wandb_resume_id"})
-
-
 BASE = "base"
 
 
@@ -123,8 +123,34 @@ def _scalar(action: argparse.Action, value: Any) -> Any:
     return converted
 
 
-def saved_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns the arguments that describe a run, ready for YAML and for `read_config`."""
-    kept = {key: value for key, value in sorted(vars(args).items()) if key not in LAUNCH_KEYS}
+def saved_arguments(config: Any) -> dict[str, Any]:
+    """Returns the flags that describe a run, ready for YAML and for `read_config`.
+
+    Args:
+        config: A configuration that `from_arguments` made.
+    """
+    flags = values_by_flag(config)
+    kept = {key: flags[key] for key in sorted(flags) if key not in LAUNCH_KEYS}
     # Through YAML, to compare equal to what the file gives back: a tuple is a list there.
     return yaml.safe_load(yaml.safe_dump(kept))
+
+
+def printed(config: Any) -> str:
+    """Returns the flags that describe a run as YAML, in the parts that the configuration has.
+
+    A comment before each part names it and its class.
+
+    Args:
+        config: A configuration that `from_arguments` made.
+    """
+    saved = saved_arguments(config)
+    alone, parts = {}, []
+    for field in dataclasses.fields(config):
+        part = getattr(config, field.name)
+        if dataclasses.is_dataclass(part):
+            title = f"# {field.name}: {type(part).__module__}.{type(part).__name__}\n"
+            values = {key: saved[key] for key in values_by_flag(part) if key in saved}
+            parts.append(title + yaml.safe_dump(values, sort_keys=False))
+        elif field.name in saved:
+            alone[field.name] = saved[field.name]
+    return "\n".join([yaml.safe_dump(alone, sort_keys=False), *parts])

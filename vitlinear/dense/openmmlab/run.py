@@ -160,7 +160,7 @@ def processes(launcher: str) -> Iterator[None]:
     """
     with process_group():
         if launcher != "none" and not torch.cuda.is_available():
-            join_processes(argparse.Namespace(dist_timeout=TIMEOUT), torch.device("cpu"))
+            join_processes(torch.device("cpu"), TIMEOUT)
             if not distributed.is_initialized():
                 raise UserError(f"--launcher {launcher}: this process was not started by it")
         try:

@@ -12,14 +12,12 @@ import torch
 from PIL import Image
 from timm.data import auto_augment
 
-from tests.train.helpers import CLASSES, image_folder, tiny_flags
-from vitlinear import create as model
+from tests.train.helpers import CLASSES, image_folder, tiny_loader
 from vitlinear.data import dataset as data
 from vitlinear.data import loader, sources
+from vitlinear.data.augmentation import posterize, repair_posterize
+from vitlinear.data.class_names import check_same_classes, classes_of
 from vitlinear.errors import UserError
-from vitlinear.train import run
-
-CPU = torch.device("cpu")
 
 
 def test_digits_split_is_fixed_stratified_and_disjoint() -> None:
@@ -96,7 +94,7 @@ def test_folder_classes_and_modes(folder: Path) -> None:
     train = data.open_dataset(None, train=True, mode="L", data_dir=str(folder))
     held_out = data.open_dataset("", train=False, mode="L", data_dir=str(folder))
     assert (len(train), len(held_out)) == (24, 9)
-    assert data.class_names(train) == list(CLASSES) == data.class_names(held_out)
+    assert classes_of(train) == list(CLASSES) == classes_of(held_out)
     image, label = train[23]
     assert (image.mode, label) == ("L", 2)
 
@@ -125,7 +123,7 @@ def test_tars_and_folders_of_classes(folder: Path, tmp_path: Path) -> None:
             tar.add(folder / split, arcname=".")
     train = data.open_dataset(None, train=True, mode="RGB", data_dir=str(tmp_path))
     loose = data.open_dataset(None, train=True, mode="RGB", data_dir=str(folder))
-    assert data.class_names(train) == list(CLASSES) and len(train) == len(loose)
+    assert classes_of(train) == list(CLASSES) and len(train) == len(loose)
     assert np.array_equal(np.asarray(train[9][0]), np.asarray(loose[9][0]))
     with pytest.raises(UserError, match="train.tar holds one split, training needs two"):
         data.open_dataset(None, train=True, mode="L", data_dir=str(tmp_path / "train.tar"))
@@ -154,7 +152,7 @@ def test_torchvision_data_sets_come_in_the_mode_asked_for(tmp_path: Path) -> Non
     dataset = data.open_dataset(
         "torch/fashion_mnist", train=True, mode="RGB", data_dir=str(tmp_path)
     )
-    assert dataset[0][0].mode == "RGB" and len(data.class_names(dataset) or ()) == 10
+    assert dataset[0][0].mode == "RGB" and len(classes_of(dataset) or ()) == 10
     with pytest.raises(UserError, match="cannot open data set torch/cifar10"):
         data.open_dataset("torch/cifar10", train=True, mode="RGB", data_dir=str(tmp_path))
 
@@ -176,12 +174,7 @@ def test_impossible_image_mode(channels: int, asked: str | None, message: str) -
 
 def loaded(folder: Path, seed: int, epoch: int, *flags: object) -> list[torch.Tensor]:
     """One epoch of a training loader."""
-    args = run.parse_arguments(tiny_flags(folder, folder, *flags))
-    args.distributed, args.rank, args.world_size = False, 0, 1
-    dataset = data.open_from_arguments(args, True, "RGB")
-    net = model.build_model("test_ravlt", num_classes=3)
-    config = model.data_config(net, {"img_size": 32})
-    batches = loader.train_loader(dataset, args, config, 3, CPU)
+    batches = tiny_loader(folder, *flags)
     loader.start_epoch(batches, seed, epoch)
     return [part for batch in batches for part in batch]
 
@@ -228,21 +221,21 @@ def test_export_sample(tmp_path: Path) -> None:
 
 @pytest.mark.quick("data")
 def test_class_lists_must_agree() -> None:
-    data.check_same_classes(["a"], ["a"], "x", "y")
-    data.check_same_classes(None, ["a"], "x", "y")
+    check_same_classes(["a"], ["a"], "x", "y")
+    check_same_classes(None, ["a"], "x", "y")
     with pytest.raises(UserError, match="x has 1 classes, y 2: not in both: b"):
-        data.check_same_classes(["a"], ["a", "b"], "x", "y")
+        check_same_classes(["a"], ["a", "b"], "x", "y")
     with pytest.raises(UserError, match="same names in another order"):
-        data.check_same_classes(["a", "b"], ["b", "a"], "x", "y")
+        check_same_classes(["a", "b"], ["b", "a"], "x", "y")
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 def test_posterize_at_full_strength_is_black(mode: str) -> None:
     """timm asks for 0 bits there, which Pillow 13 refuses."""
     image = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert(mode)
-    assert np.asarray(loader.posterize(image, 0)).max() == 0
-    assert np.array_equal(np.asarray(loader.posterize(image, 3)), np.asarray(image) & 0b11100000)
-    assert loader.posterize(image, 8) is image
-    loader._repair_posterize()
+    assert np.asarray(posterize(image, 0)).max() == 0
+    assert np.array_equal(np.asarray(posterize(image, 3)), np.asarray(image) & 0b11100000)
+    assert posterize(image, 8) is image
+    repair_posterize()
     op = auto_augment.AugmentOp("PosterizeIncreasing", prob=1.0, magnitude=10)
     assert np.asarray(op(image)).max() == 0

@@ -12,7 +12,8 @@ from torch import nn
 from tests.train.helpers import TINY, train
 from vitlinear.checkpoints.load import read_weights
 from vitlinear.errors import UserError
-from vitlinear.train.finetune import freeze, initialise_head
+from vitlinear.train.freezing import freeze
+from vitlinear.train.start_weights import initialise_head
 
 FAMILIES = [
     "test_inline_cswin", "test_inline_deit", "test_inline_pvt", "test_inline_swin", "test_l2vit",

@@ -1,4 +1,4 @@
-"""What depends on the model that is trained."""
+"""How models are compiled."""
 
 from __future__ import annotations
 

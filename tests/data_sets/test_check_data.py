@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
+from tests.data_sets.shards import write_shards
 from tests.train.helpers import CLASSES, image_folder
-from tests.train.shards import write_shards
 from vitlinear.data import check_data
 from vitlinear.errors import UserError
 from vitlinear_cli import main

@@ -1,14 +1,12 @@
-"""What only matters when training starts from weights: freezing, and the size of a new head."""
+"""Parts of a model that are not trained."""
 
 import types
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from torch import nn
 
-import vitlinear  # noqa: F401  registers the models with timm
 from vitlinear.errors import UserError, did_you_mean
 
 
@@ -66,40 +64,3 @@ def _prefixes(name: str) -> list[str]:
 def _stay_in_eval(self: nn.Module, mode: bool = True) -> Any:
     """Takes the place of ``train`` in a frozen module."""
     return type(self).train(self, False)
-
-
-def initialise_head(model: nn.Module, scale: float | None, bias: float | None) -> None:
-    """Scales the weights of the classifier, and sets its bias, in place.
-
-    Args:
-        model: With timm's ``get_classifier``.
-        scale: Factor, or None. Small ones keep a new head from disturbing trained features.
-        bias: Value, or None. Negative ones start a sigmoid loss at few positives.
-
-    Raises:
-        UserError: The classifier has no weights, or no bias.
-    """
-    if scale is None and bias is None:
-        return
-    classifier = model.get_classifier()  # type: ignore[operator]
-    layers = [part for part in classifier.modules() if isinstance(part, nn.Linear | nn.Conv2d)]
-    if not layers:
-        raise UserError("--head-init-scale and --head-init-bias: the model has no classifier")
-    with torch.no_grad():
-        for layer in layers:
-            if scale is not None:
-                layer.weight.mul_(scale)
-            if bias is not None:
-                if layer.bias is None:
-                    raise UserError("--head-init-bias: the classifier has no bias")
-                layer.bias.fill_(bias)
-
-
-def enable_checkpointing(model: nn.Module, name: str) -> None:
-    """Turns gradient checkpointing on, or says that the model has none."""
-    try:
-        model.set_grad_checkpointing(enable=True)  # type: ignore[operator]
-    except (AttributeError, AssertionError) as error:
-        raise UserError(
-            f"{name} has no gradient checkpointing: drop --grad-checkpointing"
-        ) from error

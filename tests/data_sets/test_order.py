@@ -6,12 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.train.helpers import tiny_flags
-from vitlinear import create as model
-from vitlinear.data import dataset as data
+from tests.train.helpers import tiny_loader
 from vitlinear.data import loader
 from vitlinear.data.order import EpochBatches, Place, SeededErasing, derive_seed
-from vitlinear.train import run
 
 MIXED = ("--aa", "rand-m9-mstd0.5-inc1", "--reprob", 0.5, "--mixup", 0.8, "--cutmix", 1.0)
 
@@ -20,12 +17,7 @@ def loaded(
     folder: Path, first: int, *flags: object, rank: int = 0, world_size: int = 1
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """An epoch of a training loader from batch ``first`` on."""
-    args = run.parse_arguments(tiny_flags(folder, folder, "-b", 4, *flags))
-    args.distributed, args.rank, args.world_size = world_size > 1, rank, world_size
-    dataset = data.open_from_arguments(args, True, "RGB")
-    net = model.build_model("test_ravlt", num_classes=3)
-    config = model.data_config(net, {"img_size": 32})
-    batches = loader.train_loader(dataset, args, config, 3, torch.device("cpu"))
+    batches = tiny_loader(folder, "-b", 4, *flags, rank=rank, world_size=world_size)
     loader.start_epoch(batches, seed=5, epoch=2, rank=rank, first=first)
     numbers, found = zip(*loader.batches_from(batches, first), strict=True)
     assert list(numbers) == list(range(first, len(batches)))

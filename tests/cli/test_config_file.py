@@ -1,16 +1,27 @@
 """Flags over YAML over defaults."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from vitlinear.cli.config_file import LAUNCH_KEYS, read_config, saved_arguments
+from vitlinear.cli.flags import values_by_flag
 from vitlinear.errors import UserError
 from vitlinear.train.run import main as run_command
 from vitlinear.train.run import make_parser, parse_arguments
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "classification").glob("*.yaml"))
+
+
+def parsed(flags: Sequence[str]) -> SimpleNamespace:
+    """Parsed values by flag; sequences are lists, as in YAML."""
+    values = values_by_flag(parse_arguments(flags))
+    return SimpleNamespace(
+        **{key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
+    )
 
 
 def written(tmp_path: Path, text: str) -> str:
@@ -21,7 +32,7 @@ def written(tmp_path: Path, text: str) -> str:
 
 def test_precedence_is_default_then_file_then_flag(tmp_path: Path) -> None:
     config = written(tmp_path, "epochs: 7\nbatch-size: 16\namp: true\nlr: 1e-3\n")
-    args = parse_arguments(["--epochs", "9", "-c", config, "--no-amp"])
+    args = parsed(["--epochs", "9", "-c", config, "--no-amp"])
     assert (args.epochs, args.batch_size, args.amp, args.weight_decay) == (9, 16, False, 0.05)
     assert args.lr == 1e-3  # PyYAML reads 1e-3 as a string
 
@@ -32,17 +43,17 @@ def test_the_command_line_takes_any_flag_of_the_file_back(tmp_path: Path) -> Non
     config = written(tmp_path, yaml.safe_dump(dict.fromkeys(names, True)))
     back = ["--aug" if name == "no_aug" else f"--no-{name.replace('_', '-')}" for name in names]
     for flags, expected in (([], True), (back, False)):
-        args = parse_arguments(["--config", config, *flags])
+        args = parsed(["--config", config, *flags])
         assert {name for name in names if getattr(args, name) is expected} == set(names)
     assert {"amp", "channels_last", "log_wandb", "no_aug"} <= set(names)
 
 
 def test_lists_and_mappings(tmp_path: Path) -> None:
     config = written(tmp_path, "scale: [0.5, 1]\nmodel_kwargs: {depths: [1, 1], act: gelu}\n")
-    args = parse_arguments(["--config", config])
+    args = parsed(["--config", config])
     assert args.scale == [0.5, 1.0]
     assert args.model_kwargs == {"depths": [1, 1], "act": "gelu"}
-    args = parse_arguments(["--config", config, "--model-kwargs", "depths=(2,2)", "name=x"])
+    args = parsed(["--config", config, "--model-kwargs", "depths=(2,2)", "name=x"])
     assert args.model_kwargs == {"depths": (2, 2), "name": "x"}
 
 
@@ -109,11 +120,11 @@ def test_saved_arguments_are_a_config_again(tmp_path: Path) -> None:
         "--lr",
         "3e-4",
     ]
-    args = parse_arguments([*flags, "--resume", "auto", "--overwrite"])
-    config = written(tmp_path, yaml.safe_dump(saved_arguments(args)))
-    again = parse_arguments(["--config", config])
-    assert saved_arguments(again) == saved_arguments(args)
-    assert (again.resume, again.overwrite) == (None, False)
+    config = parse_arguments([*flags, "--resume", "auto", "--overwrite"])
+    file = written(tmp_path, yaml.safe_dump(saved_arguments(config)))
+    again = parse_arguments(["--config", file])
+    assert saved_arguments(again) == saved_arguments(config)
+    assert (again.folder.resume, again.folder.overwrite) == (None, False)
 
 
 def test_printed_flags_are_a_config_again(
@@ -123,14 +134,16 @@ def test_printed_flags_are_a_config_again(
     recipe = str(next(path for path in CONFIGS if path.stem == "inline_swin_base_384"))
     run_command(["--config", recipe, "--epochs", "7", "--print-config"])
     printed = capsys.readouterr().out
-    args = parse_arguments(["--config", written(tmp_path, printed)])
-    assert (args.epochs, args.min_lr, args.aa) == (7, 2e-7, "rand-m9-mstd0.5-inc1")
-    assert saved_arguments(args) == yaml.safe_load(printed) and not args.print_config
+    config = parse_arguments(["--config", written(tmp_path, printed)])
+    assert (config.schedule.epochs, config.schedule.min_lr) == (7, 2e-7)
+    assert config.augmentation.aa == "rand-m9-mstd0.5-inc1"
+    assert saved_arguments(config) == yaml.safe_load(printed) and not config.print_config
+    assert "# schedule: vitlinear.train.schedule.ScheduleConfig\nepochs: 7\n" in printed
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_configs_parse(path: Path) -> None:
-    args = parse_arguments(["--config", str(path)])
+    args = parsed(["--config", str(path)])
     for key, value in yaml.safe_load(path.read_text()).items():
         assert key == "base" or getattr(args, key) == value
 
@@ -142,10 +155,11 @@ def test_a_file_is_laid_over_its_base(tmp_path: Path) -> None:
     (tmp_path / "ground.yaml").write_text("epochs: 7\nlr: 1e-3\nweight_decay: 0.3\n")
     top = tmp_path / "top.yaml"
     top.write_text("opt_kwargs: {b: 3}\nweight-decay: 0.4\nbase: shared/config.yaml\n")
-    args = parse_arguments(["--config", str(top), "--batch-size", "4"])
+    flags = ["--config", str(top), "--batch-size", "4"]
+    args = parsed(flags)
     assert (args.epochs, args.lr, args.weight_decay, args.batch_size) == (8, 1e-3, 0.4, 4)
     assert args.opt_kwargs == {"b": 3}
-    saved = saved_arguments(args)
+    saved = saved_arguments(parse_arguments(flags))
     assert "base" not in saved and (saved["epochs"], saved["lr"]) == (8, 1e-3)
 
 

@@ -21,6 +21,7 @@ from vitlinear.checkpoints.load import read_weights
 from vitlinear.data import dataset as data
 from vitlinear.data import images
 from vitlinear.data.bad_images import LIMIT, UNREADABLE, BadImages
+from vitlinear.data.labelled import LabelledImages
 from vitlinear.errors import UserError
 from vitlinear.evaluation import validate
 from vitlinear.evaluation.evaluate import Evaluator, PerClass
@@ -265,10 +266,10 @@ def test_labels_that_cannot_be_are_named(tmp_path: Path) -> None:
             return "a.png"
 
     with pytest.raises(UserError, match=r"a.png has no label \(it says -1\)"):
-        data.LabelledImages(Labels(-1), "L")[0]
+        LabelledImages(Labels(-1), "L")[0]
     with pytest.raises(UserError, match="a.png has the label 3, but there are only 3 classes"):
-        data.LabelledImages(Labels(3), "L", num_classes=3)[0]
-    assert data.LabelledImages(Labels(3), "L")[0][1] == 3
+        LabelledImages(Labels(3), "L", num_classes=3)[0]
+    assert LabelledImages(Labels(3), "L")[0][1] == 3
 
 
 @pytest.mark.process
@@ -287,7 +288,7 @@ def test_shards_leave_out_unreadable_images(workers: int, tmp_path: Path) -> Non
     pytest.importorskip("webdataset", reason="pip install 'vitlinear[data]'")
     from torch.utils.data import DataLoader
 
-    from tests.train.shards import write_shards
+    from tests.data_sets.shards import write_shards
 
     root = damaged_folder(tmp_path / "images")
     (root / "train/bee/5.png").unlink()

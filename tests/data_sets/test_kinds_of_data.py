@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from tests.data_sets.shards import write_shards
 from tests.train.helpers import CLASSES, TINY_FLAGS, two_processes
-from tests.train.shards import write_shards
 from vitlinear.checkpoints.card import read_card
 from vitlinear.checkpoints.load import read_weights
 from vitlinear.data import dataset as data
+from vitlinear.data.class_names import classes_of
 from vitlinear.errors import UserError
 from vitlinear.evaluation import validate
 from vitlinear.train import run
@@ -217,7 +218,7 @@ def test_class_map_names_the_classes_of_shards(folder: Path, tmp_path: Path, key
         "wds/", train=False, mode="L", data_dir=str(root), target_key=key,
         class_map=str(tmp_path / "classes.txt"),
     )  # fmt: skip
-    assert data.class_names(dataset) == list(CLASSES)
+    assert classes_of(dataset) == list(CLASSES)
     assert sorted(label for _, label in dataset) == [0] * 3 + [1] * 3 + [2] * 3
 
 
@@ -258,7 +259,7 @@ def test_hugging_face_data_without_images_labels_or_classes(folder: Path, tmp_pa
     with pytest.raises(UserError, match="number 0 has the label 'ant'.*--class-map"):
         opened()[0]
     named = opened(class_map=str(tmp_path / "classes.txt"))
-    assert named[0][1] == 0 and data.class_names(named) == ["ant", "bee"]
+    assert named[0][1] == 0 and classes_of(named) == ["ant", "bee"]
     with pytest.raises(UserError, match="cannot read image number 1: no image is stored here"):
         named[1]
 
