@@ -1,6 +1,5 @@
 """Modules that models are built from. Token maps are channels-last, [B, H, W, C]."""
 
-from .attention.attend import check_attn_type, learns_temperature
 from .attention.cross_shaped import CrossShapedAttention
 from .attention.gated_attention import GatedAttention, NormGatedAttention
 from .attention.inline_attention import InjectiveAttention, InLineAttention, InLineTokenAttention
@@ -8,6 +7,7 @@ from .attention.lightnet_attention import LightNetAttention
 from .attention.linear_attention import LinearAttention
 from .attention.md_tpe import AxisTpe, MdTpe
 from .attention.padded_windows import PaddedWindowAttention
+from .attention.scriptable import check_attn_type, learns_temperature
 from .attention.shifted_windows import ShiftedWindowAttention, SoftmaxAttention
 from .conv.ceil_conv import CeilConv
 from .conv.conv_norm_act import ConvNormAct

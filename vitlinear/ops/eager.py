@@ -21,26 +21,9 @@ from .cpu.linear import matmul
 from .cpu.softmax import sdpa
 from .features import keeps_nothing
 from .mechanisms import Mechanism
-from .rotary import RotaryTables, encode, rotate, token_table
-
-
-class LinearAttentionState(NamedTuple):
-    """What the sums over tokens leave behind: all that backward needs besides q, k and v.
-
-    Attributes:
-        state: S without tau, [B, h, F, D]; 2 F rows where R doubles the features.
-        norm: m, [B, h, 1, F]; None unless the mechanism has a normaliser.
-        mean_v: vbar, [B, h, 1, D]; None unless the mechanism reads it.
-        query: The mean query qbar, [B, h, 1, F]; None unless one query weighs the keys.
-        logsumexp: Of the softmax over keys: of s qbar . phi(k_j), [B, h, 1, 1], or of each channel,
-            [B, h, 1, F]; None without a softmax.
-    """
-
-    state: Tensor
-    norm: Tensor | None = None
-    mean_v: Tensor | None = None
-    query: Tensor | None = None
-    logsumexp: Tensor | None = None
+from .rotary import encode, rotate, token_table
+from .state import LinearAttentionState
+from .terms import Terms
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -109,6 +92,7 @@ class Tokens(NamedTuple):
     table: Tensor | None  # of positions; [N, F/2, 2] for rotary, [N, F, 2] for cosine
     valid: Tensor | None  # [B, 1, N, 1], True for tokens that exist
     num_valid: Tensor | int  # number of those, in the accumulation type, [B, 1, 1, 1] or N
+    head_scale: Tensor | None = None  # tau, [h, 1, 1]
     lepe: Tensor | None = None  # [B, h, N, D], any strides, any type
     gate: Tensor | None = None  # likewise
 
@@ -117,12 +101,10 @@ def prepare(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    rotary: RotaryTables | None,
-    key_padding_mask: Tensor | None,
+    mechanism: Mechanism | None,
+    terms: Terms,
+    *,
     contiguous: bool,
-    mechanism: Mechanism | None = None,
-    lepe: Tensor | None = None,
-    gate: Tensor | None = None,
 ) -> Tokens:
     """Heads before tokens, accumulation type, padded tokens zeroed.
 
@@ -130,19 +112,19 @@ def prepare(
     autograd would keep a copy. Only float16 is widened, for the sake of its gradient.
 
     Args:
-        q: Queries, [B, N, h, D]; k and v likewise.
-        k: Keys.
-        v: Values.
-        rotary: Tables, or None.
-        key_padding_mask: [B, N], or None.
+        q: Queries, [B, N, h, D].
+        k: Keys, likewise.
+        v: Values, likewise.
+        mechanism: Decides the width of the position table; None for softmax attention.
+        terms: What was given besides.
         contiguous: Copy strided queries and keys at once. Feature maps are two to three times
             faster on contiguous memory, but autograd would then keep the copies.
-        mechanism: Decides the width of the table; None for softmax attention.
-        lepe: [B, N, h, D], or None.
-        gate: Likewise.
     """
+    rotary, key_padding_mask, head_scale, lepe, gate = terms
     dtype = accumulation_dtype(q.dtype)
     lepe, gate = (_epilogue_term(x, key_padding_mask) for x in (lepe, gate))
+    if head_scale is not None:
+        head_scale = head_scale.to(dtype)[:, None, None]
     # A change of type makes a copy anyway: it might as well be contiguous.
     contiguous = contiguous or dtype != q.dtype
     q, k, v = (widen(x.transpose(1, 2), dtype) for x in (q, k, v))
@@ -152,15 +134,16 @@ def prepare(
     if table is not None and mechanism is not None and mechanism.phi_q.expansion > 1:
         table = table.repeat(1, mechanism.phi_q.expansion, 1)  # each D-wide part turns alike
     if key_padding_mask is None:
-        return Tokens(q, k, v, table, None, q.shape[2], lepe, gate)
+        return Tokens(q, k, v, table, None, q.shape[2], head_scale, lepe, gate)
     valid = ~key_padding_mask[:, None, :, None]
     # Whatever stands in padding, NaN included, must not reach a sum as 0 * NaN.
     q, k, v = (x.masked_fill(~valid, 0) for x in (q, k, v))
     num_valid = valid.sum(2, keepdim=True).clamp(min=1).to(dtype)
-    return Tokens(q, k, v, table, valid, num_valid, lepe, gate)
+    return Tokens(q, k, v, table, valid, num_valid, head_scale, lepe, gate)
 
 
 def _epilogue_term(x: Tensor | None, key_padding_mask: Tensor | None) -> Tensor | None:
+    """lepe or gate with heads before tokens, zeros for padding."""
     if x is None:
         return None
     x = x.transpose(1, 2)
@@ -205,7 +188,7 @@ def epilogue(out: Tensor, lepe: Tensor | None, gate: Tensor | None) -> Tensor:
 
 
 def linear_attention_forward(
-    tokens: Tokens, mechanism: Mechanism, head_scale: Tensor | None = None
+    tokens: Tokens, mechanism: Mechanism
 ) -> tuple[Tensor, LinearAttentionState]:
     """Output and state of a linear attention.
 
@@ -217,12 +200,11 @@ def linear_attention_forward(
     Args:
         tokens: From `prepare`.
         mechanism: The row of the table.
-        head_scale: tau, [h] in the accumulation type, or None for 1.
 
     Returns:
         Output [B, h, N, D] in the accumulation type, epilogue and all, and the state.
     """
-    q, k, v, table, valid, num_valid, *_ = tokens
+    q, k, v, table, valid, num_valid, head_scale, lepe, gate = tokens
     scale = q.shape[-1] ** -0.5
     reads, positions = mechanism.reads, mechanism.positions
     # Contiguous after phi, not before: phi then keeps the view that it was given, and no matrix
@@ -259,7 +241,7 @@ def linear_attention_forward(
         norm = weighted.sum(dim=2, keepdim=True) * per_token
     encoded = encode(weighted, table, positions, overwrite=spare_k)
     state = (encoded.transpose(-1, -2) @ v) * per_token
-    scaled = state if head_scale is None else state * head_scale[:, None, None]
+    scaled = state if head_scale is None else state * head_scale
     if norm is not None:
         z = q_features @ norm.transpose(-1, -2)
         a, b = reads.factors(z, scale, num_valid)
@@ -273,66 +255,42 @@ def linear_attention_forward(
         assert isinstance(b, Tensor)
         out = out.addcmul_(b, mean_v) if spare else out + b * mean_v
     # These stand first because they decide the layout: [B, N, h, D], as the next layer wants it.
-    out = epilogue(out, tokens.lepe, tokens.gate)
+    out = epilogue(out, lepe, gate)
     if valid is not None:
         out = out.masked_fill(~valid, 0)
     return out, LinearAttentionState(state, norm, mean_v, query, logsumexp)
 
 
-def linear_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mechanism: Mechanism,
-    rotary: RotaryTables | None = None,
-    key_padding_mask: Tensor | None = None,
-    head_scale: Tensor | None = None,
-    lepe: Tensor | None = None,
-    gate: Tensor | None = None,
-) -> Tensor:
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, mechanism: Mechanism, terms: Terms) -> Tensor:
     """Linear attention, [B, N, h, D] in and out; see `vitlinear.ops.linear_attention`."""
     with without_autocast(q):
-        contiguous = not torch.is_grad_enabled()
-        tokens = prepare(q, k, v, rotary, key_padding_mask, contiguous, mechanism, lepe, gate)
-        if head_scale is not None:
-            head_scale = head_scale.to(tokens.q.dtype)
-        out, _ = linear_attention_forward(tokens, mechanism, head_scale)
+        tokens = prepare(q, k, v, mechanism, terms, contiguous=not torch.is_grad_enabled())
+        out, _ = linear_attention_forward(tokens, mechanism)
         return saturate(out.transpose(1, 2), q.dtype).to(q.dtype)
 
 
-def softmax_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rotary: RotaryTables | None = None,
-    key_padding_mask: Tensor | None = None,
-) -> Tensor:
-    """Rotary softmax attention on SDPA, [B, N, h, D] in and out; see `softmax`.
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Tensor:
+    """Rotary softmax attention on SDPA, [B, N, h, D] in and out.
 
-    Only the rotation runs in the accumulation type; SDPA's fused kernels take the input type and
-    accumulate in float32 themselves. They have no second derivative; their plain form, under
+    Of the terms it takes position tables and padding mask. Only the rotation runs in the
+    accumulation type; SDPA's fused kernels take the input type and accumulate in float32
+    themselves. They have no second derivative; their plain form, under
     ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``, has.
     """
     with without_autocast(q):
-        return _softmax_attention(q, k, v, rotary, key_padding_mask)
+        return _softmax_attention(q, k, v, terms)
 
 
-def _softmax_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rotary: RotaryTables | None,
-    key_padding_mask: Tensor | None,
-) -> Tensor:
+def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Tensor:
     dtype = q.dtype
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if rotary is not None:
-        table = token_table(rotary).to(accumulation_dtype(dtype))
+    if terms.rotary is not None:
+        table = token_table(terms.rotary).to(accumulation_dtype(dtype))
         q, k = (rotate(x.to(table.dtype), table).to(dtype) for x in (q, k))
-    if key_padding_mask is None:
+    if terms.key_padding_mask is None:
         return sdpa(q, k, v)
 
-    padded = key_padding_mask[:, None, :, None]
+    padded = terms.key_padding_mask[:, None, :, None]
     q, k, v = (x.masked_fill(padded, 0) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen_keys(~padded).transpose(-1, -2))
     return out.masked_fill(padded, 0).transpose(1, 2)

@@ -14,8 +14,8 @@ from vitlinear.ops.backend import check_backend
 
 from ..conv.depthwise_conv import DepthwiseConv
 from ..linear import Linear
-from .attend import attend, check_attn_type, learns_temperature
 from .heads import split_heads
+from .scriptable import check_attn_type, learns_temperature, scriptable_attention
 
 
 # One step to torch.fx, which cannot follow checks and choices that look at shapes. As a module, not
@@ -111,9 +111,9 @@ class GatedAttention(nn.Module):
         mask: Tensor | None,
     ) -> Tensor:
         """What the output projection takes, from [B, N, h, D] each and a mask [B, N]."""
-        return self.attend(q, k, v, rotary, lepe, o, mask)
+        return self.attention(q, k, v, rotary, lepe, o, mask)
 
-    def attend(
+    def attention(
         self,
         q: Tensor,
         k: Tensor,
@@ -124,10 +124,9 @@ class GatedAttention(nn.Module):
         mask: Tensor | None,
     ) -> Tensor:
         """(Attention(q, k, v) + lepe) * gate, [B, N, h, D] -> [B, N, h, D]."""
-        return attend(
-            q, k, v, self.attn_type, self.backend, rotary,
-            key_padding_mask=mask, head_scale=self.temperature, lepe=lepe, gate=gate,
-        )  # fmt: skip
+        return scriptable_attention(
+            q, k, v, self.attn_type, rotary, mask, self.temperature, lepe, gate, self.backend
+        )
 
 
 @register_notrace_module
@@ -161,5 +160,5 @@ class NormGatedAttention(GatedAttention):
         mask: Tensor | None,
     ) -> Tensor:
         """What the output projection takes, from [B, N, h, D] each and a mask [B, N]."""
-        x = self.attend(q, k, v, rotary, lepe, None, mask)
+        x = self.attention(q, k, v, rotary, lepe, None, mask)
         return self.norm(x.flatten(2)) * nn.functional.silu(o.flatten(2))

@@ -13,8 +13,8 @@ from vitlinear.ops.backend import check_backend
 from ..conv.dynamic_conv import DynamicConv
 from ..linear import Linear
 from ..windows import equal_windows, from_windows, join_maps, to_windows, window_padding
-from .attend import attend
 from .heads import split_heads
+from .scriptable import scriptable_attention
 
 
 class InjectiveAttention(nn.Module):
@@ -89,7 +89,9 @@ class InjectiveAttention(nn.Module):
             local = F.pad(local, [0, 0, prefix, 0])
         lepe = local.unflatten(-1, [self.num_heads, self.head_dim])
         mask = key_padding_mask
-        out = attend(q, k, v, "inline", self.backend, key_padding_mask=mask, lepe=lepe)
+        out = scriptable_attention(
+            q, k, v, "inline", key_padding_mask=mask, lepe=lepe, backend=self.backend
+        )
         return out.flatten(2)
 
 
