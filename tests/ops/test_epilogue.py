@@ -73,7 +73,7 @@ def test_flop_formula_counts_what_runs(mechanism):
     with FlopCounterMode(display=False) as registered:
         torch.autograd.grad(out, inputs.projection, inputs.grad)
     terms = inputs.terms(mechanism, inputs.projection.detach())
-    tokens = eager.prepare(q, k, v, row, terms, contiguous=True)
+    tokens = eager.prepare(q, k, v, row, terms, own=True)
     _, saved = eager.linear_attention_forward(tokens, row)
     with FlopCounterMode(display=False) as plain:
         backward.linear_attention_backward(inputs.grad.transpose(1, 2), tokens, row, saved)

@@ -152,7 +152,7 @@ def test_flop_formula_counts_what_runs(attention):
 
     q, k, v, *_ = inputs.projection.detach().unbind(2)
     row = None if attention == "softmax" else ops.get_mechanism(attention)
-    tokens = eager.prepare(q, k, v, row, inputs.terms(attention), contiguous=True)
+    tokens = eager.prepare(q, k, v, row, inputs.terms(attention), own=True)
     grad = inputs.grad.transpose(1, 2)
     with FlopCounterMode(display=False) as plain:
         if attention == "softmax":

@@ -155,7 +155,7 @@ def linear_attention_backward(
 def _own_features(phi: FeatureMap, x: Tensor) -> Tensor:
     """phi(x) in memory that nobody else holds."""
     features = phi.function(x.contiguous())
-    return features if phi.makes_new else features.clone()
+    return features.clone() if features is x else features
 
 
 def softmax_attention_forward(tokens: Tokens) -> tuple[Tensor, Tensor]:

@@ -17,13 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cpu.linear import matmul
-from .cpu.softmax import sdpa
-from .features import keeps_nothing
+from . import cpu
 from .mechanisms import Mechanism
 from .rotary import encode, rotate, token_table
 from .state import LinearAttentionState
 from .terms import Terms
+from .tracing import keeps_nothing
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -104,7 +103,7 @@ def prepare(
     mechanism: Mechanism | None,
     terms: Terms,
     *,
-    contiguous: bool,
+    own: bool,
 ) -> Tokens:
     """Heads before tokens, accumulation type, padded tokens zeroed.
 
@@ -117,8 +116,9 @@ def prepare(
         v: Values, likewise.
         mechanism: Decides the width of the position table; None for softmax attention.
         terms: What was given besides.
-        contiguous: Copy strided queries and keys at once. Feature maps are two to three times
-            faster on contiguous memory, but autograd would then keep the copies.
+        own: Give queries and keys contiguous memory of their own at once. Feature maps are two to
+            three times faster on it, and `linear_attention_forward` may write to it; but autograd
+            would keep the copies.
     """
     rotary, key_padding_mask, head_scale, lepe, gate = terms
     dtype = accumulation_dtype(q.dtype)
@@ -126,10 +126,10 @@ def prepare(
     if head_scale is not None:
         head_scale = head_scale.to(dtype)[:, None, None]
     # A change of type makes a copy anyway: it might as well be contiguous.
-    contiguous = contiguous or dtype != q.dtype
+    own = own or dtype != q.dtype
     q, k, v = (widen(x.transpose(1, 2), dtype) for x in (q, k, v))
-    if contiguous:
-        q, k = q.contiguous(), k.contiguous()
+    if own:
+        q, k = cpu.own(q), cpu.own(k)
     table = None if rotary is None else token_table(rotary).to(dtype)
     if table is not None and mechanism is not None and mechanism.phi_q.expansion > 1:
         table = table.repeat(1, mechanism.phi_q.expansion, 1)  # each D-wide part turns alike
@@ -170,21 +170,13 @@ def hide_padding(logits: Tensor, valid: Tensor | None) -> Tensor:
     return logits if valid is None else logits.masked_fill(~seen_keys(valid), -torch.inf)
 
 
-def _times(x: Tensor, factor: Tensor, spare: bool) -> Tensor:
-    """x * factor, in x if that is spare."""
-    return x.mul_(factor) if spare else x * factor
-
-
 def epilogue(out: Tensor, lepe: Tensor | None, gate: Tensor | None) -> Tensor:
     """(out + lepe) * gate, of what is given, in the layout of lepe."""
+    # These stand first because they decide the layout: [B, N, h, D], as the next layer wants it.
     if lepe is None:
         return out if gate is None else gate * out
     out = lepe + out
-    if gate is None:
-        return out
-    if keeps_nothing() and out.dtype == torch.result_type(out, gate):
-        return out.mul_(gate)  # in memory that the caches hold
-    return gate * out
+    return out if gate is None else cpu.times(out, gate)
 
 
 def linear_attention_forward(
@@ -211,15 +203,11 @@ def linear_attention_forward(
     # product below makes, and keeps, a copy of its own.
     q_features = mechanism.phi_q.function(q).contiguous()
     k_features = mechanism.phi_k.function(k).contiguous()
-    # Most of the time goes by in passes over memory. New tensors are written to again where nobody
-    # wants them as they were.
-    spare = keeps_nothing()
-    spare_q = spare and mechanism.phi_q.makes_new
-    spare_k = spare and mechanism.phi_k.makes_new
-    if not spare:
-        v = v.contiguous()  # or the product would make, and keep, a copy of its own
+    if not keeps_nothing():
+        v = v.contiguous()
 
     query = logsumexp = norm = mean_v = None
+    per_token: Tensor | float = 1.0 / num_valid
     if mechanism.has_key_softmax:
         logits = k_features
         if mechanism.has_global_query:
@@ -228,33 +216,29 @@ def linear_attention_forward(
             logits = global_query_logits(query, k_features, scale)
         logits = hide_padding(logits, valid)
         logsumexp = logits.logsumexp(dim=2, keepdim=True)
-        weights = logits - logsumexp
-        weights = weights.exp_() if spare else weights.exp()  # w_j / N
-        weighted = _times(k_features, weights, spare_k) if mechanism.has_global_query else weights
-        spare_k = spare
-        per_token: Tensor | float = 1.0
+        weights = cpu.exp(logits - logsumexp)  # w_j / N
+        weighted = cpu.times(k_features, weights) if mechanism.has_global_query else weights
+        per_token = 1.0
     else:
-        weighted = k_features if valid is None else _times(k_features, valid, spare_k)
-        per_token = 1.0 / num_valid
+        weighted = k_features if valid is None else cpu.times(k_features, valid)
 
     if reads.uses_norm:
         norm = weighted.sum(dim=2, keepdim=True) * per_token
-    encoded = encode(weighted, table, positions, overwrite=spare_k)
+    encoded = encode(weighted, table, positions, own=True)
     state = (encoded.transpose(-1, -2) @ v) * per_token
     scaled = state if head_scale is None else state * head_scale
     if norm is not None:
         z = q_features @ norm.transpose(-1, -2)
         a, b = reads.factors(z, scale, num_valid)
         if isinstance(a, Tensor):
-            q_features = _times(q_features, a, spare_q)
+            q_features = cpu.times(q_features, a)
         else:
             scaled = scaled * a
-    out = matmul(encode(q_features, table, positions, overwrite=spare_q), scaled)
+    out = cpu.matmul(encode(q_features, table, positions, own=True), scaled)
     if reads.uses_mean:
         mean_v = v.sum(dim=2, keepdim=True) / num_valid
         assert isinstance(b, Tensor)
-        out = out.addcmul_(b, mean_v) if spare else out + b * mean_v
-    # These stand first because they decide the layout: [B, N, h, D], as the next layer wants it.
+        out = cpu.add_product(out, b, mean_v)
     out = epilogue(out, lepe, gate)
     if valid is not None:
         out = out.masked_fill(~valid, 0)
@@ -264,7 +248,7 @@ def linear_attention_forward(
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, mechanism: Mechanism, terms: Terms) -> Tensor:
     """Linear attention, [B, N, h, D] in and out; see `vitlinear.ops.linear_attention`."""
     with without_autocast(q):
-        tokens = prepare(q, k, v, mechanism, terms, contiguous=not torch.is_grad_enabled())
+        tokens = prepare(q, k, v, mechanism, terms, own=not torch.is_grad_enabled())
         out, _ = linear_attention_forward(tokens, mechanism)
         return saturate(out.transpose(1, 2), q.dtype).to(q.dtype)
 
@@ -288,7 +272,7 @@ def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Tensor:
         table = token_table(terms.rotary).to(accumulation_dtype(dtype))
         q, k = (rotate(x.to(table.dtype), table).to(dtype) for x in (q, k))
     if terms.key_padding_mask is None:
-        return sdpa(q, k, v)
+        return cpu.sdpa(q, k, v)
 
     padded = terms.key_padding_mask[:, None, :, None]
     q, k, v = (x.masked_fill(padded, 0) for x in (q, k, v))

@@ -77,7 +77,7 @@ def linear_attention_op(
     except Exception as error:
         report_failure(error, required=backend == "triton")
     with eager.without_autocast(q):
-        tokens = eager.prepare(q, k, v, row, terms, contiguous=True)
+        tokens = eager.prepare(q, k, v, row, terms, own=True)
         out, state = eager.linear_attention_forward(tokens, row)
     return _to_layout(out, q), *state.flatten()
 
@@ -147,7 +147,7 @@ def linear_attention_backward_op(
     except Exception as error:
         report_failure(error, required=backend == "triton")
     with eager.without_autocast(q):
-        tokens = eager.prepare(q, k, v, row, terms, contiguous=False)
+        tokens = eager.prepare(q, k, v, row, terms, own=False)
         grad_out = grad_out.transpose(1, 2).to(state.dtype)
         found = backward.linear_attention_backward(grad_out, tokens, row, saved)
     if memory.head_scale is not None and found.head_scale is not None:
@@ -218,7 +218,7 @@ def softmax_attention_op(
     """Output [B, N, h, D] and logsumexp [B, h, N] of rotary softmax attention."""
     terms = Terms.unflatten(rows, cols, key_padding_mask)
     with eager.without_autocast(q):
-        tokens = eager.prepare(q, k, v, None, terms, contiguous=True)
+        tokens = eager.prepare(q, k, v, None, terms, own=True)
         out, logsumexp = backward.softmax_attention_forward(tokens)
     return _to_layout(out, q), logsumexp
 
@@ -252,7 +252,7 @@ def softmax_attention_backward_op(
     """Gradients of q, k and v."""
     terms = Terms.unflatten(rows, cols, key_padding_mask)
     with eager.without_autocast(q):
-        tokens = eager.prepare(q, k, v, None, terms, contiguous=False)
+        tokens = eager.prepare(q, k, v, None, terms, own=False)
         grad_out, out = (x.transpose(1, 2).to(logsumexp.dtype) for x in (grad_out, out))
         grads = backward.softmax_attention_backward(grad_out, tokens, out, logsumexp)
     dq, dk, dv = (_to_layout(grad, q) for grad in grads)
