@@ -225,8 +225,16 @@ def implementations(shape: Shape, device: torch.device, dtype: torch.dtype) -> d
         def attend(
             q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None = None, lepe: Tensor | None = None
         ) -> Tensor:
-            options = {"backend": name, "lepe": lepe, "gate": gate}
-            return ops.linear_attention(q, k, v, shape.mechanism, rotary, **options)
+            return ops.linear_attention(
+                q,
+                k,
+                v,
+                mechanism=shape.mechanism,
+                rotary=rotary,
+                lepe=lepe,
+                gate=gate,
+                backend=name,
+            )
 
         return attend
 

@@ -103,7 +103,7 @@ class Products(nn.Module):
             heads = (t.transpose(1, 2) for t in (q, short, short))
             return F.scaled_dot_product_attention(*heads)
         if self.what == "library":
-            return ops.linear_attention(q, q, q, "elu", backend="library")
+            return ops.linear_attention(q, q, q, mechanism="elu", backend="library")
         if self.what == "library softmax":
             return ops.softmax_attention(q, q, q, backend="library")
         if self.what == "matmul":

@@ -1,12 +1,12 @@
 """Modules that models are built from. Token maps are channels-last, [B, H, W, C]."""
 
-from .attention.attend import check_attn_type, learns_temperature
 from .attention.cross_shaped_attention import CrossShapedAttention
 from .attention.gated_attention import GatedAttention, NormGatedAttention
 from .attention.inline_attention import InjectiveAttention, InLineAttention, InLineTokenAttention
 from .attention.lightnet_attention import LightNetAttention
 from .attention.linear_attention import LinearAttention
 from .attention.padded_window_attention import PaddedWindowAttention
+from .attention.scriptable import check_attn_type, learns_temperature
 from .attention.shifted_window_attention import ShiftedWindowAttention
 from .attention.softmax_attention import SoftmaxAttention
 from .conv.ceil_conv import CeilConv

@@ -16,7 +16,7 @@ from ..conv.depthwise_conv import DepthwiseConv
 from ..heads import split_heads
 from ..linear import Linear
 from ..padding_rule import MASK
-from .attend import attend, check_attn_type, learns_temperature
+from .scriptable import check_attn_type, learns_temperature, scriptable_attention
 
 
 # One step to torch.fx, which cannot follow checks and choices that look at shapes. As a module, not
@@ -114,9 +114,9 @@ class GatedAttention(nn.Module):
         mask: Tensor | None,
     ) -> Tensor:
         """The input of the output projection, from [B, N, h, D] each and a mask [B, N]."""
-        return self.attend(q, k, v, rotary, lepe, o, mask)
+        return self.attention(q, k, v, rotary, lepe, o, mask)
 
-    def attend(
+    def attention(
         self,
         q: Tensor,
         k: Tensor,
@@ -127,10 +127,9 @@ class GatedAttention(nn.Module):
         mask: Tensor | None,
     ) -> Tensor:
         """(Attention(q, k, v) + lepe) * gate, [B, N, h, D] -> [B, N, h, D]."""
-        return attend(
-            q, k, v, self.attn_type, self.backend, rotary,
-            key_padding_mask=mask, head_scale=self.temperature, lepe=lepe, gate=gate,
-        )  # fmt: skip
+        return scriptable_attention(
+            q, k, v, self.attn_type, rotary, mask, self.temperature, lepe, gate, self.backend
+        )
 
 
 @register_notrace_module
@@ -164,5 +163,5 @@ class NormGatedAttention(GatedAttention):
         mask: Tensor | None,
     ) -> Tensor:
         """The input of the output projection, from [B, N, h, D] each and a mask [B, N]."""
-        x = self.attend(q, k, v, rotary, lepe, None, mask)
+        x = self.attention(q, k, v, rotary, lepe, None, mask)
         return self.norm(x.flatten(2)) * nn.functional.silu(o.flatten(2))

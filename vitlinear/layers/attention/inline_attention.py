@@ -15,7 +15,7 @@ from ..heads import split_heads
 from ..linear import Linear
 from ..padding_rule import MASK, SIZES
 from ..windows import equal_windows, from_windows, join_maps, to_windows, window_padding
-from .attend import attend
+from .scriptable import scriptable_attention
 
 
 class InjectiveAttention(nn.Module):
@@ -90,7 +90,9 @@ class InjectiveAttention(nn.Module):
             local = F.pad(local, [0, 0, prefix, 0])
         lepe = local.unflatten(-1, [self.num_heads, self.head_dim])
         mask = key_padding_mask
-        out = attend(q, k, v, "inline", self.backend, key_padding_mask=mask, lepe=lepe)
+        out = scriptable_attention(
+            q, k, v, "inline", key_padding_mask=mask, lepe=lepe, backend=self.backend
+        )
         return out.flatten(2)
 
 

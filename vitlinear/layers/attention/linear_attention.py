@@ -11,7 +11,7 @@ from vitlinear.ops.backend import check_backend
 from ..heads import split_heads
 from ..linear import Linear
 from ..padding_rule import MASK
-from .attend import attend, check_attn_type
+from .scriptable import check_attn_type, scriptable_attention
 
 
 # One step to torch.fx, for the reasons that `GatedAttention` gives.
@@ -98,8 +98,8 @@ class LinearAttention(nn.Module):
         mask = key_padding_mask
         if mask is not None:
             mask = mask.flatten(1)
-        out = attend(
-            q, k, v, self.attn_type, self.backend,
-            key_padding_mask=mask, head_scale=self.temperature,
+        out = scriptable_attention(
+            q, k, v, self.attn_type,
+            key_padding_mask=mask, head_scale=self.temperature, backend=self.backend,
         )  # fmt: skip
         return self.proj_drop(self.proj(out.reshape(x.shape)))

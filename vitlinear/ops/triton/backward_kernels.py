@@ -43,7 +43,7 @@ from .blocks import (
     zero_block,
     zeros,
 )
-from .forward import RUN_TIME, load_sums, program, store_sums
+from .forward_kernels import RUN_TIME, load_sums, program, store_sums
 
 
 @triton.jit

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.library import custom_op
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.flop_counter import conv_flop_count, register_flop_formula
+from torch.utils.flop_counter import register_flop_formula
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..tracing import stands_for_many, wants_common_operators
@@ -259,41 +259,11 @@ def linear(
     return F.gelu(out) if activation == "gelu" else out
 
 
-def convolves_with_gelu(x: Tensor, conv: nn.Conv2d) -> bool:
-    """Whether `conv_gelu` takes these: no gradient, not compiled, zeros for padding."""
-    return (
-        not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and runs_on_onednn(x, conv.weight)
-        and conv.padding_mode == "zeros"
-        and isinstance(conv.padding, tuple)
-    )
-
-
-def conv_gelu(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """GELU(conv(x)) by oneDNN where `convolves_with_gelu`, [B, C, H, W] -> [B, C', H', W']."""
-    bias = _contiguous(conv.bias)
-    out: Tensor = torch.ops.mkldnn._convolution_pointwise(
-        x, conv.weight, bias, conv.padding, conv.stride, conv.dilation, conv.groups,
-        "gelu", [], "none",
-    )  # fmt: skip
-    return out
-
-
 def _flops(x: torch.Size, *_: Any, out_shape: torch.Size, **__: Any) -> int:
     """Two for each multiply-add, as PyTorch counts products."""
     return 2 * x.numel() * out_shape[-1]
 
 
-def _convolution_flops(
-    x: torch.Size, weight: torch.Size, *_: Any, out_shape: torch.Size, **__: Any
-) -> int:
-    """As PyTorch counts convolutions."""
-    count: int = conv_flop_count(list(x), list(weight), list(out_shape))
-    return count
-
-
 register_flop_formula([torch.ops.vitlinear.linear, torch.ops.vitlinear.matmul])(_flops)
 if _AVAILABLE:
     register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_flops)
-    register_flop_formula(torch.ops.mkldnn._convolution_pointwise)(_convolution_flops)
