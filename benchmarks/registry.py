@@ -19,7 +19,7 @@ from vitlinear.ops.rotary import token_table
 COMPILED = "compiled eager"
 
 # Tensors of the size of q that have to cross the memory bus, and those that our kernels move: their
-# passes, counted (README.md). An epilogue adds lepe and gate, and their gradients backward.
+# passes, counted (accounts/gpu.md). An epilogue adds lepe and gate, and their gradients backward.
 FORWARD_MINIMUM, BACKWARD_MINIMUM = {"rala": 5}, {"rala": 8}
 FORWARD_MOVED, BACKWARD_MOVED = {"rala": 5}, {"rala": 11, "lightnet": 9}
 
