@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import eager
+from . import registered as registered  # registers torch.ops.vitlinear.*
 from .backend import Call, choose_backend, requested_backend
 from .mechanisms import get_mechanism
 from .rotary import RotaryTables
