@@ -1,4 +1,4 @@
-"""What int8 costs in accuracy: a small model of every family, trained, exported twice, compared.
+"""The price of int8 in accuracy: small models of every family, exported twice and compared.
 
     python benchmarks/int8.py --output output/int8 --train    # what is not yet there
     python benchmarks/int8.py --output output/int8            # results/, accounts/
