@@ -130,6 +130,18 @@ def test_python_of_the_page_runs(page: str, capsys: pytest.CaptureFixture[str]) 
         assert line in printed
 
 
+def test_contributing_shows_every_room() -> None:
+    """The tree of CONTRIBUTING.md has the rooms and files of the package, and no others."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    shown = {name.rstrip("/") for name in re.findall(r"^ {6}(\w+(?:/|\.py))", text, re.MULTILINE)}
+    there = {
+        path.name
+        for path in (ROOT / "vitlinear").iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    assert shown == there - {"__init__.py", "__main__.py"}
+
+
 def test_citation() -> None:
     """What CFF 1.2.0 requires is there, and the version is ours."""
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
