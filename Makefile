@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := $(or $(VITLINEAR_VENV),.venv)/bin
 
-.PHONY: help venv test peer lint format types demo ci clean
+.PHONY: help venv test quick nightly newest oldest peer lint format types demo ci clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
@@ -10,8 +10,20 @@ help:  ## list the targets
 venv:  ## make .venv with everything the tests need
 	$(PYTHON) tools/run_tests.py --version
 
-test:  ## run every test; ARGS="-k name -x" goes to pytest
+test:  ## run the whole suite; ARGS="-k name -x" goes to pytest
 	$(PYTHON) tools/run_tests.py $(ARGS)
+
+quick:  ## run a little of every room, in about two minutes
+	$(PYTHON) tools/run_tests.py --quick $(ARGS)
+
+nightly:  ## run the whole suite and the rest of its products
+	$(PYTHON) tools/run_tests.py --nightly $(ARGS)
+
+newest:  ## run the whole suite with the newest versions, in .venv-newest
+	$(PYTHON) tools/run_tests.py --newest $(ARGS)
+
+oldest:  ## run the whole suite with the oldest versions that we allow, in .venv-oldest
+	$(PYTHON) tools/run_tests.py --oldest $(ARGS)
 
 peer:  ## run timm's own suite on our models; VITLINEAR_PEER_MODELS=all for every size
 	$(PYTHON) tools/run_tests.py tests/peer $(ARGS)
@@ -35,4 +47,4 @@ ci:  ## what continuous integration runs
 
 clean:  ## remove builds and caches; the environment and output/ stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis tests/peer/.suite
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""What holds for every test: one thread, one rule for GPU tests, the peer suite's summary."""
+"""Holds for every test: one thread, repeatable examples, memory given back after each file."""
 
 import ctypes
 import gc
@@ -31,7 +31,8 @@ else:
     settings.register_profile("repeatable", derandomize=True, database=None)
     settings.load_profile("repeatable")
 
-PEER_RESULT = "peer_suite"  # the user property under which tests/peer records what it ran
+# Chooses the tests, and says at the end what they cost.
+pytest_plugins = ["tests.selection"]
 
 
 @pytest.fixture
@@ -55,33 +56,3 @@ def memory_given_back() -> Iterator[None]:
     gc.collect()
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips tests marked ``gpu`` where there is no CUDA device; the summary says how many."""
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA device")
-    for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(skip)
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Prints what timm's suite ran inside the tests of tests/peer.
-
-    It stands here because with pytest-xdist only the root conftest is loaded in the process that
-    prints; test properties travel to it, captured output does not.
-    """
-    lines = [
-        value
-        for reports in terminalreporter.stats.values()
-        for report in reports
-        if getattr(report, "when", None) == "call"
-        for name, value in report.user_properties
-        if name == PEER_RESULT
-    ]
-    if lines:
-        terminalreporter.section("timm's own test suite on our models")
-        for line in sorted(lines):
-            terminalreporter.write_line(line)

@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
+import os
+import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest brings it along
+
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "_venv.py"
+
+
+def _run_tests() -> ModuleType:
+    """tools/run_tests.py, which imports what stands beside it."""
+    sys.path.insert(0, str(TOOL.parent))
+    try:
+        return importlib.import_module("run_tests")
+    finally:
+        sys.path.remove(str(TOOL.parent))
+
+
+RUN_TESTS = _run_tests()
 
 
 class Installs:
@@ -38,12 +59,13 @@ def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def installs(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Installs:
     seen = Installs()
 
-    def create() -> None:
+    def create(folder: Path) -> None:
         seen.created += 1
-        tool.program("python").parent.mkdir(parents=True)
-        tool.program("python").touch()
+        python = folder / tool.program("python").relative_to(tool.venv_dir())
+        python.parent.mkdir(parents=True)
+        python.touch()
 
-    def pip_install(python: Path, extras: list[str]) -> None:
+    def pip_install(python: Path, extras: list[str], versions: str) -> None:
         seen.extras.append(extras)
         if seen.fails:
             raise tool.SetupError("pip failed")
@@ -82,6 +104,42 @@ def test_failed_install_leaves_no_stamp(tool: ModuleType, installs: Installs) ->
     installs.fails = False
     tool.ensure(["train"])  # what was there may be half replaced
     assert len(installs.extras) == 3
+
+
+def test_each_choice_of_versions_has_its_environment(tool: ModuleType, installs: Installs) -> None:
+    for _ in range(2):
+        for versions in (tool.PINNED, tool.NEWEST, tool.OLDEST):
+            python = tool.ensure(["dev"], versions)
+            assert python == tool.program("python", versions) and python.exists()
+    assert installs.created == len(installs.extras) == 3
+    assert sorted(path.name for path in tool.ROOT.glob("venv*")) == [
+        "venv",
+        "venv-newest",
+        "venv-oldest",
+    ]
+
+
+def test_the_newest_versions_are_asked_for_each_day(tool: ModuleType, installs: Installs) -> None:
+    for versions in (tool.PINNED, tool.NEWEST):
+        tool.ensure(["dev"], versions)
+        yesterday = time.time() - tool.DAY
+        os.utime(tool.venv_dir(versions) / tool.STAMP_NAME, (yesterday, yesterday))
+        tool.ensure(["dev"], versions)
+    assert installs.created == 2 and len(installs.extras) == 3
+
+
+def test_the_oldest_versions_are_the_lower_bounds(tool: ModuleType) -> None:
+    text = (TOOL.parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    (tool.ROOT / "pyproject.toml").write_text(text, encoding="utf-8")
+    for extras in ([], RUN_TESTS.EXTRAS):
+        bounds = tool.oldest(extras).split()
+        project = tomllib.loads(text)["project"]
+        wanted = [*project["dependencies"]]
+        for extra in extras:
+            wanted += project["optional-dependencies"][extra]
+        assert bounds == [x.partition(",")[0].replace(">=", "==") for x in wanted]
+    with pytest.raises(tool.SetupError, match="no list nothing"):
+        tool.oldest(["nothing"])
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", "null"])
@@ -127,17 +185,70 @@ def test_compiled_extra_comes_last_without_isolation(
     monkeypatch.setattr(tool, "_pip", lambda python, log, arguments: asked.append(arguments))
     monkeypatch.setattr(tool, "_works", lambda python: next(loads))
     tool.venv_dir().mkdir()
-    tool._pip_install(Path("python"), ["dev", "openmmlab", "train"])
+    pins = ["-c", "constraints.txt"]
+    tool._pip_install(Path("python"), ["dev", "openmmlab", "train"], tool.PINNED)
     plain, tools, compiled, again = asked
-    assert plain == ["-e", ".[dev,train]"]
+    assert plain == [*pins, "-e", ".[dev,train]"]
     assert {"ninja", "psutil", "setuptools", "wheel"} <= set(tools)
-    assert compiled == ["--no-build-isolation", "-e", ".[dev,openmmlab,train]"]
+    assert compiled == [*pins, "--no-build-isolation", "-e", ".[dev,openmmlab,train]"]
     assert {"--no-build-isolation", "--no-cache-dir", "--force-reinstall"} <= set(again)
 
     monkeypatch.setattr(tool, "_works", lambda python: False)
     with pytest.raises(tool.SetupError, match="cannot be loaded"):
-        tool._pip_install(Path("python"), ["openmmlab"])
+        tool._pip_install(Path("python"), ["openmmlab"], tool.PINNED)
 
     asked.clear()
-    tool._pip_install(Path("python"), ["train"])
-    assert asked == [["-e", ".[train]"]]
+    tool._pip_install(Path("python"), ["train"], tool.PINNED)
+    assert asked == [[*pins, "-e", ".[train]"]]
+
+
+def test_other_versions_do_without_what_cannot_be_compiled(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[list[str]] = []
+
+    def pip(python: Path, log: Path, arguments: list[str]) -> None:
+        asked.append(arguments)
+        if "--no-build-isolation" in arguments:
+            raise tool.SetupError("no compiler")
+
+    monkeypatch.setattr(tool, "_pip", pip)
+    (tool.ROOT / "pyproject.toml").write_text('dependencies = [\n  "a>=1.0,<2",\n]\n')
+    bounds = tool.venv_dir(tool.OLDEST) / "oldest.txt"
+    for versions, chosen in (
+        (tool.NEWEST, ["--upgrade", "--upgrade-strategy", "eager"]),
+        (tool.OLDEST, ["-c", str(bounds)]),
+    ):
+        tool.venv_dir(versions).mkdir()
+        monkeypatch.setattr(tool, "COMPILED", "dependencies")  # the one list of this pyproject.toml
+        tool._pip_install(Path("python"), ["dependencies"], versions)
+        assert "its tests will skip: no compiler" in capsys.readouterr().out
+        assert all(arguments[: len(chosen)] == chosen for arguments in asked)
+        asked.clear()
+    assert bounds.read_text() == "a==1.0\n" * 2
+    with pytest.raises(tool.SetupError, match="no compiler"):
+        tool.venv_dir().mkdir()
+        tool._pip_install(Path("python"), ["dependencies"], tool.PINNED)
+
+
+@pytest.mark.parametrize(
+    ("flags", "versions", "handed_on"),
+    [
+        (["--quick", "-x"], "pinned", ["--quick", "-x"]),
+        (["--newest", "--nightly"], "newest", ["--nightly"]),
+        (["tests/ops", "--oldest"], "oldest", ["tests/ops"]),
+    ],
+)
+def test_flags_of_the_test_command(
+    flags: list[str], versions: str, handed_on: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, ran = [], []
+    venv = RUN_TESTS._venv
+    monkeypatch.setattr(venv, "ensure", lambda extras, kind: made.append(kind) or kind)
+    monkeypatch.setattr(venv, "run", lambda command: ran.append(command) or 3)
+    monkeypatch.setattr(RUN_TESTS.os, "environ", dict(os.environ))
+    monkeypatch.setattr(RUN_TESTS, "WORKERS", "0")
+    assert RUN_TESTS.main(flags) == 3
+    assert made == [versions] and ran == [[versions, "-m", "pytest", *handed_on]]
+    with pytest.raises(venv.SetupError, match="choose one"):
+        RUN_TESTS.main(["--newest", "--oldest"])

@@ -28,6 +28,10 @@ if sys.version_info < OLDEST_PYTHON:
 
 ROOT = Path(__file__).resolve().parent.parent
 STAMP_NAME = "vitlinear-install.json"
+# Which versions an environment has: those of constraints.txt, or the highest or the lowest that
+# pyproject.toml allows.
+PINNED, NEWEST, OLDEST = "pinned", "newest", "oldest"
+DAY = 86400  # seconds after which the newest versions are asked for again
 # What pip says, in order of preference, when the cause is one the reader can do something about.
 _CAUSES = (
     (r"No space left on device", "the disk is full; torch and its CUDA libraries take about 6 GB"),
@@ -71,15 +75,20 @@ class SetupError(Exception):
         self.status = status
 
 
-def venv_dir() -> Path:
-    """Where the environment lives: ``.venv`` here, or ``$VITLINEAR_VENV``."""
-    return Path(os.environ.get("VITLINEAR_VENV") or ROOT / ".venv").absolute()
+def venv_dir(versions: str = PINNED) -> Path:
+    """Where an environment lives: ``.venv`` here, or ``$VITLINEAR_VENV``; others stand beside it.
+
+    Their names have the choice of versions as a suffix: ``.venv-newest``.
+    """
+    folder = Path(os.environ.get("VITLINEAR_VENV") or ROOT / ".venv").absolute()
+    return folder if versions == PINNED else folder.with_name(f"{folder.name}-{versions}")
 
 
-def program(name: str) -> Path:
-    """The path of a program inside the environment, such as ``python`` or ``vitlinear``."""
+def program(name: str, versions: str = PINNED) -> Path:
+    """The path of a program inside an environment, such as ``python`` or ``vitlinear``."""
     windows = os.name == "nt"
-    return venv_dir() / ("Scripts" if windows else "bin") / (name + (".exe" if windows else ""))
+    folder = venv_dir(versions) / ("Scripts" if windows else "bin")
+    return folder / (name + (".exe" if windows else ""))
 
 
 def say(message: str) -> None:
@@ -87,15 +96,17 @@ def say(message: str) -> None:
     print("==> " + message, flush=True)
 
 
-def ensure(extras: list[str]) -> Path:
-    """Makes sure the environment has vitlinear, editable, with these extras at the pinned versions.
+def ensure(extras: list[str], versions: str = PINNED) -> Path:
+    """Makes sure an environment has vitlinear, editable, with these extras.
 
     A stamp file, written only after an install that succeeded, records what the environment was
     made from. While it matches, nothing is installed. An environment made for other extras is
-    extended, never narrowed, so that the two commands can share one.
+    extended, never narrowed, so that the two commands can share one. The newest versions are asked
+    for again after a day.
 
     Args:
         extras: names from ``[project.optional-dependencies]``.
+        versions: ``PINNED``, ``NEWEST`` or ``OLDEST``.
 
     Returns:
         The environment's Python.
@@ -103,25 +114,27 @@ def ensure(extras: list[str]) -> Path:
     Raises:
         SetupError: Python lacks venv, there is no network or disk space, or pip failed.
     """
-    python, stamp = program("python"), venv_dir() / STAMP_NAME
+    python, stamp = program("python", versions), venv_dir(versions) / STAMP_NAME
     usable = python.exists() and _runs(python)
     recorded = _read_stamp(stamp) if usable else {}
-    made_from = _fingerprint()
+    made_from = _fingerprint(versions)
     same = recorded.get("made_from") == made_from
+    if versions == NEWEST:
+        same = same and time.time() - stamp.stat().st_mtime < DAY
     if same and set(extras) <= set(recorded["extras"]):
         return python
 
     wanted = sorted(set(extras) | set(recorded.get("extras", ())))
     started = time.monotonic()
     if not usable:
-        _create()
+        _create(venv_dir(versions))
     stamp.unlink(missing_ok=True)
-    say(f"installing vitlinear[{','.join(wanted)}] with the versions of constraints.txt")
+    say(f"installing vitlinear[{','.join(wanted)}] with the {versions} versions")
     if not recorded:
         say("the first time, torch is downloaded: about 3 GB, a few minutes")
-    _pip_install(python, wanted)
+    _pip_install(python, wanted, versions)
     stamp.write_text(json.dumps({"made_from": made_from, "extras": wanted}) + "\n")
-    say(f"environment ready after {time.monotonic() - started:.0f} s: {venv_dir()}")
+    say(f"environment ready after {time.monotonic() - started:.0f} s: {venv_dir(versions)}")
     return python
 
 
@@ -155,9 +168,27 @@ def script(main: Callable[[list[str]], int]) -> NoReturn:
         sys.exit(130)
 
 
-def _fingerprint() -> str:
-    digest = hashlib.sha256()
-    for name in ("pyproject.toml", "constraints.txt"):
+def oldest(extras: list[str]) -> str:
+    """A file of constraints: the lower bound of each requirement in pyproject.toml.
+
+    Args:
+        extras: which of ``[project.optional-dependencies]`` count beside the dependencies.
+    """
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    lines = []
+    for name in ("dependencies", *extras):
+        found = re.search(rf"^{name} = \[(.*?)\](\s*#.*)?$", text, re.MULTILINE | re.DOTALL)
+        if found is None:
+            raise SetupError(f"pyproject.toml has no list {name}")
+        lines += [f"{x}=={bound}" for x, bound in re.findall(r'"([\w.-]+)>=([\w.]+)', found[1])]
+    return "\n".join(lines) + "\n"
+
+
+def _fingerprint(versions: str) -> str:
+    digest = hashlib.sha256(versions.encode())
+    for name in (
+        ("pyproject.toml", "constraints.txt") if versions == PINNED else ("pyproject.toml",)
+    ):
         digest.update((ROOT / name).read_bytes())
     digest.update(str(ROOT).encode())  # an editable install points at this folder
     return digest.hexdigest()
@@ -180,7 +211,7 @@ def _runs(python: Path) -> bool:
         return False
 
 
-def _create() -> None:
+def _create(folder: Path) -> None:
     if importlib.util.find_spec("ensurepip") is None:
         # Debian and Ubuntu split it off, and say so only after half an environment exists.
         raise SetupError(
@@ -188,33 +219,49 @@ def _create() -> None:
             "On Debian or Ubuntu: apt install python3-venv "
             f"(or python{sys.version_info[0]}.{sys.version_info[1]}-venv)"
         )
-    say(f"making {venv_dir()} with Python {sys.version.split()[0]}")
+    say(f"making {folder} with Python {sys.version.split()[0]}")
     try:
-        venv.EnvBuilder(clear=True, with_pip=True, symlinks=os.name != "nt").create(venv_dir())
+        venv.EnvBuilder(clear=True, with_pip=True, symlinks=os.name != "nt").create(folder)
     except subprocess.CalledProcessError as error:
         raise SetupError(
-            f"pip could not be put into {venv_dir()} (ensurepip exit status {error.returncode}). "
+            f"pip could not be put into {folder} (ensurepip exit status {error.returncode}). "
             "On Debian or Ubuntu: apt install python3-venv"
         ) from error
     except OSError as error:
-        raise SetupError(f"cannot make {venv_dir()}: {error.strerror}") from error
+        raise SetupError(f"cannot make {folder}: {error.strerror}") from error
 
 
-def _pip_install(python: Path, extras: list[str]) -> None:
-    log = venv_dir() / "install.log"
+def _pip_install(python: Path, extras: list[str], versions: str) -> None:
+    log = venv_dir(versions) / "install.log"
     log.unlink(missing_ok=True)
+    chosen = ["-c", "constraints.txt"]
+    if versions == NEWEST:
+        chosen = ["--upgrade", "--upgrade-strategy", "eager"]
+    elif versions == OLDEST:
+        bounds = venv_dir(versions) / "oldest.txt"
+        bounds.write_text(oldest(extras))
+        chosen = ["-c", str(bounds)]
     plain = [extra for extra in extras if extra != COMPILED]
-    _pip(python, log, ["-e", f".[{','.join(plain)}]"])
+    _pip(python, log, [*chosen, "-e", f".[{','.join(plain)}]"])
     if COMPILED not in extras:
         return
+    try:
+        _compile(python, log, extras, chosen)
+    except SetupError as error:
+        if versions == PINNED:
+            raise
+        say(f"without {COMPILED}, and its tests will skip: {error}")
+
+
+def _compile(python: Path, log: Path, extras: list[str], chosen: list[str]) -> None:
     say("mmcv's operators are compiled once, then pip has them: about 20 minutes on two cores")
-    _pip(python, log, BUILD_TOOLS)
-    _pip(python, log, ["--no-build-isolation", "-e", f".[{','.join(extras)}]"])
+    _pip(python, log, [*chosen, *BUILD_TOOLS])
+    _pip(python, log, [*chosen, "--no-build-isolation", "-e", f".[{','.join(extras)}]"])
     if not _works(python):
         # pip's cache tells wheels apart by the package's version, not by torch's.
         say("the mmcv at hand was compiled against another torch: compiling it again")
         again = ["--no-cache-dir", "--force-reinstall", "--no-deps", "onedl-mmcv"]
-        _pip(python, log, ["--no-build-isolation", *again])
+        _pip(python, log, [*chosen, "--no-build-isolation", *again])
         if not _works(python):
             raise SetupError(f"mmcv's operators cannot be loaded (log: {log})")
 
@@ -227,7 +274,7 @@ def _works(python: Path) -> bool:
 
 def _pip(python: Path, log: Path, arguments: list[str]) -> None:
     command = [str(python), "-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
-    command += ["--progress-bar", "off", "--retries", "3", "-c", "constraints.txt", *arguments]
+    command += ["--progress-bar", "off", "--retries", "3", *arguments]
     tail: deque[str] = deque(maxlen=200)
     with log.open("a") as copy:
         pip = subprocess.Popen(

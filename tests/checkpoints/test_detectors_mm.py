@@ -21,7 +21,7 @@ from vitlinear.dense.backbone import MultiScaleBackbone
 from vitlinear.errors import UserError
 from vitlinear_cli import main
 
-packages()
+pytestmark = packages()
 
 from mmdet.structures import DetDataSample  # noqa: E402
 from mmengine.config import Config  # noqa: E402

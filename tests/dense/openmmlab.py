@@ -10,13 +10,17 @@ from typing import Any
 import pytest
 
 
-def packages() -> None:
-    """Skip a test file where OpenMMLab's packages are not installed; in CI they have to be."""
+def packages() -> pytest.MarkDecorator:
+    """The mark of test files that need OpenMMLab's packages, which are skipped without them.
+
+    In continuous integration they have to be installed.
+    """
     if importlib.util.find_spec("mmcv") is None and not os.environ.get("CI"):
         pytest.skip(
             "OpenMMLab's packages are not installed (python3 tools/run_tests.py installs them)",
             allow_module_level=True,
         )
+    return pytest.mark.openmmlab
 
 
 def build(config: Any, scope: str) -> Any:

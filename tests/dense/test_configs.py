@@ -19,7 +19,7 @@ from tests import golden
 from tests.dense.openmmlab import packages
 from vitlinear.checkpoints.mappings import PYRAMID
 
-packages()
+pytestmark = packages()
 
 import mmdet  # noqa: E402  (the line above says what is missing)
 from mmengine.config import Config, ConfigDict  # noqa: E402

@@ -16,7 +16,7 @@ from tests.checkpoints.test_convert import released_weights
 from tests.dense.openmmlab import build, packages
 from vitlinear.errors import UserError
 
-packages()
+pytestmark = packages()
 
 ROOT = Path(__file__).parents[2]
 

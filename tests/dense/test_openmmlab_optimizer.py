@@ -10,7 +10,7 @@ from torch import nn
 from tests.dense.openmmlab import packages
 from vitlinear.errors import UserError
 
-packages()
+pytestmark = packages()
 
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS  # noqa: E402
 

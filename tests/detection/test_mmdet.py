@@ -17,7 +17,7 @@ from tests.dense.openmmlab import build, detector, packages
 from vitlinear.dense import coco
 from vitlinear_cli import main
 
-packages()
+pytestmark = packages()
 pytest.importorskip("skimage")
 
 ROOT = Path(__file__).parents[2]

@@ -6,7 +6,7 @@ from torchvision.ops import roi_align
 
 from tests.dense.openmmlab import packages
 
-packages()
+pytestmark = packages()
 
 from mmcv.ops import RoIAlign  # noqa: E402
 from mmdet.models.necks import FPN  # noqa: E402

@@ -11,7 +11,7 @@ import torch
 from tests.dense.openmmlab import packages
 from tests.dense.training import command, environment, metrics, run
 
-packages()
+pytestmark = packages()
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "detection"
 RETINANET = CONFIGS / "retinanet_test-ravlt_fpn_sample.py"

@@ -16,6 +16,7 @@ import pytest
 import vitlinear  # noqa: F401  (registers the models that are listed below)
 from tests.peer import suite as peer
 from tests.peer import timm_peer
+from tests.selection import PEER_RESULT
 
 pytestmark = pytest.mark.network
 
@@ -80,7 +81,7 @@ def test_timm_suite(
 ) -> None:
     run = peer.run_suite(suite, ",".join(models))
     for model in models:
-        record_property("peer_suite", summarise(run, model))
+        record_property(PEER_RESULT, summarise(run, model))
     print(run.output)
     for model in models:
         check(run, model, timm_peer.required_tests(model))

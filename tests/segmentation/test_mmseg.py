@@ -14,7 +14,7 @@ from tests.dense.openmmlab import build, packages, segmentor
 from vitlinear.dense import ade
 from vitlinear_cli import main
 
-packages()
+pytestmark = packages()
 pytest.importorskip("skimage")
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from tests.dense.openmmlab import packages
 from vitlinear_cli import main
 
-packages()
+pytestmark = packages()
 
 from mmengine.config import Config  # noqa: E402
 from mmengine.registry import MODELS, init_default_scope  # noqa: E402

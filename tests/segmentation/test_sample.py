@@ -10,7 +10,7 @@ from PIL import Image
 from tests.dense.openmmlab import packages
 from tests.dense.training import metrics, run
 
-packages()
+pytestmark = packages()
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "segmentation"
 

@@ -22,7 +22,7 @@ Command = Callable[..., Result]
 
 
 @pytest.fixture
-def vitlinear(capsys: pytest.CaptureFixture[str]) -> Command:
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
     """Runs ``vitlinear`` with the given arguments."""
 
     def run(*args: object) -> Result:

@@ -7,31 +7,31 @@ from pathlib import Path
 
 import pytest
 
-import vitlinear as package
+import vitlinear
 from tests.tools.conftest import Command
 from vitlinear_cli import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_help_lists_the_commands(vitlinear: Command) -> None:
+def test_help_lists_the_commands(command: Command) -> None:
     for flags in ([], ["--help"], ["-h"]):
-        result = vitlinear(*flags)
+        result = command(*flags)
         assert result.code == 0
         assert all(name in result.out for name in COMMANDS)
 
 
-def test_version(vitlinear: Command) -> None:
-    assert vitlinear("--version").out == f"vitlinear {package.__version__}\n"
+def test_version(command: Command) -> None:
+    assert command("--version").out == f"vitlinear {vitlinear.__version__}\n"
 
 
-def test_unknown_command_and_option(vitlinear: Command) -> None:
-    result = vitlinear("trian")
+def test_unknown_command_and_option(command: Command) -> None:
+    result = command("trian")
     assert result.code == 2 and result.out == ""
     assert result.err == (
         "error: unknown command 'trian' (did you mean train?); `vitlinear --help` lists them\n"
     )
-    assert "unknown option '--verson'" in vitlinear("--verson").err
+    assert "unknown option '--verson'" in command("--verson").err
 
 
 @pytest.mark.parametrize("name", ["train", "validate", "predict", "export"])
@@ -44,14 +44,14 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
     assert f"usage: vitlinear {name}" in capsys.readouterr().out
 
 
-def test_interrupting_is_quiet(vitlinear: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupting_is_quiet(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     from vitlinear.train import run
 
     def interrupted(argv: list[str], prog: str) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(run, "main", interrupted)
-    assert vitlinear("train") == (130, "", "interrupted\n")
+    assert command("train") == (130, "", "interrupted\n")
 
 
 @pytest.mark.parametrize(

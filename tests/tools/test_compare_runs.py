@@ -38,11 +38,11 @@ def write_run(
     return path
 
 
-def test_the_table(vitlinear: Command, tmp_path: Path) -> None:
+def test_the_table(command: Command, tmp_path: Path) -> None:
     first = write_run(tmp_path / "first", [50.0, 80.0, 70.5])
     second = write_run(tmp_path / "second", [40.0, 60.0], lr=0.2, model_kwargs={"depth": 3})
     table = tmp_path / "table.csv"
-    result = vitlinear("compare-runs", first, second, "--output", "", "--csv", table)
+    result = command("compare-runs", first, second, "--output", "", "--csv", table)
     assert result.code == 0, result.err
     with open(table, newline="") as file:
         rows = list(csv.DictReader(file))
@@ -63,12 +63,12 @@ def test_the_table(vitlinear: Command, tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_groups_have_mean_and_spread(vitlinear: Command, tmp_path: Path) -> None:
+def test_groups_have_mean_and_spread(command: Command, tmp_path: Path) -> None:
     runs = [
         write_run(tmp_path / f"{model}-{seed}", [value], seed=seed, model=model)
         for model, seed, value in (("a", 1, 50.0), ("a", 2, 54.0), ("b", 1, 70.0))
     ]
-    result = vitlinear("compare-runs", *runs, "--group-by", "model", "--output", "")
+    result = command("compare-runs", *runs, "--group-by", "model", "--output", "")
     assert result.code == 0, result.err
     lines = [line.split() for line in result.out.splitlines()]
     (of_a,) = (line for line in lines if line[:1] == ["model=a"])
@@ -97,13 +97,13 @@ def test_what_is_drawn(tmp_path: Path) -> None:
     assert (curve.x, curve.spread) == ([10.0, 20.0, 30.0], [0.0, 0.0, 0.0])
 
 
-def test_the_plot(vitlinear: Command, tmp_path: Path) -> None:
+def test_the_plot(command: Command, tmp_path: Path) -> None:
     runs = [write_run(tmp_path / str(seed), [50.0, 60.0 + seed], seed=seed) for seed in range(3)]
     for name, flags in (
         ("a.png", ()), ("b.png", ("--group-by", "model")), ("c.png", ("--x", "seconds")),
         ("d.png", ("--metric", "eval_top1")), ("e.svg", ("--x", "update")),
     ):  # fmt: skip
-        result = vitlinear("compare-runs", *runs, "--output", tmp_path / name, *flags)
+        result = command("compare-runs", *runs, "--output", tmp_path / name, *flags)
         assert result.code == 0 and f"curves: {tmp_path / name}" in result.out, result.err
     drawn = [(tmp_path / f"{name}.png").read_bytes() for name in "abcd"]
     assert len(set(drawn)) == 4
@@ -117,20 +117,20 @@ def test_labels_tell_runs_apart() -> None:
     assert compare.labels(paths) == ["a/run", "x/b/run", "other", "y/b/run"]
 
 
-def test_numbers_that_are_missing_are_left_out(vitlinear: Command, tmp_path: Path) -> None:
+def test_numbers_that_are_missing_are_left_out(command: Command, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", [50.0, 60.0], more={"eval_loss": None})
     lines = (run / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     rows[0]["eval_loss"], rows[1]["images_per_s"], rows[1]["eval_top1"] = 2.0, None, None
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    result = vitlinear(
+    result = command(
         "compare-runs", run, "--metric", "eval_loss", "eval_top1", "--output", tmp_path / "x.png"
     )
     assert result.code == 0, result.err
     assert result.out.splitlines()[1].split()[:8] == ["run", "2", "2", "2", "@1", "50", "50", "@1"]
 
 
-def test_mistakes(vitlinear: Command, tmp_path: Path) -> None:
+def test_mistakes(command: Command, tmp_path: Path) -> None:
     good = write_run(tmp_path / "good", [50.0], more={"ema_top1": 51.0})
     plain = write_run(tmp_path / "plain", [50.0], every=3)
     started = write_run(tmp_path / "started", [])
@@ -157,18 +157,18 @@ def test_mistakes(vitlinear: Command, tmp_path: Path) -> None:
         ([], "required: RUN"),
     ):  # fmt: skip
         output = [] if "--output" in flags else ["--output", tmp_path / "x.png"]
-        result = vitlinear("compare-runs", *flags, *output)
+        result = command("compare-runs", *flags, *output)
         assert result.code == 2 and result.out == "", (flags, result)
         assert message in result.err and result.err.count("\n") == 1, result.err
     assert not (tmp_path / "x.png").exists()
 
 
-def test_real_runs(vitlinear: Command, images: Path, tmp_path: Path) -> None:
+def test_real_runs(command: Command, images: Path, tmp_path: Path) -> None:
     runs = [tmp_path / "adamw", tmp_path / "sgd"]
     train(images, runs[0], "--log-interval", 1)
     train(images, runs[1], "--log-interval", 1, "--opt", "sgd")
     for x in ("epoch", "update", "seconds"):
         png = tmp_path / f"{x}.png"
-        result = vitlinear("compare-runs", *runs, "--x", x, "--output", png)
+        result = command("compare-runs", *runs, "--x", x, "--output", png)
         assert result.code == 0 and png.read_bytes().startswith(b"\x89PNG"), result.err
     assert "opt" in result.out and "-  " not in result.out.split("flags that differ")[0]

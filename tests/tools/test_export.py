@@ -22,10 +22,10 @@ MODEL = "test_linear_deit"  # the quickest to trace
 
 
 @pytest.fixture
-def weights(vitlinear, tmp_path_factory):
+def weights(command, tmp_path_factory):
     """A checkpoint of seven classes, and its model."""
     path = tmp_path_factory.mktemp("weights") / "weights.safetensors"
-    result = vitlinear("export", MODEL, path, "--num-classes", 7)
+    result = command("export", MODEL, path, "--num-classes", 7)
     assert (result.code, result.err) == (0, "")
     model = timm.create_model(MODEL, checkpoint_path=path, num_classes=7).eval()
     return path, model
@@ -35,9 +35,9 @@ def close(logits, expected, tolerance):
     return float((logits.float() - expected).norm() / expected.norm()) <= tolerance
 
 
-def test_safetensors(vitlinear, tmp_path):
+def test_safetensors(command, tmp_path):
     path = tmp_path / "model.safetensors"
-    result = vitlinear("export", "test_ravlt", path, "--num-classes", 5, "--in-chans", 1)
+    result = command("export", "test_ravlt", path, "--num-classes", 5, "--in-chans", 1)
     assert (result.code, result.err) == (0, "")
     assert "weights       random (give --checkpoint" in result.out
     assert result.out.count("verified      ") == 3 and f"wrote         {path}" in result.out
@@ -47,7 +47,7 @@ def test_safetensors(vitlinear, tmp_path):
     assert metadata["made_by"].startswith("vitlinear ") and len(json.loads(metadata["mean"])) == 1
     model = timm.create_model("test_ravlt", checkpoint_path=path, num_classes=5, in_chans=1)
     again = tmp_path / "again.safetensors"
-    assert vitlinear("export", "test_ravlt", again, "--checkpoint", path).code == 0
+    assert command("export", "test_ravlt", again, "--checkpoint", path).code == 0
     with safe_open(again, "pt") as file:
         for key, value in model.state_dict().items():
             assert torch.equal(file.get_tensor(key), value)
@@ -56,10 +56,10 @@ def test_safetensors(vitlinear, tmp_path):
     assert [file.name for file in sorted(tmp_path.iterdir())] == [again.name, path.name]
 
 
-def test_torch_export(vitlinear, weights, tmp_path):
+def test_torch_export(command, weights, tmp_path):
     checkpoint, model = weights
     path = tmp_path / "model.pt2"
-    result = vitlinear(
+    result = command(
         "export", MODEL, path, "--checkpoint", checkpoint, "--fuse",
         "--batch", "1:8", "--height", "48:256", "--width", "64:250",
     )  # fmt: skip
@@ -82,11 +82,11 @@ def test_torch_export(vitlinear, weights, tmp_path):
         program(torch.randn(1, 3, 300, 64))
 
 
-def test_onnx(vitlinear, weights, tmp_path):
+def test_onnx(command, weights, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     checkpoint, model = weights
     path = tmp_path / "model.onnx"
-    result = vitlinear("export", MODEL, path, "--checkpoint", checkpoint)
+    result = command("export", MODEL, path, "--checkpoint", checkpoint)
     assert (result.code, result.err) == (0, "")
     assert b".py" not in path.read_bytes()  # no calls of the exporter, nor folders of this machine
     session = onnxruntime.InferenceSession(path)
@@ -125,11 +125,11 @@ ONE_SIZE = ["--height", 64, "--width", 96]
         ("test_ravlt", SHALLOW),
     ],
 )
-def test_onnx_in_half_precision(name, flags, vitlinear, tmp_path):
+def test_onnx_in_half_precision(name, flags, command, tmp_path):
     """Each family, in onnxruntime against the model in float32 at three sizes."""
     onnxruntime = pytest.importorskip("onnxruntime")
     path = tmp_path / "model.onnx"
-    result = vitlinear("export", name, path, "--dtype", "float16", "--fuse", *flags)
+    result = command("export", name, path, "--dtype", "float16", "--fuse", *flags)
     assert (result.code, result.err) == (0, "")
     assert result.out.count("\nverified      ") == 3
     (images,) = onnxruntime.InferenceSession(path).get_inputs()
@@ -138,7 +138,7 @@ def test_onnx_in_half_precision(name, flags, vitlinear, tmp_path):
 
 
 @pytest.mark.parametrize("earlier", [False, True])
-def test_what_computes_something_else_is_not_kept(earlier, vitlinear, tmp_path, monkeypatch):
+def test_what_computes_something_else_is_not_kept(earlier, command, tmp_path, monkeypatch):
     """A writer that loses a bias, as an exporter's defect would."""
     kind = write.FORMATS["safetensors"]
 
@@ -151,14 +151,14 @@ def test_what_computes_something_else_is_not_kept(earlier, vitlinear, tmp_path, 
     path = tmp_path / "model.safetensors"
     if earlier:
         path.write_text("earlier")
-    result = vitlinear("export", MODEL, path, "--overwrite")
+    result = command("export", MODEL, path, "--overwrite")
     assert result.code == 2 and result.err.count("\n") == 1 and result.out == ""
     assert "was not written: at 1x3x33x33 it differs from the model by " in result.err
     assert [file.name for file in tmp_path.iterdir()] == [path.name] * earlier
     assert not earlier or path.read_text() == "earlier"
 
 
-def test_terminated(vitlinear, tmp_path, monkeypatch):
+def test_terminated(command, tmp_path, monkeypatch):
     """SIGTERM while a file is being written leaves nothing of it, and later means what it did."""
     kind = write.FORMATS["safetensors"]
 
@@ -169,7 +169,7 @@ def test_terminated(vitlinear, tmp_path, monkeypatch):
     monkeypatch.setitem(write.FORMATS, "safetensors", dataclasses.replace(kind, write=interrupted))
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as ended:
-        vitlinear("export", MODEL, tmp_path / "model.safetensors")
+        command("export", MODEL, tmp_path / "model.safetensors")
     assert ended.value.code == 128 + signal.SIGTERM
     assert list(tmp_path.iterdir()) == [] and signal.getsignal(signal.SIGTERM) == before
 
@@ -233,27 +233,25 @@ def test_other_sides_than_by_default():
         ([MODEL, "there.pt2"], "exists: give another name, or --overwrite"),
     ],
 )
-def test_mistakes(flags, message, vitlinear, tmp_path, monkeypatch):
+def test_mistakes(flags, message, command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("there.pt2").write_text("earlier")
-    result = vitlinear("export", *flags)
+    result = command("export", *flags)
     assert result.code == 2 and message in result.err and result.err.count("\n") == 1
     assert [file.name for file in tmp_path.iterdir()] == ["there.pt2"]
 
 
-def test_missing_packages(vitlinear, tmp_path, monkeypatch):
+def test_missing_packages(command, tmp_path, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *a: None if name == "onnx" else found(name, *a)
     )
-    result = vitlinear("export", MODEL, tmp_path / "o.onnx")
+    result = command("export", MODEL, tmp_path / "o.onnx")
     assert result.code == 2
     assert result.err == "error: --format onnx needs onnx: pip install 'vitlinear[export]'\n"
 
 
-def test_program_that_needs_this_package(vitlinear, tmp_path):
-    result = vitlinear(
-        "export", MODEL, tmp_path / "o.pt2", "--model-kwargs", "attn_backend=library"
-    )
+def test_program_that_needs_this_package(command, tmp_path):
+    result = command("export", MODEL, tmp_path / "o.pt2", "--model-kwargs", "attn_backend=library")
     assert result.code == 2 and "the program would need vitlinear to run" in result.err
     assert list(tmp_path.iterdir()) == []

@@ -125,12 +125,12 @@ def test_products(graph, quantised):
     assert [node.name for node in quantise.products(graph)] == ["product"] * quantised
 
 
-def test_runs_in_integers(written, images, vitlinear, tmp_path):
+def test_runs_in_integers(written, images, command, tmp_path):
     """Also at fixed sizes, where onnxruntime joins products and biases that it can."""
     fixed, folder = tmp_path / "fixed.onnx", written[1].parent
     flags = [MODEL, fixed, "--checkpoint", folder / "weights.safetensors", *CALIBRATE, images]
     sizes = ["--batch", 1, "--height", 64, "--width", 96]
-    assert vitlinear("export", *flags, "--calibration-images", 12, *sizes).code == 0
+    assert command("export", *flags, "--calibration-images", 12, *sizes).code == 0
     for path in (written[1], fixed):
         options = onnxruntime.SessionOptions()
         options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
@@ -179,9 +179,9 @@ def folders(tmp_path, monkeypatch, images):
         (["o.onnx", "--dtype", "float16", "--dataset", "digits"], "--dataset is for --dtype int8"),
     ],
 )
-def test_mistakes(flags, message, vitlinear, folders):
+def test_mistakes(flags, message, command, folders):
     before = sorted(folders.iterdir())
-    result = vitlinear("export", MODEL, *flags)
+    result = command("export", MODEL, *flags)
     assert result.code == 2 and message in result.err and result.err.count("\n") == 1
     assert sorted(folders.iterdir()) == before
 

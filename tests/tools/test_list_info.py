@@ -15,8 +15,8 @@ def names(out: str) -> list[str]:
     return [line.split()[0] for line in out.splitlines()[1:] if not line.startswith("*")]
 
 
-def test_list(vitlinear):
-    result = vitlinear("list")
+def test_list(command):
+    result = command("list")
     assert (result.code, result.err) == (0, "")
     assert names(result.out) == our_models(tests=False)
     line = next(line for line in result.out.splitlines() if line.startswith("ravlt_t "))
@@ -24,22 +24,22 @@ def test_list(vitlinear):
     assert line.endswith("RALA, RALA, softmax, softmax")
 
 
-def test_list_all(vitlinear):
-    assert names(vitlinear("list", "--all").out) == our_models()
+def test_list_all(command):
+    assert names(command("list", "--all").out) == our_models()
 
 
-def test_list_family(vitlinear):
-    result = vitlinear("list", "--family", "rala", "--json")
+def test_list_family(command):
+    result = command("list", "--family", "rala", "--json")
     models = json.loads(result.out)
     assert {model["family"] for model in models} == {"rala"}
     assert [m["model"] for m in models] == [n for n in our_models(False) if n.startswith("ravlt")]
-    result = vitlinear("list", "--family", "rla")
+    result = command("list", "--family", "rla")
     assert result.code == 2 and "did you mean rala?" in result.err
 
 
 @pytest.mark.parametrize("name", ["ravlt_t", "ravlt_s_linear", "test_ravlt", "ravlt_b.in1k"])
-def test_info(vitlinear, name):
-    result = vitlinear("info", name)
+def test_info(command, name):
+    result = command("info", name)
     assert (result.code, result.err) == (0, "")
     base = name.partition(".")[0]
     assert f"{counts()[base]['params']:,}" in result.out
@@ -47,8 +47,8 @@ def test_info(vitlinear, name):
     assert ("none published" in result.out) == (base not in ("ravlt_t", "ravlt_b"))
 
 
-def test_info_as_json(vitlinear):
-    facts = json.loads(vitlinear("info", "ravlt_b", "--json").out)
+def test_info_as_json(command):
+    facts = json.loads(command("info", "ravlt_b", "--json").out)
     model = timm.create_model("ravlt_b", device="meta")
     assert facts["parameters"] == sum(p.numel() for p in model.parameters())
     assert facts["published"]["imagenet_1k_top1"] == {"in1k": 85.5}
@@ -66,14 +66,14 @@ def test_info_as_json(vitlinear):
         ("", "is unknown"),
     ],
 )
-def test_info_of_others(vitlinear, name, message):
-    result = vitlinear("info", name)
+def test_info_of_others(command, name, message):
+    result = command("info", name)
     assert result.code == 2 and message in result.err and result.err.count("\n") == 1
 
 
-def test_info_says_what_was_not_checked(vitlinear):
-    assert "Not checked against the paper" in vitlinear("info", "mavit_t").out
-    assert "secondary source only" in vitlinear("list", "--family", "mala").out
+def test_info_says_what_was_not_checked(command):
+    assert "Not checked against the paper" in command("info", "mavit_t").out
+    assert "secondary source only" in command("list", "--family", "mala").out
 
 
 def test_a_card_for_each_family():
@@ -82,23 +82,23 @@ def test_a_card_for_each_family():
     }  # fmt: skip
 
 
-def test_info_of_a_tag(vitlinear):
-    facts = json.loads(vitlinear("info", "l2vit_base.in22k", "--json").out)
+def test_info_of_a_tag(command):
+    facts = json.loads(command("info", "l2vit_base.in22k", "--json").out)
     assert facts["model"] == "l2vit_base.in22k" and facts["classes"] == 21841
     assert [row["name"] for row in facts["weights"]] == ["l2vit_base.in22k"]
     assert facts["published"]["imagenet_1k_top1"] == {}
-    result = vitlinear("info", "l2vit_base.foo")
+    result = command("info", "l2vit_base.foo")
     assert result.code == 2 and "has no tag 'foo'" in result.err and "in22k_ft_in1k" in result.err
 
 
 @pytest.mark.parametrize("name", ["RAVLT_T", "Ravlt_T"])
-def test_info_suggests_for_released_names(vitlinear, name):
-    result = vitlinear("info", name)
+def test_info_suggests_for_released_names(command, name):
+    result = command("info", name)
     assert result.code == 2 and "did you mean ravlt_t?" in result.err
 
 
 @pytest.mark.parametrize("words", [["list", "ravlt*"], ["list", "a", "b"], ["info", "a", "b"]])
-def test_too_many_arguments(vitlinear, words):
-    result = vitlinear(*words)
+def test_too_many_arguments(command, words):
+    result = command(*words)
     assert result.code == 2 and "more arguments than this command takes" in result.err
     assert repr(words[-1]) in result.err and "option " not in result.err

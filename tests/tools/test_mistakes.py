@@ -13,12 +13,12 @@ from tests.train.helpers import TINY_FLAGS, image_folder, tiny_flags
 
 
 @pytest.fixture
-def refused(vitlinear: Command, tmp_path: Path) -> Iterator[Any]:
+def refused(command: Command, tmp_path: Path) -> Iterator[Any]:
     """Runs a command that must fail with a message holding the given parts."""
 
     def run(*args: object, says: tuple[str, ...]) -> None:
         before = sorted(tmp_path.rglob("*"))
-        code, out, err = vitlinear(*args)
+        code, out, err = command(*args)
         assert code == 2, (out, err)
         assert err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1
         assert "Traceback" not in err

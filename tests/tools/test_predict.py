@@ -15,11 +15,11 @@ from vitlinear.data.dataset import export_sample
 
 
 def test_files_and_folders(
-    vitlinear: Command, images: Path, checkpoint: Path, tmp_path: Path
+    command: Command, images: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
     one = images / "val" / "cat" / "2.png"
     flags = ("--checkpoint", checkpoint, "--json", "-b", 4)
-    result = vitlinear("predict", one, images / "val", *flags, "--topk", 9)
+    result = command("predict", one, images / "val", *flags, "--topk", 9)
     assert result.code == 0, result.err
     results = json.loads(result.out)
     assert [item["file"] for item in results[:2]] == [str(one), str(images / "val/ant/0.png")]
@@ -33,90 +33,88 @@ def test_files_and_folders(
         right += Path(item["file"]).parent.name == guesses[0]["class"]
     assert right >= 8  # a third would be chance
     # in batches or alone, the same answer
-    alone = vitlinear("predict", one, "--checkpoint", checkpoint)
+    alone = command("predict", one, "--checkpoint", checkpoint)
     first = results[0]["predictions"][0]
     assert alone.out.startswith(f"{one}: {first['class']} {100 * first['probability']:.1f} %")
 
 
 def test_unreadable_images_are_left_out_when_asked(
-    vitlinear: Command, images: Path, checkpoint: Path, tmp_path: Path
+    command: Command, images: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
     good, empty = images / "val" / "cat" / "2.png", tmp_path / "empty.png"
     empty.touch()
     flags = ("--checkpoint", checkpoint, "-b", 1)
-    result = vitlinear("predict", empty, good, *flags)
+    result = command("predict", empty, good, *flags)
     assert result.code != 0 and result.out == ""
     assert f"cannot read image {empty}: the file is empty; replace or remove it" in result.err
     flags += ("--bad-images", "skip")
     for batch in (1, 8):
-        result = vitlinear("predict", empty, good, good, *flags, "-b", batch)
+        result = command("predict", empty, good, good, *flags, "-b", batch)
         assert result.code == 0, result.err
         first, *others = result.out.splitlines()
         assert first == f"left out: {empty}: the file is empty"
         assert len(others) == 2 and all(line.startswith(f"{good}: ") for line in others)
-    left, read = json.loads(vitlinear("predict", empty, good, *flags, "--json").out)
+    left, read = json.loads(command("predict", empty, good, *flags, "--json").out)
     assert left == {"file": str(empty), "unreadable": "the file is empty"}
     assert read["file"] == str(good) and len(read["predictions"]) == len(CLASSES)
-    result = vitlinear("predict", empty, *flags)
+    result = command("predict", empty, *flags)
     assert result.code != 0 and f"none of 1 images could be read; {empty}: " in result.err
 
 
 def test_results_go_to_a_file_when_asked(
-    vitlinear: Command, images: Path, checkpoint: Path, tmp_path: Path
+    command: Command, images: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / "results.json"
     flags = ("--checkpoint", checkpoint, "--results-file", file, "--topk", 1)
-    result = vitlinear("predict", images / "val", *flags)
+    result = command("predict", images / "val", *flags)
     assert result.out == ""
     assert [len(item["predictions"]) for item in json.loads(file.read_text())] == [1] * 9
 
 
-def test_a_grey_model_takes_colour_images(vitlinear: Command, images: Path, tmp_path: Path) -> None:
+def test_a_grey_model_takes_colour_images(command: Command, images: Path, tmp_path: Path) -> None:
     train(images, tmp_path / "run", "--in-chans", 1, "--epochs", 1, "--mean", 0.5, "--std", 0.5)
     flags = ("--checkpoint", tmp_path / "run" / "last.safetensors")
     colour, grey = tmp_path / "colour.png", tmp_path / "grey.png"
     with Image.open(images / "val" / "ant" / "0.png") as image:
         image.save(colour)
         image.convert("L").save(grey)
-    first, second = vitlinear("predict", colour, grey, *flags).out.splitlines()
+    first, second = command("predict", colour, grey, *flags).out.splitlines()
     assert first.split(": ")[1] == second.split(": ")[1]
 
 
-def test_an_exported_digit(vitlinear: Command, tmp_path: Path) -> None:
+def test_an_exported_digit(command: Command, tmp_path: Path) -> None:
     """The path of the quickstart: train on digits, export one, classify it."""
     from tests.train.helpers import TINY_FLAGS
 
     flags = ["--dataset", "digits", "--output", tmp_path / "run", *TINY_FLAGS, "--no-plot"]
     flags += ["--in-chans", 1, "--mean", 0.5, "--std", 0.5, "-j", 0, "--epochs", 1]
-    result = vitlinear("train", *flags)
+    result = command("train", *flags)
     assert result.code == 0, result.err
     label = export_sample("digits", 0, tmp_path / "digit.png")
     checkpoint = tmp_path / "run" / "best.safetensors"
-    result = vitlinear("predict", "--checkpoint", checkpoint, tmp_path / "digit.png", "--topk", 10)
+    result = command("predict", "--checkpoint", checkpoint, tmp_path / "digit.png", "--topk", 10)
     assert result.code == 0, result.err
     names = [part.split()[0] for part in result.out.split(": ", 1)[1].split(", ")]
     assert sorted(names) == [str(digit) for digit in range(10)] and label in names
     # the checkpoint knows its data set
-    result = vitlinear("validate", "--checkpoint", checkpoint, "-j", 0)
+    result = command("validate", "--checkpoint", checkpoint, "-j", 0)
     assert result.code == 0 and "on 359 images" in result.out
 
 
-def test_weights_of_timm_get_imagenet_names(
-    vitlinear: Command, images: Path, tmp_path: Path
-) -> None:
+def test_weights_of_timm_get_imagenet_names(command: Command, images: Path, tmp_path: Path) -> None:
     torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "net.pth")
     flags = ("--model", "test_resnet", "--checkpoint", tmp_path / "net.pth", "--topk", 1)
-    result = vitlinear("predict", images / "val" / "ant" / "0.png", *flags, "--json")
+    result = command("predict", images / "val" / "ant" / "0.png", *flags, "--json")
     assert result.code == 0, result.err
     guess = json.loads(result.out)[0]["predictions"][0]
     assert not guess["class"].isdigit() and 0 <= guess["index"] < 1000
 
 
-def test_a_checkpoint_of_the_authors(vitlinear: Command, images: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_the_authors(command: Command, images: Path, tmp_path: Path) -> None:
     """The released file as it is: other names, a training checkpoint around the weights."""
     released = upstream_state_dict(variants("rala")["RAVLT_T"]["state_dict"])
     torch.save({"model": released, "epoch": 299}, tmp_path / "RAVLT_T.pth")
     flags = ("--checkpoint", tmp_path / "RAVLT_T.pth", "--model", "ravlt_t", "--img-size", 32)
-    result = vitlinear("predict", *flags, "--topk", 2, "--json", images)
+    result = command("predict", *flags, "--topk", 2, "--json", images)
     assert result.code == 0, result.err
     assert all(len(row["predictions"]) == 2 for row in json.loads(result.out))

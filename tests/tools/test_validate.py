@@ -13,11 +13,11 @@ from vitlinear.checkpoints.card import read_card
 
 
 def test_a_checkpoint_alone_repeats_the_metric_of_training(
-    vitlinear: Command, images: Path, checkpoint: Path, tmp_path: Path
+    command: Command, images: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / "results.json"
     flags = ("--checkpoint", checkpoint, "--data-dir", images, "-j", 0, "--results-file", file)
-    result = vitlinear("validate", *flags, "--per-class", "-b", 4)
+    result = command("validate", *flags, "--per-class", "-b", 4)
     assert result.code == 0 and result.err == ""
     report, card = json.loads(file.read_text()), read_card(checkpoint)
     assert card is not None
@@ -31,25 +31,23 @@ def test_a_checkpoint_alone_repeats_the_metric_of_training(
     assert [line.split()[0] for line in table[1:]] == list(CLASSES)
 
 
-def test_a_timm_model_without_checkpoint(vitlinear: Command, images: Path) -> None:
+def test_a_timm_model_without_checkpoint(command: Command, images: Path) -> None:
     flags = ("--model", "test_vit2", "--num-classes", 3, "--img-size", 64, "-j", 0)
-    result = vitlinear("validate", *flags, "--data-dir", images)
+    result = command("validate", *flags, "--data-dir", images)
     assert result.code == 0, result.err
     assert "on 9 images" in result.out
 
 
-def test_a_checkpoint_of_timm(vitlinear: Command, images: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_timm(command: Command, images: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = timm.create_model("test_resnet", num_classes=3)
     torch.save({"state_dict": net.state_dict()}, tmp_path / "net.pth")
     flags = ("--model", "test_resnet", "--num-classes", 3, "-j", 0, "--data-dir", images)
-    result = vitlinear("validate", "--checkpoint", tmp_path / "net.pth", *flags)
+    result = command("validate", "--checkpoint", tmp_path / "net.pth", *flags)
     assert result.code == 0, result.err
 
 
-def test_another_input_size_and_precision(
-    vitlinear: Command, images: Path, checkpoint: Path
-) -> None:
+def test_another_input_size_and_precision(command: Command, images: Path, checkpoint: Path) -> None:
     flags = ("--checkpoint", checkpoint, "--data-dir", images, "-j", 0, "--img-size", 48)
-    result = vitlinear("validate", *flags, "--amp", "--amp-dtype", "bfloat16", "--channels-last")
+    result = command("validate", *flags, "--amp", "--amp-dtype", "bfloat16", "--channels-last")
     assert result.code == 0, result.err

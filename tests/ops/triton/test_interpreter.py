@@ -21,9 +21,10 @@ FILES = sorted(path.name for path in (HERE / "interpreted").glob("test_*.py"))
 
 @pytest.mark.parametrize("file", FILES)
 def test_interpreted(file, pytestconfig):
-    """With the outer run's ``-m``, so that ``-m "not slow"`` leaves out the slow ones inside."""
+    """With the outer run's choice, so that ``-m "not slow"`` leaves out the slow ones inside."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     command += ["-m", pytestconfig.getoption("markexpr"), str(HERE / "interpreted" / file)]
+    command += [flag for flag in ("--quick", "--nightly") if pytestconfig.getoption(flag)]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     # What pytest-xdist tells its own processes.
     environment = {k: v for k, v in environment.items() if not k.startswith("PYTEST_")}

@@ -1,0 +1,59 @@
+"""Parametrisation by products, of which most tests run every pair of values only."""
+
+from collections.abc import Iterable, Mapping
+from itertools import combinations, product
+from typing import Any
+
+import pytest
+
+
+def cover(sizes: Iterable[int]) -> set[tuple[int, ...]]:
+    """Rows of indices in which every two values of different axes occur together.
+
+    Greedy: each row is the one that holds the most pairs not seen yet, the first of equals. So
+    the rows are the same at each run.
+    """
+    numbers: dict[tuple[int, int, int, int], int] = {}
+    pairs = {
+        row: sum(
+            1 << numbers.setdefault((i, row[i], j, row[j]), len(numbers))
+            for i, j in combinations(range(len(row)), 2)
+        )
+        for row in product(*map(range, sizes))
+    }
+    missing, chosen = (1 << len(numbers)) - 1, set()
+    while missing:
+        row = max(pairs, key=lambda row: (pairs[row] & missing).bit_count())
+        chosen.add(row)
+        missing &= ~pairs[row]
+    return chosen
+
+
+def label(axis: str, value: Any) -> str:
+    """A value's part of the test's name."""
+    if isinstance(value, bool):
+        return axis if value else f"no_{axis}"
+    if isinstance(value, tuple):
+        return "x".join(map(str, value)) or "none"
+    return str(value).removeprefix("torch.")
+
+
+def pairwise(**axes: Iterable[Any] | Mapping[str, Any]) -> pytest.MarkDecorator:
+    """Parametrises with a product: every pair of values as a rule, the rest in nightly runs.
+
+    Args:
+        axes: the values of each argument, or a mapping of names to them.
+    """
+    named = [
+        list(values.items())
+        if isinstance(values, Mapping)
+        else [(label(axis, value), value) for value in values]
+        for axis, values in axes.items()
+    ]
+    chosen = cover(map(len, named))
+    cases = []
+    for row in product(*(range(len(values)) for values in named)):
+        ids, values = zip(*(named[axis][i] for axis, i in enumerate(row)), strict=True)
+        marks = () if row in chosen else pytest.mark.nightly
+        cases.append(pytest.param(*values, id="-".join(ids), marks=marks))
+    return pytest.mark.parametrize(list(axes), cases)
