@@ -190,7 +190,7 @@ def _origin(args: argparse.Namespace, model: nn.Module) -> dict[str, str]:
 
 
 def metadata_of(card: Card, **more: object) -> dict[str, str]:
-    """What a file says of itself, and of the program in it; all but plain text is JSON."""
+    """Metadata of a file and of the program in it; all but plain text is JSON."""
     config = card.data_config
     values = {
         "model": card.model,
