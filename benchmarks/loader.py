@@ -92,7 +92,7 @@ def write_images(root: Path, count: int) -> dict[str, Any]:
 
 
 def make_run(root: Path, args: argparse.Namespace, workers: int) -> setup.Run:
-    """What ``vitlinear train`` would train with."""
+    """A run as ``vitlinear train`` would set it up."""
     flags = ["--config", RECIPE, "--data-dir", root, "--model", args.model, "-j", workers]
     flags += ["-b", args.batch, "--device", "cpu", "--no-amp", "--no-model-ema", "--lr", 1e-4]
     return setup.set_up(run.parse_arguments([str(flag) for flag in flags]))
@@ -113,7 +113,7 @@ def costs(made: setup.Run, count: int) -> dict[str, float]:
         spent[name] = spent.get(name, 0.0) + time.perf_counter() - start
         return results
 
-    batch_size = made.args.batch_size
+    batch_size = made.config.schedule.batch_size
     chunks = [order[start : start + batch_size] for start in range(0, count, batch_size)]
     for chunk in filter(lambda chunk: len(chunk) == batch_size, chunks):
         read = timed("read", chunk, dataset.source.read)
@@ -186,7 +186,7 @@ def training(made: setup.Run, seconds: float) -> dict[str, float]:
 
 def ahead(made: setup.Run) -> int:
     """Batches that workers make before the first is asked for, and one in timm's loader."""
-    return 2 * made.args.workers + 1
+    return 2 * made.config.data.workers + 1
 
 
 def main() -> None:

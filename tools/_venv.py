@@ -68,7 +68,7 @@ _NOISE = re.compile(
 
 
 class SetupError(Exception):
-    """What went wrong, in one line that says what to do, and the exit status that it means."""
+    """A failure in one line that says what to do, and the exit status that it means."""
 
     def __init__(self, message: str, status: int = 2) -> None:
         super().__init__(message)

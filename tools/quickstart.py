@@ -21,7 +21,7 @@ CONFIG = "configs/classification/digits_test_ravlt.yaml"
 OUTPUT = "output/quickstart"
 SAMPLE = 7  # which held-out image is classified at the end
 EXPORT = (
-    "import sys; from vitlinear.train.data import export_sample; "
+    "import sys; from vitlinear.data.dataset import export_sample; "
     "print(export_sample('digits', int(sys.argv[1]), sys.argv[2]))"
 )
 

@@ -1,6 +1,7 @@
-"""A timm model from flags, with errors that say what to change."""
+"""A timm model by its name; mistakes in what was asked for are `UserError`s that name the flag."""
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import timm
@@ -8,7 +9,6 @@ from timm.data import resolve_input_data_config
 from timm.models import is_model, resolve_model_input_args, split_model_name_tag
 from torch import nn
 
-import vitlinear  # noqa: F401  registers the models with timm
 from vitlinear.errors import UserError, did_you_mean, one_line
 
 
@@ -25,7 +25,7 @@ def check_model_name(name: str | None) -> str:
     return name
 
 
-def check_model_kwargs(kwargs: dict[str, Any]) -> None:
+def check_model_kwargs(kwargs: Mapping[str, Any]) -> None:
     """Refuses constructor arguments that have flags of their own, which other things depend on."""
     for key in ("num_classes", "in_chans", "pretrained"):
         if key in kwargs:
@@ -62,15 +62,24 @@ def build_model(name: str, *, pretrained: bool = False, **kwargs: Any) -> nn.Mod
         raise UserError(f"cannot {what} {name}: {one_line(error)}") from error
 
 
-def data_config(model: nn.Module, requested: dict[str, Any]) -> dict[str, Any]:
-    """Returns input size, normalisation and crop for a model, flags before the model's own.
+def data_config(model: nn.Module, requested: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns how images become the input of a model.
 
-    Normalisation statistics are returned with one value per channel.
+    Args:
+        model: The model; what is not asked for is its own.
+        requested: What is asked for, by the names of flags: ``img_size``, ``mean`` and so on.
+
+    Returns:
+        ``input_size`` (channels, height, width), ``interpolation``, ``mean`` and ``std`` (one value
+        per channel), ``crop_pct``, ``crop_mode``.
+
+    Raises:
+        UserError: The model does not take such images.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            config = resolve_input_data_config(model, args=requested)
+            config = resolve_input_data_config(model, args=dict(requested))
     except (ValueError, AssertionError) as error:
         raise UserError(f"input of the model: {one_line(error)}") from error
     channels = config["input_size"][0]

@@ -1,10 +1,10 @@
-"""Joining and leaving the process group of torchrun or SLURM."""
+"""The processes of a run: joining and leaving the group that torchrun or SLURM started."""
 
-import argparse
 import contextlib
 import datetime
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,51 +21,87 @@ from vitlinear.signals import Stopped
 _PROCESS_GROUPS: list[Any] = []
 
 
-def join_processes(args: argparse.Namespace, device: torch.device) -> torch.device:
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of a run; by default the only one.
+
+    Attributes:
+        rank: Number of this process, from 0. The first is the one that prints and writes.
+        world_size: Number of processes.
+        local_rank: Number of this process among those of its machine.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @property
+    def distributed(self) -> bool:
+        """Whether there are others."""
+        return self.world_size > 1
+
+
+def join_processes(device: torch.device, timeout: float) -> tuple[torch.device, Processes]:
     """Joins the process group of torchrun or SLURM, if this process was started by one.
 
-    Adds ``distributed``, ``world_size``, ``rank`` and ``local_rank`` to ``args``.
-
     Args:
-        args: Flags; ``dist_timeout`` seconds is how long processes wait for each other.
         device: As asked for; between processes, its index is the process's own.
+        timeout: Longest time in seconds that processes wait for each other.
 
     Returns:
-        The device of this process.
+        The device of this process, and its place among the others.
 
     Raises:
         UserError: There is no GPU for this process, or the others cannot be reached.
     """
-    args.distributed = is_distributed_env()
-    args.local_rank, args.rank, args.world_size = 0, 0, 1
-    if args.distributed:
-        args.local_rank, args.rank, args.world_size = world_info_from_env()
+    processes = Processes()
+    if is_distributed_env():
+        local_rank, rank, world_size = world_info_from_env()
+        processes = Processes(rank, world_size, local_rank)
         if device.type == "cuda":
-            device = torch.device("cuda", _gpu_of(args.local_rank))
+            device = torch.device("cuda", _gpu_of(local_rank))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if args.distributed:
-        for name in ("MASTER_ADDR", "MASTER_PORT"):
-            if name not in os.environ:
-                raise UserError(
-                    f"{args.world_size} processes, but {name} is not set: start them with "
-                    "torchrun, or under SLURM as tools/slurm/train.sbatch does"
-                )
-        try:
-            distributed.init_process_group(
-                "nccl" if device.type == "cuda" else "gloo",
-                init_method="env://",
-                rank=args.rank,
-                world_size=args.world_size,
-                timeout=datetime.timedelta(seconds=args.dist_timeout),
-            )
-        except (RuntimeError, ValueError) as error:
+    if processes.distributed:
+        _join(processes, device, timeout)
+    return device, processes
+
+
+def _join(processes: Processes, device: torch.device, timeout: float) -> None:
+    rank, world_size = processes.rank, processes.world_size
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
             raise UserError(
-                f"process {args.rank} of {args.world_size} could not join the others at "
-                f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: {one_line(error)[:200]}"
-            ) from error
-        _PROCESS_GROUPS.append(distributed.group.WORLD)
-    return device
+                f"{world_size} processes, but {name} is not set: start them with torchrun, or "
+                "under SLURM as tools/slurm/train.sbatch does"
+            )
+    try:
+        distributed.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            init_method="env://",
+            rank=rank,
+            world_size=world_size,
+            timeout=datetime.timedelta(seconds=timeout),
+        )
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"process {rank} of {world_size} could not join the others at "
+            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: {one_line(error)[:200]}"
+        ) from error
+    _PROCESS_GROUPS.append(distributed.group.WORLD)
+
+
+def _gpu_of(local_rank: int) -> int:
+    """Returns the GPU of a process; SLURM may show each process only its own."""
+    count = torch.cuda.device_count()
+    if local_rank < count:
+        return local_rank
+    if count == 1 and os.environ.get("SLURM_PROCID"):
+        return 0
+    raise UserError(
+        f"process {local_rank} of this machine has no GPU, {count} are visible: "
+        "start one process per GPU"
+    )
 
 
 @contextlib.contextmanager
@@ -94,16 +130,3 @@ def process_group() -> Iterator[None]:
 def _leave() -> None:
     if distributed.is_initialized():
         distributed.destroy_process_group()
-
-
-def _gpu_of(local_rank: int) -> int:
-    """Returns the GPU of a process; SLURM may show each process only its own."""
-    count = torch.cuda.device_count()
-    if local_rank < count:
-        return local_rank
-    if count == 1 and os.environ.get("SLURM_PROCID"):
-        return 0
-    raise UserError(
-        f"process {local_rank} of this machine has no GPU, {count} are visible: "
-        "start one process per GPU"
-    )

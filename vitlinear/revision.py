@@ -1,17 +1,15 @@
-"""The commit that the running code is of."""
+"""The commit of the running code, and git's answers about a folder."""
 
 import os
 import subprocess
 from pathlib import Path
-
-import vitlinear
 
 GIT_SECONDS = 60  # on a slow network disk
 
 
 def source_commit() -> str | None:
     """Returns the commit of vitlinear's checkout, ``-dirty`` behind it if files differ; or None."""
-    source = Path(vitlinear.__file__).parent
+    source = Path(__file__).parent
     if git(source, "ls-files", "--error-unmatch", "__init__.py") is None:
         return None
     commit = git(source, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")

@@ -19,8 +19,14 @@ AGREE_EVERY = 10
 class Stopped(Exception):
     """The run was asked to stop; its state is saved.
 
+    Args:
+        number: Of the signal.
+        where: The place in the run.
+        folder: The run folder; None in a process that writes nothing.
+
     Attributes:
         exit_status: 128 and the number of the signal, as shells report it.
+        folder: As given: where it is None, the message is another process's to print.
     """
 
     def __init__(self, number: int, where: str, folder: Path | None = None) -> None:
@@ -28,7 +34,7 @@ class Stopped(Exception):
             f"stopped by {signal.Signals(number).name} after {where}, state saved: the same "
             f"command with --resume {folder} continues"
         )
-        self.exit_status = 128 + number
+        self.exit_status, self.folder = 128 + number, folder
 
 
 class StopSignals:

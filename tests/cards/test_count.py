@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from vitlinear import ops
 from vitlinear.cards.count import Cost, count
-from vitlinear.cards.facts import convention, counts, families
 from vitlinear.errors import UserError
-from vitlinear.models.names import input_size, our_models
+from vitlinear.facts import convention, counts, families
+from vitlinear.models import input_size, our_models
 
 TABLE = Path(__file__).parents[1] / "data" / "multiply_adds.csv"
 NAMES = {
@@ -103,7 +103,7 @@ class Products(nn.Module):
             heads = (t.transpose(1, 2) for t in (q, short, short))
             return F.scaled_dot_product_attention(*heads)
         if self.what == "library":
-            return ops.linear_attention(q, q, q, "elu", backend="library")
+            return ops.linear_attention(q, q, q, mechanism="elu", backend="library")
         if self.what == "library softmax":
             return ops.softmax_attention(q, q, q, backend="library")
         if self.what == "matmul":

@@ -7,9 +7,8 @@ import re
 import pytest
 import timm
 
-from vitlinear.cards.facts import counts, families, family_of
-from vitlinear.checkpoints.published import PUBLISHED
-from vitlinear.models import names as registry
+from vitlinear import models as registry
+from vitlinear.facts import PUBLISHED, counts, families, family_of
 
 FAMILIES = families().values()
 
@@ -55,7 +54,7 @@ def test_published_parameters():
 
 
 def test_published_costs_follow_what_the_cards_say():
-    from vitlinear.cards.facts import convention
+    from vitlinear.facts import convention
 
     expected = {"rala": "projections", "mala": "projections", "inline": "total", "l2vit": "total"}
     for family in FAMILIES:

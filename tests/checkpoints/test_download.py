@@ -18,7 +18,7 @@ import vitlinear  # noqa: F401  registers the models
 from tests.checkpoints.loopback import Server, serve
 from vitlinear.checkpoints import download
 from vitlinear.checkpoints.download import DownloadError, ensure_downloaded
-from vitlinear.checkpoints.published import PublishedFile
+from vitlinear.facts import PublishedFile
 from vitlinear_cli import main
 
 MODEL = "test_ravlt"

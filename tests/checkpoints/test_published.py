@@ -8,7 +8,7 @@ import pytest
 import timm
 
 import vitlinear  # noqa: F401  registers the models
-from vitlinear.checkpoints.published import (
+from vitlinear.facts import (
     NONE_STATED,
     PUBLISHED,
     pretrained_source,

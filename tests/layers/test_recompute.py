@@ -13,8 +13,7 @@ from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.saved import saved_bytes
-from vitlinear.layers import ConvMlp, ResidualDepthwiseConv, run_recomputing
-from vitlinear.ops import recompute
+from vitlinear.layers import ConvMlp, ResidualDepthwiseConv, recompute, run_recomputing
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from torch._dynamo.testing import CompileCounter
 
 from vitlinear import ops
 from vitlinear.layers import LinearAttention, LocalConcentration, PaddedWindowAttention
-from vitlinear.layers.attention.cross_shaped import CrossShapedAttention
-from vitlinear.layers.attention.shifted_windows import ShiftedWindowAttention
+from vitlinear.layers.attention.cross_shaped_attention import CrossShapedAttention
+from vitlinear.layers.attention.shifted_window_attention import ShiftedWindowAttention
 from vitlinear.layers.windows import from_windows, gather_map, gather_windows, to_windows
 from vitlinear.ops import naive
 

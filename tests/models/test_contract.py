@@ -17,13 +17,12 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vitlinear
-from vitlinear.models._pyramid import LinearPyramid, stage_rotary_tables
+from vitlinear.export.shapes import shortest_side
+from vitlinear.layers import MapRotaryTables
+from vitlinear.models import our_models
+from vitlinear.models._pyramid import LinearPyramid
 
-TEST_MODELS = [
-    name
-    for name in timm.list_models("test_*")
-    if timm.model_entrypoint(name).__module__.startswith("vitlinear.")
-]
+TEST_MODELS = [name for name in our_models() if name.startswith("test_")]
 PYRAMIDS = [
     name
     for name in TEST_MODELS
@@ -49,17 +48,10 @@ FEWER_BLOCKS = {
 }
 
 
-# InLine-PVT leaves incomplete patches out, as released; every other model rounds up.
-ROUNDS_DOWN = "test_inline_pvt"
 # Tracing them for any size takes 20 s each: tests/layers has their attention alone.
 ADAPTIVE_WINDOWS = ("test_inline_swin", "test_inline_cswin")
 # One with learned positions and one with cosine encodings; tests/tools exports all families.
 IN_ONNX = ("test_inline_deit", "test_lightnet")
-
-
-def smallest_side(name: str) -> int:
-    """Least side for one exported program: a last map of one row or column is another program."""
-    return 64 if name == ROUNDS_DOWN else 33
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -89,7 +81,7 @@ def test_any_size(name, size):
     extractor = timm.create_model(name, features_only=True).eval()
     for feature, info in zip(extractor(x), extractor.feature_info.get_dicts(), strict=True):
         expected = [-(-side // info["reduction"]) for side in size]
-        if name == ROUNDS_DOWN:
+        if model.rounds_down:
             expected = [max(side // info["reduction"], 1) for side in size]
         assert list(feature.shape[1:]) == [info["num_chs"], *expected]
 
@@ -290,8 +282,8 @@ def test_second_derivative(name):
 
 
 def test_rotary_tables_stay_exact_in_half_precision():
-    tables = stage_rotary_tables(torch.empty(1, 8, 300, 2, dtype=torch.bfloat16), 8)
-    expected = stage_rotary_tables(torch.empty(1, 8, 300, 2), 8)
+    tables = MapRotaryTables(8)(torch.empty(1, 8, 300, 2, dtype=torch.bfloat16))
+    expected = MapRotaryTables(8)(torch.empty(1, 8, 300, 2))
     assert tables.rows.dtype == torch.float32 and torch.equal(tables.rows, expected.rows)
 
 
@@ -320,7 +312,7 @@ def test_fx_is_bit_equal(name, backend):
 def test_export_any_size(name):
     """With registered operators; the formula is exported to ONNX below."""
     model = make_program(name, attn_backend="library")
-    side = smallest_side(name)
+    side = shortest_side(name)
     batch, height, width = (
         torch.export.Dim(n, min=m, max=2048) for n, m in zip("bhw", (2, side, side), strict=True)
     )
@@ -353,8 +345,8 @@ def test_onnx_any_size(name, tmp_path):
             dynamic_shapes={
                 "x": {
                     0: torch.export.Dim("batch"),
-                    2: torch.export.Dim("height", min=smallest_side(name), max=2048),
-                    3: torch.export.Dim("width", min=smallest_side(name), max=2048),
+                    2: torch.export.Dim("height", min=shortest_side(name), max=2048),
+                    3: torch.export.Dim("width", min=shortest_side(name), max=2048),
                 }
             },
             dynamo=True,

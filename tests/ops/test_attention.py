@@ -111,8 +111,11 @@ def test_inference_of_many_by_vmap(attention, batched):
 
     def run(term):
         q, k, v, *epilogue = *terms[:batched], term, *terms[batched + 1 :]
-        tables = inputs.tables(attention)
-        return ops.linear_attention(q, k, v, attention, tables, None, None, "eager", *epilogue)
+        lepe, gate = epilogue
+        return ops.linear_attention(
+            q, k, v, mechanism=attention, rotary=inputs.tables(attention), lepe=lepe, gate=gate,
+            backend="eager",
+        )  # fmt: skip
 
     many = torch.stack((terms[batched], -terms[batched]))
     with torch.no_grad():

@@ -21,7 +21,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 def weights(q: torch.Tensor, k: torch.Tensor, mechanism: str, backend: str) -> torch.Tensor:
     """The matrix of attention weights, [N, N], read off an attention over unit vectors."""
     q, k, v = (x[None, :, None] for x in (q, k, torch.eye(N, dtype=torch.float64)))
-    return ops.linear_attention(q, k, v, mechanism, backend=backend)[0, :, 0]
+    return ops.linear_attention(q, k, v, mechanism=mechanism, backend=backend)[0, :, 0]
 
 
 @pytest.mark.quick
@@ -48,7 +48,7 @@ def test_inline_reads_a_centred_covariance(backend):
     covariance = (k - k.mean(0)).T @ (v - v.mean(0)) / N
     expected = v.mean(0) + N**-0.5 * q @ covariance
     inputs = (x[None, :, None] for x in (q, k, v))
-    actual = ops.linear_attention(*inputs, "inline", backend=backend)[0, :, 0]
+    actual = ops.linear_attention(*inputs, mechanism="inline", backend=backend)[0, :, 0]
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
     matrix = weights(q, k, "inline", backend)
     torch.testing.assert_close(matrix.sum(1), torch.ones(N).double(), rtol=1e-12, atol=1e-12)
@@ -58,7 +58,7 @@ def test_inline_reads_a_centred_covariance(backend):
 def lightnet_state(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """State [D, D] and logsumexp [D] that the registered operator leaves."""
     q, k, v = (x[None, :, None] for x in (k, k, v))
-    outputs = torch.ops.vitlinear.linear_attention(q, k, v, *[None] * 6, "lightnet")
+    outputs = torch.ops.vitlinear.linear_attention(q, k, v, "lightnet")
     return outputs[1][0, 0], outputs[-1][0, 0]
 
 

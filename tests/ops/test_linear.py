@@ -14,12 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.ops.onednn import needs_onednn, operators
 from vitlinear.layers import Linear
-from vitlinear.ops.cpu import linear as module
-from vitlinear.ops.cpu.linear import (
+from vitlinear.ops.cpu import products as module
+from vitlinear.ops.cpu.products import (
     MATMUL_ROWS,
     PACK_ROWS,
-    conv_gelu,
-    convolves_with_gelu,
     linear,
     matmul,
     runs_on_onednn,
@@ -379,19 +377,3 @@ def test_counted_as_multiply_adds():
     with FlopCounterMode(display=False) as counter:
         ours(x).sum().backward()
     assert counter.get_total_flops() == 2 * (2 * 10 * 24 * 40)  # no gradient of x
-
-
-@needs_onednn
-@torch.no_grad()
-@pytest.mark.parametrize("groups", [1, 2])
-def test_convolutions_with_gelu(groups):
-    conv, x = nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=groups), torch.randn(2, 4, 9, 7)
-    conv.bias = nn.Parameter(torch.randn(12)[::2])
-    assert convolves_with_gelu(x, conv)
-    torch.testing.assert_close(conv_gelu(x, conv), F.gelu(conv(x)), rtol=1e-5, atol=1e-6)
-    counts = []
-    for call in (lambda: conv_gelu(x, conv), lambda: conv(x)):
-        with FlopCounterMode(display=False) as counter:
-            call()
-        counts.append(counter.get_total_flops())
-    assert counts[0] == counts[1] > 0

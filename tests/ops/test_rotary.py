@@ -72,8 +72,8 @@ def test_memory_that_starts_between_pairs(attention):
 
     def attend(x):
         if attention == "softmax":
-            return ops.softmax_attention(x, x, x, tables)
-        return ops.linear_attention(x, x, x, attention, tables)
+            return ops.softmax_attention(x, x, x, rotary=tables)
+        return ops.linear_attention(x, x, x, mechanism=attention, rotary=tables)
 
     assert x.is_contiguous() and torch.equal(attend(x), attend(x.clone()))
 

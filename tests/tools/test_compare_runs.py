@@ -11,7 +11,8 @@ from PIL import Image
 
 from tests.tools.conftest import Command
 from tests.train.helpers import train
-from vitlinear.train import compare_runs as compare
+from vitlinear.train.compare_curves import curves
+from vitlinear.train.record.read import Recorded, labels, read_runs
 
 
 def write_run(
@@ -77,8 +78,8 @@ def test_groups_have_mean_and_spread(command: Command, tmp_path: Path) -> None:
     assert of_b == ["model=b", "1", "2", "2", "70", "70"]
 
 
-def read(*paths: Path) -> list[compare.Recorded]:
-    return compare.read_runs([str(path) for path in paths])
+def read(*paths: Path) -> list[Recorded]:
+    return read_runs([str(path) for path in paths])
 
 
 def test_what_is_drawn(tmp_path: Path) -> None:
@@ -86,14 +87,14 @@ def test_what_is_drawn(tmp_path: Path) -> None:
         write_run(tmp_path / "a", [50.0, 60.0, 65.0]), write_run(tmp_path / "b", [52.0, 64.0])
     )
     both = {"both": runs}
-    (curve,) = compare.curves(both, "eval_top1", "epoch")
+    (curve,) = curves(both, "eval_top1", "epoch")
     assert (curve.x, curve.mean, curve.runs) == ([1, 2], [51.0, 62.0], 2)
     assert curve.spread == pytest.approx([2**0.5, 8**0.5])
-    (curve,) = compare.curves(both, "eval_top1", "update")  # of epochs: intervals do not tell it
+    (curve,) = curves(both, "eval_top1", "update")  # of epochs: intervals do not tell it
     assert curve.x == [4, 8]
-    (curve,) = compare.curves(both, "train_loss", "update")  # of intervals
+    (curve,) = curves(both, "train_loss", "update")  # of intervals
     assert (curve.x, curve.mean) == ([2, 4, 6, 8], [1 / 2, 1 / 4, 1 / 6, 1 / 8])
-    (curve,) = compare.curves({"a": runs[:1]}, "eval_top1", "seconds")
+    (curve,) = curves({"a": runs[:1]}, "eval_top1", "seconds")
     assert (curve.x, curve.spread) == ([10.0, 20.0, 30.0], [0.0, 0.0, 0.0])
 
 
@@ -114,7 +115,7 @@ def test_the_plot(command: Command, tmp_path: Path) -> None:
 
 def test_labels_tell_runs_apart() -> None:
     paths = [Path("/x/a/run"), Path("/x/b/run"), Path("/x/other"), Path("/y/b/run")]
-    assert compare.labels(paths) == ["a/run", "x/b/run", "other", "y/b/run"]
+    assert labels(paths) == ["a/run", "x/b/run", "other", "y/b/run"]
 
 
 def test_numbers_that_are_missing_are_left_out(command: Command, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the training tests share: a small image folder, and flags of a run that takes a second."""
+"""Shared by the training tests: a small image folder, and flags of a run that takes a second."""
 
 import multiprocessing
 import os
@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 import vitlinear_cli as cli
+from vitlinear.create import build_model, data_config
+from vitlinear.data.dataset import open_split
+from vitlinear.data.loader import train_loader
 from vitlinear.train import run
 
 # What starts of training share: a process that has imported everything, and forks. Importing alone
@@ -61,6 +65,25 @@ def tiny_flags(data: Path, output: Path, *more: Any) -> list[str]:
 def train(data: Path, output: Path, *more: Any) -> dict[str, Any]:
     """Runs `tiny_flags` in this process."""
     return run.train(run.parse_arguments(tiny_flags(data, output, *more)))
+
+
+def tiny_loader(data: Path, *flags: Any, rank: int = 0, world_size: int = 1) -> Any:
+    """The training loader of `tiny_flags`."""
+    config = run.parse_arguments(tiny_flags(data, data, *flags))
+    size = config.schedule.batch_size
+    seed = config.run.seed
+    dataset = open_split(config.data, "train", train=True, mode="RGB", batch_size=size, seed=seed)
+    return train_loader(
+        dataset,
+        config.augmentation,
+        data_config(build_model("test_ravlt", num_classes=3), {"img_size": 32}),
+        len(CLASSES),
+        torch.device("cpu"),
+        batch_size=size,
+        workers=config.data.workers,
+        rank=rank,
+        world_size=world_size,
+    )
 
 
 def start(command: Sequence[Any], **environment: str) -> subprocess.Popen:

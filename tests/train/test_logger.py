@@ -131,7 +131,7 @@ def test_a_full_disk_leaves_no_half_row(tmp_path: Path, monkeypatch: pytest.Monk
 KILLED = """
 import sys
 from pathlib import Path
-from vitlinear.train.logger import FileLogger
+from vitlinear.train.record.logger import FileLogger
 logger = FileLogger(Path(sys.argv[1]))
 logger.keep_before(0, 0)
 for update in range(1, 10**6):
@@ -158,7 +158,7 @@ def test_killed_while_writing(tmp_path: Path) -> None:
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard reads, by tag."""
+    """Scalars as TensorBoard reads them, by tag."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     found = {}
@@ -237,7 +237,7 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    flags: Any = {"folder": tmp_path, "config": {"lr": 0.1}, "project": "test", "tags": ["a"]}
+    flags: Any = {"folder": tmp_path, "flags": {"lr": 0.1}, "project": "test", "tags": ["a"]}
     log_run(trackers.WandbLogger(**flags), 0, 0, 1)
     wandb.teardown()  # as when the process ends: wandb's own one has written all that it will
     rows = wandb_rows(tmp_path)

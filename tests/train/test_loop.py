@@ -13,11 +13,10 @@ from torch import distributed, nn
 from tests.train.helpers import train
 from vitlinear.checkpoints.load import load_model
 from vitlinear.errors import UserError
-from vitlinear.evaluation.evaluate import PerClass, evaluate
-from vitlinear.train.epochs import set_schedule
-from vitlinear.train.loop import Updater, train_one_epoch, updates_per_epoch
-from vitlinear.train.optimisation import learning_rate
+from vitlinear.train.loop import train_one_epoch, updates_per_epoch
 from vitlinear.train.run import parse_arguments
+from vitlinear.train.schedule import learning_rate, set_schedule
+from vitlinear.train.updater import Updater
 
 
 def batches(count: int, size: int = 4) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -236,48 +235,15 @@ def test_learning_rates_of_a_run_and_of_a_resumed_one(on_updates: bool) -> None:
 
 
 def test_learning_rate_scales_with_the_global_batch() -> None:
-    args = parse_arguments(["-b", "64", "--grad-accum-steps", "2"])
-    assert learning_rate(args, world_size=8) == pytest.approx(1e-3)
-    args = parse_arguments(["-b", "128", "--lr-base-scale", "sqrt"])
-    assert learning_rate(args, world_size=1) == pytest.approx(2.5e-4)
-    assert learning_rate(parse_arguments(["--lr", "0.3"]), world_size=8) == 0.3
+    def rate(*flags: str, world_size: int) -> float:
+        config = parse_arguments(flags)
+        accumulate = config.optimiser.grad_accum_steps
+        images = config.schedule.images_per_update(accumulate, world_size)
+        return learning_rate(config.schedule, images)
 
-
-class Fixed(nn.Module):
-    """Yields the logits it is given."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x
-
-
-@pytest.mark.quick("evaluation")
-@pytest.mark.parametrize("classes", [3, 8])
-def test_evaluation_against_its_definition(classes: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(23, classes, generator=generator)
-    labels = torch.randint(0, classes, (23,), generator=generator)
-    loader = list(zip(logits.split(5), labels.split(5), strict=True))
-    counter = PerClass(classes)
-    net = Fixed().train()
-    metrics = evaluate(net, loader, contextlib.nullcontext, evaluator=counter)
-    assert net.training
-    order = logits.argsort(dim=1, descending=True)
-    hits = order == labels[:, None]
-    assert metrics["top1"] == pytest.approx(100 * hits[:, 0].double().mean().item())
-    assert metrics["top5"] == pytest.approx(100 * hits[:, :5].any(1).double().mean().item())
-    loss = nn.functional.cross_entropy(logits.double(), labels).item()
-    assert metrics["loss"] == pytest.approx(loss, rel=1e-6)
-    for label in range(classes):
-        assert counter.images[label] == (labels == label).sum()
-        assert counter.correct[label] == hits[labels == label, 0].sum()
-    if classes <= 5:
-        assert metrics["top5"] == 100.0
-
-
-def test_a_label_beyond_the_classes_is_an_error() -> None:
-    loader = [(torch.zeros(2, 3), torch.tensor([0, 3]))]
-    with pytest.raises(UserError, match="label 3, the model only 3 classes"):
-        evaluate(Fixed(), loader, contextlib.nullcontext)
+    assert rate("-b", "64", "--grad-accum-steps", "2", world_size=8) == pytest.approx(1e-3)
+    assert rate("-b", "128", "--lr-base-scale", "sqrt", world_size=1) == pytest.approx(2.5e-4)
+    assert rate("--lr", "0.3", world_size=8) == 0.3
 
 
 @pytest.mark.parametrize(

@@ -13,14 +13,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from tests.train.helpers import tiny_flags
 from vitlinear.errors import UserError
 from vitlinear.train import run
-from vitlinear.train.optimisation import (
-    batch_size_note,
-    ema_decay,
-    make_optimizer,
-    make_schedule,
-    undecayed_names,
-    warmup_and_min_rate,
-)
+from vitlinear.train.average import ema_decay
+from vitlinear.train.config import TrainConfig
+from vitlinear.train.optimiser import make_optimizer, undecayed_names
+from vitlinear.train.schedule import batch_size_note, make_schedule, warmup_and_min_rate
 from vitlinear.train.setup import set_up
 
 # Four epochs of two updates, two of them warm-up, then one of cool-down; in units of the peak the
@@ -42,15 +38,19 @@ RATES = {
 }
 
 
-def arguments(*flags: Any) -> Any:
+def configured(*flags: Any) -> TrainConfig:
     return run.parse_arguments([str(flag) for flag in flags])
 
 
-def run_arguments(data: Path, output: Path, *flags: Any) -> Any:
-    """Arguments of a tiny run, without its learning rate."""
+def tiny_run(data: Path, output: Path, *flags: Any) -> TrainConfig:
+    """A tiny run, without its learning rate."""
     tiny = tiny_flags(data, output)
     del tiny[tiny.index("--lr") : tiny.index("--lr") + 2]
-    return arguments(*tiny, *flags)
+    return configured(*tiny, *flags)
+
+
+def images_of(config: TrainConfig, world_size: int) -> int:
+    return config.schedule.images_per_update(config.optimiser.grad_accum_steps, world_size)
 
 
 @pytest.fixture
@@ -74,8 +74,8 @@ def test_every_update_of_a_run_uses_the_rate_worked_out_by_hand(
 ) -> None:
     """The first one too: it must not see the peak."""
     stepping = ["--sched-on-updates"] if by == "update" else []
-    args = run_arguments(folder, tmp_path / "run", *SCHEDULE, *flags, *stepping)
-    assert run.train(args)["epoch"] == 5
+    config = tiny_run(folder, tmp_path / "run", *SCHEDULE, *flags, *stepping)
+    assert run.train(config)["epoch"] == 5
     expected = BY_UPDATE if by == "update" else [rate for rate in BY_EPOCH for _ in range(2)]
     assert rates == pytest.approx([1e-3 * rate for rate in expected], rel=1e-9)
 
@@ -84,7 +84,7 @@ def test_without_warm_up_the_first_update_uses_the_peak(
     folder: Path, tmp_path: Path, rates: list[float]
 ) -> None:
     flags = ["--lr", 1e-3, "--warmup-epochs", 0, "--epochs", 2, "-b", 12, "--min-lr", 0]
-    run.train(run_arguments(folder, tmp_path / "run", *flags))
+    run.train(tiny_run(folder, tmp_path / "run", *flags))
     assert rates == pytest.approx([1e-3, 1e-3, 5e-4, 5e-4])
 
 
@@ -93,30 +93,33 @@ def test_accumulation_makes_fewer_updates_along_the_same_curve(
 ) -> None:
     """Three batches of eight in groups of two: two updates in an epoch, the second smaller."""
     flags = [*SCHEDULE[:-2], *RATES["absolute"], "--grad-accum-steps", 2, "--sched-on-updates"]
-    run.train(run_arguments(folder, tmp_path / "run", *flags))
+    run.train(tiny_run(folder, tmp_path / "run", *flags))
     assert rates == pytest.approx([1e-3 * rate for rate in BY_UPDATE], rel=1e-9)
 
 
 def test_first_and_last_rate_scale_only_when_asked() -> None:
-    flags = ["-b", 64, "--grad-accum-steps", 2, "--warmup-lr", 1e-6, "--min-lr", 1e-5]
-    assert warmup_and_min_rate(arguments(*flags), 8) == (1e-6, 1e-5)
-    scaled = arguments(*flags, "--lr-base-all")
-    assert warmup_and_min_rate(scaled, 8) == pytest.approx((2e-6, 2e-5))
-    root = arguments(*flags, "--lr-base-all", "--lr-base-scale", "sqrt")
-    assert warmup_and_min_rate(root, 16) == pytest.approx((2e-6, 2e-5))
+    def rates(*more: Any, world_size: int) -> tuple[float, float]:
+        flags = ["-b", 64, "--grad-accum-steps", 2, "--warmup-lr", 1e-6, "--min-lr", 1e-5]
+        config = configured(*flags, *more)
+        return warmup_and_min_rate(config.schedule, images_of(config, world_size))
+
+    assert rates(world_size=8) == (1e-6, 1e-5)
+    assert rates("--lr-base-all", world_size=8) == pytest.approx((2e-6, 2e-5))
+    root = rates("--lr-base-all", "--lr-base-scale", "sqrt", world_size=16)
+    assert root == pytest.approx((2e-6, 2e-5))
 
 
 def test_decay_of_the_average_follows_the_global_batch(folder: Path, tmp_path: Path) -> None:
     """Per image the average forgets at one speed: two updates of n images are one of 2n."""
     flags = ["--model-ema-decay", 0.99, "--model-ema-base-size", 32]
-    args = arguments("-b", 16, "--grad-accum-steps", 2, *flags)
-    assert ema_decay(args, 1) == pytest.approx(0.99)
-    assert ema_decay(args, 4) == pytest.approx(0.99**4)
-    assert ema_decay(arguments("-b", 16, *flags), 1) ** 2 == pytest.approx(0.99)
-    assert ema_decay(arguments("-b", 16, "--model-ema-decay", 0.99), 8) == 0.99
-    args = run_arguments(folder, tmp_path / "run", "--lr", 1e-3, "--model-ema", *flags)
-    average = set_up(args).task.trainable_module_ema
-    assert average.decay == pytest.approx(0.99**0.25)  # batches of 8
+    average = configured(*flags).average
+    assert ema_decay(average, 32) == pytest.approx(0.99)
+    assert ema_decay(average, 128) == pytest.approx(0.99**4)
+    assert ema_decay(average, 16) ** 2 == pytest.approx(0.99)
+    assert ema_decay(configured("--model-ema-decay", 0.99).average, 128) == 0.99
+    config = tiny_run(folder, tmp_path / "run", "--lr", 1e-3, "--model-ema", *flags)
+    ema = set_up(config).task.trainable_module_ema
+    assert ema.decay == pytest.approx(0.99**0.25)  # batches of 8
 
 
 @pytest.mark.parametrize(
@@ -146,8 +149,10 @@ def test_decay_of_the_average_follows_the_global_batch(folder: Path, tmp_path: P
 def test_another_global_batch_than_the_recipes_is_said(
     flags: list[Any], message: str | None
 ) -> None:
-    assert batch_size_note(arguments(*flags, "--recipe-batch-size", 1024), 8) == message
-    assert batch_size_note(arguments(*flags), 8) is None
+    for recipe, expected in ((["--recipe-batch-size", 1024], message), ([], None)):
+        config = configured(*flags, *recipe)
+        accumulate = config.optimiser.grad_accum_steps
+        assert batch_size_note(config.schedule, accumulate, 8) == expected
 
 
 class Scaled(nn.Module):
@@ -185,10 +190,9 @@ def test_weight_decay_of_chosen_parameters_of_one_axis() -> None:
 @pytest.mark.parametrize("layer_decay", [[], ["--layer-decay", 0.5]], ids=["plain", "layers"])
 @pytest.mark.parametrize("pattern", [[], ["--weight-decay-1d", "gamma"]], ids=["timm", "gamma"])
 def test_groups_of_the_optimiser(layer_decay: list[Any], pattern: list[str]) -> None:
-    args = arguments("--lr", 1e-3, "--weight-decay", 0.1, *layer_decay, *pattern)
-    args.world_size = 1
+    config = configured("--weight-decay", 0.1, *layer_decay, *pattern).optimiser
     model = Scaled()
-    optimizer = make_optimizer(args, model)
+    optimizer = make_optimizer(config, model, lr=1e-3)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     spared, scales = set(), {}
     for group in optimizer.param_groups:
@@ -206,10 +210,9 @@ def test_groups_of_the_optimiser(layer_decay: list[Any], pattern: list[str]) -> 
 
 def test_warm_up_of_a_part_of_an_epoch() -> None:
     flags = ["--lr", "1", "--warmup-lr", "0", "--epochs", "1", "--warmup-epochs", "0.25"]
-    args = run.parse_arguments([*flags, "--sched-on-updates", "--min-lr", "0"])
-    args.world_size = 1
+    config = configured(*flags, "--sched-on-updates", "--min-lr", 0).schedule
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1)
-    scheduler, epochs = make_schedule(args, optimizer, updates=40)
+    scheduler, epochs = make_schedule(config, optimizer, updates=40, images=128)
     assert scheduler is not None and epochs == 1
     rates = []
     for update in range(41):

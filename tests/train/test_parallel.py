@@ -27,8 +27,8 @@ from tests.train.helpers import (
 )
 from vitlinear.checkpoints.load import load_model
 from vitlinear.errors import UserError
-from vitlinear.processes import join_processes
-from vitlinear.train.finetune import enable_checkpointing
+from vitlinear.processes import Processes, join_processes
+from vitlinear.train.model import enable_checkpointing
 from vitlinear.train.parallel import check_sharding
 from vitlinear.train.record.state import read_state
 from vitlinear.train.run import parse_arguments
@@ -134,18 +134,14 @@ def test_a_split_model_in_bfloat16(images: Path, tmp_path: Path) -> None:
 def test_what_a_split_model_cannot_do(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="start several, with torchrun"):
         train(folder, tmp_path / "run", "--fsdp")
-    args = parse_arguments(["--fsdp", "--amp"])
-    args.distributed = True
-    with pytest.raises(UserError, match="use --amp-dtype bfloat16"):
-        check_sharding(args)
-    args = parse_arguments(["--fsdp", "--opt", "muon"])
-    args.distributed = True
-    with pytest.raises(UserError, match="--opt muon is not known to work with --fsdp; .*adamw"):
-        check_sharding(args)
-    args = parse_arguments(["--fsdp", "--clip-grad", "1", "--clip-mode", "agc"])
-    args.distributed = True
-    with pytest.raises(UserError, match="use norm or value"):
-        check_sharding(args)
+    for flags, message in (
+        (["--amp"], "use --amp-dtype bfloat16"),
+        (["--opt", "muon"], "--opt muon is not known to work with --fsdp; .*adamw"),
+        (["--clip-grad", "1", "--clip-mode", "agc"], "use norm or value"),
+    ):
+        config = parse_arguments(["--fsdp", *flags])
+        with pytest.raises(UserError, match=message):
+            check_sharding(config.optimiser, config.device, Processes(world_size=2))
 
 
 def test_joining_without_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +150,7 @@ def test_joining_without_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_NTASKS", "2")
     monkeypatch.setenv("SLURM_PROCID", "1")
     with pytest.raises(UserError, match="2 processes, but MASTER_ADDR is not set"):
-        join_processes(parse_arguments([]), torch.device("cpu"))
+        join_processes(torch.device("cpu"), timeout=600)
 
 
 @pytest.mark.parametrize("name", ["test_ravlt", "test_linear_deit", "test_lightnet", "test_l2vit"])

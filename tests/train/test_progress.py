@@ -1,4 +1,4 @@
-"""What an epoch tells of itself, in one process and in two, whole and resumed."""
+"""Numbers of an epoch, in one process and in two, whole and resumed."""
 
 import io
 import json
@@ -15,8 +15,8 @@ from torch import distributed
 from tqdm import tqdm
 
 from tests.train.helpers import fork_two
-from vitlinear.train import progress as module
-from vitlinear.train.progress import TIMES, HostTimer, Progress, StreamTimer, clock, peak_memory
+from vitlinear.train.progress import TIMES, Progress, clock, peak_memory
+from vitlinear.train.timers import HostTimer, StreamTimer
 
 
 class Clock:
@@ -32,7 +32,8 @@ class Clock:
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Clock:
     found = Clock()
-    monkeypatch.setattr(module, "time", found)
+    for module in ("progress", "timers"):
+        monkeypatch.setattr(f"vitlinear.train.{module}.time", found)
     return found
 
 
@@ -163,7 +164,10 @@ def test_a_bar_on_a_terminal(
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setattr(tqdm, "monitor_interval", 0)  # no thread that outlives the test
     with monkeypatch.context() as patch:
-        patch.setattr(module, "tqdm", lambda **flags: tqdm(**{**flags, "ncols": 200}, file=screen))
+        patch.setattr(
+            "vitlinear.train.progress.tqdm",
+            lambda **flags: tqdm(**{**flags, "ncols": 200}, file=screen),
+        )
         progress = Progress(5, epoch=1, epochs=2, log_interval=2)
         run(progress, batches(5))
     drawn = screen.getvalue()
@@ -200,7 +204,7 @@ def test_the_device_is_read_at_looks_only(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def half_of_the_batches(folder: Path) -> None:
-    """What each of two processes does; leaves what it found in the folder."""
+    """The part of each of two processes; leaves its numbers in the folder."""
     distributed.init_process_group("gloo")
     rank = distributed.get_rank()
     data = batches(12)[rank::2]

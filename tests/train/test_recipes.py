@@ -4,10 +4,12 @@
 cores, 4 GB of memory.
 """
 
+import dataclasses
 import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,12 +22,16 @@ from timm.layers import DropPath
 from tests import golden
 from tests.train.helpers import image_folder
 from vitlinear import create as models
-from vitlinear.cards.facts import families
 from vitlinear.checkpoints.mappings import find_mapping
 from vitlinear.cli.config_file import read_config
+from vitlinear.cli.flags import values_by_flag
 from vitlinear.data.order import EpochBatches
-from vitlinear.train import optimisation, run
-from vitlinear.train.epochs import set_schedule
+from vitlinear.facts import families
+from vitlinear.train import run, schedule
+from vitlinear.train.average import ema_decay
+from vitlinear.train.config import TrainConfig
+from vitlinear.train.model import make_model
+from vitlinear.train.optimiser import make_optimizer
 from vitlinear.train.record.state import read_state
 from vitlinear.train.run import parse_arguments
 
@@ -56,24 +62,29 @@ SMALLEST = """
 ALL = os.environ.get("VITLINEAR_RECIPES") == "all"
 
 
-def recipe(name: str) -> Any:
-    """The parsed recipe, on as many processes as make its global batch."""
-    args = parse_arguments(["--config", str(CONFIGS / f"{name}.yaml")])
-    args.world_size, rest = divmod(args.recipe_batch_size, args.batch_size * args.grad_accum_steps)
-    assert not rest
-    return args
+def recipe(name: str) -> TrainConfig:
+    """The parsed recipe."""
+    return parse_arguments(["--config", str(CONFIGS / f"{name}.yaml")])
 
 
-def on_meta(args: Any) -> torch.nn.Module:
-    return models.build_model(
-        args.model,
-        img_size=args.img_size,
-        num_classes=args.num_classes,
-        drop_rate=args.drop,
-        drop_path_rate=args.drop_path,
-        device="meta",
-        **args.model_kwargs,
-    )
+def processes(config: TrainConfig) -> int:
+    """As many as make the recipe's global batch."""
+    alone = config.schedule.images_per_update(config.optimiser.grad_accum_steps, 1)
+    number, rest = divmod(config.schedule.recipe_batch_size or 0, alone)
+    assert number and not rest
+    return number
+
+
+def on_meta(config: TrainConfig) -> torch.nn.Module:
+    """The recipe's model, without memory."""
+    kwargs = {**config.model.model_kwargs, "device": "meta"}
+    model = dataclasses.replace(config.model, model_kwargs=kwargs)
+    classes = model.num_classes or 1000  # what their models have by default
+    return make_model(model, config.regularisation, config.input, classes)
+
+
+def optimizer_of(config: TrainConfig, model: torch.nn.Module, images: int) -> Any:
+    return make_optimizer(config.optimiser, model, schedule.learning_rate(config.schedule, images))
 
 
 def decayed_names(optimizer: torch.optim.Optimizer, model: torch.nn.Module, decay: float) -> Any:
@@ -86,27 +97,29 @@ def decayed_names(optimizer: torch.optim.Optimizer, model: torch.nn.Module, deca
 
 
 def resolved(name: str) -> dict[str, Any]:
-    """What the run would do, from the objects that it would be built of."""
-    args = recipe(name)
-    model = on_meta(args)
-    optimizer = optimisation.make_optimizer(args, model)
+    """The run as it would go, from the objects that it would be built of."""
+    config = recipe(name)
+    args = SimpleNamespace(**values_by_flag(config))
+    world_size, model = processes(config), on_meta(config)
+    images = config.schedule.images_per_update(args.grad_accum_steps, world_size)
+    optimizer = optimizer_of(config, model, images)
     decayed, undecayed = decayed_names(optimizer, model, args.weight_decay)
     updates = 7
     peaks = {group["lr"] for group in optimizer.param_groups}
-    scheduler, epochs = optimisation.make_schedule(args, optimizer, updates)
+    scheduler, epochs = schedule.make_schedule(config.schedule, optimizer, updates, images)
     assert scheduler is not None and len(peaks) == 1
 
     def rate(epoch: int) -> float:
-        set_schedule(scheduler, epoch, epoch * updates)
+        schedule.set_schedule(scheduler, epoch, epoch * updates)
         return optimizer.param_groups[0]["lr"]
 
-    data = models.data_config(model, vars(args))
+    data = models.data_config(model, config.input.given())
     side = data["input_size"][1]
     return {
-        "processes": args.world_size,
+        "processes": world_size,
         "batch_size": args.batch_size,
         "grad_accum_steps": args.grad_accum_steps,
-        "global_batch": optimisation.global_batch_size(args, args.world_size),
+        "global_batch": images,
         "opt": type(optimizer).__name__.lower(),
         "eps": optimizer.defaults["eps"],
         "betas": list(optimizer.defaults["betas"]),
@@ -140,7 +153,7 @@ def resolved(name: str) -> dict[str, Any]:
         "starts_from": args.initial_model,
         "sync_bn": args.sync_bn,
         "amp": args.amp_dtype if args.amp else None,
-        "ema": optimisation.ema_decay(args, args.world_size) if args.model_ema else None,
+        "ema": ema_decay(config.average, images) if args.model_ema else None,
         "evaluation": [
             side, int(side / data["crop_pct"]), data["crop_mode"], data["interpolation"],
         ],
@@ -156,7 +169,7 @@ def test_every_published_variant_has_a_recipe() -> None:
     }
     assert set(RECIPES) == set(FACTS)
     assert {name.partition(".")[0] for name in RECIPES} == released
-    assert all(recipe(name).model == name.partition(".")[0] for name in RECIPES)
+    assert all(recipe(name).model.model == name.partition(".")[0] for name in RECIPES)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -221,10 +234,12 @@ def released_decay(released: str) -> tuple[set[str], set[str]]:
 def test_weight_decay_spares_what_the_released_script_spares(name: str) -> None:
     """Name by name, though layer-scales and temperatures have fewer axes here."""
     released = next(f.models[name].released for f in families().values() if name in f.models)
-    args = recipe(name)
-    model = on_meta(args)
-    optimizer = optimisation.make_optimizer(args, model)
-    assert decayed_names(optimizer, model, args.weight_decay) == released_decay(released)
+    config = recipe(name)
+    model = on_meta(config)
+    optimizer = optimizer_of(config, model, images=1)
+    assert decayed_names(optimizer, model, config.optimiser.weight_decay) == released_decay(
+        released
+    )
 
 
 def test_repeated_augmentation_gives_an_epoch_of_multiples_of_256() -> None:
@@ -242,11 +257,11 @@ def test_repeated_augmentation_gives_an_epoch_of_multiples_of_256() -> None:
     assert len({place.seed for place in mixed}) == 768
 
 
-def start_weights(args: Any, folder: Path) -> list[str]:
+def start_weights(config: TrainConfig, folder: Path) -> list[str]:
     """Flags that give a fine-tuning recipe what it starts from: 22k has five classes here."""
-    if args.initial_model is None:
+    if config.start.initial_model is None:
         return []
-    weights = timm.create_model(args.initial_model, num_classes=5).state_dict()
+    weights = timm.create_model(config.start.initial_model, num_classes=5).state_dict()
     safetensors.torch.save_file(weights, folder / "start.safetensors")
     (folder / "map.txt").write_text("4\n0\n2\n")
     flags = ["--initial-checkpoint", str(folder / "start.safetensors")]
@@ -259,29 +274,30 @@ def test_recipe_makes_an_update(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = image_folder(tmp_path / "images", train=1, val=1)
-    args = recipe(name)
+    config = recipe(name)
     flags = ["--config", str(CONFIGS / f"{name}.yaml"), "--data-dir", str(data)]
     flags += ["--output", str(tmp_path / "run"), "--device", "cpu", "-j", "0", "--no-plot"]
     flags += ["-b", "2", "--stop-epoch", "1", "--num-classes", "3", "--opt-kwargs", "foreach=False"]
     # Float16 on a CPU is slow, and its scaler may skip the first update.
-    flags += ["--amp-dtype", "bfloat16", *start_weights(args, tmp_path)]
+    flags += ["--amp-dtype", "bfloat16", *start_weights(config, tmp_path)]
     flags += [] if ALL else ["--img-size", "64"]
     result = run.train(parse_arguments(flags))
     assert result["epoch"] == 1
     state = read_state(tmp_path / "run" / "last_state.pt")
     assert state["updates"] == 1
     assert {int(entry["step"]) for entry in state["optimizer"]["state"].values()} == {1}
-    assert ("state_dict_ema" in state) == args.model_ema
+    assert ("state_dict_ema" in state) == config.average.model_ema
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
-    alone = parse_arguments(flags)
-    first = optimisation.warmup_and_min_rate(alone, 1)[0]
-    peak = optimisation.learning_rate(alone, 1)
-    assert row["lr"] == pytest.approx(first if args.warmup_epochs else peak)
+    alone = parse_arguments(flags).schedule
+    images = alone.images_per_update(config.optimiser.grad_accum_steps, 1)
+    first = schedule.warmup_and_min_rate(alone, images)[0]
+    peak = schedule.learning_rate(alone, images)
+    assert row["lr"] == pytest.approx(first if alone.warmup_epochs else peak)
     printed = capsys.readouterr().out
-    assert f"the recipe's is {args.recipe_batch_size}: peak learning rate" in printed
+    assert f"the recipe's is {alone.recipe_batch_size}: peak learning rate" in printed
     assert "starting a new one" not in printed
     saved = yaml.safe_load((tmp_path / "run" / "args.yaml").read_text())
-    assert saved["recipe_batch_size"] == args.recipe_batch_size and "base" not in saved
+    assert saved["recipe_batch_size"] == alone.recipe_batch_size and "base" not in saved
     shutil.rmtree(tmp_path)  # up to 2 GB
 
 

@@ -18,11 +18,11 @@ from vitlinear.checkpoints.load import read_weights
 from vitlinear.errors import UserError
 from vitlinear.signals import Stopped, StopSignals
 from vitlinear.train import loop, run
-from vitlinear.train.loop import Updater
 from vitlinear.train.parallel import synchronised
 from vitlinear.train.progress import TIMES
 from vitlinear.train.record.folder import BAD_IMAGES, FILES, PATCHES
 from vitlinear.train.record.state import read_state
+from vitlinear.train.updater import Updater
 
 # Everything that draws random numbers or keeps state between updates.
 FULL = ["--epochs", 4, "--model-ema", "--model-ema-decay", 0.9, "--drop-path", 0.2]

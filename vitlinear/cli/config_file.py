@@ -2,10 +2,12 @@
 
 Precedence: built-in default < ``--config`` file < command line. A key of the file is the name of a
 flag (``weight_decay`` or ``weight-decay``); a key that no flag has is an error, never ignored. The
-key ``base`` names another such file, relative to this one, that this one is laid over.
+key ``base`` names another such file, relative to this one, that this one is laid over. A file that
+comes with the package is found by its name alone.
 """
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,13 @@ import yaml
 
 from vitlinear.errors import UserError, did_you_mean, one_line
 
+from .configs import find_config
+from .flags import values_by_flag
 from .parser import KeyValues, Parser
 
 # How a run was started, not what it computes: left out of the saved arguments so that
 # `--config RUN/args.yaml` means "the same again", not "resume that one".
 LAUNCH_KEYS = frozenset({"config", "print_config", "resume", "overwrite", "wandb_resume_id"})
-
-
 BASE = "base"
 
 
@@ -35,7 +37,7 @@ def parse_with_config(parser: Parser, argv: Sequence[str] | None) -> argparse.Na
     first.add_argument("-c", "--config", nargs="?", default=None)
     path = first.parse_known_args(argv)[0].config
     if path:
-        parser.set_defaults(**read_config(Path(path), parser))
+        parser.set_defaults(**read_config(find_config(path, "classification"), parser))
     return parser.parse_args(argv)
 
 
@@ -74,7 +76,9 @@ def read_config(
         base = content.pop(BASE)
         if not isinstance(base, str) or not base:
             raise UserError(f"{what}: bad value for 'base': expected a file name, got {base!r}")
-        values = read_config(path.parent / base, parser, (*above, path))
+        values = read_config(
+            find_config(base, "classification", path.parent), parser, (*above, path)
+        )
     actions = {action.dest: action for action in parser._actions if action.dest != "help"}
     for key, value in content.items():
         name = str(key).replace("-", "_")
@@ -119,8 +123,34 @@ def _scalar(action: argparse.Action, value: Any) -> Any:
     return converted
 
 
-def saved_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns the arguments that describe a run, ready for YAML and for `read_config`."""
-    kept = {key: value for key, value in sorted(vars(args).items()) if key not in LAUNCH_KEYS}
+def saved_arguments(config: Any) -> dict[str, Any]:
+    """Returns the flags that describe a run, ready for YAML and for `read_config`.
+
+    Args:
+        config: A configuration that `from_arguments` made.
+    """
+    flags = values_by_flag(config)
+    kept = {key: flags[key] for key in sorted(flags) if key not in LAUNCH_KEYS}
     # Through YAML, to compare equal to what the file gives back: a tuple is a list there.
     return yaml.safe_load(yaml.safe_dump(kept))
+
+
+def printed(config: Any) -> str:
+    """Returns the flags that describe a run as YAML, in the parts that the configuration has.
+
+    A comment before each part names it and its class.
+
+    Args:
+        config: A configuration that `from_arguments` made.
+    """
+    saved = saved_arguments(config)
+    alone, parts = {}, []
+    for field in dataclasses.fields(config):
+        part = getattr(config, field.name)
+        if dataclasses.is_dataclass(part):
+            title = f"# {field.name}: {type(part).__module__}.{type(part).__name__}\n"
+            values = {key: saved[key] for key in values_by_flag(part) if key in saved}
+            parts.append(title + yaml.safe_dump(values, sort_keys=False))
+        elif field.name in saved:
+            alone[field.name] = saved[field.name]
+    return "\n".join([yaml.safe_dump(alone, sort_keys=False), *parts])

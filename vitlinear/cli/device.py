@@ -1,18 +1,62 @@
 """The device and the precision that a command runs in."""
 
-import argparse
 import contextlib
 import functools
+from argparse import BooleanOptionalAction
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-import vitlinear  # noqa: F401  registers the models with timm
 from vitlinear.errors import UserError, one_line
+
+from .parser import Parser
+
+
+@dataclass(frozen=True)
+class DeviceConfig:
+    """Where a command runs, in which precision and memory format."""
+
+    device: str | None
+    amp: bool
+    amp_dtype: str
+    channels_last: bool
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """Type of autocast; None without it."""
+        return getattr(torch, self.amp_dtype) if self.amp else None
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Memory format that models and images are brought into."""
+        return torch.channels_last if self.channels_last else torch.preserve_format
+
+
+def add_device_flags(parser: Parser) -> None:
+    """Adds the flags of `DeviceConfig`."""
+    group = parser.group("device")
+    group.add_argument(
+        "--device", default=None, metavar="DEV", help="default: cuda if there is one"
+    )
+    group.add_argument("--amp", action=BooleanOptionalAction, default=False, help="autocast")
+    group.add_argument(
+        "--amp-dtype", default="float16", choices=("float16", "bfloat16"), help="of --amp"
+    )
+    group.add_argument(
+        "--channels-last",
+        action=BooleanOptionalAction,
+        default=False,
+        help="memory format of images and weights",
+    )
 
 
 def choose_device(name: str | None) -> torch.device:
-    """Returns the device that ``--device`` means, by default cuda where there is one."""
+    """Returns the device that ``--device`` means, by default cuda where there is one.
+
+    Raises:
+        UserError: There is no such device.
+    """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
@@ -23,9 +67,8 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def make_autocast(args: argparse.Namespace, device: torch.device) -> Any:
+def make_autocast(config: DeviceConfig, device: torch.device) -> Any:
     """Returns a function that makes the context of a forward pass."""
-    if not args.amp:
+    if config.autocast_dtype is None:
         return contextlib.nullcontext
-    dtype = getattr(torch, args.amp_dtype)
-    return functools.partial(torch.autocast, device_type=device.type, dtype=dtype)
+    return functools.partial(torch.autocast, device_type=device.type, dtype=config.autocast_dtype)

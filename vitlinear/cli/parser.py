@@ -27,6 +27,11 @@ class Parser(argparse.ArgumentParser):
         kwargs.setdefault("formatter_class", HelpFormatter)
         super().__init__(**kwargs)
 
+    def group(self, title: str) -> argparse._ArgumentGroup:
+        """Returns the group of ``--help`` with a title: the same one at each call."""
+        found = (group for group in self._action_groups if group.title == title)
+        return next(found, None) or self.add_argument_group(title)
+
     def error(self, message: str) -> NoReturn:
         """Raises instead of printing the usage and exiting."""
         raise UserError(f"{message}; `{self.prog} --help` lists the options")

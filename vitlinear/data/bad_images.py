@@ -1,4 +1,4 @@
-"""What becomes of images that cannot be read: an error, or left out, recorded and listed.
+"""The policy for images that cannot be read: an error, or left out, recorded and listed.
 
 Images are read in data workers, processes that end with the epoch. Each appends what it met to a
 journal, a file on the machine's own disk, one write a line, which Linux does not interleave; the
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from torch import distributed
 
+from vitlinear.cli.parser import Parser
 from vitlinear.errors import UserError, one_line
 from vitlinear.files import write_text
 
@@ -25,6 +26,17 @@ BAD_IMAGES = "bad_images.txt"  # in the folder of a run
 UNREADABLE = -100
 # So many one after the other are no damaged files but a disk or a share that is gone.
 LIMIT = 10
+
+
+def add_bad_images_flag(parser: Parser) -> None:
+    """Adds ``--bad-images``, whose value `BadImages.by_flag` takes."""
+    parser.group("unreadable images").add_argument(
+        "--bad-images",
+        default="error",
+        choices=("error", "skip"),
+        help="unreadable images: stop, or go on without them and list them (of a run, in "
+        "bad_images.txt)",
+    )
 
 
 class BadImages:
@@ -40,6 +52,11 @@ class BadImages:
         self.found: dict[str, str] = {}
         self.owner = os.getpid()
         weakref.finalize(self, _remove, self.journal, self.owner)
+
+    @classmethod
+    def by_flag(cls, value: str) -> "BadImages":
+        """Returns the policy that ``--bad-images`` says: ``error`` or ``skip``."""
+        return cls(skip=value == "skip")
 
     def add(self, error: UnreadableImage) -> None:
         """Records an unreadable image; called in any process.

@@ -1,20 +1,20 @@
 """The ``check-data`` command: reads both splits of a data set once and reports what is in them."""
 
-import argparse
 import collections
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vitlinear.cli import flags as arguments
+from vitlinear.cli.flags import COUNT, from_arguments
 from vitlinear.cli.parser import Parser
 from vitlinear.files import check_parent, write_text
 
-from . import dataset as datasets
+from .dataset import DataConfig, add_data_flags, open_source, source_options
 from .probe import Record, probe
 
 PERCENTILES = {"min": 0, "p5": 5, "median": 50, "p95": 95, "max": 100}
@@ -29,9 +29,19 @@ ODD = {
 SHOWN = 10  # names per finding in the text; the JSON file has all
 
 
+@dataclass(frozen=True)
+class CheckDataConfig:
+    """The data set that ``check-data`` reads, and the file that it writes."""
+
+    data: DataConfig
+    train_split: str
+    num_classes: int | None
+    json: str | None
+
+
 def parse_arguments(
     argv: Sequence[str] | None, prog: str = "vitlinear check-data"
-) -> argparse.Namespace:
+) -> CheckDataConfig:
     """Parses flags."""
     parser = Parser(
         prog=prog,
@@ -39,41 +49,49 @@ def parse_arguments(
         "odd ones, class counts, sizes, and files that are in both splits. The exit status is 1 "
         "if anything is unreadable. It takes the same flags as `vitlinear train`.",
     )
-    arguments.add_data_arguments(parser)
-    group = parser.add_argument_group("check")
+    add_data_flags(parser)
+    group = parser.group("check")
     group.add_argument("--train-split", default="train", metavar="NAME")
-    group.add_argument("--num-classes", type=arguments.COUNT, default=None, metavar="N")
+    group.add_argument("--num-classes", type=COUNT, default=None, metavar="N")
     group.add_argument("--json", default=None, metavar="FILE", help="everything found, as JSON")
-    return parser.parse_args(argv)
+    return from_arguments(CheckDataConfig, parser.parse_args(argv))
 
 
 def main(argv: Sequence[str] | None, prog: str = "vitlinear check-data") -> None:
     """Runs the command."""
-    args = parse_arguments(argv, prog)
-    check_parent(args.json)
-    report = check_data(args)
+    config = parse_arguments(argv, prog)
+    check_parent(config.json)
+    report = check_data(config.data, train_split=config.train_split, num_classes=config.num_classes)
     print("\n".join(_text(report)))
-    if args.json:
-        write_text(Path(args.json).expanduser(), json.dumps(report, indent=2) + "\n")
+    if config.json:
+        write_text(Path(config.json).expanduser(), json.dumps(report, indent=2) + "\n")
     if any(split["unreadable"] for split in report["splits"].values()):
         sys.exit(1)
 
 
-def check_data(args: argparse.Namespace) -> dict[str, Any]:
-    """Reads what ``args`` mean.
+def check_data(
+    data: DataConfig, *, train_split: str = "train", num_classes: int | None = None
+) -> dict[str, Any]:
+    """Reads both splits of a data set, or the one of a file.
+
+    Args:
+        data: The data set; ``val_split`` names its held-out split.
+        train_split: Name of its training split.
+        num_classes: Number of classes where the data does not name them.
 
     Returns:
         ``splits``, by name what `describe` says; ``in_both``, pairs of names of held-out and
         training images with the same content; ``classes_differ``, the names that only one split
         has; ``classes_in_one_split``, the classes that have images in one split only.
     """
-    names = ("held-out",) if _is_file(args.data_dir) else ("training", "held-out")
-    sources = {name: _open(args, name == "training") for name in names}  # mistakes come first
+    names = ("held-out",) if _is_file(data.data_dir) else ("training", "held-out")
+    # All are opened before the first is read: mistakes come first.
+    sources = {name: _open(data, train_split, name == "training") for name in names}
     splits, records = {}, {}
     for name, source in sources.items():
-        records[name] = list(probe(source, args.workers, name))
+        records[name] = list(probe(source, data.workers, name))
         classes = getattr(source, "classes", None)
-        splits[name] = describe(records[name], classes, args.num_classes)
+        splits[name] = describe(records[name], classes, num_classes)
     report: dict[str, Any] = {"splits": splits, "in_both": []}
     if len(splits) == 2:
         report["in_both"] = _in_both(records["training"], records["held-out"])
@@ -92,10 +110,10 @@ def _is_file(path: str | None) -> bool:
     return path is not None and Path(path).expanduser().is_file()
 
 
-def _open(args: argparse.Namespace, train: bool) -> Any:
-    options = datasets.source_options(args, train)
+def _open(data: DataConfig, train_split: str, train: bool) -> Any:
+    options = source_options(data, train_split if train else data.val_split)
     # Not for training: that would shuffle streams, and repeat some images to fill batches.
-    return datasets.open_source(args.dataset, train=train, mode="RGB", is_training=False, **options)
+    return open_source(data.dataset, train=train, mode="RGB", is_training=False, **options)
 
 
 def describe(

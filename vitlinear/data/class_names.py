@@ -1,25 +1,13 @@
 """The class names of a data set, in the order of their labels."""
 
-import pickle
-import tarfile
+from collections.abc import Sequence
 from typing import Any
 
 from timm.data.readers.class_map import load_class_map
 
 from vitlinear.errors import UserError, one_line
 
-# What libraries raise when a data set is not there, not whole, or not what it was said to be.
-OPENING = (
-    AssertionError,
-    EOFError,
-    KeyError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    pickle.UnpicklingError,
-    tarfile.TarError,
-)
+from .sources import OPENING
 
 
 def names_in_order(table: dict[Any, int] | None) -> list[str] | None:
@@ -38,3 +26,27 @@ def class_list(path: str) -> list[str]:
     if names is None:
         raise UserError(f"--class-map {path} does not number its classes 0, 1, 2, ...")
     return names
+
+
+def classes_of(dataset: Any) -> list[str] | None:
+    """Returns the class names in label order, or None where the data does not say."""
+    return getattr(dataset, "classes", None)
+
+
+def check_same_classes(
+    expected: Sequence[str] | None, found: Sequence[str] | None, first: str, second: str
+) -> None:
+    """Raises `UserError` if two lists of class names, where both are known, differ."""
+    if expected is None or found is None or list(expected) == list(found):
+        return
+    if len(expected) != len(found):
+        raise UserError(
+            f"{first} has {len(expected)} classes, {second} {len(found)}: "
+            f"{_difference(expected, found)}"
+        )
+    raise UserError(f"the classes of {first} and {second} differ: {_difference(expected, found)}")
+
+
+def _difference(expected: Sequence[str], found: Sequence[str]) -> str:
+    odd = sorted(set(expected) ^ set(found))[:3]
+    return f"not in both: {', '.join(odd)}" if odd else "same names in another order"

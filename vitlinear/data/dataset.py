@@ -1,176 +1,75 @@
 """The data set that ``--dataset`` and ``--data-dir`` mean."""
 
-import argparse
-from collections.abc import Callable, Iterator, Sequence
+import os
+from argparse import BooleanOptionalAction
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageMode
+from PIL import ImageMode
 from timm.data import IterableImageDataset
-from torch.utils.data import Dataset
 
-from vitlinear.errors import UserError, one_line
+from vitlinear.cli.flags import NATURAL
+from vitlinear.cli.parser import Parser
+from vitlinear.errors import UserError
 
-from . import sources
-from .bad_images import LIMIT, UNREADABLE, BadImages, too_many
-from .images import DAMAGE, UnreadableImage, convert, decode
+from .bad_images import BadImages
+from .labelled import LabelledImages, ShardImages, StreamedImages, decoded
 from .readers import open_other, refuse_keys
+from .sources import digits, fashion_mnist
 
-BLANK = (64, 64)
-
-
-class LabelledImages(Dataset):
-    """A `Source` in one PIL mode, with the ``transform`` attribute that timm's loaders set.
-
-    Args:
-        source: Images and labels.
-        image_mode: PIL mode that images are converted to.
-        train: In place of an unreadable image comes the next one; in held-out data a black one
-            labelled `UNREADABLE`, which `evaluate` leaves out.
-        bad_images: Whether unreadable images are errors, and where they are recorded.
-        num_classes: Bound of the labels, if the source does not know its classes.
-    """
-
-    transform: Callable[[Image.Image], Any] | None = None
-
-    def __init__(
-        self,
-        source: sources.Source,
-        image_mode: str,
-        train: bool = True,
-        bad_images: BadImages | None = None,
-        num_classes: int | None = None,
-    ) -> None:
-        self.source, self.image_mode, self.train = source, image_mode, train
-        self.bad_images = bad_images or BadImages()
-        names = source.classes
-        self.classes: list[str] | None = None if names is None else [str(name) for name in names]
-        self.num_classes = len(self.classes) if self.classes else num_classes
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def load(self, index: int) -> tuple[Image.Image, int]:
-        """Returns an image, without ``transform``, and its label.
-
-        Raises:
-            UnreadableImage: The image is damaged or gone.
-            UserError: The label cannot be.
-        """
-        try:
-            content, label = self.source.read(index)
-            image = convert(_decoded(content), self.image_mode)
-        except DAMAGE as error:
-            raise UnreadableImage(self.source.name(index), error) from error
-        if not _is_label(label, self.num_classes):
-            raise _wrong_label(self.source.name(index), label, self.num_classes)
-        return image, label
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        try:
-            image, label = self.load(index)
-        except UnreadableImage as error:
-            self.bad_images.add(error)
-            image, label = self._instead_of(index)
-        return (self.transform(image) if self.transform else image), label
-
-    def _instead_of(self, index: int) -> tuple[Image.Image, int]:
-        """Returns the next readable image: the same in every epoch, mostly of the same class."""
-        if not self.train:
-            return Image.new(self.image_mode, BLANK), UNREADABLE
-        for step in range(1, LIMIT):
-            try:
-                return self.load((index + step) % len(self))
-            except UnreadableImage as error:
-                self.bad_images.add(error)
-                name = error.name
-        raise too_many(name)
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class ShardImages(IterableImageDataset):
-    """The images of WebDataset shards.
+@dataclass(frozen=True)
+class DataConfig:
+    """A data set of labelled images, and how it is read."""
 
-    Args:
-        reader: A `ShardReader`.
-        image_mode: PIL mode that images are converted to.
-        train: As in `LabelledImages`.
-        bad_images: As in `LabelledImages`.
-        num_classes: As in `LabelledImages`.
-    """
-
-    def __init__(
-        self,
-        reader: Any,
-        image_mode: str,
-        train: bool,
-        bad_images: BadImages,
-        num_classes: int | None,
-    ) -> None:
-        super().__init__(None, reader=reader)
-        self.image_mode, self.train, self.bad_images = image_mode, train, bad_images
-        self.classes: list[str] | None = reader.classes
-        self.num_classes = len(self.classes) if self.classes else num_classes
-
-    def __iter__(self) -> Iterator[tuple[Any, int]]:
-        left = self.reader.samples_per_worker() if self.train else None
-        in_a_row = 0
-        for name, content, label in self.reader:
-            if left == 0:
-                return
-            if not _is_label(label, self.num_classes):
-                raise _wrong_label(name, label, self.num_classes)
-            try:
-                image = convert(_decoded(content), self.image_mode)
-                in_a_row = 0
-            except DAMAGE as error:
-                self.bad_images.add(UnreadableImage(name, error))
-                in_a_row += 1
-                if in_a_row == LIMIT:
-                    raise too_many(name) from error
-                if self.train:
-                    continue
-                image, label = Image.new(self.image_mode, BLANK), UNREADABLE
-            yield (self.transform(image) if self.transform else image), label
-            left = None if left is None else left - 1
+    dataset: str | None
+    data_dir: str | None
+    val_split: str
+    class_map: str | None
+    input_key: str | None
+    target_key: str | None
+    dataset_download: bool
+    input_img_mode: str | None
+    workers: int
+    pin_mem: bool
 
 
-class StreamedImages(IterableImageDataset):
-    """A data set that timm itself streams (hfids, tfds)."""
-
-    def __init__(self, dataset: IterableImageDataset, name: str, bad_images: BadImages) -> None:
-        if bad_images.skip:
-            raise UserError(f"--bad-images skip cannot be done with {name}: use hfds/ or wds/")
-        super().__init__(None, reader=dataset.reader)
-        self.name = name
-
-    def __iter__(self) -> Iterator[tuple[Any, int]]:
-        samples = super().__iter__()
-        while True:
-            try:
-                sample = next(samples, None)
-            except DAMAGE as error:
-                reason = one_line(error)
-                raise UserError(f"cannot read an image of {self.name}: {reason}") from error
-            if sample is None:
-                return
-            yield sample
-
-
-def _decoded(content: bytes | Image.Image) -> Image.Image:
-    return decode(content) if isinstance(content, bytes) else content
-
-
-def _is_label(label: int, num_classes: int | None) -> bool:
-    return 0 <= label < (num_classes or label + 1)
-
-
-def _wrong_label(name: str, label: int, num_classes: int | None) -> UserError:
-    if label < 0:
-        return UserError(f"{name} has no label (it says {label}): a split with labels is needed")
-    return UserError(
-        f"{name} has the label {label}, but there are only {num_classes} classes, 0 to "
-        f"{(num_classes or 0) - 1}: correct --num-classes or --class-map"
+def add_data_flags(parser: Parser) -> None:
+    """Adds the flags of `DataConfig`."""
+    group = parser.group("data")
+    group.add_argument(
+        "--dataset",
+        default=None,
+        metavar="NAME",
+        help="digits (comes with scikit-learn), fashion_mnist, or any name that timm's "
+        "create_dataset takes: torch/cifar10, hfds/..., wds/...; omit it for a folder or tar of "
+        "images in --data-dir",
     )
+    group.add_argument("--data-dir", default=None, metavar="DIR", help="where the data set lies")
+    group.add_argument(
+        "--val-split", default="validation", metavar="NAME", help="'' means --data-dir itself"
+    )
+    group.add_argument("--class-map", default=None, metavar="FILE", help="class name per line")
+    group.add_argument("--input-key", default=None, metavar="NAME", help="image, in hfds/ and wds/")
+    group.add_argument("--target-key", default=None, metavar="NAME", help="label, likewise")
+    group.add_argument(
+        "--dataset-download", action=BooleanOptionalAction, default=False, help="fetch torch/ data"
+    )
+    group.add_argument(
+        "--input-img-mode", default=None, metavar="MODE", help="PIL mode (default: L or RGB)"
+    )
+    group.add_argument(
+        "-j",
+        "--workers",
+        type=NATURAL,
+        default=min(4, CORES),
+        metavar="N",
+        help="processes that read images (default: 4, or as many as there are cores)",
+    )
+    group.add_argument("--pin-mem", action=BooleanOptionalAction, default=False, help="pin memory")
 
 
 def image_mode(in_chans: int, requested: str | None) -> str:
@@ -214,15 +113,15 @@ def open_source(
         **options: More arguments of ``create_dataset``.
 
     Returns:
-        A `sources.Source`, a `ShardReader`, or timm's own iterable data set.
+        A `Source`, a `ShardReader`, or timm's own iterable data set.
     """
     path = Path(data_dir).expanduser() if data_dir else None
     options = {key: value for key, value in options.items() if value is not None}
     refuse_keys(name or "--data-dir", options)
     if name == "digits":
-        return sources.digits(train)
+        return digits(train)
     if name == "fashion_mnist":
-        return sources.fashion_mnist(train, path)
+        return fashion_mnist(train, path)
     if split is None:
         split = "train" if train else "validation"
     return open_other(name or "", path, split, mode, **({"is_training": train} | options))
@@ -258,37 +157,51 @@ def open_dataset(
     return kind(found, mode, train, bad_images, num_classes)
 
 
-def source_options(args: argparse.Namespace, train: bool) -> dict[str, Any]:
-    """Returns the arguments of `open_source` that parsed flags mean."""
-    return {
-        "data_dir": args.data_dir,
-        "split": args.train_split if train else args.val_split,
-        "class_map": args.class_map,
-        "download": args.dataset_download,
-        "input_key": args.input_key,
-        "target_key": args.target_key,
-    }
-
-
-def open_from_arguments(
-    args: argparse.Namespace, train: bool, mode: str, bad_images: BadImages | None = None
+def open_split(
+    data: DataConfig,
+    split: str,
+    *,
+    train: bool,
+    mode: str,
+    batch_size: int,
+    num_classes: int | None = None,
+    seed: int | None = None,
+    bad_images: BadImages | None = None,
 ) -> Any:
-    """Opens the split that parsed flags mean."""
+    """Opens a split of a configured data set, to train on or to evaluate on.
+
+    Args:
+        data: The data set.
+        split: Name of the split.
+        train: As for `open_dataset`, like ``mode``, ``num_classes`` and ``bad_images``.
+        mode: PIL mode.
+        batch_size: Images in a batch of this process: streams are divided by it.
+        num_classes: Bound of the labels.
+        seed: Of the order in which a stream is read; by default timm's.
+        bad_images: What becomes of unreadable images.
+    """
     return open_dataset(
-        args.dataset,
+        data.dataset,
         train=train,
         mode=mode,
-        num_classes=args.num_classes,
+        num_classes=num_classes,
         bad_images=bad_images,
-        batch_size=args.batch_size,
-        seed=args.seed if train else None,
-        **source_options(args, train),
+        batch_size=batch_size,
+        seed=seed,
+        **source_options(data, split),
     )
 
 
-def class_names(dataset: Any) -> list[str] | None:
-    """Returns the class names in label order, or None where the data does not say."""
-    return getattr(dataset, "classes", None)
+def source_options(data: DataConfig, split: str) -> dict[str, Any]:
+    """Returns the arguments of `open_source` that open a split of a configured data set."""
+    return {
+        "data_dir": data.data_dir,
+        "split": split,
+        "class_map": data.class_map,
+        "download": data.dataset_download,
+        "input_key": data.input_key,
+        "target_key": data.target_key,
+    }
 
 
 def export_sample(
@@ -310,25 +223,6 @@ def export_sample(
     if not 0 <= index < len(dataset):
         raise UserError(f"{name} has no image {index}: it holds {len(dataset)}")
     content, label = dataset.source.read(index)
-    image = _decoded(content)
+    image = decoded(content)
     image.save(path)
     return dataset.classes[label] if dataset.classes else str(label)
-
-
-def check_same_classes(
-    expected: Sequence[str] | None, found: Sequence[str] | None, first: str, second: str
-) -> None:
-    """Raises `UserError` if two lists of class names, where both are known, differ."""
-    if expected is None or found is None or list(expected) == list(found):
-        return
-    if len(expected) != len(found):
-        raise UserError(
-            f"{first} has {len(expected)} classes, {second} {len(found)}: "
-            f"{_difference(expected, found)}"
-        )
-    raise UserError(f"the classes of {first} and {second} differ: {_difference(expected, found)}")
-
-
-def _difference(expected: Sequence[str], found: Sequence[str]) -> str:
-    odd = sorted(set(expected) ^ set(found))[:3]
-    return f"not in both: {', '.join(odd)}" if odd else "same names in another order"

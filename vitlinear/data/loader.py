@@ -1,17 +1,21 @@
 """Loaders over a data set, by timm's factory; training draws as `order` says."""
 
-import argparse
 import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
-from timm.data import FastCollateMixup, IterableImageDataset, auto_augment, create_loader
+from timm.data import IterableImageDataset, create_loader
 from torch.utils.data import DataLoader
 
 from vitlinear.errors import UserError
 
+from .augmentation import (
+    AugmentationConfig,
+    make_mixing,
+    repair_posterize,
+    transform_options,
+)
 from .order import (
     EpochBatches,
     SeededErasing,
@@ -22,70 +26,52 @@ from .order import (
 )
 
 
-def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """Keeps the ``bits`` highest bits of each channel; none of them gives black.
-
-    timm's ``-inc`` policies ask for 0 bits at their greatest strength (one image in some hundreds
-    with rand-m9-mstd0.5-inc1). Pillow took that for black until its version 13 raised an error.
-    """
-    if bits >= 8:
-        return image
-    return ImageOps.posterize(image, bits) if bits >= 1 else image.point(lambda _: 0)
-
-
-def _repair_posterize() -> None:
-    for name in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
-        auto_augment.NAME_TO_OP[name] = posterize
-
-
 def train_loader(
     dataset: Any,
-    args: argparse.Namespace,
+    augmentation: AugmentationConfig,
     data_config: dict[str, Any],
     num_classes: int,
     device: torch.device,
+    *,
+    batch_size: int,
+    workers: int = 0,
+    pin_memory: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Any:
-    """Builds timm's training loader, with mixing and repeated augmentation as asked for."""
-    _repair_posterize()
-    mixing = args.mixup > 0 or args.cutmix > 0
-    if mixing and args.batch_size % 2:
-        raise UserError(f"mixup and cutmix need an even --batch-size, got {args.batch_size}")
-    collate = None
-    if mixing:
-        collate = FastCollateMixup(
-            mixup_alpha=args.mixup,
-            cutmix_alpha=args.cutmix,
-            prob=args.mixup_prob,
-            switch_prob=args.mixup_switch_prob,
-            mode=args.mixup_mode,
-            label_smoothing=args.smoothing,
-            num_classes=num_classes,
-        )
+    """Builds timm's training loader, which draws as `order` says.
+
+    Args:
+        dataset: A data set that `open_dataset` returned.
+        augmentation: Changes to its images.
+        data_config: Input size and normalisation, as `vitlinear.create.data_config` returns them.
+        num_classes: Classes of targets that are distributions.
+        device: Where batches go.
+        batch_size: Images in a batch of this process.
+        workers: Processes that read images.
+        pin_memory: Whether batches are put into pinned memory.
+        rank: Of this process.
+        world_size: Number of processes.
+
+    Raises:
+        UserError: There is no whole batch, or data set and augmentation do not go together.
+    """
+    repair_posterize()
+    mixing = make_mixing(augmentation, batch_size, num_classes)
     iterable = isinstance(dataset, IterableImageDataset)
-    if args.aug_repeats and iterable:
+    if augmentation.aug_repeats and iterable:
         raise UserError("--aug-repeats needs a data set with random access, not an iterable one")
     loader = create_loader(
         dataset,
         input_size=data_config["input_size"],
-        batch_size=args.batch_size,
+        batch_size=batch_size,
         is_training=True,
-        no_aug=args.no_aug,
-        re_prob=args.reprob,
-        re_mode=args.remode,
-        re_count=args.recount,
-        train_crop_mode=args.train_crop_mode,
-        scale=args.scale,
-        ratio=args.ratio,
-        hflip=args.hflip,
-        vflip=args.vflip,
-        color_jitter=args.color_jitter,
-        auto_augment=args.aa,
-        interpolation=args.train_interpolation,
+        **transform_options(augmentation),
         mean=data_config["mean"],
         std=data_config["std"],
-        num_workers=args.workers,
-        collate_fn=collate,
-        pin_memory=args.pin_mem,
+        num_workers=workers,
+        collate_fn=mixing,
+        pin_memory=pin_memory,
         device=device,
         persistent_workers=False,
     )
@@ -93,14 +79,12 @@ def train_loader(
         loader.random_erasing = SeededErasing(loader.random_erasing)
     _leave_signals(loader)
     if not iterable:
-        batches = EpochBatches(
-            len(dataset), args.batch_size, args.aug_repeats, args.rank, args.world_size
-        )
+        batches = EpochBatches(len(dataset), batch_size, augmentation.aug_repeats, rank, world_size)
         loader.loader = _from_places(loader.loader, batches)
     if len(loader) == 0:
         raise UserError(
             f"the training set has {len(dataset)} images, fewer than one batch of "
-            f"{args.batch_size} in {args.world_size} process(es): lower --batch-size"
+            f"{batch_size} in {world_size} process(es): lower --batch-size"
         )
     return loader
 
@@ -131,7 +115,18 @@ def eval_loader(
     distributed: bool = False,
     pin_memory: bool = False,
 ) -> Any:
-    """Builds timm's evaluation loader."""
+    """Builds timm's evaluation loader.
+
+    Args:
+        dataset: A data set that `open_dataset` returned.
+        batch_size: Images in a batch of this process.
+        data_config: Input size, crop and normalisation, as `vitlinear.create.data_config` returns
+            them.
+        workers: Processes that read images.
+        device: Where batches go.
+        distributed: Whether each process gets its share of the images.
+        pin_memory: Whether batches are put into pinned memory.
+    """
     loader = create_loader(
         dataset,
         input_size=data_config["input_size"],

@@ -18,7 +18,7 @@ BATCH = 32  # images per message of a data worker
 
 
 class Record(NamedTuple):
-    """What is known of one image.
+    """An image as `probe` found it.
 
     Attributes:
         name: File, or number.

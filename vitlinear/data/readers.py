@@ -12,8 +12,8 @@ from torchvision.datasets import DatasetFolder
 
 from vitlinear.errors import UserError, one_line
 
-from .class_names import OPENING, names_in_order
-from .sources import Source
+from .class_names import names_in_order
+from .sources import OPENING, Source
 
 TRAIN_NAMES = ("train", "training")
 # What each prefix needs besides what vitlinear itself does: module, how to install it.

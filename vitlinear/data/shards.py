@@ -19,6 +19,8 @@ from torch.utils.data import get_worker_info
 
 from vitlinear.errors import UserError, one_line
 
+from .class_names import class_list
+
 IMAGE_KEYS = "jpg;jpeg;png;webp"
 
 
@@ -40,8 +42,6 @@ class ShardReader(ReaderWds):
                 timm's syntax, ``train-{0000..0009}.tar|10000``.
             options: Of timm's ``create_dataset``; ``class_map`` names the classes.
         """
-        from .class_names import class_list
-
         options = dict(options)
         names = class_list(options.pop("class_map")) if options.get("class_map") else None
         options.pop("download", None)

@@ -1,9 +1,11 @@
-"""What a data set with random access is, and the two that are read here.
+"""`Source`, a data set with random access, and the two that are read here.
 
 ``digits`` and ``fashion_mnist`` are arrays in memory; `readers` opens everything else.
 """
 
 import gzip
+import pickle
+import tarfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +16,18 @@ from PIL import Image
 
 from vitlinear.errors import UserError
 
+# What libraries raise when a data set is not there, not whole, or not what it was said to be.
+OPENING = (
+    AssertionError,
+    EOFError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+    tarfile.TarError,
+)
 FASHION_MNIST_DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 FASHION_MNIST_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",

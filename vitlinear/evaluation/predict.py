@@ -1,8 +1,8 @@
 """The ``predict`` command: the likeliest classes of image files."""
 
-import argparse
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +13,42 @@ from torch import nn
 from tqdm import tqdm
 
 from vitlinear.checkpoints.card import Card
-from vitlinear.cli import flags as arguments
-from vitlinear.cli.device import choose_device, make_autocast
-from vitlinear.cli.flags import add_checkpoint_argument
+from vitlinear.cli.device import DeviceConfig, add_device_flags, choose_device, make_autocast
+from vitlinear.cli.flags import COUNT, from_arguments
+from vitlinear.cli.model import (
+    InputConfig,
+    ModelConfig,
+    add_checkpoint_flag,
+    add_input_flags,
+    add_model_flags,
+)
 from vitlinear.cli.parser import Parser
-from vitlinear.data.bad_images import BadImages
+from vitlinear.data.bad_images import BadImages, add_bad_images_flag
+from vitlinear.data.dataset import image_mode
 from vitlinear.data.images import DAMAGE, UnreadableImage, convert, decode, find_images
 from vitlinear.errors import UserError
 from vitlinear.files import check_parent, write_text
 
-from .validate import checkpoint_or_model, image_mode
+from .model import load_or_build
 
 
-def parse_arguments(
-    argv: Sequence[str] | None, prog: str = "vitlinear predict"
-) -> argparse.Namespace:
+@dataclass(frozen=True)
+class PredictConfig:
+    """Images, model and report of ``predict``."""
+
+    images: tuple[str, ...]
+    checkpoint: str | None
+    model: ModelConfig
+    input: InputConfig
+    bad_images: str
+    device: DeviceConfig
+    topk: int
+    batch_size: int
+    json: bool
+    results_file: str | None
+
+
+def parse_arguments(argv: Sequence[str] | None, prog: str = "vitlinear predict") -> PredictConfig:
     """Parses flags."""
     parser = Parser(
         prog=prog,
@@ -37,30 +58,30 @@ def parse_arguments(
         "and mmseg.",
     )
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, or folders (recursive)")
-    add_checkpoint_argument(parser)
-    arguments.add_model_arguments(parser, default=None)
-    arguments.add_input_arguments(parser)
-    arguments.add_bad_images_argument(parser)
-    arguments.add_device_arguments(parser)
-    group = parser.add_argument_group("report")
-    group.add_argument("--topk", type=arguments.COUNT, default=5, metavar="K", help="classes shown")
-    group.add_argument("-b", "--batch-size", type=arguments.COUNT, default=64)
+    add_checkpoint_flag(parser)
+    add_model_flags(parser, default=None)
+    add_input_flags(parser)
+    add_bad_images_flag(parser)
+    add_device_flags(parser)
+    group = parser.group("report")
+    group.add_argument("--topk", type=COUNT, default=5, metavar="K", help="classes shown")
+    group.add_argument("-b", "--batch-size", type=COUNT, default=64)
     group.add_argument("--json", action="store_true", help="JSON on standard output")
     group.add_argument("--results-file", default=None, metavar="FILE", help="JSON to a file")
-    return parser.parse_args(argv)
+    return from_arguments(PredictConfig, parser.parse_args(argv))
 
 
 def main(argv: Sequence[str] | None, prog: str = "vitlinear predict") -> None:
     """Runs the command; prints nothing before every image was looked at."""
-    args = parse_arguments(argv, prog)
-    check_parent(args.results_file)
-    results = predict(args)
+    config = parse_arguments(argv, prog)
+    check_parent(config.results_file)
+    results = predict(config)
     text = json.dumps(results, indent=2)
-    if args.results_file:
-        write_text(Path(args.results_file).expanduser(), text + "\n")
-    if args.json:
+    if config.results_file:
+        write_text(Path(config.results_file).expanduser(), text + "\n")
+    if config.json:
         print(text)
-    elif not args.results_file:
+    elif not config.results_file:
         for result in results:
             print(_line(result))
 
@@ -74,31 +95,31 @@ def _line(result: dict[str, Any]) -> str:
     return f"{result['file']}: {shown}"
 
 
-def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Classifies images as ``args`` say.
+def predict(config: PredictConfig) -> list[dict[str, Any]]:
+    """Classifies image files.
 
     Returns:
         Per image ``file`` and ``predictions``, a list of ``class``, ``index``, ``probability``
         with the likeliest first; in their place, for an image left out, the reason as
         ``unreadable``.
     """
-    files = find_images(args.images)
-    if not args.checkpoint and not args.pretrained:
+    files = find_images(config.images)
+    if not config.checkpoint and not config.model.pretrained:
         raise UserError("no weights: give --checkpoint FILE, or --model NAME --pretrained")
-    device = choose_device(args.device)
-    model, card, config = checkpoint_or_model(args)
+    device = choose_device(config.device.device)
+    model, card, input = load_or_build(config.checkpoint, config.model, config.input)
     names = _class_names(model, card)
-    mode = image_mode(args, card, config["input_size"][0])
-    transform = create_transform(**config, is_training=False)
-    layout = torch.channels_last if args.channels_last else torch.preserve_format
+    mode = image_mode(input["input_size"][0], card.image_mode if card else None)
+    transform = create_transform(**input, is_training=False)
+    layout = config.device.memory_format
     model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
-    autocast = make_autocast(args, device)
-    topk = min(args.topk, len(names))
-    bad_images = BadImages(skip=args.bad_images == "skip")
+    autocast = make_autocast(config.device, device)
+    topk = min(config.topk, len(names))
+    bad_images = BadImages.by_flag(config.bad_images)
     results: list[dict[str, Any]] = [{"file": str(file)} for file in files]
-    batches = range(0, len(files), args.batch_size)
+    batches = range(0, len(files), config.batch_size)
     for start in tqdm(batches, desc="predict", leave=False, disable=None):
-        chunk = results[start : start + args.batch_size]
+        chunk = results[start : start + config.batch_size]
         opened = [(result, transform(image)) for result, image in _opened(chunk, mode, bad_images)]
         if not opened:
             continue

@@ -1,79 +1,42 @@
 """The ``compare-runs`` command: several runs in one plot, and a table of how they ended."""
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from vitlinear.cli.flags import from_arguments
 from vitlinear.cli.parser import Parser
-from vitlinear.errors import UserError, did_you_mean, one_line
-from vitlinear.files import check_parent, write_atomically, write_text
+from vitlinear.errors import UserError, did_you_mean
+from vitlinear.files import check_parent, write_text
 
+from .compare_curves import check_format, curves, mean_and_spread, plot
 from .progress import clock
 from .record.curves import check_plotting
-from .record.folder import ARGUMENTS, METRICS, UPDATES
-from .record.logger import Row, read_rows, table
+from .record.logger import Row, table
+from .record.read import Recorded, read_runs
 
 # Flags that say where a run is rather than what it is.
 PLACES = ("output", "experiment")
-COUNTS = ("epoch", "updates", "update", "seconds")
 
 
-@dataclass
-class Recorded:
-    """A run as its folder tells of it.
+@dataclass(frozen=True)
+class CompareConfig:
+    """Which runs are compared, by what, and where the plot and the table go."""
 
-    Attributes:
-        path: The folder.
-        label: Shortest end of the path that no other run has.
-        args: Its flags.
-        epochs: A row per epoch, with ``elapsed``, the seconds since the start of the run.
-        updates: A row per log interval.
-    """
-
-    path: Path
-    args: dict[str, Any]
-    epochs: list[Row]
-    updates: list[Row]
-    label: str = ""
-
-    def points(self, metric: str, x: str) -> list[tuple[float, float]]:
-        """Returns (x, metric) where there is a number; by update, of log intervals if they have it.
-
-        Args:
-            metric: Name in the rows.
-            x: ``epoch``, ``update`` or ``seconds``.
-        """
-        rows, count = self.epochs, {"epoch": "epoch", "update": "updates", "seconds": "elapsed"}[x]
-        if x == "update" and any(metric in row for row in self.updates):
-            rows, count = self.updates, "update"
-        pairs = ((row.get(count), row.get(metric)) for row in rows)
-        return [(a, b) for a, b in pairs if a is not None and b is not None]
-
-    def metrics(self) -> set[str]:
-        """Names that this run has numbers of."""
-        rows = (*self.epochs, *self.updates)
-        names = {name for row in rows for name, value in row.items() if value is not None}
-        return names - {*COUNTS, "elapsed"}
+    runs: tuple[str, ...]
+    metric: tuple[str, ...]
+    x: str
+    group_by: tuple[str, ...]
+    output: str
+    csv: str | None
 
 
-@dataclass
-class Curve:
-    """What is drawn of a run or of a group of runs: x, mean, standard deviation (0 of one run)."""
-
-    label: str
-    x: list[float] = field(default_factory=list)
-    mean: list[float] = field(default_factory=list)
-    spread: list[float] = field(default_factory=list)
-    runs: int = 1
-
-
-def main(argv: Sequence[str] | None, prog: str = "vitlinear compare-runs") -> None:
-    """Runs the command."""
+def parse_arguments(
+    argv: Sequence[str] | None, prog: str = "vitlinear compare-runs"
+) -> CompareConfig:
+    """Parses flags."""
     parser = Parser(prog=prog, description="Plot runs of `vitlinear train` and print how they end.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder")
     parser.add_argument(
@@ -87,78 +50,44 @@ def main(argv: Sequence[str] | None, prog: str = "vitlinear compare-runs") -> No
     )  # fmt: skip
     parser.add_argument("--output", default="compare.png", metavar="FILE", help="'' draws nothing")
     parser.add_argument("--csv", default=None, metavar="FILE", help="the table, unrounded")
-    args = parser.parse_args(argv)
-    check_parent(args.csv)
-    if args.output:
-        check_parent(args.output)
-        check_plotting(args.output, ", or give --output ''")
-        check_format(Path(args.output))
-    runs = read_runs(args.runs)
-    check_metrics(runs, args.metric)
+    return from_arguments(CompareConfig, parser.parse_args(argv))
+
+
+def main(argv: Sequence[str] | None, prog: str = "vitlinear compare-runs") -> None:
+    """Runs the command."""
+    compare(parse_arguments(argv, prog))
+
+
+def compare(config: CompareConfig) -> None:
+    """Prints how runs ended, and writes the plot and the table.
+
+    Raises:
+        UserError: A run or a metric is not there, or a file cannot be written.
+    """
+    check_parent(config.csv)
+    if config.output:
+        check_parent(config.output)
+        check_plotting(config.output, ", or give --output ''")
+        check_format(Path(config.output))
+    runs = read_runs(config.runs)
+    check_metrics(runs, config.metric)
     flags = differing_flags(runs)
-    groups = group(runs, [name.lstrip("-").replace("-", "_") for name in args.group_by])
-    panels = {metric: curves(groups, metric, args.x) for metric in args.metric}
-    rows = [summary(run, args.metric) for run in runs]
-    settings = [{flag: run.args.get(flag) for flag in flags} for run in runs]
+    groups = group(runs, [name.lstrip("-").replace("-", "_") for name in config.group_by])
+    panels = {metric: curves(groups, metric, config.x) for metric in config.metric}
+    rows = [summary(run, config.metric) for run in runs]
+    settings = [{flag: run.flags.get(flag) for flag in flags} for run in runs]
     print(aligned([shown(row) for row in rows]))
-    if args.group_by:
-        means = [group_summary(name, members, args.metric) for name, members in groups.items()]
+    if config.group_by:
+        means = [group_summary(name, members, config.metric) for name, members in groups.items()]
         print("\n" + aligned(means))
     if flags:
         named = [{"run": run.label, **values} for run, values in zip(runs, settings, strict=True)]
         print("\nflags that differ\n" + aligned([shown(row) for row in named]))
-    if args.output:
-        plot(panels, args.x, Path(args.output))
-        print(f"\ncurves: {args.output}")
-    if args.csv:
-        write_text(Path(args.csv), table([a | b for a, b in zip(rows, settings, strict=True)]))
-
-
-def read_runs(paths: Sequence[str]) -> list[Recorded]:
-    """Reads run folders; one that is named twice counts once.
-
-    Raises:
-        UserError: One is not a run folder, or has no finished epoch yet.
-    """
-    unique = dict.fromkeys(Path(path).expanduser().resolve() for path in paths)
-    runs = [read_run(path) for path in unique]
-    for run, label in zip(runs, labels(list(unique)), strict=True):
-        run.label = label
-    return runs
-
-
-def read_run(path: Path) -> Recorded:
-    """Reads one run folder."""
-    for needed in (path, path / ARGUMENTS):
-        if not needed.exists():
-            lacks = "it does not exist" if needed == path else f"it has no {ARGUMENTS}"
-            raise UserError(f"{path} is no run of `vitlinear train`: {lacks}")
-    try:
-        args = yaml.safe_load((path / ARGUMENTS).read_text("utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path / ARGUMENTS} cannot be read: {one_line(error)}") from error
-    if not isinstance(args, dict):
-        raise UserError(f"{path / ARGUMENTS} holds no flags of `vitlinear train`")
-    epochs = read_rows(path / METRICS, "epoch") if (path / METRICS).is_file() else []
-    if not epochs:
-        raise UserError(f"{path} has no finished epoch yet: leave it out")
-    updates = read_rows(path / UPDATES, "update") if (path / UPDATES).is_file() else []
-    elapsed = 0.0
-    for row in epochs:
-        elapsed += row.get("seconds") or 0.0
-        row["elapsed"] = elapsed
-    return Recorded(path, args, epochs, updates)
-
-
-def labels(paths: Sequence[Path]) -> list[str]:
-    """Returns the shortest end of each path that tells it from the others."""
-    found = []
-    for path in paths:
-        ends = ("/".join(path.parts[-depth:]) for depth in range(1, len(path.parts) + 1))
-        others = [f"/{other}" for other in paths if other != path]
-        alone = (end for end in ends if not any(o.endswith(f"/{end}") for o in others))
-        found.append(next(alone, str(path)))
-    return found
+    if config.output:
+        plot(panels, config.x, Path(config.output))
+        print(f"\ncurves: {config.output}")
+    if config.csv:
+        write_text(Path(config.csv), table([a | b for a, b in zip(rows, settings, strict=True)]))
 
 
 def check_metrics(runs: Sequence[Recorded], metrics: Sequence[str]) -> None:
@@ -175,8 +104,10 @@ def check_metrics(runs: Sequence[Recorded], metrics: Sequence[str]) -> None:
 
 def differing_flags(runs: Sequence[Recorded]) -> list[str]:
     """Returns the flags that are not the same in all runs, in the order of their names."""
-    names = sorted({name for run in runs for name in run.args} - set(PLACES))
-    return [name for name in names if any(r.args.get(name) != runs[0].args.get(name) for r in runs)]
+    names = sorted({name for run in runs for name in run.flags} - set(PLACES))
+    return [
+        name for name in names if any(r.flags.get(name) != runs[0].flags.get(name) for r in runs)
+    ]
 
 
 def group(runs: Sequence[Recorded], flags: Sequence[str]) -> dict[str, list[Recorded]]:
@@ -187,13 +118,13 @@ def group(runs: Sequence[Recorded], flags: Sequence[str]) -> dict[str, list[Reco
     """
     if not flags:
         return {run.label: [run] for run in runs}
-    known = {name for run in runs for name in run.args}
+    known = {name for run in runs for name in run.flags}
     groups: dict[str, list[Recorded]] = {}
     for flag in flags:
         if flag not in known:
             raise UserError(f"--group-by {flag}: no run has that flag{did_you_mean(flag, known)}")
     for run in runs:
-        values = (f"{flag}={run.args.get(flag)}" for flag in flags)
+        values = (f"{flag}={run.flags.get(flag)}" for flag in flags)
         groups.setdefault(", ".join(values), []).append(run)
     return groups
 
@@ -228,82 +159,6 @@ def group_summary(name: str, members: Sequence[Recorded], metrics: Sequence[str]
         mean, spread = mean_and_spread([end[key] for end in ends])
         row[key] = f"{mean:.4g}" + (f" ± {spread:.2g}" if len(members) > 1 else "")
     return row
-
-
-def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
-    """Returns the mean and the sample standard deviation, which is 0 of a single value."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def curves(groups: Mapping[str, Sequence[Recorded]], metric: str, x: str) -> list[Curve]:
-    """Returns a curve per group: mean and spread at each x that all of its runs have.
-
-    Against seconds, which no two runs share, runs of a group are averaged by epoch.
-
-    Raises:
-        UserError: The runs of a group have no x in common.
-    """
-    found = []
-    for label, members in groups.items():
-        lines = [run.points(metric, x) for run in members]
-        if x == "seconds":
-            steps: list[list[tuple[float, float]]] = [list(s) for s in zip(*lines, strict=False)]
-        else:
-            by_x = [dict(line) for line in lines]
-            common = sorted(set.intersection(*(set(values) for values in by_x)))
-            steps = [[(at, values[at]) for values in by_x] for at in common]
-        if not steps:
-            raise UserError(
-                f"the runs of {label} have no {x} in common at which they tell {metric}: "
-                "try --x epoch"
-            )
-        curve = Curve(label, runs=len(members))
-        for step in steps:
-            mean, spread = mean_and_spread([value for _, value in step])
-            curve.x.append(statistics.fmean(at for at, _ in step))
-            curve.mean.append(mean)
-            curve.spread.append(spread)
-        found.append(curve)
-    return found
-
-
-def check_format(path: Path) -> None:
-    """Raises `UserError` if nothing can be drawn in the format that a file's name asks for."""
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    if path.suffix[1:] not in FigureCanvasBase.get_supported_filetypes():
-        raise UserError(f"--output {path}: the name must end in .png, .pdf or .svg")
-
-
-def plot(panels: Mapping[str, Sequence[Curve]], x: str, path: Path) -> None:
-    """Draws a panel per metric, atomically written in the format of the file's suffix."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-
-    columns = min(len(panels), 3)
-    lines = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(5 * columns, 3.8 * lines), layout="constrained")
-    cells = figure.subplots(lines, columns, squeeze=False).flat
-    for axes, (metric, drawn) in zip(cells, panels.items(), strict=False):
-        palette = colormaps["tab10" if len(drawn) <= 10 else "tab20"]
-        for index, curve in enumerate(drawn):
-            colour = palette(index % palette.N)
-            label = f"{curve.label} ({curve.runs} runs)" if curve.runs > 1 else curve.label
-            few = len(curve.x) < 50
-            axes.plot(curve.x, curve.mean, label=label, color=colour, marker="." if few else "")
-            if curve.runs > 1:
-                low = [m - s for m, s in zip(curve.mean, curve.spread, strict=True)]
-                high = [m + s for m, s in zip(curve.mean, curve.spread, strict=True)]
-                axes.fill_between(curve.x, low, high, color=colour, alpha=0.2, linewidth=0)
-        axes.set_xlabel(x)
-        axes.set_ylabel(metric)
-        axes.grid(alpha=0.3)
-    figure.axes[0].legend(fontsize="small")
-    for axes in figure.axes[len(panels) :]:
-        axes.remove()
-    write_atomically(
-        path, lambda temporary: figure.savefig(temporary, format=path.suffix[1:], dpi=150)
-    )
 
 
 def shown(row: Mapping[str, Any]) -> dict[str, str]:

@@ -1,19 +1,42 @@
-"""Arguments of `torch.compile` for a training run."""
+"""How a model is compiled for training."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from torch._inductor import list_mode_options
 
-import vitlinear  # noqa: F401  registers the models with timm
+from vitlinear.cli.parser import Parser
 from vitlinear.errors import UserError, one_line
 
 # Of `torch.compile`: tensors stay in the layout they have (`docs/compile.md`).
 KEEP_LAYOUT = {"layout_optimization": False}
 
 
+@dataclass(frozen=True)
+class CompileConfig:
+    """Backend of `torch.compile`, None for none, and its mode."""
+
+    torchcompile: str | None
+    torchcompile_mode: str | None
+
+
+def add_compile_flags(parser: Parser) -> None:
+    """Adds the flags of `CompileConfig`."""
+    group = parser.group("weights")
+    group.add_argument(
+        "--torchcompile",
+        nargs="?",
+        const="inductor",
+        default=None,
+        metavar="BACKEND",
+        help="compile the model",
+    )
+    group.add_argument("--torchcompile-mode", default=None, metavar="MODE", help="of torch.compile")
+
+
 def compile_arguments(model: nn.Module, backend: str, mode: str | None = None) -> dict[str, Any]:
-    """Arguments of `torch.compile` that suit a model.
+    """Returns the arguments of `torch.compile` that suit a model.
 
     Inductor's layout optimisation takes each tensor of four axes that it keeps near a convolution
     for [B, C, H, W] and copies it to channels-last. Our maps are [B, H, W, C] and heads

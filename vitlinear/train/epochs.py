@@ -1,4 +1,4 @@
-"""The epochs of a run: training, evaluation, and the files that each leaves."""
+"""The epochs of a run: each is trained, evaluated, and leaves its files."""
 
 import dataclasses
 import math
@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from timm.scheduler.scheduler import Scheduler
 from timm.utils import distribute_bn
 
 from vitlinear.checkpoints.card import save_weights
@@ -17,11 +16,12 @@ from vitlinear.signals import Stopped, StopSignals
 from .loop import train_one_epoch
 from .parallel import full_state, wait_for_all
 from .progress import Progress
-from .record import folder
 from .record.curves import plot_curves
+from .record.folder import BEST, CURVES, LAST, STATE
 from .record.logger import Loggers
 from .record.state import save_state
 from .resume import Start
+from .schedule import set_schedule
 from .setup import Run
 
 
@@ -49,9 +49,10 @@ def run_epochs(
     Raises:
         Stopped: A signal asked for it; the state is written.
     """
-    args, updater = run.args, run.updater
-    best = start.best
-    end = min(run.epochs, args.stop_epoch or run.epochs)
+    config, updater = run.config, run.updater
+    best, metric, seed = start.best, config.run.eval_metric, config.run.seed
+    end = min(run.epochs, config.schedule.stop_epoch or run.epochs)
+    off_epoch, recovery = config.augmentation.mixup_off_epoch, config.run.recovery_interval
     if updater.scheduler is not None:
         set_schedule(updater.scheduler, start.epoch, updater.updates)
     for epoch in range(start.epoch, end):
@@ -65,7 +66,7 @@ def run_epochs(
             if log and values:
                 log.log_update(updater.updates, values)
             number = signals.agreed(run.device, updater.updates)
-            due = args.recovery_interval and updater.updates % args.recovery_interval == 0
+            due = recovery and updater.updates % recovery == 0
             if number or due:
                 here = dataclasses.replace(at, batch=progress.done, progress=progress.state())
                 run.bad_images.report(path)
@@ -75,9 +76,9 @@ def run_epochs(
                 where = f"update {updater.updates}, in epoch {at.epoch + 1}"
                 raise Stopped(number, where, path)
 
-        if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
+        if off_epoch and epoch >= off_epoch:
             run.train_loader.mixup_enabled = False
-        start_epoch(run.train_loader, args.seed, epoch, args.rank, at.batch)
+        start_epoch(run.train_loader, seed, epoch, run.processes.rank, at.batch)
         progress = Progress(
             len(run.train_loader),
             epoch=epoch + 1,
@@ -85,7 +86,7 @@ def run_epochs(
             done=at.batch,
             state=at.progress,
             device=run.device,
-            log_interval=args.log_interval,
+            log_interval=config.record.log_interval,
             show=path is not None,
             epoch_seconds=log.rows[-1]["seconds"] if log and log.rows else None,
         )
@@ -94,12 +95,12 @@ def run_epochs(
             run.train_loader,
             run.autocast,
             progress,
-            seed=args.seed,
+            seed=seed,
             epoch=epoch,
-            rank=args.rank,
+            rank=run.processes.rank,
             after_update=after_update,
-            max_nonfinite=args.max_nonfinite,
-            channels_last=args.channels_last,
+            max_nonfinite=config.run.max_nonfinite,
+            channels_last=config.device.channels_last,
         )
         row: dict[str, Any] = {"epoch": epoch + 1, "updates": updater.updates, "lr": at.lr}
         row |= trained
@@ -110,8 +111,8 @@ def run_epochs(
         row["seconds"] += time.perf_counter() - began
         if updater.scheduler is not None:
             updater.scheduler.step(epoch + 1)
-        found = _best_of(row, args.eval_metric)
-        improved = not best or _better(found["value"], best["value"], args.eval_metric)
+        found = _best_of(row, metric)
+        improved = not best or _better(found["value"], best["value"], metric)
         if improved:
             best = found
         whole = full_state(run.task, updater.optimizer)
@@ -127,19 +128,14 @@ def run_epochs(
     return {"folder": path, "epoch": max(start.epoch, end), "best": best}
 
 
-def set_schedule(scheduler: Scheduler, epoch: int, updates: int) -> None:
-    """Sets the learning rate of a position; only the call that matches its unit acts."""
-    scheduler.step(epoch)
-    scheduler.step_update(updates)
-
-
 def _evaluate_all(run: Run) -> dict[str, dict[str, float]]:
     """Evaluates the model and, where there is one, its moving average."""
-    args, results = run.args, {}
-    if args.distributed and args.dist_bn:
+    processes, dist_bn = run.processes, run.config.parallel.dist_bn
+    results = {}
+    if processes.distributed and dist_bn:
         for ema in (False, True) if run.updater.ema else (False,):
             model = run.task.get_eval_model(ema=ema)
-            distribute_bn(model, args.world_size, args.dist_bn == "reduce")
+            distribute_bn(model, processes.world_size, dist_bn == "reduce")
     for name, ema in (("eval", False), ("ema", True)):
         if ema and not run.updater.ema:
             continue
@@ -151,9 +147,9 @@ def _evaluate_all(run: Run) -> dict[str, dict[str, float]]:
             run.autocast,
             device=run.device,
             title=name,
-            channels_last=args.channels_last,
-            distributed=args.distributed,
-            show_progress=args.rank == 0,
+            channels_last=run.config.device.channels_last,
+            distributed=processes.distributed,
+            show_progress=processes.rank == 0,
         )
     return results
 
@@ -183,11 +179,12 @@ def _write_epoch(
 ) -> None:
     """Writes weights and metrics of an epoch; the state comes after what it speaks of."""
     last = "ema" if run.updater.ema else "model"
-    kinds = [(folder.LAST, last)] + ([(folder.BEST, best["weights"])] if improved else [])
+    kinds = [(LAST, last)] + ([(BEST, best["weights"])] if improved else [])
     for name, kind in kinds:
         ema = kind == "ema"
         prefix, key = ("ema", "state_dict_ema") if ema else ("eval", "state_dict")
-        metric = {run.args.eval_metric: row[f"{prefix}_{run.args.eval_metric}"]}
+        name_of_metric = run.config.run.eval_metric
+        metric = {name_of_metric: row[f"{prefix}_{name_of_metric}"]}
         card = dataclasses.replace(run.card, epoch=row["epoch"], metric=metric, weights=kind)
         save_weights(path / name, whole[key], card)
     log.log_epoch(row)
@@ -199,7 +196,7 @@ def _write_state(
     """Writes the state, with what `full_state` returned, in the process that has a path."""
     if path is None:
         return
-    updater, args = run.updater, run.args
+    updater = run.updater
     state = {
         **whole,
         "epoch": at.epoch,
@@ -208,7 +205,7 @@ def _write_state(
         "lr": at.lr,
         "updates": updater.updates,
         "skipped": updater.skipped,
-        "images_per_batch": args.batch_size * args.world_size,
+        "images_per_batch": run.images_per_batch,
         "images": len(run.train_loader.dataset),
         "num_classes": run.card.num_classes,
         "best": at.best,
@@ -216,13 +213,13 @@ def _write_state(
     }
     if updater.scaler is not None:
         state["scaler"] = updater.scaler.state_dict()
-    save_state(path / folder.STATE, state)
+    save_state(path / STATE, state)
 
 
 def _show_epoch(run: Run, path: Path, log: Loggers, improved: bool) -> None:
     row = log.rows[-1]
-    if run.args.plot:
-        plot_curves(log.rows, path / folder.CURVES)
+    if run.config.record.plot:
+        plot_curves(log.rows, path / CURVES)
     shown = f", average {row['ema_top1']:.2f} %" if "ema_top1" in row else ""
     shown += f", {row['bad_images']} unreadable images left out" if "bad_images" in row else ""
     print(

@@ -1,4 +1,4 @@
-"""What went wrong in a training step whose loss or gradients are not finite."""
+"""Diagnosis of a training step whose loss or gradients are not finite."""
 
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ class Diagnosis(NamedTuple):
 
 
 def what_may_help(clips: bool, float16: bool) -> str:
-    """Returns what may help.
+    """Returns advice for the user.
 
     Args:
         clips: Whether gradients are clipped already.

@@ -1,8 +1,9 @@
-"""Several processes: joining them, splitting a model over them, and its state in one piece."""
+"""A task in several processes: spread over them, split between them, its state in one piece."""
 
-import argparse
 import re
+from argparse import BooleanOptionalAction
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,10 +17,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
+from vitlinear.cli.device import DeviceConfig
+from vitlinear.cli.flags import COUNT
+from vitlinear.cli.parser import Parser
 from vitlinear.errors import UserError
+from vitlinear.processes import Processes
 
-from .compilation import compile_arguments
-from .optimisation import ema_decay
+from .compilation import CompileConfig, compile_arguments
+from .optimiser import OptimiserConfig
 
 # The names that timm's and our models give to the rows of what repeats.
 BLOCK = re.compile(r"(^|\.)(blocks|layers)\.\d+$")
@@ -32,6 +37,39 @@ OPTIMISERS_OF_PARTS = {
 }
 
 
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How a run is spread over processes."""
+
+    sync_bn: bool
+    dist_bn: str
+    fsdp: bool
+    dist_timeout: int
+
+
+def add_parallel_flags(parser: Parser) -> None:
+    """Adds the flags of `ParallelConfig`."""
+    group = parser.group("several processes")
+    group.add_argument(
+        "--sync-bn",
+        action=BooleanOptionalAction,
+        default=False,
+        help="BatchNorm over the images of all GPUs",
+    )
+    group.add_argument(
+        "--dist-bn",
+        default="reduce",
+        choices=("", "broadcast", "reduce"),
+        help="BatchNorm statistics after an epoch: '' leaves each process its own",
+    )
+    group.add_argument(
+        "--fsdp", action=BooleanOptionalAction, default=False, help="split the model over them"
+    )
+    group.add_argument(
+        "--dist-timeout", type=COUNT, default=600, metavar="S", help="longest wait for another"
+    )
+
+
 def synchronised(model: nn.Module, device: torch.device) -> nn.Module:
     """Returns the model with batch norms that take their statistics over all processes."""
     if device.type != "cuda":
@@ -40,48 +78,59 @@ def synchronised(model: nn.Module, device: torch.device) -> nn.Module:
     return convert_sync_batchnorm(model)
 
 
-def check_sharding(args: argparse.Namespace) -> None:
-    """Refuses what ``--fsdp`` cannot be combined with."""
-    if not args.distributed:
+def check_sharding(optimiser: OptimiserConfig, device: DeviceConfig, processes: Processes) -> None:
+    """Refuses what ``--fsdp`` cannot be combined with.
+
+    Raises:
+        UserError: Says what.
+    """
+    if not processes.distributed:
         raise UserError("--fsdp splits a model between processes: start several, with torchrun")
-    if args.amp and args.amp_dtype == "float16":
+    if device.autocast_dtype is torch.float16:
         raise UserError("--fsdp does not scale float16 losses: use --amp-dtype bfloat16")
-    if args.opt not in OPTIMISERS_OF_PARTS:
+    if optimiser.opt not in OPTIMISERS_OF_PARTS:
         raise UserError(
-            f"--opt {args.opt} is not known to work with --fsdp; "
+            f"--opt {optimiser.opt} is not known to work with --fsdp; "
             f"{', '.join(sorted(OPTIMISERS_OF_PARTS))} are"
         )
-    if args.clip_grad and args.clip_mode == "agc":
+    if optimiser.clip_grad and optimiser.clip_mode == "agc":
         raise UserError("--clip-mode agc needs whole tensors: with --fsdp, use norm or value")
 
 
-def distribute(task: TrainingTask, args: argparse.Namespace, device: torch.device) -> None:
-    """Adds the average of the weights, compiles, and spreads the task over the processes.
+def distribute(
+    task: TrainingTask,
+    device: torch.device,
+    compilation: CompileConfig,
+    *,
+    distributed: bool,
+    sharded: bool,
+    dtype: torch.dtype | None,
+) -> None:
+    """Compiles a task and spreads it over the processes.
 
     After this the task's parameters are final: build the optimiser from them.
+
+    Args:
+        task: With the average of its weights, if it is to have one.
+        device: Of this process.
+        compilation: What is compiled: the whole model, or its blocks if it is split.
+        distributed: Whether there are other processes.
+        sharded: Whether the model is split between them, as `check_sharding` allows it.
+        dtype: Of autocast, None without.
     """
-    if args.model_ema:
-        task.setup_ema(
-            decay=ema_decay(args, args.world_size),
-            use_warmup=args.model_ema_warmup,
-            foreach=not args.fsdp,  # fused operations take no mixture of whole and split tensors
-        )
-    if args.fsdp:
-        check_sharding(args)
-        dtype = getattr(torch, args.amp_dtype) if args.amp else None
-        for ema in (False, True) if args.model_ema else (False,):
+    backend, mode = compilation.torchcompile, compilation.torchcompile_mode
+    if sharded:
+        for ema in (False, True) if task.has_ema() else (False,):
             model = unwrap_model(task.get_trainable_module(ema=ema))
-            if args.torchcompile:
+            if backend:
                 for block in _blocks(model):
-                    block.compile(
-                        **compile_arguments(block, args.torchcompile, args.torchcompile_mode)
-                    )
+                    block.compile(**compile_arguments(block, backend, mode))
             shard(model, device, dtype)
         return
-    if args.torchcompile:
+    if backend:
         model = unwrap_model(task.get_trainable_module())
-        task.compile(**compile_arguments(model, args.torchcompile, args.torchcompile_mode))
-    if args.distributed:
+        task.compile(**compile_arguments(model, backend, mode))
+    if distributed:
         task.prepare_distributed(device_ids=[device] if device.type == "cuda" else None)
 
 

@@ -1,4 +1,4 @@
-"""How an epoch goes: its loss and top-1, its speed, what it waits for, and when it will end."""
+"""The progress of an epoch: loss, top-1, speed, time without data, time to its end."""
 
 import dataclasses
 import math
@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed
 from tqdm import tqdm
+
+from .timers import HostTimer, StreamTimer
 
 try:
     import resource
@@ -25,7 +27,7 @@ TIMES = ("seconds", "images_per_s", "data_wait", "peak_memory_gib")
 
 @dataclasses.dataclass
 class Sums:
-    """What has been added up since the start of an epoch.
+    """Sums since the start of an epoch.
 
     Attributes:
         loss: Over all images.
@@ -55,55 +57,6 @@ class Sums:
             "images_per_s": self.images / seconds,
             "data_wait": self.wait / seconds,
         }
-
-
-class HostTimer:
-    """Adds up the time between `begin` and `end`, by the clock of this process."""
-
-    def __init__(self, seconds: float = 0.0) -> None:
-        self.seconds = seconds
-
-    def begin(self) -> None:
-        """Starts."""
-        self.start = time.perf_counter()
-
-    def end(self) -> None:
-        """Stops."""
-        self.seconds += time.perf_counter() - self.start
-
-    def read(self) -> float:
-        """Returns the seconds so far."""
-        return self.seconds
-
-
-class StreamTimer:
-    """Adds up the time that a GPU's stream has nothing to do between `begin` and `end`.
-
-    A process runs ahead of its GPU: while it waits for data, the GPU may well be busy.
-    """
-
-    def __init__(self, seconds: float = 0.0) -> None:
-        self.seconds = seconds
-        self.spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-
-    def begin(self) -> None:
-        """Marks the end of what the stream has been given so far."""
-        self.first = torch.cuda.Event(enable_timing=True)
-        self.first.record()
-
-    def end(self) -> None:
-        """Marks when the stream is at work again."""
-        last = torch.cuda.Event(enable_timing=True)
-        last.record()
-        self.spans.append((self.first, last))
-
-    def read(self) -> float:
-        """Returns the seconds so far; waits for the GPU."""
-        for first, last in self.spans:
-            last.synchronize()
-            self.seconds += first.elapsed_time(last) / 1e3
-        self.spans.clear()
-        return self.seconds
 
 
 class Progress:

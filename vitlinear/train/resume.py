@@ -1,6 +1,5 @@
-"""Going on with a run: which state, whether it is the same run, and where it goes on."""
+"""Resuming a run: the state to go on from, whether it is of the same run, and the place in it."""
 
-import argparse
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,10 +8,11 @@ from typing import Any
 from timm.utils import unwrap_model
 
 from vitlinear.checkpoints.load import misfit
+from vitlinear.cli.config_file import saved_arguments
 from vitlinear.errors import UserError, one_line
 
 from .parallel import load_full_state
-from .record import folder
+from .record.folder import ARGUMENTS, STATE, FolderConfig, run_folder
 from .record.state import read_newest, read_state
 from .setup import Run
 
@@ -48,26 +48,37 @@ class Start:
     best: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def find_state(args: argparse.Namespace) -> tuple[Path, dict[str, Any] | None, str | None]:
-    """Returns the run folder, the state to resume from, if any, and a line about it, if any."""
-    if args.resume not in (None, "", "auto"):
-        state = Path(args.resume).expanduser()
+def find_state(folder: FolderConfig, model: str) -> tuple[Path, dict[str, Any] | None, str | None]:
+    """Finds the run folder, and in it the state to resume from.
+
+    Args:
+        folder: What is asked for.
+        model: Name of the model, for a folder that is asked for by no name.
+
+    Returns:
+        The folder; the state, None for a new run; a line about it for the user, if there is one.
+
+    Raises:
+        UserError: There is no state to resume from, or it is not where the run is to be.
+    """
+    if folder.resume not in (None, "", "auto"):
+        state = Path(folder.resume).expanduser()
         found = state if state.is_dir() else state.parent
-        if state.exists() and (args.output or args.experiment):
-            wanted = folder.run_folder(args.output, args.experiment, args.model)
+        if state.exists() and (folder.output or folder.experiment):
+            wanted = run_folder(folder.output, folder.experiment, model)
             if wanted.resolve() != found.resolve():
                 raise UserError(
-                    f"--resume {args.resume} continues in {found}, not in {wanted}: "
+                    f"--resume {folder.resume} continues in {found}, not in {wanted}: "
                     "leave --output and --experiment out"
                 )
         if not state.is_dir():
             return found, read_state(state), None
         newest, note = read_newest(state)
-        return found, newest or read_state(state / folder.STATE), note
-    path = folder.run_folder(args.output, args.experiment, args.model or "")
-    if args.resume != "auto":
+        return found, newest or read_state(state / STATE), note
+    path = run_folder(folder.output, folder.experiment, model)
+    if folder.resume != "auto":
         return path, None, None
-    if not (args.output or args.experiment):
+    if not (folder.output or folder.experiment):
         raise UserError("--resume auto looks in the run folder: name it with --output")
     return path, *read_newest(path)
 
@@ -87,7 +98,7 @@ def check_same_run(saved: dict[str, Any], state: dict[str, Any], path: Path) -> 
         if saved[key] != state["args"][key]:
             raise UserError(
                 f"cannot resume {path} with {key} {saved[key]}: it was started with "
-                f"{state['args'][key]}; its flags are in --config {path / folder.ARGUMENTS}"
+                f"{state['args'][key]}; its flags are in --config {path / ARGUMENTS}"
             )
 
 
@@ -113,14 +124,14 @@ def restore(run: Run, state: dict[str, Any]) -> Start:
         if difference:
             raise UserError(
                 f"cannot resume: the state is of {_named(state['args'])}, the command makes "
-                f"{_named(vars(run.args))}: {difference}"
+                f"{_named(saved_arguments(run.config))}: {difference}"
             ) from error
         reason = one_line(error)[:200]
         raise UserError(f"cannot resume: the state does not fit the model ({reason})") from error
-    args, updater = run.args, run.updater
+    updater = run.updater
     start = Start(state["epoch"], state["batch"], lr=state["lr"], best=dict(state["best"]))
     updater.updates, updater.skipped = state["updates"], state["skipped"]
-    per_batch = args.batch_size * args.world_size
+    per_batch = run.images_per_batch
     if (
         state["images_per_batch"] != per_batch
         or state["args"]["grad_accum_steps"] != updater.accumulate
@@ -138,10 +149,10 @@ def restore(run: Run, state: dict[str, Any]) -> Start:
     return start
 
 
-def _named(args: Mapping[str, Any]) -> str:
+def _named(flags: Mapping[str, Any]) -> str:
     """Names a model, with the flags that its size depends on."""
-    sizes = [f"--{key.replace('_', '-')} {args[key]}" for key in SIZES if args[key] is not None]
-    return f"{args['model']} ({' '.join(sizes) or 'default size'})"
+    sizes = [f"--{key.replace('_', '-')} {flags[key]}" for key in SIZES if flags[key] is not None]
+    return f"{flags['model']} ({' '.join(sizes) or 'default size'})"
 
 
 def resume_note(run: Run, start: Start, saved: dict[str, Any], before: dict[str, Any]) -> str:

@@ -1,29 +1,36 @@
-"""What a run is built from: model, data, task, optimiser and schedule, out of parsed flags."""
+"""The parts of a run, built from its configuration: model, data, task, optimiser, schedule."""
 
-import argparse
 import dataclasses
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from timm.task import TrainingTask
 from timm.utils import random_seed, unwrap_model
+from torch import nn
 
-from vitlinear import create as models
 from vitlinear.checkpoints.card import Card
 from vitlinear.cli.device import choose_device, make_autocast
-from vitlinear.data import dataset as datasets
-from vitlinear.data import loader as loaders
+from vitlinear.create import check_model_kwargs, check_model_name, data_config
 from vitlinear.data.bad_images import BadImages
+from vitlinear.data.class_names import check_same_classes, classes_of
+from vitlinear.data.dataset import image_mode, open_split
+from vitlinear.data.loader import eval_loader, train_loader
 from vitlinear.errors import UserError
-from vitlinear.processes import join_processes
+from vitlinear.processes import Processes, join_processes
 
-from .finetune import enable_checkpointing, freeze, initialise_head
-from .loop import Updater, updates_per_epoch
-from .optimisation import batch_size_note, make_optimizer, make_schedule
-from .parallel import distribute, synchronised
-from .start_weights import check_initial, initial_weights
+from .average import add_average
+from .config import TrainConfig
+from .freezing import freeze
+from .loop import updates_per_epoch
+from .model import enable_checkpointing, make_model, shape_arguments
+from .optimiser import make_optimizer
+from .parallel import check_sharding, distribute, synchronised
+from .schedule import batch_size_note, learning_rate, make_schedule
+from .start_weights import check_initial, initial_weights, initialise_head
 from .tasks import check_task, make_task
+from .updater import Updater
 
 
 @dataclasses.dataclass
@@ -31,8 +38,9 @@ class Run:
     """The parts of a training run.
 
     Attributes:
-        args: Flags, with what the launcher adds (``rank``, ``world_size``, ``distributed``).
+        config: What was asked for.
         device: Where it runs.
+        processes: This process among those of the run.
         task: Model, its moving average, and loss.
         updater: The optimiser's side.
         autocast: Returns the context of a forward pass.
@@ -45,8 +53,9 @@ class Run:
         bad_images: Images that could not be read.
     """
 
-    args: argparse.Namespace
+    config: TrainConfig
     device: torch.device
+    processes: Processes
     task: TrainingTask
     updater: Updater
     autocast: Any
@@ -58,14 +67,134 @@ class Run:
     notes: list[str]
     bad_images: BadImages
 
+    @property
+    def images_per_batch(self) -> int:
+        """Images in a batch of all processes together."""
+        return self.config.schedule.batch_size * self.processes.world_size
 
-def start_device(args: argparse.Namespace) -> torch.device:
-    """Chooses the device, joins the process group of torchrun or SLURM, and sets its modes.
 
-    Adds ``distributed``, ``world_size``, ``rank`` and ``local_rank`` to ``args``.
+def set_up(config: TrainConfig) -> Run:
+    """Builds every part of a run; writes no file.
+
+    Raises:
+        UserError: Something in the flags or the data cannot work.
     """
-    device = join_processes(args, choose_device(args.device))
-    if args.deterministic:
+    _check(config)
+    device, processes = join_processes(
+        choose_device(config.device.device), config.parallel.dist_timeout
+    )
+    if config.parallel.fsdp:
+        check_sharding(config.optimiser, config.device, processes)
+    _set_modes(device, config.run.deterministic)
+    random_seed(config.run.seed)  # the same initial weights in every process
+
+    # Channels decide how images are read, and only the model knows its default number.
+    mode = image_mode(config.input.channels or 3, config.data.input_img_mode)
+    bad_images = BadImages.by_flag(config.bad_images)
+    train_set, eval_set = (_open(config, train, mode, bad_images) for train in (True, False))
+    names = classes_of(train_set)
+    check_same_classes(names, classes_of(eval_set), "the training split", "the held-out split")
+    num_classes = _num_classes(config.model.num_classes, names, config.data.dataset)
+
+    model, notes = _start_model(config, num_classes)
+    input = data_config(model, {**config.input.given(), "model_kwargs": config.model.model_kwargs})
+    card = Card(
+        model=check_model_name(config.model.model),
+        model_kwargs=shape_arguments(model),
+        num_classes=num_classes,
+        in_chans=input["input_size"][0],
+        data_config=input,
+        image_mode=mode,
+        class_names=names,
+        dataset=config.data.dataset,
+    )
+    batches, held_out = _make_loaders(
+        config, train_set, eval_set, input, num_classes, device, processes
+    )
+
+    model.to(device=device, memory_format=config.device.memory_format)  # type: ignore[call-overload]
+    if processes.distributed and config.parallel.sync_bn:
+        model = synchronised(model, device)
+    accumulate = config.optimiser.grad_accum_steps
+    updates = updates_per_epoch(len(batches), accumulate)
+    images = config.schedule.images_per_update(accumulate, processes.world_size)
+    task = make_task(
+        config.distillation,
+        model,
+        input,
+        names,
+        device,
+        updates_per_epoch=updates,
+        smoothing=config.augmentation.smoothing,
+        mixes=config.augmentation.mixes,
+        memory_format=config.device.memory_format,
+    )
+    # fused operations take no mixture of whole and split tensors
+    add_average(task, config.average, images, foreach=not config.parallel.fsdp)
+    distribute(
+        task,
+        device,
+        config.compilation,
+        distributed=processes.distributed,
+        sharded=config.parallel.fsdp,
+        dtype=config.device.autocast_dtype,
+    )
+    optimizer = make_optimizer(
+        config.optimiser,
+        unwrap_model(task.get_trainable_module()),
+        learning_rate(config.schedule, images),
+    )
+    scheduler, epochs = make_schedule(config.schedule, optimizer, updates, images)
+    scaled = config.device.autocast_dtype is torch.float16
+    updater = Updater(
+        task,
+        optimizer,
+        scheduler,
+        torch.amp.GradScaler(device=device.type) if scaled else None,
+        accumulate=accumulate,
+        clip_grad=config.optimiser.clip_grad or None,
+        clip_mode=config.optimiser.clip_mode,
+        ema=config.average.model_ema,
+    )
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    notes.append(
+        f"{card.model}: {parameters / 1e6:.2f} M parameters, input {input['input_size']}, "
+        f"{num_classes} classes; {len(train_set)} training and {len(eval_set)} held-out images; "
+        f"{device}, {processes.world_size} process(es)"
+    )
+    if note := batch_size_note(config.schedule, accumulate, processes.world_size):
+        notes.append(note)
+    return Run(
+        config=config,
+        device=device,
+        processes=processes,
+        task=task,
+        updater=updater,
+        autocast=make_autocast(config.device, device),
+        train_loader=batches,
+        eval_loader=held_out,
+        epochs=epochs,
+        updates_per_epoch=updates,
+        card=card,
+        notes=notes,
+        bad_images=bad_images,
+    )
+
+
+def _check(config: TrainConfig) -> None:
+    """Refuses what cannot work before anything is built."""
+    check_model_name(config.model.model)
+    check_model_kwargs(config.model.model_kwargs)
+    check_initial(config.start, config.model.pretrained)
+    check_task(
+        config.distillation,
+        averages=config.average.model_ema,
+        sharded=config.parallel.fsdp,
+    )
+
+
+def _set_modes(device: torch.device, deterministic: bool) -> None:
+    if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
@@ -73,125 +202,79 @@ def start_device(args: argparse.Namespace) -> torch.device:
         torch.backends.cudnn.benchmark = True
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
-    return device
 
 
-def _num_classes(args: argparse.Namespace, names: list[str] | None) -> int:
+def _open(config: TrainConfig, train: bool, mode: str, bad_images: BadImages) -> Any:
+    return open_split(
+        config.data,
+        config.train_split if train else config.data.val_split,
+        train=train,
+        mode=mode,
+        batch_size=config.schedule.batch_size,
+        num_classes=config.model.num_classes,
+        seed=config.run.seed if train else None,
+        bad_images=bad_images,
+    )
+
+
+def _num_classes(asked: int | None, names: Sequence[str] | None, dataset: str | None) -> int:
     if names is None:
-        if args.num_classes is None:
-            raise UserError(f"{args.dataset} does not say how many classes it has: --num-classes N")
-        return int(args.num_classes)
-    if args.num_classes not in (None, len(names)):
+        if asked is None:
+            raise UserError(f"{dataset} does not say how many classes it has: --num-classes N")
+        return asked
+    if asked not in (None, len(names)):
         raise UserError(
-            f"--num-classes {args.num_classes} does not match the data, which has {len(names)} "
+            f"--num-classes {asked} does not match the data, which has {len(names)} "
             "classes: leave it out, or give all classes with --class-map"
         )
     return len(names)
 
 
-def set_up(args: argparse.Namespace) -> Run:
-    """Builds every part of a run; writes no file.
-
-    Raises:
-        UserError: Something in the flags or the data cannot work.
-    """
-    models.check_model_name(args.model)
-    models.check_model_kwargs(args.model_kwargs)
-    check_initial(args)
-    check_task(args)
-    device = start_device(args)
-    random_seed(args.seed)  # the same initial weights in every process
-    in_chans = args.input_size[0] if args.input_size else args.in_chans
-    # Channels decide how images are read, and only the model knows its default number.
-    mode = datasets.image_mode(in_chans or 3, args.input_img_mode)
-    bad_images = BadImages(skip=args.bad_images == "skip")
-    train_set = datasets.open_from_arguments(args, True, mode, bad_images)
-    eval_set = datasets.open_from_arguments(args, False, mode, bad_images)
-    names = datasets.class_names(train_set)
-    datasets.check_same_classes(
-        names, datasets.class_names(eval_set), "the training split", "the held-out split"
-    )
-    num_classes = _num_classes(args, names)
-
-    flags = {
-        "img_size": args.img_size,
-        "input_size": args.input_size,
-        "drop_rate": args.drop,
-        "drop_path_rate": args.drop_path,
-    }
-    model = models.build_model(
-        args.model,
-        pretrained=args.pretrained,
-        num_classes=num_classes,
-        in_chans=in_chans,
-        **{**flags, **args.model_kwargs},
-    )
+def _start_model(config: TrainConfig, num_classes: int) -> tuple[nn.Module, list[str]]:
+    """Returns the model with the weights that it starts from, and lines about them."""
+    start, name = config.start, check_model_name(config.model.model)
+    model = make_model(config.model, config.regularisation, config.input, num_classes)
     notes = []
-    start = args.initial_checkpoint
-    if start and initial_weights(
-        model, start, args.initial_model or args.model, args.initial_head_map
-    ):
-        notes.append(f"{start}: it has no classifier that fits, starting a new one")
-    initialise_head(model, args.head_init_scale, args.head_init_bias)
-    if args.freeze:
-        notes.append(f"{freeze(model, args.freeze) / 1e6:.2f} M parameters are frozen")
-    if args.grad_checkpointing:
-        enable_checkpointing(model, args.model)
-    config = models.data_config(model, vars(args))
-    card = Card(
-        model=args.model,
-        model_kwargs={
-            key: value
-            for key, value in model._model_args.items()  # type: ignore[union-attr, operator]
-            if key not in ("num_classes", "in_chans", "drop_rate", "drop_path_rate")
-        },
-        num_classes=num_classes,
-        in_chans=config["input_size"][0],
-        data_config=config,
-        image_mode=mode,
-        class_names=names,
-        dataset=args.dataset,
-    )
-    train_loader = loaders.train_loader(train_set, args, config, num_classes, device)
-    eval_loader = loaders.eval_loader(
-        eval_set,
-        batch_size=args.validation_batch_size or args.batch_size,
-        data_config=config,
-        workers=args.workers,
-        device=device,
-        distributed=args.distributed,
-        pin_memory=args.pin_mem,
-    )
+    path = start.initial_checkpoint
+    if path and initial_weights(model, path, start.initial_model or name, start.initial_head_map):
+        notes.append(f"{path}: it has no classifier that fits, starting a new one")
+    initialise_head(model, start.head_init_scale, start.head_init_bias)
+    if start.freeze:
+        notes.append(f"{freeze(model, start.freeze) / 1e6:.2f} M parameters are frozen")
+    if config.regularisation.grad_checkpointing:
+        enable_checkpointing(model, name)
+    return model, notes
 
-    layout = torch.channels_last if args.channels_last else torch.preserve_format
-    model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
-    if args.distributed and args.sync_bn:
-        model = synchronised(model, device)
-    updates = updates_per_epoch(len(train_loader), args.grad_accum_steps)
-    task = make_task(args, model, config, names, device, updates)
-    distribute(task, args, device)
-    optimizer = make_optimizer(args, unwrap_model(task.get_trainable_module()))
-    scheduler, epochs = make_schedule(args, optimizer, updates)
-    scaled = args.amp and args.amp_dtype == "float16"
-    updater = Updater(
-        task,
-        optimizer,
-        scheduler,
-        torch.amp.GradScaler(device=device.type) if scaled else None,
-        accumulate=args.grad_accum_steps,
-        clip_grad=args.clip_grad or None,
-        clip_mode=args.clip_mode,
-        ema=args.model_ema,
+
+def _make_loaders(
+    config: TrainConfig,
+    train_set: Any,
+    eval_set: Any,
+    input: dict[str, Any],
+    num_classes: int,
+    device: torch.device,
+    processes: Processes,
+) -> tuple[Any, Any]:
+    batch_size = config.schedule.batch_size
+    training = train_loader(
+        train_set,
+        config.augmentation,
+        input,
+        num_classes,
+        device,
+        batch_size=batch_size,
+        workers=config.data.workers,
+        pin_memory=config.data.pin_mem,
+        rank=processes.rank,
+        world_size=processes.world_size,
     )
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    notes.append(
-        f"{args.model}: {parameters / 1e6:.2f} M parameters, input {config['input_size']}, "
-        f"{num_classes} classes; {len(train_set)} training and {len(eval_set)} held-out images; "
-        f"{device}, {args.world_size} process(es)"
+    held_out = eval_loader(
+        eval_set,
+        batch_size=config.run.validation_batch_size or batch_size,
+        data_config=input,
+        workers=config.data.workers,
+        device=device,
+        distributed=processes.distributed,
+        pin_memory=config.data.pin_mem,
     )
-    if note := batch_size_note(args, args.world_size):
-        notes.append(note)
-    return Run(
-        args, device, task, updater, make_autocast(args, device), train_loader, eval_loader,
-        epochs, updates, card, notes, bad_images,
-    )  # fmt: skip
+    return training, held_out

@@ -1,32 +1,85 @@
 """Weights that a run starts from: whose they are, and what becomes of their classifier."""
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from vitlinear.checkpoints.card import read_card
-from vitlinear.checkpoints.filter import is_detector
 from vitlinear.checkpoints.load import load_into, named_for, read_weights
+from vitlinear.checkpoints.translate import is_detector
+from vitlinear.cli.flags import RATE
+from vitlinear.cli.parser import Parser
 from vitlinear.create import check_model_name
 from vitlinear.errors import UserError
 
 
-def check_initial(args: argparse.Namespace) -> None:
+@dataclass(frozen=True)
+class StartConfig:
+    """Weights to start from, what is done to the classifier, and what is frozen."""
+
+    initial_checkpoint: str | None
+    initial_model: str | None
+    initial_head_map: str | None
+    head_init_scale: float | None
+    head_init_bias: float | None
+    freeze: tuple[str, ...]
+
+
+def add_start_flags(parser: Parser) -> None:
+    """Adds the flags of `StartConfig`."""
+    group = parser.group("weights")
+    group.add_argument("--initial-checkpoint", default=None, metavar="FILE", help="start weights")
+    group.add_argument(
+        "--initial-model",
+        default=None,
+        metavar="NAME",
+        help="the model they are of, if another; with it a run must have start weights",
+    )
+    group.add_argument(
+        "--initial-head-map",
+        default=None,
+        metavar="FILE",
+        help="for each class, in a line, the class in the start weights whose classifier it takes",
+    )
+    group.add_argument(
+        "--head-init-scale",
+        type=RATE,
+        default=None,
+        metavar="X",
+        help="factor on the weights of the classifier",
+    )
+    group.add_argument(
+        "--head-init-bias", type=float, default=None, metavar="B", help="bias of the classifier"
+    )
+    group.add_argument(
+        "--freeze",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="parts that are not trained: names of modules or parameters, or globs of them",
+    )
+
+
+def check_initial(config: StartConfig, pretrained: bool) -> None:
     """Refuses a recipe that fine-tunes without weights to start from, and flags that need some.
+
+    Args:
+        config: What is asked for.
+        pretrained: Whether the model starts from its published weights.
 
     Raises:
         UserError: There are none.
     """
-    if args.initial_model is not None:
-        check_model_name(args.initial_model)
-        if not args.initial_checkpoint and not args.pretrained:
+    if config.initial_model is not None:
+        check_model_name(config.initial_model)
+        if not config.initial_checkpoint and not pretrained:
             raise UserError(
-                f"this run is to start from weights of {args.initial_model}: "
+                f"this run is to start from weights of {config.initial_model}: "
                 "give --initial-checkpoint FILE"
             )
-    if args.initial_head_map is not None and not args.initial_checkpoint:
+    if config.initial_head_map is not None and not config.initial_checkpoint:
         raise UserError("--initial-head-map is for the classifier of --initial-checkpoint FILE")
 
 
@@ -117,3 +170,30 @@ def initial_weights(
         weights = {**weights, **{key: own[key] for key in head_keys}}
     load_into(model, weights, path, name)
     return new_head
+
+
+def initialise_head(model: nn.Module, scale: float | None, bias: float | None) -> None:
+    """Scales the weights of the classifier, and sets its bias, in place.
+
+    Args:
+        model: With timm's ``get_classifier``.
+        scale: Factor, or None. Small ones keep a new head from disturbing trained features.
+        bias: Value, or None. Negative ones start a sigmoid loss at few positives.
+
+    Raises:
+        UserError: The classifier has no weights, or no bias.
+    """
+    if scale is None and bias is None:
+        return
+    classifier = model.get_classifier()  # type: ignore[operator]
+    layers = [part for part in classifier.modules() if isinstance(part, nn.Linear | nn.Conv2d)]
+    if not layers:
+        raise UserError("--head-init-scale and --head-init-bias: the model has no classifier")
+    with torch.no_grad():
+        for layer in layers:
+            if scale is not None:
+                layer.weight.mul_(scale)
+            if bias is not None:
+                if layer.bias is None:
+                    raise UserError("--head-init-bias: the classifier has no bias")
+                layer.bias.fill_(bias)

@@ -19,10 +19,9 @@ from torch import nn
 from tqdm import tqdm
 
 from vitlinear.checkpoints.read import read_checkpoint
-from vitlinear.cli import flags as arguments
 from vitlinear.cli.device import choose_device
 from vitlinear.cli.parser import Parser
-from vitlinear.data.bad_images import BadImages
+from vitlinear.data.bad_images import BadImages, add_bad_images_flag
 from vitlinear.data.images import DAMAGE, UnreadableImage, convert, decode, find_images
 from vitlinear.errors import UserError, one_line
 from vitlinear.files import check_parent, write_atomically, write_text
@@ -119,7 +118,7 @@ def load_model(
     Raises:
         UserError: A file cannot be read, or the checkpoint is one of another model.
     """
-    config, content = read_config(args), read_checkpoint(args.checkpoint)
+    config, content = read_config(args, framework), read_checkpoint(args.checkpoint)
     for _, backbone in backbones(config):
         backbone.update(pretrained=False, init_cfg=None)
     check_config(config, ())
@@ -162,7 +161,7 @@ def _parser(prog: str, description: str) -> Parser:
     )
     parser.add_argument("--json", action="store_true", help="JSON on standard output")
     parser.add_argument("--results-file", default=None, metavar="FILE", help="JSON to a file")
-    arguments.add_bad_images_argument(parser)
+    add_bad_images_flag(parser)
     # What a config is read with, and has no meaning here.
     parser.set_defaults(work_dir=None, launcher="none")
     return parser
@@ -171,7 +170,7 @@ def _parser(prog: str, description: str) -> Parser:
 def _check(args: argparse.Namespace) -> list[Result]:
     """``file`` of each image, all of which were read once, or why not as ``unreadable``."""
     check_parent(args.results_file)
-    bad_images = BadImages(skip=args.bad_images == "skip")
+    bad_images = BadImages.by_flag(args.bad_images)
     results: list[Result] = []
     for file in find_images(args.images):
         results.append({"file": str(file)})

@@ -1,4 +1,4 @@
-"""What a run ran on and with: ``environment.json``, an entry for each time it was started."""
+"""The software and hardware of a run: ``environment.json``, an entry for each of its starts."""
 
 import contextlib
 import datetime

@@ -3,9 +3,11 @@
 import contextlib
 import datetime
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from vitlinear.cli.parser import Parser
 from vitlinear.data.bad_images import BAD_IMAGES
 from vitlinear.errors import UserError
 
@@ -19,6 +21,35 @@ FILES = (
     STATE, PREVIOUS_STATE, LAST, BEST, ARGUMENTS, CURVES, BAD_IMAGES, SUMMARY, METRICS, UPDATES,
     ENVIRONMENT,
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FolderConfig:
+    """Where the files of a run go, and what becomes of a run that is there."""
+
+    output: str | None
+    experiment: str | None
+    overwrite: bool
+    resume: str | None
+
+
+def add_folder_flags(parser: Parser) -> None:
+    """Adds the flags of `FolderConfig`."""
+    group = parser.group("run")
+    group.add_argument(
+        "--output",
+        default=None,
+        metavar="DIR",
+        help="run folder (default: output/train/TIME-MODEL)",
+    )
+    group.add_argument("--experiment", default=None, metavar="NAME", help="sub-folder of --output")
+    group.add_argument("--overwrite", action="store_true", help="replace an earlier run there")
+    group.add_argument(
+        "--resume",
+        default=None,
+        metavar="PATH",
+        help="a run folder or its last_state.pt; auto: --output, if there is a run",
+    )
 
 
 def run_folder(output: str | None, experiment: str | None, model: str) -> Path:

@@ -65,22 +65,22 @@ class Loggers(Logger):
         self.loggers = (files, *others)
 
     def keep_before(self, epoch: int, update: int) -> None:
-        """Calls each."""
+        """Has each logger drop what comes after."""
         for logger in self.loggers:
             logger.keep_before(epoch, update)
 
     def log_update(self, update: int, values: Mapping[str, Any]) -> None:
-        """Calls each."""
+        """Gives each logger the numbers."""
         for logger in self.loggers:
             logger.log_update(update, values)
 
     def log_epoch(self, row: Mapping[str, Any]) -> None:
-        """Calls each."""
+        """Gives each logger the row."""
         for logger in self.loggers:
             logger.log_epoch(row)
 
     def close(self, failed: bool = False) -> None:
-        """Calls each."""
+        """Closes each logger."""
         for logger in self.loggers:
             logger.close(failed)
 

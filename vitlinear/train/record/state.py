@@ -1,4 +1,4 @@
-"""What resuming needs, as files: the last two states of a run, each whole and verified.
+"""The last two states of a run as files, each whole and verified: resuming needs one.
 
 A state is tensors, numbers, strings and containers only. It is written as ``last_state.pt``; the
 one before it becomes ``previous_state.pt``, so that damage to the newer, or death between the two

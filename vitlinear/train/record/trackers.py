@@ -1,16 +1,57 @@
 """Loggers for programs that show runs: TensorBoard and wandb, each imported when asked for."""
 
-import argparse
 import importlib.util
 import re
-from collections.abc import Mapping
+from argparse import BooleanOptionalAction
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vitlinear.cli.flags import COUNT
+from vitlinear.cli.parser import Parser
 from vitlinear.errors import UserError, one_line
 
 from .folder import TENSORBOARD, WANDB
 from .logger import Logger
+
+
+@dataclass(frozen=True)
+class RecordConfig:
+    """Logging and drawing of a run, beside the tables of numbers that every run has."""
+
+    log_interval: int
+    log_tensorboard: bool
+    log_wandb: bool
+    wandb_project: str | None
+    wandb_tags: tuple[str, ...] | None
+    wandb_resume_id: str | None
+    plot: bool
+
+
+def add_record_flags(parser: Parser) -> None:
+    """Adds the flags of `RecordConfig`."""
+    group = parser.group("run")
+    group.add_argument(
+        "--log-interval", type=COUNT, default=50, metavar="N", help="updates between log lines"
+    )
+    group.add_argument(
+        "--log-tensorboard",
+        action=BooleanOptionalAction,
+        default=False,
+        help="event files in the run folder",
+    )
+    group.add_argument(
+        "--log-wandb", action=BooleanOptionalAction, default=False, help="Weights & Biases"
+    )
+    group.add_argument("--wandb-project", default=None, metavar="NAME", help="default: wandb's")
+    group.add_argument(
+        "--wandb-tags", nargs="+", default=None, metavar="TAG", help="shown with the run"
+    )
+    group.add_argument(
+        "--wandb-resume-id", default=None, metavar="ID", help="default: the run folder's wandb run"
+    )
+    group.add_argument("--plot", action=BooleanOptionalAction, default=True, help="curves.png")
 
 
 def check_trackers(tensorboard: bool, wandb: bool) -> None:
@@ -24,23 +65,25 @@ def check_trackers(tensorboard: bool, wandb: bool) -> None:
             )
 
 
-def make_trackers(
-    args: argparse.Namespace, folder: Path, config: Mapping[str, Any]
-) -> list[Logger]:
-    """Makes the loggers that flags ask for.
+def make_trackers(config: RecordConfig, folder: Path, flags: Mapping[str, Any]) -> list[Logger]:
+    """Makes the loggers that are asked for.
 
     Args:
-        args: Flags of the run.
+        config: What is asked for.
         folder: The run folder.
-        config: What to show as the flags.
+        flags: Of the run, to show.
     """
     trackers: list[Logger] = []
-    if args.log_tensorboard:
+    if config.log_tensorboard:
         trackers.append(TensorBoardLogger(folder))
-    if args.log_wandb:
+    if config.log_wandb:
         trackers.append(
             WandbLogger(
-                folder, config, args.wandb_project, args.wandb_tags, args.wandb_resume_id or None
+                folder,
+                flags,
+                config.wandb_project,
+                config.wandb_tags,
+                config.wandb_resume_id or None,
             )
         )
     return trackers
@@ -93,7 +136,7 @@ class WandbLogger(Logger):
 
     Args:
         folder: The run folder; wandb's own files go to ``wandb`` in it.
-        config: The flags of the run.
+        flags: Of the run.
         project: wandb's project.
         tags: Shown with the run.
         resume_id: The wandb run to go on with; by default the one that this folder began, if any.
@@ -105,12 +148,12 @@ class WandbLogger(Logger):
     def __init__(
         self,
         folder: Path,
-        config: Mapping[str, Any],
+        flags: Mapping[str, Any],
         project: str | None = None,
-        tags: list[str] | None = None,
+        tags: Sequence[str] | None = None,
         resume_id: str | None = None,
     ) -> None:
-        self.folder, self.config = folder, dict(config)
+        self.folder, self.flags = folder, dict(flags)
         self.project, self.tags, self.resume_id = project, tags, resume_id
         self.run: Any = None
         self.update = 0
@@ -124,7 +167,7 @@ class WandbLogger(Logger):
             self.run = wandb.init(
                 project=self.project,
                 name=self.folder.name,
-                config=self.config,
+                config=self.flags,
                 tags=self.tags,
                 dir=str(self.folder),
                 id=run_id,

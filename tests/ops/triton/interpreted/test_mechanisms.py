@@ -72,8 +72,8 @@ def test_mask_and_head_scale(mechanism, splits, monkeypatch):
 
     def grad_scale(backend):
         q, k, v, _ = inputs.projection.detach().unbind(2)
-        options = (inputs.tables(mechanism), inputs.mask, scale, backend)
-        out = ops.linear_attention(q, k, v, mechanism, *options)
+        options = {"mechanism": mechanism, **inputs.terms(mechanism)._asdict()}
+        out = ops.linear_attention(q, k, v, **options, backend=backend)
         return torch.autograd.grad(out, scale, inputs.grad)[0]
 
     torch.testing.assert_close(grad_scale("triton"), grad_scale("eager"), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,59 @@
+"""The model that is evaluated: of a checkpoint, or by its name."""
+
+from typing import Any
+
+from torch import nn
+
+from vitlinear.checkpoints.card import Card
+from vitlinear.checkpoints.load import load_model
+from vitlinear.cli.model import InputConfig, ModelConfig
+from vitlinear.create import build_model, check_model_kwargs, data_config
+from vitlinear.errors import UserError
+
+
+def load_or_build(
+    checkpoint: str | None, model: ModelConfig, input: InputConfig
+) -> tuple[nn.Module, Card | None, dict[str, Any]]:
+    """Returns a model in eval mode, its card if it has one, and how its images are made.
+
+    Args:
+        checkpoint: File of its weights, or None.
+        model: The model; a checkpoint of ours knows its own.
+        input: Goes over what the card says, and that over the model's own.
+
+    Returns:
+        The model, the card, and what `vitlinear.create.data_config` returns.
+
+    Raises:
+        UserError: There is nothing to run, or checkpoint and flags contradict each other.
+    """
+    check_model_kwargs(model.model_kwargs)
+    if checkpoint:
+        if model.pretrained:
+            raise UserError("--pretrained and --checkpoint exclude each other")
+        built, card = load_model(
+            checkpoint,
+            model=model.model,
+            model_kwargs=dict(model.model_kwargs),
+            num_classes=model.num_classes,
+            in_chans=input.channels,
+            **input.sizes(),
+        )
+    else:
+        if model.model is None:
+            raise UserError("nothing to run: give --checkpoint FILE, or --model NAME --pretrained")
+        card = None
+        built = build_model(
+            model.model,
+            pretrained=model.pretrained,
+            num_classes=model.num_classes,
+            in_chans=input.channels,
+            **{**input.sizes(), **model.model_kwargs},
+        ).eval()
+    asked = {**input.given(), "model_kwargs": model.model_kwargs}
+    if card is None:
+        return built, None, data_config(built, asked)
+    trained = dict(card.data_config)
+    if "img_size" in asked or "input_size" in asked:
+        del trained["input_size"]
+    return built, card, data_config(built, {**trained, **asked})

@@ -1,0 +1,199 @@
+"""How long a run trains and at which learning rates, by timm's schedules.
+
+Rates are published for a number of images per update. Where a flag says which, they are scaled to
+the run's own: batch x accumulated steps x processes.
+"""
+
+import dataclasses
+import math
+from argparse import BooleanOptionalAction
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.scheduler.scheduler import Scheduler
+
+from vitlinear.cli.flags import COUNT, NATURAL, RATE
+from vitlinear.cli.parser import Parser
+from vitlinear.errors import UserError, one_line
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Length and learning rates of a run; the defaults are the published families' common recipe.
+
+    Epochs count passes over the data, rates are those of timm's schedules.
+    """
+
+    epochs: int
+    stop_epoch: int | None
+    batch_size: int
+    lr: float | None
+    lr_base: float
+    lr_base_size: int
+    lr_base_scale: str
+    lr_base_all: bool
+    recipe_batch_size: int | None
+    sched: str
+    sched_on_updates: bool
+    warmup_epochs: float
+    warmup_lr: float
+    warmup_prefix: bool
+    cooldown_epochs: int
+    min_lr: float
+    decay_epochs: float
+    decay_milestones: tuple[int, ...]
+    decay_rate: float
+
+    def images_per_update(self, accumulate: int, world_size: int) -> int:
+        """Returns the number of images behind one update: the global batch.
+
+        Args:
+            accumulate: Batches per update.
+            world_size: Number of processes.
+        """
+        return self.batch_size * accumulate * world_size
+
+
+def add_schedule_flags(parser: Parser) -> None:
+    """Adds the flags of `ScheduleConfig`."""
+    group = parser.group("schedule")
+    group.add_argument("--epochs", type=COUNT, default=300, help="length of the schedule")
+    group.add_argument(
+        "--stop-epoch", type=COUNT, default=None, metavar="N", help="end early, same schedule"
+    )
+    group.add_argument("-b", "--batch-size", type=COUNT, default=128, help="per process and step")
+    group.add_argument("--lr", type=RATE, default=None, help="absolute; overrides --lr-base")
+    group.add_argument("--lr-base", type=RATE, default=5e-4, help="for --lr-base-size images")
+    group.add_argument(
+        "--lr-base-size", type=COUNT, default=512, help="images per update that --lr-base is for"
+    )
+    group.add_argument(
+        "--lr-base-scale",
+        default="linear",
+        choices=("linear", "sqrt"),
+        help="how it follows their number",
+    )
+    group.add_argument(
+        "--lr-base-all",
+        action=BooleanOptionalAction,
+        default=False,
+        help="scale --warmup-lr and --min-lr from --lr-base-size too",
+    )
+    group.add_argument(
+        "--recipe-batch-size",
+        type=COUNT,
+        default=None,
+        metavar="N",
+        help="images per update the rates were chosen for; a run with another number says so",
+    )
+    group.add_argument("--sched", default="cosine", metavar="NAME", help="any timm schedule")
+    group.add_argument(
+        "--sched-on-updates",
+        action=BooleanOptionalAction,
+        default=False,
+        help="new rate at each update, not each epoch",
+    )
+    group.add_argument(
+        "--warmup-epochs", type=RATE, default=5, metavar="N", help="from --warmup-lr up"
+    )
+    group.add_argument("--warmup-lr", type=RATE, default=1e-6, help="first rate")
+    group.add_argument(
+        "--warmup-prefix",
+        action=BooleanOptionalAction,
+        default=False,
+        help="the schedule starts after the warm-up, not below it",
+    )
+    group.add_argument(
+        "--cooldown-epochs", type=NATURAL, default=0, help="after --epochs, at --min-lr"
+    )
+    group.add_argument("--min-lr", type=RATE, default=1e-5, help="last rate")
+    group.add_argument(
+        "--decay-epochs", type=RATE, default=90, help="between steps, with --sched step"
+    )
+    group.add_argument(
+        "--decay-milestones",
+        type=COUNT,
+        nargs="+",
+        default=[90, 180, 270],
+        help="with --sched multistep",
+    )
+    group.add_argument("--decay-rate", type=RATE, default=0.1, help="of --sched step and multistep")
+
+
+def learning_rate(config: ScheduleConfig, images: int) -> float:
+    """Returns the peak learning rate.
+
+    ``lr`` as it is, or else ``lr_base`` scaled from ``lr_base_size`` to the images of an update.
+    """
+    if config.lr is not None:
+        return config.lr
+    return config.lr_base * _scale(config, images)
+
+
+def warmup_and_min_rate(config: ScheduleConfig, images: int) -> tuple[float, float]:
+    """Returns the first and the last learning rate; with ``lr_base_all`` these are scaled too."""
+    scale = _scale(config, images) if config.lr_base_all else 1.0
+    return config.warmup_lr * scale, config.min_lr * scale
+
+
+def _scale(config: ScheduleConfig, images: int) -> float:
+    ratio = images / config.lr_base_size
+    return math.sqrt(ratio) if config.lr_base_scale == "sqrt" else ratio
+
+
+def batch_size_note(config: ScheduleConfig, accumulate: int, world_size: int) -> str | None:
+    """Returns a line for the user where the global batch is not the recipe's, else None."""
+    images = config.images_per_update(accumulate, world_size)
+    if config.recipe_batch_size in (None, images):
+        return None
+    peak, last = learning_rate(config, images), warmup_and_min_rate(config, images)[1]
+    how = (
+        "as it is, --lr; scale it yourself"
+        if config.lr is not None
+        else f"{config.lr_base_scale} scaling of {config.lr_base:g} per "
+        f"{config.lr_base_size} images"
+    )
+    rising = f"; the last is {last:g}, above it: lower --min-lr" if last > peak else ""
+    return (
+        f"global batch {images} (--batch-size {config.batch_size} x --grad-accum-steps "
+        f"{accumulate} x {world_size} process(es)), the recipe's is "
+        f"{config.recipe_batch_size}: peak learning rate {peak:g} ({how}){rising}"
+    )
+
+
+def make_schedule(
+    config: ScheduleConfig, optimizer: torch.optim.Optimizer, updates: int, images: int
+) -> tuple[Scheduler | None, int]:
+    """Builds a timm schedule.
+
+    Args:
+        config: What it is to do.
+        optimizer: Whose learning rates it sets; they are at the peak.
+        updates: Optimiser updates in an epoch.
+        images: Behind an update.
+
+    Returns:
+        The schedule, and the number of epochs with the cool-down.
+
+    Raises:
+        UserError: There is no such schedule, or it does not take these values.
+    """
+    if config.sched == "plateau":
+        raise UserError("--sched plateau is deprecated in timm and not offered: use cosine")
+    first, last = warmup_and_min_rate(config, images)
+    flags = dataclasses.asdict(config) | {"warmup_lr": first, "min_lr": last}
+    try:
+        scheduler, epochs = create_scheduler_v2(
+            optimizer, **scheduler_kwargs(SimpleNamespace(**flags)), updates_per_epoch=updates
+        )
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"--sched {config.sched}: {one_line(error)}") from error
+    return scheduler, int(epochs)
+
+
+def set_schedule(scheduler: Scheduler, epoch: int, updates: int) -> None:
+    """Sets the learning rate of a position; only the call that matches its unit acts."""
+    scheduler.step(epoch)
+    scheduler.step_update(updates)
