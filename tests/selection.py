@@ -32,7 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Passes over files without a quick test in quick runs: importing them all takes longer."""
-    if not (config.getoption("--quick") and collection_path.is_file()):
+    if not (config.getoption("--quick") and collection_path.suffix == ".py"):
         return None
     return True if "mark.quick" not in collection_path.read_text(encoding="utf-8") else None
 
