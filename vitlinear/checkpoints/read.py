@@ -161,7 +161,7 @@ def _damaged(path: Path, error: BaseException) -> CheckpointError:
 
 
 def _forbidden(message: str) -> str:
-    """The callable that a refused pickle asked for, by PyTorch's message; empty if it was broken."""
+    """The callable that a refused pickle asked for, by PyTorch's message; empty if just broken."""
     found = re.findall(
         r"GLOBAL (\S+)"
         r"|allowlisted via `add_safe_globals`,? but got (?:<class ')?([\w.]+)"
