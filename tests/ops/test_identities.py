@@ -59,7 +59,7 @@ def lightnet_state(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torc
     """State [D, D] and logsumexp [D] that the registered operator leaves."""
     q, k, v = (x[None, :, None] for x in (k, k, v))
     outputs = torch.ops.vitlinear.linear_attention(q, k, v, "lightnet")
-    return outputs[1][0, 0], outputs[-1][0, 0]
+    return outputs[1][0, 0], outputs[-1][0, 0, 0]
 
 
 def test_lightnet_is_the_end_of_an_additive_recurrence():
