@@ -204,7 +204,7 @@ class Transcription(nn.Module):
                 for b in stage.blocks
             ]
             downsample = ConvBn(dims[i - 1], dims[i], 3, 2) if i else nn.Identity()
-            stages.append(Stage(downsample, blocks, stage.head_dim))
+            stages.append(Stage(downsample, blocks, stage.rotary.head_dim))
         self.stages = nn.Sequential(*stages)
         self.final = ConvBn(dims[-1], model.num_features, 1)
         self.head = nn.ModuleDict({"fc": nn.Conv2d(model.num_features, model.num_classes, 1)})

@@ -23,7 +23,7 @@ from vitlinear.dense.backbone import MultiScaleBackbone
 from vitlinear.export.shapes import shortest_side
 
 SOURCE = Path(__file__).with_name("toy_family.py")
-MAPS, ROW = "test_toy_pyramid", "test_toy_row"
+MAPS, ROW = "test_new_pyramid", "test_new_row"
 
 TABLES = (dict, set, type(timm_registry._module_to_models))
 

@@ -141,7 +141,7 @@ def test_parameters_and_keys_of_every_variant(released):
     }
     # No weight depends on the number of heads; the released buffer of angles does.
     angles = [shape for key, shape, _ in entries if key.endswith("RoPE.angle")]
-    assert [[stage.head_dim // 2] for stage in model.stages] == angles
+    assert [[stage.rotary.head_dim // 2] for stage in model.stages] == angles
 
 
 @pytest.mark.parametrize("released", RELEASED)

@@ -153,19 +153,19 @@ class ToyRow(IsotropicBackbone):
 
 default_cfgs = generate_default_cfgs(
     {
-        "test_toy_pyramid.untrained": map_cfg(64, first_conv="stem.conv1.conv"),
-        "test_toy_row.untrained": token_cfg(64, fixed_input_size=True),
+        "test_new_pyramid.untrained": map_cfg(64, first_conv="stem.conv1.conv"),
+        "test_new_row.untrained": token_cfg(64, fixed_input_size=True),
     }
 )
 
 
 @register_model
-def test_toy_pyramid(pretrained: bool = False, **kwargs: Any) -> ToyPyramid:
+def test_new_pyramid(pretrained: bool = False, **kwargs: Any) -> ToyPyramid:
     """A pyramid for tests."""
-    return build_model(ToyPyramid, "test_toy_pyramid", pretrained, **kwargs)
+    return build_model(ToyPyramid, "test_new_pyramid", pretrained, **kwargs)
 
 
 @register_model
-def test_toy_row(pretrained: bool = False, **kwargs: Any) -> ToyRow:
+def test_new_row(pretrained: bool = False, **kwargs: Any) -> ToyRow:
     """A row of tokens for tests."""
-    return build_model(ToyRow, "test_toy_row", pretrained, **kwargs)
+    return build_model(ToyRow, "test_new_row", pretrained, **kwargs)

@@ -1,4 +1,4 @@
-"""What the tests of operators that run through oneDNN share."""
+"""Helpers of tests of operators that run through oneDNN."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which backend runs, where there is no GPU; and that nothing loads Triton unasked."""
+"""The choice of a backend where there is no GPU; nothing loads Triton unasked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is known about the mechanisms on paper, checked on what runs."""
+"""Identities that mechanisms have on paper, checked on what runs."""
 
 from __future__ import annotations
 

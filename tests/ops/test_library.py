@@ -184,7 +184,7 @@ def test_softmax_operator_in_chunks(monkeypatch):
 
 @pytest.mark.quick
 def test_library_keeps_only_inputs_and_state():
-    """What a forward pass leaves for backward does not grow with the tokens."""
+    """A forward pass leaves no more for backward for more tokens."""
     kept = {}
     for grid in ((4, 4), (16, 16)):
         inputs = make_inputs(grid=grid, dtype=torch.float32)

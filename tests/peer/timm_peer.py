@@ -182,9 +182,13 @@ def is_token_model(name: str) -> bool:
     return len({level["reduction"] for level in info}) == 1
 
 
-def required_tests(name: str) -> frozenset[str]:
-    """Which of timm's test functions must run, and pass, for this model."""
-    if is_token_model(name):
+def required_tests(tokens: bool) -> frozenset[str]:
+    """Which of timm's test functions must run, and pass, for a model.
+
+    Args:
+        tokens: Its features are tokens; see `is_token_model`.
+    """
+    if tokens:
         return CONTRACT_TOKEN | REPOINTED.keys()
     return CONTRACT | REPOINTED.keys() | REPOINTED_MAPS.keys()
 
@@ -309,6 +313,7 @@ def pytest_sessionfinish() -> None:
         report = {
             "timm": timm.__version__,
             "models": sorted(_ours),
+            "token_models": [name for name in sorted(_ours) if is_token_model(name)],
             "results": _results,
             "deselected": _deselected,
             "unknown": sorted(_unknown),

@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None, prog: str = "vitlinear check-data") -> None
     """Runs the command."""
     config = parse_arguments(argv, prog)
     check_parent(config.json)
-    report = check_data(config.data, train_split=config.train_split, num_classes=config.num_classes)
+    report = check_data(config)
     print("\n".join(_text(report)))
     if config.json:
         write_text(Path(config.json).expanduser(), json.dumps(report, indent=2) + "\n")
@@ -69,21 +69,15 @@ def main(argv: Sequence[str] | None, prog: str = "vitlinear check-data") -> None
         sys.exit(1)
 
 
-def check_data(
-    data: DataConfig, *, train_split: str = "train", num_classes: int | None = None
-) -> dict[str, Any]:
+def check_data(config: CheckDataConfig) -> dict[str, Any]:
     """Reads both splits of a data set, or the one of a file.
-
-    Args:
-        data: The data set; ``val_split`` names its held-out split.
-        train_split: Name of its training split.
-        num_classes: Number of classes where the data does not name them.
 
     Returns:
         ``splits``, by name what `describe` says; ``in_both``, pairs of names of held-out and
         training images with the same content; ``classes_differ``, the names that only one split
         has; ``classes_in_one_split``, the classes that have images in one split only.
     """
+    data, train_split = config.data, config.train_split
     names = ("held-out",) if _is_file(data.data_dir) else ("training", "held-out")
     # All are opened before the first is read: mistakes come first.
     sources = {name: _open(data, train_split, name == "training") for name in names}
@@ -91,7 +85,7 @@ def check_data(
     for name, source in sources.items():
         records[name] = list(probe(source, data.workers, name))
         classes = getattr(source, "classes", None)
-        splits[name] = describe(records[name], classes, num_classes)
+        splits[name] = describe(records[name], classes, config.num_classes)
     report: dict[str, Any] = {"splits": splits, "in_both": []}
     if len(splits) == 2:
         report["in_both"] = _in_both(records["training"], records["held-out"])

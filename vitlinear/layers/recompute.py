@@ -37,7 +37,7 @@ Unpack = Callable[[Any], Tensor]
 
 
 class _Recipe(NamedTuple):
-    """How to make a saved tensor again: a view of what ``make`` returns.
+    """Recipe for a saved tensor: a view of what ``make`` returns.
 
     Attributes:
         make: Makes what it is a view of.
@@ -57,7 +57,7 @@ class _Recipe(NamedTuple):
 
 
 def _place(x: Tensor) -> int:
-    """Which memory a tensor is in."""
+    """The number of the memory that a tensor is in."""
     return x.untyped_storage()._cdata
 
 
@@ -165,7 +165,7 @@ class _Chain:
         self.made: dict[int, Tensor] = {}
 
     def run(self, count: int, x: Tensor) -> Tensor:
-        """What comes out of the first ``count`` modules."""
+        """Run the first ``count`` modules; returns the output of the last of them."""
         if count in self.made:
             return self.made.pop(count)
         for i, (module, held) in enumerate(self.modules[:count], 1):

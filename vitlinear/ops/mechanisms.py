@@ -43,7 +43,7 @@ Count = Tensor | int
 
 @dataclass(frozen=True)
 class ReadOut:
-    """How queries read the state: the factors a and b of the formula, and their derivatives.
+    """The read-out of the state by queries: factors a and b of the formula, and derivatives.
 
     Attributes:
         factors: (z, s, N) -> (a, b); a number where the factor does not depend on z.

@@ -174,7 +174,7 @@ def _gradient_memory(q: Tensor, state: Tensor, terms: Terms) -> tuple[Tensor, Te
 def _one_by_one(
     grads: Tensor, grad_scale: Tensor, grad_lepe: Tensor, terms: Terms | FlatTerms
 ) -> LinearGradients:
-    """What the backward operator returns, each gradient by its name; [B, N, h, D] but for tau's."""
+    """Name what the backward operator returns: [B, N, h, D], but for the gradient of tau."""
     grad_q, grad_k, grad_v, *grad_gate = grads.unbind(2)
     return LinearGradients(
         grad_q,
@@ -336,7 +336,7 @@ def linear_attention_backward_flops(
 
 @register_flop_formula(torch.ops.vitlinear.softmax_attention)
 def softmax_attention_flops(q_shape: Any, *args: Any, **kwargs: Any) -> int:
-    """q k^T and p v."""
+    """The products q k^T and p v."""
     batch, length, heads, dim = q_shape
     return 4 * batch * heads * length * length * dim
 

@@ -3,6 +3,8 @@
 Each part stands beside what it configures, with the function that adds its flags. Defaults are the
 recipe that the published families share (AdamW, cosine, five epochs of warm-up, learning rate 5e-4
 per 512 images); augmentation is off until asked for, as in timm.
+
+A new option is a field and a flag of the same name, side by side in the part that it belongs to.
 """
 
 from argparse import BooleanOptionalAction

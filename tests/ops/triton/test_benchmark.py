@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def dry_run(script, folder, *flags):
-    """What a script writes in a dry run."""
+    """The rows that a script writes in a dry run."""
     output = folder / "rows.json"
     command = [sys.executable, str(ROOT / "benchmarks" / script), "--dry-run"]
     command += ["--output", str(output), *flags]

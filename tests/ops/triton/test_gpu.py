@@ -273,7 +273,7 @@ def test_more_than_8_gib(mechanism):
 @each_mechanism
 @pytest.mark.parametrize("batch, heads", [(1, 1), (2, 4), (64, 4)])
 def test_workspace(mechanism, batch, heads):
-    """What a pass holds at its worst, besides inputs, results and the saved states."""
+    """Memory that a pass holds at its worst, besides inputs, results and the saved states."""
     side, dim = 128, 64
     torch.utils.deterministic.fill_uninitialized_memory = False
     inputs = many_tokens(mechanism, side, batch=batch, heads=heads, dim=dim)

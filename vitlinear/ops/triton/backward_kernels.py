@@ -107,7 +107,7 @@ def query_pass(
 
 @triton.jit
 def key_terms(k, v, n, query, statistic, transposed, grad_norm, span, plan: tl.constexpr):
-    """What both passes over the keys compute of a block.
+    """The terms of a block of keys that both passes over the keys take.
 
     Returns:
         Features, weights c and y; valid tokens, their positions, keys.

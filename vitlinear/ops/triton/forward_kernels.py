@@ -47,7 +47,7 @@ RUN_TIME = ("length", "width", "heads", "chunk", "splits")
 
 @triton.jit
 def program(counts, length, width, heads, chunk, scale, plan: tl.constexpr):
-    """What this program works on.
+    """The part of the tensors that this program works on.
 
     Returns:
         Slot (sample and head), head, split, and a place: sample, head, range of tokens, width of
@@ -146,7 +146,7 @@ def key_sums(k, v, query, span, plan: tl.constexpr):
 
 @triton.jit
 def _of_rows(x, plan: tl.constexpr):
-    """What belongs to features, for the rows of the state."""
+    """A vector of features, one entry for each row of the state."""
     if plan.positions == "cosine":
         width: tl.constexpr = plan.block_rows
         return tl.reshape(beside(x[None, :], x[None, :], plan), (width,))
@@ -280,7 +280,7 @@ def _merged(parts, at, exists, slot, slots, splits, size: tl.constexpr):
 
 @triton.jit
 def _merged_softmax(parts, at, exists, slot, slots, splits, size: tl.constexpr, softmax):
-    """The same of averages under a softmax: each slot has its share of it for weight."""
+    """Sum of averages under a softmax, entry by entry: each slot has its share of it for weight."""
     statistics, row, logsumexp, statistic_size = softmax
     total = tl.zeros(at.shape, tl.float32)
     for split in steps(0, splits, 1):
@@ -293,7 +293,7 @@ def _merged_softmax(parts, at, exists, slot, slots, splits, size: tl.constexpr, 
 
 @triton.jit
 def _merged_logsumexp(statistics, at, exists, slot, slots, splits, size: tl.constexpr):
-    """The logsumexp of the slots' own."""
+    """Logsumexp of the logsumexps of all splits, entry by entry."""
     top = tl.zeros(at.shape, tl.float32) - float("inf")
     for split in steps(0, splits, 1):
         place = (split * slots + slot) * size

@@ -64,7 +64,7 @@ def processors(device: torch.device) -> int:
 def cuts(
     plan: Plan, slots: int, length: int, itemsize: int, device: torch.device
 ) -> tuple[Cut, Cut]:
-    """How passes are cut: those that leave a state for each split, and those that do not."""
+    """The cut of passes that leave a state for each split, and of those that do not."""
     wanted = -(-PROGRAMS_PER_PROCESSOR * processors(device) // max(slots, 1))
     wide = min(wanted, length // SHORTEST_SPLIT)
     summing = wide
@@ -115,7 +115,7 @@ class Launcher:
         )
 
     def parts(self) -> Sums:
-        """The same for each split."""
+        """Memory for as much of each split."""
         return self.sums(self.summing.splits, self.batch, self.heads)
 
     def launch(self, kernel: Any, plan: Plan, splits: int, *args: Any, **constants: Any) -> None:
@@ -174,7 +174,7 @@ def part(x: Tensor | None, channels: slice) -> Tensor | None:
 
 
 def part_of_sums(sums: Sums, channels: slice) -> Sums:
-    """The same of a state, a normaliser and a mean value; the normaliser has no such channels."""
+    """A slice of a state and of a mean value; the normaliser has no channels of values."""
     state, norm, mean = sums
     return state[..., channels], norm, part(mean, channels)
 
