@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := $(or $(VITLINEAR_VENV),.venv)/bin
 
-.PHONY: help venv test quick nightly newest oldest peer lint format types demo ci clean
+.PHONY: help venv test quick nightly newest oldest peer lint format types imports demo ci clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
@@ -38,6 +38,9 @@ format: venv  ## ruff's fixes and formatting, applied
 
 types: venv  ## mypy on ops, layers and train
 	$(BIN)/mypy
+
+imports: venv  ## which room may import which: the contracts of pyproject.toml
+	$(BIN)/lint-imports --no-cache
 
 demo:  ## train, evaluate and predict on digits
 	$(PYTHON) tools/quickstart.py

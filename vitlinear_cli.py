@@ -22,6 +22,7 @@ COMMANDS = {
     "check-data": ("vitlinear.data.check_data", "unreadable and odd images, classes, sizes"),
     "list": ("vitlinear.cards.list_models", "the models, one a line"),
     "info": ("vitlinear.cards.info", "what is known of a model"),
+    "configs": ("vitlinear.cli.configs", "the recipes and configs that come with it"),
     "convert": ("vitlinear.convert.command", "the authors' checkpoints to ours"),
     "export": ("vitlinear.export.command", "a model as ONNX, torch.export or safetensors"),
     "train-detector": (f"{OPENMMLAB}:train_detector", "a detector of mmdet"),

@@ -108,9 +108,15 @@ def measure(
 
     implementations: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
         "transcription": lambda q, k, v: rala_transcribed(q, k, v, sin, cos),
-        "eager": lambda q, k, v: ops.linear_attention(q, k, v, "rala", rotary, backend="eager"),
-        "library": lambda q, k, v: ops.linear_attention(q, k, v, "rala", rotary, backend="library"),
-        "softmax (SDPA)": lambda q, k, v: ops.softmax_attention(q, k, v, rotary, backend="eager"),
+        "eager": lambda q, k, v: ops.linear_attention(
+            q, k, v, mechanism="rala", rotary=rotary, backend="eager"
+        ),
+        "library": lambda q, k, v: ops.linear_attention(
+            q, k, v, mechanism="rala", rotary=rotary, backend="library"
+        ),
+        "softmax (SDPA)": lambda q, k, v: ops.softmax_attention(
+            q, k, v, rotary=rotary, backend="eager"
+        ),
     }
     rows = []
     for name, attend in implementations.items():

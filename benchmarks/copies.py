@@ -1,4 +1,4 @@
-"""What a forward pass copies: tensors laid out anew, as a profile of PyTorch's operators counts.
+"""Counts the copies of a forward pass: tensors laid out anew, by a profile of PyTorch.
 
     python benchmarks/copies.py ravlt_t l2vit_tiny swin_tiny_patch4_window7_224
 

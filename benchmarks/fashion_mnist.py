@@ -2,7 +2,7 @@
 
     python benchmarks/fashion_mnist.py --output output/study           # train what is not yet there
     python benchmarks/fashion_mnist.py --speed --output output/study   # on a quiet machine
-    python benchmarks/fashion_mnist.py --table --output output/study   # results/ and README.md
+    python benchmarks/fashion_mnist.py --table --output output/study   # results/, accounts/
 
 A skeleton is a model of the library with sizes that make about a million parameters; attentions
 differ in the argument ``attn_types`` or ``attn_type`` alone, so a run is one call of ``vitlinear
@@ -219,7 +219,7 @@ def main(argv: list[str] | None = None) -> None:
     args.commit = args.commit or commit()
     if args.table:
         results = HERE / "results" / "fashion_mnist_cpu.json"
-        write_tables(args.output, ATTENTIONS, results, HERE / "README.md")
+        write_tables(args.output, ATTENTIONS, results, HERE / "accounts" / "fashion-mnist.md")
     elif args.speed:
         speed_all(args)
     else:
@@ -228,6 +228,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    if not KEEP_PAGES.items() <= os.environ.items():  # see benchmarks/README.md
+    if not KEEP_PAGES.items() <= os.environ.items():  # see accounts/attention-cpu.md
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_PAGES})
     main()

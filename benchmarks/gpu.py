@@ -136,7 +136,7 @@ def add_shares(row: dict[str, Any], shape: registry.Shape, bandwidth: float) -> 
 
 
 def git(*command: str) -> str:
-    """What git says, or nothing outside a checkout."""
+    """Output of a git command; empty outside a checkout."""
     done = subprocess.run(
         ["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
     )

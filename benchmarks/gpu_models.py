@@ -38,7 +38,7 @@ TIMEOUT = 300  # seconds that a model may take to compile
 
 
 class Plan(NamedTuple):
-    """What is measured.
+    """Models, shapes and modes to measure.
 
     Attributes:
         models: Names that `benchmarks.subject.build` takes. A transcription, which needs most

@@ -1,7 +1,7 @@
-"""What int8 costs in accuracy: a small model of every family, trained, exported twice, compared.
+"""The price of int8 in accuracy: small models of every family, exported twice and compared.
 
     python benchmarks/int8.py --output output/int8 --train    # what is not yet there
-    python benchmarks/int8.py --output output/int8            # results/ and README.md
+    python benchmarks/int8.py --output output/int8            # results/, accounts/
 
 A run is one call of ``vitlinear train`` with the committed recipe of the data set, shortened; its
 last weights become an ONNX file in float32 and one in int8, calibrated on training images as
@@ -203,7 +203,7 @@ def measure_all(args: argparse.Namespace) -> None:
         "rows": rows,
     }
     (HERE / "results" / "int8_cpu.json").write_text(json.dumps(record, indent=1) + "\n")
-    write_between(HERE / "README.md", "int8", table(rows))
+    write_between(HERE / "accounts" / "int8.md", "int8", table(rows))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -92,7 +92,7 @@ def write_images(root: Path, count: int) -> dict[str, Any]:
 
 
 def make_run(root: Path, args: argparse.Namespace, workers: int) -> setup.Run:
-    """What ``vitlinear train`` would train with."""
+    """A run as ``vitlinear train`` would set it up."""
     flags = ["--config", RECIPE, "--data-dir", root, "--model", args.model, "-j", workers]
     flags += ["-b", args.batch, "--device", "cpu", "--no-amp", "--no-model-ema", "--lr", 1e-4]
     return setup.set_up(run.parse_arguments([str(flag) for flag in flags]))

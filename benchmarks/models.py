@@ -63,7 +63,7 @@ class Process:
         return self.answer()
 
     def answer(self, deadline: float = math.inf) -> Any:
-        """What it says next; a process that takes longer than it may is ended."""
+        """Waits for its next message; ends a process that takes longer than it may."""
         left = min(self.asked + self.timeout, deadline) - time.monotonic()
         if not self.connection.poll(max(left, 0)):
             self.process.kill()

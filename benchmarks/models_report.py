@@ -22,7 +22,7 @@ def size(row: Row) -> str:
 
 
 def condition(row: Row) -> tuple[Any, ...]:
-    """What rows that took turns share."""
+    """Pass, size and batch: the same for all rows that took turns."""
     return row["task"], row["height"], row["width"], row["batch"]
 
 

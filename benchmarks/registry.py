@@ -1,4 +1,4 @@
-"""What the GPU benchmark measures: attention calls of real models, and what is compared there.
+"""Rows of the GPU benchmark: attention calls of real models, and what they are compared with.
 
 A row is one attention: mechanism, samples, grid, heads and channels of a head, as a model calls it.
 """
@@ -19,7 +19,7 @@ from vitlinear.ops.rotary import token_table
 COMPILED = "compiled eager"
 
 # Tensors of the size of q that have to cross the memory bus, and those that our kernels move: their
-# passes, counted (README.md). An epilogue adds lepe and gate, and their gradients backward.
+# passes, counted (accounts/gpu.md). An epilogue adds lepe and gate, and their gradients backward.
 FORWARD_MINIMUM, BACKWARD_MINIMUM = {"rala": 5}, {"rala": 8}
 FORWARD_MOVED, BACKWARD_MOVED = {"rala": 5}, {"rala": 11, "lightnet": 9}
 
@@ -218,15 +218,23 @@ def softmax(backend: SDPBackend) -> Attention:
 
 
 def implementations(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """What runs for a shape, by name."""
+    """Implementations to compare for a shape, by name."""
     rotary = tables(shape, device)
 
     def backend(name: str) -> Attention:
         def attend(
             q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None = None, lepe: Tensor | None = None
         ) -> Tensor:
-            options = {"backend": name, "lepe": lepe, "gate": gate}
-            return ops.linear_attention(q, k, v, shape.mechanism, rotary, **options)
+            return ops.linear_attention(
+                q,
+                k,
+                v,
+                mechanism=shape.mechanism,
+                rotary=rotary,
+                lepe=lepe,
+                gate=gate,
+                backend=name,
+            )
 
         return attend
 

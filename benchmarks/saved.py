@@ -1,4 +1,4 @@
-"""What a model keeps from the forward pass until backward, by block and by module.
+"""Lists the memory that a model keeps for backward, by block and by module.
 
     python benchmarks/saved.py ravlt_s ravlt_s@transcription --batch-size 2 --size 224
 

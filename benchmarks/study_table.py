@@ -133,14 +133,14 @@ def write_between(path: Path, marker: str, text: str) -> None:
     path.write_text(f"{before}{start}\n\n{text}\n\n{end}{after}")
 
 
-def write_tables(folder: Path, attentions: Sequence[str], results: Path, readme: Path) -> None:
-    """Collect the records of a study into one JSON file and the tables of a README.
+def write_tables(folder: Path, attentions: Sequence[str], results: Path, page: Path) -> None:
+    """Collect the records of a study into one JSON file and the tables of its account.
 
     Args:
         folder: Holds ``runs/*.json`` and, if it was measured, ``speed.json``.
         attentions: In the order of the rows.
         results: JSON file to write.
-        readme: File with a place for ``fashion-mnist``.
+        page: File with a place for ``fashion-mnist``.
     """
     runs = read_runs(folder)
     speed_file = folder / "speed.json"
@@ -154,5 +154,5 @@ def write_tables(folder: Path, attentions: Sequence[str], results: Path, readme:
     record = {"runs": runs, "summary": summary, "speed": speed}
     results.write_text(json.dumps(record, indent=1) + "\n")
     text = accuracy_tables(rows) + (f"\n\n{speed_table(speed)}" if speed else "")
-    write_between(readme, "fashion-mnist", text)
+    write_between(page, "fashion-mnist", text)
     print(text)

@@ -1,4 +1,4 @@
-"""What `benchmarks/models.py` measures: a model in one mode, in a process of its own.
+"""A model in one mode, in a process of its own: the subject of `benchmarks/models.py`.
 
 Its own process makes the peak of resident memory that of this model alone, lets each model compile
 by itself, and loses one row, not the run, where the system kills it for memory.
@@ -241,7 +241,7 @@ def status(name: str) -> float:
 
 
 def measure_memory(run: Callable[[], object], device: torch.device) -> dict[str, float | None]:
-    """What a call holds at its worst beyond what is held between calls, and the latter, in MiB.
+    """Memory of a call at its worst beyond that held between calls, and the latter, in MiB.
 
     ``tensors_MiB`` counts PyTorch's allocations. ``memory_MiB`` and ``resting_MiB`` are the same on
     a GPU; on a CPU they are resident memory (VmRSS; VmHWM, reset before the call by writing 5 to

@@ -4,7 +4,7 @@ What a reader of RALA (arXiv:2411.07635) and MALA (arXiv:2507.00698) would write
 throughout, 1x1 convolutions for projections, LayerNorm between two permutes, heads brought before
 tokens by a copy, softmax stages with their matrix of weights, sines and cosines for each token.
 Nothing is slow on purpose and nothing is clever. `python tools/benchmark.py ravlt_s@transcription`
-measures it; the ratios of `benchmarks/README.md` are to it. Without stochastic depth and dropout.
+measures it; the ratios of `benchmarks/accounts/` are to it. Without stochastic depth and dropout.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ class Transcription(nn.Module):
                 for b in stage.blocks
             ]
             downsample = ConvBn(dims[i - 1], dims[i], 3, 2) if i else nn.Identity()
-            stages.append(Stage(downsample, blocks, stage.head_dim))
+            stages.append(Stage(downsample, blocks, stage.rotary.head_dim))
         self.stages = nn.Sequential(*stages)
         self.final = ConvBn(dims[-1], model.num_features, 1)
         self.head = nn.ModuleDict({"fc": nn.Conv2d(model.num_features, model.num_classes, 1)})

@@ -31,8 +31,8 @@ else:
     settings.register_profile("repeatable", derandomize=True, database=None)
     settings.load_profile("repeatable")
 
-# Chooses the tests, and says at the end what they cost.
-pytest_plugins = ["tests.selection"]
+# The first chooses the tests, and says at the end what they cost; the second tests the first.
+pytest_plugins = ["tests.selection", "pytester"]
 
 
 @pytest.fixture

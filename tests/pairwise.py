@@ -1,6 +1,6 @@
 """Parametrisation by products, of which most tests run every pair of values only."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from itertools import combinations, product
 from typing import Any
 
@@ -30,30 +30,26 @@ def cover(sizes: Iterable[int]) -> set[tuple[int, ...]]:
 
 
 def label(axis: str, value: Any) -> str:
-    """A value's part of the test's name."""
+    """A value's part of a test's name."""
     if isinstance(value, bool):
         return axis if value else f"no_{axis}"
     if isinstance(value, tuple):
-        return "x".join(map(str, value)) or "none"
+        return "x".join(map(str, value)) or f"no_{axis}"
     return str(value).removeprefix("torch.")
 
 
-def pairwise(**axes: Iterable[Any] | Mapping[str, Any]) -> pytest.MarkDecorator:
+def pairwise(**axes: Iterable[Any]) -> pytest.MarkDecorator:
     """Parametrises with a product: every pair of values as a rule, the rest in nightly runs.
 
     Args:
-        axes: the values of each argument, or a mapping of names to them.
+        axes: the values of each argument of the test.
     """
-    named = [
-        list(values.items())
-        if isinstance(values, Mapping)
-        else [(label(axis, value), value) for value in values]
-        for axis, values in axes.items()
-    ]
-    chosen = cover(map(len, named))
+    values = [list(axis) for axis in axes.values()]
+    chosen = cover(map(len, values))
     cases = []
-    for row in product(*(range(len(values)) for values in named)):
-        ids, values = zip(*(named[axis][i] for axis, i in enumerate(row)), strict=True)
-        marks = () if row in chosen else pytest.mark.nightly
-        cases.append(pytest.param(*values, id="-".join(ids), marks=marks))
+    for places in product(*(range(len(axis)) for axis in values)):
+        row = [axis[place] for axis, place in zip(values, places, strict=True)]
+        name = "-".join(map(label, axes, row))
+        marks = () if places in chosen else pytest.mark.nightly
+        cases.append(pytest.param(*row, id=name, marks=marks))
     return pytest.mark.parametrize(list(axes), cases)

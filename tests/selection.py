@@ -14,7 +14,7 @@ import torch
 
 TESTS = Path(__file__).resolve().parent
 SLOW = 10.0  # seconds of processor time from which a test has to be marked slow
-STARTED = 0.5  # seconds of processor time in other processes that only another Python takes
+STARTED = 2.0  # seconds of processor time in other processes; importing torch takes more
 PEER_RESULT = "peer_suite"  # the user property under which tests/peer records what it ran
 COST = "processor_seconds"
 UNMARKED = "mark_that_is_missing"
@@ -28,6 +28,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("vitlinear")
     group.addoption("--quick", action="store_true", help="run the inner loop only")
     group.addoption("--nightly", action="store_true", help="run the nightly tests too")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Passes over files without a quick test in quick runs: importing them all takes longer."""
+    if not (config.getoption("--quick") and collection_path.suffix == ".py"):
+        return None
+    return True if "mark.quick" not in collection_path.read_text(encoding="utf-8") else None
 
 
 def rooms_of(item: pytest.Item) -> set[str]:

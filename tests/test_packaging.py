@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import vitlinear
+from vitlinear.checkpoints.read import read_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 EXTRAS = {"triton", "train", "data", "openmmlab", "export", "analysis", "dev"}
@@ -89,6 +92,7 @@ def test_console_script_is_importable() -> None:
     assert all(callable(script.load()) for script in scripts)
 
 
+@pytest.mark.process
 def test_import_loads_nothing_optional() -> None:
     """Beyond what ``import timm`` loads: another release of torch may itself load one of these."""
     code = (
@@ -101,8 +105,22 @@ def test_import_loads_nothing_optional() -> None:
     assert "vitlinear" in loaded
 
 
-def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
-    """Built from the files git would commit, so that what lies about does not hide a mistake."""
+@pytest.mark.process
+def test_help_and_version_load_no_torch() -> None:
+    """They answer at once: everything else imports torch and timm, which takes seconds."""
+    code = (
+        "import sys, vitlinear_cli\n"
+        "assert vitlinear_cli.main(['--help']) == vitlinear_cli.main(['--version']) == 0\n"
+        "loaded = {'torch', 'timm', 'numpy', 'vitlinear'} & set(sys.modules)\n"
+        "assert not loaded, loaded"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"vitlinear {vitlinear.__version__}" in done.stdout
+
+
+def tracked() -> list[str]:
+    """The files that git would commit; a test that needs them skips outside of a checkout."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
         cwd=ROOT,
@@ -111,41 +129,186 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
     )
     if listed.returncode:
         pytest.skip("not a git checkout")
-    source = tmp_path / "source"
-    for name in filter(None, listed.stdout.split("\0")):
-        if (ROOT / name).is_file():
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((ROOT / name).read_bytes())
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
-    command += ["--quiet", "--disable-pip-version-check", "--wheel-dir", str(tmp_path), "."]
-    subprocess.run(command, cwd=source, check=True, capture_output=True)
+    return [name for name in listed.stdout.split("\0") if name and os.path.lexists(ROOT / name)]
 
-    (wheel,) = tmp_path.glob("vitlinear-*.whl")
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from the files git would commit, so that what lies about does not hide a mistake."""
+    built = tmp_path_factory.mktemp("wheel")
+    source = built / "source"
+    for name in tracked():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).is_symlink():
+            (source / name).symlink_to(os.readlink(ROOT / name))
+        else:
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    pip("wheel", "--no-build-isolation", "--wheel-dir", str(built), str(source))
+    (path,) = built.glob("vitlinear-*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the wheel installs."""
+    folder = tmp_path_factory.mktemp("installed")
+    pip("install", "--no-compile", "--no-index", "--target", str(folder), str(wheel))
+    return folder
+
+
+def pip(command: str, *arguments: str) -> None:
+    options = ["--quiet", "--disable-pip-version-check", "--no-deps"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", command, *options, *arguments], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def run(installed: Path, folder: Path, *command: str) -> str:
+    """Runs Python on the installed package alone, outside the tree; returns what it prints."""
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.process
+def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     tops = {name.split("/")[0] for name in names}
-    assert tops == {"vitlinear", f"vitlinear-{vitlinear.__version__}.dist-info"}
-    assert any(name.endswith("licenses/LICENSE") for name in names)
-    inside = {
-        str(path.relative_to(source))
-        for path in (source / "vitlinear").rglob("*")
-        if path.suffix in {".py", ".json", ".yaml", ".typed"}
+    assert tops == {
+        "vitlinear",
+        "vitlinear_cli.py",
+        f"vitlinear-{vitlinear.__version__}.dist-info",
     }
-    assert inside <= names
-    assert "vitlinear/py.typed" in inside
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    written = [name for name in tracked() if not (ROOT / name).is_symlink()]
+    inside = {name for name in written if name.startswith("vitlinear/")}
+    data = {
+        f"vitlinear/.mim/{name}"
+        for name in written
+        if name.split("/")[0] in ("configs", "model_cards")
+    }
+    assert {"vitlinear/py.typed", "vitlinear/.mim/model-index.yml"} < inside
+    assert {
+        "vitlinear/.mim/configs/classification/_base/pyramid.yaml",
+        "vitlinear/.mim/model_cards/rala.md",
+    } < data
+    assert {name for name in names if name.startswith("vitlinear/")} == inside | data
 
 
-def test_nothing_refers_to_files_outside_the_repository() -> None:
-    """A clone must be complete: no path that climbs out of it, in any text file."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
-    climbing = re.compile(r"\.\./shared|/work/(main|shared)")
-    here = Path(__file__).relative_to(ROOT).as_posix()
-    offenders = [
-        name
-        for name in listed.stdout.split("\0")
-        if name
-        and name != here
-        and (ROOT / name).is_file()
-        and Path(name).suffix in {".py", ".md", ".toml", ".yaml", ".yml", ".txt", ".json", ""}
-        and climbing.search((ROOT / name).read_text(errors="replace"))
+COMMANDS = """
+import json, sys, vitlinear_cli
+for command in json.loads(sys.argv[1]):
+    assert vitlinear_cli.main(command) == 0
+    print(end="\\0")
+"""
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_an_installed_wheel_finds_recipes_by_name(installed: Path, tmp_path: Path) -> None:
+    """Lists them all, reads one over its base, and trains one to its end."""
+    if importlib.util.find_spec("sklearn") is None:
+        pytest.skip("the digits come with scikit-learn, which is not installed")
+    commands = [
+        ["configs", "--json"],
+        ["train", "--config", "ravlt_t", "--print-config"],
+        ["train", "--config", "digits_test_ravlt", "--epochs", "1", "--batch-size", "719"],
     ]
+    commands[-1] += ["--no-plot", "--output", "run"]
+    listed, values, *_ = run(installed, tmp_path, "-c", COMMANDS, json.dumps(commands)).split("\0")
+    configs = json.loads(listed)
+    assert all(Path(config["path"]).is_relative_to(installed) for config in configs)
+    assert {(config["task"], Path(config["path"]).name) for config in configs} == {
+        (path.parent.name, path.name)
+        for pattern in ("classification/*.yaml", "detection/*.py", "segmentation/*.py")
+        for path in (ROOT / "configs").glob(pattern)
+    }
+    recipe = yaml.safe_load(values)
+    assert (recipe["model"], recipe["drop_path"]) == ("ravlt_t", 0.1)
+    assert recipe["recipe_batch_size"] == 1024  # from the base
+    assert read_checkpoint(str(tmp_path / "run" / "best.safetensors"))
+
+
+MMENGINE = """
+import sys, vitlinear.registry
+from mmengine.config import Config
+from mmengine.hub import get_config
+from mmengine.registry import MODELS, TRANSFORMS, init_default_scope
+
+def parts(config):
+    model = MODELS.build(config.model)
+    pipeline = config.train_dataloader.dataset.pipeline
+    return [type(part) for part in [*model.modules(), *map(TRANSFORMS.build, pipeline)]]
+
+for scope, name in (
+    ("mmdet", "detection/mask-rcnn_test-ravlt_fpn_sample.py"),
+    ("mmseg", "segmentation/upernet_test-ravlt_sample.py"),
+):
+    init_default_scope(scope)
+    config = get_config(f"vitlinear::{name}")
+    assert config.filename.startswith(sys.argv[1]), config.filename
+    with open("child.py", "w") as file:
+        file.write(f"_base_ = 'vitlinear::{name}'; model = dict(backbone=dict(frozen_stages=1))")
+    child = Config.fromfile("child.py")
+    assert child.model.backbone.frozen_stages == 1
+    assert parts(child) == parts(config)
+"""
+
+
+@pytest.mark.process
+@pytest.mark.slow
+@pytest.mark.openmmlab
+def test_mmengine_finds_what_a_wheel_installs(installed: Path, tmp_path: Path) -> None:
+    """``vitlinear::...`` as a config and as a base, whose parts are mmdet's, mmseg's and ours."""
+    for package in ("mmengine", "mmcv", "mmdet", "mmseg"):
+        if importlib.util.find_spec(package) is None and not os.environ.get("CI"):
+            pytest.skip(f"{package} is not installed (python3 tools/run_tests.py installs it)")
+    run(installed, tmp_path, "-c", MMENGINE, str(installed))
+
+
+def test_nothing_refers_to_a_development_machine() -> None:
+    """Neither a path that climbs out of the repository nor one of a home, work or scratch folder.
+
+    Folders that a reader is told to put in the place of their own, such as /data, are no such path.
+    """
+    machine = re.compile(
+        rb"\.\./shared|(?<![\w.])/(?:work|workspace|root|scratch)\b|(?<![\w.])/(?:home|Users|tmp)/\w"
+    )
+    for path in (b"see ../shared/x", b'"/root"', b"(/work/x", b" /home/me/x", b"=/tmp/x.json"):
+        assert machine.search(path)
+    for other in (b"tests/work", b"https://example.org/home/", b"the /data/imagenet folder"):
+        assert not machine.search(other)
+    here = Path(__file__).relative_to(ROOT).as_posix()
+    offenders = {
+        name: found[0].decode()
+        for name in tracked()
+        if name != here
+        and not (ROOT / name).is_symlink()
+        and (found := machine.search((ROOT / name).read_bytes()))
+    }
     assert not offenders
+
+
+def test_documented_imports_work() -> None:
+    """Every import of ours that a page shows; the pages of OpenMMLab's packages need them."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    line = re.compile(
+        r"^ *((?:from vitlinear\S* )?import (?:\w+, )*[\w.]+(?:, \w+)*)", re.MULTILINE
+    )
+    shown = {
+        found
+        for page in pages
+        for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+        for found in line.findall(block)
+        if "vitlinear" in found
+    }
+    assert "from vitlinear import ops" in shown
+    for statement in shown:
+        exec(statement, {})

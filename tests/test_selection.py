@@ -6,6 +6,7 @@ from itertools import combinations, product
 
 import pytest
 
+from tests import selection
 from tests.pairwise import cover, pairwise
 from tests.selection import QUICK_ROOMS, TESTS, missing_marks, rooms_of
 
@@ -28,6 +29,43 @@ def test_without_a_name_the_room_is_the_folder(request: pytest.FixtureRequest) -
     assert rooms_of(request.node) == {"export", "cli"}
 
 
+@pytest.fixture
+def a_run(pytester: pytest.Pytester) -> pytest.Pytester:
+    """Three tests, one of each choice, under the hooks."""
+    pytester.makeconftest("from tests.selection import *")
+    pytester.makepyfile("""
+        import pytest
+
+        @pytest.mark.quick("ops")
+        def test_a(): pass
+
+        @pytest.mark.nightly
+        def test_b(): pass
+
+        @pytest.mark.slow
+        def test_c(): pass
+    """)
+    return pytester
+
+
+@pytest.mark.parametrize(
+    ("flags", "passed"), [(["--quick"], 1), ([], 2), (["--nightly"], 3), (["-m", "nightly"], 0)]
+)
+def test_flags_choose(a_run: pytest.Pytester, flags: list[str], passed: int) -> None:
+    result = a_run.runpytest_inprocess("-p", "no:cacheprovider", *flags)
+    result.assert_outcomes(passed=passed, deselected=3 - passed)
+
+
+def test_marks_that_are_missing_are_told(
+    a_run: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(selection, "SLOW", -1.0)
+        output = a_run.runpytest_inprocess("-p", "no:cacheprovider").stdout.str()
+    assert "slow: test_marks_that_are_missing_are_told.py::test_a" in output
+    assert "::test_c" not in output
+
+
 @pytest.mark.parametrize("sizes", [(3, 2), (4, 3, 2), (13, 2, 3, 2), (9, 2, 2, 2, 4)], ids=str)
 def test_every_pair_is_covered_by_few_rows(sizes: tuple[int, ...]) -> None:
     rows = cover(sizes)
@@ -39,11 +77,11 @@ def test_every_pair_is_covered_by_few_rows(sizes: tuple[int, ...]) -> None:
 
 
 def test_pairwise_keeps_the_product_for_the_night() -> None:
-    mark = pairwise(a=["x", "y"], b=[False, True], c={"one": 1, "two": 2}).mark
+    mark = pairwise(a=["x", "y"], b=[False, True], c={(1, 2): "keys", (): "count"}).mark
     names, cases = mark.args
     assert names == ["a", "b", "c"]
     assert sorted(case.id for case in cases) == sorted(
-        f"{a}-{b}-{c}" for a in "xy" for b in ("b", "no_b") for c in ("one", "two")
+        f"{a}-{b}-{c}" for a in "xy" for b in ("b", "no_b") for c in ("1x2", "no_c")
     )
     assert {case.values for case in cases if not case.marks} < {case.values for case in cases}
     assert {mark.name for case in cases for mark in case.marks} == {"nightly"}

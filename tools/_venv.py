@@ -68,7 +68,7 @@ _NOISE = re.compile(
 
 
 class SetupError(Exception):
-    """What went wrong, in one line that says what to do, and the exit status that it means."""
+    """A failure in one line that says what to do, and the exit status that it means."""
 
     def __init__(self, message: str, status: int = 2) -> None:
         super().__init__(message)
@@ -171,12 +171,14 @@ def script(main: Callable[[list[str]], int]) -> NoReturn:
 def oldest(extras: list[str]) -> str:
     """A file of constraints: the lower bound of each requirement in pyproject.toml.
 
+    Bounds of ``dev`` do not count: no user installs them, and no test is about them.
+
     Args:
         extras: which of ``[project.optional-dependencies]`` count beside the dependencies.
     """
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     lines = []
-    for name in ("dependencies", *extras):
+    for name in ("dependencies", *(extra for extra in extras if extra != "dev")):
         found = re.search(rf"^{name} = \[(.*?)\](\s*#.*)?$", text, re.MULTILINE | re.DOTALL)
         if found is None:
             raise SetupError(f"pyproject.toml has no list {name}")

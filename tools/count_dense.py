@@ -52,7 +52,7 @@ class Count:
 
 
 class Inference(nn.Module):
-    """What is counted of a detector or segmentor, as the tools of mmdet 2 and mmseg 0 do it.
+    """The counted part of a detector or segmentor, as the tools of mmdet 2 and mmseg 0 count.
 
     Backbone and neck; the head of a detector of one stage or the region proposals; each box head
     for 1000 proposals and each mask head for 100, whatever their number would be; of a segmentor
@@ -123,7 +123,7 @@ def count(path: Path) -> Count:
 
 
 def published(folder: str) -> dict[str, dict[str, Any]]:
-    """What published.yaml says, by name of the config."""
+    """Entries of published.yaml, by name of the config."""
     return yaml.safe_load(CONFIGS.joinpath(folder, "published.yaml").read_text(encoding="utf-8"))
 
 

@@ -1,6 +1,6 @@
-"""Make the model cards: model_cards/<family>.md from the registry and vitlinear/cards/facts.yaml.
+"""Make the model cards: model_cards/<family>.md from the registry and vitlinear/facts/facts.yaml.
 
-What is slow to find out is kept in vitlinear/cards/counts.json: multiply-adds, and how closely the
+What is slow to find out is kept in vitlinear/facts/counts.json: multiply-adds, and how closely the
 outputs of the authors' code are met. An entry is made again when the model's parameters or input
 size have changed, or on --recount, which any change of a forward pass asks for.
 
@@ -26,11 +26,12 @@ import timm  # noqa: E402
 import torch  # noqa: E402
 
 from tests import golden  # noqa: E402
-from vitlinear.cards import count, facts, render  # noqa: E402
+from vitlinear import facts  # noqa: E402
+from vitlinear import models as registry  # noqa: E402
+from vitlinear.cards import count, render  # noqa: E402
 from vitlinear.checkpoints import checkpoint_filter_fn  # noqa: E402
-from vitlinear.models import names as registry  # noqa: E402
 
-COUNTS = ROOT / "vitlinear" / "cards" / facts.COUNTS
+COUNTS = ROOT / "vitlinear" / "facts" / facts.COUNTS
 CARDS = ROOT / "model_cards"
 
 

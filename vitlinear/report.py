@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vitlinear.ops import Call, Choice, choose_backend
+from vitlinear.ops import Choice, Workload, choose_backend
 
 
 class AttentionCall(NamedTuple):
@@ -92,7 +92,7 @@ def backend_report(model: nn.Module, input_size: Sequence[int] | None = None) ->
             if module.attn_type == "softmax":
                 choice = Choice("eager", "softmax runs on SDPA")
             else:
-                call = Call(device, dtype, length, module.head_dim, module.attn_type)
+                call = Workload(device, dtype, length, module.head_dim, module.attn_type)
                 try:
                     choice = choose_backend(module.backend, call)
                 except ValueError as error:

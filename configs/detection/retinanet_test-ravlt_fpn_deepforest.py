@@ -3,7 +3,7 @@
 #   python tools/deepforest_to_coco.py deepforest-*.whl data/deepforest
 # Trees are about 40 pixels large, many of them half of that: photographs are magnified by 1.5,
 # which makes them as large as the anchors of mmdet's RetinaNet. The tiles of one photograph, of
-# another place than all others, are held out. Result: benchmarks/README.md.
+# another place than all others, are held out. Result: benchmarks/accounts/trees.md.
 _base_ = [
     "./_base_/models/retinanet.py",
     "./_base_/schedules/sample.py",

@@ -79,10 +79,11 @@ def test_script(tmp_path, monkeypatch):
     assert all(row["images_per_s"] > 0 and row["peak_MiB"] > 1 for row in speed["rows"])
 
     monkeypatch.setattr(fashion_mnist, "HERE", tmp_path)
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- fashion-mnist -->old<!-- /fashion-mnist -->\nafter\n")
+    page = tmp_path / "accounts" / "fashion-mnist.md"
+    page.parent.mkdir()
+    page.write_text("before\n<!-- fashion-mnist -->old<!-- /fashion-mnist -->\nafter\n")
     fashion_mnist.main([*common, "--table"])
-    text = readme.read_text()
+    text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert "| l2 |" in text and "failed" in text and "Images/s" in text
     collected = json.loads((tmp_path / "results" / "fashion_mnist_cpu.json").read_text())

@@ -19,6 +19,8 @@ CASE = Case("test_linear_deit", "eager", "forward", 32, 32, 2)
 QUICK = ("--rounds", "2", "--seconds", "0.001", "--threads", "1", "--malloc", "default", "-b", "2")
 
 
+@pytest.mark.process
+@pytest.mark.quick
 def test_tool(tmp_path, capsys):
     output, picture = tmp_path / "rows.json", tmp_path / "rows.png"
     flags = ["test_linear_deit", "test_vit", "--sizes", "32", "48x64", "--modes", "eager", "fused"]
@@ -130,6 +132,7 @@ def test_the_transcription_has_the_multiply_adds_of_the_model():
     assert subject.multiply_adds(theirs, size) == cost.projections + cost.attention
 
 
+@pytest.mark.compile
 @pytest.mark.slow
 def test_compiled():
     found = Subject(Case("test_linear_deit", "compiled", "forward", 32, 32, 2))
@@ -198,6 +201,7 @@ def test_memory_is_that_of_a_call():
     assert found["resting_MiB"] > kept.nbytes / 2**20
 
 
+@pytest.mark.quick
 def test_exponents_and_ratios():
     pixels = [side**2 for side in (512, 724, 1024, 2048)]
     assert models_report.exponent(pixels, [3e-5 * n**1.3 for n in pixels]) == pytest.approx(1.3)

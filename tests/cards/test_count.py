@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from vitlinear import ops
 from vitlinear.cards.count import Cost, count
-from vitlinear.cards.facts import convention, counts, families
 from vitlinear.errors import UserError
-from vitlinear.models.names import input_size, our_models
+from vitlinear.facts import convention, counts, families
+from vitlinear.models import input_size, our_models
 
 TABLE = Path(__file__).parents[1] / "data" / "multiply_adds.csv"
 NAMES = {
@@ -54,8 +54,21 @@ def test_recount_small(name):
     recount(name)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", our_models(tests=False))
+# A family's other sizes are counted by the same rules.
+SMALLEST = {
+    min(models, key=lambda name: counts()[name]["params"])
+    for family in families().values()
+    if (models := [name for name in family.models if not name.startswith("test_")])
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in SMALLEST else pytest.mark.nightly)
+        for name in our_models(tests=False)
+    ],
+)
 def test_recount(name):
     recount(name)
 
@@ -90,7 +103,7 @@ class Products(nn.Module):
             heads = (t.transpose(1, 2) for t in (q, short, short))
             return F.scaled_dot_product_attention(*heads)
         if self.what == "library":
-            return ops.linear_attention(q, q, q, "elu", backend="library")
+            return ops.linear_attention(q, q, q, mechanism="elu", backend="library")
         if self.what == "library softmax":
             return ops.softmax_attention(q, q, q, backend="library")
         if self.what == "matmul":

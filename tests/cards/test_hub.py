@@ -14,9 +14,9 @@ import torch
 import yaml
 from timm.models import _hub, push_to_hf_hub
 
-from vitlinear.cards.facts import families
 from vitlinear.cards.hub import model_card
-from vitlinear.models.names import our_models
+from vitlinear.facts import families
+from vitlinear.models import our_models
 
 REPO = "someone/my-model"
 

@@ -19,11 +19,10 @@ import timm
 import torch
 
 from tests import golden
-from vitlinear.cards.facts import families
-from vitlinear.checkpoints.published import PUBLISHED, published_row
+from vitlinear import models as registry
 from vitlinear.convert.recognise import recognise
 from vitlinear.errors import UserError
-from vitlinear.models import names as registry
+from vitlinear.facts import PUBLISHED, families, published_row
 from vitlinear_cli import main
 
 GOLDEN = {

@@ -16,12 +16,12 @@ import torch
 import vitlinear  # noqa: F401  registers the models
 from tests.checkpoints import mmcv1
 from vitlinear.checkpoints import checkpoint_filter_fn
-from vitlinear.checkpoints.published import PUBLISHED
 from vitlinear.checkpoints.read import read_checkpoint
 from vitlinear.convert import recognise
 from vitlinear.convert.detectors import architecture_of
 from vitlinear.dense.backbone import MultiScaleBackbone
 from vitlinear.errors import UserError
+from vitlinear.facts import PUBLISHED
 from vitlinear.train.start_weights import initial_weights
 from vitlinear_cli import main
 

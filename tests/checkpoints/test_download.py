@@ -18,7 +18,7 @@ import vitlinear  # noqa: F401  registers the models
 from tests.checkpoints.loopback import Server, serve
 from vitlinear.checkpoints import download
 from vitlinear.checkpoints.download import DownloadError, ensure_downloaded
-from vitlinear.checkpoints.published import PublishedFile
+from vitlinear.facts import PublishedFile
 from vitlinear_cli import main
 
 MODEL = "test_ravlt"
@@ -188,6 +188,7 @@ def test_the_command_says_it_in_one_line(server, capsys):
     assert "RAVLT_T.pth" in error and "404" in error and error.count("\n") == 1
 
 
+@pytest.mark.process
 def test_a_whole_process_with_the_environment_of_a_mirror(server, tmp_path):
     """What a user of a mirror sets; the model's own hub id and file name."""
     buffer = io.BytesIO()

@@ -272,6 +272,7 @@ def test_labels_that_cannot_be_are_named(tmp_path: Path) -> None:
     assert LabelledImages(Labels(3), "L")[0][1] == 3
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_two_processes_list_together(tmp_path: Path) -> None:
     root = damaged_folder(tmp_path / "images")

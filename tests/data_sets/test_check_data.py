@@ -113,6 +113,7 @@ def test_command_prints_writes_and_exits(
     assert main(flags) == 0
 
 
+@pytest.mark.process
 def test_tool_is_the_command(folder: Path) -> None:
     tool = Path(__file__).parents[2] / "tools" / "check_data.py"
     done = subprocess.run(

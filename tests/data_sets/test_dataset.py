@@ -89,6 +89,7 @@ def test_damaged_fashion_mnist_is_named(tmp_path: Path) -> None:
         sources.fashion_mnist(True, tmp_path)
 
 
+@pytest.mark.quick("data")
 def test_folder_classes_and_modes(folder: Path) -> None:
     train = data.open_dataset(None, train=True, mode="L", data_dir=str(folder))
     held_out = data.open_dataset("", train=False, mode="L", data_dir=str(folder))
@@ -115,6 +116,7 @@ def test_folder_mistakes_are_named(tmp_path: Path) -> None:
         opened(tmp_path)
 
 
+@pytest.mark.quick("data")
 def test_tars_and_folders_of_classes(folder: Path, tmp_path: Path) -> None:
     for split in ("train", "val"):
         with tarfile.open(tmp_path / f"{split}.tar", "w") as tar:
@@ -155,6 +157,7 @@ def test_torchvision_data_sets_come_in_the_mode_asked_for(tmp_path: Path) -> Non
         data.open_dataset("torch/cifar10", train=True, mode="RGB", data_dir=str(tmp_path))
 
 
+@pytest.mark.quick("data")
 @pytest.mark.parametrize(("channels", "asked", "mode"), [(1, None, "L"), (4, "RGBA", "RGBA")])
 def test_image_mode(channels: int, asked: str | None, mode: str) -> None:
     assert data.image_mode(channels, asked) == mode
@@ -216,6 +219,7 @@ def test_export_sample(tmp_path: Path) -> None:
         data.export_sample("digits", 359, tmp_path / "none.png")
 
 
+@pytest.mark.quick("data")
 def test_class_lists_must_agree() -> None:
     check_same_classes(["a"], ["a"], "x", "y")
     check_same_classes(None, ["a"], "x", "y")

@@ -314,6 +314,7 @@ def test_a_run_over_shards_resumes_to_the_same_weights(
     assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_two_processes_share_the_shards(folder: Path, tmp_path: Path) -> None:
     """Each held-out image counts once, in whichever process."""

@@ -37,6 +37,7 @@ def loss_of(maps) -> torch.Tensor:
     return sum((x * torch.linspace(-1, 1, x.shape[-1])).square().mean() for x in maps)
 
 
+@pytest.mark.quick
 @each_model
 def test_maps(name):
     """Channels and strides are as announced; layouts are what a convolution takes as they are."""
@@ -265,6 +266,7 @@ def test_gradients_of_whole_maps_are_those_of_the_images_alone(name):
         torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-12 * scale)
 
 
+@pytest.mark.compile
 def test_padded_batch_compiled():
     backbone = random(MultiScaleBackbone("test_lightnet"))
     batch, sizes = torch.randn(2, 3, 64, 96).double(), [(40, 64), (64, 96)]

@@ -52,8 +52,32 @@ def expand() -> dict[str, dict[str, Any]]:
     return facts
 
 
+def kinds(names: list[str]) -> set[str]:
+    """The first configuration of each head on each family, of their sizes and schedules."""
+    found: dict[tuple[str, str], str] = {}
+    for name in names:
+        head, model, *_ = name.split("_")
+        found.setdefault((head, model.rpartition("-")[0]), name)
+    return set(found.values())
+
+
 PUBLISHED = expand()
+# In the order of the facts, which is from small to large.
+KINDS = kinds(list(PUBLISHED))
+QUICK = "mask-rcnn_ravlt-t_fpn_1x_coco"
 each_config = pytest.mark.parametrize("name", sorted(PUBLISHED))
+
+
+def marks_of(name: str) -> list[pytest.MarkDecorator]:
+    """Building a detector takes seconds: one of each kind, one in the inner loop."""
+    if name == QUICK:
+        return [pytest.mark.quick("dense", "detection")]
+    return [] if name in KINDS else [pytest.mark.nightly]
+
+
+each_kind = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=marks_of(name)) for name in sorted(PUBLISHED)]
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -313,7 +337,7 @@ def sample(name: str, image: torch.Tensor) -> Any:
     return DetDataSample(metainfo=metainfo, gt_instances=objects)
 
 
-@each_config
+@each_kind
 def test_trains_and_predicts(name):
     torch.manual_seed(0)
     c = Config({**config(name).to_dict(), "model": shrink(config(name).model)})
@@ -364,7 +388,7 @@ def test_trains_and_predicts(name):
                 assert found.masks.shape[1:] == size
 
 
-@each_config
+@each_kind
 def test_table_is_up_to_date(name):
     path = PATHS[name]
     facts = count_dense.published(path.parent.name).get(name, {})

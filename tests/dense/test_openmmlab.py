@@ -14,6 +14,7 @@ import torch
 
 from tests.checkpoints.test_convert import released_weights
 from tests.dense.openmmlab import build, packages
+from vitlinear.cli.parser import Parser
 from vitlinear.errors import UserError
 
 pytestmark = packages()
@@ -34,6 +35,7 @@ def python(code: str, *path: Path) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
+@pytest.mark.process
 def test_nothing_of_openmmlab_is_imported_unasked() -> None:
     code = """
 import vitlinear, vitlinear.detection, vitlinear.segmentation
@@ -43,6 +45,7 @@ print(sorted({name.split(".")[0] for name in sys.modules} & {"mmengine", "mmcv",
     assert python(code) == (0, "[]\n")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("scope, package", [("mmdet", "detection"), ("mmseg", "segmentation")])
 def test_custom_imports_are_enough(tmp_path: Path, scope: str, package: str) -> None:
     """And mmengine has nothing to say about it."""
@@ -66,6 +69,7 @@ print("channels", backbone.channels)
     assert (status, lines) == (0, ["channels (24, 48, 64, 96)"]), output
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("files", "module", "says"),
     [
@@ -95,6 +99,27 @@ sys.exit(main(["train-detector", "none.py"]))
     assert status == 2 and "Traceback" not in output, output
     assert error.startswith("error: ") and says in error and error.count("\n") == 0
     assert "pip install --no-build-isolation 'vitlinear[openmmlab]'" in error
+
+
+@pytest.mark.parametrize(
+    ("framework", "name"),
+    [
+        ("mmdet", "mask-rcnn_test-ravlt_fpn_sample"),
+        ("mmseg", "upernet_test-ravlt_sample"),
+    ],
+)
+def test_a_config_of_ours_by_its_name(framework: str, name: str) -> None:
+    from vitlinear.dense.openmmlab.run import TASKS, add_common_flags, read_config
+
+    parser = Parser(prog="x")
+    add_common_flags(parser)
+    by_name = read_config(parser.parse_args([name]), framework)
+    path = ROOT / "configs" / TASKS[framework] / f"{name}.py"
+    by_path = read_config(parser.parse_args([str(path)]), framework)
+    assert by_name.to_dict() == by_path.to_dict()
+    assert by_name.work_dir == f"work_dirs/{name}"
+    with pytest.raises(UserError, match=f"'{name}x' is neither a file .*did you mean {name}"):
+        read_config(parser.parse_args([f"{name}x"]), framework)
 
 
 def test_checkpoint_of_the_authors(tmp_path: Path) -> None:

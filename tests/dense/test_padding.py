@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 import vitlinear
+from tests.pairwise import pairwise
 from vitlinear.dense.padding import (
     add_hooks,
     attach_valid_sizes,
@@ -85,9 +86,7 @@ def error(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).norm() / expected.norm())
 
 
-@each_model
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-@pytest.mark.parametrize("size", [MULTIPLES, ODD], ids=["multiples", "odd"])
+@pairwise(name=TEST_MODELS, size=[MULTIPLES, ODD], dtype=[torch.float64, torch.float32])
 @torch.no_grad()
 def test_padded_image_gives_what_it_gives_alone(name, size, dtype):
     """NaN in the padding, too; without valid sizes even zeros there change all maps."""
@@ -232,6 +231,7 @@ def test_masks_reach_the_registered_operators():
         assert error(y, x) < 1e-13
 
 
+@pytest.mark.quick
 @torch.no_grad()
 def test_nothing_changes_without_padding():
     model, x = make("test_ravlt"), torch.randn(2, 3, 64, 64).double()
@@ -315,6 +315,7 @@ def test_hooks_come_off_for_scripting():
     torch.testing.assert_close(torch.jit.script(model)(x), model(x))
 
 
+@pytest.mark.compile
 @torch.no_grad()
 def test_compiled():
     model = make("test_ravlt", depths=(1, 1, 1, 1))
@@ -334,6 +335,7 @@ def test_compiled():
     assert max(map(error, compiled(batch, sizes), expected)) < 1e-12
 
 
+@pytest.mark.compile
 @torch.no_grad()
 def test_program_compiled_outside_is_never_run_without_its_sizes():
     model, x = make("test_linear_deit", depth=1), torch.randn(2, 3, 32, 64).double()
@@ -364,6 +366,7 @@ def test_sizes_travel_on_the_batch():
     assert valid_sizes_of(images) == ((32, 64), (20, 30))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [

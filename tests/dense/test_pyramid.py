@@ -15,6 +15,7 @@ def deconvolve(x, weight, bias):
     return squares.flatten(4).flatten(2, 3) + bias[:, None, None]
 
 
+@pytest.mark.quick
 def test_levels_by_definition():
     torch.manual_seed(0)
     pyramid = SimpleFeaturePyramid(8).double()

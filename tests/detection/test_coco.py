@@ -31,6 +31,7 @@ def outline(polygons: list[list[float]], size: tuple[int, int]) -> np.ndarray:
     return np.array(mask)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("split", "images", "objects"), [("train", 5, 18), ("val", 2, 13)])
 def test_boxes_and_areas_are_those_of_the_outlines(
     folder: Path, split: str, images: int, objects: int

@@ -218,6 +218,7 @@ class SizesHook(Hook):
 """
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_two_processes(data: Path, tmp_path: Path) -> None:
     (tmp_path / "sizes_hook.py").write_text(HOOK)

@@ -27,6 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "least"),
@@ -64,6 +65,7 @@ def metrics_of_test(work_dir: Path) -> dict[str, float]:
     return dict(json.loads(path.read_text()))
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_a_killed_run_goes_on(folder: Path) -> None:
     """Killed after its first checkpoint and started again, it ends with the same weights."""

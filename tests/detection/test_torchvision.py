@@ -142,6 +142,7 @@ def test_objects_are_found(make, steps, photographs):
             check_found(found, target, masks=make is mask_rcnn)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", NAMES)
 def test_every_family_gives_maps_of_one_width(name):
     backbone = fpn_backbone(name, WIDTH)

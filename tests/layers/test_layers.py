@@ -20,6 +20,7 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("kernel_size", [3, 5])
 def test_depthwise_conv(kernel_size):
     layer, x = DepthwiseConv(6, kernel_size).double(), torch.randn(2, 5, 7, 6).double()
@@ -32,6 +33,7 @@ def test_depthwise_conv_stays_channels_last():
     assert out.is_contiguous()
 
 
+@pytest.mark.quick
 def test_conv_mlp():
     layer, x = ConvMlp(6, 10).double(), torch.randn(2, 5, 7, 6).double()
     y = F.gelu(x @ layer.fc1.weight.T + layer.fc1.bias)
@@ -48,6 +50,7 @@ def test_conv_stem_quarters_any_size(size):
     assert out.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("attn_type", [*ops.MECHANISMS, "softmax"])
 @pytest.mark.parametrize("backend", ["eager", "library"])
 def test_gated_attention(attn_type, backend):

@@ -46,6 +46,7 @@ def scan(layer: AxisTpe, x: torch.Tensor) -> torch.Tensor:
     return head_norm((product * y).flatten(-2), layer.norm.weight, heads) @ layer.proj.weight.T
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("size", [(1, 1), (1, 6), (5, 7)])
 def test_md_tpe_is_a_scan_of_each_axis(bidirectional, size):

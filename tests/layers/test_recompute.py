@@ -13,8 +13,7 @@ from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.saved import saved_bytes
-from vitlinear.layers import ConvMlp, ResidualDepthwiseConv, run_recomputing
-from vitlinear.ops import recompute
+from vitlinear.layers import ConvMlp, ResidualDepthwiseConv, recompute, run_recomputing
 
 
 @pytest.fixture
@@ -211,6 +210,7 @@ def kept_by_compiled(model, x) -> list[torch.Size]:
     return kept
 
 
+@pytest.mark.compile
 def test_compiled_programs_keep_no_more():
     mlp, x = ConvMlp(4, 8), torch.randn(1, 3, 3, 4, requires_grad=True)
     hidden = 3 * 3 * 8
@@ -221,6 +221,7 @@ def test_compiled_programs_keep_no_more():
     assert kept.count(hidden) > 1  # what has hooks does not run again
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiled_gradients(checkpointing):
     """In one program for all sizes, and where all is computed again anyway."""

@@ -9,8 +9,8 @@ from torch._dynamo.testing import CompileCounter
 
 from vitlinear import ops
 from vitlinear.layers import LinearAttention, LocalConcentration, PaddedWindowAttention
-from vitlinear.layers.attention.cross_shaped import CrossShapedAttention
-from vitlinear.layers.attention.shifted_windows import ShiftedWindowAttention
+from vitlinear.layers.attention.cross_shaped_attention import CrossShapedAttention
+from vitlinear.layers.attention.shifted_window_attention import ShiftedWindowAttention
 from vitlinear.layers.windows import from_windows, gather_map, gather_windows, to_windows
 from vitlinear.ops import naive
 
@@ -20,6 +20,7 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("size", [(1, 1), (4, 4), (4, 9), (7, 5)])
 def test_padded_window_attention(size):
     layer = PaddedWindowAttention(12, 3, window_size=4).double()
@@ -49,6 +50,7 @@ def test_gathered_windows_are_the_partition(size, shift):
     assert torch.equal(from_windows(windows, rows, cols, (3, *size), *shift), x)
 
 
+@pytest.mark.compile
 def test_compiled_windows_give_the_same_gradients():
     layer, x = PaddedWindowAttention(8, 2, window_size=3), torch.randn(2, 4, 7, 8)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
@@ -57,6 +59,7 @@ def test_compiled_windows_give_the_same_gradients():
     torch.testing.assert_close(grad, expected)
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize(
     "layer",
     [ShiftedWindowAttention(8, 2, 4, shift=True), CrossShapedAttention(8, 2, "softmax", 4)],
@@ -83,6 +86,7 @@ def test_window_attention_rejects_what_does_not_fit():
         PaddedWindowAttention(12, 3, 7, backend="fast")
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("attn_type", ops.MECHANISMS)
 @pytest.mark.parametrize("temperature", [False, True])
 @pytest.mark.parametrize("backend", ["eager", "library"])

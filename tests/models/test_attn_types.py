@@ -7,7 +7,7 @@ import timm
 import torch
 
 from vitlinear import ops
-from vitlinear.models._pyramid import stage_rotary_tables
+from vitlinear.layers import MapRotaryTables
 from vitlinear.report import backend_report
 
 FAMILIES = ("test_ravlt", "test_nalaformer")
@@ -49,9 +49,9 @@ def test_script_and_export(attn_type):
 def test_lightnet_gets_the_tables_of_its_own_encoding():
     x = torch.empty(1, 8, 3, 5)
     for ours, theirs in zip(
-        stage_rotary_tables(x, 8, cosine=True), ops.lrpe_tables(3, 5, 8), strict=True
+        MapRotaryTables(8, cosine=True)(x), ops.lrpe_tables(3, 5, 8), strict=True
     ):
         assert torch.equal(ours, theirs)
     stages = make("test_ravlt", "lightnet").stages
-    assert all(stage.cosine for stage in stages)
-    assert not any(stage.cosine for stage in make("test_ravlt", "rala").stages)
+    assert all(stage.rotary.cosine for stage in stages)
+    assert not any(stage.rotary.cosine for stage in make("test_ravlt", "rala").stages)

@@ -17,19 +17,23 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vitlinear
-from vitlinear.models._pyramid import LinearPyramid, stage_rotary_tables
+from vitlinear.export.shapes import shortest_side
+from vitlinear.layers import MapRotaryTables
+from vitlinear.models import our_models
+from vitlinear.models._pyramid import LinearPyramid
 
-TEST_MODELS = [
-    name
-    for name in timm.list_models("test_*")
-    if timm.model_entrypoint(name).__module__.startswith("vitlinear.")
-]
+TEST_MODELS = [name for name in our_models() if name.startswith("test_")]
 PYRAMIDS = [
     name
     for name in TEST_MODELS
     if isinstance(timm.create_model(name, device="meta"), LinearPyramid)
 ]
-each_model = pytest.mark.parametrize("name", TEST_MODELS)
+# A family with states of its own kind each: what the inner loop takes.
+QUICK = ("test_inline_swin", "test_l2vit", "test_linear_deit", "test_nalaformer", "test_ravlt")
+each_model = pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.quick if name in QUICK else ()) for name in TEST_MODELS],
+)
 # The siblings that are linear throughout run the same code: slow compilers see it once.
 PROGRAMS = [name for name in TEST_MODELS if not name.endswith("_linear")]
 each_program = pytest.mark.parametrize("name", PROGRAMS)
@@ -44,15 +48,10 @@ FEWER_BLOCKS = {
 }
 
 
-# InLine-PVT leaves incomplete patches out, as released; every other model rounds up.
-ROUNDS_DOWN = "test_inline_pvt"
 # Tracing them for any size takes 20 s each: tests/layers has their attention alone.
 ADAPTIVE_WINDOWS = ("test_inline_swin", "test_inline_cswin")
-
-
-def smallest_side(name: str) -> int:
-    """Least side for one exported program: a last map of one row or column is another program."""
-    return 64 if name == ROUNDS_DOWN else 33
+# One with learned positions and one with cosine encodings; tests/tools exports all families.
+IN_ONNX = ("test_inline_deit", "test_lightnet")
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -82,7 +81,7 @@ def test_any_size(name, size):
     extractor = timm.create_model(name, features_only=True).eval()
     for feature, info in zip(extractor(x), extractor.feature_info.get_dicts(), strict=True):
         expected = [-(-side // info["reduction"]) for side in size]
-        if name == ROUNDS_DOWN:
+        if model.rounds_down:
             expected = [max(side // info["reduction"], 1) for side in size]
         assert list(feature.shape[1:]) == [info["num_chs"], *expected]
 
@@ -243,6 +242,7 @@ def test_copies(name):
         assert torch.equal(copy(x), model(x))
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("name", [n for n in PROGRAMS if n not in ADAPTIVE_WINDOWS])
 def test_compiled_once_for_all_sizes(name):
     torch._dynamo.reset()
@@ -253,6 +253,7 @@ def test_compiled_once_for_all_sizes(name):
     assert counter.frame_count == 1
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("name", ["test_ravlt", "test_l2vit"])
 def test_checkpointed_training_compiles_for_any_size(name):
     """Numbers that Dynamo takes for inputs, as constants of a module, fail inside such parts."""
@@ -281,11 +282,12 @@ def test_second_derivative(name):
 
 
 def test_rotary_tables_stay_exact_in_half_precision():
-    tables = stage_rotary_tables(torch.empty(1, 8, 300, 2, dtype=torch.bfloat16), 8)
-    expected = stage_rotary_tables(torch.empty(1, 8, 300, 2), 8)
+    tables = MapRotaryTables(8)(torch.empty(1, 8, 300, 2, dtype=torch.bfloat16))
+    expected = MapRotaryTables(8)(torch.empty(1, 8, 300, 2))
     assert tables.rows.dtype == torch.float32 and torch.equal(tables.rows, expected.rows)
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize(
     "name, backend",
     # With the formula every model is compiled above too, for all sizes at once.
@@ -310,7 +312,7 @@ def test_fx_is_bit_equal(name, backend):
 def test_export_any_size(name):
     """With registered operators; the formula is exported to ONNX below."""
     model = make_program(name, attn_backend="library")
-    side = smallest_side(name)
+    side = shortest_side(name)
     batch, height, width = (
         torch.export.Dim(n, min=m, max=2048) for n, m in zip("bhw", (2, side, side), strict=True)
     )
@@ -324,7 +326,11 @@ def test_export_any_size(name):
         torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-6)
 
 
-@each_program
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in IN_ONNX else pytest.mark.nightly) for name in PROGRAMS],
+)
 def test_onnx_any_size(name, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -339,8 +345,8 @@ def test_onnx_any_size(name, tmp_path):
             dynamic_shapes={
                 "x": {
                     0: torch.export.Dim("batch"),
-                    2: torch.export.Dim("height", min=smallest_side(name), max=2048),
-                    3: torch.export.Dim("width", min=smallest_side(name), max=2048),
+                    2: torch.export.Dim("height", min=shortest_side(name), max=2048),
+                    3: torch.export.Dim("width", min=shortest_side(name), max=2048),
                 }
             },
             dynamo=True,

@@ -9,13 +9,14 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import RelPosBias
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests import golden
 from vitlinear.checkpoints import checkpoint_filter_fn
-from vitlinear.layers.attention.cross_shaped import CrossShapedAttention
+from vitlinear.layers.attention.cross_shaped_attention import CrossShapedAttention
 from vitlinear.layers.attention.inline_attention import InjectiveAttention, InLineAttention
-from vitlinear.layers.attention.shifted_windows import ShiftedWindowAttention
+from vitlinear.layers.attention.shifted_window_attention import ShiftedWindowAttention
 from vitlinear.layers.windows import equal_windows
 from vitlinear.report import backend_report
 
@@ -229,12 +230,16 @@ def test_inline_branch_takes_its_kernels_from_the_other_map(size):
     assert not torch.allclose(layer(x, source), attention(x))
 
 
+def positions(stem: nn.Module, height: int, width: int) -> Tensor:
+    return stem.add_positions.resized(stem.pos_embed, stem.grid_size, height, width)
+
+
 def test_positions_fit_the_trained_size_and_stretch_to_others():
     stem = timm.create_model("test_inline_pvt").double().stem
-    table = stem.pos_embed.reshape(1, 40, 40, -1).permute(0, 3, 1, 2)
-    assert torch.equal(stem.positions(40, 40), table)
-    expected = F.interpolate(table, size=(31, 50), mode="bilinear")
-    assert torch.equal(stem.positions(31, 50), expected)
+    table = stem.pos_embed.reshape(1, 40, 40, -1)
+    assert torch.equal(positions(stem, 40, 40), table)
+    expected = F.interpolate(table.permute(0, 3, 1, 2), size=(31, 50), mode="bilinear")
+    assert torch.equal(positions(stem, 31, 50), expected.permute(0, 2, 3, 1))
 
 
 def test_incomplete_patches_are_left_out_of_pvt():
@@ -263,8 +268,8 @@ def test_tables_of_other_windows_are_resized():
 def test_positions_of_another_size_are_resized():
     small, large = (timm.create_model("test_inline_pvt", img_size=side) for side in (160, 224))
     large.load_state_dict(checkpoint_filter_fn(small.state_dict(), large))
-    expected = small.stem.positions(56, 56)
-    torch.testing.assert_close(large.stem.positions(56, 56), expected)
+    expected = positions(small.stem, 56, 56)
+    torch.testing.assert_close(positions(large.stem, 56, 56), expected)
 
 
 BAD_OPTIONS = {

@@ -13,6 +13,7 @@ from timm.layers import LayerScale
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests import golden
+from tests.pairwise import pairwise
 from vitlinear import ops
 from vitlinear.checkpoints import checkpoint_filter_fn
 from vitlinear.checkpoints.mappings import PYRAMID
@@ -78,9 +79,7 @@ def ravlt_t():
     return released_model("RAVLT_T")
 
 
-@pytest.mark.parametrize("released", SMALLEST)
-@pytest.mark.parametrize("size", [(224, 224), (192, 256)], ids=lambda s: f"{s[0]}x{s[1]}")
-@pytest.mark.parametrize("backend", ["eager", "library"])
+@pairwise(released=SMALLEST, size=[(224, 224), (192, 256)], backend=["eager", "library"])
 def test_golden_logits(released, size, backend):
     model = released_model(released)
     for module in model.modules():
@@ -142,7 +141,7 @@ def test_parameters_and_keys_of_every_variant(released):
     }
     # No weight depends on the number of heads; the released buffer of angles does.
     angles = [shape for key, shape, _ in entries if key.endswith("RoPE.angle")]
-    assert [[stage.head_dim // 2] for stage in model.stages] == angles
+    assert [[stage.rotary.head_dim // 2] for stage in model.stages] == angles
 
 
 @pytest.mark.parametrize("released", RELEASED)

@@ -11,6 +11,7 @@ from torch._ops import OpOverload
 from vitlinear import ops
 from vitlinear.ops import naive
 from vitlinear.ops.rotary import RotaryTables
+from vitlinear.ops.terms import Terms
 
 ATTENTIONS = (*ops.MECHANISMS, "softmax")
 BACKENDS = ("eager", "library")
@@ -42,6 +43,11 @@ class Inputs(NamedTuple):
         *_, gate, lepe = (self.projection if projection is None else projection).unbind(2)
         lepe = lepe.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         return lepe if "lepe" in self.epilogue else None, gate if "gate" in self.epilogue else None
+
+    def terms(self, attention: str, projection: Tensor | None = None) -> Terms:
+        """All that an attention is given besides q, k and v."""
+        lepe, gate = self.epilogue_terms(projection)
+        return Terms(self.tables(attention), self.mask, self.head_scale, lepe, gate)
 
 
 def make_inputs(
@@ -89,23 +95,24 @@ def attend(
     if attention == "softmax":
         if backend == "naive":
             return naive.softmax_attention(q, k, v, tables, inputs.mask)
-        return ops.softmax_attention(q, k, v, tables, inputs.mask, backend)
-    options = (tables, inputs.mask, inputs.head_scale)
-    lepe, gate = inputs.epilogue_terms(projection)
+        return ops.softmax_attention(
+            q, k, v, rotary=tables, key_padding_mask=inputs.mask, backend=backend
+        )
+    terms = inputs.terms(attention, projection)
     if backend == "naive":
-        return naive.linear_attention(q, k, v, attention, *options, lepe, gate)
-    return ops.linear_attention(q, k, v, attention, *options, backend, lepe, gate)
+        return naive.linear_attention(q, k, v, attention, *terms)
+    options = terms._asdict()
+    return ops.linear_attention(q, k, v, mechanism=attention, **options, backend=backend)
 
 
 def operator_arguments(attention: str, inputs: Inputs) -> tuple[OpOverload, tuple[Any, ...]]:
-    """The registered forward operator and its arguments, down to the attention's name."""
+    """The registered forward operator and its arguments, without the backend."""
     q, k, v, *_ = inputs.projection.unbind(2)
-    rows, cols = inputs.tables(attention) or (None, None)
+    terms = inputs.terms(attention).flatten()
     if attention == "softmax":
-        return torch.ops.vitlinear.softmax_attention.default, (q, k, v, rows, cols, inputs.mask)
-    options = (rows, cols, inputs.mask, inputs.head_scale, *inputs.epilogue_terms())
-    arguments = (q, k, v, *options, attention)
-    return torch.ops.vitlinear.linear_attention.default, arguments
+        arguments = (q, k, v, terms.rows, terms.cols, terms.key_padding_mask)
+        return torch.ops.vitlinear.softmax_attention.default, arguments
+    return torch.ops.vitlinear.linear_attention.default, (q, k, v, attention, *terms)
 
 
 def double(tables: RotaryTables | None) -> RotaryTables | None:

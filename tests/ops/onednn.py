@@ -1,4 +1,4 @@
-"""What the tests of operators that run through oneDNN share."""
+"""Helpers of tests of operators that run through oneDNN."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from torch.profiler import ProfilerActivity, profile
 
-from vitlinear.ops.cpu.linear import onednn_available
+from vitlinear.ops.cpu.products import onednn_available
 
 needs_onednn = pytest.mark.skipif(not onednn_available(), reason="this PyTorch has no oneDNN")
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tests.golden import relative_error
 from tests.ops.inputs import ATTENTIONS, BACKENDS, Inputs, attend, make_inputs, oracle
+from tests.pairwise import pairwise
 from vitlinear import ops
 from vitlinear.ops import naive
 from vitlinear.ops.rotary import RotaryTables
@@ -25,11 +26,14 @@ def run(attention: str, inputs: Inputs, backend: str) -> tuple[torch.Tensor, tor
     return out, torch.autograd.grad(out, inputs.projection, inputs.grad)[0]
 
 
-@each_attention
-@each_backend
-@pytest.mark.parametrize("mask", [False, True], ids=["full", "padded"])
-@pytest.mark.parametrize("rotary", [False, True], ids=["plain", "rotary"])
-@pytest.mark.parametrize("dtype", list(CEILING), ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.quick
+@pairwise(
+    attention=ATTENTIONS,
+    backend=BACKENDS,
+    mask=[False, True],
+    rotary=[False, True],
+    dtype=CEILING,
+)
 def test_matches_oracle(attention, backend, mask, rotary, dtype):
     inputs = make_inputs(grid=(5, 7), dim=12, dtype=dtype, rotary=rotary, mask=mask)
     out, grad = run(attention, inputs, backend)
@@ -75,12 +79,14 @@ class Wrapped(torch.Tensor):
         return result.as_subclass(cls) if isinstance(result, torch.Tensor) else result
 
 
-@each_attention
-@each_backend
-@pytest.mark.parametrize("mask", [False, True], ids=["full", "padded"])
-@pytest.mark.parametrize("heads", [1, 2])
-@pytest.mark.parametrize("epilogue", [(), ("gate", "lepe")], ids=["bare", "epilogue"])
-@pytest.mark.parametrize("memory", ["views", "dense", "wrapped"])
+@pairwise(
+    attention=ATTENTIONS,
+    backend=BACKENDS,
+    mask=[False, True],
+    heads=[1, 2],
+    epilogue=[(), ("gate", "lepe")],
+    memory=["views", "dense", "wrapped"],
+)
 def test_inference_writes_to_no_input(attention, backend, mask, heads, epilogue, memory):
     """It does to what it has made: dense inputs of one head are their own features at times."""
     inputs = make_inputs(grid=(3, 4), heads=heads, mask=mask, epilogue=epilogue)
@@ -105,8 +111,11 @@ def test_inference_of_many_by_vmap(attention, batched):
 
     def run(term):
         q, k, v, *epilogue = *terms[:batched], term, *terms[batched + 1 :]
-        tables = inputs.tables(attention)
-        return ops.linear_attention(q, k, v, attention, tables, None, None, "eager", *epilogue)
+        lepe, gate = epilogue
+        return ops.linear_attention(
+            q, k, v, mechanism=attention, rotary=inputs.tables(attention), lepe=lepe, gate=gate,
+            backend="eager",
+        )  # fmt: skip
 
     many = torch.stack((terms[batched], -terms[batched]))
     with torch.no_grad():
@@ -144,10 +153,11 @@ def test_library_refuses_second_derivative(attention):
         grad.sum().backward()
 
 
-@each_attention
-@each_backend
-@pytest.mark.parametrize(
-    "layout", ["channel-first", "transposed", "expanded", "odd", "strided-grad"]
+@pytest.mark.quick
+@pairwise(
+    attention=ATTENTIONS,
+    backend=BACKENDS,
+    layout=["channel-first", "transposed", "expanded", "odd", "strided-grad"],
 )
 def test_strides(attention, backend, layout):
     inputs = make_inputs(grid=(4, 4))
@@ -240,13 +250,14 @@ def test_attention_without_rotary_is_an_average():
         )
 
 
-@pytest.mark.parametrize("mechanism", list(ops.MECHANISMS))
-@each_backend
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(
-    "case",
-    ["zero queries", "constant keys", "vanishing normaliser", "large", "huge", "zeros", "alone"],
-)
+@pairwise(
+    mechanism=ops.MECHANISMS,
+    backend=BACKENDS,
+    dtype=[torch.float16, torch.bfloat16, torch.float32],
+    case=[
+        "zero queries", "constant keys", "vanishing normaliser", "large", "huge", "zeros", "alone",
+    ],
+)  # fmt: skip
 def test_finite(mechanism, backend, dtype, case):
     """The numerics contract: finite outputs and gradients at |v| up to 1e3."""
     inputs = make_inputs(grid=(1, 1) if case == "alone" else (8, 9), dim=16, dtype=dtype)
@@ -466,6 +477,7 @@ BAD_INPUT = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("message", BAD_INPUT)
 def test_bad_input_is_named(message):
     arguments = dict.fromkeys("qkv", torch.zeros(2, 6, 2, 8)) | BAD_INPUT[message]
@@ -478,6 +490,7 @@ def test_bad_input_is_named(message):
         assert message in str(caught.value)
 
 
+@pytest.mark.quick
 @each_attention
 @each_backend
 def test_valid_lengths_are_a_mask(attention, backend):

@@ -25,6 +25,7 @@ def gradients(function, tensors):
     return out, torch.autograd.grad(out, tensors, grad)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("side", [3, 5, 7])
 @pytest.mark.parametrize("shape", [(2, 6, 9, 11), (1, 16, 2, 3), (3, 4, 1, 1)])
 def test_outputs_and_gradients(side, shape):
@@ -56,6 +57,7 @@ def test_residual(side):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.compile
 @needs_onednn
 def test_compiled_programs_put_the_weight_gradient_together():
     compiled = torch.compile(depthwise_conv, backend="aot_eager", fullgraph=True, dynamic=True)

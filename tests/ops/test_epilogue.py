@@ -60,7 +60,7 @@ def test_opcheck(mechanism, epilogue):
     torch.library.opcheck(operator, arguments)
     arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
     _, *saved = operator(*arguments)
-    arguments = (inputs.grad, *arguments[:-1], *saved, mechanism)
+    arguments = (inputs.grad, *arguments, *saved)
     torch.library.opcheck(torch.ops.vitlinear.linear_attention_backward.default, arguments)
 
 
@@ -68,15 +68,15 @@ def test_opcheck(mechanism, epilogue):
 def test_flop_formula_counts_what_runs(mechanism):
     inputs = make_inputs(grid=(6, 7), epilogue=BOTH)
     q, k, v, *_ = inputs.projection.detach().unbind(2)
-    row, (lepe, gate) = ops.get_mechanism(mechanism), inputs.epilogue_terms()
+    row = ops.get_mechanism(mechanism)
     out = attend(mechanism, inputs, "library")
     with FlopCounterMode(display=False) as registered:
         torch.autograd.grad(out, inputs.projection, inputs.grad)
-    tables = inputs.tables(mechanism)
-    tokens = eager.prepare(q, k, v, tables, None, True, row, lepe.detach(), gate.detach())
+    terms = inputs.terms(mechanism, inputs.projection.detach())
+    tokens = eager.prepare(q, k, v, row, terms, own=True)
     _, saved = eager.linear_attention_forward(tokens, row)
     with FlopCounterMode(display=False) as plain:
-        backward.linear_attention_backward(inputs.grad.transpose(1, 2), tokens, saved, row)
+        backward.linear_attention_backward(inputs.grad.transpose(1, 2), tokens, row, saved)
     assert registered.get_total_flops() == plain.get_total_flops() > 0
 
 
@@ -92,7 +92,7 @@ class Attention(nn.Module):
         q, k, v, o, lepe = x.reshape(batch, height * width, 5, 2, 8).unbind(2)
         rotary = ops.rotary_tables(height, width, 8, x.device, torch.float32)
         return ops.linear_attention(
-            q, k, v, "mala", rotary, backend=self.backend, lepe=lepe, gate=o
+            q, k, v, mechanism="mala", rotary=rotary, lepe=lepe, gate=o, backend=self.backend
         )
 
 
@@ -105,6 +105,7 @@ def test_export_any_size(backend):
     torch.testing.assert_close(program.module()(x), module(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.compile
 @each_backend
 def test_compile_fullgraph(backend):
     torch._dynamo.reset()

@@ -15,6 +15,7 @@ def inputs() -> torch.Tensor:
     return torch.cat((x, torch.zeros_like(x[..., :1])), -1).transpose(0, 1).requires_grad_()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("grad", [True, False])
 def test_elu_plus_one_is_exact(dtype, grad):
@@ -57,6 +58,7 @@ def test_elu_plus_one_keeps_one_tensor():
     assert [t.data_ptr() for t in kept] == [out.data_ptr()]
 
 
+@pytest.mark.compile
 @torch.no_grad()
 def test_elu_plus_one_of_compiled_programs():
     x = torch.tensor([-torch.inf, -100, -20, -1, -1e-4, 0, 1e-4, 1, 100, torch.inf, torch.nan])

@@ -1,4 +1,4 @@
-"""What is known about the mechanisms on paper, checked on what runs."""
+"""Identities that mechanisms have on paper, checked on what runs."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 def weights(q: torch.Tensor, k: torch.Tensor, mechanism: str, backend: str) -> torch.Tensor:
     """The matrix of attention weights, [N, N], read off an attention over unit vectors."""
     q, k, v = (x[None, :, None] for x in (q, k, torch.eye(N, dtype=torch.float64)))
-    return ops.linear_attention(q, k, v, mechanism, backend=backend)[0, :, 0]
+    return ops.linear_attention(q, k, v, mechanism=mechanism, backend=backend)[0, :, 0]
 
 
+@pytest.mark.quick
 @each_backend
 def test_mala_is_a_linear_contrast_around_normalised_shares(backend):
     """MALA weighs by a_ij (1 + 1/t_i) - t_i/N; rows sum to one.
@@ -47,7 +48,7 @@ def test_inline_reads_a_centred_covariance(backend):
     covariance = (k - k.mean(0)).T @ (v - v.mean(0)) / N
     expected = v.mean(0) + N**-0.5 * q @ covariance
     inputs = (x[None, :, None] for x in (q, k, v))
-    actual = ops.linear_attention(*inputs, "inline", backend=backend)[0, :, 0]
+    actual = ops.linear_attention(*inputs, mechanism="inline", backend=backend)[0, :, 0]
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
     matrix = weights(q, k, "inline", backend)
     torch.testing.assert_close(matrix.sum(1), torch.ones(N).double(), rtol=1e-12, atol=1e-12)
@@ -57,8 +58,8 @@ def test_inline_reads_a_centred_covariance(backend):
 def lightnet_state(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """State [D, D] and logsumexp [D] that the registered operator leaves."""
     q, k, v = (x[None, :, None] for x in (k, k, v))
-    outputs = torch.ops.vitlinear.linear_attention(q, k, v, *[None] * 6, "lightnet")
-    return outputs[1][0, 0], outputs[-1][0, 0]
+    outputs = torch.ops.vitlinear.linear_attention(q, k, v, "lightnet")
+    return outputs[1][0, 0], outputs[-1][0, 0, 0]
 
 
 def test_lightnet_is_the_end_of_an_additive_recurrence():
@@ -72,6 +73,7 @@ def test_lightnet_is_the_end_of_an_additive_recurrence():
     torch.testing.assert_close(lightnet_state(k, v)[0], state, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.quick
 def test_lightnet_states_of_shards_merge():
     """States of parts of a sequence and their logsumexps give the state of the whole."""
     k, v = 5 * normal(20, N), normal(20, N, seed=1)

@@ -58,10 +58,11 @@ def test_opcheck_backward_with_strided_gradient(attention):
         arguments = (grad, *arguments, *outputs)
     else:
         operator = torch.ops.vitlinear.linear_attention_backward.default
-        arguments = (grad, *arguments[:-1], *outputs[1:], attention)
+        arguments = (grad, *arguments, *outputs[1:])
     torch.library.opcheck(operator, arguments)
 
 
+@pytest.mark.compile
 @each_attention
 @each_backend
 def test_compile_fullgraph(attention, backend):
@@ -75,6 +76,8 @@ def test_compile_fullgraph(attention, backend):
     assert relative_error(grad, expected_grad) < 1e-12
 
 
+@pytest.mark.process
+@pytest.mark.compile
 @pytest.mark.slow
 def test_eager_formula_compiles_with_inductor():
     """The real compiler, forward and backward, in float32 as models run."""
@@ -100,8 +103,10 @@ class Attention(nn.Module):
         tables = ops.lrpe_tables if self.attention == "lightnet" else ops.rotary_tables
         rotary = tables(height, width, 8, x.device, torch.float32)
         if self.attention == "softmax":
-            return ops.softmax_attention(q, k, v, rotary, backend=self.backend)
-        return ops.linear_attention(q, k, v, self.attention, rotary, backend=self.backend)
+            return ops.softmax_attention(q, k, v, rotary=rotary, backend=self.backend)
+        return ops.linear_attention(
+            q, k, v, mechanism=self.attention, rotary=rotary, backend=self.backend
+        )
 
 
 @each_attention
@@ -120,9 +125,7 @@ def test_export_any_size(attention, backend):
 
 
 def scripted_rala(q, k, v, rows, cols):
-    return torch.ops.vitlinear.linear_attention(
-        q, k, v, rows, cols, None, None, None, None, "rala"
-    )[0]
+    return torch.ops.vitlinear.linear_attention(q, k, v, "rala", rows, cols)[0]
 
 
 def scripted_softmax(q, k, v, rows, cols):
@@ -152,7 +155,7 @@ def test_flop_formula_counts_what_runs(attention):
 
     q, k, v, *_ = inputs.projection.detach().unbind(2)
     row = None if attention == "softmax" else ops.get_mechanism(attention)
-    tokens = eager.prepare(q, k, v, inputs.tables(attention), inputs.mask, True, row)
+    tokens = eager.prepare(q, k, v, row, inputs.terms(attention), own=True)
     grad = inputs.grad.transpose(1, 2)
     with FlopCounterMode(display=False) as plain:
         if attention == "softmax":
@@ -163,7 +166,7 @@ def test_flop_formula_counts_what_runs(attention):
         if attention == "softmax":
             backward.softmax_attention_backward(grad, tokens, *saved)
         else:
-            backward.linear_attention_backward(grad, tokens, saved, row)
+            backward.linear_attention_backward(grad, tokens, row, saved)
     assert registered.get_total_flops() == plain.get_total_flops() > 0
     assert registered_backward.get_total_flops() == plain_backward.get_total_flops() > 0
 
@@ -179,8 +182,9 @@ def test_softmax_operator_in_chunks(monkeypatch):
     assert relative_error(grad, expected_grad) < 1e-12
 
 
+@pytest.mark.quick
 def test_library_keeps_only_inputs_and_state():
-    """What a forward pass leaves for backward does not grow with the tokens."""
+    """A forward pass leaves no more for backward for more tokens."""
     kept = {}
     for grid in ((4, 4), (16, 16)):
         inputs = make_inputs(grid=grid, dtype=torch.float32)
@@ -195,11 +199,12 @@ def test_library_keeps_only_inputs_and_state():
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            ops.linear_attention(q, k, v, "rala", inputs.rotary, backend="library")
+            ops.linear_attention(q, k, v, mechanism="rala", rotary=inputs.rotary, backend="library")
         kept[grid] = sum(sizes)
     assert kept[(4, 4)] == kept[(16, 16)] > 0
 
 
+@pytest.mark.quick
 def test_argument_wins_over_environment(monkeypatch):
     assert ops.choose_backend().backend == "eager"
     monkeypatch.setattr(backend_module, "_from_environment", "library")

@@ -14,12 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.ops.onednn import needs_onednn, operators
 from vitlinear.layers import Linear
-from vitlinear.ops.cpu import linear as module
-from vitlinear.ops.cpu.linear import (
+from vitlinear.ops.cpu import products as module
+from vitlinear.ops.cpu.products import (
     MATMUL_ROWS,
     PACK_ROWS,
-    conv_gelu,
-    convolves_with_gelu,
     linear,
     matmul,
     runs_on_onednn,
@@ -49,6 +47,7 @@ def layer(bias: bool = True) -> Linear:
     return Linear(24, 40, bias=bias)
 
 
+@pytest.mark.compile
 @needs_onednn
 @torch.no_grad()
 def test_weights_that_widen_are_packed_for_many_rows(keeps_up):
@@ -162,6 +161,7 @@ def test_matrix_products_by_onednn_where_no_gradient_is_wanted(batch, keeps_up):
         assert matmul(x[:0], y[:0]).shape == (0, 2, MATMUL_ROWS, 20)
 
 
+@pytest.mark.compile
 @needs_onednn
 @torch.no_grad()
 def test_one_compiled_program_of_matrix_products_for_short_and_long(keeps_up):
@@ -179,6 +179,7 @@ def test_one_compiled_program_of_matrix_products_for_short_and_long(keeps_up):
     assert ours.get_total_flops() == theirs.get_total_flops() > 0
 
 
+@pytest.mark.quick
 @needs_onednn
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("name", INPUTS)
@@ -308,6 +309,7 @@ def test_processors_on_which_mkl_keeps_up(found, keeps_up, monkeypatch):
     assert not module.mkl_keeps_up()
 
 
+@pytest.mark.quick
 @needs_onednn
 def test_which_library():
     ours, x = layer(), torch.randn(7, 24)
@@ -345,6 +347,7 @@ def test_folded_gelu(grad):
         torch.testing.assert_close(torch.jit.script(ours)(x), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.compile
 @needs_onednn
 @pytest.mark.parametrize("grad", [True, False])
 def test_compiles_without_breaks_for_any_size(grad):
@@ -358,6 +361,7 @@ def test_compiles_without_breaks_for_any_size(grad):
                 compiled(x).sum().backward()
 
 
+@pytest.mark.compile
 @needs_onednn
 def test_registered_operator():
     x, weight, bias = torch.randn(2, 5, 24), torch.randn(40, 24), torch.randn(40)
@@ -373,19 +377,3 @@ def test_counted_as_multiply_adds():
     with FlopCounterMode(display=False) as counter:
         ours(x).sum().backward()
     assert counter.get_total_flops() == 2 * (2 * 10 * 24 * 40)  # no gradient of x
-
-
-@needs_onednn
-@torch.no_grad()
-@pytest.mark.parametrize("groups", [1, 2])
-def test_convolutions_with_gelu(groups):
-    conv, x = nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=groups), torch.randn(2, 4, 9, 7)
-    conv.bias = nn.Parameter(torch.randn(12)[::2])
-    assert convolves_with_gelu(x, conv)
-    torch.testing.assert_close(conv_gelu(x, conv), F.gelu(conv(x)), rtol=1e-5, atol=1e-6)
-    counts = []
-    for call in (lambda: conv_gelu(x, conv), lambda: conv(x)):
-        with FlopCounterMode(display=False) as counter:
-            call()
-        counts.append(counter.get_total_flops())
-    assert counts[0] == counts[1] > 0

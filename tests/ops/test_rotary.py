@@ -24,6 +24,7 @@ def test_single_frequency_is_one():
     torch.testing.assert_close(rows[1, 0], torch.stack((one.cos(), one.sin())))
 
 
+@pytest.mark.quick
 def test_rotation_matches_definition_and_inverts():
     tables = ops.rotary_tables(3, 5, 12, dtype=torch.float64)
     x = torch.randn(2, 15, 3, 12, dtype=torch.float64)
@@ -39,6 +40,7 @@ class Rotate(torch.nn.Module):
         return rotate(x, table, inverse)
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("inverse", [False, True])
 def test_compiled_and_exported_programs_equal_eager(inverse):
     table = token_table(ops.rotary_tables(3, 5, 12, dtype=torch.float64))
@@ -52,6 +54,7 @@ def test_compiled_and_exported_programs_equal_eager(inverse):
     assert not [name for name in names if "vitlinear" in name or "complex" in name]
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("inverse", [False, True])
 def test_operator_of_compiled_programs(inverse):
     table = token_table(ops.rotary_tables(3, 5, 12))
@@ -69,8 +72,8 @@ def test_memory_that_starts_between_pairs(attention):
 
     def attend(x):
         if attention == "softmax":
-            return ops.softmax_attention(x, x, x, tables)
-        return ops.linear_attention(x, x, x, attention, tables)
+            return ops.softmax_attention(x, x, x, rotary=tables)
+        return ops.linear_attention(x, x, x, mechanism=attention, rotary=tables)
 
     assert x.is_contiguous() and torch.equal(attend(x), attend(x.clone()))
 
@@ -91,6 +94,7 @@ def test_head_dim_must_divide_by_four():
         ops.rotary_tables(2, 2, 6)
 
 
+@pytest.mark.compile
 def test_gradient_of_learned_tables():
     """In compiled programs too, whose operator has none."""
     table = torch.randn(5, 4, 2, requires_grad=True)

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.ops.onednn import needs_onednn, operators
 from vitlinear.ops import softmax_attention
-from vitlinear.ops.cpu import linear
+from vitlinear.ops.cpu import products as onednn
 from vitlinear.ops.cpu.softmax import MAX_LOGIT, MAX_VALUE, MIN_TOKENS, sdpa, softmax_in_blocks
 
 pytestmark = needs_onednn
@@ -21,7 +21,7 @@ pytestmark = needs_onednn
 @pytest.fixture(autouse=True)
 def no_intel(monkeypatch):
     """Wherever this runs."""
-    monkeypatch.setattr(linear, "MKL_KEEPS_UP", False)
+    monkeypatch.setattr(onednn, "MKL_KEEPS_UP", False)
 
 
 def inputs(tokens: int) -> list[torch.Tensor]:
@@ -90,10 +90,11 @@ def test_where_sdpa_stays(monkeypatch):
         assert not products(sdpa, *(x[:, :, 1:] for x in heads))
         assert not products(sdpa, *(x.double() for x in heads))
         assert not products(sdpa, *(x.bfloat16() for x in heads))
-        monkeypatch.setattr(linear, "MKL_KEEPS_UP", True)
+        monkeypatch.setattr(onednn, "MKL_KEEPS_UP", True)
         assert not products(sdpa, *heads)
 
 
+@pytest.mark.compile
 @torch.no_grad()
 def test_one_compiled_program_for_short_and_long():
     compiled = torch.compile(sdpa, backend="aot_eager", fullgraph=True, dynamic=True)

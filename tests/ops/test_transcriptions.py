@@ -1,4 +1,4 @@
-"""What the benchmark compares with computes the same thing."""
+"""The transcriptions that benchmarks compare with compute the same thing."""
 
 from __future__ import annotations
 

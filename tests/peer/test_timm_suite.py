@@ -72,6 +72,8 @@ def test_the_selection_names_models() -> None:
     assert MODELS, "VITLINEAR_PEER_MODELS matches no model of ours"
 
 
+@pytest.mark.process
+@pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
     "models", [MODELS[i : i + TOGETHER] for i in range(0, len(MODELS), TOGETHER)], ids=",".join
@@ -84,24 +86,26 @@ def test_timm_suite(
         record_property(PEER_RESULT, summarise(run, model))
     print(run.output)
     for model in models:
-        check(run, model, timm_peer.required_tests(model))
+        check(run, model, timm_peer.required_tests(model in run.report["token_models"]))
     assert run.exit_status == 0
 
 
 class TestHarness:
     """The harness itself: it passes what is right, and sees what is wrong or missing."""
 
+    @pytest.mark.slow
+    @pytest.mark.process
     def test_tells_a_right_model_from_a_wrong_one(self, suite: Path) -> None:
         right, wrong = "test_toy_pyramid", "toy_sloppy"
         run = peer.run_suite(suite, f"{right},{wrong}", package="toyzoo")
-        check(run, right, timm_peer.required_tests(right))
+        check(run, right, timm_peer.required_tests(right in run.report["token_models"]))
         assert {result["test"] for result in run.outcomes(wrong)["failed"]} == {
             "test_model_default_cfgs",  # the swallowed argument
             "test_prune_intermediate_layers_contract",  # the head that stays behind
             "test_prune_intermediate_layers_params_used",
         }
         with pytest.raises(AssertionError, match="toy_sloppy breaks timm's contract"):
-            check(run, wrong, timm_peer.required_tests(wrong))
+            check(run, wrong, timm_peer.required_tests(wrong in run.report["token_models"]))
         assert run.exit_status == 1
 
     @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ Environment:
 from __future__ import annotations
 
 import fnmatch
+import functools
 import importlib
 import json
 import os
@@ -31,17 +32,6 @@ import timm.models._registry as registry
 PACKAGE = os.environ.get("VITLINEAR_PEER_PACKAGE", "vitlinear")
 DEFAULT_MODELS = "test_*"
 
-# Models whose features are tokens rather than maps at several strides. timm gives its own such
-# models a laxer config test (their head may not take global_pool='') and no pyramid features test.
-TOKEN_MODELS = (
-    "inline_deit*",
-    "test_inline_deit*",
-    "lightnet*",
-    "test_lightnet*",
-    "linear_deit*",
-    "test_linear_deit*",
-    "toy_token*",
-)
 # timm recognises its token models by a list of names; this entry of it tells that list apart.
 TOKEN_LIST_SENTINEL = "naflexvit*"
 
@@ -181,14 +171,24 @@ def our_models(package: str = PACKAGE, selection: str | None = None) -> list[str
     ]
 
 
+@functools.cache
 def is_token_model(name: str) -> bool:
-    """Whether timm's tests for token models apply to this one."""
-    return any(fnmatch.fnmatch(name, wildcard) for wildcard in TOKEN_MODELS)
+    """Whether the features of a model are tokens rather than maps at several strides.
+
+    timm gives its own such models a laxer config test (their head may not take global_pool='') and
+    no pyramid features test.
+    """
+    info = timm.create_model(name, device="meta").feature_info
+    return len({level["reduction"] for level in info}) == 1
 
 
-def required_tests(name: str) -> frozenset[str]:
-    """Which of timm's test functions must run, and pass, for this model."""
-    if is_token_model(name):
+def required_tests(tokens: bool) -> frozenset[str]:
+    """Which of timm's test functions must run, and pass, for a model.
+
+    Args:
+        tokens: Its features are tokens; see `is_token_model`.
+    """
+    if tokens:
         return CONTRACT_TOKEN | REPOINTED.keys()
     return CONTRACT | REPOINTED.keys() | REPOINTED_MAPS.keys()
 
@@ -207,11 +207,14 @@ def _list_our_models(
 ) -> list[str]:
     """Stands in for ``timm.list_models``: the same question, asked of our models only."""
     include, exclude = _as_list(filter), _as_list(exclude_filters)
-    # timm lists its own token models by name; ours are listed above.
+    # timm lists its own token models by name; ours are asked.
+    tokens = [name for name in sorted(_ours) if is_token_model(name)]
     if TOKEN_LIST_SENTINEL in include:
-        include = list(TOKEN_MODELS)
+        if not tokens:
+            return []
+        include = tokens
     if TOKEN_LIST_SENTINEL in exclude:
-        exclude = list(TOKEN_MODELS)
+        exclude = tokens
     # `module` holds timm's file names (those with forward_intermediates); all of ours qualify.
     listed = _timm_list_models(
         filter=include,
@@ -310,6 +313,7 @@ def pytest_sessionfinish() -> None:
         report = {
             "timm": timm.__version__,
             "models": sorted(_ours),
+            "token_models": [name for name in sorted(_ours) if is_token_model(name)],
             "results": _results,
             "deselected": _deselected,
             "unknown": sorted(_unknown),

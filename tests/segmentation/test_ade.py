@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 from vitlinear.dense import ade, coco
 
 
+@pytest.mark.quick
 def test_label_maps_agree_with_the_outlines(tmp_path: Path) -> None:
     pytest.importorskip("skimage")
     coco.write_sample(tmp_path / "coco")
@@ -50,6 +51,7 @@ def test_label_maps_agree_with_the_outlines(tmp_path: Path) -> None:
             assert np.mean(labels == 0) < 0.13
 
 
+@pytest.mark.quick
 def test_the_band_is_as_wide_as_it_says() -> None:
     square = [10.0, 10.0, 30.0, 10.0, 30.0, 30.0, 10.0, 30.0]
     row = np.array(ade.draw_label_map((40, 40), [(3, [square])]))[20]

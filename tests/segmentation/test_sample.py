@@ -24,6 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["semantic-fpn", "upernet"])
 def test_photographs_are_learned_by_heart(folder: Path, architecture: str) -> None:

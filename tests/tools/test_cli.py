@@ -14,6 +14,7 @@ from vitlinear_cli import COMMANDS
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.quick("cli")
 def test_help_lists_the_commands(command: Command) -> None:
     for flags in ([], ["--help"], ["-h"]):
         result = command(*flags)
@@ -25,6 +26,7 @@ def test_version(command: Command) -> None:
     assert command("--version").out == f"vitlinear {vitlinear.__version__}\n"
 
 
+@pytest.mark.quick("cli")
 def test_unknown_command_and_option(command: Command) -> None:
     result = command("trian")
     assert result.code == 2 and result.out == ""
@@ -79,6 +81,7 @@ def test_scripts_are_the_commands(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.process
 def test_in_a_process_of_its_own(tmp_path: Path) -> None:
     """One line, status 2, no traceback, no folder: also as the shell sees it."""
     command = [sys.executable, "-m", "vitlinear", "train", "--model", "ravlt_q"]

@@ -7,8 +7,8 @@ import json
 import pytest
 import timm
 
-from vitlinear.cards.facts import counts, families
-from vitlinear.models.names import our_models
+from vitlinear.facts import counts, families
+from vitlinear.models import our_models
 
 
 def names(out: str) -> list[str]:

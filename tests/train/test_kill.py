@@ -8,9 +8,15 @@ import pytest
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_as_one_left_alone() -> None:
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("kills", "epochs"), [(2, 2), pytest.param(6, 4, marks=pytest.mark.nightly)]
+)
+def test_a_killed_run_ends_as_one_left_alone(kills: int, epochs: int) -> None:
+    """Every other kill is to hit a write of the state."""
     root = Path(__file__).parents[2]
-    command = [sys.executable, "benchmarks/kill_test.py", "--kills", "2", "--epochs", "2"]
+    command = [sys.executable, "benchmarks/kill_test.py"]
+    command += ["--kills", str(kills), "--epochs", str(epochs)]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 kills" in done.stdout and ", 0 differ" in done.stdout
+    assert f"{kills} kills" in done.stdout and ", 0 differ" in done.stdout

@@ -141,6 +141,7 @@ for update in range(1, 10**6):
 """
 
 
+@pytest.mark.process
 def test_killed_while_writing(tmp_path: Path) -> None:
     """SIGKILL somewhere in a stream of rows; what is there can be read and gone on with."""
     process = subprocess.Popen(
@@ -169,6 +170,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return found
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("epoch", "update"), [(0, 0), (0, 3), (1, 4), (1, 8), (2, 9)])
 def test_tensorboard_shows_no_point_twice(tmp_path: Path, epoch: int, update: int) -> None:
     pytest.importorskip("tensorboard")

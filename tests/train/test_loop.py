@@ -50,6 +50,7 @@ def merged(
     ]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("count", "group"), [(6, 3), (7, 3), (2, 3), (5, 1)])
 def test_accumulation_equals_large_batches_with_the_remainder(count: int, group: int) -> None:
     """The last group of an epoch is smaller; its gradients must be a mean all the same."""
@@ -84,6 +85,7 @@ def test_processes_exchange_gradients_once_per_update(process_group: None) -> No
     assert exchanges == up.updates == 3
 
 
+@pytest.mark.quick
 def test_loss_and_top1_are_means_over_images() -> None:
     torch.manual_seed(0)
     net = nn.Linear(5, 3, dtype=torch.float64)
@@ -202,6 +204,7 @@ def test_too_many_skipped_updates_stop_the_run_with_a_diagnosis() -> None:
         train_one_epoch(updater(net), data[1:], contextlib.nullcontext, max_nonfinite=0)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("on_updates", [False, True])
 def test_learning_rates_of_a_run_and_of_a_resumed_one(on_updates: bool) -> None:
     """Warm-up starts at its own rate (not at the peak), and a later start joins the same curve."""
@@ -249,7 +252,7 @@ def test_learning_rate_scales_with_the_global_batch() -> None:
         "--amp --amp-dtype bfloat16 --channels-last",
         "--amp --amp-dtype float16 --clip-grad 1",
         "--grad-checkpointing --grad-accum-steps 2 --clip-grad 0.01 --clip-mode agc",
-        "--torchcompile eager --model-ema",
+        pytest.param("--torchcompile eager --model-ema", marks=pytest.mark.compile),
         "--sched-on-updates --drop-path 0.2 --drop 0.1 --aa rand-m9-mstd0.5-inc1",
         "--mixup 0.8 --cutmix 1 --reprob 0.25 --mixup-off-epoch 1",
         "--deterministic --no-aug --layer-decay 0.8 --opt-betas 0.9 0.99 --opt-kwargs eps=1e-7",

@@ -186,6 +186,7 @@ def test_weight_decay_of_chosen_parameters_of_one_axis() -> None:
             undecayed_names(model, [pattern])
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("layer_decay", [[], ["--layer-decay", 0.5]], ids=["plain", "layers"])
 @pytest.mark.parametrize("pattern", [[], ["--weight-decay-1d", "gamma"]], ids=["timm", "gamma"])
 def test_groups_of_the_optimiser(layer_decay: list[Any], pattern: list[str]) -> None:

@@ -85,6 +85,7 @@ def assert_same_run(found: Path, expected: Path) -> None:
             torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_two_machines_equal_one_process_with_the_doubled_batch(
     images: Path, one: Path, tmp_path: Path
@@ -100,6 +101,7 @@ def test_two_machines_equal_one_process_with_the_doubled_batch(
     assert_same_run(tmp_path / "run", one / "run")
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_a_split_model_trains_saves_and_loads_everywhere(
     images: Path, one: Path, tmp_path: Path
@@ -114,6 +116,7 @@ def test_a_split_model_trains_saves_and_loads_everywhere(
     load_model(path / "last.safetensors")
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_a_split_model_in_bfloat16(images: Path, tmp_path: Path) -> None:
     """With batch norms, average, accumulation, recomputation, self-distillation: it learns."""
@@ -167,6 +170,8 @@ def test_recomputed_gradients_are_the_same(name: str) -> None:
         torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.compile
+@pytest.mark.process
 @pytest.mark.slow
 def test_compiled(images: Path, tmp_path: Path) -> None:
     """Accumulation has a remainder."""
@@ -179,6 +184,7 @@ def test_compiled(images: Path, tmp_path: Path) -> None:
     assert state["updates"] == 5 and state["images_per_batch"] == 8
 
 
+@pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.parametrize("death", ["unreadable", "SIGKILL"])
 def test_a_process_that_dies_ends_the_run(tmp_path: Path, death: str) -> None:
@@ -246,6 +252,7 @@ echo "$@" >> {log}
 """
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_slurm_script_requeues_and_resumes(images: Path, tmp_path: Path) -> None:
     """The real script and trainer, stand-ins for srun and scontrol: notice, requeue, the end."""

@@ -217,6 +217,7 @@ def half_of_the_batches(folder: Path) -> None:
     distributed.destroy_process_group()
 
 
+@pytest.mark.process
 def test_two_processes_tell_of_all_images(tmp_path: Path) -> None:
     lines = fork_two(half_of_the_batches, tmp_path).splitlines()
     assert len(lines) == 3 and all("loss" in line for line in lines)

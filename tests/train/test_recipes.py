@@ -22,11 +22,11 @@ from timm.layers import DropPath
 from tests import golden
 from tests.train.helpers import image_folder
 from vitlinear import create as models
-from vitlinear.cards.facts import families
 from vitlinear.checkpoints.mappings import find_mapping
 from vitlinear.cli.config_file import read_config
 from vitlinear.cli.flags import values_by_flag
 from vitlinear.data.order import EpochBatches
+from vitlinear.facts import families
 from vitlinear.train import run, schedule
 from vitlinear.train.average import ema_decay
 from vitlinear.train.config import TrainConfig

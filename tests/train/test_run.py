@@ -60,7 +60,7 @@ def assert_same_run(first: Path, second: Path) -> None:
                 assert one[key] == other[key], (name, key)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.process)])
 def test_same_seed_same_bits_and_resumed_equals_whole(
     folder: Path, tmp_path: Path, workers: int
 ) -> None:
@@ -79,7 +79,8 @@ def test_same_seed_same_bits_and_resumed_equals_whole(
 
 
 @pytest.mark.parametrize(("update", "workers", "more"), [
-    (1, 0, ()), (4, 2, ()), (6, 0, ("--grad-accum-steps", 2)), (9, 0, ("--recovery-interval", 2)),
+    (1, 0, ()), pytest.param(4, 2, (), marks=pytest.mark.process),
+    (6, 0, ("--grad-accum-steps", 2)), (9, 0, ("--recovery-interval", 2)),
 ])  # fmt: skip
 def test_stopped_by_a_signal_and_resumed_equals_whole(
     folder: Path, tmp_path: Path, update: int, workers: int, more: tuple[Any, ...]
@@ -314,6 +315,7 @@ def test_a_run_that_fails_leaves_what_it_has_to_show(folder: Path, tmp_path: Pat
     assert [row["update"] for row in rows] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.process
 def test_two_processes(folder: Path, tmp_path: Path) -> None:
     """One set of files, exact counts over uneven shards."""
     more = ("-b", 4, "--model-ema", "--grad-accum-steps", 2, "--aug-repeats", 2)

@@ -23,6 +23,7 @@ def damage(path: Path) -> None:
     torch.load(path, weights_only=True)
 
 
+@pytest.mark.quick
 def test_the_last_two_are_kept_and_the_newest_whole_one_is_read(tmp_path: Path) -> None:
     assert read_newest(tmp_path) == (None, None)
     last, previous = tmp_path / "last_state.pt", tmp_path / "previous_state.pt"

@@ -1,1 +1,1 @@
-"""What is known of each model: published facts, counted costs, and the cards made from both."""
+"""Model cards, made of published facts and counted costs; the commands that print them."""

@@ -7,9 +7,9 @@ from typing import Any
 from timm.models import get_model_args
 from torch import nn
 
-from vitlinear.models.names import num_parameters
+from vitlinear.facts import family_of
+from vitlinear.models import num_parameters
 
-from .facts import family_of
 from .render import mega
 
 

@@ -10,17 +10,16 @@ from typing import Any
 import timm
 from timm.models import is_model, split_model_name_tag
 
-from vitlinear.checkpoints.published import published_files
 from vitlinear.cli.parser import Parser
 from vitlinear.errors import UserError, did_you_mean
-from vitlinear.models.names import input_size, num_parameters, on_meta, our_models
+from vitlinear.facts import convention, counts, families, family_of, published_files
+from vitlinear.models import input_size, num_parameters, on_meta, our_models
 
-from .facts import convention, counts, families, family_of
 from .render import giga, mega
 
 
 def describe(model: str, count_parameters: bool = True) -> dict[str, Any]:
-    """What is known of a model, as one object.
+    """Put all that is known of a model into one object.
 
     Args:
         model: Registered name; with a tag, of its published files and results that one alone.
@@ -74,7 +73,7 @@ def describe(model: str, count_parameters: bool = True) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None, prog: str = "vitlinear info") -> None:
-    """Runs ``vitlinear info``."""
+    """Run ``vitlinear info``."""
     parser = Parser(prog=prog, description="What is known of a model.")
     parser.add_argument("model", metavar="NAME", help="`vitlinear list --all` prints all names")
     parser.add_argument("--json", action="store_true", help="JSON on standard output")
@@ -89,7 +88,7 @@ def main(argv: Sequence[str] | None, prog: str = "vitlinear info") -> None:
 
 
 def check_name(model: str) -> None:
-    """Raises `UserError` unless this package registers a model, and the tag, of this name."""
+    """Raise `UserError` unless this package registers a model, and the tag, of this name."""
     name, tag = split_model_name_tag(model)
     names = our_models()
     if name not in names:

@@ -8,15 +8,15 @@ from typing import Any
 
 from vitlinear.cli.parser import Parser
 from vitlinear.errors import UserError, did_you_mean
-from vitlinear.models.names import our_models
+from vitlinear.facts import families, family_of
+from vitlinear.models import our_models
 
-from .facts import families, family_of
 from .info import describe
 from .render import giga, mega
 
 
 def main(argv: Sequence[str] | None, prog: str = "vitlinear list") -> None:
-    """Runs ``vitlinear list``."""
+    """Run ``vitlinear list``."""
     parser = Parser(prog=prog, description="The models of this package, one a line.")
     parser.add_argument("--family", default=None, metavar="F", help=", ".join(families()))
     parser.add_argument("--all", action="store_true", help="also test_*, for tests and small data")

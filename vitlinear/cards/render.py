@@ -9,17 +9,15 @@ from typing import Any
 
 import yaml
 
-from vitlinear.checkpoints.published import PUBLISHED, PublishedFile
-from vitlinear.models.names import module_of, our_models
-
-from .facts import Family, ModelFacts, convention, counts
+from vitlinear.facts import PUBLISHED, Family, ModelFacts, PublishedFile, convention, counts
+from vitlinear.models import our_models
 
 COMMAND = "python tools/make_cards.py"
 
 
 def family_models(family: Family) -> list[str]:
     """Registered models of a family in the order of the facts file, siblings after them."""
-    names = [name for name in our_models() if module_of(name) in family.modules]
+    names = [name for name in our_models() if family.has(name)]
     order = {name: index for index, name in enumerate(family.models)}
 
     def place(name: str) -> tuple[bool, bool, int]:
@@ -241,7 +239,7 @@ def render(family: Family) -> str:
     lines = [
         *_header(family),
         "",
-        f"<!-- Made by `{COMMAND}` from the registry and vitlinear/cards/facts.yaml. -->",
+        f"<!-- Made by `{COMMAND}` from the registry and vitlinear/facts/facts.yaml. -->",
         "",
         f"# {family.title}",
         "",

@@ -1,7 +1,7 @@
 """Published checkpoints: their formats, and the way from the authors' keys to ours."""
 
-from .filter import checkpoint_filter_fn
 from .mappings import MAPPINGS, KeyMapping, find_mapping
+from .translate import checkpoint_filter_fn
 from .unwrap import unwrap_state_dict
 
 __all__ = [

@@ -23,7 +23,7 @@ CARD_KEY = "vitlinear"
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """What a weights file says about itself.
+    """The description of a weights file, which is in it.
 
     Attributes:
         model: Name for ``timm.create_model``.
@@ -59,7 +59,7 @@ def save_weights(
     card: Card,
     more: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes tensors, card and more metadata to a safetensors file."""
+    """Write tensors, card and more metadata to a safetensors file."""
     # clone: safetensors refuses tensors that share memory
     tensors = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -73,7 +73,7 @@ def save_weights(
 
 
 def read_card(path: Path) -> Card | None:
-    """Returns the card of a weights file, None if it is another program's.
+    """Read the card of a weights file, None if it is another program's.
 
     Raises:
         UserError: The file is missing, or is a damaged safetensors file.
@@ -82,7 +82,7 @@ def read_card(path: Path) -> Card | None:
 
 
 def card_of(metadata: Mapping[str, str], path: Path) -> Card | None:
-    """Returns the card in the metadata of a weights file, None if there is none.
+    """Parse the card in the metadata of a weights file, None if there is none.
 
     Raises:
         UserError: It is not understood.

@@ -24,8 +24,7 @@ from urllib.request import Request, urlopen
 import torch
 
 from vitlinear.errors import one_line
-
-from .published import PublishedFile, published_at
+from vitlinear.facts import PublishedFile, published_at
 
 CHUNK = 1 << 20  # bytes
 TIMEOUT = 60  # seconds without a byte

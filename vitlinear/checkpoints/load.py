@@ -1,23 +1,118 @@
-"""A checkpoint file to the model that it is of."""
+"""Loading of a weights file into the model that it is of.
+
+Files of this package name their model in a card. Of other files the caller names it.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vitlinear.create import build_model, check_model_name
 from vitlinear.errors import UserError
 
 from .card import Card, read_card
-from .filter import checkpoint_filter_fn
 from .read import CheckpointError, read_checkpoint
+from .translate import checkpoint_filter_fn
 from .unwrap import unwrap_state_dict
 
 
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Reads the tensors of any checkpoint: safetensors, .pth, .bin.
+def load_model(
+    path: str | Path,
+    *,
+    model: str | None = None,
+    model_kwargs: dict[str, Any] | None = None,
+    num_classes: int | None = None,
+    in_chans: int | None = None,
+    img_size: int | None = None,
+    input_size: list[int] | None = None,
+) -> tuple[nn.Module, Card | None]:
+    """Build the model of a weights file and load it.
+
+    Args:
+        path: A weights file: ours, which needs no more, or one that timm can read.
+        model: Model name; for our files, must agree with the card.
+        model_kwargs: Constructor arguments, for other files only.
+        num_classes: For other files; must agree with the card.
+        in_chans: For other files; must agree with the card.
+        img_size: Side of the images, for other files whose models are built for one.
+        input_size: Channels, height and width, for the same models.
+
+    Returns:
+        The model on the CPU in eval mode, and the card if the file has one.
+
+    Raises:
+        UserError: The file is missing or damaged, an argument contradicts it, or it does not fit.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(
+            f"checkpoint {path} is a folder: give a file, such as {path / 'best.safetensors'}"
+        )
+    card = read_card(path)
+    if card is None:
+        name = _named_model(path, model)
+        weights = read_weights(path)
+        sizes = {"img_size": img_size, "input_size": input_size}
+        built = build_model(
+            name, num_classes=num_classes, in_chans=in_chans, **{**sizes, **(model_kwargs or {})}
+        )
+        weights = named_for(built, weights, path)
+    else:
+        name = card.model
+        _check_agreement(path, card, model, model_kwargs, num_classes, in_chans)
+        weights = read_weights(path)
+        # They fit as they are: the model is built as it was when they were written.
+        built = build_model(
+            name, **card.model_kwargs, num_classes=card.num_classes, in_chans=card.in_chans
+        )
+    load_into(built, weights, path, name)
+    return built.eval(), card
+
+
+def _named_model(path: Path, model: str | None) -> str:
+    """The model that the caller names for a file without a card.
+
+    Raises:
+        UserError: None is named, or there is no such model.
+    """
+    if path.name.endswith("_state.pt"):
+        raise UserError(
+            f"{path} is training state (for --resume); give best.safetensors or "
+            "last.safetensors beside it"
+        )
+    if model is None:
+        raise UserError(f"checkpoint {path} does not say which model it is: give --model")
+    check_model_name(model)
+    return model
+
+
+def _check_agreement(
+    path: Path,
+    card: Card,
+    model: str | None,
+    model_kwargs: dict[str, Any] | None,
+    num_classes: int | None,
+    in_chans: int | None,
+) -> None:
+    """Raise `UserError` for arguments of `load_model` that contradict the card of the file."""
+    if model is not None and model != card.model:
+        raise UserError(
+            f"checkpoint {path} is of {card.model}, not {model}; give that model, or another file"
+        )
+    if model_kwargs:
+        raise UserError(f"checkpoint {path} knows its own model: leave --model-kwargs out")
+    for flag, wanted, has in (
+        ("--num-classes", num_classes, card.num_classes),
+        ("--in-chans", in_chans, card.in_chans),
+    ):
+        if wanted is not None and wanted != has:
+            raise UserError(f"checkpoint {path} has {flag} {has}, not {wanted}: leave it out")
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of any checkpoint: safetensors, .pth, .bin.
 
     Raises:
         UserError: As `read_checkpoint`; or there are no tensors in it.
@@ -30,35 +125,26 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         raise UserError(f"checkpoint {path} cannot be used: {error}") from error
 
 
-def named_for(
-    model: nn.Module, weights: dict[str, torch.Tensor], path: Path
-) -> dict[str, torch.Tensor]:
-    """Returns weights under the names of ``model``; those of the authors are translated."""
+def named_for(model: nn.Module, weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Bring weights under the names of a model; those of the authors are translated.
+
+    Raises:
+        UserError: None of them is a weight of the model.
+    """
     try:
         return checkpoint_filter_fn(weights, model)
     except ValueError as error:
         raise UserError(f"checkpoint {path} cannot be used: {error}") from error
 
 
-def misfit(own: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]) -> str | None:
-    """Returns how the names and shapes of weights differ from a model's own, if they do."""
-    missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    wrong = [key for key in own if key in weights and own[key].shape != weights[key].shape]
-    if not (missing or extra or wrong):
-        return None
-    example = (
-        f"{wrong[0]} is {tuple(weights[wrong[0]].shape)}, not {tuple(own[wrong[0]].shape)}"
-        if wrong
-        else f"no {missing[0]}"
-        if missing
-        else f"unexpected {extra[0]}"
-    )
-    counts = f"{len(missing)} missing, {len(extra)} unexpected, {len(wrong)} of another shape"
-    return f"{example} ({counts})"
+def load_into(model: nn.Module, weights: dict[str, Tensor], path: Path, name: str) -> None:
+    """Load a state dict strictly.
 
-
-def load_into(model: nn.Module, weights: dict[str, torch.Tensor], path: Path, name: str) -> None:
-    """Loads a state dict strictly.
+    Args:
+        model: The model to load into.
+        weights: Under its names.
+        path: Where they are from, for the message.
+        name: Of the model, for the message.
 
     Raises:
         UserError: The names or shapes are another model's.
@@ -72,70 +158,18 @@ def load_into(model: nn.Module, weights: dict[str, torch.Tensor], path: Path, na
     model.load_state_dict(weights)
 
 
-def load_model(
-    path: str | Path,
-    *,
-    model: str | None = None,
-    model_kwargs: dict[str, Any] | None = None,
-    num_classes: int | None = None,
-    in_chans: int | None = None,
-    img_size: int | None = None,
-    input_size: list[int] | None = None,
-) -> tuple[nn.Module, Card | None]:
-    """Builds the model of a checkpoint and loads it.
-
-    Args:
-        path: A weights file: ours, which needs no more, or one that timm can read.
-        model: Model name; for our files, must agree with the card.
-        model_kwargs: Constructor arguments, for other files only.
-        num_classes: For other files; must agree with the card.
-        in_chans: Likewise.
-        img_size: Input size, for models that are built for one.
-        input_size: Likewise, with channels.
-
-    Returns:
-        The model on the CPU in eval mode, and the card if the file has one.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise UserError(
-            f"checkpoint {path} is a folder: give a file, such as {path / 'best.safetensors'}"
-        )
-    card = read_card(path)
-    sizes = {"img_size": img_size, "input_size": input_size}
-    if card is None:
-        if path.name.endswith("_state.pt"):
-            raise UserError(
-                f"{path} is training state (for --resume); give best.safetensors or "
-                "last.safetensors beside it"
-            )
-        if model is None:
-            raise UserError(f"checkpoint {path} does not say which model it is: give --model")
-        check_model_name(model)
-        weights = read_weights(path)
-        built = build_model(
-            model, num_classes=num_classes, in_chans=in_chans, **{**sizes, **(model_kwargs or {})}
-        )
-    else:
-        if model is not None and model != card.model:
-            raise UserError(
-                f"checkpoint {path} is of {card.model}, not {model}; "
-                "give that model, or another file"
-            )
-        if model_kwargs:
-            raise UserError(f"checkpoint {path} knows its own model: leave --model-kwargs out")
-        for flag, wanted, has in (
-            ("--num-classes", num_classes, card.num_classes),
-            ("--in-chans", in_chans, card.in_chans),
-        ):
-            if wanted is not None and wanted != has:
-                raise UserError(f"checkpoint {path} has {flag} {has}, not {wanted}: leave it out")
-        weights = read_weights(path)
-        built = build_model(
-            card.model, **card.model_kwargs, num_classes=card.num_classes, in_chans=card.in_chans
-        )
-    name = model or (card.model if card else "")
-    if card is None:  # ours fit as they are: the model is built as it was when they were written
-        weights = named_for(built, weights, path)
-    load_into(built, weights, path, name)
-    return built.eval(), card
+def misfit(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str | None:
+    """Tell in words how weights differ from a model's own in names and shapes; None if not."""
+    missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    wrong = [key for key in own if key in weights and own[key].shape != weights[key].shape]
+    if not (missing or extra or wrong):
+        return None
+    example = (
+        f"{wrong[0]} is {tuple(weights[wrong[0]].shape)}, not {tuple(own[wrong[0]].shape)}"
+        if wrong
+        else f"no {missing[0]}"
+        if missing
+        else f"unexpected {extra[0]}"
+    )
+    counts = f"{len(missing)} missing, {len(extra)} unexpected, {len(wrong)} of another shape"
+    return f"{example} ({counts})"

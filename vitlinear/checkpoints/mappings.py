@@ -19,7 +19,7 @@ Replacement = str | Callable[[re.Match[str]], str]
 
 @dataclass(frozen=True)
 class KeyMapping:
-    """How the keys of one released layout become ours.
+    """A released layout, and how its keys become ours.
 
     Attributes:
         name: Of the layout.

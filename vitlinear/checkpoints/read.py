@@ -1,4 +1,4 @@
-"""The one reader of checkpoint files: whatever wrote them, nothing in them is run.
+"""A reader of checkpoint files: whatever wrote them, nothing in them is run.
 
 Training scripts save more than weights: settings, paths, logs, numbers of numpy. Those values are
 read into plain ones, by name, so that neither their classes nor their packages are needed.
@@ -132,7 +132,7 @@ def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """What a safetensors file says about itself; nothing for other files.
+    """The metadata of a safetensors file; nothing for other files.
 
     Raises:
         CheckpointError: It is missing or damaged.
@@ -161,7 +161,7 @@ def _damaged(path: Path, error: BaseException) -> CheckpointError:
 
 
 def _forbidden(message: str) -> str:
-    """What a refused pickle wanted to call, from PyTorch's message; empty if it was just broken."""
+    """The callable that a refused pickle asked for, by PyTorch's message; empty if it broke."""
     found = re.findall(
         r"GLOBAL (\S+)"
         r"|allowlisted via `add_safe_globals`,? but got (?:<class ')?([\w.]+)"

@@ -2,7 +2,8 @@
 
 Precedence: built-in default < ``--config`` file < command line. A key of the file is the name of a
 flag (``weight_decay`` or ``weight-decay``); a key that no flag has is an error, never ignored. The
-key ``base`` names another such file, relative to this one, that this one is laid over.
+key ``base`` names another such file, relative to this one, that this one is laid over. A file that
+comes with the package is found by its name alone.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import yaml
 
 from vitlinear.errors import UserError, did_you_mean, one_line
 
+from .configs import find_config
 from .flags import values_by_flag
 from .parser import KeyValues, Parser
 
@@ -35,7 +37,7 @@ def parse_with_config(parser: Parser, argv: Sequence[str] | None) -> argparse.Na
     first.add_argument("-c", "--config", nargs="?", default=None)
     path = first.parse_known_args(argv)[0].config
     if path:
-        parser.set_defaults(**read_config(Path(path), parser))
+        parser.set_defaults(**read_config(find_config(path, "classification"), parser))
     return parser.parse_args(argv)
 
 
@@ -74,7 +76,9 @@ def read_config(
         base = content.pop(BASE)
         if not isinstance(base, str) or not base:
             raise UserError(f"{what}: bad value for 'base': expected a file name, got {base!r}")
-        values = read_config(path.parent / base, parser, (*above, path))
+        values = read_config(
+            find_config(base, "classification", path.parent), parser, (*above, path)
+        )
     actions = {action.dest: action for action in parser._actions if action.dest != "help"}
     for key, value in content.items():
         name = str(key).replace("-", "_")

@@ -11,16 +11,16 @@ from pathlib import Path
 import timm
 from torch import nn
 
+from vitlinear import models as registry
 from vitlinear.cards.render import mega
 from vitlinear.checkpoints.card import CARD_KEY, Card, card_of, save_weights
-from vitlinear.checkpoints.filter import is_detector
-from vitlinear.checkpoints.published import BY_HASH, PublishedFile
 from vitlinear.checkpoints.read import read_metadata
+from vitlinear.checkpoints.translate import is_detector
 from vitlinear.cli.parser import Parser
 from vitlinear.create import data_config
 from vitlinear.errors import UserError, did_you_mean
+from vitlinear.facts import BY_HASH, PublishedFile
 from vitlinear.files import check_parent
-from vitlinear.models import names as registry
 
 from .detectors import convert_detector
 from .origin import Source, local_file

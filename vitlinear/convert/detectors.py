@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitlinear.cards.facts import families
-from vitlinear.checkpoints.filter import BACKBONE, MODEL
-from vitlinear.checkpoints.published import PublishedFile
+from vitlinear.checkpoints.translate import BACKBONE, MODEL
 from vitlinear.errors import UserError
+from vitlinear.facts import PublishedFile, families
 from vitlinear.files import write_atomically
 
 from .origin import Source
@@ -37,9 +36,8 @@ ARCHITECTURES = (
     ("Semantic FPN", r"decode_head\.scale_heads\."),
 )
 
-# What the authors' configs, which training scripts save as text, call the backbones of a family:
-# RAVLT and MAViT without their classifiers have the same keys and shapes.
-FAMILIES = {"GLTA": "rala", "MALA": "mala"}
+# The authors' configs, which training scripts save as text, name the backbone. RAVLT and MAViT
+# without their classifiers have the same keys and shapes.
 TYPE = re.compile(r"backbone\s*=\s*dict\(\s*type\s*=\s*['\"](\w+)['\"]")
 
 CLASSES = {"coco": 80, "ade20k": 150}
@@ -71,8 +69,12 @@ def _likely(meta: Mapping[str, Any], row: PublishedFile | None) -> set[str]:
     if row is not None:
         return {row.model}
     named = TYPE.search(str(meta.get("config", "")))
-    family = FAMILIES.get(named[1]) if named else None
-    return set(families()[family].models) if family else set()
+    return {
+        model
+        for family in families().values()
+        if named and family.backbone_type == named[1]
+        for model in family.models
+    }
 
 
 def _find(source: Source, model: str | None, likely: set[str]) -> Fit:

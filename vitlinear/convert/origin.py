@@ -11,11 +11,11 @@ from torch import Tensor
 
 import vitlinear
 from vitlinear.checkpoints.download import digest, ensure_downloaded
-from vitlinear.checkpoints.filter import layout_of
-from vitlinear.checkpoints.published import PUBLISHED, PublishedFile, published_row
 from vitlinear.checkpoints.read import read_checkpoint
+from vitlinear.checkpoints.translate import layout_of
 from vitlinear.checkpoints.unwrap import find_weights
 from vitlinear.errors import UserError
+from vitlinear.facts import PUBLISHED, PublishedFile, published_row
 
 from .recognise import Fit, keys_report
 
@@ -62,7 +62,7 @@ class Source:
         return mapping.name if mapping else "vitlinear"
 
     def metadata(self, model: str, row: PublishedFile | None) -> dict[str, str]:
-        """What a converted file says of this one.
+        """Metadata that a converted file holds about this one.
 
         Args:
             model: Name of the model, or of the backbone.
@@ -81,7 +81,7 @@ class Source:
         return metadata
 
     def report(self, found: Fit, metadata: Mapping[str, str], *lines: str) -> list[str]:
-        """What was found and kept, with `lines` about the model, for people."""
+        """Lines for people: the source, its layout, `lines` about the model, keys, licence."""
         left_out = [str(key) for key in self.checkpoint if key not in self.where[:1]]
         under = f"under {'.'.join(self.where)}" if self.where else "bare"
         license_ = metadata.get("license", "not known")

@@ -12,11 +12,11 @@ from typing import Any
 import timm
 from torch import Tensor
 
-from vitlinear.cards.facts import counts, family_of
-from vitlinear.checkpoints.filter import MODEL, backbone_of, layout_of, rename, resize
+from vitlinear import models as registry
+from vitlinear.checkpoints.translate import MODEL, backbone_of, layout_of, rename, resize
 from vitlinear.dense.backbone import MultiScaleBackbone
 from vitlinear.errors import UserError
-from vitlinear.models import names as registry
+from vitlinear.facts import counts, family_of
 
 # Models whose size is further from the checkpoint's than this factor are tried last.
 NEAR = 1.6

@@ -1,1 +1,1 @@
-"""What detection and segmentation share: maps of several scales, padded batches."""
+"""Maps of several scales and padded batches, which detection and segmentation share."""

@@ -14,8 +14,7 @@ from vitlinear.checkpoints import checkpoint_filter_fn
 from vitlinear.checkpoints.read import CheckpointError, read_checkpoint
 from vitlinear.create import build_model
 from vitlinear.errors import UserError, one_line
-from vitlinear.models._isotropic import IsotropicBackbone
-from vitlinear.models._stages import StagedBackbone
+from vitlinear.models._contract import TimmBackbone
 
 from .padding import padding, valid_sizes_of, zero_padding
 from .pyramid import SimpleFeaturePyramid
@@ -146,7 +145,7 @@ class MultiScaleBackbone(nn.Module):
         Raises:
             UserError: The sizes do not fit the images, or the model is not one of ours.
         """
-        if valid_sizes is None and isinstance(self.model, (StagedBackbone, IsotropicBackbone)):
+        if valid_sizes is None and isinstance(self.model, TimmBackbone):
             valid_sizes = valid_sizes_of(images)
         with padding(self, images.shape[-2:], valid_sizes):
             maps = self.model.forward_intermediates(
@@ -170,7 +169,7 @@ class MultiScaleBackbone(nn.Module):
         return self
 
     def _stages(self) -> tuple[str, list[nn.Module]]:
-        """What `frozen_stages` counts, after the name that holds it."""
+        """The stages that `frozen_stages` counts, after the name that holds them."""
         for name in ("stages", "blocks"):
             if isinstance(stages := getattr(self.model, name, None), nn.Module):
                 return name, list(stages.children())

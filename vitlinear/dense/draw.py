@@ -1,4 +1,4 @@
-"""What detectors and segmentors found, drawn onto the image."""
+"""Draws boxes, masks and label maps that a model found onto the image."""
 
 import colorsys
 from collections.abc import Sequence

@@ -30,22 +30,8 @@ from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from vitlinear.errors import UserError
-from vitlinear.layers import (
-    CrossShapedAttention,
-    DepthwiseConv,
-    GatedAttention,
-    InLineAttention,
-    InLineTokenAttention,
-    LightNetAttention,
-    LinearAttention,
-    MdTpe,
-    PaddedWindowAttention,
-    ShiftedWindowAttention,
-)
-from vitlinear.models._isotropic import AddPositions
+from vitlinear.layers.padding_rule import MASK, SIZES, ZEROS, ZEROS_CHANNELS_FIRST
 from vitlinear.models._valid_region import ValidRegion, use_valid_region, valid_region
-from vitlinear.models.inline_pvt import PositionedPatchEmbed
-from vitlinear.models.inline_swin import MapMerging
 
 Sizes = Sequence[tuple[int, int]]
 
@@ -69,7 +55,7 @@ def attach_valid_sizes(images: Tensor, valid_sizes: Sizes) -> Tensor:
 
 
 def valid_sizes_of(images: Tensor) -> tuple[tuple[int, int], ...] | None:
-    """What `attach_valid_sizes` noted on a batch, or None."""
+    """The sizes that `attach_valid_sizes` noted on a batch, or None."""
     return getattr(images, "valid_sizes", None)
 
 
@@ -119,7 +105,7 @@ def padding(
             yield
         return
     add_hooks(model)
-    rounds_down = any(isinstance(module, PositionedPatchEmbed) for module in model.modules())
+    rounds_down = any(getattr(module, "rounds_down", False) for module in model.modules())
     patches = [x.patch_size[0] for x in model.modules() if isinstance(x, PatchEmbed)]
     region = ValidRegion(full, sizes, rounds_down, patch_size=patches[0] if patches else 1)
     with use_valid_region(region):
@@ -148,14 +134,14 @@ def add_hooks(model: nn.Module) -> None:
     """Make the layers of a model ask for the valid sizes; hooks that are there are kept.
 
     Raises:
-        UserError: The model has no attention of this package.
+        UserError: The model has no layer of this package that mixes tokens.
     """
-    inside: set[nn.Module] = set()  # attentions do themselves what their parts need
+    inside: set[nn.Module] = set()  # layers with a rule do themselves what their parts need
     for module in model.modules():
         hook = _hook_for(module)
         if hook is None or module in inside:
             continue
-        if isinstance(module, _ATTENTIONS):
+        if hasattr(module, "padding_rule"):
             inside.update(module.modules())
         if hook not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(hook, with_kwargs=True)
@@ -170,7 +156,7 @@ def remove_hooks(model: nn.Module) -> None:
     """Take away what `padding` left on a model."""
     for module in model.modules():
         for key, hook in list(module._forward_pre_hooks.items()):
-            if hook in _HOOKS:
+            if hook in _HOOKS.values():
                 del module._forward_pre_hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
 
@@ -192,41 +178,35 @@ def _region_of(x: Tensor) -> ValidRegion | None:
     return region
 
 
-def _mask_attention(module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> _Inputs | None:
-    """For attentions over maps [B, H, W, C], or tokens [B, N, C] given with height and width."""
-    region = _region_of(args[0])
+def _map_size(x: Tensor, args: tuple[Any, ...]) -> tuple[int, int]:
+    """Height and width of a map [B, H, W, C], or of the map among tokens [B, N, C]."""
+    height, width = x.shape[1:3] if x.dim() == 4 else args[1:3]
+    return height, width
+
+
+def _give_mask(module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> _Inputs | None:
+    """Forward pre-hook of layers with the rule `MASK`."""
+    x = args[0]
+    region = _region_of(x)
     if region is None:
         return None
-    x = args[0]
-    height, width = x.shape[1:3] if x.dim() == 4 else args[1:3]
+    height, width = _map_size(x, args)
     mask = region.mask(height, width, x.device)
     if x.dim() == 3:
         mask = F.pad(mask.flatten(1), (x.shape[1] - height * width, 0))
     return args, {**kwargs, "key_padding_mask": mask}
 
 
-def _size_attention(module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> _Inputs | None:
-    """For attentions whose windows depend on the size of the map [B, H, W, C]."""
+def _give_sizes(module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> _Inputs | None:
+    """Forward pre-hook of layers with the rule `SIZES`."""
     region = _region_of(args[0])
     if region is None:
         return None
-    return args, {**kwargs, "valid_sizes": region.map_sizes(*args[0].shape[1:3])}
-
-
-def _size_positions(module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> _Inputs | None:
-    """For learned positions, which are resized to the map."""
-    region = _region_of(args[0])
-    if region is None:
-        return None
-    if isinstance(module, PositionedPatchEmbed):
-        height, width = (max(side // module.patch_size, 1) for side in args[0].shape[2:])
-    else:
-        height, width = args[3:5]
-    return args, {**kwargs, "valid_sizes": region.map_sizes(height, width)}
+    return args, {**kwargs, "valid_sizes": region.map_sizes(*_map_size(args[0], args))}
 
 
 def _zero_tokens(module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> _Inputs | None:
-    """For modules that mix tokens of a map [B, H, W, C] and take what is beyond it for zero."""
+    """Forward pre-hook of layers with the rule `ZEROS`."""
     region = _region_of(args[0])
     if region is None:
         return None
@@ -241,29 +221,18 @@ def zero_map(module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> _Inputs |
     return (zero_padding(x), *rest), kwargs
 
 
-_HOOKS = (_mask_attention, _size_attention, _size_positions, _zero_tokens, zero_map)
-_MASKED = (
-    GatedAttention,
-    InLineAttention,
-    InLineTokenAttention,
-    LightNetAttention,
-    LinearAttention,
-)
-_SIZED = (ShiftedWindowAttention, CrossShapedAttention)
-_ATTENTIONS = (*_MASKED, *_SIZED, PaddedWindowAttention)
+_HOOKS = {
+    MASK: _give_mask,
+    SIZES: _give_sizes,
+    ZEROS: _zero_tokens,
+    ZEROS_CHANNELS_FIRST: zero_map,
+}
 
 
 def _hook_for(module: nn.Module) -> Any:
-    if isinstance(module, _SIZED) or (isinstance(module, InLineAttention) and module.window_size):
-        return _size_attention
-    if isinstance(module, _MASKED):
-        return _mask_attention
-    if isinstance(module, (AddPositions, PositionedPatchEmbed)):
-        return _size_positions
-    if isinstance(module, (PaddedWindowAttention, MdTpe, DepthwiseConv)):
-        return _zero_tokens
-    if isinstance(module, MapMerging):
-        return zero_map
+    rule = getattr(module, "padding_rule", None)
+    if rule is not None:
+        return _HOOKS[rule]
     if isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1:
         return zero_map
     return None

@@ -60,7 +60,7 @@ class BackboneWithFPN(nn.Module):
         return maps
 
     def levels(self, images: Tensor) -> dict[str, Tensor]:
-        """What `forward` gives if no image is padded."""
+        """Maps of the pyramid by name, of images without padding."""
         maps: dict[str, Tensor] = {}
         for i, x in enumerate(self.body(images)):
             maps[str(i)] = x
@@ -83,7 +83,7 @@ class ValidSizesTransform(GeneralizedRCNNTransform):
     def forward(
         self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None
     ) -> tuple[ImageList, list[dict[str, Tensor]] | None]:
-        """What torchvision's class gives; `vitlinear.dense.padding` describes what is attached."""
+        """Batch as torchvision's class gives it, valid sizes attached."""
         batch, targets = super().forward(images, targets)
         attach_valid_sizes(batch.tensors, batch.image_sizes)
         return batch, targets

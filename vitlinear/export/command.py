@@ -17,12 +17,12 @@ from vitlinear.cards.info import check_name
 from vitlinear.checkpoints.card import Card, read_card
 from vitlinear.checkpoints.download import digest
 from vitlinear.checkpoints.load import load_model
-from vitlinear.checkpoints.published import NONE_STATED, published_row
 from vitlinear.checkpoints.read import read_metadata
 from vitlinear.cli.flags import COUNT
 from vitlinear.cli.parser import KeyValues, Parser
 from vitlinear.create import build_model, check_model_kwargs, data_config
 from vitlinear.errors import UserError
+from vitlinear.facts import NONE_STATED, published_row
 from vitlinear.revision import source_commit
 
 from . import calibration
@@ -190,7 +190,7 @@ def _origin(args: argparse.Namespace, model: nn.Module) -> dict[str, str]:
 
 
 def metadata_of(card: Card, **more: object) -> dict[str, str]:
-    """What a file says of itself, and of the program in it; all but plain text is JSON."""
+    """Metadata of a file and of the program in it; all but plain text is JSON."""
     config = card.data_config
     values = {
         "model": card.model,

@@ -6,17 +6,15 @@ import dataclasses
 import re
 
 import torch
-from timm.models import split_model_name_tag
 
 from vitlinear.errors import UserError
-from vitlinear.models.names import module_of
+from vitlinear.models import on_meta
 
 MOST_IMAGES, LONGEST_SIDE = 4096, 4096
 
-# A last map of one row or column is a program of its own. InLine-PVT leaves incomplete patches
-# out; every other model rounds up, so that 33 pixels are two rows.
-SHORTEST_SIDE = {"inline_pvt": 64}
-OTHER_SHORTEST_SIDE = 33
+# A last map of one row or column is a program of its own. Where maps leave incomplete patches out,
+# 64 pixels are two rows; elsewhere they round up, so that 33 pixels are.
+SHORTEST_SIDE_ROUNDING_DOWN, SHORTEST_SIDE = 64, 33
 # Sides are traced from a multiple of this, and 1 more, on: of a map of ceil(side / 32) rows
 # torch.export (2.11) then proves that there are at least so many, and from others on it does not.
 STRIDE = 32
@@ -58,7 +56,8 @@ class Range:
 
 def shortest_side(model: str) -> int:
     """The least height and width of one program for sizes of a range, in pixels."""
-    return SHORTEST_SIDE.get(module_of(split_model_name_tag(model)[0]), OTHER_SHORTEST_SIDE)
+    rounds_down = getattr(on_meta(model), "rounds_down", False)
+    return SHORTEST_SIDE_ROUNDING_DOWN if rounds_down else SHORTEST_SIDE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +68,7 @@ class Shapes:
     height: Range
     width: Range
     channels: int = 3
-    least: int = OTHER_SHORTEST_SIDE
+    least: int = SHORTEST_SIDE
 
     @classmethod
     def of(

@@ -1,14 +1,14 @@
 """Modules that models are built from. Token maps are channels-last, [B, H, W, C]."""
 
-from .attention.attend import check_attn_type, learns_temperature
-from .attention.cross_shaped import CrossShapedAttention
+from .attention.cross_shaped_attention import CrossShapedAttention
 from .attention.gated_attention import GatedAttention, NormGatedAttention
 from .attention.inline_attention import InjectiveAttention, InLineAttention, InLineTokenAttention
 from .attention.lightnet_attention import LightNetAttention
 from .attention.linear_attention import LinearAttention
-from .attention.md_tpe import AxisTpe, MdTpe
-from .attention.padded_windows import PaddedWindowAttention
-from .attention.shifted_windows import ShiftedWindowAttention, SoftmaxAttention
+from .attention.padded_window_attention import PaddedWindowAttention
+from .attention.scriptable import check_attn_type, learns_temperature
+from .attention.shifted_window_attention import ShiftedWindowAttention
+from .attention.softmax_attention import SoftmaxAttention
 from .conv.ceil_conv import CeilConv
 from .conv.conv_norm_act import ConvNormAct
 from .conv.conv_stem import ConvStem, check_images
@@ -18,10 +18,15 @@ from .conv.local_concentration import LocalConcentration
 from .fold import fold_scale
 from .linear import Linear
 from .mlp import ConvMlp, Mlp, SwiGlu
+from .positions.learned import AddMapPositions, AddTokenPositions
+from .positions.md_tpe import AxisTpe, MdTpe
+from .positions.rotary import MapRotaryTables
 from .recompute import run_recomputing
 from .rms_norm import HeadRmsNorm, RmsNorm
 
 __all__ = [
+    "AddMapPositions",
+    "AddTokenPositions",
     "AxisTpe",
     "CeilConv",
     "ConvMlp",
@@ -39,6 +44,7 @@ __all__ = [
     "Linear",
     "LinearAttention",
     "LocalConcentration",
+    "MapRotaryTables",
     "MdTpe",
     "Mlp",
     "NormGatedAttention",

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitlinear._timm import register_notrace_module
-from vitlinear.ops.cpu.linear import linear
+from vitlinear.ops import cpu
 
 
 # One step to torch.fx, as `nn.Linear` is.
@@ -16,7 +16,7 @@ class Linear(nn.Linear):
     """`nn.Linear` by the faster of the libraries, with the activation that was folded into it.
 
     Attributes:
-        activation: ``'none'`` or ``'gelu'``; see `vitlinear.ops.linear.linear`.
+        activation: ``'none'`` or ``'gelu'``; see `vitlinear.ops.cpu.linear`.
         frozen: Whether `fuse` was called; likewise.
     """
 
@@ -43,7 +43,7 @@ class Linear(nn.Linear):
         if torch.jit.is_scripting():
             x = F.linear(x, self.weight, self.bias)
             return F.gelu(x) if self.activation == "gelu" else x
-        return linear(x, self.weight, self.bias, self.activation, self.frozen)
+        return cpu.linear(x, self.weight, self.bias, self.activation, self.frozen)
 
     @torch.jit.ignore
     def fuse(self) -> Linear:

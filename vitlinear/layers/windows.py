@@ -180,7 +180,7 @@ def from_windows(
     down: int = 0,
     right: int = 0,
 ) -> Tensor:
-    """What `to_windows` did, undone: [B * windows, tokens, C] -> [B, H, W, C].
+    """The inverse of `to_windows`: [B * windows, tokens, C] -> [B, H, W, C].
 
     Args:
         x: Tokens of windows.
@@ -216,7 +216,7 @@ def is_one(count: int) -> bool:
 def window_padding(
     x: Tensor, rows: tuple[int, int], cols: tuple[int, int], key_padding_mask: Tensor | None
 ) -> Tensor | None:
-    """Which tokens of `to_windows` are padding, of the map or beyond it.
+    """A mask of the tokens of `to_windows` that are padding, of the map or beyond it.
 
     Args:
         x: Map, [B, H, W, C].

@@ -1,4 +1,4 @@
-"""How every family makes its models."""
+"""The builder that every family makes its models with."""
 
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from vitlinear.checkpoints import checkpoint_filter_fn
 from vitlinear.checkpoints.download import DownloadError, ensure_downloaded
-from vitlinear.checkpoints.published import published_files
 from vitlinear.checkpoints.read import CheckpointError, read_checkpoint
+from vitlinear.facts import published_files
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def imagenet_cfg(side: int = 224, **kwargs: Any) -> dict[str, Any]:
-    """What every ``pretrained_cfg`` says of square ImageNet images of this side.
+    """The part of a ``pretrained_cfg`` that is common to all, for square images of this side.
 
     Evaluation as all families publish it: resize to 256/224 of the side, centre crop, bicubic.
     """

@@ -1,6 +1,5 @@
 """Gradient checkpointing of blocks."""
 
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 import timm.models
@@ -8,20 +7,6 @@ import torch
 from torch import nn
 
 from ._valid_region import ValidRegion, use_valid_region, valid_region
-
-
-def check_stages(stages: Sequence[int] | None, number: int) -> Iterable[int]:
-    """The stages to switch, all of them for None.
-
-    Raises:
-        ValueError: There is no such stage.
-    """
-    if stages is None:
-        return range(number)
-    for i in stages:
-        if i not in range(number):
-            raise ValueError(f"no stage {i}: the model has stages 0 to {number - 1}")
-    return stages
 
 
 def checkpoint(block: nn.Module, *args: Any) -> Any:

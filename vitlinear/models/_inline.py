@@ -1,4 +1,4 @@
-"""What the hosts of InLine attention share: blocks, stages and the way down between them.
+"""Parts that the hosts of InLine attention share: blocks, and the way down between stages.
 
 InLine (`Bridging the Divide: Reconsidering Softmax and Linear Attention`, NeurIPS 2024)
 - paper: https://arxiv.org/abs/2412.06590

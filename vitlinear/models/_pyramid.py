@@ -12,35 +12,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import (
-    ClassifierHead,
-    DropPath,
-    LayerNorm,
-    LayerScale,
-    calculate_drop_path_rates,
-)
+from timm.layers import DropPath, LayerNorm, LayerScale
 from torch import Tensor, nn
 
-from vitlinear._timm import register_notrace_function
 from vitlinear.layers import (
     ConvMlp,
     ConvNormAct,
     ConvStem,
     GatedAttention,
+    MapRotaryTables,
     ResidualDepthwiseConv,
     fold_scale,
     run_recomputing,
 )
-from vitlinear.ops import (
-    RotaryTables,
-    accumulation_dtype,
-    get_mechanism,
-    lrpe_tables,
-    rotary_tables,
-)
+from vitlinear.ops import RotaryTables, get_mechanism
 
-from ._gradient_checkpointing import checkpoint
-from ._stages import StagedBackbone, four_each, map_cfg
+from ._stages import Stage, StagedBackbone, four_each, map_cfg
 
 # The sizes that RALA and MALA share, as in the released code of both.
 SIZES: dict[str, dict[str, Any]] = {
@@ -99,21 +86,6 @@ def pyramid_cfg(test: bool = False, **kwargs: Any) -> dict[str, Any]:
     return map_cfg(160 if test else 224, first_conv="stem.conv1.conv", **kwargs)
 
 
-@register_notrace_function
-def stage_rotary_tables(x: Tensor, head_dim: int, cosine: bool = False) -> RotaryTables:
-    """Tables for a map [B, C, H, W]; one traced step, whatever the size of the map.
-
-    Args:
-        x: The map.
-        head_dim: Channels of a head.
-        cosine: Make those of LightNet's cosine encoding.
-    """
-    dtype = accumulation_dtype(x.dtype)
-    if cosine:
-        return lrpe_tables(x.shape[2], x.shape[3], head_dim, x.device, dtype)
-    return rotary_tables(x.shape[2], x.shape[3], head_dim, x.device, dtype)
-
-
 class PyramidBlock(nn.Module):
     """Positional convolution, attention and feed-forward network, each with its residual.
 
@@ -154,15 +126,23 @@ class PyramidBlock(nn.Module):
     def forward(self, x: Tensor, rotary: RotaryTables) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
         x = self.pos(x)
-        if torch.jit.is_scripting():
-            x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), rotary)))
-            x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        else:
-            y = run_recomputing((self.norm1, self.attn), x, rotary)
-            x = x + self.drop_path1(self.ls1(y))
-            y = run_recomputing((self.norm2, self.mlp), x)
-            x = x + self.drop_path2(self.ls2(y))
+        x = x + self.drop_path1(self.ls1(self.normed_attention(x, rotary)))
+        x = x + self.drop_path2(self.ls2(self.normed_mlp(x)))
         return x
+
+    def normed_attention(self, x: Tensor, rotary: RotaryTables) -> Tensor:
+        """attn(norm1(x)), of which backward makes the norm again."""
+        if torch.jit.is_scripting():
+            return self.attn(self.norm1(x), rotary)
+        else:  # noqa: RET505  TorchScript leaves out the branch not taken, but not what follows it
+            return run_recomputing((self.norm1, self.attn), x, rotary)
+
+    def normed_mlp(self, x: Tensor) -> Tensor:
+        """mlp(norm2(x)), of which backward makes the norm again."""
+        if torch.jit.is_scripting():
+            return self.mlp(self.norm2(x))
+        else:  # noqa: RET505
+            return run_recomputing((self.norm2, self.mlp), x)
 
     @torch.jit.ignore
     def fuse(self) -> nn.Module:
@@ -172,51 +152,33 @@ class PyramidBlock(nn.Module):
         return self
 
 
-class PyramidStage(nn.Module):
-    """Downsampling, then blocks, on maps [B, C, H, W] that are channels-last in memory."""
+class RotaryStage(Stage):
+    """A stage whose blocks share the rotary tables of its map."""
 
     def __init__(
-        self,
-        in_dim: int,
-        dim: int,
-        drop_paths: Sequence[float],
-        num_heads: int,
-        downsample: bool,
-        attn_type: str,
-        block_layer: type[PyramidBlock],
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        **block_args: Any,
+        self, downsample: nn.Module, blocks: Sequence[nn.Module], head_dim: int, cosine: bool
     ) -> None:
-        super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.grad_checkpointing = False
-        self.downsample = (
-            ConvNormAct(in_dim, dim, 3, stride=2, **dd) if downsample else nn.Identity()
-        )
-        self.blocks = nn.ModuleList(
-            block_layer(dim, num_heads, attn_type=attn_type, drop_path=rate, **block_args, **dd)
-            for rate in drop_paths
-        )
-        self.head_dim = dim // num_heads
-        linear = attn_type != "softmax"
-        self.cosine = linear and get_mechanism(attn_type).positions == "cosine"
+        """Put the stage together.
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C_in, H, W] -> [B, C, H', W']."""
-        x = self.downsample(x)
-        rotary = stage_rotary_tables(x, self.head_dim, self.cosine)
-        x = x.permute(0, 2, 3, 1)
-        for block in self.blocks:
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(block, x, rotary)
-            else:
-                x = block(x, rotary)
-        return x.permute(0, 3, 1, 2)
+        Args:
+            downsample: As `Stage`.
+            blocks: Take a map [B, H, W, C] and rotary tables.
+            head_dim: Channels of a head.
+            cosine: Give them LightNet's tables.
+        """
+        super().__init__(downsample, blocks)
+        self.rotary = MapRotaryTables(head_dim, cosine)
+
+    def shared(self, x: Tensor) -> tuple[RotaryTables]:
+        """The tables of a map [B, C, H, W]."""
+        return (self.rotary(x),)
 
 
 class LinearPyramid(StagedBackbone):
     """Backbone and classifier; takes images of any size, square or not.
+
+    The released training scripts decay the layer-scales, whose four axes hide them from the rule
+    that spares parameters of one axis; here they have one, and timm's rule exempts them.
 
     Attributes:
         block_layer: Class of the blocks; a family with blocks of its own overrides it.
@@ -279,44 +241,28 @@ class LinearPyramid(StagedBackbone):
         )
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
 
-        self.stem = ConvStem(in_chans, embed_dims[0], **dd)
-        drop_paths = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
-        self.stages = nn.Sequential(
-            *(
-                PyramidStage(
-                    embed_dims[max(i - 1, 0)],
-                    embed_dims[i],
-                    drop_paths=[next(drop_paths) for _ in range(depths[i])],
-                    num_heads=num_heads[i],
-                    downsample=i > 0,
-                    mlp_ratio=mlp_ratios[i],
-                    attn_type=attn_types[i],
-                    block_layer=self.block_layer,
-                    ls_init_value=ls_init_values[i],
-                    proj_drop=proj_drop_rate,
-                    backend=attn_backend,
-                    **dd,
-                )
-                for i in range(4)
+        def downsample(i: int) -> nn.Module:
+            return ConvNormAct(embed_dims[i - 1], embed_dims[i], 3, stride=2, **dd)
+
+        def block(i: int, j: int, drop_path: float) -> nn.Module:
+            return self.block_layer(
+                embed_dims[i],
+                num_heads[i],
+                mlp_ratios[i],
+                attn_type=attn_types[i],
+                ls_init_value=ls_init_values[i],
+                proj_drop=proj_drop_rate,
+                drop_path=drop_path,
+                backend=attn_backend,
+                **dd,
             )
-        )
-        self.feature_info = [
-            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"}
-            for i, dim in enumerate(embed_dims)
-        ]
+
+        def stage(i: int, downsample: nn.Module, blocks: list[nn.Module]) -> Stage:
+            kind = attn_types[i]
+            cosine = kind != "softmax" and get_mechanism(kind).positions == "cosine"
+            return RotaryStage(downsample, blocks, embed_dims[i] // num_heads[i], cosine)
+
+        self.stem = ConvStem(in_chans, embed_dims[0], **dd)
+        self.make_stages(embed_dims, depths, drop_path_rate, downsample, block, stage)
         self.final = ConvNormAct(embed_dims[-1], head_width, 1, act=nn.SiLU(), **dd)
-        self.num_features = self.head_hidden_size = head_width
-        # A 1x1 convolution, as released: without pooling it gives a map of logits.
-        self.head = ClassifierHead(
-            head_width, num_classes, global_pool, drop_rate, use_conv=True, **dd
-        )
-        self.init_weights(needs_reset=False)
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Parameters without weight decay beyond the usual one-dimensional ones: none.
-
-        The released training scripts decay the layer-scales, whose four axes hide them from that
-        rule; here they have one axis and timm's rule exempts them.
-        """
-        return set()
+        self.make_head(head_width, global_pool, **dd)

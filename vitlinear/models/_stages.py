@@ -1,27 +1,24 @@
-"""What every backbone of four stages here has in common: timm's contract for feature hierarchies.
+"""The skeleton of backbones of four stages, with timm's contract for feature hierarchies.
 
-A family builds ``stem``, ``stages``, ``final`` and ``head`` in its constructor; everything that
-timm asks of a model stands here. Maps between the parts are [B, C, H, W], channels-last in memory.
+A family makes ``stem``, stages, ``final`` and head in its constructor, in this order; see
+`vitlinear/models/l2vit.py`. Maps between the parts are [B, C, H, W], channels-last in memory.
 
 No `from __future__ import annotations` in files of models: torch.fx copies the annotations of
 `forward` into the code it generates, and TorchScript cannot read them there as strings.
 """
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from timm.layers import get_device_dtype, trunc_normal_
+from timm.layers import ClassifierHead, calculate_drop_path_rates, get_device_dtype
 from torch import Tensor, nn
 
 from vitlinear._timm import feature_take_indices
-from vitlinear.layers.fold import fuse_model
 
 from ._build import imagenet_cfg
-from ._gradient_checkpointing import check_stages, checkpoint
-
-POOL_TYPES = ("", "avg", "max", "avgmax")
+from ._contract import TimmBackbone
+from ._gradient_checkpointing import checkpoint
 
 
 def map_cfg(side: int = 224, **kwargs: Any) -> dict[str, Any]:
@@ -31,84 +28,97 @@ def map_cfg(side: int = 224, **kwargs: Any) -> dict[str, Any]:
     )
 
 
-class BlockStage(nn.Module):
+class Stage(nn.Module):
     """Downsampling, then blocks, on maps [B, C, H, W] that are channels-last in memory."""
 
     def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        """Put the stage together.
+
+        Args:
+            downsample: Takes and gives a map [B, C, H, W].
+            blocks: Take and give a map [B, H, W, C], and take what `shared` makes.
+        """
         super().__init__()
         self.grad_checkpointing = False
         self.downsample = downsample
         self.blocks = nn.ModuleList(blocks)
 
+    def shared(self, x: Tensor) -> tuple[()]:
+        """Further arguments of all blocks, made once from the map [B, C, H, W]: none."""
+        return ()
+
     def forward(self, x: Tensor) -> Tensor:
         """[B, C_in, H, W] -> [B, C, H', W']."""
-        x = self.downsample(x).permute(0, 2, 3, 1)
+        x = self.downsample(x)
+        shared = self.shared(x)
+        x = x.permute(0, 2, 3, 1)
         for block in self.blocks:
             if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(block, x)
+                x = checkpoint(block, x, *shared)
             else:
-                x = block(x)
+                x = block(x, *shared)
         return x.permute(0, 3, 1, 2)
 
 
-class StagedBackbone(nn.Module):
+class StagedBackbone(TimmBackbone):
     """Stem, four stages, what follows them, and a classifier; takes images of any size.
 
-    Subclasses set, in their constructor:
+    Subclasses set, in their constructor and in this order:
 
     Attributes:
         stem: Images [B, in_chans, H, W] -> first map.
-        stages: `nn.Sequential` of four modules, each with a flag ``grad_checkpointing`` and a
-            list ``blocks``; downsampling comes first in a stage, so that the output of a stage is
-            its feature map.
+        stages: By `make_stages`. Downsampling comes first in a stage, so that what a stage puts
+            out is its feature map.
         final: Last map -> features of the classifier; a norm or a projection.
-        head: A `timm.layers.ClassifierHead`.
-        feature_info: For each stage its channels, reduction and module.
-        num_features: Channels after `final`.
+        head: By `make_head`.
     """
 
     feature_cfg = {"out_indices": (0, 1, 2, 3), "flatten_sequential": True}
 
     def __init__(self, in_chans: int, num_classes: int, global_pool: str, drop_rate: float) -> None:
-        """Check and keep what every family takes.
-
-        Args:
-            in_chans: Channels of the image.
-            num_classes: Classes; 0 leaves the classifier out.
-            global_pool: Pooling before the classifier.
-            drop_rate: Dropout rate before the classifier.
-
-        Raises:
-            ValueError: A number is too small.
-            AssertionError: The pooling is not supported.
-        """
-        super().__init__()
-        if in_chans < 1 or num_classes < 0:
-            raise ValueError(f"in_chans {in_chans} or num_classes {num_classes} is too small")
-        check_pool(global_pool)
+        """Check and keep what every family takes; arguments as `TimmBackbone`."""
+        super().__init__(in_chans, num_classes, global_pool, drop_rate)
         # Declared here, not in the class: TorchScript would take those for types of its own.
         self.stem: nn.Module
         self.stages: nn.Sequential
         self.final: nn.Module
         self.head: nn.Module
-        self.feature_info: list[dict[str, Any]]
-        self.num_features: int
-        self.head_hidden_size: int
-        self.in_chans = in_chans
-        self.num_classes = num_classes
-        self.drop_rate = drop_rate
 
-    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
-        """Set every parameter and buffer to its initial value, also after `to_empty()`.
-
-        Truncated normal with deviation 0.02 for the weights of convolutions and linear layers, as
-        in the released code; zero biases; all else as its module says.
+    def make_stages(
+        self,
+        dims: Sequence[int],
+        depths: Sequence[int],
+        drop_path_rate: float,
+        downsample: Callable[[int], nn.Module],
+        block: Callable[[int, int, float], nn.Module],
+        stage: Callable[[int, nn.Module, list[nn.Module]], Stage] | None = None,
+    ) -> None:
+        """Set `stages`, and the levels that they give.
 
         Args:
-            mode: Unused, part of timm's signature.
-            needs_reset: Also reset modules that initialised themselves when they were made.
+            dims: Channels of each stage.
+            depths: Blocks of each stage.
+            drop_path_rate: Stochastic depth rate of the last block, growing linearly from 0.
+            downsample: What stands before the blocks of stage i > 0; takes i.
+            block: A block; takes the stage i, the place j in it, and its stochastic depth rate.
+            stage: Puts stage i together from its downsampling and its blocks; `Stage` by default.
         """
-        self.apply(partial(init_module, needs_reset=needs_reset))
+        rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+        self.stages = nn.Sequential()
+        for i, depth in enumerate(depths):
+            down = nn.Identity() if i == 0 else downsample(i)
+            blocks = [block(i, j, next(rates)) for j in range(depth)]
+            self.stages.append(stage(i, down, blocks) if stage else Stage(down, blocks))
+        self.set_features("stages", dims, [4 * 2**i for i in range(len(dims))])
+
+    def make_head(self, width: int, global_pool: str, **dd: Any) -> None:
+        """Set the classifier for features of this width; the last step of a constructor."""
+        self.num_features = self.head_hidden_size = width
+        # A 1x1 convolution, as released: without pooling it gives a map of logits.
+        self.head = ClassifierHead(
+            width, self.num_classes, global_pool, self.drop_rate, use_conv=True, **dd
+        )
+        self.init_weights(needs_reset=False)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -124,47 +134,17 @@ class StagedBackbone(nn.Module):
             ],
         }
 
-    @torch.jit.ignore
-    def set_grad_checkpointing(
-        self, enable: bool = True, stages: Sequence[int] | None = None
-    ) -> None:
-        """Recompute every block during backward instead of keeping its activations.
-
-        Args:
-            enable: Whether to.
-            stages: Indices of the stages to switch, the others staying as they are; None for all.
-                The first ones have the most tokens, and keep the most for their share of the work.
-
-        Raises:
-            ValueError: There is no such stage.
-        """
-        for i in check_stages(stages, len(self.stages)):
-            self.stages[i].grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def fuse(self) -> "StagedBackbone":
-        """Fold what inference does not need apart into its neighbours; see `fuse_model`."""
-        fuse_model(self)
-        return self
+    def stages_with_blocks(self) -> Sequence[Any]:
+        """The stages."""
+        return list(self.stages)
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         """The classifier."""
         return self.head.fc
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier.
-
-        Args:
-            num_classes: Classes; 0 leaves the classifier out.
-            global_pool: New pooling; None keeps the present one.
-
-        Raises:
-            AssertionError: The pooling is not supported.
-        """
-        if global_pool is not None:
-            check_pool(global_pool)
-        self.num_classes = num_classes
+    def set_classifier(self, num_classes: int, global_pool: str | None) -> None:
+        """Make the classifier anew."""
         self.head.reset(num_classes, global_pool, **get_device_dtype(self))
 
     def forward_intermediates(
@@ -249,11 +229,6 @@ class StagedBackbone(nn.Module):
         """Features -> logits [B, num_classes], or the pooled features if pre_logits."""
         return self.head(x, pre_logits=pre_logits)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Images [B, in_chans, H, W] -> logits [B, num_classes]."""
-        x = self.forward_features(x)
-        return self.forward_head(x)
-
 
 def four_each(**settings: Sequence[Any]) -> None:
     """Check that per-stage settings have four entries.
@@ -264,21 +239,3 @@ def four_each(**settings: Sequence[Any]) -> None:
     for name, setting in settings.items():
         if isinstance(setting, str) or not isinstance(setting, Sequence) or len(setting) != 4:
             raise ValueError(f"{name} must have four entries, one for each stage; got {setting!r}")
-
-
-def check_pool(global_pool: str) -> None:
-    """Raise `AssertionError` for a pooling that the classifier does not have."""
-    # Raised, not asserted: python -O would let it pass. The type is what timm's contract asks for.
-    if global_pool not in POOL_TYPES:
-        names = ", ".join(map(repr, POOL_TYPES))
-        raise AssertionError(f"global_pool {global_pool!r} is not supported; choose from: {names}")
-
-
-def init_module(module: nn.Module, needs_reset: bool = True) -> None:
-    """Give one module its initial values; see `StagedBackbone.init_weights`."""
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif needs_reset and hasattr(module, "reset_parameters"):
-        module.reset_parameters()

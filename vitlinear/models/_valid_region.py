@@ -1,4 +1,7 @@
-"""What of a padded batch is image: the state that a forward pass on such a batch runs under."""
+"""The part of a padded batch that is image, as a state that a forward pass runs under.
+
+`vitlinear.dense.padding` sets it; gradient checkpointing sets it again for what it recomputes.
+"""
 
 from __future__ import annotations
 

@@ -13,16 +13,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates
+from timm.layers import LayerNorm2d
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from vitlinear.checkpoints.published import pretrained_source
-from vitlinear.layers.attention.cross_shaped import CrossShapedAttention
+from vitlinear.facts import pretrained_source
+from vitlinear.layers.attention.cross_shaped_attention import CrossShapedAttention
 
 from ._build import build_model
 from ._inline import ConvNorm, ImageConvNorm, InLineBlock, inline_cfg
-from ._stages import BlockStage, StagedBackbone, four_each
+from ._stages import StagedBackbone, four_each
 
 __all__ = ["InLineCSwin"]
 
@@ -88,9 +88,11 @@ class InLineCSwin(StagedBackbone):
         )
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         dims = [embed_dim * 2**i for i in range(4)]
-        drop_paths = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
 
-        def block(i: int) -> nn.Module:
+        def downsample(i: int) -> nn.Module:
+            return ConvNorm(dims[i - 1], dims[i], 3, 2, 1, **dd)
+
+        def block(i: int, j: int, drop_path: float) -> nn.Module:
             attn = CrossShapedAttention(
                 dims[i],
                 num_heads[i],
@@ -100,35 +102,12 @@ class InLineCSwin(StagedBackbone):
                 attn_backend,
                 **dd,
             )
-            return CrossShapedBlock(
-                dims[i], attn, mlp_ratio, 1e-5, proj_drop_rate, next(drop_paths), **dd
-            )
+            return CrossShapedBlock(dims[i], attn, mlp_ratio, 1e-5, proj_drop_rate, drop_path, **dd)
 
         self.stem = ImageConvNorm(in_chans, dims[0], 7, 4, 2, **dd)
-        self.stages = nn.Sequential(
-            *(
-                BlockStage(
-                    nn.Identity() if i == 0 else ConvNorm(dims[i - 1], dims[i], 3, 2, 1, **dd),
-                    [block(i) for _ in range(depths[i])],
-                )
-                for i in range(4)
-            )
-        )
-        self.feature_info = [
-            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"}
-            for i, dim in enumerate(dims)
-        ]
+        self.make_stages(dims, depths, drop_path_rate, downsample, block)
         self.final = LayerNorm2d(dims[-1], eps=1e-5, **dd)
-        self.num_features = self.head_hidden_size = dims[-1]
-        self.head = ClassifierHead(
-            dims[-1], num_classes, global_pool, drop_rate, use_conv=True, **dd
-        )
-        self.init_weights(needs_reset=False)
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Parameters without weight decay beyond the usual one-dimensional ones: none."""
-        return set()
+        self.make_head(dims[-1], global_pool, **dd)
 
 
 BASE: dict[str, Any] = {"embed_dim": 96, "depths": (3, 6, 29, 2), "num_heads": (4, 8, 16, 32)}

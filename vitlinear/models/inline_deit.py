@@ -13,12 +13,13 @@ from typing import Any
 
 from timm.models import generate_default_cfgs, register_model
 
-from vitlinear.checkpoints.published import pretrained_source
+from vitlinear.facts import pretrained_source
 from vitlinear.layers.attention.inline_attention import InLineTokenAttention
 
 from ._build import build_model
+from ._deit import DeiT
 from ._inline import INLINE
-from ._isotropic import DeiT, token_cfg
+from ._isotropic import token_cfg
 
 __all__ = ["InLineDeiT"]
 

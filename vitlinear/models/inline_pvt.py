@@ -12,25 +12,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import (
-    ClassifierHead,
-    LayerNorm2d,
-    calculate_drop_path_rates,
-    to_2tuple,
-    trunc_normal_,
-)
+from timm.layers import LayerNorm2d, to_2tuple, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vitlinear._timm import register_notrace_module
-from vitlinear.checkpoints.published import pretrained_source
-from vitlinear.layers import check_images
+from vitlinear.facts import pretrained_source
+from vitlinear.layers import AddMapPositions, check_images
 from vitlinear.layers.attention.inline_attention import InLineAttention
-from vitlinear.layers.windows import join_maps
 
 from ._build import build_model
 from ._inline import InLineBlock, inline_cfg
-from ._stages import BlockStage, StagedBackbone, four_each
+from ._stages import StagedBackbone, four_each
 
 __all__ = ["InLinePVT"]
 
@@ -56,19 +49,18 @@ class PositionedPatchEmbed(nn.Module):
         self.conv = nn.Conv2d(in_dim, dim, patch_size, patch_size, **dd)
         self.norm = LayerNorm2d(dim, eps=1e-5, **dd)
         self.pos_embed = nn.Parameter(torch.empty(1, grid_size[0] * grid_size[1], dim, **dd))
+        self.add_positions = AddMapPositions()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Truncated normal positions."""
         trunc_normal_(self.pos_embed, std=0.02)
 
-    def forward(self, x: Tensor, valid_sizes: list[tuple[int, int]] | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Embed patches.
 
         Args:
             x: Images or a map, [B, in_dim, H, W]; channels are checked.
-            valid_sizes: Height and width of the part of each map put out that is no padding:
-                positions are resized to it.
 
         Returns:
             [B, dim, H', W'] with H' = floor(H / patch_size), but at least 1: as released, an
@@ -81,35 +73,14 @@ class PositionedPatchEmbed(nn.Module):
         H, W, side = x.shape[2], x.shape[3], self.patch_size
         if side > H or side > W:
             x = F.pad(x, [0, max(side - W, 0), 0, max(side - H, 0)])
-        x = self.norm(self.conv(x))
-        if valid_sizes is None:
-            return x + self.positions(x.shape[2], x.shape[3])
-        maps: list[Tensor] = []
-        for height, width in valid_sizes:
-            maps.append(self.positions(height, width).permute(0, 2, 3, 1))
-        return x + join_maps(maps, x.shape[2], x.shape[3]).permute(0, 3, 1, 2)
-
-    def positions(self, height: int, width: int) -> Tensor:
-        """The positions of a map of this size, [1, dim, height, width]; as learned if it fits."""
-        rows, cols = self.grid_size
-        pos = self.pos_embed.reshape(1, rows, cols, -1).permute(0, 3, 1, 2)
-        if torch.jit.is_scripting():
-            known = height == rows and width == cols
-        else:
-            # To compare them would tie an exported program to the size it was made with; to
-            # resize them to their own size changes nothing. Resized with channels last, the
-            # strides of half-precision ones would tie it to some sizes, too.
-            compiling = torch.compiler.is_compiling()
-            known = not compiling and (height, width) == (rows, cols)
-            if compiling:
-                pos = pos.contiguous()
-        if not known:
-            pos = F.interpolate(pos, size=[height, width], mode="bilinear", align_corners=False)
-        return pos
+        x = self.norm(self.conv(x)).permute(0, 2, 3, 1)
+        return self.add_positions(x, self.pos_embed, self.grid_size).permute(0, 3, 1, 2)
 
 
 class InLinePVT(StagedBackbone):
     """Backbone and classifier; takes images of any size, square or not."""
+
+    rounds_down = True
 
     def __init__(
         self,
@@ -156,7 +127,7 @@ class InLinePVT(StagedBackbone):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         height, width = to_2tuple(img_size)
 
-        def embed(i: int) -> nn.Module:
+        def patch_embed(i: int) -> nn.Module:
             side = 4 * 2**i
             return PositionedPatchEmbed(
                 in_chans if i == 0 else embed_dims[i - 1],
@@ -166,7 +137,7 @@ class InLinePVT(StagedBackbone):
                 **dd,
             )
 
-        def block(i: int, drop_path: float) -> nn.Module:
+        def block(i: int, j: int, drop_path: float) -> nn.Module:
             attn = InLineAttention(
                 embed_dims[i], num_heads[i], 0, proj_drop_rate, attn_backend, **dd
             )
@@ -174,27 +145,10 @@ class InLinePVT(StagedBackbone):
                 embed_dims[i], attn, mlp_ratios[i], 1e-6, proj_drop_rate, drop_path, **dd
             )
 
-        drop_paths = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
-        self.stem = embed(0)
-        self.stages = nn.Sequential(
-            *(
-                BlockStage(
-                    nn.Identity() if i == 0 else embed(i),
-                    [block(i, next(drop_paths)) for _ in range(depths[i])],
-                )
-                for i in range(4)
-            )
-        )
-        self.feature_info = [
-            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"}
-            for i, dim in enumerate(embed_dims)
-        ]
+        self.stem = patch_embed(0)
+        self.make_stages(embed_dims, depths, drop_path_rate, patch_embed, block)
         self.final = nn.Identity()
-        self.num_features = self.head_hidden_size = embed_dims[-1]
-        self.head = ClassifierHead(
-            embed_dims[-1], num_classes, global_pool, drop_rate, use_conv=True, **dd
-        )
-        self.init_weights(needs_reset=False)
+        self.make_head(embed_dims[-1], global_pool, **dd)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

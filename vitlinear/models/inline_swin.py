@@ -14,18 +14,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, LayerNorm, LayerNorm2d, calculate_drop_path_rates
+from timm.layers import LayerNorm, LayerNorm2d
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from vitlinear.checkpoints.published import pretrained_source
+from vitlinear.facts import pretrained_source
 from vitlinear.layers import Linear
 from vitlinear.layers.attention.inline_attention import InLineAttention
-from vitlinear.layers.attention.shifted_windows import ShiftedWindowAttention
+from vitlinear.layers.attention.shifted_window_attention import ShiftedWindowAttention
+from vitlinear.layers.padding_rule import ZEROS_CHANNELS_FIRST
 
 from ._build import build_model
 from ._inline import ImageConvNorm, InLineBlock, inline_cfg
-from ._stages import BlockStage, StagedBackbone, four_each
+from ._stages import StagedBackbone, four_each
 
 __all__ = ["InLineSwin"]
 
@@ -36,6 +37,8 @@ class MapMerging(nn.Module):
     timm has this layer; its padding, by the rest of a division, ties an exported program to odd or
     to even maps.
     """
+
+    padding_rule = ZEROS_CHANNELS_FIRST
 
     def __init__(
         self, dim: int, device: torch.device | None = None, dtype: torch.dtype | None = None
@@ -109,9 +112,11 @@ class InLineSwin(StagedBackbone):
         four_each(depths=depths, num_heads=num_heads, num_inline=num_inline)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         dims = [embed_dim * 2**i for i in range(4)]
-        drop_paths = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
 
-        def block(i: int, j: int) -> nn.Module:
+        def downsample(i: int) -> nn.Module:
+            return MapMerging(dims[i - 1], **dd)
+
+        def block(i: int, j: int, drop_path: float) -> nn.Module:
             attn: nn.Module
             if j < num_inline[i]:
                 attn = InLineAttention(
@@ -127,30 +132,12 @@ class InLineSwin(StagedBackbone):
                     backend=attn_backend,
                     **dd,
                 )
-            return InLineBlock(
-                dims[i], attn, mlp_ratio, 1e-5, proj_drop_rate, next(drop_paths), **dd
-            )
+            return InLineBlock(dims[i], attn, mlp_ratio, 1e-5, proj_drop_rate, drop_path, **dd)
 
         self.stem = ImageConvNorm(in_chans, dims[0], 4, 4, 0, **dd)
-        self.stages = nn.Sequential(
-            *(
-                BlockStage(
-                    nn.Identity() if i == 0 else MapMerging(dims[i - 1], **dd),
-                    [block(i, j) for j in range(depths[i])],
-                )
-                for i in range(4)
-            )
-        )
-        self.feature_info = [
-            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"}
-            for i, dim in enumerate(dims)
-        ]
+        self.make_stages(dims, depths, drop_path_rate, downsample, block)
         self.final = LayerNorm2d(dims[-1], eps=1e-5, **dd)
-        self.num_features = self.head_hidden_size = dims[-1]
-        self.head = ClassifierHead(
-            dims[-1], num_classes, global_pool, drop_rate, use_conv=True, **dd
-        )
-        self.init_weights(needs_reset=False)
+        self.make_head(dims[-1], global_pool, **dd)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

@@ -15,17 +15,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import (
-    ClassifierHead,
-    DropPath,
-    LayerNorm,
-    LayerNorm2d,
-    calculate_drop_path_rates,
-)
+from timm.layers import DropPath, LayerNorm, LayerNorm2d
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from vitlinear.checkpoints.published import pretrained_source
+from vitlinear.facts import pretrained_source
 from vitlinear.layers import (
     CeilConv,
     ConvNormAct,
@@ -38,7 +32,7 @@ from vitlinear.layers import (
 )
 
 from ._build import build_model
-from ._stages import BlockStage, StagedBackbone, four_each, map_cfg
+from ._stages import StagedBackbone, four_each, map_cfg
 
 __all__ = ["L2ViT"]
 
@@ -165,34 +159,12 @@ class L2LinearBlock(nn.Module):
         return x
 
 
-class L2Stage(BlockStage):
-    """Downsampling, then blocks of both kinds in turn."""
-
-    def __init__(
-        self,
-        in_dim: int,
-        dim: int,
-        drop_paths: Sequence[float],
-        window_size: int,
-        downsample: bool,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        **block_args: Any,
-    ) -> None:
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        super().__init__(
-            L2Downsample(in_dim, dim, **dd) if downsample else nn.Identity(),
-            [
-                L2LinearBlock(dim, drop_path=rate, **block_args, **dd)
-                if i % 2
-                else L2WindowBlock(dim, window_size=window_size, drop_path=rate, **block_args, **dd)
-                for i, rate in enumerate(drop_paths)
-            ],
-        )
-
-
 class L2ViT(StagedBackbone):
-    """Backbone and classifier; takes images of any size, square or not."""
+    """Backbone and classifier; takes images of any size, square or not.
+
+    Temperatures have three axes in the released code, where weight decay reaches them; here they
+    have one, and timm's rule exempts them.
+    """
 
     def __init__(
         self,
@@ -237,45 +209,23 @@ class L2ViT(StagedBackbone):
         four_each(embed_dims=embed_dims, depths=depths, num_heads=num_heads)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
 
-        self.stem = L2Stem(in_chans, embed_dims[0], **dd)
-        drop_paths = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
-        self.stages = nn.Sequential(
-            *(
-                L2Stage(
-                    embed_dims[max(i - 1, 0)],
-                    embed_dims[i],
-                    drop_paths=[next(drop_paths) for _ in range(depths[i])],
-                    window_size=window_size,
-                    downsample=i > 0,
-                    num_heads=num_heads[i],
-                    mlp_ratio=mlp_ratio,
-                    proj_drop=proj_drop_rate,
-                    backend=attn_backend,
-                    **dd,
+        def downsample(i: int) -> nn.Module:
+            return L2Downsample(embed_dims[i - 1], embed_dims[i], **dd)
+
+        def block(i: int, j: int, drop_path: float) -> nn.Module:
+            dim, heads = embed_dims[i], num_heads[i]
+            if j % 2:
+                return L2LinearBlock(
+                    dim, heads, mlp_ratio, proj_drop_rate, drop_path, attn_backend, **dd
                 )
-                for i in range(4)
+            return L2WindowBlock(
+                dim, heads, mlp_ratio, window_size, proj_drop_rate, drop_path, attn_backend, **dd
             )
-        )
-        self.feature_info = [
-            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"}
-            for i, dim in enumerate(embed_dims)
-        ]
+
+        self.stem = L2Stem(in_chans, embed_dims[0], **dd)
+        self.make_stages(embed_dims, depths, drop_path_rate, downsample, block)
         self.final = LayerNorm2d(embed_dims[-1], eps=EPS, **dd)
-        self.num_features = self.head_hidden_size = embed_dims[-1]
-        # As a 1x1 convolution it also gives a map of logits, without pooling.
-        self.head = ClassifierHead(
-            embed_dims[-1], num_classes, global_pool, drop_rate, use_conv=True, **dd
-        )
-        self.init_weights(needs_reset=False)
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Parameters without weight decay beyond the usual one-dimensional ones: none.
-
-        Temperatures have three axes in the released code, which hides them from that rule; here
-        they have one and timm's rule exempts them.
-        """
-        return set()
+        self.make_head(embed_dims[-1], global_pool, **dd)
 
 
 # Source: released code, classification/models/l2vit.py.

@@ -13,7 +13,8 @@ from timm.models import generate_default_cfgs, register_model
 from vitlinear.layers import LinearAttention, learns_temperature
 
 from ._build import build_model
-from ._isotropic import DeiT, token_cfg
+from ._deit import DeiT
+from ._isotropic import token_cfg
 
 __all__ = ["LinearDeiT"]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from timm.models import generate_default_cfgs, register_model
 
-from vitlinear.checkpoints.published import pretrained_source
+from vitlinear.facts import pretrained_source
 
 from ._build import build_model
 from ._pyramid import SIZES, LinearPyramid, linear_types, published_types, pyramid_cfg

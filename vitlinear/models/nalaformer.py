@@ -10,11 +10,10 @@ stages 3 and 4; `nalaformer_*_linear` attend with NaLa in all four.
 
 from typing import Any
 
-import torch
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor
 
-from vitlinear.layers import NormGatedAttention, ResidualDepthwiseConv, run_recomputing
+from vitlinear.layers import NormGatedAttention, ResidualDepthwiseConv
 from vitlinear.ops import RotaryTables
 
 from ._build import build_model
@@ -36,15 +35,8 @@ class NaLaBlock(PyramidBlock):
     def forward(self, x: Tensor, rotary: RotaryTables) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
         x = self.pos(x)
-        if torch.jit.is_scripting():
-            x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), rotary)))
-            x = self.pos2(x)
-            x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        else:
-            y = run_recomputing((self.norm1, self.attn), x, rotary)
-            x = self.pos2(x + self.drop_path1(self.ls1(y)))
-            y = run_recomputing((self.norm2, self.mlp), x)
-            x = x + self.drop_path2(self.ls2(y))
+        x = self.pos2(x + self.drop_path1(self.ls1(self.normed_attention(x, rotary))))
+        x = x + self.drop_path2(self.ls2(self.normed_mlp(x)))
         return x
 
 

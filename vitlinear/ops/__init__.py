@@ -1,7 +1,7 @@
 """Attention as functions on tensors. Knows nothing of modules, models or timm."""
 
 from .attention import linear_attention, softmax_attention
-from .backend import BACKENDS, Call, Choice, KernelError, choose_backend
+from .backend import BACKENDS, Choice, KernelError, Workload, choose_backend
 from .eager import accumulation_dtype
 from .mechanisms import MECHANISMS, Mechanism, get_mechanism
 from .rotary import RotaryTables, lrpe_tables, rotary_tables
@@ -9,11 +9,11 @@ from .rotary import RotaryTables, lrpe_tables, rotary_tables
 __all__ = [
     "BACKENDS",
     "MECHANISMS",
-    "Call",
     "Choice",
     "KernelError",
     "Mechanism",
     "RotaryTables",
+    "Workload",
     "accumulation_dtype",
     "choose_backend",
     "get_mechanism",

@@ -8,22 +8,24 @@ from torch.autograd import forward_ad
 
 from . import eager
 from . import registered as registered  # registers torch.ops.vitlinear.*
-from .backend import Call, choose_backend, requested_backend
+from .backend import Workload, choose_backend, requested_backend
 from .mechanisms import get_mechanism
 from .rotary import RotaryTables
+from .terms import Terms
 
 
 def linear_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    *,
     mechanism: str = "elu",
     rotary: RotaryTables | None = None,
     key_padding_mask: Tensor | None = None,
     head_scale: Tensor | None = None,
-    backend: str = "auto",
     lepe: Tensor | None = None,
     gate: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Attention whose cost grows linearly with the number of tokens.
 
@@ -48,10 +50,10 @@ def linear_attention(
             output is 0. What they hold does not matter, NaN included. Or [B] integers: the number
             of valid tokens, which then stand first.
         head_scale: tau, a factor of the state for each head, [h]; None for 1.
-        backend: ``auto``, ``eager``, ``library`` or ``triton``; see `vitlinear.ops.backend`.
         lepe: Added to the output, like q; the name is that of the locally-enhanced position
             encoding, a depthwise convolution of the values.
-        gate: Multiplies the output and lepe, like q.
+        gate: Multiplies the sum of output and lepe, like q.
+        backend: ``auto``, ``eager``, ``library`` or ``triton``; see `vitlinear.ops.backend`.
 
     Returns:
         [B, N, h, D] in the type of q. Sums are kept in float32 (float64 for float64 inputs).
@@ -71,35 +73,23 @@ def linear_attention(
         KernelError: The backend is ``triton`` and a kernel failed.
     """
     row = get_mechanism(mechanism)
-    key_padding_mask = mask_of_lengths(key_padding_mask, q)
-    check_inputs(q, k, v, rotary, key_padding_mask, row.positions)
-    if head_scale is not None and head_scale.shape != q.shape[2:3]:
-        raise ValueError(
-            f"head_scale must have one entry for each of {q.shape[2]} heads, "
-            f"got shape {tuple(head_scale.shape)}"
-        )
-    for name, x in (("lepe", lepe), ("gate", gate)):
-        if x is not None and (x.shape != q.shape or x.dtype != q.dtype):
-            raise ValueError(
-                f"{name} must have the shape and type of q, {tuple(q.shape)} {q.dtype}, "
-                f"got {tuple(x.shape)} {x.dtype}"
-            )
-    chosen = choose_backend(backend, Call.of(q, mechanism)).backend
+    terms = Terms(rotary, mask_of_lengths(key_padding_mask, q), head_scale, lepe, gate)
+    check_tokens(q, k, v)
+    check_terms(q, terms, row.positions)
+    chosen = choose_backend(backend, Workload.of(q, mechanism)).backend
     if chosen == "eager":
-        options = (rotary, key_padding_mask, head_scale, lepe, gate)
-        return eager.linear_attention(q, k, v, row, *options)
+        return eager.linear_attention(q, k, v, row, terms)
     if chosen == "triton":  # unless it was asked for by name, the formulas may stand in
         chosen = requested_backend(backend).backend
-    rows, cols = tables_for_library((q, k, v, lepe, gate), rotary)
-    return torch.ops.vitlinear.linear_attention(
-        q, k, v, rows, cols, key_padding_mask, head_scale, lepe, gate, mechanism, chosen
-    )[0]
+    check_derivatives(q, k, v, terms)
+    return torch.ops.vitlinear.linear_attention(q, k, v, mechanism, *terms.flatten(), chosen)[0]
 
 
 def softmax_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    *,
     rotary: RotaryTables | None = None,
     key_padding_mask: Tensor | None = None,
     backend: str = "auto",
@@ -109,12 +99,14 @@ def softmax_attention(
     Args, returns and errors as for `linear_attention`. All backends but ``library`` run on
     `torch.nn.functional.scaled_dot_product_attention`.
     """
-    key_padding_mask = mask_of_lengths(key_padding_mask, q)
-    check_inputs(q, k, v, rotary, key_padding_mask)
+    terms = Terms(rotary, mask_of_lengths(key_padding_mask, q))
+    check_tokens(q, k, v)
+    check_terms(q, terms)
     if choose_backend(backend).backend != "library":
-        return eager.softmax_attention(q, k, v, rotary, key_padding_mask)
-    rows, cols = tables_for_library((q, k, v), rotary)
-    return torch.ops.vitlinear.softmax_attention(q, k, v, rows, cols, key_padding_mask)[0]
+        return eager.softmax_attention(q, k, v, terms)
+    check_derivatives(q, k, v, terms)
+    rows, cols, mask, *_ = terms.flatten()
+    return torch.ops.vitlinear.softmax_attention(q, k, v, rows, cols, mask)[0]
 
 
 def mask_of_lengths(mask: Tensor | None, q: Tensor) -> Tensor | None:
@@ -124,38 +116,30 @@ def mask_of_lengths(mask: Tensor | None, q: Tensor) -> Tensor | None:
     return torch.arange(q.shape[1], device=mask.device) >= mask.unsqueeze(1)
 
 
-def tables_for_library(
-    tokens: tuple[Tensor | None, ...], rotary: RotaryTables | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """The tables as arguments of an operator, if it can give the derivatives asked for.
+def check_derivatives(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> None:
+    """Check that the registered operators can give the derivatives that are asked for.
 
     Raises:
-        NotImplementedError: It cannot, and would leave them out without a word.
+        NotImplementedError: They cannot, and would leave them out without a word.
     """
+    tokens = (q, k, v, terms.lepe, terms.gate)
     if not torch.compiler.is_compiling() and any(
         x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tokens
     ):
         raise NotImplementedError(
             "the library backend has no forward-mode derivative; use backend='eager'"
         )
-    if rotary is None:
-        return None, None
-    if torch.is_grad_enabled() and any(table.requires_grad for table in rotary):
+    tables = terms.rotary
+    if tables is None or not torch.is_grad_enabled():
+        return
+    if any(table.requires_grad for table in tables):
         raise NotImplementedError(
             "the library backend has no gradient of rotary tables; use backend='eager'"
         )
-    return rotary
 
 
-def check_inputs(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rotary: RotaryTables | None,
-    key_padding_mask: Tensor | None,
-    positions: str = "rotary",
-) -> None:
-    """Check shapes and types of the inputs of an attention.
+def check_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Check shapes and types of queries, keys and values.
 
     Raises:
         ValueError: Something does not fit; the message names it.
@@ -171,30 +155,64 @@ def check_inputs(
         raise ValueError(
             f"q, k and v must have one floating-point type, got {q.dtype}, {k.dtype}, {v.dtype}"
         )
-    if rotary is not None:
-        rows, cols = rotary
-        if not {rows.dtype, cols.dtype} <= {torch.float32, torch.float64}:
+
+
+def check_terms(q: Tensor, terms: Terms, positions: str = "rotary") -> None:
+    """Check shapes and types of the optional terms.
+
+    Args:
+        q: Queries, [B, N, h, D], already checked.
+        terms: What stands beside q, k and v.
+        positions: Kind of the position tables, as in `vitlinear.ops.Mechanism`.
+
+    Raises:
+        ValueError: Something does not fit; the message names it.
+    """
+    if terms.rotary is not None:
+        check_tables(q, terms.rotary, positions)
+    mask = terms.key_padding_mask
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            raise ValueError(f"key_padding_mask must be bool, got {mask.dtype}")
+        if mask.shape != q.shape[:2]:
             raise ValueError(
-                f"rotary tables must be float32 or float64, got {rows.dtype}, {cols.dtype}: "
-                "half precision ruins the angles of far tokens"
+                f"key_padding_mask must be [B, N] = {tuple(q.shape[:2])}, got {tuple(mask.shape)}"
             )
-        if rows.shape[0] * cols.shape[0] != q.shape[1]:
+    head_scale = terms.head_scale
+    if head_scale is not None and head_scale.shape != q.shape[2:3]:
+        raise ValueError(
+            f"head_scale must have one entry for each of {q.shape[2]} heads, "
+            f"got shape {tuple(head_scale.shape)}"
+        )
+    for name, x in (("lepe", terms.lepe), ("gate", terms.gate)):
+        if x is not None and (x.shape != q.shape or x.dtype != q.dtype):
             raise ValueError(
-                f"rotary tables of a {rows.shape[0]} x {cols.shape[0]} grid do not fit "
-                f"{q.shape[1]} tokens"
+                f"{name} must have the shape and type of q, {tuple(q.shape)} {q.dtype}, "
+                f"got {tuple(x.shape)} {x.dtype}"
             )
-        per_angle, maker = (4, "rotary_tables") if positions == "rotary" else (2, "lrpe_tables")
-        angles = (q.shape[-1] // per_angle, 2)
-        if q.shape[-1] % per_angle or rows.shape[1:] != angles or cols.shape[1:] != angles:
-            raise ValueError(
-                f"rotary tables of shapes {tuple(rows.shape)}, {tuple(cols.shape)} do not fit "
-                f"head_dim {q.shape[-1]}; make them with {maker}"
-            )
-    if key_padding_mask is not None:
-        if key_padding_mask.dtype != torch.bool:
-            raise ValueError(f"key_padding_mask must be bool, got {key_padding_mask.dtype}")
-        if key_padding_mask.shape != q.shape[:2]:
-            raise ValueError(
-                f"key_padding_mask must be [B, N] = {tuple(q.shape[:2])}, "
-                f"got {tuple(key_padding_mask.shape)}"
-            )
+
+
+def check_tables(q: Tensor, rotary: RotaryTables, positions: str) -> None:
+    """Check that position tables fit queries [B, N, h, D]; arguments as `check_terms`.
+
+    Raises:
+        ValueError: They do not; the message says why.
+    """
+    rows, cols = rotary
+    if not {rows.dtype, cols.dtype} <= {torch.float32, torch.float64}:
+        raise ValueError(
+            f"rotary tables must be float32 or float64, got {rows.dtype}, {cols.dtype}: "
+            "half precision ruins the angles of far tokens"
+        )
+    if rows.shape[0] * cols.shape[0] != q.shape[1]:
+        raise ValueError(
+            f"rotary tables of a {rows.shape[0]} x {cols.shape[0]} grid do not fit "
+            f"{q.shape[1]} tokens"
+        )
+    per_angle, maker = (4, "rotary_tables") if positions == "rotary" else (2, "lrpe_tables")
+    angles = (q.shape[-1] // per_angle, 2)
+    if q.shape[-1] % per_angle or rows.shape[1:] != angles or cols.shape[1:] != angles:
+        raise ValueError(
+            f"rotary tables of shapes {tuple(rows.shape)}, {tuple(cols.shape)} do not fit "
+            f"head_dim {q.shape[-1]}; make them with {maker}"
+        )

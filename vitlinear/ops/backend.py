@@ -1,4 +1,4 @@
-"""Which implementation of an attention runs, and why.
+"""The choice of the implementation that runs an attention, and its reason.
 
 ``eager``    the formulas of `vitlinear.ops.eager`: any derivative, fused by `torch.compile`,
              exported to anything.
@@ -53,8 +53,8 @@ class Choice(NamedTuple):
     reason: str
 
 
-class Call(NamedTuple):
-    """What the choice may depend on besides the request.
+class Workload(NamedTuple):
+    """The tensors of a call, as far as the choice may depend on them.
 
     Attributes:
         device: Type of the device.
@@ -71,8 +71,8 @@ class Call(NamedTuple):
     mechanism: str
 
     @classmethod
-    def of(cls, q: Tensor, mechanism: str) -> Call:
-        """The call with these queries, [B, N, h, D]."""
+    def of(cls, q: Tensor, mechanism: str) -> Workload:
+        """The workload of a call with these queries, [B, N, h, D]."""
         return cls(q.device.type, q.dtype, q.shape[1], q.shape[3], mechanism)
 
 
@@ -126,12 +126,13 @@ def requested_backend(requested: str = "auto") -> Choice:
     return Choice("auto", "nothing asked for")
 
 
-def choose_backend(requested: str = "auto", call: Call | None = None) -> Choice:
-    """Decide what runs for an attention call.
+def choose_backend(requested: str = "auto", work: Workload | None = None) -> Choice:
+    """Decide what runs an attention.
 
     Args:
         requested: One of `BACKENDS`. A name other than ``auto`` wins over the environment.
-        call: The call; None to hear what was asked for, and ``eager`` if nothing was.
+        work: The tensors of the call; None to hear what was asked for, and ``eager`` if nothing
+            was.
 
     Returns:
         ``eager``, ``library`` or ``triton``, with the reason in words.
@@ -142,46 +143,46 @@ def choose_backend(requested: str = "auto", call: Call | None = None) -> Choice:
     """
     choice = requested_backend(requested)
     if choice.backend == "auto":
-        choice = _automatic(call)
-    elif choice.backend == "triton" and call is not None:
-        if call.dtype == torch.float64:
+        choice = _automatic(work)
+    elif choice.backend == "triton" and work is not None:
+        if work.dtype == torch.float64:
             choice = Choice("eager", "the kernels have no float64")
-        elif obstacle := _obstacle(call):
+        elif obstacle := _obstacle(work):
             raise ValueError(f"backend 'triton' ({choice.reason}) cannot run: {obstacle}")
     if choice.backend != "eager" and torch.onnx.is_in_onnx_export():
         choice = Choice("eager", "ONNX has no vitlinear operators")
     return choice
 
 
-def _obstacle(call: Call) -> str | None:
-    """Why the kernels cannot run a call, or None."""
+def _obstacle(work: Workload) -> str | None:
+    """The reason why the kernels cannot run a call; None if they can."""
     if not _has_triton:
         return "triton is not installed"
-    if call.device not in ("cuda", "meta") and not (_interpreting and call.device == "cpu"):
-        return f"it needs a GPU, and the inputs are on {call.device!r}"
-    if call.dtype not in KERNEL_DTYPES:
-        return f"it has no kernels for {call.dtype}"
-    if call.head_dim > KERNEL_HEAD_DIM:
-        return f"it holds heads of up to {KERNEL_HEAD_DIM} channels, not {call.head_dim}"
+    if work.device not in ("cuda", "meta") and not (_interpreting and work.device == "cpu"):
+        return f"it needs a GPU, and the inputs are on {work.device!r}"
+    if work.dtype not in KERNEL_DTYPES:
+        return f"it has no kernels for {work.dtype}"
+    if work.head_dim > KERNEL_HEAD_DIM:
+        return f"it holds heads of up to {KERNEL_HEAD_DIM} channels, not {work.head_dim}"
     return None
 
 
-def _automatic(call: Call | None) -> Choice:
-    """What ``auto`` takes: the kernels where they have been measured to be faster."""
-    if call is None or call.device == "cpu":
+def _automatic(work: Workload | None) -> Choice:
+    """The choice of ``auto``: the kernels where they have been measured to be faster."""
+    if work is None or work.device == "cpu":
         return Choice("eager", "auto: kernels need a GPU")
-    if obstacle := _obstacle(call):
+    if obstacle := _obstacle(work):
         return Choice("eager", f"auto: {obstacle}")
     if _failure is not None:
         return Choice("eager", f"auto: kernels failed: {_failure}")
     best: Measurement | None = None
     for row in _measured:
         same = (row.mechanism, row.dtype, row.head_dim) == (
-            call.mechanism,
-            str(call.dtype).removeprefix("torch."),
-            call.head_dim,
+            work.mechanism,
+            str(work.dtype).removeprefix("torch."),
+            work.head_dim,
         )
-        if same and row.length <= call.length and (best is None or row.length > best.length):
+        if same and row.length <= work.length and (best is None or row.length > best.length):
             best = row
     if best is None:
         return Choice("eager", "auto: kernels not yet measured for this call")

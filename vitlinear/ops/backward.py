@@ -12,41 +12,38 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .eager import LinearAttentionState, Tokens, global_query_logits, hide_padding, seen_keys
+from .eager import Tokens, global_query_logits, hide_padding, seen_keys
 from .features import FeatureMap
 from .mechanisms import Factor, Mechanism
 from .rotary import encode, rotate
+from .state import LinearAttentionState
 
 # Rows of the softmax matrix that stand in memory at once.
 QUERY_CHUNK = 1024
 
 
 class LinearGradients(NamedTuple):
-    """Gradients of a linear attention.
+    """Gradients of a linear attention, or memory for them.
 
     Attributes:
         q: [B, h, N, D].
         k: Likewise.
         v: Likewise.
-        gate: Likewise; None without a gate.
-        lepe: Likewise; None without a gate: it then is the gradient of the output.
-        head_scale: [h], or None.
+        head_scale: [h]; None without a head_scale.
+        lepe: Like q; None without a gate: it then is the gradient of the output.
+        gate: Like q; None without a gate.
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
-    gate: Tensor | None
-    lepe: Tensor | None
     head_scale: Tensor | None
+    lepe: Tensor | None
+    gate: Tensor | None
 
 
 def linear_attention_backward(
-    grad_out: Tensor,
-    tokens: Tokens,
-    saved: LinearAttentionState,
-    mechanism: Mechanism,
-    head_scale: Tensor | None = None,
+    grad_out: Tensor, tokens: Tokens, mechanism: Mechanism, saved: LinearAttentionState
 ) -> LinearGradients:
     """Gradients of everything that a linear attention takes.
 
@@ -74,7 +71,7 @@ def linear_attention_backward(
 
         dgate_i = g_i (out_i + lepe_i)      dlepe_i = g_i gate_i, the g_i of all of the above
     """
-    q, k, v, table, valid, num_valid, lepe, gate = tokens
+    q, k, v, table, valid, num_valid, head_scale, lepe, gate = tokens
     state, norm, mean_v, query, logsumexp = saved
     scale = q.shape[-1] ** -0.5
     reads, positions = mechanism.reads, mechanism.positions
@@ -86,7 +83,7 @@ def linear_attention_backward(
     if gate is not None:
         grad_gate, grad_out = grad_out, grad_out * gate
         grad_lepe = grad_out
-    scaled = state if head_scale is None else state * head_scale[:, None, None]
+    scaled = state if head_scale is None else state * head_scale
 
     # In-place below only on tensors made here: it is what keeps the peak under the formula's.
     features = _own_features(mechanism.phi_q, q)
@@ -116,7 +113,7 @@ def linear_attention_backward(
     grad_head_scale = None
     if head_scale is not None:
         grad_head_scale = (grad_state * state).sum((0, 2, 3))
-        grad_state = grad_state * head_scale[:, None, None]
+        grad_state = grad_state * head_scale
 
     features = _own_features(mechanism.phi_k, k)
     y = encode(v @ grad_state.transpose(-1, -2), table, positions, inverse=True)
@@ -152,13 +149,13 @@ def linear_attention_backward(
     if valid is not None:
         for grad in (grad_q, grad_k, grad_v):
             grad.masked_fill_(~valid, 0)
-    return LinearGradients(grad_q, grad_k, grad_v, grad_gate, grad_lepe, grad_head_scale)
+    return LinearGradients(grad_q, grad_k, grad_v, grad_head_scale, grad_lepe, grad_gate)
 
 
 def _own_features(phi: FeatureMap, x: Tensor) -> Tensor:
     """phi(x) in memory that nobody else holds."""
     features = phi.function(x.contiguous())
-    return features if phi.makes_new else features.clone()
+    return features.clone() if features is x else features
 
 
 def softmax_attention_forward(tokens: Tokens) -> tuple[Tensor, Tensor]:

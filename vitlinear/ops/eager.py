@@ -17,30 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cpu.linear import matmul
-from .cpu.softmax import sdpa
-from .features import keeps_nothing
+from . import cpu
 from .mechanisms import Mechanism
-from .rotary import RotaryTables, encode, rotate, token_table
-
-
-class LinearAttentionState(NamedTuple):
-    """What the sums over tokens leave behind: all that backward needs besides q, k and v.
-
-    Attributes:
-        state: S without tau, [B, h, F, D]; 2 F rows where R doubles the features.
-        norm: m, [B, h, 1, F]; None unless the mechanism has a normaliser.
-        mean_v: vbar, [B, h, 1, D]; None unless the mechanism reads it.
-        query: The mean query qbar, [B, h, 1, F]; None unless one query weighs the keys.
-        logsumexp: Of the softmax over keys: of s qbar . phi(k_j), [B, h, 1, 1], or of each channel,
-            [B, h, 1, F]; None without a softmax.
-    """
-
-    state: Tensor
-    norm: Tensor | None = None
-    mean_v: Tensor | None = None
-    query: Tensor | None = None
-    logsumexp: Tensor | None = None
+from .rotary import encode, rotate, token_table
+from .state import LinearAttentionState
+from .terms import Terms
+from .tracing import keeps_nothing
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -109,6 +91,7 @@ class Tokens(NamedTuple):
     table: Tensor | None  # of positions; [N, F/2, 2] for rotary, [N, F, 2] for cosine
     valid: Tensor | None  # [B, 1, N, 1], True for tokens that exist
     num_valid: Tensor | int  # number of those, in the accumulation type, [B, 1, 1, 1] or N
+    head_scale: Tensor | None = None  # tau, [h, 1, 1]
     lepe: Tensor | None = None  # [B, h, N, D], any strides, any type
     gate: Tensor | None = None  # likewise
 
@@ -117,12 +100,10 @@ def prepare(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    rotary: RotaryTables | None,
-    key_padding_mask: Tensor | None,
-    contiguous: bool,
-    mechanism: Mechanism | None = None,
-    lepe: Tensor | None = None,
-    gate: Tensor | None = None,
+    mechanism: Mechanism | None,
+    terms: Terms,
+    *,
+    own: bool,
 ) -> Tokens:
     """Heads before tokens, accumulation type, padded tokens zeroed.
 
@@ -130,37 +111,39 @@ def prepare(
     autograd would keep a copy. Only float16 is widened, for the sake of its gradient.
 
     Args:
-        q: Queries, [B, N, h, D]; k and v likewise.
-        k: Keys.
-        v: Values.
-        rotary: Tables, or None.
-        key_padding_mask: [B, N], or None.
-        contiguous: Copy strided queries and keys at once. Feature maps are two to three times
-            faster on contiguous memory, but autograd would then keep the copies.
-        mechanism: Decides the width of the table; None for softmax attention.
-        lepe: [B, N, h, D], or None.
-        gate: Likewise.
+        q: Queries, [B, N, h, D].
+        k: Keys, likewise.
+        v: Values, likewise.
+        mechanism: Decides the width of the position table; None for softmax attention.
+        terms: What was given besides.
+        own: Give queries and keys contiguous memory of their own at once. Feature maps are two to
+            three times faster on it, and `linear_attention_forward` may write to it; but autograd
+            would keep the copies.
     """
+    rotary, key_padding_mask, head_scale, lepe, gate = terms
     dtype = accumulation_dtype(q.dtype)
     lepe, gate = (_epilogue_term(x, key_padding_mask) for x in (lepe, gate))
+    if head_scale is not None:
+        head_scale = head_scale.to(dtype)[:, None, None]
     # A change of type makes a copy anyway: it might as well be contiguous.
-    contiguous = contiguous or dtype != q.dtype
+    own = own or dtype != q.dtype
     q, k, v = (widen(x.transpose(1, 2), dtype) for x in (q, k, v))
-    if contiguous:
-        q, k = q.contiguous(), k.contiguous()
+    if own:
+        q, k = cpu.own(q), cpu.own(k)
     table = None if rotary is None else token_table(rotary).to(dtype)
     if table is not None and mechanism is not None and mechanism.phi_q.expansion > 1:
         table = table.repeat(1, mechanism.phi_q.expansion, 1)  # each D-wide part turns alike
     if key_padding_mask is None:
-        return Tokens(q, k, v, table, None, q.shape[2], lepe, gate)
+        return Tokens(q, k, v, table, None, q.shape[2], head_scale, lepe, gate)
     valid = ~key_padding_mask[:, None, :, None]
     # Whatever stands in padding, NaN included, must not reach a sum as 0 * NaN.
     q, k, v = (x.masked_fill(~valid, 0) for x in (q, k, v))
     num_valid = valid.sum(2, keepdim=True).clamp(min=1).to(dtype)
-    return Tokens(q, k, v, table, valid, num_valid, lepe, gate)
+    return Tokens(q, k, v, table, valid, num_valid, head_scale, lepe, gate)
 
 
 def _epilogue_term(x: Tensor | None, key_padding_mask: Tensor | None) -> Tensor | None:
+    """lepe or gate with heads before tokens, zeros for padding."""
     if x is None:
         return None
     x = x.transpose(1, 2)
@@ -187,25 +170,17 @@ def hide_padding(logits: Tensor, valid: Tensor | None) -> Tensor:
     return logits if valid is None else logits.masked_fill(~seen_keys(valid), -torch.inf)
 
 
-def _times(x: Tensor, factor: Tensor, spare: bool) -> Tensor:
-    """x * factor, in x if that is spare."""
-    return x.mul_(factor) if spare else x * factor
-
-
 def epilogue(out: Tensor, lepe: Tensor | None, gate: Tensor | None) -> Tensor:
     """(out + lepe) * gate, of what is given, in the layout of lepe."""
+    # These stand first because they decide the layout: [B, N, h, D], as the next layer wants it.
     if lepe is None:
         return out if gate is None else gate * out
     out = lepe + out
-    if gate is None:
-        return out
-    if keeps_nothing() and out.dtype == torch.result_type(out, gate):
-        return out.mul_(gate)  # in memory that the caches hold
-    return gate * out
+    return out if gate is None else cpu.times(out, gate)
 
 
 def linear_attention_forward(
-    tokens: Tokens, mechanism: Mechanism, head_scale: Tensor | None = None
+    tokens: Tokens, mechanism: Mechanism
 ) -> tuple[Tensor, LinearAttentionState]:
     """Output and state of a linear attention.
 
@@ -217,27 +192,22 @@ def linear_attention_forward(
     Args:
         tokens: From `prepare`.
         mechanism: The row of the table.
-        head_scale: tau, [h] in the accumulation type, or None for 1.
 
     Returns:
         Output [B, h, N, D] in the accumulation type, epilogue and all, and the state.
     """
-    q, k, v, table, valid, num_valid, *_ = tokens
+    q, k, v, table, valid, num_valid, head_scale, lepe, gate = tokens
     scale = q.shape[-1] ** -0.5
     reads, positions = mechanism.reads, mechanism.positions
     # Contiguous after phi, not before: phi then keeps the view that it was given, and no matrix
     # product below makes, and keeps, a copy of its own.
     q_features = mechanism.phi_q.function(q).contiguous()
     k_features = mechanism.phi_k.function(k).contiguous()
-    # Most of the time goes by in passes over memory. New tensors are written to again where nobody
-    # wants them as they were.
-    spare = keeps_nothing()
-    spare_q = spare and mechanism.phi_q.makes_new
-    spare_k = spare and mechanism.phi_k.makes_new
-    if not spare:
-        v = v.contiguous()  # or the product would make, and keep, a copy of its own
+    if not keeps_nothing():
+        v = v.contiguous()
 
     query = logsumexp = norm = mean_v = None
+    per_token: Tensor | float = 1.0 / num_valid
     if mechanism.has_key_softmax:
         logits = k_features
         if mechanism.has_global_query:
@@ -246,93 +216,65 @@ def linear_attention_forward(
             logits = global_query_logits(query, k_features, scale)
         logits = hide_padding(logits, valid)
         logsumexp = logits.logsumexp(dim=2, keepdim=True)
-        weights = logits - logsumexp
-        weights = weights.exp_() if spare else weights.exp()  # w_j / N
-        weighted = _times(k_features, weights, spare_k) if mechanism.has_global_query else weights
-        spare_k = spare
-        per_token: Tensor | float = 1.0
+        weights = cpu.exp(logits - logsumexp)  # w_j / N
+        weighted = cpu.times(k_features, weights) if mechanism.has_global_query else weights
+        per_token = 1.0
     else:
-        weighted = k_features if valid is None else _times(k_features, valid, spare_k)
-        per_token = 1.0 / num_valid
+        weighted = k_features if valid is None else cpu.times(k_features, valid)
 
     if reads.uses_norm:
         norm = weighted.sum(dim=2, keepdim=True) * per_token
-    encoded = encode(weighted, table, positions, overwrite=spare_k)
+    encoded = encode(weighted, table, positions, own=True)
     state = (encoded.transpose(-1, -2) @ v) * per_token
-    scaled = state if head_scale is None else state * head_scale[:, None, None]
+    scaled = state if head_scale is None else state * head_scale
     if norm is not None:
         z = q_features @ norm.transpose(-1, -2)
         a, b = reads.factors(z, scale, num_valid)
         if isinstance(a, Tensor):
-            q_features = _times(q_features, a, spare_q)
+            q_features = cpu.times(q_features, a)
         else:
             scaled = scaled * a
-    out = matmul(encode(q_features, table, positions, overwrite=spare_q), scaled)
+    out = cpu.matmul(encode(q_features, table, positions, own=True), scaled)
     if reads.uses_mean:
         mean_v = v.sum(dim=2, keepdim=True) / num_valid
         assert isinstance(b, Tensor)
-        out = out.addcmul_(b, mean_v) if spare else out + b * mean_v
-    # These stand first because they decide the layout: [B, N, h, D], as the next layer wants it.
-    out = epilogue(out, tokens.lepe, tokens.gate)
+        out = cpu.add_product(out, b, mean_v)
+    out = epilogue(out, lepe, gate)
     if valid is not None:
         out = out.masked_fill(~valid, 0)
     return out, LinearAttentionState(state, norm, mean_v, query, logsumexp)
 
 
-def linear_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mechanism: Mechanism,
-    rotary: RotaryTables | None = None,
-    key_padding_mask: Tensor | None = None,
-    head_scale: Tensor | None = None,
-    lepe: Tensor | None = None,
-    gate: Tensor | None = None,
-) -> Tensor:
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, mechanism: Mechanism, terms: Terms) -> Tensor:
     """Linear attention, [B, N, h, D] in and out; see `vitlinear.ops.linear_attention`."""
     with without_autocast(q):
-        contiguous = not torch.is_grad_enabled()
-        tokens = prepare(q, k, v, rotary, key_padding_mask, contiguous, mechanism, lepe, gate)
-        if head_scale is not None:
-            head_scale = head_scale.to(tokens.q.dtype)
-        out, _ = linear_attention_forward(tokens, mechanism, head_scale)
+        tokens = prepare(q, k, v, mechanism, terms, own=not torch.is_grad_enabled())
+        out, _ = linear_attention_forward(tokens, mechanism)
         return saturate(out.transpose(1, 2), q.dtype).to(q.dtype)
 
 
-def softmax_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rotary: RotaryTables | None = None,
-    key_padding_mask: Tensor | None = None,
-) -> Tensor:
-    """Rotary softmax attention on SDPA, [B, N, h, D] in and out; see `softmax`.
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Tensor:
+    """Rotary softmax attention on SDPA, [B, N, h, D] in and out.
 
-    Only the rotation runs in the accumulation type; SDPA's fused kernels take the input type and
-    accumulate in float32 themselves. They have no second derivative; their plain form, under
+    Of the terms it takes position tables and padding mask. Only the rotation runs in the
+    accumulation type; SDPA's fused kernels take the input type and accumulate in float32
+    themselves. They have no second derivative; their plain form, under
     ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``, has.
     """
     with without_autocast(q):
-        return _softmax_attention(q, k, v, rotary, key_padding_mask)
+        return _softmax_attention(q, k, v, terms)
 
 
-def _softmax_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rotary: RotaryTables | None,
-    key_padding_mask: Tensor | None,
-) -> Tensor:
+def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Tensor:
     dtype = q.dtype
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if rotary is not None:
-        table = token_table(rotary).to(accumulation_dtype(dtype))
+    if terms.rotary is not None:
+        table = token_table(terms.rotary).to(accumulation_dtype(dtype))
         q, k = (rotate(x.to(table.dtype), table).to(dtype) for x in (q, k))
-    if key_padding_mask is None:
-        return sdpa(q, k, v)
+    if terms.key_padding_mask is None:
+        return cpu.sdpa(q, k, v)
 
-    padded = key_padding_mask[:, None, :, None]
+    padded = terms.key_padding_mask[:, None, :, None]
     q, k, v = (x.masked_fill(padded, 0) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen_keys(~padded).transpose(-1, -2))
     return out.masked_fill(padded, 0).transpose(1, 2)

@@ -43,7 +43,7 @@ Count = Tensor | int
 
 @dataclass(frozen=True)
 class ReadOut:
-    """How queries read the state: the factors a and b of the formula, and their derivatives.
+    """The read-out of the state by queries: factors a and b of the formula, and derivatives.
 
     Attributes:
         factors: (z, s, N) -> (a, b); a number where the factor does not depend on z.
@@ -139,6 +139,8 @@ class Mechanism:
         read_out: Key in `READ_OUTS`: a and b.
         positions: What R does with position tables: ``'rotary'`` turns neighbouring channels,
             ``'cosine'`` puts [x cos; x sin] for x.
+        learns_temperature: Whether layers learn tau, one for each head, as the mechanism's paper
+            does.
     """
 
     name: str
@@ -147,6 +149,7 @@ class Mechanism:
     key_weights: str = "uniform"
     read_out: str = "normalised"
     positions: str = "rotary"
+    learns_temperature: bool = False
 
     @property
     def phi_q(self) -> FeatureMap:
@@ -194,8 +197,8 @@ MECHANISMS = {
         Mechanism("inline", "identity", "identity", read_out="injective"),
         # Norm-aware linear attention (NaLaFormer, arXiv:2506.21137).
         Mechanism("nala", "norm-aware", "cubed"),
-        # Linear global attention of L2ViT (arXiv:2501.16182); tau is learned there.
-        Mechanism("l2", "relu", "relu", read_out="clamped"),
+        # Linear global attention of L2ViT (arXiv:2501.16182).
+        Mechanism("l2", "relu", "relu", read_out="clamped", learns_temperature=True),
         # LightNet attention, non-causal (arXiv:2405.21022).
         Mechanism(
             "lightnet",

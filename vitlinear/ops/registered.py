@@ -2,9 +2,9 @@
 
 ``torch.ops.vitlinear.linear_attention`` and ``torch.ops.vitlinear.softmax_attention`` are opaque
 to tracing, keep only q, k, v and O(h D^2) of state for backward, and differentiate through an
-operator of their own. Their last argument says what computes linear attention: ``library``, the
-formulas of `eager` and `backward` on any device; ``triton``, the kernels of `triton`; ``auto``, the
-kernels, or the formulas where those fail.
+operator of their own. The argument ``backend`` says how linear attention is computed: ``library``,
+the formulas of `eager` and `backward` on any device; ``triton``, the kernels of `triton`; ``auto``,
+the kernels, or the formulas where those fail.
 
 `custom_op`, not `triton_op`: only the former passes meta tensors, opcheck, compile and export on
 machines without a GPU. There is no second derivative, no forward-mode derivative and no
@@ -12,8 +12,8 @@ machines without a GPU. There is no second derivative, no forward-mode derivativ
 that `torch.export` made with these operators in it cannot be translated to ONNX afterwards; give
 the model to `torch.onnx.export` itself, which takes the eager formula.
 
-Tensors are [B, N, h, D] with any strides; outputs are contiguous. Rotary tables and the padding
-mask are optional, as in `vitlinear.ops.linear_attention`.
+Tensors are [B, N, h, D] with any strides; outputs are contiguous. Optional terms are as in
+`vitlinear.ops.linear_attention`, the position tables as two tensors (`terms.FlatTerms`).
 """
 
 from __future__ import annotations
@@ -28,12 +28,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import backward, eager
 from .backend import KERNEL_DTYPES, report_failure
+from .backward import LinearGradients
 from .mechanisms import get_mechanism
-from .rotary import RotaryTables
-
-
-def _tables(rows: Tensor | None, cols: Tensor | None) -> RotaryTables | None:
-    return None if rows is None or cols is None else RotaryTables(rows, cols)
+from .state import LinearAttentionState
+from .terms import FlatTerms, Terms
 
 
 def _to_layout(x: Tensor, like: Tensor) -> Tensor:
@@ -58,68 +56,35 @@ def linear_attention_op(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    rows: Tensor | None,
-    cols: Tensor | None,
-    key_padding_mask: Tensor | None,
-    head_scale: Tensor | None,
-    lepe: Tensor | None,
-    gate: Tensor | None,
     mechanism: str,
+    rows: Tensor | None = None,
+    cols: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    head_scale: Tensor | None = None,
+    lepe: Tensor | None = None,
+    gate: Tensor | None = None,
     backend: str = "library",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Output [B, N, h, D], and what backward needs besides the inputs.
-
-    That is state [B, h, F, D], norm [B, h, F], mean value [B, h, D], mean query [B, h, F] and
-    logsumexp, [B, h] or [B, h, F]; see `eager.LinearAttentionState`. What the mechanism does not
-    have is empty.
-    """
+    """Output [B, N, h, D], and the five tensors of a flattened `LinearAttentionState`."""
     row = get_mechanism(mechanism)
+    terms = Terms.unflatten(rows, cols, key_padding_mask, head_scale, lepe, gate)
     try:
         if kernels := _kernels(backend, q):
-            options = (rows, cols, key_padding_mask, head_scale, lepe, gate)
-            return kernels.forward(q, k, v, *options, row)
+            out, state = kernels.forward(q, k, v, row, terms)
+            return out, *state.flatten()
     except torch.OutOfMemoryError:
         raise  # says nothing against the kernels, and the formulas need more
     except Exception as error:
         report_failure(error, required=backend == "triton")
     with eager.without_autocast(q):
-        tables = _tables(rows, cols)
-        tokens = eager.prepare(q, k, v, tables, key_padding_mask, True, row, lepe, gate)
-        out, saved = eager.linear_attention_forward(tokens, row, _widen(head_scale, tokens.q))
-    state, norm, mean_v, query, logsumexp = saved
-
-    def save(x: Tensor | None) -> Tensor:
-        return state.new_empty(0) if x is None else x.squeeze(2).contiguous()
-
-    if logsumexp is not None and row.has_global_query:
-        logsumexp = logsumexp.squeeze(-1)
-    return (
-        _to_layout(out, q),
-        state.contiguous(),
-        save(norm),
-        save(mean_v),
-        save(query),
-        save(logsumexp),
-    )
-
-
-def _widen(head_scale: Tensor | None, like: Tensor) -> Tensor | None:
-    return None if head_scale is None else head_scale.to(like.dtype)
+        tokens = eager.prepare(q, k, v, row, terms, own=True)
+        out, state = eager.linear_attention_forward(tokens, row)
+    return _to_layout(out, q), *state.flatten()
 
 
 @linear_attention_op.register_fake
 def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rows: Tensor | None,
-    cols: Tensor | None,
-    key_padding_mask: Tensor | None,
-    head_scale: Tensor | None,
-    lepe: Tensor | None,
-    gate: Tensor | None,
-    mechanism: str,
-    backend: str = "library",
+    q: Tensor, k: Tensor, v: Tensor, mechanism: str, rows: Tensor | None = None, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, _, heads, dim = q.shape
     row = get_mechanism(mechanism)
@@ -127,17 +92,17 @@ def _(
     state_dim = row.state_dim(dim, rows is not None)
     state = q.new_empty(batch, heads, state_dim, dim, dtype=eager.accumulation_dtype(q.dtype))
 
-    def like(exists: bool, *widths: int) -> Tensor:
-        return state.new_empty((batch, heads, *widths) if exists else (0,))
+    def like(exists: bool, width: int) -> Tensor | None:
+        return state.new_empty(batch, heads, 1, width) if exists else None
 
-    return (
-        q.new_empty(q.shape),
+    saved = LinearAttentionState(
         state,
-        like(row.reads.uses_norm, features),
-        like(row.reads.uses_mean, dim),
-        like(row.has_global_query, features),
-        like(row.has_key_softmax, *(() if row.has_global_query else (features,))),
+        norm=like(row.reads.uses_norm, features),
+        mean_v=like(row.reads.uses_mean, dim),
+        query=like(row.has_global_query, features),
+        logsumexp=like(row.has_key_softmax, 1 if row.has_global_query else features),
     )
+    return q.new_empty(q.shape), *saved.flatten()
 
 
 @custom_op("vitlinear::linear_attention_backward", mutates_args=())
@@ -146,6 +111,7 @@ def linear_attention_backward_op(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    mechanism: str,
     rows: Tensor | None,
     cols: Tensor | None,
     key_padding_mask: Tensor | None,
@@ -157,7 +123,6 @@ def linear_attention_backward_op(
     mean_v: Tensor,
     query: Tensor,
     logsumexp: Tensor,
-    mechanism: str,
     backend: str = "library",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and the gate in one buffer, of head_scale, and of lepe.
@@ -169,55 +134,56 @@ def linear_attention_backward_op(
     lepe is that of the output, and is left to the autograd formula too.
     """
     row = get_mechanism(mechanism)
-    grads, grad_lepe = _gradient_memory(q, lepe, gate)
-    grad_scale: Tensor | None
+    terms = Terms.unflatten(rows, cols, key_padding_mask, head_scale, lepe, gate)
+    saved = LinearAttentionState.unflatten(state, norm, mean_v, query, logsumexp)
+    grads, grad_scale, grad_lepe = _gradient_memory(q, state, terms)
+    memory = _one_by_one(grads, grad_scale, grad_lepe, terms)
     try:
         if kernels := _kernels(backend, q):
-            grad_scale = kernels.backward(
-                *(grad_out, q, k, v, rows, cols, key_padding_mask, head_scale, lepe, gate),
-                *(state, norm, mean_v, query, logsumexp, row),
-                *(grads.unbind(2), grad_lepe if grad_lepe.dim() == 4 else None),
-            )
-            return grads, _like_scale(grad_scale, head_scale, state), grad_lepe
+            kernels.backward(grad_out, q, k, v, row, terms, saved, memory)
+            return grads, grad_scale, grad_lepe
     except torch.OutOfMemoryError:
         raise  # says nothing against the kernels, and the formulas need more
     except Exception as error:
         report_failure(error, required=backend == "triton")
-    if row.has_global_query:
-        logsumexp = logsumexp.unsqueeze(-1)
-    saved = eager.LinearAttentionState(
-        state,
-        norm.unsqueeze(2) if row.reads.uses_norm else None,
-        mean_v.unsqueeze(2) if row.reads.uses_mean else None,
-        query.unsqueeze(2) if row.has_global_query else None,
-        logsumexp.unsqueeze(2) if row.has_key_softmax else None,
-    )
     with eager.without_autocast(q):
-        tables = _tables(rows, cols)
-        tokens = eager.prepare(q, k, v, tables, key_padding_mask, False, row, lepe, gate)
+        tokens = eager.prepare(q, k, v, row, terms, own=False)
         grad_out = grad_out.transpose(1, 2).to(state.dtype)
-        found = backward.linear_attention_backward(
-            grad_out, tokens, saved, row, _widen(head_scale, state)
-        )
-    into = [*grads.unbind(2), *([grad_lepe] if grad_lepe.dim() == 4 else [])]
-    for memory, part in zip(into, found[: len(into)], strict=True):
-        assert part is not None
-        memory.copy_(eager.saturate(part.transpose(1, 2), q.dtype))
-    return grads, _like_scale(found.head_scale, head_scale, state), grad_lepe
+        found = backward.linear_attention_backward(grad_out, tokens, row, saved)
+    if memory.head_scale is not None and found.head_scale is not None:
+        memory.head_scale.copy_(found.head_scale)
+    for name in ("q", "k", "v", "lepe", "gate"):
+        into, grad = getattr(memory, name), getattr(found, name)
+        if into is not None:
+            into.copy_(eager.saturate(grad.transpose(1, 2), q.dtype))
+    return grads, grad_scale, grad_lepe
 
 
-def _gradient_memory(q: Tensor, lepe: Tensor | None, gate: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Fresh memory for the gradients of q, k, v and gate, and of lepe."""
+def _gradient_memory(q: Tensor, state: Tensor, terms: Terms) -> tuple[Tensor, Tensor, Tensor]:
+    """Fresh memory for what the backward operator returns."""
     batch, length, heads, dim = q.shape
-    parts, separate = (3, False) if gate is None else (4, lepe is not None)
-    grads = q.new_empty(batch, length, parts, heads, dim)
-    return grads, q.new_empty(q.shape if separate else (0,))
+    separate = terms.lepe is not None and terms.gate is not None
+    scale = state if terms.head_scale is None else terms.head_scale
+    return (
+        q.new_empty(batch, length, 3 if terms.gate is None else 4, heads, dim),
+        scale.new_empty((0,) if terms.head_scale is None else scale.shape),
+        q.new_empty(q.shape if separate else (0,)),
+    )
 
 
-def _like_scale(grad: Tensor | None, head_scale: Tensor | None, state: Tensor) -> Tensor:
-    if grad is None or head_scale is None:
-        return state.new_empty(0)
-    return grad.to(head_scale.dtype)
+def _one_by_one(
+    grads: Tensor, grad_scale: Tensor, grad_lepe: Tensor, terms: Terms | FlatTerms
+) -> LinearGradients:
+    """Name what the backward operator returns: [B, N, h, D], but for the gradient of tau."""
+    grad_q, grad_k, grad_v, *grad_gate = grads.unbind(2)
+    return LinearGradients(
+        grad_q,
+        grad_k,
+        grad_v,
+        head_scale=None if terms.head_scale is None else grad_scale,
+        lepe=None if terms.lepe is None or terms.gate is None else grad_lepe,
+        gate=grad_gate[0] if grad_gate else None,
+    )
 
 
 @linear_attention_backward_op.register_fake
@@ -226,6 +192,7 @@ def _(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    mechanism: str,
     rows: Tensor | None,
     cols: Tensor | None,
     key_padding_mask: Tensor | None,
@@ -233,12 +200,10 @@ def _(
     lepe: Tensor | None,
     gate: Tensor | None,
     state: Tensor,
-    *_: Any,
+    *others: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads, grad_lepe = _gradient_memory(q, lepe, gate)
-    none = state.new_empty(0)
-    grad_scale = none if head_scale is None else head_scale.new_empty(head_scale.shape)
-    return grads, grad_scale, grad_lepe
+    terms = Terms.unflatten(rows, cols, key_padding_mask, head_scale, lepe, gate)
+    return _gradient_memory(q, state, terms)
 
 
 @custom_op("vitlinear::softmax_attention", mutates_args=())
@@ -251,8 +216,9 @@ def softmax_attention_op(
     key_padding_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Output [B, N, h, D] and logsumexp [B, h, N] of rotary softmax attention."""
+    terms = Terms.unflatten(rows, cols, key_padding_mask)
     with eager.without_autocast(q):
-        tokens = eager.prepare(q, k, v, _tables(rows, cols), key_padding_mask, contiguous=True)
+        tokens = eager.prepare(q, k, v, None, terms, own=True)
         out, logsumexp = backward.softmax_attention_forward(tokens)
     return _to_layout(out, q), logsumexp
 
@@ -284,8 +250,9 @@ def softmax_attention_backward_op(
     logsumexp: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
+    terms = Terms.unflatten(rows, cols, key_padding_mask)
     with eager.without_autocast(q):
-        tokens = eager.prepare(q, k, v, _tables(rows, cols), key_padding_mask, contiguous=False)
+        tokens = eager.prepare(q, k, v, None, terms, own=False)
         grad_out, out = (x.transpose(1, 2).to(logsumexp.dtype) for x in (grad_out, out))
         grads = backward.softmax_attention_backward(grad_out, tokens, out, logsumexp)
     dq, dk, dv = (_to_layout(grad, q) for grad in grads)
@@ -298,23 +265,26 @@ def _(grad_out: Tensor, q: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.mechanism, ctx.backend = inputs
-    ctx.save_for_backward(*tensors, *output[1:])
+    q, k, v, ctx.mechanism, *terms, ctx.backend = inputs
+    _, *state = output
+    ctx.save_for_backward(q, k, v, *terms, *state)
 
 
 def _linear_gradients(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors  # read once: checkpointing gives them away
+    # Read once: checkpointing gives them away.
+    q, k, v, rows, cols, key_padding_mask, head_scale, lepe, gate, *state = ctx.saved_tensors
+    terms = FlatTerms(rows, cols, key_padding_mask, head_scale, lepe, gate)
     grads, grad_scale, grad_lepe = torch.ops.vitlinear.linear_attention_backward(
-        grad_out, *saved, ctx.mechanism, ctx.backend
+        grad_out, q, k, v, ctx.mechanism, *terms, *state, ctx.backend
     )
-    mask, lepe, gate = (saved[i] for i in (5, 7, 8))
-    grad_scale = grad_scale if ctx.needs_input_grad[6] else None
-    of_lepe: Tensor | None = None if lepe is None else grad_lepe
+    found = _one_by_one(grads, grad_scale, grad_lepe, terms)
+    of_lepe = found.lepe
     if lepe is not None and gate is None:
-        of_lepe = grad_out if mask is None else grad_out.masked_fill(mask[..., None, None], 0)
-    grad_q, grad_k, grad_v, *grad_gate = grads.unbind(2)
-    of_gate = grad_gate[0] if grad_gate else None
-    return grad_q, grad_k, grad_v, None, None, None, grad_scale, of_lepe, of_gate, None, None
+        of_lepe = grad_out
+        if key_padding_mask is not None:
+            of_lepe = grad_out.masked_fill(key_padding_mask[..., None, None], 0)
+    of_terms = FlatTerms(head_scale=found.head_scale, lepe=of_lepe, gate=found.gate)
+    return found.q, found.k, found.v, None, *of_terms, None
 
 
 def _save_softmax(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -335,8 +305,8 @@ softmax_attention_op.register_autograd(_softmax_gradients, setup_context=_save_s
 
 @register_flop_formula(torch.ops.vitlinear.linear_attention)
 def linear_attention_flops(
-    q_shape: Any, k_shape: Any, v_shape: Any, rows: Any, cols: Any, mask: Any, head_scale: Any,
-    lepe: Any, gate: Any, mechanism: str, *args: Any, **kwargs: Any,
+    q_shape: Any, k_shape: Any, v_shape: Any, mechanism: str, rows: Any = None,
+    *args: Any, **kwargs: Any,
 ) -> int:  # fmt: skip
     """State, read-out and normaliser; logits of the key weights where there are any."""
     batch, length, heads, dim = q_shape
@@ -348,9 +318,9 @@ def linear_attention_flops(
 
 @register_flop_formula(torch.ops.vitlinear.linear_attention_backward)
 def linear_attention_backward_flops(
-    grad_shape: Any, q_shape: Any, k_shape: Any, v_shape: Any, rows: Any, cols: Any, mask: Any,
-    head_scale: Any, lepe: Any, gate: Any, state: Any, norm: Any, mean_v: Any, query: Any,
-    logsumexp: Any, mechanism: str, *args: Any, **kwargs: Any,
+    grad_shape: Any, q_shape: Any, k_shape: Any, v_shape: Any, mechanism: str, rows: Any,
+    cols: Any, key_padding_mask: Any, head_scale: Any, lepe: Any, gate: Any,
+    *args: Any, **kwargs: Any,
 ) -> int:  # fmt: skip
     """Four products of N x F with F x D, and the vectors of normaliser, mean and key weights.
 
@@ -366,7 +336,7 @@ def linear_attention_backward_flops(
 
 @register_flop_formula(torch.ops.vitlinear.softmax_attention)
 def softmax_attention_flops(q_shape: Any, *args: Any, **kwargs: Any) -> int:
-    """q k^T and p v."""
+    """The products q k^T and p v."""
     batch, length, heads, dim = q_shape
     return 4 * batch * heads * length * length * dim
 

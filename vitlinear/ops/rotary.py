@@ -13,18 +13,17 @@ LightNet's multi-dimensional LRPE (arXiv:2405.21022) puts [x cos; x sin] for x i
 angle for each channel: e = D/2 of them for each axis, position * 10000^(-t / e), t = 0..e-1. The
 product of two features so encoded is sum_c q_c k_c cos(difference of the angles). Its tables are
 those of `lrpe_tables`, of the same form with e in the place of g.
+
+No `from __future__ import annotations` here: inside of another tuple, TorchScript cannot read the
+types of `RotaryTables` as strings.
 """
 
-from __future__ import annotations
-
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
-from .features import keeps_nothing
-from .tracing import wants_common_operators
+from . import cpu
 
 
 class RotaryTables(NamedTuple):
@@ -120,79 +119,19 @@ def token_table(tables: RotaryTables) -> Tensor:
     return per_token.flatten(0, 1)
 
 
-def rotate(
-    x: Tensor, table: Tensor | None, inverse: bool = False, overwrite: bool = False
-) -> Tensor:
+def rotate(x: Tensor, table: Tensor | None, inverse: bool = False, *, own: bool = False) -> Tensor:
     """Rotate channel pairs of tokens.
 
     Args:
-        x: [..., N, D] in the table's dtype.
+        x: [..., N, D] in the table's type.
         table: [N, D/2, 2] from `token_table`; None returns x itself.
         inverse: Turn backwards, which is also the transpose of the rotation.
-        overwrite: x may be written to; for no gradient, and not in compiled programs.
+        own: x may be written to, where nothing is kept for a gradient.
 
     Returns:
         [..., N, D].
     """
-    if table is None:
-        return x
-    if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export():
-        # The operator has no gradient of the table.
-        learned = table.requires_grad and torch.is_grad_enabled()
-        if x.device.type == "cpu" and not learned and not wants_common_operators():
-            out: Tensor = torch.ops.vitlinear.rotate(x, table, inverse)
-            return out
-        # Inductor fuses this form on GPUs, and ONNX has no complex numbers.
-        cos, sin = table.unbind(-1)
-        if inverse:
-            sin = -sin
-        x0, x1 = x.unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.stack((x0 * cos - x1 * sin, x1 * cos + x0 * sin), dim=-1).flatten(-2)
-    # In eager mode one complex product is one vectorised pass; the form above is about ten slow
-    # ones. It also keeps only the table for backward.
-    pairs, turns = _pairs(x), _turns(table, inverse)
-    return torch.view_as_real(pairs.mul_(turns) if overwrite else pairs * turns).flatten(-2)
-
-
-def _pairs(x: Tensor) -> Tensor:
-    """[..., D] as complex numbers [..., D/2]."""
-    if x.stride(-1) != 1 or x.storage_offset() % 2 or any(s % 2 for s in x.stride()[:-1]):
-        # A pair must lie as a complex number does; contiguous() would leave an odd offset.
-        x = x.clone(memory_format=torch.contiguous_format)
-    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-
-
-def _turns(table: Tensor, inverse: bool) -> Tensor:
-    """[N, D/2, 2] as complex numbers."""
-    turns = torch.view_as_complex(table)
-    # Not the lazy conj(): a custom operator called from a compiled graph runs below the dispatch
-    # key that resolves it, and would silently turn the wrong way.
-    return turns.conj_physical() if inverse else turns
-
-
-@custom_op("vitlinear::rotate", mutates_args=(), device_types="cpu")
-def rotate_op(x: Tensor, table: Tensor, inverse: bool) -> Tensor:
-    """`rotate` in programs compiled for CPUs: inductor does not vectorise loops over pairs."""
-    out = x.new_empty(x.shape)
-    torch.mul(_pairs(x), _turns(table, inverse), out=_pairs(out))
-    return out
-
-
-@rotate_op.register_fake
-def _(x: Tensor, table: Tensor, inverse: bool) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-def _keep_table(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: Tensor) -> None:
-    _, table, ctx.inverse = inputs
-    ctx.save_for_backward(table)
-
-
-def _rotate_back(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    return torch.ops.vitlinear.rotate(grad, *ctx.saved_tensors, not ctx.inverse), None, None
-
-
-rotate_op.register_autograd(_rotate_back, setup_context=_keep_table)
+    return x if table is None else cpu.rotate_pairs(x, table, inverse, own=own)
 
 
 def encode(
@@ -200,7 +139,8 @@ def encode(
     table: Tensor | None,
     positions: str,
     inverse: bool = False,
-    overwrite: bool = False,
+    *,
+    own: bool = False,
 ) -> Tensor:
     """Apply the encoding R of a mechanism.
 
@@ -209,16 +149,14 @@ def encode(
         table: [N, F/2, 2] for ``rotary``, [N, F, 2] for ``cosine``; None returns x itself.
         positions: ``'rotary'`` or ``'cosine'``.
         inverse: Apply the transpose.
-        overwrite: As for `rotate`; ``cosine`` has no use for it.
+        own: As for `rotate`; ``cosine`` has no use for it.
 
     Returns:
         [..., N, F], or [..., N, 2 F] from ``cosine``, with cosine and sine of a channel side by
         side: their order does not matter to a product of two encoded features.
     """
     if table is None or positions == "rotary":
-        return rotate(x, table, inverse, overwrite)
+        return rotate(x, table, inverse, own=own)
     if inverse:
         return (x.unflatten(-1, (-1, 2)) * table).sum(-1)
-    if keeps_nothing():  # complex times real is vectorised, an axis of two is not
-        return torch.view_as_real(torch.view_as_complex(table) * x).flatten(-2)
     return (x.unsqueeze(-1) * table).flatten(-2)

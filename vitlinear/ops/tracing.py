@@ -1,4 +1,4 @@
-"""What kind of program is being made of the code that runs."""
+"""Questions about the program that is being made of the code that runs."""
 
 from __future__ import annotations
 
@@ -24,6 +24,13 @@ def wants_common_operators() -> bool:
         or torch.jit.is_tracing()
         or under_transforms()
         or forward_ad._current_level >= 0
+    )
+
+
+def keeps_nothing() -> bool:
+    """Whether a new tensor may be written to again: no gradient wants it, nobody traces."""
+    return not (
+        torch.is_grad_enabled() or torch.compiler.is_compiling() or wants_common_operators()
     )
 
 

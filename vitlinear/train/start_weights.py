@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from vitlinear.checkpoints.card import read_card
-from vitlinear.checkpoints.filter import is_detector
 from vitlinear.checkpoints.load import load_into, named_for, read_weights
+from vitlinear.checkpoints.translate import is_detector
 from vitlinear.cli.flags import RATE
 from vitlinear.cli.parser import Parser
 from vitlinear.create import check_model_name

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def dry_run(script, folder, *flags):
-    """What a script writes in a dry run."""
+    """The rows that a script writes in a dry run."""
     output = folder / "rows.json"
     command = [sys.executable, str(ROOT / "benchmarks" / script), "--dry-run"]
     command += ["--output", str(output), *flags]
@@ -30,12 +30,14 @@ def dry_run(script, folder, *flags):
     return record["rows"]
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_attention(tmp_path):
     rows = dry_run("gpu.py", tmp_path, "--only", "triton")
     assert len(rows) == 3 and all("forward_share" in row for row in rows)
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_models(tmp_path):
     """Each model in inference and in a training step, one of them on the kernels."""

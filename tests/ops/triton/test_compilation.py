@@ -18,6 +18,8 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 from tests.ops.triton.cases import GRIDS  # noqa: E402
 from vitlinear import ops  # noqa: E402
+from vitlinear.ops.backward import LinearGradients  # noqa: E402
+from vitlinear.ops.terms import Terms  # noqa: E402
 from vitlinear.ops.triton import INTERPRETING, launch, tuning  # noqa: E402
 
 SHARED_MEMORY = 227 * 1024  # bytes that a block may have on Hopper
@@ -75,15 +77,24 @@ def call(
     qkv = torch.zeros(2, length, 5, heads, dim, dtype=dtype)
     q, k, v, gate, lepe = qkv.unbind(2)
     tables = ops.lrpe_tables if row.positions == "cosine" else ops.rotary_tables
-    options = (
-        *(tables(*grid, dim) if rotary else (None, None)),
-        torch.zeros(2, length, dtype=torch.bool) if mask else None,
-        torch.ones(heads) if mask else None,
-        *((lepe, gate) if epilogue else (None, None)),
+    terms = Terms(
+        rotary=tables(*grid, dim) if rotary else None,
+        key_padding_mask=torch.zeros(2, length, dtype=torch.bool) if mask else None,
+        head_scale=torch.ones(heads) if mask else None,
+        lepe=lepe if epilogue else None,
+        gate=gate if epilogue else None,
     )
-    out, *saved = launch.forward(q, k, v, *options, row)
-    *grads, grad_lepe = torch.zeros_like(qkv).unbind(2)
-    launch.backward(out, q, k, v, *options, *saved, row, tuple(grads), grad_lepe)
+    out, state = launch.forward(q, k, v, row, terms)
+    grad_q, grad_k, grad_v, grad_gate, grad_lepe = torch.zeros_like(qkv).unbind(2)
+    grads = LinearGradients(
+        grad_q,
+        grad_k,
+        grad_v,
+        head_scale=torch.ones(heads) if mask else None,
+        lepe=grad_lepe if epilogue else None,
+        gate=grad_gate if epilogue else None,
+    )
+    launch.backward(out, q, k, v, row, terms, state, grads)
 
 
 @pytest.mark.parametrize("grid", [SHORT, LONG], ids=["one kernel", "splits"])

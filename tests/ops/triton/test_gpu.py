@@ -198,7 +198,7 @@ def test_export_runs_on_the_gpu():
             batch, height, width, _ = x.shape
             q, k, v = x.reshape(batch, height * width, 3, 2, 32).unbind(2)
             rotary = ops.rotary_tables(height, width, 32, x.device)
-            return ops.linear_attention(q, k, v, "mala", rotary, backend="triton")
+            return ops.linear_attention(q, k, v, mechanism="mala", rotary=rotary, backend="triton")
 
     x = torch.randn(2, 8, 12, 192, device="cuda", dtype=HALF)
     sizes = {1: torch.export.Dim("height", min=2), 2: torch.export.Dim("width", min=2)}
@@ -221,8 +221,7 @@ def test_autocast_and_checkpointing():
 
 
 def test_another_resolution_compiles_nothing():
-    from vitlinear.ops.triton import backward as backward_kernels
-    from vitlinear.ops.triton import forward as forward_kernels
+    from vitlinear.ops.triton import backward_kernels, forward_kernels
 
     kernels = (forward_kernels.forward_kernel, backward_kernels.backward_kernel)
 
@@ -274,17 +273,16 @@ def test_more_than_8_gib(mechanism):
 @each_mechanism
 @pytest.mark.parametrize("batch, heads", [(1, 1), (2, 4), (64, 4)])
 def test_workspace(mechanism, batch, heads):
-    """What a pass holds at its worst, besides inputs, results and the saved states."""
+    """Memory that a pass holds at its worst, besides inputs, results and the saved states."""
     side, dim = 128, 64
     torch.utils.deterministic.fill_uninitialized_memory = False
     inputs = many_tokens(mechanism, side, batch=batch, heads=heads, dim=dim)
     q, k, v, _ = inputs.projection.detach().unbind(2)
-    tables = inputs.tables(mechanism)
-    options = (*tables, *[None] * 4)
+    options = (mechanism, *inputs.terms(mechanism).flatten())
     forward = torch.ops.vitlinear.linear_attention
     backward = torch.ops.vitlinear.linear_attention_backward
-    out, *saved = forward(q, k, v, *options, mechanism, "triton")
-    backward(inputs.grad, q, k, v, *options, *saved, mechanism, "triton")
+    out, *saved = forward(q, k, v, *options, "triton")
+    backward(inputs.grad, q, k, v, *options, *saved, "triton")
 
     def most(call) -> int:
         torch.cuda.synchronize()
@@ -297,6 +295,6 @@ def test_workspace(mechanism, batch, heads):
         return torch.cuda.max_memory_allocated() - before - kept
 
     allowed = 0.01 * 4 * q.numel() * q.element_size() + 2**20  # the allocator rounds up
-    assert most(lambda: forward(q, k, v, *options, mechanism, "triton")) <= allowed
-    gradients = (inputs.grad, q, k, v, *options, *saved, mechanism, "triton")
+    assert most(lambda: forward(q, k, v, *options, "triton")) <= allowed
+    gradients = (inputs.grad, q, k, v, *options, *saved, "triton")
     assert most(lambda: backward(*gradients)) <= allowed

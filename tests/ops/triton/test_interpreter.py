@@ -17,9 +17,15 @@ pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
 FILES = sorted(path.name for path in (HERE / "interpreted").glob("test_*.py"))
+IN_QUICK = "test_mechanisms.py"  # has the quick tests: the others would be found empty
 
 
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.slow
+@pytest.mark.process
+@pytest.mark.parametrize(
+    "file",
+    [pytest.param(file, marks=pytest.mark.quick if file == IN_QUICK else ()) for file in FILES],
+)
 def test_interpreted(file, pytestconfig):
     """With the outer run's choice, so that ``-m "not slow"`` leaves out the slow ones inside."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]

@@ -71,7 +71,7 @@ def _training_flags(argv: Sequence[str] | None, prog: str, description: str) -> 
 
 def _train(args: argparse.Namespace, framework: str) -> None:
     require("mmcv.ops", framework)
-    config = read_config(args)
+    config = read_config(args, framework)
     for key in ("train_dataloader", "train_cfg", "optim_wrapper"):
         if not config.get(key):
             raise UserError(f"config {args.config} has no {key}: it trains nothing")
@@ -126,7 +126,7 @@ def _test(
     lay_over: Callable[[Config, argparse.Namespace], None],
 ) -> None:
     require("mmcv.ops", framework)
-    config = read_config(args)
+    config = read_config(args, framework)
     for key in ("test_dataloader", "test_cfg", "test_evaluator"):
         if not config.get(key):
             raise UserError(f"config {args.config} has no {key}: it tests nothing")

@@ -118,7 +118,7 @@ def load_model(
     Raises:
         UserError: A file cannot be read, or the checkpoint is one of another model.
     """
-    config, content = read_config(args), read_checkpoint(args.checkpoint)
+    config, content = read_config(args, framework), read_checkpoint(args.checkpoint)
     for _, backbone in backbones(config):
         backbone.update(pretrained=False, init_cfg=None)
     check_config(config, ())

@@ -16,18 +16,20 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch import distributed, nn
 
-from vitlinear.checkpoints.filter import layout_of
 from vitlinear.checkpoints.read import CheckpointError, read_checkpoint
+from vitlinear.checkpoints.translate import layout_of
+from vitlinear.cli.configs import find_config
 from vitlinear.cli.parser import Parser
 from vitlinear.errors import UserError, one_line
 from vitlinear.processes import join_processes, process_group
 
+TASKS = {"mmdet": "detection", "mmseg": "segmentation"}
 TIMEOUT = 1800  # seconds that processes on CPUs wait for each other
 
 
 def add_config_flags(parser: Parser, *files: str) -> None:
     """The config, other files, and the flag that changes what a config says."""
-    parser.add_argument("config", help="a config file of mmengine's")
+    parser.add_argument("config", help="a config file of mmengine's, or the name of one of ours")
     for name in files:
         parser.add_argument(name)
     parser.add_argument(
@@ -53,16 +55,21 @@ def add_common_flags(parser: Parser, *files: str) -> None:
     )
 
 
-def read_config(args: argparse.Namespace) -> Config:
-    """The config, with the shared flags laid over it.
+def read_config(args: argparse.Namespace, framework: str) -> Config:
+    """Returns the config, with the shared flags laid over it.
+
+    Args:
+        args: ``config``, ``cfg_options``, ``launcher``, ``work_dir``.
+        framework: ``mmdet`` or ``mmseg``, which says where a name without a path is looked for.
 
     Raises:
         UserError: It is missing or broken, as one that it inherits may be, or an option is.
     """
-    if not Path(args.config).is_file():
+    path = find_config(args.config, TASKS[framework])
+    if not path.is_file():
         raise UserError(f"config {args.config} does not exist")
     try:
-        config = Config.fromfile(args.config)
+        config = Config.fromfile(path)
         config.merge_from_dict(_options(args.cfg_options))
     except UserError:
         raise
@@ -72,7 +79,7 @@ def read_config(args: argparse.Namespace) -> Config:
     if args.work_dir is not None:
         config.work_dir = args.work_dir
     elif config.get("work_dir") is None:
-        config.work_dir = str(Path("work_dirs", Path(args.config).stem))
+        config.work_dir = str(Path("work_dirs", path.stem))
     return config
 
 

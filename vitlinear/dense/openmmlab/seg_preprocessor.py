@@ -18,5 +18,5 @@ class SegDataPreProcessor(_models.SegDataPreProcessor):
     """
 
     def forward(self, data: dict[str, Any], training: bool = False) -> dict[str, Any]:
-        """What mmseg's class gives; `vitlinear.dense.padding` describes what is attached."""
+        """Batch as mmseg's class gives it, valid sizes attached (`vitlinear.dense.padding`)."""
         return with_valid_sizes(super().forward(data, training), data["inputs"])

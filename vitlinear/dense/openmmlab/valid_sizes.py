@@ -1,4 +1,4 @@
-"""What the data preprocessors of mmdet and mmseg have in common."""
+"""Valid sizes of padded images, for the data preprocessors of mmdet and mmseg."""
 
 from __future__ import annotations
 

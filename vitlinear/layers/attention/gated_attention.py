@@ -13,9 +13,10 @@ from vitlinear.ops import RotaryTables
 from vitlinear.ops.backend import check_backend
 
 from ..conv.depthwise_conv import DepthwiseConv
+from ..heads import split_heads
 from ..linear import Linear
-from .attend import attend, check_attn_type, learns_temperature
-from .heads import split_heads
+from ..padding_rule import MASK
+from .scriptable import check_attn_type, learns_temperature, scriptable_attention
 
 
 # One step to torch.fx, which cannot follow checks and choices that look at shapes. As a module, not
@@ -28,6 +29,8 @@ class GatedAttention(nn.Module):
     output multiplier o has no activation. Source: released code of RALA (arXiv:2411.07635) and
     MALA (arXiv:2507.00698).
     """
+
+    padding_rule = MASK
 
     def __init__(
         self,
@@ -110,10 +113,10 @@ class GatedAttention(nn.Module):
         rotary: RotaryTables,
         mask: Tensor | None,
     ) -> Tensor:
-        """What the output projection takes, from [B, N, h, D] each and a mask [B, N]."""
-        return self.attend(q, k, v, rotary, lepe, o, mask)
+        """The input of the output projection, from [B, N, h, D] each and a mask [B, N]."""
+        return self.attention(q, k, v, rotary, lepe, o, mask)
 
-    def attend(
+    def attention(
         self,
         q: Tensor,
         k: Tensor,
@@ -124,10 +127,9 @@ class GatedAttention(nn.Module):
         mask: Tensor | None,
     ) -> Tensor:
         """(Attention(q, k, v) + lepe) * gate, [B, N, h, D] -> [B, N, h, D]."""
-        return attend(
-            q, k, v, self.attn_type, self.backend, rotary,
-            key_padding_mask=mask, head_scale=self.temperature, lepe=lepe, gate=gate,
-        )  # fmt: skip
+        return scriptable_attention(
+            q, k, v, self.attn_type, rotary, mask, self.temperature, lepe, gate, self.backend
+        )
 
 
 @register_notrace_module
@@ -160,6 +162,6 @@ class NormGatedAttention(GatedAttention):
         rotary: RotaryTables,
         mask: Tensor | None,
     ) -> Tensor:
-        """What the output projection takes, from [B, N, h, D] each and a mask [B, N]."""
-        x = self.attend(q, k, v, rotary, lepe, None, mask)
+        """The input of the output projection, from [B, N, h, D] each and a mask [B, N]."""
+        x = self.attention(q, k, v, rotary, lepe, None, mask)
         return self.norm(x.flatten(2)) * nn.functional.silu(o.flatten(2))

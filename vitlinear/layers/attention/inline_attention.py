@@ -11,14 +11,15 @@ from vitlinear.ops import accumulation_dtype
 from vitlinear.ops.backend import check_backend
 
 from ..conv.dynamic_conv import DynamicConv
+from ..heads import split_heads
 from ..linear import Linear
+from ..padding_rule import MASK, SIZES
 from ..windows import equal_windows, from_windows, join_maps, to_windows, window_padding
-from .attend import attend
-from .heads import split_heads
+from .scriptable import scriptable_attention
 
 
 class InjectiveAttention(nn.Module):
-    """What InLine does between its projections: Attention(q, k, v) + DynamicConv(v).
+    """InLine attention between its projections: Attention(q, k, v) + DynamicConv(v).
 
     The local term sees the spatial tokens alone; tokens before them, such as a class token, take
     part in the attention only. Source: arXiv:2412.06590, equations 6 and 7, and its released code.
@@ -89,7 +90,9 @@ class InjectiveAttention(nn.Module):
             local = F.pad(local, [0, 0, prefix, 0])
         lepe = local.unflatten(-1, [self.num_heads, self.head_dim])
         mask = key_padding_mask
-        out = attend(q, k, v, "inline", self.backend, key_padding_mask=mask, lepe=lepe)
+        out = scriptable_attention(
+            q, k, v, "inline", key_padding_mask=mask, lepe=lepe, backend=self.backend
+        )
         return out.flatten(2)
 
 
@@ -105,6 +108,8 @@ def mean_token(x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
 
 class _ProjectedAttention(nn.Module):
     """proj(InjectiveAttention(q, k, v)), q, k and v from one projection."""
+
+    padding_rule = MASK
 
     def __init__(
         self,
@@ -202,6 +207,8 @@ class InLineAttention(_ProjectedAttention):
         """
         super().__init__(dim, num_heads, 0, proj_drop, backend, device=device, dtype=dtype)
         self.window_size = window_size
+        if window_size > 0:
+            self.padding_rule = SIZES
 
     def forward(
         self,

@@ -9,10 +9,11 @@ from vitlinear._timm import register_notrace_module
 from vitlinear.ops import accumulation_dtype, lrpe_tables
 from vitlinear.ops.backend import check_backend
 
+from ..heads import split_heads
 from ..linear import Linear
+from ..padding_rule import MASK
 from ..rms_norm import HeadRmsNorm
-from .attend import attend
-from .heads import split_heads
+from .scriptable import scriptable_attention
 
 
 # One step to torch.fx, as `GatedAttention`.
@@ -28,6 +29,7 @@ class LightNetAttention(nn.Module):
     """
 
     attn_type = "lightnet"
+    padding_rule = MASK
 
     def __init__(
         self,
@@ -79,8 +81,10 @@ class LightNetAttention(nn.Module):
         """
         B, N, _ = x.shape
         q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).unbind(2)
-        positions = lrpe_tables(height, width, self.head_dim, x.device, accumulation_dtype(x.dtype))
+        rotary = lrpe_tables(height, width, self.head_dim, x.device, accumulation_dtype(x.dtype))
         gate = self.gate2(self.gate1(x)).sigmoid()
-        out = attend(q, k, v, "lightnet", self.backend, positions, key_padding_mask)
+        out = scriptable_attention(
+            q, k, v, "lightnet", rotary, key_padding_mask, backend=self.backend
+        )
         x = self.norm(out) * gate
         return self.proj_drop(self.proj(x))

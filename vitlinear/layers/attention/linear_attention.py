@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from vitlinear._timm import register_notrace_module
 from vitlinear.ops.backend import check_backend
 
+from ..heads import split_heads
 from ..linear import Linear
-from .attend import attend, check_attn_type
-from .heads import split_heads
+from ..padding_rule import MASK
+from .scriptable import check_attn_type, scriptable_attention
 
 
 # One step to torch.fx, for the reasons that `GatedAttention` gives.
@@ -21,6 +22,8 @@ class LinearAttention(nn.Module):
     With a temperature this is the linear global attention of L2ViT (arXiv:2501.16182), without it
     the plain baseline (arXiv:2006.16236) in the layout of ViT.
     """
+
+    padding_rule = MASK
 
     def __init__(
         self,
@@ -83,7 +86,7 @@ class LinearAttention(nn.Module):
         Args:
             x: [B, N, C], or a map [B, H, W, C].
             height: Unused; blocks that serve several attentions tell it to all.
-            width: Likewise.
+            width: Unused, too.
             key_padding_mask: x.shape[:-1] bool, True for padding: equal to leaving these tokens
                 out.
 
@@ -95,8 +98,8 @@ class LinearAttention(nn.Module):
         mask = key_padding_mask
         if mask is not None:
             mask = mask.flatten(1)
-        out = attend(
-            q, k, v, self.attn_type, self.backend,
-            key_padding_mask=mask, head_scale=self.temperature,
+        out = scriptable_attention(
+            q, k, v, self.attn_type,
+            key_padding_mask=mask, head_scale=self.temperature, backend=self.backend,
         )  # fmt: skip
         return self.proj_drop(self.proj(out.reshape(x.shape)))

@@ -6,12 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from vitlinear._timm import register_notrace_module
-from vitlinear.ops.cpu.linear import conv_gelu, convolves_with_gelu
-
-from ..fold import is_gelu
-from ..hooks import has_forward_hooks
-
 
 class ConvNormAct(nn.Module):
     """Convolution with as much padding as keeps the size at stride 1, batch norm, activation.
@@ -58,19 +52,4 @@ class ConvNormAct(nn.Module):
         conv = fuse_conv_bn_eval(self.conv, self.bn)
         if isinstance(self.act, nn.Identity):
             return conv
-        return (ConvGelu if is_gelu(self.act) else nn.Sequential)(conv, self.act)
-
-
-@register_notrace_module
-class ConvGelu(nn.Sequential):
-    """A convolution and a GELU, on CPUs in one pass over memory where nothing is kept."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C_in, H, W] -> [B, C_out, H', W']."""
-        if torch.jit.is_scripting():
-            return self[1](self[0](x))
-        conv = self[0]
-        assert isinstance(conv, nn.Conv2d)
-        if not has_forward_hooks(*self) and convolves_with_gelu(x, conv):
-            return conv_gelu(x, conv)
-        return self[1](conv(x))
+        return nn.Sequential(conv, self.act)

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from vitlinear._timm import register_notrace_module
-from vitlinear.ops.cpu.depthwise import depthwise_conv, identity_kernel, residual_depthwise_conv
+from vitlinear.ops import cpu
+
+from ..padding_rule import ZEROS
 
 
 # One step to torch.fx, as `nn.Conv2d` is.
@@ -18,6 +20,8 @@ class DepthwiseConv(nn.Conv2d):
     (counters, quantisers, folding of x + conv(x) into the weight) knows this one. The permutes are
     views: in memory the input is what PyTorch calls a channels_last image already.
     """
+
+    padding_rule = ZEROS
 
     def __init__(
         self,
@@ -44,13 +48,16 @@ class DepthwiseConv(nn.Conv2d):
         if torch.jit.is_scripting():
             x = self._conv_forward(x, self.weight, self.bias)
         else:
-            x = depthwise_conv(x, self.weight, self.bias)
+            x = cpu.depthwise_conv(x, self.weight, self.bias)
         return x.permute(0, 2, 3, 1)
 
 
 @register_notrace_module
 class ResidualDepthwiseConv(DepthwiseConv):
-    """x + conv(x), conv a `DepthwiseConv`; see `vitlinear.ops.depthwise` for the sum."""
+    """x + conv(x), conv a `DepthwiseConv`.
+
+    Where `vitlinear.ops.cpu` finds it faster, the sum is part of the kernel.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
@@ -58,7 +65,7 @@ class ResidualDepthwiseConv(DepthwiseConv):
         if torch.jit.is_scripting():
             x = x + self._conv_forward(x, self.weight, self.bias)
         else:
-            x = residual_depthwise_conv(x, self.weight, self.bias)
+            x = cpu.residual_depthwise_conv(x, self.weight, self.bias)
         return x.permute(0, 2, 3, 1)
 
     @torch.no_grad()
@@ -72,5 +79,5 @@ class ResidualDepthwiseConv(DepthwiseConv):
             dtype=self.weight.dtype,
         )
         fused.load_state_dict(self.state_dict())
-        fused.weight += identity_kernel(self.weight)
+        fused.weight += cpu.identity_kernel(self.weight)
         return fused.train(self.training)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from ..tracing import stands_for_many
-from .linear import runs_on_onednn
+from .products import runs_on_onednn
 
 PIECE = 3  # the kernel that is fast
 

@@ -1,9 +1,11 @@
 """Softmax attention: PyTorch's SDPA, but for long sequences on CPUs where MKL does not keep up.
 
-SDPA takes MKL; `linear` tells more of that and oneDNN.
+SDPA takes MKL; `products` tells more of that and oneDNN.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -11,11 +13,11 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula, sdpa_flop
 
-from ..features import LOG2_E
-from .linear import outdoes_batches, product
+from .products import outdoes_batches, product
 
 # From here on, the products outweigh what a call for each head costs (`benchmarks/README.md`).
 MIN_TOKENS = 512
+LOG2_E = math.log2(math.e)
 BLOCK = 256  # queries whose weights are in memory at a time, N numbers each
 # Logits to base 2, and values, up to which weights need no shift: 2^64 each, their products with
 # values summed over 2^31 tokens stay within float32's 2^128, as the least, 2^-64, do within 2^-126.

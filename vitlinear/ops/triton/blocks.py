@@ -1,4 +1,4 @@
-"""What the kernels are made of: tokens in and out, feature maps, positions, read-out factors.
+"""Parts that kernels are made of: tokens in and out, feature maps, positions, read-out.
 
 A kernel works on blocks of ``block_tokens`` tokens of one head of one sample. Channels of queries
 and keys fill a block of ``block_dim``, a power of two of at least 16; features and state rows fill
@@ -93,6 +93,7 @@ def load_vector(start, slot, plan: tl.constexpr):
 
 @triton.jit
 def store_vector(start, slot, x, plan: tl.constexpr):
+    """Store a vector of features in its slot."""
     at, exists = vector_lanes(plan)
     tl.store(start + slot * plan.features + at, x, mask=exists)
 
@@ -106,6 +107,7 @@ def load_channels(start, slot, plan: tl.constexpr):
 
 @triton.jit
 def store_channels(start, slot, x, plan: tl.constexpr):
+    """Store a vector of channels of values in its slot."""
     channel, exists = value_lanes(plan)
     tl.store(start + slot * plan.head_dim + channel, x, mask=exists)
 
@@ -119,13 +121,14 @@ def load_state(start, slot, plan: tl.constexpr):
 
 @triton.jit
 def store_state(start, slot, x, plan: tl.constexpr):
+    """Store a state in its slot."""
     at, exists = state_lanes(plan)
     tl.store(start + slot * plan.rows * plan.head_dim + at, x, mask=exists)
 
 
 @triton.jit
 def load_statistic(start, slot, plan: tl.constexpr):
-    """What a softmax over keys has one of for a head, or one for each feature."""
+    """The logsumexp of a softmax over keys: one number for a head, or one for each feature."""
     if plan.key_weights == "global_query":
         return tl.load(start + slot)
     else:
@@ -134,6 +137,7 @@ def load_statistic(start, slot, plan: tl.constexpr):
 
 @triton.jit
 def store_statistic(start, slot, x, plan: tl.constexpr):
+    """Store what `load_statistic` loads."""
     if plan.key_weights == "global_query":
         tl.store(start + slot, x)
     else:
@@ -181,7 +185,7 @@ def load_tokens(x, b, h, n, inside, plan: tl.constexpr):
 
 @triton.jit
 def load_values(x, b, h, n, inside, plan: tl.constexpr):
-    """The same of values."""
+    """Values in float32, zeros for padding, whatever it holds, NaN included."""
     channel, in_head = value_lanes(plan)
     at, exists = _token_pointers(x, b, h, n, inside, channel, in_head)
     return tl.load(at, mask=exists, other=0.0).to(tl.float32)
@@ -267,7 +271,7 @@ def load_positions(tables, n, width, inside, plan: tl.constexpr):
 
 @triton.jit
 def beside(a, b, plan: tl.constexpr):
-    """[a; b], twice as wide."""
+    """Two blocks of features beside each other, [a; b]."""
     width: tl.constexpr = 2 * plan.block_dim
     return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (a.shape[0], width))
 
@@ -281,7 +285,7 @@ def halves(x, plan: tl.constexpr):
 
 @triton.jit
 def encode(features, cos, sin, inverse: tl.constexpr, plan: tl.constexpr):
-    """R of the formula, or its transpose: rotate neighbouring channels, or [x cos; x sin]."""
+    """Apply R of the formula, or its transpose: rotate neighbouring channels, or [x cos; x sin]."""
     if plan.positions == "rotary":
         # Each block of channels turns alike.
         parts: tl.constexpr = plan.expansion
@@ -304,6 +308,7 @@ def encode(features, cos, sin, inverse: tl.constexpr, plan: tl.constexpr):
 
 @triton.jit
 def _product(a, b, total, precision: tl.constexpr):
+    """a @ b + total with operands of the precision that a plan names."""
     if precision == "bf16":
         return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), total)
     else:
@@ -312,14 +317,14 @@ def _product(a, b, total, precision: tl.constexpr):
 
 @triton.jit
 def sum_product(a, b, total, plan: tl.constexpr):
-    """a^T b + total, for sums over tokens; float32 but for the operands."""
+    """The product a^T b + total, for sums over tokens; float32 but for the operands."""
     precision: tl.constexpr = plan.sums
     return _product(tl.trans(a), b, total, precision)
 
 
 @triton.jit
 def read_product(a, state, plan: tl.constexpr):
-    """a @ state, likewise."""
+    """The product a @ state, for reads of a state; float32 but for the operands."""
     precision: tl.constexpr = plan.reads
     return _product(a, state, tl.zeros((a.shape[0], state.shape[1]), tl.float32), precision)
 
@@ -334,7 +339,7 @@ def _direction(x):
 
 @triton.jit
 def _power(base, exponent):
-    """base ** exponent, 0 for base 0."""
+    """The power base ** exponent, 0 for base 0."""
     log = tl.log2(tl.where(base > 0, base, 1.0))
     return tl.where(base > 0, tl.exp2(exponent * log), 0.0)
 
@@ -347,11 +352,13 @@ def _tanh(x):
 
 @triton.jit
 def _split_signs(x, magnitude, plan: tl.constexpr):
+    """[magnitude where x > 0; magnitude where x < 0]; see `cpu.split_signs`."""
     return beside(tl.where(x > 0, magnitude, 0.0), tl.where(x < 0, magnitude, 0.0), plan)
 
 
 @triton.jit
 def _join_signs(x, grad, plan: tl.constexpr):
+    """Gradient of the magnitude, and the same with the sign of x; see `features._join_signs`."""
     positive, negative = halves(grad, plan)
     plus, minus = tl.where(x > 0, positive, 0.0), tl.where(x < 0, negative, 0.0)
     return plus + minus, plus - minus
@@ -359,7 +366,7 @@ def _join_signs(x, grad, plan: tl.constexpr):
 
 @triton.jit
 def _feature_map(x, name: tl.constexpr, plan: tl.constexpr):
-    """phi, [tokens, block_dim] -> [tokens, block_features]."""
+    """The feature map of a name, [tokens, block_dim] -> [tokens, block_features]."""
     if name == "elu+1":
         _, exists = channel_lanes(plan.block_dim, plan)
         phi = tl.where(x > 0, x + 1.0, tl.exp(tl.minimum(x, 0.0)))
@@ -438,7 +445,7 @@ def phi_k_vjp(x, grad, plan: tl.constexpr):
 
 @triton.jit
 def read_factors(z, scale, count, plan: tl.constexpr):
-    """a and b of the formula; see `vitlinear.ops.mechanisms`."""
+    """The factors a and b of the formula; see `vitlinear.ops.mechanisms`."""
     if plan.read_out == "normalised":
         return 1.0 / (z + 1e-6), tl.zeros_like(z)
     elif plan.read_out == "magnitude-aware":

@@ -1,4 +1,4 @@
-"""Grids, workspaces and launches: the kernels as functions on tensors.
+"""Grids, workspaces and launches, which make functions on tensors of the kernels.
 
 Both functions take q, k, v and the terms of the epilogue as [B, N, h, D] with any strides. The
 scratch memory of a call is splits of a state for each head, merged in their order: as many splits
@@ -7,7 +7,6 @@ as fill the device, and for long sequences at most a hundredth of the inputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backward import LinearGradients
 from ..mechanisms import Mechanism
-from . import backward as backward_kernels
-from . import forward as forward_kernels
-from . import tuning
+from ..state import LinearAttentionState
+from ..terms import Terms
+from . import backward_kernels, forward_kernels, tuning
 from .plan import Plan, make_plan
 
 PROGRAMS_PER_PROCESSOR = 4
@@ -30,7 +30,8 @@ MERGE_BLOCK = 1024
 
 _INTERPRETER_PROCESSORS = 1
 
-Sums = tuple[Tensor | None, Tensor | None, Tensor | None]
+# State, normaliser and mean value.
+Sums = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def processors(device: torch.device) -> int:
 def cuts(
     plan: Plan, slots: int, length: int, itemsize: int, device: torch.device
 ) -> tuple[Cut, Cut]:
-    """How passes are cut: those that leave a state for each split, and those that do not."""
+    """The cut of passes that leave a state for each split, and of those that do not."""
     wanted = -(-PROGRAMS_PER_PROCESSOR * processors(device) // max(slots, 1))
     wide = min(wanted, length // SHORTEST_SPLIT)
     summing = wide
@@ -75,44 +76,27 @@ def cuts(
     return cut(length, summing), cut(length, wide)
 
 
-class Call:
+class Launcher:
     """One call: its plan, its sizes, and the arguments that all of its kernels take."""
 
-    def __init__(
-        self,
-        q: Tensor,
-        rows: Tensor | None,
-        cols: Tensor | None,
-        mask: Tensor | None,
-        head_scale: Tensor | None,
-        lepe: Tensor | None,
-        gate: Tensor | None,
-        mechanism: Mechanism,
-    ) -> None:
+    def __init__(self, q: Tensor, mechanism: Mechanism, terms: Terms) -> None:
         self.batch, self.length, self.heads, dim = q.shape
         self.slots = self.batch * self.heads
         self.device, self.dtype = q.device, q.dtype
-        self.plan = make_plan(
-            mechanism,
-            q.dtype,
-            dim,
-            rotary=rows is not None,
-            mask=mask is not None,
-            scale=head_scale is not None,
-            lepe=lepe is not None,
-            gate=gate is not None,
-        )
+        self.plan = make_plan(mechanism, q.dtype, dim, terms)
         self.tables: tuple[Tensor, Tensor] | None = None
         self.width = 1
-        if rows is not None and cols is not None:
+        if terms.rotary is not None:
+            rows, cols = terms.rotary
             self.tables = (rows.float().contiguous(), cols.float().contiguous())
             self.width = cols.shape[0]
         self.mask: tuple[Any, ...] | None = None
         self.counts: Tensor | None = None
-        if mask is not None:
-            self.mask = (mask.view(torch.uint8), *mask.stride())
-            self.counts = (~mask).sum(1, dtype=torch.float32)
-        self.head_scale = None if head_scale is None else head_scale.contiguous()
+        if terms.key_padding_mask is not None:
+            padding = terms.key_padding_mask
+            self.mask = (padding.view(torch.uint8), *padding.stride())
+            self.counts = (~padding).sum(1, dtype=torch.float32)
+        self.head_scale = None if terms.head_scale is None else terms.head_scale.contiguous()
         self.scale = dim**-0.5
         itemsize = q.element_size()
         self.summing, self.wide = cuts(self.plan, self.slots, self.length, itemsize, q.device)
@@ -126,33 +110,21 @@ class Call:
         plan = self.plan
         return (
             self.empty(*lead, plan.rows, plan.head_dim),
-            self.empty(*lead, plan.features) if plan.uses_norm else None,
-            self.empty(*lead, plan.head_dim) if plan.uses_mean else None,
+            self.empty(*lead, 1, plan.features) if plan.uses_norm else None,
+            self.empty(*lead, 1, plan.head_dim) if plan.uses_mean else None,
         )
 
     def parts(self) -> Sums:
-        """The same for each split."""
+        """Memory for as much of each split."""
         return self.sums(self.summing.splits, self.batch, self.heads)
 
-    def slices(self) -> Iterator[slice]:
-        """Slices of the channels of the values, with the plan made for each in turn."""
-        whole = self.plan
-        for first in range(0, whole.head_dim, whole.value_dim):
-            last = min(first + whole.value_dim, whole.head_dim)
-            self.plan = replace(whole, value_dim=last - first, adds=first > 0)
-            yield slice(first, last)
-
-    def launch(
-        self, kernel: Any, splits: int, *args: Any, plan: Plan | None = None, **constants: Any
-    ) -> None:
+    def launch(self, kernel: Any, plan: Plan, splits: int, *args: Any, **constants: Any) -> None:
         """Run a kernel for every head of every sample and each split."""
-        own = self.plan if plan is None else plan
 
-        def call(config: tuning.Config) -> None:
-            plan = replace(own, block_tokens=config.block_tokens)
+        def run(config: tuning.Config) -> None:
             kernel[(self.slots, splits)](
                 *args,
-                plan=plan,
+                plan=replace(plan, block_tokens=config.block_tokens),
                 num_warps=config.num_warps,
                 num_stages=config.num_stages,
                 **constants,
@@ -161,18 +133,19 @@ class Call:
         # Powers of eight, not the size itself: another resolution is seldom another key.
         size = (self.slots * self.length).bit_length() // 3
         options = tuple(constants.items())
-        key = (kernel.__name__, own, self.dtype, self.device, size, options)
-        tuning.run(key, own, call)
+        key = (kernel.__name__, plan, self.dtype, self.device, size, options)
+        tuning.run(key, plan, run)
 
     def merge(
         self,
+        plan: Plan,
         parts: Sums,
         sums: Sums,
         statistic_parts: Tensor | None = None,
         statistics: Tensor | None = None,
     ) -> None:
         """Merge the slots of all splits; with statistics, as averages under a softmax."""
-        tiles = -(-self.plan.rows * self.plan.value_dim // MERGE_BLOCK)
+        tiles = -(-plan.rows * plan.value_dim // MERGE_BLOCK)
         forward_kernels.merge_kernel[(self.slots, tiles)](
             parts,
             statistic_parts,
@@ -181,7 +154,7 @@ class Call:
             self.summing.splits,
             softmax=statistics is not None,
             block=MERGE_BLOCK,
-            plan=self.plan,
+            plan=plan,
             num_warps=4,
         )
 
@@ -196,73 +169,60 @@ def strided(x: Tensor | None) -> tuple[Any, ...] | None:
 
 
 def part(x: Tensor | None, channels: slice) -> Tensor | None:
-    """A slice of the channels, which stand last."""
+    """A slice of the channels, which stand last; None of None."""
     return None if x is None else x[..., channels]
 
 
 def part_of_sums(sums: Sums, channels: slice) -> Sums:
-    """The same of a state, a normaliser and a mean value; the normaliser has no such channels."""
+    """A slice of a state and of a mean value; the normaliser has no channels of values."""
     state, norm, mean = sums
-    return part(state, channels), norm, part(mean, channels)
+    return state[..., channels], norm, part(mean, channels)
 
 
 def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rows: Tensor | None,
-    cols: Tensor | None,
-    mask: Tensor | None,
-    head_scale: Tensor | None,
-    lepe: Tensor | None,
-    gate: Tensor | None,
-    mechanism: Mechanism,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Output [B, N, h, D], contiguous, and state, norm, mean value, mean query and logsumexp.
-
-    Those are as from `torch.ops.vitlinear.linear_attention`: empty where there is none.
-    """
-    call = Call(q, rows, cols, mask, head_scale, lepe, gate, mechanism)
-    plan, lead = call.plan, (call.batch, call.heads)
-    one_query, softmax = mechanism.has_global_query, mechanism.has_key_softmax
+    q: Tensor, k: Tensor, v: Tensor, mechanism: Mechanism, terms: Terms
+) -> tuple[Tensor, LinearAttentionState]:
+    """Output [B, N, h, D], contiguous, and the state, in contiguous float32 tensors."""
+    call = Launcher(q, mechanism, terms)
+    features, lead = call.plan.features, (call.batch, call.heads, 1)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    sums = call.sums(*lead)
-    query = call.empty(*lead, plan.features) if one_query else None
-    statistics = call.empty(*lead, *(() if one_query else (plan.features,))) if softmax else None
+    query = logsumexp = None
+    if mechanism.has_global_query:
+        query, logsumexp = call.empty(*lead, features), call.empty(*lead, 1)
+    elif mechanism.has_key_softmax:
+        logsumexp = call.empty(*lead, features)
+    state = LinearAttentionState(*call.sums(call.batch, call.heads), query, logsumexp)
     if out.numel():
         with call.on_device():
-            for channels in call.slices():
-                epilogue = (strided(part(lepe, channels)), strided(part(gate, channels)))
-                values = (v[..., channels], out[..., channels])
-                _forward(call, q, k, *values, epilogue, sums, query, statistics, channels)
-    state, norm, mean = sums
-    assert state is not None
-    none = (call.empty(0) if x is None else x for x in (norm, mean, query, statistics))
-    return out, state, *none  # type: ignore[return-value]
+            for channels, plan in call.plan.slices():
+                _forward(call, plan, channels, q, k, v, terms, out, state)
+    return out, state
 
 
 def _forward(
-    call: Call,
+    call: Launcher,
+    plan: Plan,
+    channels: slice,
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    terms: Terms,
     out: Tensor,
-    epilogue: tuple[Any, Any],
-    sums: Sums,
-    query: Tensor | None,
-    statistics: Tensor | None,
-    channels: slice,
+    state: LinearAttentionState,
 ) -> None:
     """Launch the forward kernels for a slice of the values."""
     length, width, heads, scale = call.length, call.width, call.heads, call.scale
     summing, wide = call.summing, call.wide
     options = (call.tables, call.mask, call.counts)
-    sums = part_of_sums(sums, channels)
-    if wide.splits == 1 and call.plan.fits_one_kernel:
+    values, into = strided(v[..., channels]), strided(out[..., channels])
+    epilogue = (strided(part(terms.lepe, channels)), strided(part(terms.gate, channels)))
+    query, logsumexp = state.query, state.logsumexp
+    sums = part_of_sums((state.state, state.norm, state.mean_v), channels)
+    if wide.splits == 1 and plan.fits_one_kernel:
         call.launch(
-            forward_kernels.forward_kernel, 1,
-            strided(q), strided(k), strided(v), strided(out), epilogue, *options, call.head_scale,
-            sums, query, statistics, length, width, heads, wide.chunk, scale,
+            forward_kernels.forward_kernel, plan, 1,
+            strided(q), strided(k), values, into, epilogue, *options, call.head_scale,
+            sums, query, logsumexp, length, width, heads, wide.chunk, scale,
         )  # fmt: skip
         return
 
@@ -270,25 +230,25 @@ def _forward(
     if query is not None:
         query_parts = call.empty(wide.splits, *query.shape)
         call.launch(
-            forward_kernels.mean_query_kernel, wide.splits,
-            strided(q), *options[1:], query_parts, length, heads, wide.chunk, scale,
+            forward_kernels.mean_query_kernel, plan, wide.splits,
+            strided(q), call.mask, call.counts, query_parts, length, heads, wide.chunk, scale,
         )  # fmt: skip
     merging = summing.splits > 1
-    parts, statistic_parts = sums, statistics
+    parts, statistic_parts = sums, logsumexp
     if merging:
         parts = part_of_sums(call.parts(), channels)
-        if statistics is not None:
-            statistic_parts = call.empty(summing.splits, *statistics.shape)
+        if logsumexp is not None:
+            statistic_parts = call.empty(summing.splits, *logsumexp.shape)
     call.launch(
-        forward_kernels.state_kernel, summing.splits,
-        strided(k), strided(v), *options, query_parts, query, parts, statistic_parts,
+        forward_kernels.state_kernel, plan, summing.splits,
+        strided(k), values, *options, query_parts, query, parts, statistic_parts,
         length, width, heads, summing.chunk, wide.splits, scale,
     )  # fmt: skip
     if merging:
-        call.merge(parts, sums, statistic_parts, statistics)
+        call.merge(plan, parts, sums, statistic_parts, logsumexp)
     call.launch(
-        forward_kernels.read_kernel, wide.splits,
-        strided(q), strided(out), epilogue, *options, call.head_scale, sums,
+        forward_kernels.read_kernel, plan, wide.splits,
+        strided(q), into, epilogue, *options, call.head_scale, sums,
         length, width, heads, wide.chunk, scale,
     )  # fmt: skip
 
@@ -298,136 +258,107 @@ def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    rows: Tensor | None,
-    cols: Tensor | None,
-    mask: Tensor | None,
-    head_scale: Tensor | None,
-    lepe: Tensor | None,
-    gate: Tensor | None,
-    state: Tensor,
-    norm: Tensor,
-    mean_v: Tensor,
-    query: Tensor,
-    logsumexp: Tensor,
     mechanism: Mechanism,
-    grads: tuple[Tensor, ...],
-    grad_lepe: Tensor | None = None,
-) -> Tensor | None:
-    """Write the gradients of all that lies like q, and return that of head_scale, [h], or None.
+    terms: Terms,
+    state: LinearAttentionState,
+    grads: LinearGradients,
+) -> None:
+    """Write the gradients of a linear attention.
 
     Args:
-        grad_out: Gradient of the output, any strides.
-        q: Queries; this and the next eight as in the forward pass.
-        k: Keys.
-        v: Values.
-        rows: Position table of the rows.
-        cols: Of the columns.
-        mask: Padding mask.
-        head_scale: tau.
-        lepe: Added to the output.
-        gate: Multiplies it.
-        state: From the forward pass, as the next four.
-        norm: .
-        mean_v: .
-        query: .
-        logsumexp: .
+        grad_out: Gradient of the output, [B, N, h, D], any strides.
+        q: Queries, as in the forward pass.
+        k: Keys, as in the forward pass.
+        v: Values, as in the forward pass.
         mechanism: The row of the table.
-        grads: Where the gradients of q, k, v and, if there is one, the gate go: [B, N, h, D] with
-            any strides, such as the slices of one buffer laid out like the projection that q, k, v
-            and the gate are slices of.
-        grad_lepe: Where that of lepe goes; None without lepe, and without a gate, for it then is
-            the gradient of the output.
+        terms: As in the forward pass.
+        state: From the forward pass.
+        grads: Memory that is written to: [B, N, h, D] with any strides, such as the slices of one
+            buffer laid out like the projection that q, k, v and the gate are slices of, and [h] for
+            that of head_scale. None for what there is no gradient of; for lepe without a gate too.
     """
-    if gate is None:
-        lepe = None  # a sum has no gradient to compute
-    call = Call(q, rows, cols, mask, head_scale, lepe, gate, mechanism)
-    sums = (state, norm if call.plan.uses_norm else None, mean_v if call.plan.uses_mean else None)
-    if not q.numel():
-        return None if head_scale is None else torch.zeros_like(head_scale)
-    grad_q, grad_k, grad_v, *grad_gates = grads
-    grad_gate = grad_gates[0] if grad_gates else None
-    total: Tensor | None = None
-    with call.on_device():
-        for channels in call.slices():
-            terms = tuple(part(x, channels) for x in (lepe, gate, grad_lepe, grad_gate))
-            values = (grad_out[..., channels], q, k, v[..., channels])
-            into = (grad_q, grad_k, grad_v[..., channels])
-            saved = (part_of_sums(sums, channels), query, logsumexp)
-            grad_scale = _backward(call, *values, *into, terms, *saved, channels)
-            total = grad_scale if total is None or grad_scale is None else total + grad_scale
-    return total
+    if terms.gate is None:
+        terms = terms._replace(lepe=None)  # a sum has no gradient to compute
+    call = Launcher(q, mechanism, terms)
+    shares: list[Tensor] = []
+    if q.numel():
+        with call.on_device():
+            for channels, plan in call.plan.slices():
+                share = _backward(call, plan, channels, grad_out, q, k, v, terms, state, grads)
+                shares += [] if share is None else [share]
+    if grads.head_scale is not None:
+        grads.head_scale.copy_(sum(shares[1:], shares[0]) if shares else torch.zeros(()))
 
 
 def _backward(
-    call: Call,
+    call: Launcher,
+    plan: Plan,
+    channels: slice,
     grad_out: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    grad_q: Tensor,
-    grad_k: Tensor,
-    grad_v: Tensor,
-    terms: tuple[Tensor | None, ...],
-    sums: Sums,
-    query: Tensor,
-    statistics: Tensor,
-    channels: slice,
+    terms: Terms,
+    state: LinearAttentionState,
+    grads: LinearGradients,
 ) -> Tensor | None:
-    """Launch the backward kernels for a slice of the values."""
+    """Launch the backward kernels for a slice of the values; its share of that of tau, [h]."""
     length, width, heads, scale = call.length, call.width, call.heads, call.scale
     summing, wide = call.summing, call.wide
     options = (call.tables, call.mask, call.counts, call.head_scale)
-    lepe, gate, grad_lepe, grad_gate = terms
-    epilogue = (strided(lepe), strided(gate))
-    grad_epilogue = (strided(grad_lepe), strided(grad_gate))
-    into_keys = (strided(grad_k), strided(grad_v))
-    if wide.splits == 1 and call.plan.fits_one_kernel:
+    grad_out, values = grad_out[..., channels], strided(v[..., channels])
+    epilogue = (strided(part(terms.lepe, channels)), strided(part(terms.gate, channels)))
+    grad_lepe = part(grads.lepe, channels)
+    grad_epilogue = (strided(grad_lepe), strided(part(grads.gate, channels)))
+    into_keys = (strided(grads.k), strided(grads.v[..., channels]))
+    query, logsumexp = state.query, state.logsumexp
+    sums = part_of_sums((state.state, state.norm, state.mean_v), channels)
+    if wide.splits == 1 and plan.fits_one_kernel:
         scales = None if call.head_scale is None else call.empty(call.batch, heads)
         call.launch(
-            backward_kernels.backward_kernel, 1,
-            strided(grad_out), strided(q), strided(k), strided(v), strided(grad_q), *into_keys,
-            epilogue, grad_epilogue, *options, scales, sums, query, statistics,
+            backward_kernels.backward_kernel, plan, 1,
+            strided(grad_out), strided(q), strided(k), values, strided(grads.q), *into_keys,
+            epilogue, grad_epilogue, *options, scales, sums, query, logsumexp,
             length, width, heads, wide.chunk, scale,
         )  # fmt: skip
         return None if scales is None else scales.sum(0)
 
-    one_query, softmax = call.plan.key_weights == "global_query", call.plan.statistics > 0
+    one_query, softmax = plan.key_weights == "global_query", plan.statistics > 0
     grad_sums = part_of_sums(call.sums(call.batch, heads), channels)
     merging = summing.splits > 1
     parts = part_of_sums(call.parts(), channels) if merging else grad_sums
-    queries = (strided(q), strided(grad_q), epilogue, grad_epilogue, *options, sums)
+    queries = (strided(q), strided(grads.q), epilogue, grad_epilogue, *options, sums)
     call.launch(
-        backward_kernels.query_kernel, summing.splits, strided(grad_out), *queries, None, parts,
+        backward_kernels.query_kernel, plan, summing.splits,
+        strided(grad_out), *queries, None, parts,
         length, width, heads, summing.chunk, 1, scale, with_sums=True, with_grads=not one_query,
     )  # fmt: skip
     if merging:
-        call.merge(parts, grad_sums)
+        call.merge(plan, parts, grad_sums)
     mean_parts = query_parts = None
     if softmax:
-        mean_parts = call.empty(wide.splits, call.slots, call.plan.statistics)
+        mean_parts = call.empty(wide.splits, call.slots, plan.statistics)
         call.launch(
-            backward_kernels.key_mean_kernel, wide.splits,
-            strided(k), strided(v), *options, query, statistics, grad_sums, mean_parts,
+            backward_kernels.key_mean_kernel, plan, wide.splits,
+            strided(k), values, *options, query, logsumexp, grad_sums, mean_parts,
             length, width, heads, wide.chunk, scale,
         )  # fmt: skip
     if one_query:
-        query_parts = call.empty(wide.splits, call.slots, call.plan.features)
+        query_parts = call.empty(wide.splits, call.slots, plan.features)
     call.launch(
-        backward_kernels.key_kernel, wide.splits,
-        strided(k), strided(v), *into_keys, *options, query, statistics, grad_sums,
+        backward_kernels.key_kernel, plan, wide.splits,
+        strided(k), values, *into_keys, *options, query, logsumexp, grad_sums,
         mean_parts, query_parts, length, width, heads, wide.chunk, wide.splits, scale,
     )  # fmt: skip
     if one_query:
-        plan = call.plan
         if grad_lepe is not None:  # what the gate and the gradient of the output have made already
             grad_out, plan = grad_lepe, replace(plan, has_lepe=False, has_gate=False)
         call.launch(
-            backward_kernels.query_kernel, wide.splits,
+            backward_kernels.query_kernel, plan, wide.splits,
             strided(grad_out), *queries, query_parts, parts, length, width, heads, wide.chunk,
-            wide.splits, scale, with_sums=False, with_grads=True, plan=plan,
+            wide.splits, scale, with_sums=False, with_grads=True,
         )  # fmt: skip
     if call.head_scale is None:
         return None
-    grad_state, state = grad_sums[0], sums[0]
-    assert grad_state is not None and state is not None
-    return (grad_state * state).sum((0, 2, 3))
+    grad_state, *_ = grad_sums
+    return (grad_state * sums[0]).sum((0, 2, 3))

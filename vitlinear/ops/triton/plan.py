@@ -1,12 +1,14 @@
-"""What the kernels are compiled for: one mechanism, one head size, one set of options."""
+"""The plan that kernels are compiled for: one mechanism, one head size, one set of terms."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 
 from ..mechanisms import Mechanism
+from ..terms import Terms
 from .blocks import INTERPRETING
 
 # Operands of the matrix products: those that sum over tokens, those that read the state. Rounding
@@ -26,13 +28,13 @@ class Plan:
     """The compile-time side of every kernel.
 
     Attributes:
-        query_map: From `Mechanism`, as the next six.
-        key_map: .
-        key_weights: .
-        read_out: .
-        positions: ``'none'`` without position tables.
-        uses_norm: .
-        uses_mean: .
+        query_map: Feature map of queries, as in `Mechanism`.
+        key_map: Feature map of keys, as in `Mechanism`.
+        key_weights: Weights of keys, as in `Mechanism`.
+        read_out: Factors of the read-out, as in `Mechanism`.
+        positions: Encoding of positions, as in `Mechanism`; ``'none'`` without position tables.
+        uses_norm: Whether the read-out needs the normaliser m.
+        uses_mean: Whether the read-out needs the mean value.
         expansion: Feature width over head_dim.
         head_dim: D.
         value_dim: Channels of the values that a kernel works on: D, or a slice of them.
@@ -115,50 +117,47 @@ class Plan:
         """Lanes for the cosines and sines of a token."""
         return self.block_dim * (1 if self.positions == "rotary" else 2)
 
+    def slices(self) -> Iterator[tuple[slice, Plan]]:
+        """Slices of the channels of the values, each with its own plan.
+
+        A state larger than a program can hold is computed in slices of columns: channels of the
+        values meet only in the gradients of queries and keys, which are sums over the slices.
+        """
+        for first in range(0, self.head_dim, self.value_dim):
+            last = min(first + self.value_dim, self.head_dim)
+            yield slice(first, last), replace(self, value_dim=last - first, adds=first > 0)
+
 
 def lanes(channels: int) -> int:
     """The next power of two that a matrix product takes."""
     return max(16, 1 << (channels - 1).bit_length())
 
 
-def make_plan(
-    row: Mechanism,
-    dtype: torch.dtype,
-    head_dim: int,
-    *,
-    rotary: bool = False,
-    mask: bool = False,
-    scale: bool = False,
-    lepe: bool = False,
-    gate: bool = False,
-) -> Plan:
-    """The plan for a call, without what `tuning` decides.
-
-    A state larger than a program can hold is computed in slices of columns: channels of the values
-    meet only in the gradients of queries and keys, which are sums over them.
-    """
+def make_plan(mechanism: Mechanism, dtype: torch.dtype, head_dim: int, terms: Terms) -> Plan:
+    """The plan for a call, without what `tuning` decides."""
     sums, reads = PRECISIONS[dtype]
     if INTERPRETING:  # which multiplies in float32 whatever it is told, bfloat16 wrongly
         sums = reads = "ieee"
     elif dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
         sums = reads = "tf32"
-    rows = row.state_dim(lanes(head_dim), rotary)
+    rotary = terms.rotary is not None
+    rows = mechanism.state_dim(lanes(head_dim), rotary)
     slices = -(-rows * lanes(head_dim) // LARGEST_STATE)
     return Plan(
-        query_map=row.query_map,
-        key_map=row.key_map,
-        key_weights=row.key_weights,
-        read_out=row.read_out,
-        positions=row.positions if rotary else "none",
-        uses_norm=row.reads.uses_norm,
-        uses_mean=row.reads.uses_mean,
-        expansion=row.phi_q.expansion,
+        query_map=mechanism.query_map,
+        key_map=mechanism.key_map,
+        key_weights=mechanism.key_weights,
+        read_out=mechanism.read_out,
+        positions=mechanism.positions if rotary else "none",
+        uses_norm=mechanism.reads.uses_norm,
+        uses_mean=mechanism.reads.uses_mean,
+        expansion=mechanism.phi_q.expansion,
         head_dim=head_dim,
         value_dim=-(-head_dim // slices),
-        has_mask=mask,
-        has_scale=scale,
-        has_lepe=lepe,
-        has_gate=gate,
+        has_mask=terms.key_padding_mask is not None,
+        has_scale=terms.head_scale is not None,
+        has_lepe=terms.lepe is not None,
+        has_gate=terms.gate is not None,
         sums=sums,
         reads=reads,
     )

@@ -17,7 +17,13 @@ ENVIRONMENT_VARIABLE = "VITLINEAR_AUTOTUNE"
 
 
 class Config(NamedTuple):
-    """How a kernel is compiled for a plan."""
+    """The configuration in which a kernel is compiled for a plan.
+
+    Attributes:
+        block_tokens: Tokens that a program holds at once.
+        num_warps: Warps of a program.
+        num_stages: Stages of the software pipeline.
+    """
 
     block_tokens: int
     num_warps: int
@@ -48,7 +54,7 @@ def candidates(plan: Plan) -> list[Config]:
 
 
 def is_fixed() -> bool:
-    """Whether nothing is measured: block sizes then depend on the plan alone."""
+    """Whether nothing is measured, so that block sizes depend on the plan alone."""
     return (
         INTERPRETING
         or os.environ.get(ENVIRONMENT_VARIABLE) == "0"

@@ -8,9 +8,11 @@ import torch
 from tests.golden import relative_error
 from tests.ops.inputs import attend, make_inputs, operator_arguments, oracle
 from tests.ops.triton.cases import many_splits, run
+from tests.pairwise import pairwise
 from vitlinear import ops
 from vitlinear.ops import registered as library
 from vitlinear.ops import triton as kernels
+from vitlinear.ops.terms import Terms
 from vitlinear.ops.triton import launch
 
 each_mechanism = pytest.mark.parametrize("mechanism", list(ops.MECHANISMS))
@@ -28,7 +30,7 @@ def test_saved_states_are_those_of_the_formula(mechanism, splits, monkeypatch):
         many_splits(monkeypatch)
     inputs = make_inputs(grid=(6, 11), dtype=torch.float32)
     q, k, v, _ = inputs.projection.detach().unbind(2)
-    arguments = (q, k, v, *inputs.tables(mechanism), inputs.mask, None, None, None, mechanism)
+    arguments = (q, k, v, mechanism, *inputs.terms(mechanism).flatten())
     fused = library.linear_attention_op(*arguments, "triton")
     plain = library.linear_attention_op(*arguments, "library")
     for a, b in zip(fused, plain, strict=True):
@@ -49,14 +51,13 @@ def test_half_precision(mechanism, dtype):
     assert relative_error(grad, expected[1]) < limit
 
 
-@each_mechanism
-@pytest.mark.parametrize(
-    "case",
-    ["zero queries", "constant keys", "vanishing normaliser", "large", "huge", "zeros", "alone"],
-)
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)]
-)
+@pairwise(
+    mechanism=ops.MECHANISMS,
+    case=[
+        "zero queries", "constant keys", "vanishing normaliser", "large", "huge", "zeros", "alone",
+    ],
+    dtype=[torch.float32, torch.float16],
+)  # fmt: skip
 def test_finite(mechanism, dtype, case, monkeypatch):
     many_splits(monkeypatch)
     grid = (1, 1) if case == "alone" else (4, 10)
@@ -95,7 +96,9 @@ def test_one_key_with_all_the_weight(mechanism, scale):
     inputs = make_inputs(grid=(6, 8), dim=16, batch=1, dtype=torch.float32, scale=scale)
     expected = oracle(mechanism, inputs)
     q, k, v, _ = inputs.projection.unbind(2)
-    plain = ops.linear_attention(q, k, v, mechanism, inputs.tables(mechanism), backend="eager")
+    plain = ops.linear_attention(
+        q, k, v, mechanism=mechanism, rotary=inputs.tables(mechanism), backend="eager"
+    )
     plain = (plain, torch.autograd.grad(plain, inputs.projection, inputs.grad)[0])
     for fused, eager, exact in zip(run(mechanism, inputs), plain, expected, strict=True):
         assert relative_error(fused, exact) <= 2 * relative_error(eager, exact) + 1e-6
@@ -128,6 +131,7 @@ def test_opcheck(mechanism):
     torch.library.opcheck(operator, (*arguments, "triton"))
 
 
+@pytest.mark.compile
 def test_compile_fullgraph():
     inputs = make_inputs(grid=(4, 6), dtype=torch.float32)
     compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
@@ -142,7 +146,7 @@ def test_float64_and_empty_batches():
     out, grad = run("rala", inputs)
     expected = oracle("rala", inputs)
     assert relative_error(out, expected[0]) < 1e-12 and relative_error(grad, expected[1]) < 1e-12
-    assert ops.choose_backend("triton", ops.Call("cpu", torch.float64, 15, 8, "rala")) == (
+    assert ops.choose_backend("triton", ops.Workload("cpu", torch.float64, 15, 8, "rala")) == (
         "eager",
         "the kernels have no float64",
     )
@@ -160,16 +164,16 @@ def test_a_failing_kernel_says_so(monkeypatch):
 
     inputs = make_inputs(dtype=torch.float32)
     q, k, v, _ = inputs.projection.detach().unbind(2)
-    arguments = (q, k, v, *inputs.rotary, *[None] * 4, "mala")
+    arguments = (q, k, v, "mala", *inputs.terms("mala").flatten())
     expected = library.linear_attention_op(*arguments)[0]
     monkeypatch.setattr(kernels, "forward", broken)
     monkeypatch.setattr(backend, "_failure", None)
     with pytest.raises(ops.KernelError, match="ValueError: no registers left"):
-        ops.linear_attention(q, k, v, "mala", inputs.rotary, backend="triton")
+        ops.linear_attention(q, k, v, mechanism="mala", rotary=inputs.rotary, backend="triton")
     with pytest.warns(UserWarning, match="the formulas run instead: ValueError: no registers"):
         out = library.linear_attention_op(*arguments, "auto")[0]
     assert torch.equal(out, expected)
-    choice = ops.choose_backend("auto", ops.Call("cuda", torch.float32, 15, 8, "mala"))
+    choice = ops.choose_backend("auto", ops.Workload("cuda", torch.float32, 15, 8, "mala"))
     assert choice.backend == "eager" and "no registers left" in choice.reason
 
 
@@ -180,7 +184,8 @@ def test_workspace_is_bounded(length, slots, mechanism, monkeypatch):
     """By what fills the device, and from 16384 tokens on by a hundredth of the inputs."""
     monkeypatch.setattr(launch, "processors", lambda device: 132)
     row = ops.get_mechanism(mechanism)
-    plan = launch.make_plan(row, torch.bfloat16, 64, rotary=True)
+    terms = Terms(ops.rotary_tables(1, 1, 64))
+    plan = launch.make_plan(row, torch.bfloat16, 64, terms)
     summing, wide = launch.cuts(plan, slots, length, 2, torch.device("cpu"))
     for cut in (summing, wide):
         assert cut.chunk * cut.splits >= length > cut.chunk * (cut.splits - 1)

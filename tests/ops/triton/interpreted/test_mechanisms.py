@@ -14,12 +14,18 @@ from vitlinear import ops
 each_mechanism = pytest.mark.parametrize("mechanism", list(ops.MECHANISMS))
 FAST = {(1, 8), (17, 20), (49, 32), (63, 8), (65, 20)}
 OTHERS = [size for size in itertools.product(GRIDS, (8, 20, 32)) if size not in FAST]
-# Each mechanism at every size of the fast ones; the others in turn, each of them by two mechanisms.
-SIZES = [(mechanism, *size) for mechanism in ops.MECHANISMS for size in sorted(FAST)] + [
-    pytest.param(mechanism, *size, marks=pytest.mark.slow)
+# Each mechanism at every size of the fast ones; the others in turn, each of them by one mechanism
+# as a rule and by two in nightly runs.
+SIZES = [
+    pytest.param(mechanism, *size, marks=pytest.mark.quick if mechanism == "rala" else ())
+    for mechanism in ops.MECHANISMS
+    for size in sorted(FAST)
+] + [
+    pytest.param(mechanism, *size, marks=pytest.mark.nightly if turn else ())
     for i, mechanism in enumerate(ops.MECHANISMS)
     for j, size in enumerate(OTHERS)
-    if (i + j) % (len(ops.MECHANISMS) // 2) == 0
+    for turn in [(i + j) % len(ops.MECHANISMS)]
+    if turn in (0, len(ops.MECHANISMS) // 2)
 ]
 
 
@@ -38,8 +44,14 @@ def test_one_kernel(mechanism, length, dim):
     check(mechanism, make_inputs(grid=GRIDS[length], dim=dim, batch=1, dtype=torch.float32))
 
 
-@each_mechanism
-@pytest.mark.parametrize("length, dim", [(63, 20), (65, 32), (196, 8)])
+@pytest.mark.parametrize(
+    "mechanism, length, dim",
+    [
+        pytest.param(mechanism, *size, marks=pytest.mark.nightly if (i + j) % 3 else ())
+        for i, mechanism in enumerate(ops.MECHANISMS)
+        for j, size in enumerate([(63, 20), (65, 32), (196, 8)])
+    ],
+)
 def test_splits(mechanism, length, dim, monkeypatch):
     many_splits(monkeypatch)
     check(mechanism, make_inputs(grid=GRIDS[length], dim=dim, batch=1, dtype=torch.float32))
@@ -60,8 +72,8 @@ def test_mask_and_head_scale(mechanism, splits, monkeypatch):
 
     def grad_scale(backend):
         q, k, v, _ = inputs.projection.detach().unbind(2)
-        options = (inputs.tables(mechanism), inputs.mask, scale, backend)
-        out = ops.linear_attention(q, k, v, mechanism, *options)
+        options = {"mechanism": mechanism, **inputs.terms(mechanism)._asdict()}
+        out = ops.linear_attention(q, k, v, **options, backend=backend)
         return torch.autograd.grad(out, scale, inputs.grad)[0]
 
     torch.testing.assert_close(grad_scale("triton"), grad_scale("eager"), rtol=1e-4, atol=1e-4)

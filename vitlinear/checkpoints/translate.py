@@ -1,0 +1,185 @@
+"""Translation of a checkpoint, whoever wrote it, into a state dict that fits a model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from math import isqrt
+from typing import Any
+
+from timm.layers import RelPosBias, resample_abs_pos_embed, resize_rel_pos_bias_table_simple
+from torch import Tensor, nn
+
+from .mappings import KeyMapping, find_mapping
+from .unwrap import unwrap_state_dict
+
+# What a detector or segmentor calls its backbone; what `MultiScaleBackbone` calls its model.
+BACKBONE, MODEL = "backbone.", "model."
+# What `BackboneWithFPN`, for torchvision's detectors, calls the backbone, and what is beside it.
+BODY, FPN = "body.", "fpn."
+# The norm behind a stage, as RALA and MALA, L2ViT, and `MultiScaleBackbone` call it.
+OUTPUT_NORM = re.compile(r"(?:extra_norms\.|norm|norms\.)(\d)\.(?:norm\.)?(weight|bias)")
+PYRAMID = "pyramid."
+
+
+def is_detector(weights: Mapping[str, Any]) -> bool:
+    """Whether weights look like those of a detector or segmentor, whose backbone is one part."""
+    return any(key.startswith(BACKBONE) for key in weights)
+
+
+def backbone_of(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Take the backbone of a detector or segmentor, the authors' or ours, apart.
+
+    Returns:
+        Its model, under the keys of a classifier; and what stands behind the model's stages, under
+        the keys of `MultiScaleBackbone`.
+    """
+    model, behind = {}, {}
+    for key, value in weights.items():
+        if not key.startswith(BACKBONE):
+            continue
+        key = key.removeprefix(BACKBONE).removeprefix(BODY)
+        if key.startswith(FPN):
+            continue
+        if norm := OUTPUT_NORM.fullmatch(key):
+            behind[f"norms.{norm[1]}.{norm[2]}"] = value
+        elif key.startswith(PYRAMID):
+            behind[key] = value
+        else:
+            model[key.removeprefix(MODEL)] = value
+    return model, behind
+
+
+def layout_of(weights: Mapping[str, Tensor]) -> KeyMapping | None:
+    """The authors' layout of weights, or of a detector's backbone; see `find_mapping`."""
+    return find_mapping(backbone_of(weights)[0] if is_detector(weights) else weights)
+
+
+def rename(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Bring bare weights into our keys, as far as they are known; of a detector, its stages."""
+    if is_detector(weights):
+        weights, _ = backbone_of(weights)
+    mapping = find_mapping(weights)
+    return mapping.convert(weights, model.state_dict()) if mapping else dict(weights)
+
+
+def resize(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Resize learned positions to the model's grids; see the two functions that this calls."""
+    return resize_tables(resize_positions(weights, model), model)
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """Bring a checkpoint into our keys: ours unchanged, the authors' translated.
+
+    Of a detector or segmentor (``backbone.*``), the stages alone. Learned positions of another
+    grid are resized; see `resize_positions` and `resize_tables`.
+
+    Args:
+        state_dict: Bare weights or a training checkpoint that holds them; see `unwrap_state_dict`.
+        model: The model to load into; gives the shapes.
+
+    Returns:
+        A state dict for `model.load_state_dict`.
+
+    Raises:
+        ValueError: There are no weights in the checkpoint, or none of this model outside its
+            classifier. With ``features_only=True`` timm would take such a file without an error.
+    """
+    weights = unwrap_state_dict(state_dict)
+    translated = resize(rename(weights, model), model)
+    body = {key for key in model.state_dict() if not key.startswith("head.")}
+    if body.isdisjoint(translated):
+        raise ValueError(
+            f"none of its weights is one of {type(model).__name__}'s; it looks like "
+            f"{_what_it_looks_like(weights)}"
+        )
+    return translated
+
+
+def _what_it_looks_like(weights: Mapping[str, Tensor]) -> str:
+    mapping = find_mapping(weights)
+    if is_detector(weights):
+        what = "a detector's or segmentor's checkpoint with another backbone"
+    elif mapping is not None:
+        what = f"the authors' layout '{mapping.name}'"
+    else:
+        what = "another model's"
+    return f"{what} ({len(weights)} tensors: {', '.join(list(weights)[:3])}, ...)"
+
+
+def resize_tables(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Resize positions of maps, and of windows, to a model made for other ones.
+
+    Args:
+        weights: In our keys.
+        model: The model to load into.
+
+    Returns:
+        The weights, with other ``pos_embed`` for modules that have one and a ``grid_size``, and
+        other ``relative_position_bias_table`` for windows of another size. Those of the
+        checkpoint are taken to be square.
+    """
+    resized = {}
+    for name, module in model.named_modules():
+        if isinstance(module, RelPosBias):
+            key = f"{name}.relative_position_bias_table"
+            table, target = weights.get(key), module.relative_position_bias_table
+            height, width = module.window_size
+            if table is not None and _is_of_another_grid(
+                table.shape[0], (2 * height - 1, 2 * width - 1)
+            ):
+                resized[key] = resize_rel_pos_bias_table_simple(
+                    table, (height, width), tuple(target.shape)
+                )
+        elif hasattr(module, "pos_embed") and hasattr(module, "grid_size"):
+            key = f"{name}.pos_embed"
+            table = weights.get(key)
+            if table is not None and _is_of_another_grid(table.shape[1], module.grid_size):
+                resized[key] = resample_abs_pos_embed(
+                    table,
+                    new_size=list(module.grid_size),
+                    num_prefix_tokens=0,
+                    interpolation="bilinear",  # as the model does it
+                    antialias=False,
+                )
+    return {**weights, **resized}
+
+
+def _is_of_another_grid(count: int, grid: tuple[int, int]) -> bool:
+    """Whether so many positions of a square grid are those of another grid than this one.
+
+    14 x 56 positions are as many as 28 x 28. Numbers that no square has are not for us to resize:
+    they fit as they are, or `load_state_dict` reports them.
+    """
+    side = isqrt(max(count, 0))
+    return side * side == count and (side, side) != tuple(grid)
+
+
+def resize_positions(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Resize learned positions of a row of tokens to the grid of a model made for another size.
+
+    Args:
+        weights: In our keys, or of a model without such positions.
+        model: The model to load into.
+
+    Returns:
+        The weights, with other positions if the model has ``pos_embed`` and ``patch_embed`` and
+        those of the checkpoint come from another, square grid.
+    """
+    target, positions = getattr(model, "pos_embed", None), weights.get("pos_embed")
+    patch_embed = getattr(model, "patch_embed", None)
+    if target is None or positions is None or patch_embed is None or positions.dim() != 3:
+        return weights
+    prefix = getattr(model, "num_prefix_tokens", 0)
+    count = positions.shape[1] - prefix
+    resizable = positions.shape[2] == target.shape[2]  # else it is for load_state_dict to report
+    if not resizable or not _is_of_another_grid(count, patch_embed.grid_size):
+        return weights
+    side = isqrt(count)
+    resized = resample_abs_pos_embed(
+        positions,
+        new_size=list(patch_embed.grid_size),
+        old_size=[side, side],
+        num_prefix_tokens=prefix,
+    )
+    return {**weights, "pos_embed": resized}

@@ -1,0 +1,94 @@
+"""Attention as layers call it: by name, from Python and from TorchScript."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vitlinear.ops import RotaryTables, get_mechanism, linear_attention, softmax_attention
+from vitlinear.ops.eager import epilogue
+
+
+def check_attn_type(attn_type: str) -> str:
+    """Return a linear mechanism of `vitlinear.ops.MECHANISMS` or ``'softmax'``.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if attn_type != "softmax":
+        get_mechanism(attn_type)
+    return attn_type
+
+
+def learns_temperature(attn_type: str) -> bool:
+    """Whether layers learn tau, the factor of the state; see `vitlinear.ops.Mechanism`."""
+    return attn_type != "softmax" and get_mechanism(attn_type).learns_temperature
+
+
+def scriptable_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_type: str,
+    rotary: RotaryTables | None = None,
+    key_padding_mask: Tensor | None = None,
+    head_scale: Tensor | None = None,
+    lepe: Tensor | None = None,
+    gate: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """(Attention(q, k, v) + lepe) * gate, of what is given, [B, N, h, D] -> [B, N, h, D].
+
+    Linear attention takes the backend that is named, softmax attention always SDPA. TorchScript
+    knows registered operators, not our Python dispatch: there the backend has no say.
+
+    Args:
+        q: Queries, [B, N, h, D].
+        k: Keys, likewise.
+        v: Values, likewise.
+        attn_type: As `check_attn_type` lets pass.
+        rotary: As in `vitlinear.ops.linear_attention`, like the rest.
+        key_padding_mask: [B, N] bool, True for padding.
+        head_scale: [h]; softmax attention has no use for it.
+        lepe: Added to the attention, like q.
+        gate: Multiplies the sum, like q.
+        backend: One of `vitlinear.ops.BACKENDS`.
+    """
+    if torch.jit.is_scripting():
+        return _scripted_attention(
+            q, k, v, attn_type, rotary, key_padding_mask, head_scale, lepe, gate
+        )
+    if attn_type == "softmax":
+        out = softmax_attention(
+            q, k, v, rotary=rotary, key_padding_mask=key_padding_mask, backend="eager"
+        )
+        return epilogue(out, lepe, gate)
+    return linear_attention(
+        q, k, v, mechanism=attn_type, rotary=rotary, key_padding_mask=key_padding_mask,
+        head_scale=head_scale, lepe=lepe, gate=gate, backend=backend,
+    )  # fmt: skip
+
+
+def _scripted_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_type: str,
+    rotary: RotaryTables | None,
+    key_padding_mask: Tensor | None,
+    head_scale: Tensor | None,
+    lepe: Tensor | None,
+    gate: Tensor | None,
+) -> Tensor:
+    """`scriptable_attention` in TorchScript, of registered operators alone."""
+    rows: Tensor | None = None
+    cols: Tensor | None = None
+    if rotary is not None:
+        rows, cols = rotary
+    if attn_type != "softmax":
+        return torch.ops.vitlinear.linear_attention(
+            q, k, v, attn_type, rows, cols, key_padding_mask, head_scale, lepe, gate
+        )[0]
+    out = torch.ops.vitlinear.softmax_attention(q, k, v, rows, cols, key_padding_mask)[0]
+    out = out if lepe is None else lepe + out
+    return out if gate is None else out * gate

@@ -1,0 +1,123 @@
+"""Softmax attention in windows of a map, shifted by half a window in every other block."""
+
+from __future__ import annotations
+
+import torch
+from timm.layers import RelPosBias
+from torch import Tensor, nn
+
+from vitlinear._timm import register_notrace_module
+
+from ..heads import split_heads
+from ..linear import Linear
+from ..padding_rule import SIZES
+from ..windows import fits, fixed_windows, from_windows, join_maps, to_windows, window_places
+from .softmax_attention import SoftmaxAttention
+
+
+# One step to torch.fx, as `GatedAttention`.
+@register_notrace_module
+class ShiftedWindowAttention(nn.Module):
+    """proj(softmax attention with a bias for each relative position) in windows of K x K tokens.
+
+    Maps are padded to whole windows; padding is no key. A side that one window covers is not
+    shifted. Source: Swin transformer (arXiv:2103.14030) as the released InLine-Swin has it.
+    """
+
+    padding_rule = SIZES
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window_size: int,
+        shift: bool = False,
+        proj_drop: float = 0.0,
+        backend: str = "auto",
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Make the attention.
+
+        Args:
+            dim: Channels, C.
+            num_heads: Heads, each of C / num_heads channels.
+            window_size: Side of a window, K.
+            shift: Whether windows begin half a window further on.
+            proj_drop: Dropout rate of the output.
+            backend: One of `vitlinear.ops.BACKENDS`; softmax runs on SDPA whatever it is.
+            device: Where the parameters live.
+            dtype: Type of the parameters.
+
+        Raises:
+            ValueError: dim does not divide into heads, the window is empty, or the backend is
+                unknown.
+        """
+        super().__init__()
+        if window_size < 1:
+            raise ValueError(f"a window needs a side of at least 1, got {window_size}")
+        self.window_size = window_size
+        self.shift = window_size // 2 if shift else 0
+        self.attend = SoftmaxAttention(num_heads, split_heads(dim, num_heads), backend)
+        self.qkv = Linear(dim, 3 * dim, device=device, dtype=dtype)
+        self.rel_pos = RelPosBias((window_size, window_size), num_heads, device=device, dtype=dtype)
+        self.proj = Linear(dim, dim, device=device, dtype=dtype)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor, valid_sizes: list[tuple[int, int]] | None = None) -> Tensor:
+        """Attend inside every window.
+
+        Args:
+            x: [B, H, W, C].
+            valid_sizes: Height and width of the part of each map that is no padding: each is
+                attended to like a map of its own, with windows of its own, and padding gets 0.
+
+        Returns:
+            The same shape.
+        """
+        if valid_sizes is None:
+            return self.attend_map(x)
+        maps: list[Tensor] = []
+        for i, (height, width) in enumerate(valid_sizes):
+            maps.append(self.attend_map(x[i : i + 1, :height, :width]))
+        return join_maps(maps, x.shape[1], x.shape[2])
+
+    def attend_map(self, x: Tensor) -> Tensor:
+        """[B, H, W, C] -> [B, H, W, C]."""
+        B, H, W, C = x.shape
+        side, heads = self.window_size, self.attend.num_heads
+        rows, cols = fixed_windows(H, side), fixed_windows(W, side)
+        # 1 // n is 1 for one window and 0 for more.
+        down, right = self.shift * (1 - 1 // rows[0]), self.shift * (1 - 1 // cols[0])
+        bias = self.rel_pos.get_bias()
+        regions = window_regions((B, H, W), rows, cols, down, right, x.device)
+        x = to_windows(x, rows, cols, down, right)
+        q, k, v = self.qkv(x).unflatten(2, [3, heads, C // heads]).unbind(2)
+        if regions is not None:
+            hidden = regions[:, :, None] != regions[:, None, :]
+            bias = bias.masked_fill(hidden[:, None], -torch.inf)
+        x = self.proj_drop(self.proj(self.attend(q, k, v, bias.to(q.dtype))))
+        return from_windows(x, rows, cols, (B, H, W), down, right)
+
+
+def window_regions(
+    size: tuple[int, int, int],
+    rows: tuple[int, int],
+    cols: tuple[int, int],
+    down: int,
+    right: int,
+    device: torch.device,
+) -> Tensor | None:
+    """Numbers, [B * windows, tokens], that are equal for tokens that belong together; or None.
+
+    None where all tokens of a window do.
+
+    A shifted window at the end of a side holds tokens of both ends of the map, which do not see
+    each other; padding sees only padding.
+    """
+    B, H, W = size
+    if fits(H, rows) and fits(W, cols) and down == 0 and right == 0:
+        return None
+    _, row, col = window_places(B, rows, cols, down, right, device)
+    regions = 2 * (row < down).long() + (col < right).long()
+    return regions.masked_fill((row >= H) | (col >= W), 4)

@@ -1,0 +1,51 @@
+"""Softmax attention between projections, without parameters of its own."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitlinear.ops.backend import check_backend
+
+
+class SoftmaxAttention(nn.Module):
+    """softmax(q k^T / sqrt(D)) v on SDPA: no parameters, a place for reports to look at."""
+
+    attn_type = "softmax"
+
+    def __init__(self, num_heads: int, head_dim: int, backend: str = "auto") -> None:
+        """Make the attention.
+
+        Args:
+            num_heads: h.
+            head_dim: D.
+            backend: One of `vitlinear.ops.BACKENDS`; softmax runs on SDPA whatever it is.
+
+        Raises:
+            ValueError: The backend is unknown.
+        """
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        self.backend = check_backend(backend)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attend.
+
+        Args:
+            q: Queries, [B, N, h, D], any strides; k and v likewise.
+            k: Keys.
+            v: Values.
+            mask: Broadcastable to [B, h, N, N]: bool, True for keys that count, or a term of the
+                logits. A query needs at least one key.
+
+        Returns:
+            [B, N, h * D].
+        """
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+        if not torch.jit.is_scripting() and torch.compiler.is_compiling():
+            # Its strides depend on what SDPA becomes: a view could be wrong after a translation.
+            out = out.clone(memory_format=torch.contiguous_format)
+        return out.flatten(2)

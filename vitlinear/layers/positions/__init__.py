@@ -1,0 +1,1 @@
+"""Encodings of position that stand apart from attention."""

@@ -1,0 +1,130 @@
+"""Learned positions, resized to the map that they are added to."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from vitlinear._timm import register_notrace_module
+
+from ..padding_rule import SIZES
+from ..windows import join_maps
+
+
+# One step to torch.fx, which cannot follow choices that look at shapes.
+@register_notrace_module
+class AddTokenPositions(nn.Module):
+    """Adds learned positions, which belong to the model, to a row of tokens."""
+
+    padding_rule = SIZES
+
+    def __init__(self, num_prefix_tokens: int) -> None:
+        """Note how many tokens stand before those of the map; they have positions too."""
+        super().__init__()
+        self.num_prefix_tokens = num_prefix_tokens
+
+    def forward(
+        self,
+        x: Tensor,
+        height: int,
+        width: int,
+        pos_embed: Tensor,
+        grid_size: tuple[int, int],
+        valid_sizes: list[tuple[int, int]] | None = None,
+    ) -> Tensor:
+        """Add.
+
+        Args:
+            x: Tokens, [B, num_prefix_tokens + height * width, C].
+            height: Of the map.
+            width: Of the map.
+            pos_embed: Positions, [1, num_prefix_tokens + rows * columns, C].
+            grid_size: Rows and columns of the positions.
+            valid_sizes: Height and width of the part of each map that is no padding: positions
+                are resized to it.
+
+        Returns:
+            In the shape of x.
+        """
+        if valid_sizes is None:
+            return x + self.resized(pos_embed, grid_size, height, width)
+        prefix = self.num_prefix_tokens
+        maps: list[Tensor] = []
+        for rows, cols in valid_sizes:
+            positions = self.resized(pos_embed, grid_size, rows, cols)[:, prefix:]
+            maps.append(positions.unflatten(1, [rows, cols]))
+        before = pos_embed[:, :prefix].expand(x.shape[0], -1, -1)
+        return x + torch.cat((before, join_maps(maps, height, width).flatten(1, 2)), dim=1)
+
+    def resized(
+        self, pos_embed: Tensor, grid_size: tuple[int, int], height: int, width: int
+    ) -> Tensor:
+        """The positions of a map of this size, [1, num_prefix_tokens + height * width, C].
+
+        Bicubic with antialiasing, as timm resizes positions.
+        """
+        return resample_abs_pos_embed(
+            pos_embed,
+            new_size=[height, width],
+            old_size=[grid_size[0], grid_size[1]],
+            num_prefix_tokens=self.num_prefix_tokens,
+        )
+
+
+# One step to torch.fx, as above.
+@register_notrace_module
+class AddMapPositions(nn.Module):
+    """Adds learned positions, which belong to the model, to a map."""
+
+    padding_rule = SIZES
+
+    def forward(
+        self,
+        x: Tensor,
+        pos_embed: Tensor,
+        grid_size: tuple[int, int],
+        valid_sizes: list[tuple[int, int]] | None = None,
+    ) -> Tensor:
+        """Add.
+
+        Args:
+            x: Map, [B, H, W, C].
+            pos_embed: Positions, [1, rows * columns, C].
+            grid_size: Rows and columns of the positions.
+            valid_sizes: Height and width of the part of each map that is no padding: positions
+                are resized to it.
+
+        Returns:
+            In the shape of x.
+        """
+        if valid_sizes is None:
+            return x + self.resized(pos_embed, grid_size, x.shape[1], x.shape[2])
+        maps: list[Tensor] = []
+        for height, width in valid_sizes:
+            maps.append(self.resized(pos_embed, grid_size, height, width))
+        return x + join_maps(maps, x.shape[1], x.shape[2])
+
+    def resized(
+        self, pos_embed: Tensor, grid_size: tuple[int, int], height: int, width: int
+    ) -> Tensor:
+        """The positions of a map of this size, [1, height, width, C]; as learned if it fits.
+
+        Bilinear, as the released InLine-PVT does it.
+        """
+        rows, cols = grid_size
+        pos = pos_embed.reshape(1, rows, cols, -1).permute(0, 3, 1, 2)
+        if torch.jit.is_scripting():
+            known = height == rows and width == cols
+        else:
+            # To compare them would tie an exported program to the size it was made with; to
+            # resize them to their own size changes nothing. Resized with channels last, the
+            # strides of half-precision ones would tie it to some sizes, too.
+            compiling = torch.compiler.is_compiling()
+            known = not compiling and (height, width) == (rows, cols)
+            if compiling:
+                pos = pos.contiguous()
+        if not known:
+            pos = F.interpolate(pos, size=[height, width], mode="bilinear", align_corners=False)
+        return pos.permute(0, 2, 3, 1)

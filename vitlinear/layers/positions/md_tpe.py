@@ -1,0 +1,127 @@
+"""Positions from exponential filters along the axes of a map (MD-TPE)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitlinear._timm import register_notrace_module
+from vitlinear.ops import accumulation_dtype
+from vitlinear.ops.eager import without_autocast
+
+from ..heads import split_heads
+from ..linear import Linear
+from ..padding_rule import ZEROS
+from ..rms_norm import HeadRmsNorm
+
+
+# One step to torch.fx, as `GatedAttention`.
+@register_notrace_module
+class AxisTpe(nn.Module):
+    """Toeplitz positional encoding along one axis: proj(norm(y)) with a filter y of each head.
+
+    y_n = (q . k) sum_{m <= n} lambda^(n - m) x_m, that is linear attention with decay whose queries
+    and keys are parameters and whose values are the tokens. q, k and lambda = sigmoid(log_decay)
+    are learned for each head. With L tokens along the axis the filters are L x L matrices, shared
+    by all lines of the map: the cost of a map grows with H W (H + W), and at 1024 pixels is still
+    below that of the projection.
+
+    Causal along the axis, as in the modules that the authors have published; whether their vision
+    models are is not known.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        bidirectional: bool = False,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Make the encoding.
+
+        Args:
+            dim: Channels, C.
+            num_heads: Heads, each of C / num_heads channels.
+            bidirectional: Sum over the tokens on both sides, lambda^|n - m|.
+            device: Where the parameters live.
+            dtype: Type of the parameters.
+
+        Raises:
+            ValueError: dim does not divide into heads.
+        """
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dim = split_heads(dim, num_heads)
+        self.bidirectional = bidirectional
+        self.query = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
+        self.key = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
+        self.log_decay = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype))
+        self.norm = HeadRmsNorm(dim, num_heads, device=device, dtype=dtype)
+        self.proj = Linear(dim, dim, bias=False, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Queries and keys of one, a decay of one half; projection and norm have their own."""
+        nn.init.ones_(self.query)
+        nn.init.ones_(self.key)
+        nn.init.zeros_(self.log_decay)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Lines of tokens, [B, lines, L, C] -> [B, lines, L, C]."""
+        dtype = accumulation_dtype(x.dtype)
+        if torch.jit.is_scripting():
+            y = self.filter(x.to(dtype))
+        else:
+            with without_autocast(x):
+                y = self.filter(x.to(dtype))
+        return self.proj(y.to(x.dtype))
+
+    def filter(self, x: Tensor) -> Tensor:
+        """norm(y) in the type of x."""
+        kernel = self.kernel(x.shape[2], x.dtype)
+        x = x.reshape(x.shape[0], x.shape[1], x.shape[2], self.num_heads, self.head_dim)
+        return self.norm(torch.einsum("hnm,blmhd->blnhd", kernel, x))
+
+    def kernel(self, length: int, dtype: torch.dtype) -> Tensor:
+        """The filters of all heads, [h, length, length]: from row n to the tokens m that it sees.
+
+        Exact for any decay between 0 and 1, since powers are taken of its logarithm and never of
+        an inverse.
+        """
+        place = torch.arange(length, device=self.log_decay.device)
+        distance = place[:, None] - place
+        log_decay = F.logsigmoid(self.log_decay.to(dtype))[:, None, None]
+        power = (distance.abs() * log_decay).exp()
+        if not self.bidirectional:
+            power = power.masked_fill(distance < 0, 0.0)
+        q, k = self.query.to(dtype), self.key.to(dtype)
+        return (q * k).reshape(self.num_heads, -1).sum(1)[:, None, None] * power
+
+
+class MdTpe(nn.Module):
+    """The sum of an `AxisTpe` along the rows and one along the columns; no residual.
+
+    Source: described with LightNet, arXiv:2405.21022.
+    """
+
+    padding_rule = ZEROS
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        bidirectional: bool = False,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Make the encoding; arguments as `AxisTpe`."""
+        super().__init__()
+        self.rows = AxisTpe(dim, num_heads, bidirectional, device=device, dtype=dtype)
+        self.cols = AxisTpe(dim, num_heads, bidirectional, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, H, W, C] -> [B, H, W, C]."""
+        down = self.rows(x.transpose(1, 2)).transpose(1, 2)
+        return down + self.cols(x)

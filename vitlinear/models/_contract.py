@@ -1,0 +1,180 @@
+"""The contract of timm for every model: what does not depend on how a model is built stands here.
+
+`_stages.py` builds on it for pyramids of stages, `_isotropic.py` for rows of tokens.
+
+No `from __future__ import annotations` in files of models: torch.fx copies the annotations of
+`forward` into the code it generates, and TorchScript cannot read them there as strings.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+
+from vitlinear.layers.fold import fuse_model
+
+POOLINGS = ("", "avg", "max", "avgmax")
+
+
+class TimmBackbone(nn.Module):
+    """A backbone with a classifier, as timm's registry, tests and tools expect one.
+
+    Skeletons bring `forward_features`, `forward_head`, `forward_intermediates`,
+    `prune_intermediate_layers`, `group_matcher`, `get_classifier`, and the two hooks
+    `set_classifier` and `stages_with_blocks`.
+
+    Attributes:
+        feature_cfg: Class attribute: what ``features_only=True`` gives by default.
+        rounds_down: Class attribute: whether maps leave incomplete patches at the end of a side
+            out. Most models round up.
+        feature_info: For each level its channels, reduction and module.
+        num_features: Channels of what `forward_features` gives.
+        head_hidden_size: Channels that the classifier takes.
+    """
+
+    feature_cfg = {"out_indices": (0, 1, 2, 3)}
+    rounds_down = False
+
+    def __init__(
+        self,
+        in_chans: int,
+        num_classes: int,
+        global_pool: str,
+        drop_rate: float,
+        poolings: tuple[str, ...] = POOLINGS,
+    ) -> None:
+        """Check and keep what every family takes.
+
+        Args:
+            in_chans: Channels of the image.
+            num_classes: Classes; 0 leaves the classifier out.
+            global_pool: Pooling before the classifier.
+            drop_rate: Dropout rate before the classifier.
+            poolings: The poolings that the classifier has.
+
+        Raises:
+            ValueError: A number is too small.
+            AssertionError: The pooling is not supported.
+        """
+        super().__init__()
+        if in_chans < 1 or num_classes < 0:
+            raise ValueError(f"in_chans {in_chans} or num_classes {num_classes} is too small")
+        # Declared here, not in the class: TorchScript would take those for types of its own.
+        self.feature_info: list[dict[str, Any]]
+        self.num_features: int
+        self.head_hidden_size: int
+        self.poolings = poolings
+        self.check_pool(global_pool)
+        self.in_chans = in_chans
+        self.num_classes = num_classes
+        self.drop_rate = drop_rate
+
+    def check_pool(self, global_pool: str) -> None:
+        """Raise `AssertionError` for a pooling that the classifier does not have."""
+        # Raised, not asserted: python -O would let it pass. The type is what timm's contract asks.
+        if global_pool not in self.poolings:
+            names = ", ".join(map(repr, self.poolings))
+            raise AssertionError(
+                f"global_pool {global_pool!r} is not supported; choose from: {names}"
+            )
+
+    def set_features(self, module: str, dims: Sequence[int], reductions: Sequence[int]) -> None:
+        """Note the levels that `forward_intermediates` gives.
+
+        Args:
+            module: Name of the list whose members put them out.
+            dims: Channels of each.
+            reductions: Pixels of the image in a row of each.
+        """
+        self.feature_info = [
+            {"num_chs": dim, "reduction": reduction, "module": f"{module}.{i}"}
+            for i, (dim, reduction) in enumerate(zip(dims, reductions, strict=True))
+        ]
+
+    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
+        """Set every parameter and buffer to its initial value, also after `to_empty()`.
+
+        Truncated normal with deviation 0.02 for the weights of convolutions and linear layers, as
+        in the released code; zero biases; all else as its module says.
+
+        Args:
+            mode: Unused, part of timm's signature.
+            needs_reset: Also reset modules that initialised themselves when they were made.
+        """
+        self.apply(partial(init_module, needs_reset=needs_reset))
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters without weight decay beyond those of one axis, which timm leaves out: none."""
+        return set()
+
+    @torch.jit.ignore
+    def fuse(self) -> "TimmBackbone":
+        """Fold what inference does not need apart into its neighbours; see `fuse_model`."""
+        fuse_model(self)
+        return self
+
+    def stages_with_blocks(self) -> Sequence[Any]:
+        """The modules that run the blocks, each with a flag ``grad_checkpointing``."""
+        raise NotImplementedError
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(
+        self, enable: bool = True, stages: Sequence[int] | None = None
+    ) -> None:
+        """Recompute every block during backward instead of keeping its activations.
+
+        Args:
+            enable: Whether to.
+            stages: Indices of the stages to switch, the others staying as they are; None for all.
+                The first ones have the most tokens, and keep the most for their share of the work.
+                A model of one resolution is one stage, 0.
+
+        Raises:
+            ValueError: There is no such stage.
+        """
+        modules = self.stages_with_blocks()
+        number = len(modules)
+        chosen = range(number) if stages is None else stages
+        for i in chosen:
+            if i not in range(number):
+                raise ValueError(f"no stage {i}: the model has stages 0 to {number - 1}")
+        for i in chosen:
+            modules[i].grad_checkpointing = enable
+
+    def set_classifier(self, num_classes: int, global_pool: str | None) -> None:
+        """Make the classifier anew; the arguments have been checked."""
+        raise NotImplementedError
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier.
+
+        Args:
+            num_classes: Classes; 0 leaves the classifier out.
+            global_pool: New pooling; None keeps the present one.
+
+        Raises:
+            AssertionError: The pooling is not supported.
+        """
+        if global_pool is not None:
+            self.check_pool(global_pool)
+        self.num_classes = num_classes
+        self.set_classifier(num_classes, global_pool)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [B, in_chans, H, W] -> logits [B, num_classes]."""
+        x = self.forward_features(x)
+        return self.forward_head(x)
+
+
+def init_module(module: nn.Module, needs_reset: bool = True) -> None:
+    """Give one module its initial values; see `TimmBackbone.init_weights`."""
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif needs_reset and hasattr(module, "reset_parameters"):
+        module.reset_parameters()

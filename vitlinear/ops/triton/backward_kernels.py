@@ -1,0 +1,308 @@
+"""The backward kernels: closed-form gradients, everything that depends on a token computed anew.
+
+Notation and formulas are those of `vitlinear.ops.backward`. A pass over the queries leaves G, dm
+and dvbar; a pass over the keys takes them. Where keys go through a softmax, another pass over the
+keys stands between, for the mean that the gradient of a softmax subtracts; and where one query
+weighs the keys, the gradients of the queries wait for that of their mean, in a last pass over the
+queries.
+
+The mean could be had from the states alone, as <dS, S> + dm . m. Summed from the terms that it is
+subtracted from, it has their rounding, and cancels where one key has nearly all the weight.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .blocks import (
+    encode,
+    load_positions,
+    load_scale,
+    load_statistic,
+    load_tokens,
+    load_values,
+    load_vector,
+    phi_k,
+    phi_k_vjp,
+    phi_q,
+    phi_q_vjp,
+    read_factors,
+    read_product,
+    read_slopes,
+    seen_tokens,
+    steps,
+    store_gradients,
+    store_statistic,
+    store_values,
+    store_vector,
+    sum_of_parts,
+    sum_product,
+    valid_tokens,
+    vector_lanes,
+    zero_block,
+    zeros,
+)
+from .forward_kernels import RUN_TIME, load_sums, program, store_sums
+
+
+@triton.jit
+def query_pass(
+    q, grad_out, grad_q, epilogue, grad_epilogue, state, norm, mean, grad_query, span,
+    sums: tl.constexpr, grads: tl.constexpr, plan: tl.constexpr,
+):  # fmt: skip
+    """G, dm and dvbar of a span (``sums``), and the gradients of its queries (``grads``).
+
+    With the sums go the gradients of the epilogue, for which outputs are computed anew. The state
+    has tau in it; ``grad_query`` is what every valid query gets through their mean.
+    """
+    lepe, gate = epilogue
+    grad_lepe, grad_gate = grad_epilogue
+    tables, mask, place = span
+    b, h, first, last, width, count, _, scale = place
+    grad_state = zero_block(plan.block_rows, plan.block_values)
+    grad_norm = zeros(plan.block_features)
+    grad_mean = zeros(plan.block_values)
+    transposed = tl.trans(state)
+    for start in steps(first, last, plan.block_tokens):
+        n = start + tl.arange(0, plan.block_tokens)
+        inside = n < last
+        valid = valid_tokens(mask, b, n, inside, plan)
+        cos, sin = load_positions(tables, n, width, inside, plan)
+        x = load_tokens(q, b, h, n, valid, plan)
+        g = load_values(grad_out, b, h, n, valid, plan)
+        grad_outer = g
+        if plan.has_gate:
+            g *= load_values(gate, b, h, n, valid, plan)
+        features = phi_q(x, plan)
+        u = encode(read_product(g, transposed, plan), cos, sin, True, plan)
+        weighted, grad = features, u
+        if plan.uses_norm:
+            z = tl.sum(features * norm[None, :], 1)
+            of_state, of_mean = read_factors(z, scale, count, plan)
+            slope_state, slope_mean = read_slopes(z, scale, count, plan)
+            grad_z = slope_state * tl.sum(features * u, 1)
+            if plan.uses_mean:
+                grad_z += slope_mean * tl.sum(g * mean[None, :], 1)
+                grad_mean += tl.sum(g * of_mean[:, None], 0)
+            weighted = features * of_state[:, None]
+            grad = u * of_state[:, None] + norm[None, :] * grad_z[:, None]
+            grad_norm += tl.sum(features * grad_z[:, None], 0)
+        if sums:
+            encoded = encode(weighted, cos, sin, False, plan)
+            grad_state = sum_product(encoded, g, grad_state, plan)
+            if plan.has_gate:
+                value = read_product(encoded, state, plan)
+                if plan.uses_mean:
+                    value += of_mean[:, None] * mean[None, :]
+                if plan.has_lepe:
+                    value += load_values(lepe, b, h, n, valid, plan)
+                    store_values(grad_lepe, g, b, h, n, inside, valid, plan)
+                store_values(grad_gate, grad_outer * value, b, h, n, inside, valid, plan)
+        if grads:
+            grad = phi_q_vjp(x, grad + grad_query[None, :], plan)
+            store_gradients(grad_q, grad, b, h, n, inside, valid, plan)
+    return grad_state, grad_norm, grad_mean
+
+
+@triton.jit
+def key_terms(k, v, n, query, statistic, transposed, grad_norm, span, plan: tl.constexpr):
+    """The terms of a block of keys that both passes over the keys take.
+
+    Returns:
+        Features, weights c and y; valid tokens, their positions, keys.
+    """
+    tables, mask, place = span
+    b, h, _, last, width, count, empty, scale = place
+    inside = n < last
+    valid = valid_tokens(mask, b, n, inside, plan)
+    cos, sin = load_positions(tables, n, width, inside, plan)
+    x = load_tokens(k, b, h, n, valid, plan)
+    values = load_values(v, b, h, n, valid, plan)
+    features = phi_k(x, plan)
+    y = encode(read_product(values, transposed, plan), cos, sin, True, plan)
+    y += grad_norm[None, :]
+    # Never above one, though the logits of huge keys may round otherwise than in the forward pass.
+    seen = seen_tokens(valid, inside, empty, plan)
+    if plan.key_weights == "global_query":
+        logits = tl.sum(features * query[None, :], 1) * scale
+        weights = tl.where(seen, tl.exp(tl.minimum(logits - statistic, 0.0)), 0.0)[:, None]
+    elif plan.key_weights == "token_softmax":
+        _, exists = vector_lanes(plan)
+        weights = tl.exp(tl.minimum(features - statistic[None, :], 0.0))
+        weights = tl.where(seen[:, None] & exists[None, :], weights, 0.0)
+    else:
+        weights = tl.where(valid, 1.0 / count, 0.0)[:, None]
+    return features, weights, y, valid, cos, sin, x
+
+
+@triton.jit
+def key_mean(k, v, query, statistic, grad_state, grad_norm, span, plan: tl.constexpr):
+    """A span's share of what the gradient of a softmax subtracts.
+
+    That is sum_j c_j phi(k_j) . y_j, or the same of each feature.
+    """
+    _, _, place = span
+    _, _, first, last, _, count, _, _ = place
+    total = count * 0.0 if plan.key_weights == "global_query" else zeros(plan.block_features)
+    transposed = tl.trans(grad_state)
+    for start in steps(first, last, plan.block_tokens):
+        n = start + tl.arange(0, plan.block_tokens)
+        features, weights, y, _valid, _cos, _sin, _x = key_terms(
+            k, v, n, query, statistic, transposed, grad_norm, span, plan
+        )
+        if plan.key_weights == "global_query":
+            along = tl.sum(features * y, 1)[:, None]
+            total += tl.sum(tl.sum(weights * along, 1), 0)
+        else:
+            total += tl.sum(weights * y, 0)
+    return total
+
+
+@triton.jit
+def key_pass(
+    k, v, grad_k, grad_v, query, statistic, grad_state, grad_norm, grad_mean, subtracted, span,
+    plan: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a span's keys and values; returns its share of that of the mean query."""
+    _, _, place = span
+    b, h, first, last, _, count, _, scale = place
+    grad_query = zeros(plan.block_features)
+    transposed = tl.trans(grad_state)
+    for start in steps(first, last, plan.block_tokens):
+        n = start + tl.arange(0, plan.block_tokens)
+        features, weights, y, valid, cos, sin, x = key_terms(
+            k, v, n, query, statistic, transposed, grad_norm, span, plan
+        )
+        if plan.key_weights == "global_query":
+            along = tl.sum(features * y, 1)[:, None]
+            grad_logits = weights * (along - subtracted) * scale
+            grad_query += tl.sum(grad_logits * features, 0)
+            grad = y * weights + grad_logits * query[None, :]
+            weighted = features * weights
+        elif plan.key_weights == "token_softmax":
+            grad = weights * (y - subtracted[None, :])
+            weighted = weights
+        else:
+            grad = y * weights
+            weighted = features * weights
+        grad = phi_k_vjp(x, grad, plan)
+        store_gradients(grad_k, grad, b, h, n, n < last, valid, plan)
+        encoded = encode(weighted, cos, sin, False, plan)
+        grad = read_product(encoded, grad_state, plan)
+        if plan.uses_mean:
+            grad += grad_mean[None, :] / count
+        store_values(grad_v, grad, b, h, n, n < last, valid, plan)
+    return grad_query
+
+
+@triton.jit
+def load_softmax(query_at, statistics, slot, plan: tl.constexpr):
+    """The mean query and the logsumexp of a softmax over keys, where there are any."""
+    query = zeros(plan.block_features)
+    statistic = 0.0
+    if plan.key_weights == "global_query":
+        query = load_vector(query_at, slot, plan)
+    if plan.key_weights != "uniform":
+        statistic = load_statistic(statistics, slot, plan)
+    return query, statistic
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def backward_kernel(
+    grad_out, q, k, v, grad_q, grad_k, grad_v, epilogue, grad_epilogue, tables, mask, counts,
+    head_scale, grad_scale, sums, query_at, statistics, length, width, heads, chunk, scale,
+    plan: tl.constexpr,
+):  # fmt: skip
+    """Everything for one head of one sample."""
+    slot, h, _, place = program(counts, length, width, heads, chunk, scale, plan)
+    _, _, _, _, _, count, _, _ = place
+    span = (tables, mask, place)
+    state, norm, mean = load_sums(sums, slot, plan)
+    query, statistic = load_softmax(query_at, statistics, slot, plan)
+    tau = load_scale(head_scale, h, plan)
+    grad_query = zeros(plan.block_features)
+    grad_state, grad_norm, grad_mean = query_pass(
+        q, grad_out, grad_q, epilogue, grad_epilogue, state * tau, norm, mean, grad_query, span,
+        True, plan.key_weights != "global_query", plan,
+    )  # fmt: skip
+    if plan.has_scale:
+        tl.store(grad_scale + slot, tl.sum(tl.sum(grad_state * state, 1), 0))
+    grad_state = grad_state * tau
+    subtracted = 0.0
+    if plan.key_weights != "uniform":
+        subtracted = key_mean(k, v, query, statistic, grad_state, grad_norm, span, plan)
+    grad_query = key_pass(
+        k, v, grad_k, grad_v, query, statistic, grad_state, grad_norm, grad_mean, subtracted, span,
+        plan,
+    )  # fmt: skip
+    if plan.key_weights == "global_query":
+        query_pass(
+            q, grad_out, grad_q, epilogue, grad_epilogue, state * tau, norm, mean,
+            grad_query / count, span, False, True, plan,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def query_kernel(
+    grad_out, q, grad_q, epilogue, grad_epilogue, tables, mask, counts, head_scale, sums,
+    grad_query_parts, grad_sums, length, width, heads, chunk, splits, scale,
+    with_sums: tl.constexpr, with_grads: tl.constexpr, plan: tl.constexpr,
+):  # fmt: skip
+    """The pass over the queries of a split: sums into a slot of its own, gradients, or both."""
+    slot, h, split, place = program(counts, length, width, heads, chunk, scale, plan)
+    _, _, _, _, _, count, _, _ = place
+    span = (tables, mask, place)
+    slots = tl.num_programs(0)
+    state, norm, mean = load_sums(sums, slot, plan)
+    grad_query = zeros(plan.block_features)
+    if not with_sums:
+        grad_query = sum_of_parts(grad_query_parts, slot, slots, splits, plan) / count
+    state = state * load_scale(head_scale, h, plan)
+    grad_state, grad_norm, grad_mean = query_pass(
+        q, grad_out, grad_q, epilogue, grad_epilogue, state, norm, mean, grad_query, span,
+        with_sums, with_grads, plan,
+    )  # fmt: skip
+    if with_sums:
+        store_sums(grad_sums, split * slots + slot, grad_state, grad_norm, grad_mean, plan)
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def key_mean_kernel(
+    k, v, tables, mask, counts, head_scale, query_at, statistics, grad_sums, mean_parts,
+    length, width, heads, chunk, scale, plan: tl.constexpr,
+):  # fmt: skip
+    """The share of a split in what the gradient of a softmax over keys subtracts."""
+    slot, h, split, place = program(counts, length, width, heads, chunk, scale, plan)
+    span = (tables, mask, place)
+    query, statistic = load_softmax(query_at, statistics, slot, plan)
+    grad_state, grad_norm, _ = load_sums(grad_sums, slot, plan)
+    grad_state = grad_state * load_scale(head_scale, h, plan)
+    mean = key_mean(k, v, query, statistic, grad_state, grad_norm, span, plan)
+    store_statistic(mean_parts, split * tl.num_programs(0) + slot, mean, plan)
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def key_kernel(
+    k, v, grad_k, grad_v, tables, mask, counts, head_scale, query_at, statistics, grad_sums,
+    mean_parts, grad_query_parts, length, width, heads, chunk, splits, scale, plan: tl.constexpr,
+):  # fmt: skip
+    """The pass over the keys of a split."""
+    slot, h, split, place = program(counts, length, width, heads, chunk, scale, plan)
+    span = (tables, mask, place)
+    slots = tl.num_programs(0)
+    query, statistic = load_softmax(query_at, statistics, slot, plan)
+    grad_state, grad_norm, grad_mean = load_sums(grad_sums, slot, plan)
+    grad_state = grad_state * load_scale(head_scale, h, plan)
+    subtracted = 0.0
+    if plan.key_weights == "global_query":
+        for other in steps(0, splits, 1):
+            subtracted += load_statistic(mean_parts, other * slots + slot, plan)
+    elif plan.key_weights == "token_softmax":
+        subtracted = sum_of_parts(mean_parts, slot, slots, splits, plan)
+    grad_query = key_pass(
+        k, v, grad_k, grad_v, query, statistic, grad_state, grad_norm, grad_mean, subtracted, span,
+        plan,
+    )  # fmt: skip
+    if plan.key_weights == "global_query":
+        store_vector(grad_query_parts, split * slots + slot, grad_query, plan)
