@@ -31,8 +31,9 @@ else:
     settings.register_profile("repeatable", derandomize=True, database=None)
     settings.load_profile("repeatable")
 
-# The first chooses the tests, and says at the end what they cost; the second tests the first.
-pytest_plugins = ["tests.selection", "pytester"]
+# What chooses the tests and says what they cost; fixtures that several folders share; pytest's
+# own runner, for the tests of the first.
+pytest_plugins = ["tests.selection", "tests.commands", "pytester"]
 
 
 @pytest.fixture

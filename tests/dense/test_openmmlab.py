@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 
-from tests.checkpoints.test_convert import released_weights
+from tests.convert.test_convert import released_weights
 from tests.dense.openmmlab import build, packages
 from vitlinear.cli.parser import Parser
 from vitlinear.errors import UserError

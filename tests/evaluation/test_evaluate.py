@@ -17,7 +17,7 @@ class Fixed(nn.Module):
         return x
 
 
-@pytest.mark.quick("evaluation")
+@pytest.mark.quick
 @pytest.mark.parametrize("classes", [3, 8])
 def test_evaluation_against_its_definition(classes: int) -> None:
     generator = torch.Generator().manual_seed(0)

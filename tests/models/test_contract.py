@@ -50,7 +50,7 @@ FEWER_BLOCKS = {
 
 # Tracing them for any size takes 20 s each: tests/layers has their attention alone.
 ADAPTIVE_WINDOWS = ("test_inline_swin", "test_inline_cswin")
-# One with learned positions and one with cosine encodings; tests/tools exports all families.
+# One with learned positions and one with cosine encodings; tests/export exports all families.
 IN_ONNX = ("test_inline_deit", "test_lightnet")
 
 
@@ -350,7 +350,7 @@ def test_onnx_any_size(name, tmp_path):
                 }
             },
             dynamo=True,
-            # Of onnxscript, takes a third of the time; tests/tools exports with it.
+            # Of onnxscript, takes a third of the time; tests/export exports with it.
             optimize=False,
             verbose=False,
         )

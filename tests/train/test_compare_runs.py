@@ -9,7 +9,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from tests.tools.conftest import Command
+from tests.commands import Command
 from tests.train.helpers import train
 from vitlinear.train.compare_curves import curves
 from vitlinear.train.record.read import Recorded, labels, read_runs

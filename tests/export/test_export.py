@@ -35,7 +35,7 @@ def close(logits, expected, tolerance):
     return float((logits.float() - expected).norm() / expected.norm()) <= tolerance
 
 
-@pytest.mark.quick("export")
+@pytest.mark.quick
 def test_safetensors(command, tmp_path):
     path = tmp_path / "model.safetensors"
     result = command("export", "test_ravlt", path, "--num-classes", 5, "--in-chans", 1)

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 import vitlinear
-from tests.tools.conftest import Command
+from tests.commands import Command
 from vitlinear_cli import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.quick("cli")
+@pytest.mark.quick
 def test_help_lists_the_commands(command: Command) -> None:
     for flags in ([], ["--help"], ["-h"]):
         result = command(*flags)
@@ -26,7 +26,7 @@ def test_version(command: Command) -> None:
     assert command("--version").out == f"vitlinear {vitlinear.__version__}\n"
 
 
-@pytest.mark.quick("cli")
+@pytest.mark.quick
 def test_unknown_command_and_option(command: Command) -> None:
     result = command("trian")
     assert result.code == 2 and result.out == ""

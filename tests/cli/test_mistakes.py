@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.tools.conftest import Command
+from tests.commands import Command
 from tests.train.helpers import TINY_FLAGS, image_folder, tiny_flags
 
 

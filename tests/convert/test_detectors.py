@@ -14,7 +14,7 @@ import timm
 import torch
 
 import vitlinear  # noqa: F401  registers the models
-from tests.checkpoints import mmcv1
+from tests.convert import mmcv1
 from vitlinear.checkpoints import checkpoint_filter_fn
 from vitlinear.checkpoints.read import read_checkpoint
 from vitlinear.convert import recognise

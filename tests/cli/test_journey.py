@@ -7,8 +7,8 @@ import pytest
 import safetensors.torch
 import torch
 
+from tests.commands import Command
 from tests.golden import upstream_state_dict, variants
-from tests.tools.conftest import Command
 from tests.train.helpers import CLASSES, tiny_flags
 from vitlinear.checkpoints.card import read_card
 

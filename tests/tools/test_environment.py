@@ -18,7 +18,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # pytest brings it along
 
-TOOL = Path(__file__).resolve().parent.parent / "tools" / "_venv.py"
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "_venv.py"
 
 
 def _run_tests() -> ModuleType:

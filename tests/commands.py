@@ -1,4 +1,4 @@
-"""Fixtures of the command tests: the command in this process, a data set, a trained checkpoint."""
+"""Fixtures that tests of several rooms share: the command in this process, images, a checkpoint."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -8,8 +8,8 @@ import timm
 import torch
 from PIL import Image
 
+from tests.commands import Command
 from tests.golden import upstream_state_dict, variants
-from tests.tools.conftest import Command
 from tests.train.helpers import CLASSES, train
 from vitlinear.data.dataset import export_sample
 

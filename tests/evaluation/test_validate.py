@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 
-from tests.tools.conftest import Command
+from tests.commands import Command
 from tests.train.helpers import CLASSES
 from vitlinear.checkpoints.card import read_card
 

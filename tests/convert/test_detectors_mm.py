@@ -13,7 +13,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
-from tests.checkpoints import mmcv1
+from tests.convert import mmcv1
 from tests.dense.openmmlab import build, packages
 from vitlinear.checkpoints import checkpoint_filter_fn
 from vitlinear.checkpoints.read import read_checkpoint
