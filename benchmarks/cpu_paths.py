@@ -189,6 +189,7 @@ def make_pass(name: str, kind: str, images: Tensor) -> Callable[[Clock], None]:
 def measure(run: Callable[[Clock], None], paths: dict[str, FastPath], turns: int) -> dict[str, Any]:
     """Seconds of a pass with all paths, and the ratio without each of them."""
     on, off = Clock(), {name: Clock() for name in paths}
+    run(Clock())  # packs weights
     for _ in range(turns):
         run(on)
         for name, path in paths.items():
