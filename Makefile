@@ -36,7 +36,7 @@ format: venv  ## ruff's fixes and formatting, applied
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-types: venv  ## mypy on ops, layers and train
+types: venv  ## mypy on the rooms and files that pyproject.toml lists
 	$(BIN)/mypy
 
 imports: venv  ## which room may import which: the contracts of pyproject.toml
