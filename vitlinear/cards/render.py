@@ -106,17 +106,17 @@ def _variants(family: Family) -> list[str]:
             )
         )
     header = (
-        "model", "attention by stage", "parameters", "as published", "input",
-        "G multiply-adds, total", "projections", "attention", "as published", "which counts",
-        "ImageNet-1K top-1, as published",
+        "model", "attention by stage", "parameters", "parameters, published", "input",
+        "10^9 multiply-adds, total", "of projections", "of attention", "published",
+        "what the published figure counts", "ImageNet-1K top-1 in %, published",
     )  # fmt: skip
     lines = _table(header, rows)
     lines += [
-        "Parameters and multiply-adds of one image were counted on these models, with fvcore:",
-        "*projections* are convolutions and linear layers, *attention* the matrix products of",
-        "attention, and the total adds norms and pooling. *Which counts* says which of projections",
-        "and total a published figure is nearer to, and within 3% of. Accuracies are as published",
-        "and have not been measured here.",
+        "Parameters, and multiply-adds of one image, were counted on these models with fvcore.",
+        "*Projections* are convolutions and linear layers. *Attention* is the matrix products of",
+        "attention. The total adds norms and pooling. A published figure is taken to count",
+        "projections or the total, whichever it is nearer to; neither, if both are more than 3%",
+        "away. Accuracies have not been measured here. An empty field: nothing is published.",
         "",
     ]
     return lines
@@ -146,15 +146,17 @@ def _weights(family: Family) -> list[str]:
     if rows:
         header = ("weights", "file", "bytes", "SHA-256", "licence", "`pretrained=True`")
         lines += _table(header, rows)
+        if any("" in row for row in rows):
+            lines += ["An empty field: size or hash of the file is not known.", ""]
     dense = [row for row in files if row.task != "classification"]
     if dense:
         hub = f"https://huggingface.co/{dense[0].hub_id}"
         lines += [
             _wrap(
                 f"Detectors and segmentors with these models as backbones, in the [same repository]"
-                f"({hub}); `vitlinear convert FILE OUT.pth` makes them fit mmdet 3 and "
-                "mmsegmentation 1 (tested on files made in their layout; none of these has been "
-                "read here):"
+                f"({hub}). `vitlinear convert FILE OUT.pth` makes them fit mmdet 3 and "
+                "mmsegmentation 1. That was tested on files made in their layout; none of these "
+                "has been read here."
             ),
             "",
         ]
@@ -192,8 +194,8 @@ def _usage(family: Family) -> list[str]:
     has_files = any(row.family == family.name for row in PUBLISHED)
     if has_files or family.code:
         lines += [
-            "A checkpoint of the authors' code that lies on your disk loads as it is, and never by",
-            "executing code from the file; or convert it to safetensors first:",
+            "A checkpoint of the authors' code loads as it is, and no code in it is executed. PATH",
+            "is the file on your disk. Or convert it to safetensors first:",
             "",
             "```python",
             f'timm.create_model("{name}", pretrained=True, pretrained_cfg_overlay=dict(file=PATH))',
@@ -219,8 +221,9 @@ def _measured(family: Family) -> list[str]:
     ]
     if agreements:
         lines += [
-            "Logits against outputs of the authors' code, with the same random weights in both, in",
-            "float64 on a CPU; relative norm of the difference at most:",
+            "Logits were compared with those of the authors' code, with the same random weights in",
+            "both, in float64 on a CPU. The norm of the difference, divided by the norm of the",
+            "logits, is at most:",
             "",
         ]
         rows = [(name, released or "", size, bound) for released, name, size, bound in agreements]

@@ -2,7 +2,7 @@
 
 In float32 on a CPU, `torch.nn.functional.linear` calls MKL, which uses AVX-512 on Intel's
 processors alone: on others that have it, it is about half as fast as oneDNN
-(`benchmarks/README.md`). Everywhere else, where `MKL_KEEPS_UP` is true, oneDNN is as fast or a
+(`docs/cpu.md`). Everywhere else, where `MKL_KEEPS_UP` is true, oneDNN is as fast or a
 little faster with operands that lie as it wants them, and slower with transposed ones and with many
 small products. Both libraries are in PyTorch, and its compiler already chooses oneDNN for frozen
 weights.

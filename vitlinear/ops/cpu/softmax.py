@@ -15,7 +15,7 @@ from torch.utils.flop_counter import register_flop_formula, sdpa_flop
 
 from .products import outdoes_batches, product
 
-# From here on, the products outweigh what a call for each head costs (`benchmarks/README.md`).
+# From here on, the products outweigh what a call for each head costs.
 MIN_TOKENS = 512
 LOG2_E = math.log2(math.e)
 BLOCK = 256  # queries whose weights are in memory at a time, N numbers each
