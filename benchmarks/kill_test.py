@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))  # runs from a checkout
 
 from benchmarks.attention import commit, machine  # noqa: E402
 from vitlinear.train.progress import TIMES  # noqa: E402
-from vitlinear.train.record.state import read_newest, read_state  # noqa: E402
+from vitlinear.train.record.saved_state import read_newest, read_state  # noqa: E402
 
 FLAGS = [
     "--dataset", "digits", "--model", "test_ravlt", "--img-size", "16", "--in-chans", "1",

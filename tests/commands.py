@@ -1,13 +1,14 @@
-"""Fixtures that tests of several rooms share: the command in this process, images, a checkpoint."""
+"""Fixtures that tests of several rooms share: the command in this process, images, a checkpoint.
+
+They import what they need when they run: tools/gpu_check.sh loads this file where half of the
+packages are missing.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-
-from tests.train.helpers import image_folder, train
-from vitlinear_cli import main
 
 
 class Result(NamedTuple):
@@ -25,6 +26,8 @@ Command = Callable[..., Result]
 def command(capsys: pytest.CaptureFixture[str]) -> Command:
     """Runs ``vitlinear`` with the given arguments."""
 
+    from vitlinear_cli import main
+
     def run(*args: object) -> Result:
         capsys.readouterr()
         code = main([str(arg) for arg in args])
@@ -34,14 +37,24 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
 
 
 @pytest.fixture(scope="session")
+def folder(images: Path) -> Path:
+    """`images`, by the word that a command's --data-dir asks for; tests only read it."""
+    return images
+
+
+@pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder data set of three classes; tests only read it."""
+    from tests.train.helpers import image_folder
+
     return image_folder(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="session")
 def checkpoint(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that tells the three classes apart."""
+    from tests.train.helpers import train
+
     path = tmp_path_factory.mktemp("trained") / "run"
     train(images, path, "--epochs", 16, "--lr", 1e-2, "--color-jitter", 0, "--scale", 0.8, 1.0)
     return path / "best.safetensors"

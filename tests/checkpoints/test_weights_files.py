@@ -15,7 +15,7 @@ from vitlinear.checkpoints.load import load_model, read_weights
 from vitlinear.create import build_model, data_config
 from vitlinear.errors import UserError
 from vitlinear.files import write_atomically, write_text
-from vitlinear.train.record.state import read_state, save_state
+from vitlinear.train.record.saved_state import read_state, save_state
 from vitlinear.train.start_weights import initial_weights
 
 

@@ -29,7 +29,7 @@ from mmengine.hooks import EMAHook  # noqa: E402
 from mmengine.model import BaseModel  # noqa: E402
 from mmengine.runner import Runner, load_checkpoint  # noqa: E402
 
-from vitlinear.dense.openmmlab.run import EvaluationRunner  # noqa: E402
+from vitlinear.dense.openmmlab.runner import EvaluationRunner  # noqa: E402
 
 DIMS = [64, 128, 256, 512]
 BACKBONE = {"type": "vitlinear.Backbone", "model": "ravlt_t", "out_norms": True}

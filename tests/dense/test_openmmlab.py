@@ -109,7 +109,7 @@ sys.exit(main(["train-detector", "none.py"]))
     ],
 )
 def test_a_config_of_ours_by_its_name(framework: str, name: str) -> None:
-    from vitlinear.dense.openmmlab.run import TASKS, add_common_flags, read_config
+    from vitlinear.dense.openmmlab.runner import TASKS, add_common_flags, read_config
 
     parser = Parser(prog="x")
     add_common_flags(parser)
@@ -190,7 +190,7 @@ def test_mistakes_in_the_backbone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bare", [True, False])
 def test_evaluation_loads_bare_weights_too(bare: bool, tmp_path: Path) -> None:
-    from vitlinear.dense.openmmlab.run import EvaluationRunner
+    from vitlinear.dense.openmmlab.runner import EvaluationRunner
 
     trained, model = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)
     weights = trained.state_dict()

@@ -12,7 +12,7 @@ from tests.ops.inputs import make_inputs, oracle
 from vitlinear import ops
 from vitlinear.layers.attention.scriptable import scriptable_attention
 from vitlinear.ops import backward, eager, naive, registered
-from vitlinear.ops.state import LinearAttentionState
+from vitlinear.ops.attention_state import LinearAttentionState
 from vitlinear.ops.terms import FlatTerms, Terms
 
 TOKENS = ["q", "k", "v"]

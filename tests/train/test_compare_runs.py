@@ -12,7 +12,7 @@ from PIL import Image
 from tests.commands import Command
 from tests.train.helpers import train
 from vitlinear.train.compare_curves import curves
-from vitlinear.train.record.read import Recorded, labels, read_runs
+from vitlinear.train.record.recorded import Recorded, labels, read_runs
 
 
 def write_run(

@@ -28,9 +28,9 @@ from tests.train.helpers import (
 from vitlinear.checkpoints.load import load_model
 from vitlinear.errors import UserError
 from vitlinear.processes import Processes, join_processes
-from vitlinear.train.model import enable_checkpointing
+from vitlinear.train.make_model import enable_checkpointing
 from vitlinear.train.parallel import check_sharding
-from vitlinear.train.record.state import read_state
+from vitlinear.train.record.saved_state import read_state
 from vitlinear.train.run import parse_arguments
 
 # Without batch normalisation, whose statistics are each process's own.

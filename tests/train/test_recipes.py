@@ -30,9 +30,9 @@ from vitlinear.facts import families
 from vitlinear.train import run, schedule
 from vitlinear.train.average import ema_decay
 from vitlinear.train.config import TrainConfig
-from vitlinear.train.model import make_model
+from vitlinear.train.make_model import make_model
 from vitlinear.train.optimiser import make_optimizer
-from vitlinear.train.record.state import read_state
+from vitlinear.train.record.saved_state import read_state
 from vitlinear.train.run import parse_arguments
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "classification"

@@ -21,7 +21,7 @@ from vitlinear.train import loop, run
 from vitlinear.train.parallel import synchronised
 from vitlinear.train.progress import TIMES
 from vitlinear.train.record.folder import BAD_IMAGES, FILES, PATCHES
-from vitlinear.train.record.state import read_state
+from vitlinear.train.record.saved_state import read_state
 from vitlinear.train.updater import Updater
 
 # Everything that draws random numbers or keeps state between updates.

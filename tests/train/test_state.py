@@ -8,7 +8,7 @@ import torch
 
 from vitlinear.errors import UserError
 from vitlinear.files import write_text
-from vitlinear.train.record.state import read_newest, read_state, save_state
+from vitlinear.train.record.saved_state import read_newest, read_state, save_state
 
 
 def state(updates: int) -> dict[str, object]:

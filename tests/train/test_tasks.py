@@ -16,7 +16,7 @@ from vitlinear.checkpoints.card import read_card
 from vitlinear.checkpoints.load import load_model
 from vitlinear.errors import UserError
 from vitlinear.train.distillation import HardDistillationTask, MesaTask
-from vitlinear.train.record.state import read_state
+from vitlinear.train.record.saved_state import read_state
 from vitlinear.train.teacher import Teacher
 
 CPU = torch.device("cpu")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from .parser import Parser
 
-OPENMMLAB = "vitlinear.dense.openmmlab.predict"
+OPENMMLAB = "vitlinear.dense.openmmlab.detect_segment"
 TASKS = {
     "classification": ("vitlinear.evaluation.predict", "main"),
     "detection": (OPENMMLAB, "detect"),

@@ -23,7 +23,7 @@ from vitlinear.facts import BY_HASH, PublishedFile
 from vitlinear.files import check_parent
 
 from .detectors import convert_detector
-from .origin import Source, local_file
+from .original import OriginalFile, local_file
 from .recognise import Fit, fit, keys_report, recognise, summary
 
 OF_THE_WRITER = ("format", CARD_KEY, "converted_by")  # metadata that each file has anew
@@ -79,7 +79,7 @@ def convert(
     check_parent(str(target))
     if model is not None and model not in registry.our_models():
         raise UserError(f"unknown model '{model}'{did_you_mean(model, registry.our_models())}")
-    source = Source.read(path)
+    source = OriginalFile.read(path)
     detector = is_detector(source.weights)
     what, suffix = ("detector's", ".pth") if detector else ("classifier's", ".safetensors")
     if target.suffix != suffix:
@@ -90,7 +90,7 @@ def convert(
     return (convert_detector if detector else convert_classifier)(source, target, model)
 
 
-def convert_classifier(source: Source, target: Path, model: str | None = None) -> list[str]:
+def convert_classifier(source: OriginalFile, target: Path, model: str | None = None) -> list[str]:
     """Convert a classifier; as `convert`, which has checked the target."""
     described = read_metadata(source.path)
     card = card_of(described, source.path)

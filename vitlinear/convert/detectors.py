@@ -21,7 +21,7 @@ from vitlinear.errors import UserError
 from vitlinear.facts import PublishedFile, families
 from vitlinear.files import write_atomically
 
-from .origin import Source
+from .original import OriginalFile
 from .recognise import SHOWN, Fit, fit_backbone, keys_report, recognise, summary
 
 # Parts of the published detectors and segmentors besides the backbone.
@@ -77,7 +77,7 @@ def _likely(meta: Mapping[str, Any], row: PublishedFile | None) -> set[str]:
     }
 
 
-def _find(source: Source, model: str | None, likely: set[str]) -> Fit:
+def _find(source: OriginalFile, model: str | None, likely: set[str]) -> Fit:
     weights = {key: v for key, v in source.weights.items() if key.startswith(BACKBONE)}
     if model is None:
         return recognise(weights, likely, fit_backbone)
@@ -91,7 +91,7 @@ def _find(source: Source, model: str | None, likely: set[str]) -> Fit:
 
 
 def _confirmed(
-    source: Source, found: Fit, architecture: str | None, meta: Mapping[str, Any]
+    source: OriginalFile, found: Fit, architecture: str | None, meta: Mapping[str, Any]
 ) -> PublishedFile | None:
     """The row of the source's match, unless what is in the file is something else."""
     row = source.match[0] if source.match else None
@@ -102,7 +102,7 @@ def _confirmed(
     return row if task.startswith(architecture) and not other else None
 
 
-def convert_detector(source: Source, target: Path, model: str | None = None) -> list[str]:
+def convert_detector(source: OriginalFile, target: Path, model: str | None = None) -> list[str]:
     """Convert a detector or segmentor.
 
     Args:

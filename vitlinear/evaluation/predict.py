@@ -15,7 +15,7 @@ from tqdm import tqdm
 from vitlinear.checkpoints.card import Card
 from vitlinear.cli.device import DeviceConfig, add_device_flags, choose_device, make_autocast
 from vitlinear.cli.flags import COUNT, from_arguments
-from vitlinear.cli.model import (
+from vitlinear.cli.model_flags import (
     InputConfig,
     ModelConfig,
     add_checkpoint_flag,
@@ -29,7 +29,7 @@ from vitlinear.data.images import DAMAGE, UnreadableImage, convert, decode, find
 from vitlinear.errors import UserError
 from vitlinear.files import check_parent, write_text
 
-from .model import load_or_build
+from .load_or_build import load_or_build
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from vitlinear.cli.device import DeviceConfig, add_device_flags, choose_device, make_autocast
 from vitlinear.cli.flags import COUNT, from_arguments
-from vitlinear.cli.model import (
+from vitlinear.cli.model_flags import (
     InputConfig,
     ModelConfig,
     add_checkpoint_flag,
@@ -25,7 +25,7 @@ from vitlinear.errors import UserError
 from vitlinear.files import check_parent, write_text
 
 from .evaluate import Evaluator, PerClass, evaluate
-from .model import load_or_build
+from .load_or_build import load_or_build
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from .fold import fold_scale
 from .linear import Linear
 from .mlp import ConvMlp, Mlp, SwiGlu
 from .positions.learned import AddMapPositions, AddTokenPositions
+from .positions.map_rotary import MapRotaryTables
 from .positions.md_tpe import AxisTpe, MdTpe
-from .positions.rotary import MapRotaryTables
 from .recompute import run_recomputing
 from .rms_norm import HeadRmsNorm, RmsNorm
 

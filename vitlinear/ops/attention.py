@@ -64,7 +64,7 @@ def linear_attention(
 
         Finite is not small: ``relu`` with rotary tables and few tokens can meet queries that have
         no key in common, whose normaliser is 0 while the rotated sum is not (seen with 4 tokens:
-        outputs of 1e6, `benchmarks/README.md`).
+        outputs of 1e6, `benchmarks/accounts/fashion-mnist.md`).
 
     Raises:
         ValueError: Shapes or types do not fit, a name is unknown, or the backend is ``triton`` and

@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .attention_state import LinearAttentionState
 from .eager import Tokens, global_query_logits, hide_padding, seen_keys
 from .features import FeatureMap
 from .mechanisms import Factor, Mechanism
 from .rotary import encode, rotate
-from .state import LinearAttentionState
 
 # Rows of the softmax matrix that stand in memory at once.
 QUERY_CHUNK = 1024

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import cpu
+from .attention_state import LinearAttentionState
 from .mechanisms import Mechanism
 from .rotary import encode, rotate, token_table
-from .state import LinearAttentionState
 from .terms import Terms
 from .tracing import keeps_nothing
 

@@ -27,10 +27,10 @@ from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
 from . import backward, eager
+from .attention_state import LinearAttentionState
 from .backend import KERNEL_DTYPES, report_failure
 from .backward import LinearGradients
 from .mechanisms import get_mechanism
-from .state import LinearAttentionState
 from .terms import FlatTerms, Terms
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from vitlinear.errors import UserError
 from vitlinear.files import write_atomically
 
-from .record.read import Recorded
+from .record.recorded import Recorded
 
 
 @dataclass

@@ -15,7 +15,7 @@ from .compare_curves import check_format, curves, mean_and_spread, plot
 from .progress import clock
 from .record.curves import check_plotting
 from .record.logger import Row, table
-from .record.read import Recorded, read_runs
+from .record.recorded import Recorded, read_runs
 
 # Flags that say where a run is rather than what it is.
 PLACES = ("output", "experiment")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from vitlinear.cli.device import DeviceConfig, add_device_flags
 from vitlinear.cli.flags import COUNT, NATURAL
-from vitlinear.cli.model import InputConfig, ModelConfig, add_input_flags, add_model_flags
+from vitlinear.cli.model_flags import InputConfig, ModelConfig, add_input_flags, add_model_flags
 from vitlinear.cli.parser import Parser
 from vitlinear.data.augmentation import AugmentationConfig, add_augmentation_flags
 from vitlinear.data.bad_images import add_bad_images_flag
@@ -20,7 +20,7 @@ from vitlinear.data.dataset import DataConfig, add_data_flags
 
 from .average import AverageConfig, add_average_flags
 from .compilation import CompileConfig, add_compile_flags
-from .model import RegularisationConfig, add_regularisation_flags
+from .make_model import RegularisationConfig, add_regularisation_flags
 from .optimiser import OptimiserConfig, add_optimiser_flags
 from .parallel import ParallelConfig, add_parallel_flags
 from .record.folder import FolderConfig, add_folder_flags

@@ -11,7 +11,7 @@ from .parallel import full_state
 from .record.curves import plot_curves
 from .record.folder import BEST, CURVES, LAST, STATE
 from .record.logger import Loggers
-from .record.state import save_state
+from .record.saved_state import save_state
 from .resume import Start
 from .setup import Run
 

@@ -13,7 +13,7 @@ from vitlinear.errors import UserError, one_line
 
 from .parallel import load_full_state
 from .record.folder import ARGUMENTS, STATE, FolderConfig, run_folder
-from .record.state import read_newest, read_state
+from .record.saved_state import read_newest, read_state
 from .setup import Run
 
 # A resumed run that differs in one of these is another run.

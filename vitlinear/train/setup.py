@@ -24,7 +24,7 @@ from .average import add_average
 from .config import TrainConfig
 from .freezing import freeze
 from .loop import updates_per_epoch
-from .model import enable_checkpointing, make_model, shape_arguments
+from .make_model import enable_checkpointing, make_model, shape_arguments
 from .optimiser import make_optimizer
 from .parallel import check_sharding, distribute, synchronised
 from .schedule import batch_size_note, learning_rate, make_schedule

@@ -7,7 +7,7 @@ from .packages import PackageError, require
 
 require("mmengine.runner")
 
-from .backbone import Backbone  # noqa: E402  (the line above says what is missing)
+from .mm_backbone import Backbone  # noqa: E402  (the line above says what is missing)
 from .optimizer import LayerDecayOptimWrapperConstructor  # noqa: E402
 
 __all__ = ["Backbone", "LayerDecayOptimWrapperConstructor", "PackageError", "require"]

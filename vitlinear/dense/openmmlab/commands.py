@@ -15,7 +15,7 @@ from vitlinear.errors import UserError
 
 from .checks import backbones, check_config, check_exists
 from .packages import require
-from .run import EvaluationRunner, add_common_flags, build_runner, processes, read_config
+from .runner import EvaluationRunner, add_common_flags, build_runner, processes, read_config
 
 
 def train_detector(argv: Sequence[str] | None, prog: str = "vitlinear train-detector") -> None:

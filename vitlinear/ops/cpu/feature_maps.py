@@ -23,9 +23,11 @@ def elu_plus_one(x: Tensor) -> Tensor:
         return F.elu(x) + 1
     if x.device.type != "cpu" or wants_common_operators():
         return F.elu(x.contiguous()).add_(1)
-    dense = x.contiguous()  # strided, each of the passes would take longer than the copy
-    power = dense.clamp(max=0).exp_()
-    line = x + 1 if dense is x else dense.add_(1)
+    if x.is_contiguous():
+        power, line = x.clamp(max=0).exp_(), x + 1
+    else:  # strided, each of the passes would take longer than the copy
+        copy = x.contiguous()
+        power, line = copy.clamp(max=0).exp_(), copy.add_(1)
     return torch.maximum(power, line, out=power)
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..attention_state import LinearAttentionState
 from ..backward import LinearGradients
 from ..mechanisms import Mechanism
-from ..state import LinearAttentionState
 from ..terms import Terms
 from . import backward_kernels, forward_kernels, tuning
 from .plan import Plan, make_plan

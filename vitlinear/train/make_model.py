@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from vitlinear.cli.flags import RATE
-from vitlinear.cli.model import InputConfig, ModelConfig
+from vitlinear.cli.model_flags import InputConfig, ModelConfig
 from vitlinear.cli.parser import Parser
 from vitlinear.create import build_model, check_model_name
 from vitlinear.errors import UserError

@@ -29,7 +29,7 @@ from vitlinear.files import check_parent, write_atomically, write_text
 from ..draw import Color, color_of, draw_classes, draw_detections
 from .checks import backbones, check_config
 from .packages import require
-from .run import add_config_flags, load_weights, processes, read_config
+from .runner import add_config_flags, load_weights, processes, read_config
 
 Result = dict[str, Any]
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from vitlinear.checkpoints.card import Card
 from vitlinear.checkpoints.load import load_model
-from vitlinear.cli.model import InputConfig, ModelConfig
+from vitlinear.cli.model_flags import InputConfig, ModelConfig
 from vitlinear.create import build_model, check_model_kwargs, data_config
 from vitlinear.errors import UserError
 

@@ -21,7 +21,7 @@ from .recognise import Fit, keys_report
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class OriginalFile:
     """A checkpoint file.
 
     Attributes:
@@ -41,7 +41,7 @@ class Source:
     match: tuple[PublishedFile, str] | None
 
     @classmethod
-    def read(cls, path: Path) -> Source:
+    def read(cls, path: Path) -> OriginalFile:
         """Read a file.
 
         Raises:
