@@ -13,10 +13,10 @@ venv:  ## make .venv with everything the tests need
 test:  ## run the whole suite; ARGS="-k name -x" goes to pytest
 	$(PYTHON) tools/run_tests.py $(ARGS)
 
-quick:  ## run a little of every room, in about two minutes
+quick:  ## run a few tests of every room
 	$(PYTHON) tools/run_tests.py --quick $(ARGS)
 
-nightly:  ## run the whole suite and the rest of its products
+nightly:  ## run the whole suite, and all combinations of options of which it runs pairs
 	$(PYTHON) tools/run_tests.py --nightly $(ARGS)
 
 newest:  ## run the whole suite with the newest versions, in .venv-newest
