@@ -9,6 +9,7 @@ import importlib
 import importlib.metadata
 import json
 import os
+import select
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -98,6 +99,15 @@ def _report(error: Exception) -> None:
         json.dump({"message": text, "timestamp": when}, file)
 
 
+def _nobody_reads() -> bool:
+    """Whether the reader of standard output, such as `head`, has gone."""
+    if not hasattr(select, "poll"):  # Windows, where this error has no pipe's meaning
+        return False
+    output = select.poll()
+    output.register(sys.stdout.fileno(), select.POLLERR)
+    return bool(output.poll(0))
+
+
 def run(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
     """Runs a command and turns what a user can do something about into one line.
 
@@ -106,7 +116,8 @@ def run(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None = N
         argv: Arguments without the program's name; by default the process's own.
 
     Returns:
-        Exit status: 0, or 2 for a user's mistake, or 130 when interrupted.
+        Exit status: 0, or 2 for a user's mistake, 130 when interrupted, or 141, as of SIGPIPE, when
+        nobody reads on.
     """
     from vitlinear.errors import UserError
 
@@ -116,12 +127,19 @@ def run(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None = N
         command = record(command)
     try:
         command(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
     except UserError as error:
         _report(error)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        if not _nobody_reads():  # another pipe: to a data worker, say
+            raise
+        # Python flushes once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     return 0
 
 

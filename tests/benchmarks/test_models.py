@@ -133,6 +133,7 @@ def test_the_transcription_has_the_multiply_adds_of_the_model():
 
 
 @pytest.mark.compile
+@pytest.mark.process
 @pytest.mark.slow
 def test_compiled():
     found = Subject(Case("test_linear_deit", "compiled", "forward", 32, 32, 2))

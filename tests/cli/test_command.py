@@ -1,5 +1,6 @@
 """The command itself, and the thin scripts beside it."""
 
+import os
 import runpy
 import subprocess
 import sys
@@ -89,3 +90,14 @@ def test_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: unknown model 'ravlt_q'")
     assert done.stderr.count("\n") == 1 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.process
+def test_a_reader_that_has_enough(tmp_path: Path) -> None:
+    """No traceback where nobody reads on, as of `vitlinear configs | head`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "vitlinear", "configs"]
+    done = subprocess.run(command, cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.returncode == 141 and done.stderr == ""

@@ -33,7 +33,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("config", "least"),
     [
         (RETINANET, {"coco/bbox_mAP_50": 0.9}),
-        (MASK_RCNN, {"coco/bbox_mAP_50": 0.9, "coco/segm_mAP_50": 0.8}),
+        pytest.param(
+            MASK_RCNN,
+            {"coco/bbox_mAP_50": 0.9, "coco/segm_mAP_50": 0.8},
+            marks=pytest.mark.nightly,  # nearly three minutes
+        ),
     ],
     ids=["retinanet", "mask-rcnn"],
 )

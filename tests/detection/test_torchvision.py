@@ -23,11 +23,10 @@ from vitlinear.dense.coco import write_sample
 from vitlinear.dense.padding import attach_valid_sizes
 from vitlinear.dense.torchvision import fpn_backbone, mask_padding
 from vitlinear.errors import UserError
+from vitlinear.models import our_models
 
-NAMES = [
-    "test_inline_cswin", "test_inline_deit", "test_inline_pvt", "test_inline_swin", "test_l2vit",
-    "test_lightnet", "test_linear_deit", "test_mavit", "test_nalaformer", "test_ravlt",
-]  # fmt: skip
+# One model of each kind; the siblings that attend linearly in every stage have the same layers.
+NAMES = [name for name in our_models() if name.startswith("test_") and not name.endswith("_linear")]
 WIDTH = 64  # of the FPN
 CLASSES = 7  # with the background
 

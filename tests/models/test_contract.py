@@ -243,6 +243,7 @@ def test_copies(name):
 
 
 @pytest.mark.compile
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in PROGRAMS if n not in ADAPTIVE_WINDOWS])
 def test_compiled_once_for_all_sizes(name):
     torch._dynamo.reset()
@@ -254,6 +255,7 @@ def test_compiled_once_for_all_sizes(name):
 
 
 @pytest.mark.compile
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["test_ravlt", "test_l2vit"])
 def test_checkpointed_training_compiles_for_any_size(name):
     """Numbers that Dynamo takes for inputs, as constants of a module, fail inside such parts."""
@@ -308,6 +310,7 @@ def test_fx_is_bit_equal(name, backend):
     assert torch.equal(traced(x[..., :70])["head"], model(x[..., :70]))
 
 
+@pytest.mark.slow
 @each_program
 def test_export_any_size(name):
     """With registered operators; the formula is exported to ONNX below."""

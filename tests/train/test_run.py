@@ -60,6 +60,7 @@ def assert_same_run(first: Path, second: Path) -> None:
                 assert one[key] == other[key], (name, key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.process)])
 def test_same_seed_same_bits_and_resumed_equals_whole(
     folder: Path, tmp_path: Path, workers: int
@@ -78,6 +79,7 @@ def test_same_seed_same_bits_and_resumed_equals_whole(
     assert_same_run(tmp_path / "a", tmp_path / "c")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("update", "workers", "more"), [
     (1, 0, ()), pytest.param(4, 2, (), marks=pytest.mark.process),
     (6, 0, ("--grad-accum-steps", 2)), (9, 0, ("--recovery-interval", 2)),

@@ -140,6 +140,7 @@ def test_every_mechanism_compiles(mechanism, dtype, rotary, grid, compiled):
     call(mechanism, grid, dtype, rotary=rotary)
 
 
+@pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mechanism", "dim", "dtype"),
