@@ -269,9 +269,9 @@ def _compile(python: Path, log: Path, extras: list[str], chosen: list[str]) -> N
 
 
 def _works(python: Path) -> bool:
-    """Whether mmcv's operators can be loaded."""
-    command = [str(python), "-c", "import mmcv.ops"]
-    return subprocess.run(command, capture_output=True).returncode == 0
+    """Whether mmcv's operators work: one made for another torch may load and then fail to run."""
+    program = "import torch, mmcv.ops as ops; x = torch.eye(4); ops.nms(x, x[0].clone(), 0.5)"
+    return subprocess.run([str(python), "-c", program], capture_output=True).returncode == 0
 
 
 def _pip(python: Path, log: Path, arguments: list[str]) -> None:

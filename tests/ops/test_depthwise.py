@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch.profiler import ProfilerActivity, profile
 
-from tests.ops.onednn import needs_onednn, operators
+from tests.ops.onednn import needs_onednn
 from vitlinear.ops.cpu.depthwise import _DepthwiseConv, depthwise_conv, residual_depthwise_conv
 
 
@@ -60,15 +62,23 @@ def test_residual(side):
 @pytest.mark.compile
 @needs_onednn
 def test_compiled_programs_put_the_weight_gradient_together():
-    compiled = torch.compile(depthwise_conv, backend="aot_eager", fullgraph=True, dynamic=True)
+    programs = []
+
+    def keep(program, _):
+        programs.append(program)
+        return make_boxed_func(program.forward)
+
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    compiled = torch.compile(depthwise_conv, backend=backend, fullgraph=True, dynamic=True)
     for shape in [(2, 6, 9, 11), (3, 6, 7, 5)]:
         tensors = inputs(5, shape)
         out, found = gradients(compiled, tensors)
         expected, eager = gradients(depthwise_conv, tensors)
         torch.testing.assert_close(out, expected)
         torch.testing.assert_close(found, eager)
-        ran = operators(lambda: gradients(compiled, tensors))  # noqa: B023
-        assert "vitlinear::depthwise_weight_gradient" in ran
+    # In the program: newer profilers do not name registered operators that a program calls.
+    targets = {str(node.target) for program in programs for node in program.graph.nodes}
+    assert "vitlinear.depthwise_weight_gradient.default" in targets
 
 
 @needs_onednn
