@@ -37,9 +37,11 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
 
 
 @pytest.fixture(scope="session")
-def folder(images: Path) -> Path:
-    """`images`, by the word that a command's --data-dir asks for; tests only read it."""
-    return images
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder data set like `images`, which several files have of their own; tests only read it."""
+    from tests.train.helpers import image_folder
+
+    return image_folder(tmp_path_factory.mktemp("folder"))
 
 
 @pytest.fixture(scope="session")

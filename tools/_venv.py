@@ -252,6 +252,9 @@ def _pip_install(python: Path, extras: list[str], versions: str) -> None:
     except SetupError as error:
         if versions == PINNED:
             raise
+        # One made for another torch may be there, and load: its tests would run, and fail.
+        remove = [str(python), "-m", "pip", "uninstall", "--yes", "--quiet", "onedl-mmcv"]
+        subprocess.run(remove, capture_output=True)
         say(f"without {COMPILED}, and its tests will skip: {error}")
 
 

@@ -62,7 +62,8 @@ class _DepthwiseConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+        side = weight.shape[-1] // 2
+        return F.conv2d(x, weight, bias, padding=(side, side), groups=weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -96,7 +97,7 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     if side > PIECE and torch.is_grad_enabled() and runs_on_onednn(x, weight):
         out: Tensor = _DepthwiseConv.apply(x, weight, bias)
         return out
-    return F.conv2d(x, weight, bias, padding=side // 2, groups=weight.shape[0])
+    return F.conv2d(x, weight, bias, padding=(side // 2, side // 2), groups=weight.shape[0])
 
 
 def identity_kernel(weight: Tensor) -> Tensor:
