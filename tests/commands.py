@@ -38,7 +38,7 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder data set like `images`, which several files have of their own; tests only read it."""
+    """A folder data set like `images`, which some files have of their own; tests only read it."""
     from tests.train.helpers import image_folder
 
     return image_folder(tmp_path_factory.mktemp("folder"))

@@ -263,8 +263,8 @@ def test_checkpointed_training_compiles_for_any_size(name):
     model = make(name).train()
     expected = deepcopy(model)
     model.set_grad_checkpointing()
-    # Not a backend that runs Dynamo's graph as it is: from torch 2.14 on, that has a batch norm count
-    # a batch in place while backward still holds the count.
+    # Not a backend that runs Dynamo's graph as it is: with torch 2.14 a batch norm there counts its
+    # batches in place while backward still holds the count.
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
     for size in ((64, 96), (97, 161)):
         x = torch.randn(2, 3, *size)
