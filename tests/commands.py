@@ -12,7 +12,7 @@ import pytest
 
 
 class Result(NamedTuple):
-    """What a command did."""
+    """The outcome of a command: its exit status and what it printed."""
 
     code: int
     out: str

@@ -1,4 +1,4 @@
-"""What an installed vitlinear brings, needs and leaves alone."""
+"""The things that an installed vitlinear brings, needs and leaves alone."""
 
 from __future__ import annotations
 

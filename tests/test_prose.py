@@ -14,8 +14,9 @@ import vitlinear
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted(
     path
-    for folder in ("vitlinear", "tools", "benchmarks")
+    for folder in ("vitlinear", "tools", "benchmarks", "tests")
     for path in (ROOT / folder).rglob("*.py")
+    if ".suite" not in path.parts  # timm's own tests, fetched
 ) + [ROOT / "vitlinear_cli.py"]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"] + sorted(
     path for folder in ("docs", "benchmarks", "configs") for path in (ROOT / folder).rglob("*.md")
@@ -143,7 +144,7 @@ def test_contributing_shows_every_room() -> None:
 
 
 def test_citation() -> None:
-    """What CFF 1.2.0 requires is there, and the version is ours."""
+    """The keys that CFF 1.2.0 requires are there, and the version is ours."""
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert {"authors", "cff-version", "message", "title"} <= citation.keys()
     assert str(citation["cff-version"]) == "1.2.0" and citation["authors"]

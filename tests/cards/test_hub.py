@@ -23,7 +23,7 @@ REPO = "someone/my-model"
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What the hub keeps of the repository, behind the calls that timm makes of its client."""
+    """The hub's copy of the repository, behind the calls that timm makes of its client."""
 
     class Api:
         def __init__(self, **kwargs):

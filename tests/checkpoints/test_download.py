@@ -190,7 +190,7 @@ def test_the_command_says_it_in_one_line(server, capsys):
 
 @pytest.mark.process
 def test_a_whole_process_with_the_environment_of_a_mirror(server, tmp_path):
-    """What a user of a mirror sets; the model's own hub id and file name."""
+    """The settings of a user of a mirror: the model's own hub id and file name."""
     buffer = io.BytesIO()
     torch.save({"model_ema": timm.create_model("ravlt_t").state_dict()}, buffer)
     server.files["RAVLT_T.pth"] = buffer.getvalue()

@@ -74,7 +74,7 @@ def weights() -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def checkpoint(weights, tmp_path_factory) -> Path:
-    """What the authors' training script writes, under the name of the published file."""
+    """A checkpoint as the authors' script writes it, under the name of the published file."""
     path = tmp_path_factory.mktemp("released") / "RAVLT_T.pth"
     moments = {0: {"exp_avg": torch.zeros(1000)}}
     torch.save(
@@ -119,7 +119,7 @@ def test_training_checkpoint(checkpoint, weights, tmp_path, capsys):
 
 
 def test_converted_file_knows_itself(checkpoint, tmp_path, capsys):
-    """What the other commands read: model, classes and input."""
+    """The card that the other commands read: model, classes and input."""
     target, again = tmp_path / "out.safetensors", tmp_path / "again.safetensors"
     run(capsys, checkpoint, target)
     from vitlinear.checkpoints.load import load_model
@@ -211,7 +211,7 @@ def test_published_rows(tmp_path, monkeypatch):
 
 
 class Payload:
-    """What unpickling would have to execute."""
+    """A callable that unpickling would have to execute."""
 
     def __init__(self, function):
         self.function = function

@@ -85,7 +85,7 @@ def filled(architecture: str, ravlt: dict[str, torch.Tensor]) -> tuple[Any, dict
 
 
 def outputs(model: Any) -> list[torch.Tensor]:
-    """What the heads give for an image, before boxes are chosen or maps enlarged."""
+    """The outputs of the heads for an image, before boxes are chosen or maps enlarged."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(1, 3, 64, 96, generator=generator)
     sample = DetDataSample(metainfo={"img_shape": (64, 96), "scale_factor": (1.0, 1.0)})

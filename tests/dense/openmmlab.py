@@ -1,4 +1,4 @@
-"""What tests with mmdet and mmseg share: the packages, or the reason of a skip; two configs."""
+"""Shared by tests with mmdet and mmseg: the packages, or the reason of a skip; two configs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What mmdet and mmseg share: registration, missing packages, how the backbone gets its weights."""
+"""Common to mmdet and mmseg: registration, missing packages, how the backbone gets its weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests that train with mmdet and mmseg share: the tools, run as a user runs them."""
+"""Shared by tests that train with mmdet and mmseg: the tools, run as a user runs them."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What backward computes again: the same gradients, from less memory."""
+"""Tensors that backward computes again: the same gradients, from less memory."""
 
 import weakref
 

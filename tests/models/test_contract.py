@@ -1,4 +1,4 @@
-"""What every test-sized model promises beyond timm's own suite (tests/peer)."""
+"""Promises of every test-sized model beyond timm's own suite (tests/peer)."""
 
 from __future__ import annotations
 

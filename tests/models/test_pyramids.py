@@ -203,7 +203,7 @@ def test_published_weights_adapt_to_other_heads_and_channels(tmp_path):
 
 
 class Payload:
-    """What unpickling would have to execute."""
+    """A callable that unpickling would have to execute."""
 
     def __reduce__(self):
         return (print, ("executed",))

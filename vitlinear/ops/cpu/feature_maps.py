@@ -16,11 +16,11 @@ def elu_plus_one(x: Tensor) -> Tensor:
     else. elu takes from exp(x) the 1 that is added again: a float32 result is off by 4e-6 of itself
     at x = -5 and by all of it at -30, where this is exact to rounding.
     """
-    if torch.compiler.is_compiling() and not (torch.is_grad_enabled() or wants_common_operators()):
+    if torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or wants_common_operators():
+            return F.elu(x) + 1
         # Inductor computes elu anew in each loop that reads it, but an exponential once.
         return x.clamp(max=0).exp() + x.clamp(min=0)
-    if torch.compiler.is_compiling():
-        return F.elu(x) + 1
     if x.device.type != "cpu" or wants_common_operators():
         return F.elu(x.contiguous()).add_(1)
     if x.is_contiguous():
