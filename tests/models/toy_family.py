@@ -19,6 +19,7 @@ from vitlinear.layers.attention.inline_attention import mean_token
 from vitlinear.layers.padding_rule import MASK
 
 from ._build import build_model
+from ._gradient_checkpointing import Block
 from ._isotropic import IsotropicBackbone, TokenBlock, token_cfg
 from ._stages import StagedBackbone, four_each, map_cfg
 
@@ -49,7 +50,7 @@ class MeanAttention(nn.Module):
         return self.linear(x, height, width, key_padding_mask)
 
 
-class ToyBlock(nn.Module):
+class ToyBlock(Block):
     """Attention and feed-forward network on a map, each after a norm and with its residual."""
 
     def __init__(
@@ -93,7 +94,7 @@ class ToyPyramid(StagedBackbone):
         def downsample(i: int) -> nn.Module:
             return ConvNormAct(embed_dims[i - 1], embed_dims[i], 3, stride=2, **dd)
 
-        def block(i: int, j: int, drop_path: float) -> nn.Module:
+        def block(i: int, j: int, drop_path: float) -> Block:
             attn = MeanAttention(embed_dims[i], 2, proj_drop_rate, attn_backend, **dd)
             return ToyBlock(embed_dims[i], attn, proj_drop_rate, drop_path, **dd)
 

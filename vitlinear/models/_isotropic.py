@@ -19,7 +19,7 @@ from vitlinear.layers import AddTokenPositions, check_images
 
 from ._build import imagenet_cfg
 from ._contract import POOLINGS, TimmBackbone
-from ._gradient_checkpointing import checkpoint
+from ._gradient_checkpointing import Block
 
 
 def token_cfg(side: int = 224, **kwargs: Any) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def token_cfg(side: int = 224, **kwargs: Any) -> dict[str, Any]:
     return imagenet_cfg(side, first_conv="patch_embed.proj", classifier="head", **kwargs)
 
 
-class TokenBlock(nn.Module):
+class TokenBlock(Block):
     """Attention and feed-forward network, each after a norm and with its residual."""
 
     def __init__(
@@ -128,7 +128,6 @@ class IsotropicBackbone(TimmBackbone):
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.num_prefix_tokens = 1 if class_token else 0
         self.global_pool = global_pool
-        self.grad_checkpointing = False
         self.set_features("blocks", [embed_dim] * depth, [patch_size] * depth)
 
         self.patch_embed = PatchEmbed(
@@ -185,9 +184,9 @@ class IsotropicBackbone(TimmBackbone):
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
 
-    def stages_with_blocks(self) -> Sequence[Any]:
-        """This model, which is one stage."""
-        return [self]
+    def blocks_by_stage(self) -> Sequence[Any]:
+        """The blocks, which are one stage."""
+        return [self.blocks]
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -233,10 +232,7 @@ class IsotropicBackbone(TimmBackbone):
         x, height, width = self.embed(x)
         taken = []
         for i, block in enumerate(blocks):
-            if self.grad_checkpointing:
-                x = checkpoint(block, x, height, width)
-            else:
-                x = block(x, height, width)
+            x = block(x, height, width)
             if i in take_indices:
                 taken.append(self.norm(x) if norm else x)
         prefix = self.num_prefix_tokens
@@ -302,10 +298,7 @@ class IsotropicBackbone(TimmBackbone):
         """
         x, height, width = self.embed(x)
         for block in self.blocks:
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(block, x, height, width)
-            else:
-                x = block(x, height, width)
+            x = block(x, height, width)
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
