@@ -1,7 +1,7 @@
 """The skeleton of backbones of one resolution: patches, blocks on a row of tokens, a classifier.
 
-A family brings its blocks, and sets ``blocks`` and ``norm`` in its constructor; see
-`vitlinear/models/lightnet.py`. Tokens are [B, N, C]; those of the map stand last, row by row.
+A family calls `make_blocks` in its constructor; see `vitlinear/models/lightnet.py`. Tokens are
+[B, N, C]; those of the map stand last, row by row.
 
 No `from __future__ import annotations` in files of models: torch.fx copies the annotations of
 `forward` into the code it generates, and TorchScript cannot read them there as strings.
@@ -11,7 +11,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from timm.layers import DropPath, PatchEmbed, get_device_dtype, global_pool_nlc, trunc_normal_
+from timm.layers import (
+    DropPath,
+    PatchEmbed,
+    calculate_drop_path_rates,
+    get_device_dtype,
+    global_pool_nlc,
+    trunc_normal_,
+)
 from torch import Tensor, nn
 
 from vitlinear._timm import feature_take_indices
@@ -76,8 +83,8 @@ class IsotropicBackbone(TimmBackbone):
     Attributes:
         position: What positions a map [B, H, W, C] gets before its tokens are laid in a row;
             nothing unless a subclass sets it.
-        blocks: `nn.ModuleList` of modules called as `TokenBlock`; set by subclasses.
-        norm: Norm after the last block; set by subclasses.
+        blocks: By `make_blocks`.
+        norm: Norm after the last block; by `make_blocks`.
     """
 
     feature_cfg = {"out_indices": 3, "feature_cls": "getter"}
@@ -98,7 +105,7 @@ class IsotropicBackbone(TimmBackbone):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Make all but blocks and norm.
+        """Make all but what `make_blocks` makes.
 
         Args:
             img_size: Size of the image whose grid the learned positions have; None without them.
@@ -152,6 +159,30 @@ class IsotropicBackbone(TimmBackbone):
         self.norm: nn.Module
         self.head_drop = nn.Dropout(drop_rate)
         self.head = self.make_head(num_classes, **dd)
+
+    def make_blocks(
+        self,
+        attn: Callable[[], nn.Module],
+        mlp: Callable[[], nn.Module],
+        norm_layer: Callable[..., nn.Module],
+        drop_path_rate: float,
+        **dd: Any,
+    ) -> None:
+        """Set `blocks` and `norm`; the last step of a constructor.
+
+        Args:
+            attn: Makes the attention of a block; see `TokenBlock`.
+            mlp: Makes its feed-forward network.
+            norm_layer: Takes ``dim``, ``device`` and ``dtype``.
+            drop_path_rate: Stochastic depth rate of the last block, growing linearly from 0.
+            **dd: Where the parameters live, and their type.
+        """
+        rates = calculate_drop_path_rates(drop_path_rate, len(self.feature_info))
+        self.blocks = nn.ModuleList(
+            TokenBlock(self.embed_dim, attn(), mlp(), norm_layer, rate, **dd) for rate in rates
+        )
+        self.norm = norm_layer(self.embed_dim, **dd)
+        self.init_weights(needs_reset=False)
 
     def make_head(
         self,
