@@ -18,6 +18,7 @@ from .conv.local_concentration import LocalConcentration
 from .fold import fold_scale
 from .linear import Linear
 from .mlp import ConvMlp, Mlp, SwiGlu
+from .plain import is_plain
 from .positions.learned import AddMapPositions, AddTokenPositions
 from .positions.map_rotary import MapRotaryTables
 from .positions.md_tpe import AxisTpe, MdTpe
@@ -57,6 +58,7 @@ __all__ = [
     "check_attn_type",
     "check_images",
     "fold_scale",
+    "is_plain",
     "learns_temperature",
     "run_recomputing",
 ]
