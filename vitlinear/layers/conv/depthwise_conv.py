@@ -45,6 +45,10 @@ class DepthwiseConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
+        return self.convolve(x)
+
+    def convolve(self, x: Tensor) -> Tensor:
+        """As `forward`, for subclasses: TorchScript knows no ``super()``."""
         x = x.permute(0, 3, 1, 2)
         if torch.jit.is_scripting():
             x = self._conv_forward(x, self.weight, self.bias)
