@@ -6,10 +6,19 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.ao.quantization import quantize_dynamic
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from tests.models.test_fuse import TEST_MODELS
-from vitlinear.layers import CrossShapedAttention, DynamicConv, ShiftedWindowAttention
+from vitlinear.layers import (
+    CeilConv,
+    CrossShapedAttention,
+    DynamicConv,
+    Linear,
+    ShiftedWindowAttention,
+    use_pytorch_layers,
+)
+from vitlinear.layers.conv.dynamic_conv import TokenConv
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -26,12 +35,13 @@ def test_every_module_is_called(name, training):
 
 
 class Lora(nn.Module):
-    """A layer with an update beside it, of the same class and made with its constructor."""
+    """A convolution with an update beside it, of the same class and made with its constructor."""
 
-    def __init__(self, base: nn.Conv1d) -> None:
+    def __init__(self, base: nn.Conv1d | nn.Conv2d) -> None:
         super().__init__()
         self.base, kind = base, type(base)
-        self.a = kind(base.in_channels, 2, 1, bias=False)
+        place = (base.stride, base.padding)
+        self.a = kind(base.in_channels, 2, base.kernel_size, *place, bias=False)
         self.b = kind(2, base.out_channels, 1, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -43,6 +53,53 @@ def test_lora_of_dynamic_convolutions_learns():
     layer.fc1, layer.fc2 = Lora(layer.fc1), Lora(layer.fc2)
     layer(x, x.mean((1, 2))).square().sum().backward()
     assert all(parameter.grad.any() for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("arguments", [(2, 2), (3, 2, 1), (7, 4, 3), ((3, 1), (2, 1))])
+def test_lora_of_convolutions_that_round_up(arguments):
+    """Its layers cover the same places, as many as there are."""
+    layer, x = Lora(CeilConv(3, 4, *arguments)), torch.randn(2, 3, 9, 7)
+    out = layer(x)
+    down, right = layer.base.stride
+    assert out.shape == (2, 4, -(-9 // down), -(-7 // right))
+    weight = torch.einsum("or,rihw->oihw", layer.b.weight[:, :, 0, 0], layer.a.weight)
+    with torch.no_grad():
+        layer.base.weight += weight
+    torch.testing.assert_close(layer.base(x), out)
+
+
+@pytest.mark.parametrize("name", TEST_MODELS)
+@torch.no_grad()
+def test_layers_of_pytorch(name):
+    model, images = timm.create_model(name).eval(), torch.randn(2, 3, 64, 64)
+    expected, keys = model(images), list(model.state_dict())
+    kept = model.get_classifier().weight
+    assert use_pytorch_layers(model) is model
+    assert not any(isinstance(module, Linear | TokenConv) for module in model.modules())
+    assert list(model.state_dict()) == keys and model.get_classifier().weight is kept
+    torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated")
+@torch.no_grad()
+def test_dynamic_quantisation():
+    model, images = timm.create_model("test_linear_deit").eval(), torch.randn(2, 3, 64, 64)
+    number = sum(isinstance(module, nn.Linear) for module in model.modules())
+    expected = model(images)
+    quantised = quantize_dynamic(use_pytorch_layers(model), {nn.Linear})
+    layers = [m for m in quantised.modules() if isinstance(m, nn.quantized.dynamic.Linear)]
+    assert len(layers) == number
+    assert (quantised(images) - expected).norm() < 0.1 * expected.norm()
+
+
+def test_layers_that_stay_ours():
+    model = timm.create_model("test_ravlt").eval()
+    hooked = model.stages[0].blocks[0].mlp.fc1
+    hooked.register_forward_hook(lambda *args: None)
+    use_pytorch_layers(model)
+    assert model.stages[0].blocks[0].mlp.fc1 is hooked
+    with pytest.raises(ValueError, match=r"call use_pytorch_layers before fuse\(\)"):
+        use_pytorch_layers(timm.create_model("test_ravlt").eval().fuse())
 
 
 # Of every layer that does more with the modules inside than to call them, or did.

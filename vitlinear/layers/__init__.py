@@ -22,6 +22,7 @@ from .plain import is_plain
 from .positions.learned import AddMapPositions, AddTokenPositions
 from .positions.map_rotary import MapRotaryTables
 from .positions.md_tpe import AxisTpe, MdTpe
+from .pytorch_layers import use_pytorch_layers
 from .recompute import run_recomputing
 from .rms_norm import HeadRmsNorm, RmsNorm
 
@@ -61,4 +62,5 @@ __all__ = [
     "is_plain",
     "learns_temperature",
     "run_recomputing",
+    "use_pytorch_layers",
 ]
