@@ -111,9 +111,7 @@ IN_PLACE = tuple((module, "keeps_nothing", never) for module in (in_place, rotat
 FAST_PATHS = {
     "linear maps by oneDNN": FastPath(((cpu, "linear", linear),), ("inference", "training")),
     "GELU in the product": FastPath(((products, "product", product),), ("inference",)),
-    "weights kept packed": FastPath(
-        ((products, "_packed", lambda weight: weight),), ("inference",)
-    ),
+    "weights kept packed": FastPath(((products, "_packed", lambda weight: None),), ("inference",)),
     "the other library where they differ": FastPath(
         ((products, "MKL_KEEPS_UP", not products.MKL_KEEPS_UP),), ("inference", "training")
     ),

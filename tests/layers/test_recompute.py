@@ -123,6 +123,13 @@ def perturbed() -> nn.Module:
     return norm
 
 
+class RandomGelu(nn.GELU):
+    """A GELU, and noise."""
+
+    def forward(self, x):
+        return super().forward(x) * torch.rand_like(x)
+
+
 class Observing(nn.Conv2d):
     """A depthwise convolution as quantisation has them, which counts what goes through it."""
 
@@ -135,8 +142,8 @@ class Observing(nn.Conv2d):
 
 @pytest.mark.parametrize(
     "first",
-    [doubled(), nn.SiLU(inplace=True), nn.Dropout(0.5), perturbed()],
-    ids=["hook", "in place", "random", "parametrization"],
+    [doubled(), nn.SiLU(inplace=True), nn.Dropout(0.5), RandomGelu(), perturbed()],
+    ids=["hook", "in place", "random", "random subclass", "parametrization"],
 )
 def test_what_must_not_run_again(first):
     last, x = ResidualDepthwiseConv(4, 3), torch.randn(2, 5, 5, 4)

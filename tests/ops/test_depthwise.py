@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.ops.onednn import needs_onednn
 from vitlinear.ops.cpu.depthwise import _DepthwiseConv, depthwise_conv, residual_depthwise_conv
@@ -79,6 +80,13 @@ def test_compiled_programs_put_the_weight_gradient_together():
     # In the program: newer profilers do not name registered operators that a program calls.
     targets = {str(node.target) for program in programs for node in program.graph.nodes}
     assert "vitlinear.depthwise_weight_gradient.default" in targets
+
+
+def test_flops_of_the_weight_gradient():
+    x, weight = torch.randn(2, 6, 9, 8), torch.randn(6, 1, 5, 5)
+    with FlopCounterMode(display=False) as counter:
+        torch.ops.vitlinear.depthwise_weight_gradient(torch.ones_like(x), x, weight)
+    assert counter.get_total_flops() == 2 * x.numel() * 5 * 5
 
 
 @needs_onednn

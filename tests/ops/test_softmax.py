@@ -113,3 +113,24 @@ def test_flops_are_those_of_its_products():
     with FlopCounterMode(display=False) as theirs, sdpa_kernel(SDPBackend.MATH):
         F.scaled_dot_product_attention(q, q, q)
     assert ours.get_total_flops() == theirs.get_total_flops() > 0
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_flops_of_pytorchs_attention_on_cpus(bias):
+    """Two products, and in backward their four and the logits again."""
+    q, k, v = (x.transpose(1, 2).requires_grad_() for x in inputs(40))
+    mask = torch.randn(40, 40) if bias else None
+    batch, heads, tokens, dim = q.shape
+    assert products_of_one_pass(lambda: F.scaled_dot_product_attention(q, k, v, mask)) == (
+        2 * 2 * batch * heads * tokens * tokens * dim,
+        5 * 2 * batch * heads * tokens * tokens * dim,
+    )
+
+
+def products_of_one_pass(attend) -> tuple[int, int]:
+    """Operations that PyTorch's counter finds forward and backward."""
+    with FlopCounterMode(display=False) as forward:
+        out = attend()
+    with FlopCounterMode(display=False) as backward:
+        out.sum().backward()
+    return forward.get_total_flops(), backward.get_total_flops()

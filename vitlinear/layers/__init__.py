@@ -18,9 +18,11 @@ from .conv.local_concentration import LocalConcentration
 from .fold import fold_scale
 from .linear import Linear
 from .mlp import ConvMlp, Mlp, SwiGlu
+from .plain import is_plain
 from .positions.learned import AddMapPositions, AddTokenPositions
 from .positions.map_rotary import MapRotaryTables
 from .positions.md_tpe import AxisTpe, MdTpe
+from .pytorch_layers import use_pytorch_layers
 from .recompute import run_recomputing
 from .rms_norm import HeadRmsNorm, RmsNorm
 
@@ -57,6 +59,8 @@ __all__ = [
     "check_attn_type",
     "check_images",
     "fold_scale",
+    "is_plain",
     "learns_temperature",
     "run_recomputing",
+    "use_pytorch_layers",
 ]

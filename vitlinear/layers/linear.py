@@ -48,5 +48,5 @@ class Linear(nn.Linear):
     @torch.jit.ignore
     def fuse(self) -> Linear:
         """This layer, free to keep a copy of its weight in a faster layout."""
-        self.frozen = True
+        self.frozen = "weight" in self._parameters  # and is not made anew for each call
         return self

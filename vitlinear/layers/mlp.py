@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .conv.depthwise_conv import ResidualDepthwiseConv
 from .fold import fold_gelu
 from .linear import Linear
+from .plain import does_nothing, is_plain
 from .recompute import run_recomputing
 
 
@@ -32,7 +33,7 @@ class ConvMlp(nn.Module):
             dtype: Type of the parameters.
         """
         super().__init__()
-        self.fc1 = Linear(dim, hidden_dim, device=device, dtype=dtype)
+        self.fc1: nn.Module = Linear(dim, hidden_dim, device=device, dtype=dtype)
         self.act: nn.Module = nn.GELU()
         self.dwconv = ResidualDepthwiseConv(hidden_dim, 3, device=device, dtype=dtype)
         self.fc2 = Linear(hidden_dim, dim, device=device, dtype=dtype)
@@ -50,7 +51,8 @@ class ConvMlp(nn.Module):
     @torch.jit.ignore
     def fuse(self) -> nn.Module:
         """This network with its GELU as part of the product before it."""
-        self.act = fold_gelu(self.fc1, self.act)
+        if is_plain(self, ConvMlp):
+            self.fc1, self.act = fold_gelu(self.fc1, self.act)
         return self
 
 
@@ -75,7 +77,7 @@ class Mlp(nn.Module):
             dtype: Type of the parameters.
         """
         super().__init__()
-        self.fc1 = Linear(dim, hidden_dim, device=device, dtype=dtype)
+        self.fc1: nn.Module = Linear(dim, hidden_dim, device=device, dtype=dtype)
         self.act: nn.Module = nn.GELU()
         self.drop1 = nn.Dropout(drop)
         self.fc2 = Linear(hidden_dim, dim, device=device, dtype=dtype)
@@ -84,16 +86,19 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., C]."""
         x = self.fc1(x)
-        if torch.jit.is_scripting() or self.drop1.p > 0:
+        if torch.jit.is_scripting():
             x = self.fc2(self.drop1(self.act(x)))
-        else:
+        elif does_nothing(self.drop1):
             x = run_recomputing((self.act, self.fc2), x)
+        else:
+            x = self.fc2(self.drop1(self.act(x)))
         return self.drop2(x)
 
     @torch.jit.ignore
     def fuse(self) -> nn.Module:
         """This network with its GELU as part of the product before it."""
-        self.act = fold_gelu(self.fc1, self.act)
+        if is_plain(self, Mlp):
+            self.fc1, self.act = fold_gelu(self.fc1, self.act)
         return self
 
 

@@ -21,16 +21,16 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from timm.layers import LayerNorm
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.checkpoint import checkpoint
 
 from vitlinear.ops.tracing import wants_common_operators
 
 from .conv.depthwise_conv import DepthwiseConv, ResidualDepthwiseConv
-from .hooks import has_forward_hooks
-from .rms_norm import HeadRmsNorm, RmsNorm
+from .plain import has_forward_hooks
+from .rms_norm import RmsNorm
 
 Pack = Callable[[Tensor], Any]
 Unpack = Callable[[Any], Tensor]
@@ -131,19 +131,20 @@ def recomputing(y: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> 
 
 
 # Cheap, and the same whenever they run on the same input.
-_CHEAP = (nn.GELU, nn.SiLU, nn.LayerNorm, RmsNorm, HeadRmsNorm)
-# Not their subclasses: those of quantisation observe what goes through them.
+_CHEAP = (nn.GELU, nn.SiLU, nn.LayerNorm, LayerNorm, RmsNorm)
 _CONVOLUTIONS = (nn.Conv2d, DepthwiseConv, ResidualDepthwiseConv)
 
 
 def _can_run_again(module: nn.Module) -> bool:
     """Whether ``module.forward`` is cheap and gives what the module gave."""
-    # A hook may change what goes in or comes out, a parametrization may be random.
-    if has_forward_hooks(module) or is_parametrized(module):
+    # A hook may change what goes in or comes out.
+    if has_forward_hooks(module):
         return False
+    # Not their subclasses, which may be random or observe what goes through them: those that
+    # quantisation, parametrizations and others make.
     if type(module) in _CONVOLUTIONS:
         return module.groups == module.in_channels
-    return isinstance(module, _CHEAP)
+    return type(module) in _CHEAP
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from vitlinear.layers import (
     MapRotaryTables,
     ResidualDepthwiseConv,
     fold_scale,
+    is_plain,
     run_recomputing,
 )
 from vitlinear.ops import RotaryTables, get_mechanism
@@ -147,10 +148,21 @@ class PyramidBlock(Block):
 
     @torch.jit.ignore
     def fuse(self) -> nn.Module:
-        """This block with its layer-scales inside the projections before them."""
-        self.ls1 = fold_scale(self.attn.proj, self.ls1)
-        self.ls2 = fold_scale(self.mlp.fc2, self.ls2)
+        """This block with its layer-scales inside the projections before them.
+
+        A subclass with a ``forward`` of its own is left as it is, unless it has this as well.
+        """
+        if is_plain(self, PyramidBlock):
+            self.fold_scales()
         return self
+
+    @torch.jit.ignore
+    def fold_scales(self) -> None:
+        """Fold the two layer-scales, where `normed_attention` and `normed_mlp` alone feed them."""
+        self.attn, self.ls1 = fold_scale(
+            self.attn, self.attn_layer, ("proj", "proj_drop"), self.ls1
+        )
+        self.mlp, self.ls2 = fold_scale(self.mlp, ConvMlp, ("fc2", "drop"), self.ls2)
 
 
 class RotaryStage(Stage):

@@ -10,10 +10,11 @@ stages 3 and 4; `nalaformer_*_linear` attend with NaLa in all four.
 
 from typing import Any
 
+import torch
 from timm.models import generate_default_cfgs, register_model
-from torch import Tensor
+from torch import Tensor, nn
 
-from vitlinear.layers import NormGatedAttention, ResidualDepthwiseConv
+from vitlinear.layers import NormGatedAttention, ResidualDepthwiseConv, is_plain
 from vitlinear.ops import RotaryTables
 
 from ._build import build_model
@@ -38,6 +39,13 @@ class NaLaBlock(PyramidBlock):
         x = self.pos2(x + self.drop_path1(self.ls1(self.normed_attention(x, rotary))))
         x = x + self.drop_path2(self.ls2(self.normed_mlp(x)))
         return x
+
+    @torch.jit.ignore
+    def fuse(self) -> nn.Module:
+        """As `PyramidBlock`."""
+        if is_plain(self, NaLaBlock):
+            self.fold_scales()
+        return self
 
 
 class NaLaFormer(LinearPyramid):

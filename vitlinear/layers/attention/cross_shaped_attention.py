@@ -16,6 +16,21 @@ from .inline_attention import InjectiveAttention, mean_token
 from .softmax_attention import SoftmaxAttention
 
 
+@register_notrace_module
+class WindowConv(DepthwiseConv):
+    """A 3x3 `DepthwiseConv` of windows, whose compiled program serves any number of them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B * windows, height, width, C] -> the same shape."""
+        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out what is inside
+            # PyTorch takes other convolutions from 16 images on: with windows for images, maps on
+            # both sides of that would be different programs.
+            if torch.compiler.is_dynamo_compiling() and varies(x.shape[0]):
+                out = shifted_sum(x, self.weight.reshape(1, -1, 9))
+                return out if self.bias is None else out + self.bias
+        return self.convolve(x)
+
+
 class Stripe(nn.Module):
     """Attention and LePE in the windows of a map; subclasses bring the attention."""
 
@@ -39,7 +54,7 @@ class Stripe(nn.Module):
         super().__init__()
         self.attend = attend
         self.limits = limits
-        self.lepe = DepthwiseConv(dim, 3, device=device, dtype=dtype)
+        self.lepe = WindowConv(dim, 3, device=device, dtype=dtype)
 
     def forward(self, qkv: Tensor, source: Tensor) -> Tensor:
         """Attend.
@@ -57,20 +72,8 @@ class Stripe(nn.Module):
         heads = self.attend.num_heads
         q, k, v = to_windows(qkv, rows, cols).unflatten(3, [heads, C // heads]).unbind(2)
         x = self.attend_windows(q, k, v, source, rows, cols, mask)
-        x = x + self.local(v.flatten(2).unflatten(1, [rows[1], cols[1]])).flatten(1, 2)
+        x = x + self.lepe(v.flatten(2).unflatten(1, [rows[1], cols[1]])).flatten(1, 2)
         return from_windows(x, rows, cols, (B, H, W))
-
-    def local(self, v: Tensor) -> Tensor:
-        """LePE of windows, [B * windows, height, width, C] -> the same shape."""
-        if torch.jit.is_scripting():
-            return self.lepe(v)
-        else:  # noqa: RET505  TorchScript leaves out the branch not taken, but not what follows it
-            if not (torch.compiler.is_dynamo_compiling() and varies(v.shape[0])):
-                return self.lepe(v)
-            # PyTorch takes other convolutions from 16 images on: with windows for images, maps on
-            # both sides of that would be different programs.
-            assert self.lepe.bias is not None
-            return shifted_sum(v, self.lepe.weight.reshape(1, -1, 9)) + self.lepe.bias
 
     def attend_windows(
         self,

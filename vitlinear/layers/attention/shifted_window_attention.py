@@ -89,14 +89,17 @@ class ShiftedWindowAttention(nn.Module):
         rows, cols = fixed_windows(H, side), fixed_windows(W, side)
         # 1 // n is 1 for one window and 0 for more.
         down, right = self.shift * (1 - 1 // rows[0]), self.shift * (1 - 1 // cols[0])
-        bias = self.rel_pos.get_bias()
         regions = window_regions((B, H, W), rows, cols, down, right, x.device)
         x = to_windows(x, rows, cols, down, right)
         q, k, v = self.qkv(x).unflatten(2, [3, heads, C // heads]).unbind(2)
+        # The bias is added to zero, or to what hides keys. Its module is called, not asked for it:
+        # hooks run, and weights may be made for each call.
+        logits = q.new_zeros(1)
         if regions is not None:
-            hidden = regions[:, :, None] != regions[:, None, :]
-            bias = bias.masked_fill(hidden[:, None], -torch.inf)
-        x = self.proj_drop(self.proj(self.attend(q, k, v, bias.to(q.dtype))))
+            hidden = regions[:, None, :, None] != regions[:, None, None, :]
+            logits = q.new_zeros(hidden.shape).masked_fill(hidden, -torch.inf)
+        bias = self.rel_pos(logits).to(q.dtype)
+        x = self.proj_drop(self.proj(self.attend(q, k, v, bias)))
         return from_windows(x, rows, cols, (B, H, W), down, right)
 
 

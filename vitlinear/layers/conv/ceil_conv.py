@@ -2,45 +2,45 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def _pair(padding: str | tuple[int, ...]) -> tuple[int, ...]:
+    if isinstance(padding, str):
+        raise ValueError(f"padding takes numbers of rows and columns, got {padding!r}")
+    return padding
 
 
 class CeilConv(nn.Conv2d):
     """K x K convolution whose output has ceil(n / stride) places for a side of n.
 
     What the padding of a usual convolution lacks for that is added to the right and below, in
-    zeros. A subclass of `nn.Conv2d` for the reasons that `DepthwiseConv` gives.
+    zeros. A subclass of `nn.Conv2d` for the reasons that `DepthwiseConv` gives. Adapters call its
+    constructor for layers of low rank beside it.
     """
 
-    def __init__(
-        self,
-        in_dim: int,
-        dim: int,
-        kernel_size: int,
-        stride: int,
-        padding: int = 0,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        """Make the convolution.
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Make the convolution; arguments as `nn.Conv2d`.
 
-        Args:
-            in_dim: Channels in.
-            dim: Channels out.
-            kernel_size: K.
-            stride: Step.
-            padding: Rows and columns of zeros on each side.
-            device: Where the parameters live.
-            dtype: Type of the parameters.
+        Raises:
+            ValueError: The padding is not in numbers.
         """
-        super().__init__(in_dim, dim, kernel_size, stride, padding, device=device, dtype=dtype)
-        # With K - 1 zeros around a side of n there are ceil(n / stride) places for the kernel.
-        self.extra = max(kernel_size - 1 - 2 * padding, 0)
+        super().__init__(*args, **kwargs)
+        # With K - 1 zeros around a side of n there are ceil(n / stride) places for the kernel; with
+        # dilation it reaches further.
+        rows, cols = (
+            max(dilation * (size - 1) - 2 * padding, 0)
+            for dilation, size, padding in zip(
+                self.dilation, self.kernel_size, _pair(self.padding), strict=True
+            )
+        )
+        self.extra = [0, cols, 0, rows]
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, in_dim, H, W] -> [B, dim, ceil(H / stride), ceil(W / stride)]."""
-        if self.extra > 0:
-            x = F.pad(x, [0, self.extra, 0, self.extra])
+        if max(self.extra) > 0:
+            x = F.pad(x, self.extra)
         return self._conv_forward(x, self.weight, self.bias)

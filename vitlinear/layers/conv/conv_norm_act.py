@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from ..plain import is_plain
+
 
 class ConvNormAct(nn.Module):
     """Convolution with as much padding as keeps the size at stride 1, batch norm, activation.
@@ -49,7 +51,14 @@ class ConvNormAct(nn.Module):
     @torch.jit.ignore
     def fuse(self) -> nn.Module:
         """Convolution with the statistics of the batch norm inside, then the activation."""
-        conv = fuse_conv_bn_eval(self.conv, self.bn)
-        if isinstance(self.act, nn.Identity):
-            return conv
-        return nn.Sequential(conv, self.act)
+        conv, bn = self.conv, self.bn
+        if not (
+            is_plain(self, ConvNormAct)
+            and is_plain(conv, nn.Conv2d)
+            and is_plain(bn, nn.BatchNorm2d, nn.SyncBatchNorm)
+            and bn.running_mean is not None  # else it takes those of the batch
+            and not (conv.training or bn.training)
+        ):
+            return self
+        conv = fuse_conv_bn_eval(conv, bn)
+        return conv if is_plain(self.act, nn.Identity) else nn.Sequential(conv, self.act)

@@ -9,6 +9,7 @@ from vitlinear._timm import register_notrace_module
 from vitlinear.ops import cpu
 
 from ..padding_rule import ZEROS
+from ..plain import is_plain
 
 
 # One step to torch.fx, as `nn.Conv2d` is.
@@ -44,6 +45,10 @@ class DepthwiseConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
+        return self.convolve(x)
+
+    def convolve(self, x: Tensor) -> Tensor:
+        """As `forward`, for subclasses: TorchScript knows no ``super()``."""
         x = x.permute(0, 3, 1, 2)
         if torch.jit.is_scripting():
             x = self._conv_forward(x, self.weight, self.bias)
@@ -72,6 +77,8 @@ class ResidualDepthwiseConv(DepthwiseConv):
     @torch.jit.ignore
     def fuse(self) -> DepthwiseConv:
         """One convolution that gives the same: 1 is added to the middle of each kernel."""
+        if not is_plain(self, ResidualDepthwiseConv):
+            return self
         fused = DepthwiseConv(
             self.in_channels,
             self.kernel_size[0],
@@ -80,4 +87,6 @@ class ResidualDepthwiseConv(DepthwiseConv):
         )
         fused.load_state_dict(self.state_dict())
         fused.weight += cpu.identity_kernel(self.weight)
+        for ours, theirs in zip(fused.parameters(), self.parameters(), strict=True):
+            ours.requires_grad_(theirs.requires_grad)
         return fused.train(self.training)

@@ -7,6 +7,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+class TokenConv(nn.Conv1d):
+    """A 1x1 convolution of single tokens, [B, C_in, 1] -> [B, C_out, 1]: one product of matrices.
+
+    Which convolution PyTorch takes depends on batch and size: each would be a compiled program.
+    Arguments as `nn.Conv1d`.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C_in, 1] -> [B, C_out, 1]."""
+        return grouped_linear(x.squeeze(2), self.weight, self.bias, self.groups).unsqueeze(2)
+
+
 class DynamicConv(nn.Module):
     """3x3 depthwise convolution with a kernel for each sample and channel, made from a mean token.
 
@@ -32,10 +44,9 @@ class DynamicConv(nn.Module):
             dtype: Type of the parameters.
         """
         super().__init__()
-        self.num_heads = num_heads
-        self.fc1 = nn.Conv1d(dim, dim, 1, groups=num_heads, device=device, dtype=dtype)
+        self.fc1 = TokenConv(dim, dim, 1, groups=num_heads, device=device, dtype=dtype)
         self.act = nn.GELU()
-        self.fc2 = nn.Conv1d(dim, 9 * dim, 1, groups=num_heads, device=device, dtype=dtype)
+        self.fc2 = TokenConv(dim, 9 * dim, 1, groups=num_heads, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, mean: Tensor) -> Tensor:
         """Convolve.
@@ -47,10 +58,8 @@ class DynamicConv(nn.Module):
         Returns:
             [B, H, W, C].
         """
-        groups = self.num_heads
-        hidden = self.act(grouped_linear(mean, self.fc1.weight, self.fc1.bias, groups))
-        kernel = grouped_linear(hidden, self.fc2.weight, self.fc2.bias, groups)
-        kernel = kernel.unflatten(1, [x.shape[3], 9])
+        kernel = self.fc2(self.act(self.fc1(mean.unsqueeze(2))))
+        kernel = kernel.reshape(x.shape[0], x.shape[3], 9)
         if torch.jit.is_scripting():
             return grouped_conv(x, kernel)
         # A convolution of no groups is an error; a batch of no samples is not.
@@ -60,23 +69,24 @@ class DynamicConv(nn.Module):
 
 
 def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
-    """A 1x1 convolution of a single place as one product of matrices.
-
-    Which convolution PyTorch takes depends on batch and size: each would be a compiled program.
+    """A grouped linear map, as one product of matrices.
 
     Args:
         x: [B, C_in].
         weight: [C_out, C_in / groups, 1].
-        bias: [C_out]; what `nn.Conv1d` holds may be None to TorchScript.
+        bias: [C_out], or None.
         groups: Number of groups.
 
     Returns:
         [B, C_out].
     """
-    assert bias is not None
     x = x.unflatten(1, [groups, -1]).transpose(0, 1)
     weight = weight.squeeze(2).unflatten(0, [groups, -1]).transpose(1, 2)
-    return torch.baddbmm(bias.unflatten(0, [groups, 1, -1]), x, weight).transpose(0, 1).flatten(1)
+    if bias is None:
+        out = torch.bmm(x, weight)
+    else:
+        out = torch.baddbmm(bias.unflatten(0, [groups, 1, -1]), x, weight)
+    return out.transpose(0, 1).flatten(1)
 
 
 def grouped_conv(x: Tensor, kernel: Tensor) -> Tensor:

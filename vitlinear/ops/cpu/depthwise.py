@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
+from torch.utils.flop_counter import register_flop_formula
 
 from ..tracing import stands_for_many
 from .products import runs_on_onednn
@@ -56,6 +58,14 @@ def weight_gradient_op(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 @weight_gradient_op.register_fake
 def _(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     return torch.empty_like(weight)
+
+
+@register_flop_formula(torch.ops.vitlinear.depthwise_weight_gradient)
+def weight_gradient_flops(
+    grad: torch.Size, x: torch.Size, weight: torch.Size, *_: Any, **__: Any
+) -> int:
+    """Two for each multiply-add, of every place with every weight of its channel."""
+    return 2 * math.prod(grad) * math.prod(weight[2:])
 
 
 class _DepthwiseConv(torch.autograd.Function):

@@ -10,15 +10,14 @@ weights.
 
 from __future__ import annotations
 
-from typing import Any
+import threading
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.library import custom_op
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import register_flop_formula
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..tracing import stands_for_many, wants_common_operators
 
@@ -83,22 +82,87 @@ def _contiguous(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.contiguous()
 
 
-# Weights in oneDNN's own layout, with the memory and version of what they were made from.
-_PACKED = WeakTensorKeyDictionary()
+# They ask without touching: ``data_ptr()`` counts as a wish to write.
+_is_cow = torch._C._is_cow_tensor  # type: ignore[attr-defined]
+_address = torch._C._data_address  # type: ignore[attr-defined]
 
 
-def _packed(weight: Tensor) -> Tensor:
+class _Packed(NamedTuple):
+    """A weight in oneDNN's own layout, kept by the memory that it was made from.
+
+    It must never outlive a change of the weight, and PyTorch notes few of the ways there are to
+    change one: fused optimisers, ``.data``, and arrays that share memory leave its version as it
+    is. Copies on write see them all. A lazy copy shares the weight's memory, and whoever asks for
+    that memory in order to write gives the weight other memory first.
+
+    Attributes:
+        source: The lazy copy; it holds on to the memory, whose address nobody else gets. None where
+            none can be made.
+        weight: In oneDNN's layout; None without a lazy copy.
+    """
+
+    source: Tensor | None
+    weight: Tensor | None
+
+    def fits(self, weight: Tensor) -> bool:
+        """Whether the weight is still what it was."""
+        return self.source is None or (
+            _is_cow(weight)
+            and _address(weight) == _address(self.source)
+            and weight.stride() == self.source.stride()
+            and weight.shape == self.source.shape
+        )
+
+
+# Attribute of a storage. No dictionary with weak keys: `torch.utils.swap_tensors` forbids those.
+_KEPT = "_vitlinear_packed"
+# Making a lazy copy, and giving up one, are no steps that two threads may take at a time.
+_LOCK = threading.Lock()
+
+
+def _owners(x: Tensor) -> int:
+    """How many tensors and arrays share the memory, and what else holds it."""
+    return torch._C._storage_Use_Count(x.untyped_storage()._cdata)
+
+
+_ALONE = _owners(torch.empty(1))
+
+
+def _packed(weight: Tensor) -> Tensor | None:
     """A weight in the layout that oneDNN chooses for many rows, kept until the weight changes.
 
     That layout is good for any number of rows: a tenth less time with 49 of them as with 60,000.
+    None where somebody might change the weight unseen: through an array that shares its memory by
+    now, a file, or another process.
     """
-    # An address alone may be that of memory that was freed and given out again.
-    state = StorageWeakRef(weight.untyped_storage()), weight.data_ptr(), weight._version
-    made, packed = _PACKED.get(weight, (None, weight))
-    if made != state:
-        packed = torch.ops.mkldnn._reorder_linear_weight(_dense(weight.detach()), PACK_ROWS)
-        _PACKED[weight] = state, packed
-    return packed
+    kept = getattr(weight.untyped_storage(), _KEPT, None)
+    if kept is None or not kept.fits(weight):
+        with _LOCK:
+            kept = _pack(weight)
+    return None if kept is None else kept.weight
+
+
+def _pack(weight: Tensor) -> _Packed | None:
+    _drop(weight)
+    if _owners(weight) != _ALONE:
+        return None
+    try:
+        source = torch._lazy_clone(weight.detach())
+    except RuntimeError:  # memory that is not PyTorch's own, for good
+        kept = _Packed(None, None)
+    else:
+        # Of a copy: oneDNN asks for memory as if to write.
+        dense = _dense(source.clone())
+        kept = _Packed(source, torch.ops.mkldnn._reorder_linear_weight(dense, PACK_ROWS))
+    setattr(weight.untyped_storage(), _KEPT, kept)
+    return kept
+
+
+def _drop(weight: Tensor) -> None:
+    """Forget the packed weight, and end the sharing of memory while that needs no copy."""
+    if hasattr(weight.untyped_storage(), _KEPT):
+        delattr(weight.untyped_storage(), _KEPT)
+        weight.data_ptr()
 
 
 def product(
@@ -110,14 +174,16 @@ def product(
 ) -> Tensor:
     """`linear` by oneDNN, where `runs_on_onednn`; no gradient."""
     x, bias = _dense(x), _contiguous(bias)
-    if frozen and not weight.is_inference():  # which has no version
-        weight = _packed(weight)
-    else:
-        weight = _dense(weight)
+    packed = _packed(weight) if frozen else None
+    if packed is None:
+        if _is_cow(weight):
+            with _LOCK:
+                _drop(weight)
         rows = x.numel() // x.shape[-1]
+        weight = packed = _dense(weight)
         if not MKL_KEEPS_UP and rows >= PACK_ROWS and weight.shape[0] > weight.shape[1]:
-            weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none")
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, activation, [], "none")
     return out
 
 
@@ -242,7 +308,7 @@ def linear(
         activation: ``'none'``, or ``'gelu'``, which is part of the product where nothing is kept
             for a gradient.
         frozen: The weight will hardly change again: where nothing is kept for a gradient, a copy in
-            a layout that saves a tenth of the time may be kept as long as it lives.
+            a layout that saves a tenth of the time may be kept until it does.
 
     Returns:
         [..., C_out].
@@ -252,9 +318,6 @@ def linear(
     elif not torch.is_grad_enabled():
         return _product(x, weight, bias, activation, frozen)
     else:
-        if frozen and not torch.compiler.is_compiling():
-            # A step may follow, and fused optimisers do not raise a parameter's version.
-            _PACKED.pop(weight, None)
         out = _Linear.apply(x, weight, bias)
     return F.gelu(out) if activation == "gelu" else out
 

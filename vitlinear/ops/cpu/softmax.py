@@ -11,7 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
-from torch.utils.flop_counter import register_flop_formula, sdpa_flop
+from torch.utils.flop_counter import (
+    flop_registry,
+    register_flop_formula,
+    sdpa_backward_flop,
+    sdpa_flop,
+)
 
 from .products import outdoes_batches, product
 
@@ -90,3 +95,11 @@ def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 register_flop_formula(torch.ops.vitlinear.sdpa, get_raw=True)(sdpa_flop)
+
+# PyTorch's counter knows its kernels for GPUs, and takes those for CPUs for free.
+for packet, formula in (
+    (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, sdpa_flop),
+    (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, sdpa_backward_flop),
+):
+    if packet not in flop_registry:
+        register_flop_formula(packet, get_raw=True)(formula)
