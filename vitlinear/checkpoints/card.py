@@ -19,6 +19,13 @@ from vitlinear.files import write_atomically
 from .read import read_metadata
 
 CARD_KEY = "vitlinear"
+# Fields of timm's configuration of weights that say how images are made,
+DATA_FIELDS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+# and those that hold for the registry's weights and not for a file's.
+OF_OTHER_WEIGHTS = (
+    "test_input_size", "test_crop_pct", "pool_size", "test_pool_size", "label_descriptions",
+    "label_offset", "license",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +58,23 @@ class Card:
     epoch: int = 0
     metric: dict[str, float] = dataclasses.field(default_factory=dict)
     weights: str = "model"
+
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """The file's classes and input in the fields of timm's ``pretrained_cfg``.
+
+        Fields that say something about the registry's weights of the model are None.
+        """
+        names = self.class_names
+        return {
+            "num_classes": self.num_classes,
+            "label_names": tuple(names) if names else None,
+            **{
+                key: tuple(value) if isinstance(value, list) else value
+                for key, value in self.data_config.items()
+                if key in DATA_FIELDS
+            },
+            **dict.fromkeys(OF_OTHER_WEIGHTS),
+        }
 
 
 def save_weights(

@@ -10,8 +10,9 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from vitlinear.checkpoints import checkpoint_filter_fn
-from vitlinear.checkpoints.read import CheckpointError, read_checkpoint
+from vitlinear.checkpoints.load import named_for, read_weights
+from vitlinear.checkpoints.read import CheckpointError
+from vitlinear.checkpoints.translate import classifiers
 from vitlinear.create import build_model
 from vitlinear.errors import UserError, one_line
 from vitlinear.models._contract import TimmBackbone
@@ -207,14 +208,10 @@ def _feature_info(model: nn.Module, name: str) -> list[dict[str, Any]]:
 
 def _read_weights(model: nn.Module, path: str | Path) -> dict[str, Tensor]:
     """A checkpoint in the keys of a model that is whole but for its classifier."""
-    checkpoint = read_checkpoint(path)
-    try:
-        weights = checkpoint_filter_fn(checkpoint, model)
-    except ValueError as error:
-        raise CheckpointError(f"checkpoint {path} cannot be used: {error}") from error
-    classifier = f"{getattr(model, 'pretrained_cfg', {}).get('classifier')}."
+    weights = named_for(model, read_weights(Path(path)), Path(path))
+    heads = tuple(f"{name}." for name in classifiers(model))
     known = model.state_dict().keys()
-    extra = sorted(key for key in weights.keys() - known if not key.startswith(classifier))
+    extra = sorted(key for key in weights.keys() - known if not key.startswith(heads))
     if extra:
         raise CheckpointError(
             f"checkpoint {path} is of another model: {len(extra)} unexpected tensors, "

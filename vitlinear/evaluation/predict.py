@@ -152,10 +152,15 @@ def _opened(
 
 
 def _class_names(model: nn.Module, card: Card | None) -> list[str]:
-    """Returns names for the model's outputs: trained, or ImageNet's, or else numbers."""
+    """Returns names for the model's outputs: trained, the hub's, ImageNet's, or else numbers."""
     if card is not None and card.class_names:
         return card.class_names
     count = int(model.num_classes)  # type: ignore[arg-type]
+    cfg: dict[str, Any] = getattr(model, "pretrained_cfg", {})
+    named = cfg.get("label_names") or ()
+    if len(named) == count:
+        described = cfg.get("label_descriptions") or {}
+        return [described.get(name, name) for name in named]
     subset = infer_imagenet_subset(model) if card is None else None
     if subset:
         info = ImageNetInfo(subset)

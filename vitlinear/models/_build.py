@@ -1,15 +1,23 @@
 """The builder that every family makes its models with."""
 
+import json
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, resolve_pretrained_cfg
+from timm.layers import to_2tuple
+from timm.models import build_model_with_cfg, get_pretrained_cfg, resolve_pretrained_cfg
 from torch import Tensor, nn
 
 from vitlinear.checkpoints import checkpoint_filter_fn
+from vitlinear.checkpoints.card import Card, read_card
 from vitlinear.checkpoints.download import DownloadError, ensure_downloaded
-from vitlinear.checkpoints.read import CheckpointError, read_checkpoint
+from vitlinear.checkpoints.load import named_for, read_weights
+from vitlinear.checkpoints.mappings import find_mapping
+from vitlinear.checkpoints.translate import common_prefixes, without
+from vitlinear.errors import Notice
 from vitlinear.facts import published_files
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -34,6 +42,10 @@ def imagenet_cfg(side: int = 224, **kwargs: Any) -> dict[str, Any]:
 def build_model(model_cls: type[Model], name: str, pretrained: bool, **kwargs: Any) -> Model:
     """timm's ``build_model_with_cfg`` with our reader, filter, and downloads that are checked.
 
+    What a file of weights says of itself goes before what the registry says of the model: classes
+    and their names, how images are made, and constructor arguments. What the caller gives, in
+    ``pretrained_cfg_overlay`` or as arguments, goes before that.
+
     Args:
         model_cls: Class of the model, with a ``feature_cfg`` for ``features_only=True``.
         name: Registered name.
@@ -51,29 +63,68 @@ def build_model(model_cls: type[Model], name: str, pretrained: bool, **kwargs: A
         return build_model_with_cfg(
             model_cls, name, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs
         )
-
-    def read(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
-        checkpoint = read_checkpoint(path)
-        try:
-            return checkpoint_filter_fn(checkpoint, model)
-        except ValueError as error:
-            raise CheckpointError(f"checkpoint {path} cannot be used: {error}") from error
-
+    weights, card = read_weights(path), read_card(path)
+    trained: dict[str, Any] = {}
+    if card is not None:
+        trained = card.model_kwargs
+        kwargs = {**trained, **kwargs}
+        _compare(card, name, kwargs, path)
     # timm would read the file in its own way. It takes a state dict before any file, and copies it
-    # with the configuration: so it gets the name, and the filter above makes the weights of it.
-    overlay = {**(kwargs.pop("pretrained_cfg_overlay", None) or {}), "state_dict": {"file": path}}
+    # with the configuration: so it gets the name, and the filter makes the weights of it.
+    asked = kwargs.pop("pretrained_cfg_overlay", None) or {}
+    described = card.pretrained_cfg() if card else _classes_of(weights, name)
+    overlay = {**described, **asked, "state_dict": {"file": path}}
     model = build_model_with_cfg(
         model_cls,
         name,
         pretrained,
-        pretrained_filter_fn=read,
+        pretrained_filter_fn=lambda _, model: named_for(model, weights, path),
         pretrained_cfg_overlay=overlay,
         **kwargs,
     )
     for module in model.modules():
         if isinstance(cfg := getattr(module, "pretrained_cfg", None), dict):
             cfg.pop("state_dict", None)
+    # `create_model` adds what it was given, and timm saves it all with the model.
+    model._model_args = {key: kwargs[key] for key in trained}  # type: ignore[assignment]
     return model
+
+
+def _classes_of(weights: Mapping[str, Tensor], name: str) -> dict[str, int]:
+    """How many classes a file without a card is for, by its classifier, as ``num_classes``.
+
+    timm asks the registry, and drops a classifier that the registry's weights would not have.
+    """
+    cfg = get_pretrained_cfg(name)
+    for prefix in ("", *common_prefixes(weights)):
+        inner = without(prefix, weights)
+        mapping = find_mapping(inner)
+        for key, value in inner.items():
+            if cfg and (mapping.rename(key) if mapping else key) == f"{cfg.classifier}.weight":
+                return {"num_classes": value.shape[0]}
+    return {}
+
+
+def _compare(card: Card, name: str, kwargs: Mapping[str, Any], path: Path) -> None:
+    """Say so where a model is built otherwise than the one that a file was trained as."""
+    other = [] if card.model.partition(".")[0] == name else [f"model {card.model}"]
+    other += [
+        f"{key}={value}"
+        for key, value in card.model_kwargs.items()
+        if key != "attn_backend" and _plain(key, kwargs[key]) != _plain(key, value)
+    ]
+    if other:
+        warnings.warn(
+            f"checkpoint {path} is of {', '.join(other)}, and {name} is built otherwise here: "
+            "vitlinear.load makes the model as it was trained",
+            Notice,
+            stacklevel=4,
+        )
+
+
+def _plain(key: str, value: Any) -> str:
+    """An argument as JSON, whichever way it was given."""
+    return json.dumps(to_2tuple(value) if key == "img_size" else value, default=str)
 
 
 def _weights_file(name: str, kwargs: dict[str, Any]) -> Path | None:

@@ -28,7 +28,7 @@ from .make_model import enable_checkpointing, make_model, shape_arguments
 from .optimiser import make_optimizer
 from .parallel import check_sharding, distribute, synchronised
 from .schedule import batch_size_note, learning_rate, make_schedule
-from .start_weights import check_initial, initial_weights, initialise_head
+from .start_weights import check_initial, initial_weights, initialise_head, normalisation_note
 from .tasks import check_task, make_task
 from .updater import Updater
 
@@ -98,6 +98,8 @@ def set_up(config: TrainConfig) -> Run:
 
     model, notes = _start_model(config, num_classes)
     input = data_config(model, {**config.input.given(), "model_kwargs": config.model.model_kwargs})
+    if note := normalisation_note(config.start.initial_checkpoint, input):
+        notes.append(note)
     card = Card(
         model=check_model_name(config.model.model),
         model_kwargs=shape_arguments(model),

@@ -1,14 +1,16 @@
 """Weights that a run starts from: whose they are, and what becomes of their classifier."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from vitlinear.checkpoints.card import read_card
 from vitlinear.checkpoints.load import load_into, named_for, read_weights
-from vitlinear.checkpoints.translate import is_detector
+from vitlinear.checkpoints.translate import classifiers, is_detector, without, wrapper_prefix
 from vitlinear.cli.flags import RATE
 from vitlinear.cli.parser import Parser
 from vitlinear.create import check_model_name
@@ -151,8 +153,8 @@ def initial_weights(
         )
     read, own = read_weights(path), model.state_dict()
     weights = named_for(model, read, path)
-    heads = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
-    prefixes = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
+    read = without(wrapper_prefix(read, model), read)
+    prefixes = tuple(f"{head}." for head in classifiers(model))
     head_keys = [key for key in own if prefixes and key.startswith(prefixes)]
     if head_map is not None:
         if not weights.keys() >= set(head_keys):
@@ -170,6 +172,23 @@ def initial_weights(
         weights = {**weights, **{key: own[key] for key in head_keys}}
     load_into(model, weights, path, name)
     return new_head
+
+
+def normalisation_note(path: str | None, config: Mapping[str, Any]) -> str | None:
+    """Returns a line for the user where start weights knew images of other statistics, else None.
+
+    Args:
+        path: The checkpoint, or None.
+        config: How images are made in this run, as `vitlinear.create.data_config` returns it.
+    """
+    card = read_card(Path(path)) if path else None
+    if card is None:
+        return None
+    before = {key: tuple(card.data_config[key]) for key in ("mean", "std")}
+    if all(before[key] == tuple(config[key]) for key in before):
+        return None
+    flags = " ".join(f"--{k} {' '.join(f'{x:g}' for x in before[k])}" for k in before)
+    return f"{path}: it was trained on images normalised otherwise, with {flags}"
 
 
 def initialise_head(model: nn.Module, scale: float | None, bias: float | None) -> None:
