@@ -13,7 +13,7 @@ from vitlinear.checkpoints.load import read_weights
 from vitlinear.create import build_model
 from vitlinear.errors import UserError
 from vitlinear.train import run
-from vitlinear.train.start_weights import initial_weights, read_head_map
+from vitlinear.train.start_weights import initial_weights, normalisation_note, read_head_map
 
 RECIPE = Path(__file__).parents[2] / "configs/classification/l2vit_base.in22k_ft_in1k.yaml"
 ROWS = [4, 0, 2]  # class of the start weights, of seven, for each of three
@@ -132,3 +132,15 @@ def test_a_map_without_start_weights_is_refused(folder: Path, tmp_path: Path) ->
     command = ["--model", "test_l2vit", "--initial-head-map", "map.txt", "--data-dir", str(folder)]
     with pytest.raises(UserError, match="is for the classifier of --initial-checkpoint FILE"):
         run.train(run.parse_arguments([*command, "--output", str(tmp_path / "run")]))
+
+
+def test_another_normalisation_than_that_of_the_start_weights_is_said(tmp_path: Path) -> None:
+    model = build_model("test_l2vit", num_classes=3)
+    path = tmp_path / "start.safetensors"
+    config = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
+    save_weights(path, model.state_dict(), Card("test_l2vit", {}, 3, 3, config, "RGB"))
+    same = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+    assert normalisation_note(None, same) is None and normalisation_note(str(path), same) is None
+    note = normalisation_note(str(path), {**same, "mean": (0.4, 0.5, 0.5)})
+    assert note is not None
+    assert note.endswith("otherwise; to keep that, give --mean 0.5 0.5 0.5 --std 0.25 0.25 0.25")

@@ -106,7 +106,7 @@ class OriginalFile:
 
 
 def _wrapper_prefix(weights: Mapping[str, Tensor]) -> str:
-    """The prefix that a program which held a model, or a detector, put before every key; or nothing.
+    """The prefix that a program which held a model or a detector put before every key, or nothing.
 
     A model of this package has several parts, whose keys have no beginning in common. A detector
     may be saved without its heads; its backbone has no classifier.

@@ -18,7 +18,7 @@ from vitlinear.errors import UserError, one_line
 from vitlinear.models._contract import TimmBackbone
 
 from .padding import padding, valid_sizes_of, zero_padding
-from .pyramid import SimpleFeaturePyramid
+from .pyramid import SimpleFeaturePyramid, checked_indices
 
 
 class MultiScaleBackbone(nn.Module):
@@ -82,15 +82,10 @@ class MultiScaleBackbone(nn.Module):
         self.model = timm_model
         info = _feature_info(self.model, model)
         isotropic = len(info) > 1 and len({level["reduction"] for level in info}) == 1
-        self.out_indices = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
-        known = range(4 if isotropic else len(info))
-        if not self.out_indices or list(self.out_indices) != sorted(
-            set(self.out_indices) & {*known}
-        ):
-            raise UserError(
-                f"out_indices of {model} must be ascending, out of {known[0]} to {known[-1]}; got "
-                f"{self.out_indices}"
-            )
+        try:
+            self.out_indices = checked_indices(out_indices, 4 if isotropic else len(info))
+        except ValueError as error:
+            raise UserError(f"{model}: {error}") from error
 
         self.indices = [len(info) - 1] if isotropic else list(self.out_indices)
         if checkpoint_path is not None:

@@ -3,6 +3,7 @@
 import json
 import warnings
 from collections.abc import Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -58,6 +59,7 @@ def build_model(model_cls: type[Model], name: str, pretrained: bool, **kwargs: A
         RuntimeError: They do not fit the model.
     """
     kwargs = {"feature_cfg": dict(model_cls.feature_cfg), **kwargs}  # type: ignore[attr-defined]
+    _check_out_indices(kwargs.get("out_indices"), kwargs["feature_cfg"]["out_indices"])
     path = _weights_file(name, kwargs) if pretrained else None
     if path is None:
         return build_model_with_cfg(
@@ -88,6 +90,27 @@ def build_model(model_cls: type[Model], name: str, pretrained: bool, **kwargs: A
     # `create_model` adds what it was given, and timm saves it all with the model.
     model._model_args = {key: kwargs[key] for key in trained}  # type: ignore[assignment]
     return model
+
+
+def _check_out_indices(given: Any, levels: Any) -> None:
+    """Refuse indices of ``features_only=True`` that timm takes for others, or cannot name.
+
+    Args:
+        given: A number of last levels, or levels, counted from the end below 0; None if not given.
+        levels: All that a model has, where they do not depend on its depth.
+
+    Raises:
+        ValueError: One of them is no whole number, or there is no such level.
+    """
+    several = isinstance(given, tuple | list)
+    for index in given if several else [] if given is None else [given]:
+        if isinstance(index, bool) or not isinstance(index, Integral):
+            raise ValueError(f"out_indices must be whole numbers, got {index!r} in {given!r}")
+        if several and isinstance(levels, tuple) and not -len(levels) <= index < len(levels):
+            raise ValueError(
+                f"out_indices: {index} in {given!r} is out of range, for there are levels 0 to "
+                f"{len(levels) - 1}"
+            )
 
 
 def _classes_of(weights: Mapping[str, Tensor], name: str) -> dict[str, int]:

@@ -184,11 +184,12 @@ def normalisation_note(path: str | None, config: Mapping[str, Any]) -> str | Non
     card = read_card(Path(path)) if path else None
     if card is None:
         return None
-    before = {key: tuple(card.data_config[key]) for key in ("mean", "std")}
+    trained = card.data_config
+    before = {key: tuple(trained[key]) for key in ("mean", "std") if key in trained}
     if all(before[key] == tuple(config[key]) for key in before):
         return None
     flags = " ".join(f"--{k} {' '.join(f'{x:g}' for x in before[k])}" for k in before)
-    return f"{path}: it was trained on images normalised otherwise, with {flags}"
+    return f"{path}: it knows images that were normalised otherwise; to keep that, give {flags}"
 
 
 def initialise_head(model: nn.Module, scale: float | None, bias: float | None) -> None:
