@@ -25,6 +25,17 @@ def check_model_name(name: str | None) -> str:
     return name
 
 
+def registered_name(model: nn.Module, name: str) -> str:
+    """Returns the name under which timm's registry has a model.
+
+    Args:
+        model: The model.
+        name: The name that it was made by. With a source prefix it is a place, which may move.
+    """
+    cfg: dict[str, Any] = getattr(model, "pretrained_cfg", {})
+    return str(cfg["architecture"]) if ":" in name else name
+
+
 def check_model_kwargs(kwargs: Mapping[str, Any]) -> None:
     """Refuses constructor arguments that have flags of their own, which other things depend on."""
     for key in ("num_classes", "in_chans", "pretrained"):

@@ -17,7 +17,7 @@ from timm.data import resolve_model_data_config
 
 import vitlinear
 from tests.commands import Command
-from vitlinear.checkpoints.card import Card, save_weights
+from vitlinear.checkpoints.card import Card, read_card, save_weights
 from vitlinear.create import build_model, data_config
 
 NAMES = ["ant", "bee", "cat"]
@@ -90,6 +90,33 @@ def test_other_models(command: Command, tmp_path: Path, changes: dict) -> None:
     model = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True).eval()
     x = torch.randn(2, changes.get("in_chans", 3), 48, 48)
     assert torch.equal(model(x), expected(x)) and model.pretrained_cfg["label_names"] == NAMES
+
+
+def test_licence(command: Command, tmp_path: Path) -> None:
+    """The authors' for their weights, and nobody's for those of a run, until its owner says."""
+    path = save(tmp_path / "w.safetensors")
+    assert (
+        "licence       unknown (--license ID says it)" in command("push", path, tmp_path / "a").out
+    )
+    weights, card = safetensors.torch.load_file(path), read_card(path)
+    save_weights(tmp_path / "p.safetensors", weights, card, {"published_at": "https://a/b.pth"})
+    assert "licence       mit\n" in command("push", tmp_path / "p.safetensors", tmp_path / "b").out
+    config = json.loads((tmp_path / "b" / "config.json").read_text("utf-8"))
+    assert config["pretrained_cfg"]["license"] == "mit"
+
+
+def test_training_goes_on_from_a_folder(command: Command, images: Path, tmp_path: Path) -> None:
+    """What it leaves does not need the folder any more."""
+    command("push", save(tmp_path / "w.safetensors"), tmp_path / "hub")
+    flags = ["--model", f"local-dir:{tmp_path / 'hub'}", "--pretrained", "--data-dir", images]
+    flags += ["--output", tmp_path / "run", "--epochs", 1, "-b", 8, "-j", 0, "--no-plot"]
+    result = command("train", *flags)
+    assert result.code == 0, result.err
+    shutil.rmtree(tmp_path / "hub")
+    model = vitlinear.load(tmp_path / "run" / "best.safetensors")
+    assert model.pretrained_cfg["label_names"] == tuple(NAMES)
+    assert resolve_model_data_config(model)["mean"] == (0.25,) * 3
+    assert command("push", tmp_path / "run", tmp_path / "again").code == 0
 
 
 @pytest.mark.parametrize("changes", [{}, {"in_chans": 1, "model_kwargs": {"global_pool": "max"}}])

@@ -21,14 +21,16 @@ from torch import nn
 from vitlinear._timm import generate_readme
 from vitlinear.checkpoints.card import Card, read_card
 from vitlinear.checkpoints.load import load_model
+from vitlinear.checkpoints.read import read_metadata
 from vitlinear.cli.parser import Parser
 from vitlinear.create import data_config
 from vitlinear.errors import UserError, one_line
+from vitlinear.facts import family_of
 from vitlinear.files import check_parent
 
 from .hub import model_card
 
-HUB = "hf-hub"
+HUB, UNKNOWN = "hf-hub", "unknown"
 README, CONFIG, WEIGHTS = "README.md", "config.json", "model.safetensors"
 # Arguments of a constructor that stand elsewhere in config.json too. transformers gives the number
 # of classes to the constructor itself, and cannot open a folder that has it here as well.
@@ -56,23 +58,27 @@ def main(argv: Sequence[str] | None, prog: str = "vitlinear push") -> None:
     )
     parser.add_argument(
         "--license",
-        default="unknown",
+        default=None,
         metavar="ID",
-        help="the hub's identifier of the licence that you give the weights: apache-2.0, mit, ...",
+        help="the hub's identifier of the weights' licence: apache-2.0, mit, ... (default: of "
+        "weights that `convert` knows, the authors'; else unknown)",
     )
     parser.add_argument("--private", action="store_true", help="a new repository is private")
     args = parser.parse_args(argv)
     source = weights_file(args.source.expanduser())
+    license = args.license or licence_of(source)
     name = args.target.removeprefix(f"{HUB}:")
     if name != args.target:
-        push(source, name, args.license, private=args.private)
+        push(source, name, license, private=args.private)
         call = args.target
     else:
         if args.private:
             raise UserError(f"--private is for {HUB}:OWNER/NAME, a repository on the hub")
         folder = Path(args.target).expanduser()
-        write_folder(source, folder, args.license)
+        write_folder(source, folder, license)
         call = f"local-dir:{folder}"
+    hint = " (--license ID says it)" if license == UNKNOWN else ""
+    print(f"licence       {license}{hint}")
     print(f"wrote         {args.target}")
     print(f'load          timm.create_model("{call}", pretrained=True), after import vitlinear')
 
@@ -92,6 +98,13 @@ def weights_file(source: Path) -> Path:
             "OUT.safetensors` makes a file that does"
         )
     return path
+
+
+def licence_of(path: Path) -> str:
+    """The hub's identifier of the licence of published weights; of others, that it is unknown."""
+    card = read_card(path)
+    published = card is not None and "published_at" in read_metadata(path)
+    return family_of(card.model.partition(".")[0]).hub_license if card and published else UNKNOWN
 
 
 def write_folder(path: Path, folder: Path, license: str, repo_id: str | None = None) -> None:

@@ -12,7 +12,12 @@ from torch import nn
 
 from vitlinear.checkpoints.card import Card
 from vitlinear.cli.device import choose_device, make_autocast
-from vitlinear.create import check_model_kwargs, check_model_name, data_config
+from vitlinear.create import (
+    check_model_kwargs,
+    check_model_name,
+    data_config,
+    registered_name,
+)
 from vitlinear.data.bad_images import BadImages
 from vitlinear.data.class_names import check_same_classes, classes_of
 from vitlinear.data.dataset import image_mode, open_split
@@ -101,7 +106,7 @@ def set_up(config: TrainConfig) -> Run:
     if note := normalisation_note(config.start.initial_checkpoint, input):
         notes.append(note)
     card = Card(
-        model=check_model_name(config.model.model),
+        model=registered_name(model, check_model_name(config.model.model)),
         model_kwargs=shape_arguments(model),
         num_classes=num_classes,
         in_chans=input["input_size"][0],
