@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ import timm
 import torch
 import yaml
 from timm.data import resolve_model_data_config
+from timm.models import save_for_hf
 
 import vitlinear
 from tests.commands import Command
@@ -149,6 +151,31 @@ def test_transformers(tmp_path: Path, changes: dict) -> None:
     assert list(model.config.id2label.values()) == NAMES
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hub")
     assert processor.data_config["crop_pct"] == 1.0 and processor.data_config["mean"][0] == 0.25
+
+
+@pytest.mark.parametrize("name", ["test_ravlt", "resnet10t"])
+def test_what_timm_saves_opens_in_transformers_without_one_argument(
+    tmp_path: Path, name: str
+) -> None:
+    """The way that docs/export.md tells; timm finds the number of classes elsewhere."""
+    model = vitlinear.load(save(tmp_path / "w.safetensors", name))
+    save_for_hf(model, tmp_path / "hub", safe_serialization=True)
+    path = tmp_path / "hub" / "config.json"
+    config = json.loads(path.read_text())
+    del config["model_args"]["num_classes"]
+    path.write_text(json.dumps(config))
+    x = torch.randn(2, 3, 48, 48)
+    again = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True).eval()
+    assert torch.equal(again(x), model(x)) and again.pretrained_cfg["label_names"] == NAMES
+    made = timm.create_model(
+        config["architecture"], num_classes=config["num_classes"], **config["model_args"]
+    )
+    made.load_state_dict(model.state_dict())
+    if importlib.util.find_spec("transformers"):
+        from transformers import AutoModelForImageClassification
+
+        opened = AutoModelForImageClassification.from_pretrained(tmp_path / "hub").eval()
+        assert torch.equal(opened(x).logits, model(x))
 
 
 def test_what_cannot_be_pushed(command: Command, run: Path, tmp_path: Path) -> None:

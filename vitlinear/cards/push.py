@@ -32,9 +32,6 @@ from .hub import model_card
 
 HUB, UNKNOWN = "hf-hub", "unknown"
 README, CONFIG, WEIGHTS = "README.md", "config.json", "model.safetensors"
-# Arguments of a constructor that stand elsewhere in config.json too. transformers gives the number
-# of classes to the constructor itself, and cannot open a folder that has it here as well.
-ELSEWHERE = ("num_classes",)
 
 
 def main(argv: Sequence[str] | None, prog: str = "vitlinear push") -> None:
@@ -176,13 +173,13 @@ def push(path: Path, repo_id: str, license: str, private: bool = False) -> None:
 
 
 def _write_config(model: nn.Module, card: Card, folder: Path, license: str) -> None:
-    """Let timm save a model, and leave out of its ``config.json`` what others stumble over."""
+    """Let timm save a model, and make of its ``config.json`` one that transformers opens too."""
     names = {"label_names": card.class_names} if card.class_names else {}
     about = {**names, "pretrained_cfg": {"license": license}}
     save_for_hf(model, folder, model_config=about, safe_serialization=True)
     config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    for key in ELSEWHERE:
-        config["model_args"].pop(key, None)
+    # It stands beside, too. transformers gives it to the constructor, and then these arguments.
+    config["model_args"].pop("num_classes", None)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
