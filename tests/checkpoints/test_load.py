@@ -14,7 +14,9 @@ from timm.models import save_for_hf
 import vitlinear
 from vitlinear.checkpoints.card import Card, save_weights
 from vitlinear.create import build_model, data_config
+from vitlinear.dense.backbone import MultiScaleBackbone
 from vitlinear.errors import Notice, UserError
+from vitlinear.train.start_weights import initial_weights
 
 NAMES = ["ant", "bee", "cat"]
 INPUT = {
@@ -135,6 +137,23 @@ def test_another_model_than_the_files_is_told(trained):
     with warnings.catch_warnings():
         warnings.simplefilter("error", Notice)
         create(trained[0], attn_backend="eager")
+
+
+def test_arguments_that_change_no_shape_are_told_or_taken(tmp_path):
+    """Windows of another size: the weights fit, and another function is computed."""
+    path = tmp_path / "w.safetensors"
+    expected = save(path, "test_l2vit", window_size=2)
+    x = torch.randn(2, 3, 64, 64)
+    taken = MultiScaleBackbone("test_l2vit", checkpoint_path=path).eval()
+    maps = expected.forward_intermediates(x, intermediates_only=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(taken(x), maps, strict=True))
+    for way in (
+        lambda: create(path, "test_l2vit", window_size=4),
+        lambda: MultiScaleBackbone("test_l2vit", checkpoint_path=path, window_size=4),
+        lambda: initial_weights(build_model("test_l2vit", num_classes=3), path, "test_l2vit"),
+    ):
+        with pytest.warns(Notice, match="is of window_size=2, .*vitlinear.load"):
+            way()
 
 
 def test_load_takes_other_files_with_their_model(trained, tmp_path):

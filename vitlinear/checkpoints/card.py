@@ -13,10 +13,10 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from vitlinear.errors import UserError, one_line
+from vitlinear.errors import one_line
 from vitlinear.files import write_atomically
 
-from .read import read_metadata
+from .read import CheckpointError, read_metadata
 
 CARD_KEY = "vitlinear"
 # Fields of timm's configuration of weights that say how images are made,
@@ -100,7 +100,7 @@ def read_card(path: Path) -> Card | None:
     """Read the card of a weights file, None if it is another program's.
 
     Raises:
-        UserError: The file is missing, or is a damaged safetensors file.
+        CheckpointError: The file is missing, or is a damaged safetensors file.
     """
     return card_of(read_metadata(path), path)
 
@@ -109,13 +109,13 @@ def card_of(metadata: Mapping[str, str], path: Path) -> Card | None:
     """Parse the card in the metadata of a weights file, None if there is none.
 
     Raises:
-        UserError: It is not understood.
+        CheckpointError: It is not understood.
     """
     text = metadata.get(CARD_KEY)
     try:
         return Card(**json.loads(text)) if text else None
     except (ValueError, TypeError) as error:
-        raise UserError(
+        raise CheckpointError(
             f"checkpoint {path} describes itself in a way that this version cannot read "
             f"({one_line(error)[:200]})"
         ) from error

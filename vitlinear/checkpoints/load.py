@@ -3,14 +3,17 @@
 Files of this package name their model in a card. Of other files the caller names it.
 """
 
+import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from vitlinear.create import build_model, check_model_name
-from vitlinear.errors import UserError
+from vitlinear.errors import Notice, UserError
 
 from .card import Card, read_card
 from .read import CheckpointError, read_checkpoint
@@ -157,6 +160,37 @@ def named_for(model: nn.Module, weights: dict[str, Tensor], path: Path) -> dict[
         return checkpoint_filter_fn(weights, model)
     except ValueError as error:
         raise CheckpointError(f"checkpoint {path} cannot be used: {error}") from error
+
+
+def notice_of_other_model(path: Path, card: Card, name: str, arguments: Mapping[str, Any]) -> None:
+    """Give a `Notice` where weights are for another model than the one that they were trained as.
+
+    Their shapes may fit all the same.
+
+    Args:
+        path: The file.
+        card: What it says of itself.
+        name: Of the model, without a tag.
+        arguments: Of its constructor, those of the card among them if they were given.
+    """
+    other = [] if card.model.partition(".")[0] == name else [f"model {card.model}"]
+    other += [
+        f"{key}={trained}"
+        for key, trained in card.model_kwargs.items()
+        if key != "attn_backend" and _plain(key, arguments.get(key)) != _plain(key, trained)
+    ]
+    if other:
+        warnings.warn(
+            f"checkpoint {path} is of {', '.join(other)}, and {name} is built otherwise here: "
+            "vitlinear.load makes the model as it was trained",
+            Notice,
+            stacklevel=2,
+        )
+
+
+def _plain(key: str, value: Any) -> str:
+    """An argument as JSON, whichever way it was given."""
+    return json.dumps(to_2tuple(value) if key == "img_size" else value, default=str)
 
 
 def load_into(model: nn.Module, weights: dict[str, Tensor], path: Path, name: str) -> None:

@@ -83,7 +83,7 @@ def wrapper_prefix(weights: Mapping[str, Tensor], model: nn.Module) -> str:
 
     Returns:
         A prefix such as ``model.`` or ``net._orig_mod.``, without which keys are the model's, or
-        those of a detector with it. Empty if they are so as they are, or without no prefix.
+        those of a detector with it. Empty if they are so as they are, or under no prefix.
     """
     own, prefixes = model.state_dict().keys(), common_prefixes(weights)
     for prefix in ("", *prefixes):

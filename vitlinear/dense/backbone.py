@@ -10,7 +10,8 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from vitlinear.checkpoints.load import named_for, read_weights
+from vitlinear.checkpoints.card import read_card
+from vitlinear.checkpoints.load import named_for, notice_of_other_model, read_weights
 from vitlinear.checkpoints.read import CheckpointError
 from vitlinear.checkpoints.translate import classifiers
 from vitlinear.create import build_model
@@ -67,7 +68,8 @@ class MultiScaleBackbone(nn.Module):
             grad_checkpointing: Recompute blocks during backward instead of keeping activations.
             pretrained: Load the weights that timm's registry names.
             checkpoint_path: File of weights to load instead: ours or the authors', of a
-                classifier, or of the stages of a detector.
+                classifier, or of the stages of a detector. Arguments of the model that ours names
+                are taken from it.
             **model_args: For `timm.create_model`: ``drop_path_rate``, ``attn_backend``,
                 ``img_size``, ``pretrained_cfg_overlay``, ...
 
@@ -78,6 +80,9 @@ class MultiScaleBackbone(nn.Module):
         super().__init__()
         if pretrained and checkpoint_path is not None:
             raise UserError("give pretrained=True or a checkpoint_path, not both")
+        card = read_card(Path(checkpoint_path)) if checkpoint_path is not None else None
+        if card is not None:
+            model_args = {**card.model_kwargs, **model_args}
         timm_model: Any = build_model(model, pretrained=pretrained, num_classes=0, **model_args)
         self.model = timm_model
         info = _feature_info(self.model, model)
@@ -93,6 +98,9 @@ class MultiScaleBackbone(nn.Module):
         timm_model.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)
         if checkpoint_path is not None:
             _load_weights(self.model, weights, checkpoint_path)
+            if card is not None:
+                name = model.partition(".")[0]
+                notice_of_other_model(Path(checkpoint_path), card, name, model_args)
 
         dd: dict[str, Any] = {key: model_args.get(key) for key in ("device", "dtype")}
         self.pyramid: SimpleFeaturePyramid | None = None

@@ -1,24 +1,20 @@
 """The builder that every family makes its models with."""
 
-import json
-import warnings
 from collections.abc import Mapping
 from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeVar
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import to_2tuple
 from timm.models import build_model_with_cfg, get_pretrained_cfg, resolve_pretrained_cfg
 from torch import Tensor, nn
 
 from vitlinear.checkpoints import checkpoint_filter_fn
-from vitlinear.checkpoints.card import Card, read_card
+from vitlinear.checkpoints.card import read_card
 from vitlinear.checkpoints.download import DownloadError, ensure_downloaded
-from vitlinear.checkpoints.load import named_for, read_weights
+from vitlinear.checkpoints.load import named_for, notice_of_other_model, read_weights
 from vitlinear.checkpoints.mappings import find_mapping
 from vitlinear.checkpoints.translate import common_prefixes, without
-from vitlinear.errors import Notice
 from vitlinear.facts import published_files
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -59,7 +55,7 @@ def build_model(model_cls: type[Model], name: str, pretrained: bool, **kwargs: A
         RuntimeError: They do not fit the model.
     """
     kwargs = {"feature_cfg": dict(model_cls.feature_cfg), **kwargs}  # type: ignore[attr-defined]
-    _check_out_indices(kwargs.get("out_indices"), kwargs["feature_cfg"]["out_indices"])
+    _check_out_indices(kwargs.get("out_indices"), kwargs["feature_cfg"].get("out_indices"))
     path = _weights_file(name, kwargs) if pretrained else None
     if path is None:
         return build_model_with_cfg(
@@ -70,7 +66,6 @@ def build_model(model_cls: type[Model], name: str, pretrained: bool, **kwargs: A
     if card is not None:
         trained = card.model_kwargs
         kwargs = {**trained, **kwargs}
-        _compare(card, name, kwargs, path)
     # timm would read the file in its own way. It takes a state dict before any file, and copies it
     # with the configuration: so it gets the name, and the filter makes the weights of it.
     asked = kwargs.pop("pretrained_cfg_overlay", None) or {}
@@ -87,6 +82,8 @@ def build_model(model_cls: type[Model], name: str, pretrained: bool, **kwargs: A
     for module in model.modules():
         if isinstance(cfg := getattr(module, "pretrained_cfg", None), dict):
             cfg.pop("state_dict", None)
+    if card is not None:
+        notice_of_other_model(path, card, name, kwargs)
     # `create_model` adds what it was given, and timm saves it all with the model.
     model._model_args = {key: kwargs[key] for key in trained}  # type: ignore[assignment]
     return model
@@ -126,28 +123,6 @@ def _classes_of(weights: Mapping[str, Tensor], name: str) -> dict[str, int]:
             if cfg and (mapping.rename(key) if mapping else key) == f"{cfg.classifier}.weight":
                 return {"num_classes": value.shape[0]}
     return {}
-
-
-def _compare(card: Card, name: str, kwargs: Mapping[str, Any], path: Path) -> None:
-    """Say so where a model is built otherwise than the one that a file was trained as."""
-    other = [] if card.model.partition(".")[0] == name else [f"model {card.model}"]
-    other += [
-        f"{key}={value}"
-        for key, value in card.model_kwargs.items()
-        if key != "attn_backend" and _plain(key, kwargs[key]) != _plain(key, value)
-    ]
-    if other:
-        warnings.warn(
-            f"checkpoint {path} is of {', '.join(other)}, and {name} is built otherwise here: "
-            "vitlinear.load makes the model as it was trained",
-            Notice,
-            stacklevel=4,
-        )
-
-
-def _plain(key: str, value: Any) -> str:
-    """An argument as JSON, whichever way it was given."""
-    return json.dumps(to_2tuple(value) if key == "img_size" else value, default=str)
 
 
 def _weights_file(name: str, kwargs: dict[str, Any]) -> Path | None:

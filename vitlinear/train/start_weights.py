@@ -6,10 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.models import get_model_args
 from torch import nn
 
 from vitlinear.checkpoints.card import read_card
-from vitlinear.checkpoints.load import load_into, named_for, read_weights
+from vitlinear.checkpoints.load import (
+    load_into,
+    named_for,
+    notice_of_other_model,
+    read_weights,
+)
 from vitlinear.checkpoints.translate import classifiers, is_detector, without, wrapper_prefix
 from vitlinear.cli.flags import RATE
 from vitlinear.cli.parser import Parser
@@ -171,6 +177,10 @@ def initial_weights(
     if new_head:
         weights = {**weights, **{key: own[key] for key in head_keys}}
     load_into(model, weights, path, name)
+    if card is not None:
+        # Images of another size are an everyday reason to train on.
+        arguments = {**get_model_args(model), "img_size": card.model_kwargs.get("img_size")}
+        notice_of_other_model(path, card, card.model.partition(".")[0], arguments)
     return new_head
 
 
