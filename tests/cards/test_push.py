@@ -108,7 +108,7 @@ def test_licence(command: Command, tmp_path: Path) -> None:
 
 
 def test_training_goes_on_from_a_folder(command: Command, images: Path, tmp_path: Path) -> None:
-    """What it leaves does not need the folder any more."""
+    """The files of such a run do not need the folder any more."""
     command("push", save(tmp_path / "w.safetensors"), tmp_path / "hub")
     flags = ["--model", f"local-dir:{tmp_path / 'hub'}", "--pretrained", "--data-dir", images]
     flags += ["--output", tmp_path / "run", "--epochs", 1, "-b", 8, "-j", 0, "--no-plot"]

@@ -1,5 +1,6 @@
 """Weights that a run starts from, and what becomes of their classifier."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from tests.train.helpers import CLASSES
 from vitlinear.checkpoints.card import Card, save_weights
 from vitlinear.checkpoints.load import read_weights
-from vitlinear.create import build_model
+from vitlinear.create import build_model, data_config
 from vitlinear.errors import UserError
 from vitlinear.train import run
 from vitlinear.train.start_weights import initial_weights, normalisation_note, read_head_map
@@ -86,7 +87,7 @@ def test_a_map_needs_a_file_and_a_classifier(start: Path, head_map: Path, tmp_pa
 
 def test_weights_of_another_model_only_where_that_is_said(tmp_path: Path) -> None:
     model = build_model("test_l2vit", num_classes=3)
-    card = Card("test_l2vit", {}, 3, 3, {}, "RGB")
+    card = Card("test_l2vit", {}, 3, 3, data_config(model, {}), "RGB")
     save_weights(tmp_path / "other.safetensors", model.state_dict(), card)
     with pytest.raises(UserError, match="is of test_l2vit, not l2vit_tiny: .* --initial-model tes"):
         initial_weights(model, tmp_path / "other.safetensors", "l2vit_tiny")
@@ -137,10 +138,9 @@ def test_a_map_without_start_weights_is_refused(folder: Path, tmp_path: Path) ->
 def test_another_normalisation_than_that_of_the_start_weights_is_said(tmp_path: Path) -> None:
     model = build_model("test_l2vit", num_classes=3)
     path = tmp_path / "start.safetensors"
-    config = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
+    config = data_config(model, {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)})
     save_weights(path, model.state_dict(), Card("test_l2vit", {}, 3, 3, config, "RGB"))
-    same = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
-    assert normalisation_note(None, same) is None and normalisation_note(str(path), same) is None
-    note = normalisation_note(str(path), {**same, "mean": (0.4, 0.5, 0.5)})
+    assert normalisation_note(None, config) is normalisation_note(str(path), config) is None
+    note = normalisation_note(str(path), dataclasses.replace(config, mean=(0.4, 0.5, 0.5)))
     assert note is not None
     assert note.endswith("otherwise; to keep that, give --mean 0.5 0.5 0.5 --std 0.25 0.25 0.25")

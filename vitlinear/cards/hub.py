@@ -84,11 +84,11 @@ def _training(card: Card) -> dict[str, Any]:
     """Training, input and class names, by the card of a weights file."""
     names, config = card.class_names or [], card.data_config
     shown = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
-    size = "x".join(map(str, config["input_size"]))
+    size = "x".join(map(str, config.input_size))
     return {
         **({"Class names": shown} if names else {}),
-        "Input": f"{size}, mean {list(config['mean'])}, std {list(config['std'])}, "
-        f"{config['interpolation']}, crop_pct {config['crop_pct']}, {config['crop_mode']}",
+        "Input": f"{size}, mean {list(config.mean)}, std {list(config.std)}, "
+        f"{config.interpolation}, crop_pct {config.crop_pct}, {config.crop_mode}",
         **({"Trained on": card.dataset} if card.dataset else {}),
         **({"Epochs": card.epoch} if card.epoch else {}),
         **{f"Held-out {key}": f"{value:.2f}" for key, value in card.metric.items()},

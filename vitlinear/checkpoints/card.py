@@ -13,15 +13,14 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from vitlinear.create import Preprocessing
 from vitlinear.errors import one_line
 from vitlinear.files import write_atomically
 
 from .read import CheckpointError, read_metadata
 
 CARD_KEY = "vitlinear"
-# Fields of timm's configuration of weights that say how images are made,
-DATA_FIELDS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-# and those that hold for the registry's weights and not for a file's.
+# Fields of timm's configuration of weights that hold for the registry's, and not for a file's.
 OF_OTHER_WEIGHTS = (
     "test_input_size", "test_crop_pct", "pool_size", "test_pool_size", "label_descriptions",
     "label_offset", "license",
@@ -37,8 +36,7 @@ class Card:
         model_kwargs: Its constructor arguments.
         num_classes: Width of the classifier.
         in_chans: Input channels.
-        data_config: ``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct``,
-            ``crop_mode``.
+        data_config: How images become its input.
         image_mode: PIL mode of the input images.
         class_names: In label order, where known.
         dataset: Name of the data set, if it was not a folder.
@@ -51,7 +49,7 @@ class Card:
     model_kwargs: dict[str, Any]
     num_classes: int
     in_chans: int
-    data_config: dict[str, Any]
+    data_config: Preprocessing
     image_mode: str
     class_names: list[str] | None = None
     dataset: str | None = None
@@ -68,11 +66,7 @@ class Card:
         return {
             "num_classes": self.num_classes,
             "label_names": tuple(names) if names else None,
-            **{
-                key: tuple(value) if isinstance(value, list) else value
-                for key, value in self.data_config.items()
-                if key in DATA_FIELDS
-            },
+            **self.data_config.as_dict(),
             **dict.fromkeys(OF_OTHER_WEIGHTS),
         }
 
@@ -112,9 +106,12 @@ def card_of(metadata: Mapping[str, str], path: Path) -> Card | None:
         CheckpointError: It is not understood.
     """
     text = metadata.get(CARD_KEY)
+    if not text:
+        return None
     try:
-        return Card(**json.loads(text)) if text else None
-    except (ValueError, TypeError) as error:
+        values = json.loads(text)
+        return Card(**{**values, "data_config": Preprocessing.of(values["data_config"])})
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise CheckpointError(
             f"checkpoint {path} describes itself in a way that this version cannot read "
             f"({one_line(error)[:200]})"

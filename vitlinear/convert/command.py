@@ -41,13 +41,12 @@ def _confirmed(match: tuple[PublishedFile, str] | None, found: Fit) -> Published
 
 
 def _card(model: nn.Module, found: Fit) -> Card:
-    config = data_config(model, {})
     return Card(
         model=found.name,
         model_kwargs={},
         num_classes=found.num_classes,
         in_chans=found.in_chans,
-        data_config={key: list(v) if isinstance(v, tuple) else v for key, v in config.items()},
+        data_config=data_config(model, {}),
         image_mode="L" if found.in_chans == 1 else "RGB",
     )
 

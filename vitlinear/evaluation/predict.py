@@ -109,8 +109,8 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
     device = choose_device(config.device.device)
     model, card, input = load_or_build(config.checkpoint, config.model, config.input)
     names = _class_names(model, card)
-    mode = image_mode(input["input_size"][0], card.image_mode if card else None)
-    transform = create_transform(**input, is_training=False)
+    mode = image_mode(input.input_size[0], card.image_mode if card else None)
+    transform = create_transform(**input.as_dict(), is_training=False)
     layout = config.device.memory_format
     model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
     autocast = make_autocast(config.device, device)

@@ -13,6 +13,7 @@ from torch import nn
 from vitlinear.checkpoints.card import Card
 from vitlinear.cli.device import choose_device, make_autocast
 from vitlinear.create import (
+    Preprocessing,
     check_model_kwargs,
     check_model_name,
     data_config,
@@ -109,7 +110,7 @@ def set_up(config: TrainConfig) -> Run:
         model=registered_name(model, check_model_name(config.model.model)),
         model_kwargs=shape_arguments(model),
         num_classes=num_classes,
-        in_chans=input["input_size"][0],
+        in_chans=input.input_size[0],
         data_config=input,
         image_mode=mode,
         class_names=names,
@@ -165,7 +166,7 @@ def set_up(config: TrainConfig) -> Run:
     )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     notes.append(
-        f"{card.model}: {parameters / 1e6:.2f} M parameters, input {input['input_size']}, "
+        f"{card.model}: {parameters / 1e6:.2f} M parameters, input {input.input_size}, "
         f"{num_classes} classes; {len(train_set)} training and {len(eval_set)} held-out images; "
         f"{device}, {processes.world_size} process(es)"
     )
@@ -257,7 +258,7 @@ def _make_loaders(
     config: TrainConfig,
     train_set: Any,
     eval_set: Any,
-    input: dict[str, Any],
+    input: Preprocessing,
     num_classes: int,
     device: torch.device,
     processes: Processes,

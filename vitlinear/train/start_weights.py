@@ -1,9 +1,7 @@
 """Weights that a run starts from: whose they are, and what becomes of their classifier."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from timm.models import get_model_args
@@ -19,7 +17,7 @@ from vitlinear.checkpoints.load import (
 from vitlinear.checkpoints.translate import classifiers, is_detector, without, wrapper_prefix
 from vitlinear.cli.flags import RATE
 from vitlinear.cli.parser import Parser
-from vitlinear.create import check_model_name
+from vitlinear.create import Preprocessing, check_model_name
 from vitlinear.errors import UserError
 
 
@@ -184,21 +182,21 @@ def initial_weights(
     return new_head
 
 
-def normalisation_note(path: str | None, config: Mapping[str, Any]) -> str | None:
+def normalisation_note(path: str | None, config: Preprocessing) -> str | None:
     """Returns a line for the user where start weights knew images of other statistics, else None.
 
     Args:
         path: The checkpoint, or None.
-        config: How images are made in this run, as `vitlinear.create.data_config` returns it.
+        config: How images are made in this run.
     """
     card = read_card(Path(path)) if path else None
     if card is None:
         return None
     trained = card.data_config
-    before = {key: tuple(trained[key]) for key in ("mean", "std") if key in trained}
-    if all(before[key] == tuple(config[key]) for key in before):
+    if (trained.mean, trained.std) == (config.mean, config.std):
         return None
-    flags = " ".join(f"--{k} {' '.join(f'{x:g}' for x in before[k])}" for k in before)
+    mean, std = (" ".join(f"{x:g}" for x in values) for values in (trained.mean, trained.std))
+    flags = f"--mean {mean} --std {std}"
     return f"{path}: it knows images that were normalised otherwise; to keep that, give {flags}"
 
 
