@@ -353,8 +353,9 @@ def test_what_cannot_be_made(arguments, message):
 def test_timms_own_maps_of_features_name_the_index(name, out_indices, message):
     with pytest.raises((ValueError, AssertionError), match=message):
         timm.create_model(name, features_only=True, out_indices=out_indices)
-    last = timm.create_model("test_ravlt", features_only=True, out_indices=(-2, 3))
-    assert last.feature_info.reduction() == [16, 32]
+    for right in ((-2, 3), range(2, 4), 2):
+        last = timm.create_model("test_ravlt", features_only=True, out_indices=right)
+        assert last.feature_info.reduction() == [16, 32]
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """The builder that every family makes its models with."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeVar
@@ -99,8 +99,8 @@ def _check_out_indices(given: Any, levels: Any) -> None:
     Raises:
         ValueError: One of them is no whole number, or there is no such level.
     """
-    several = isinstance(given, tuple | list)
-    for index in given if several else [] if given is None else [given]:
+    several = isinstance(given, Iterable)
+    for index in given if several else () if given is None else (given,):
         if isinstance(index, bool) or not isinstance(index, Integral):
             raise ValueError(f"out_indices must be whole numbers, got {index!r} in {given!r}")
         if several and isinstance(levels, tuple) and not -len(levels) <= index < len(levels):
