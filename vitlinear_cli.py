@@ -5,6 +5,7 @@ A sub-command is one line of `COMMANDS`: a module, imported only when asked for,
 `vitlinear.errors.UserError` for a user's mistake.
 """
 
+import contextlib
 import importlib
 import importlib.metadata
 import json
@@ -12,7 +13,8 @@ import os
 import select
 import sys
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 
 OPENMMLAB = "vitlinear.dense.openmmlab.commands"
 COMMANDS = {
@@ -25,6 +27,10 @@ COMMANDS = {
     "info": ("vitlinear.cards.info", "what is known of a model"),
     "configs": ("vitlinear.cli.configs", "the recipes and configs that come with it"),
     "convert": ("vitlinear.convert.command", "the authors' checkpoints to ours"),
+    "push": (
+        "vitlinear.cards.push",
+        "a trained model to the Hugging Face hub, or a folder of its form",
+    ),
     "export": ("vitlinear.export.command", "a model as ONNX, torch.export or safetensors"),
     "train-detector": (f"{OPENMMLAB}:train_detector", "a detector of mmdet"),
     "test-detector": (f"{OPENMMLAB}:test_detector", "its average precision"),
@@ -99,6 +105,31 @@ def _report(error: Exception) -> None:
         json.dump({"message": text, "timestamp": when}, file)
 
 
+@contextlib.contextmanager
+def _plain_notices() -> Iterator[None]:
+    """Prints each `Notice` as a line, without the place in the code that other warnings name."""
+    from vitlinear.errors import Notice
+
+    other = warnings.formatwarning
+
+    def one_line(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        line: str | None = None,
+    ) -> str:
+        if issubclass(category, Notice):
+            return f"note: {message}\n"
+        return other(message, category, filename, lineno, line)
+
+    warnings.formatwarning = one_line
+    try:
+        yield
+    finally:
+        warnings.formatwarning = other
+
+
 def _nobody_reads() -> bool:
     """Whether the reader of standard output, such as `head`, has gone."""
     if not hasattr(select, "poll"):  # Windows, where this error has no pipe's meaning
@@ -126,7 +157,8 @@ def run(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None = N
 
         command = record(command)
     try:
-        command(sys.argv[1:] if argv is None else argv)
+        with _plain_notices():
+            command(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
     except UserError as error:
         _report(error)

@@ -131,7 +131,7 @@ def measure(name: str, data: str, output: Path) -> dict[str, Any]:
     """Export one trained model twice, and classify the held-out images with both."""
     folder = output / f"{name}-{data}"
     where = str(output / "fashion_mnist") if data == "fashion_mnist" else None
-    channels, height, width = load_model(folder / "last.safetensors")[1].data_config["input_size"]
+    channels, height, width = load_model(folder / "last.safetensors")[1].data_config.input_size
     shapes = Shapes.of(name, channels, None, Range(height, height), Range(width, width))
     record: dict[str, Any] = {"model": name, "data": data, "epochs": DATA[data].epochs}
     logits: dict[str, np.ndarray] = {}
@@ -145,7 +145,7 @@ def measure(name: str, data: str, output: Path) -> dict[str, Any]:
         loader = eval_loader(
             open_dataset(data, train=False, mode=card.image_mode, data_dir=where),
             batch_size=250,
-            data_config={**card.data_config, "input_size": (channels, height, width)},
+            data_config=dataclasses.replace(card.data_config, input_size=(channels, height, width)),
             workers=0,
             device=torch.device("cpu"),
         )

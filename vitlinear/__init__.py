@@ -4,11 +4,13 @@ Importing the package registers every model with timm::
 
     import timm, vitlinear
     model = timm.create_model("ravlt_s")
+    mine = vitlinear.load("output/run/best.safetensors")  # as it was trained
 """
 
 from vitlinear import models as models
+from vitlinear.checkpoints.load import load
 from vitlinear.report import backend_report
 
-__all__ = ["backend_report"]
+__all__ = ["backend_report", "load"]
 
 __version__ = "0.1.0"

@@ -1,5 +1,6 @@
 """A timm model by its name; mistakes in what was asked for are `UserError`s that name the flag."""
 
+import dataclasses
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +11,43 @@ from timm.models import is_model, resolve_model_input_args, split_model_name_tag
 from torch import nn
 
 from vitlinear.errors import UserError, did_you_mean, one_line
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """The way from an image to the input of a model, in timm's terms.
+
+    Attributes:
+        input_size: Channels, height and width.
+        mean: Of each channel, from 0 to 1.
+        std: Likewise.
+        interpolation: Of the resizing: ``bicubic``, ``bilinear``, ...
+        crop_pct: Part of the shorter side that the crop for evaluation keeps.
+        crop_mode: ``center``, ``squash`` or ``border``.
+    """
+
+    input_size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    crop_pct: float
+    crop_mode: str
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> "Preprocessing":
+        """Returns it of its fields by name, as JSON has them; lists become tuples.
+
+        Raises:
+            TypeError: One is missing, or is not known.
+        """
+        plain: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
+        }
+        return cls(**plain)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the fields by name, as timm's functions take them."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
 
 def check_model_name(name: str | None) -> str:
@@ -23,6 +61,17 @@ def check_model_name(name: str | None) -> str:
         known = timm.list_models()
         raise UserError(f"unknown model '{name}'{did_you_mean(name, known)}")
     return name
+
+
+def registered_name(model: nn.Module, name: str) -> str:
+    """Returns the name under which timm's registry has a model.
+
+    Args:
+        model: The model.
+        name: The name that it was made by. With a source prefix it is a place, which may move.
+    """
+    cfg: dict[str, Any] = getattr(model, "pretrained_cfg", {})
+    return str(cfg["architecture"]) if ":" in name else name
 
 
 def check_model_kwargs(kwargs: Mapping[str, Any]) -> None:
@@ -62,16 +111,12 @@ def build_model(name: str, *, pretrained: bool = False, **kwargs: Any) -> nn.Mod
         raise UserError(f"cannot {what} {name}: {one_line(error)}") from error
 
 
-def data_config(model: nn.Module, requested: Mapping[str, Any]) -> dict[str, Any]:
+def data_config(model: nn.Module, requested: Mapping[str, Any]) -> Preprocessing:
     """Returns how images become the input of a model.
 
     Args:
         model: The model; what is not asked for is its own.
         requested: What is asked for, by the names of flags: ``img_size``, ``mean`` and so on.
-
-    Returns:
-        ``input_size`` (channels, height, width), ``interpolation``, ``mean`` and ``std`` (one value
-        per channel), ``crop_pct``, ``crop_mode``.
 
     Raises:
         UserError: The model does not take such images.
@@ -86,4 +131,4 @@ def data_config(model: nn.Module, requested: Mapping[str, Any]) -> dict[str, Any
     for key in ("mean", "std"):
         values = tuple(float(value) for value in config[key])
         config[key] = values * channels if len(values) == 1 else values
-    return config
+    return Preprocessing.of(config)

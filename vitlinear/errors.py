@@ -1,4 +1,4 @@
-"""The one exception that command-line tools turn into a one-line message, and that line."""
+"""The exception and the warning that command-line tools turn into one line, and that line."""
 
 import difflib
 from collections.abc import Iterable
@@ -13,6 +13,13 @@ class UserError(Exception):
 
 class LostPeerError(UserError):
     """Another process of the run ended or is silent; its own message says why."""
+
+
+class Notice(UserWarning):
+    """Something that was decided and that a user should know, in one line.
+
+    `warnings.warn` gives it to programs; commands print it as ``note: <message>``.
+    """
 
 
 def one_line(error: BaseException) -> str:

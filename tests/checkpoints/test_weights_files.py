@@ -51,7 +51,7 @@ def test_a_file_alone_gives_model_and_card_back(tmp_path: Path) -> None:
     save_weights(path, net.state_dict(), card_of(net, in_chans=1, image_mode="L"))
     again, card = load_model(path)
     assert card is not None and card.class_names == ["a", "b", "c"] and card.in_chans == 1
-    assert tuple(card.data_config["input_size"]) == (1, 32, 32)
+    assert card.data_config.input_size == (1, 32, 32)
     images = torch.randn(2, 1, 32, 32)
     with torch.no_grad():
         assert torch.equal(net(images), again(images))

@@ -126,7 +126,7 @@ def test_converted_file_knows_itself(checkpoint, tmp_path, capsys):
 
     model, card = load_model(target)
     assert card is not None and card.model == "ravlt_t" and card.num_classes == 1000
-    assert card.data_config["crop_pct"] == 0.875 and card.image_mode == "RGB"
+    assert card.data_config.crop_pct == 0.875 and card.image_mode == "RGB"
     assert not model.training
     # Ours again: the tensors alone would fit several models, but the file says which it is.
     assert run(capsys, target, again)[0] == 0

@@ -315,7 +315,15 @@ def test_other_models_of_timm(name):
     "arguments, message",
     [
         ({"model": "test_ravllt"}, "unknown model 'test_ravllt'.*test_ravlt"),
-        ({"out_indices": (0, 4)}, r"ascending, out of 0 to 3; got \(0, 4\)"),
+        ({"out_indices": (0, 4)}, r"ascending, out of 0 to 3; got \(0, 4\), where 4 is none"),
+        ({"out_indices": (0, -2, 3)}, r"got \(0, -2, 3\), where -2 is none"),
+        ({"out_indices": (0, 1.0)}, r"got \(0, 1.0\), where 1.0 is none"),
+        ({"out_indices": (0, True)}, r"got \(0, True\), where True is none"),
+        ({"out_indices": True}, "got True, where True is none"),
+        ({"out_indices": 2.0}, "got 2.0, where 2.0 is none"),
+        ({"out_indices": None}, "got None, where None is none"),
+        ({"out_indices": "12"}, "got '12', where '12' is none"),
+        ({"model": "test_lightnet", "out_indices": (1.0,)}, "where 1.0 is none"),
         ({"out_indices": (1, 0)}, "ascending"),
         ({"out_indices": (-1,)}, "ascending"),
         ({"out_indices": ()}, "ascending"),
@@ -335,6 +343,19 @@ def test_what_cannot_be_made(arguments, message):
     with pytest.raises(UserError, match=message) as caught:
         MultiScaleBackbone(**{"model": "test_ravlt", **arguments})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["test_ravlt", "test_lightnet"])
+@pytest.mark.parametrize(
+    ("out_indices", "message"),
+    [((0, 7), "7 .*out of range"), ((1.0, 2), "1.0"), ((True,), "True"), (2.0, "2.0")],
+)
+def test_timms_own_maps_of_features_name_the_index(name, out_indices, message):
+    with pytest.raises((ValueError, AssertionError), match=message):
+        timm.create_model(name, features_only=True, out_indices=out_indices)
+    for right in ((-2, 3), range(2, 4), 2):
+        last = timm.create_model("test_ravlt", features_only=True, out_indices=right)
+        assert last.feature_info.reduction() == [16, 32]
 
 
 @pytest.fixture

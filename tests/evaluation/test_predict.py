@@ -38,6 +38,17 @@ def test_files_and_folders(
     assert alone.out.startswith(f"{one}: {first['class']} {100 * first['probability']:.1f} %")
 
 
+def test_a_folder_of_the_hub_is_used_as_its_checkpoint(
+    command: Command, images: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    """With its preprocessing and its names."""
+    assert command("push", checkpoint, tmp_path / "hub").code == 0
+    flags = ("predict", images / "val", "--json")
+    ours = json.loads(command(*flags, "--checkpoint", checkpoint).out)
+    hub = command(*flags, "--model", f"local-dir:{tmp_path / 'hub'}", "--pretrained")
+    assert json.loads(hub.out) == ours
+
+
 def test_unreadable_images_are_left_out_when_asked(
     command: Command, images: Path, checkpoint: Path, tmp_path: Path
 ) -> None:

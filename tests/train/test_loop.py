@@ -10,7 +10,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask
 from torch import distributed, nn
 
-from tests.train.helpers import train
+from tests.train.helpers import tiny_flags, train
 from vitlinear.checkpoints.load import load_model
 from vitlinear.errors import UserError
 from vitlinear.train.loop import train_one_epoch, updates_per_epoch
@@ -266,3 +266,13 @@ def test_every_switch_trains(folder: Path, tmp_path: Path, flags: str) -> None:
         torch.use_deterministic_algorithms(before)
     assert result["epoch"] == 2 and 0 <= result["best"]["value"] <= 100
     load_model(result["folder"] / "best.safetensors")  # no wrapper's prefix in the names
+
+
+@pytest.mark.parametrize("more", [(), ("--grad-accum-steps", 2), ("--model", "test_mavit")])
+def test_a_norm_that_sees_one_value_is_one_line(command, folder, tmp_path, more):
+    """One image, of which the last map has one place."""
+    flags = tiny_flags(folder, tmp_path / "run", "-b", 1, *more)
+    result = command("train", *flags)
+    assert result.code == 2 and result.err.count("\n") == 1
+    assert "1 image(s) of 32 x 32 leave it one value of each channel: give --batch" in result.err
+    assert not list(tmp_path.iterdir())

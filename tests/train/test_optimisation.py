@@ -16,7 +16,12 @@ from vitlinear.train import run
 from vitlinear.train.average import ema_decay
 from vitlinear.train.config import TrainConfig
 from vitlinear.train.optimiser import make_optimizer, undecayed_names
-from vitlinear.train.schedule import batch_size_note, make_schedule, warmup_and_min_rate
+from vitlinear.train.schedule import (
+    batch_size_note,
+    make_schedule,
+    set_schedule,
+    warmup_and_min_rate,
+)
 from vitlinear.train.setup import set_up
 
 # Four epochs of two updates, two of them warm-up, then one of cool-down; in units of the peak the
@@ -206,6 +211,36 @@ def test_groups_of_the_optimiser(layer_decay: list[Any], pattern: list[str]) -> 
         assert (scales["gamma"], scales["norm.weight"], scales["fc.weight"]) == (0.25, 0.5, 1.0)
     else:
         assert set(scales.values()) == {1.0}
+
+
+@pytest.mark.parametrize("by", [[], ["--sched-on-updates"]], ids=["epoch", "update"])
+@pytest.mark.parametrize(
+    "name", ["cosine", "tanh", "step", "multistep", "poly", "constant", "wsd", "rsqrt"]
+)
+def test_every_schedule_applies_layer_decay_and_warm_up(name: str, by: list[str]) -> None:
+    flags = ["--sched", name, "--layer-decay", 0.5, "--lr", 1.0, "--warmup-lr", 0.125, *by]
+    config = configured(*flags, "--epochs", 8, "--warmup-epochs", 2, "--decay-epochs", 3)
+    optimizer = make_optimizer(config.optimiser, Scaled(), lr=1.0)
+    scheduler, epochs = make_schedule(config.schedule, optimizer, updates=4, images=128)
+    assert scheduler is not None
+    peaks = []
+    for epoch in range(epochs):
+        set_schedule(scheduler, epoch, 4 * epoch)
+        (rate,) = {group["lr"] / group["lr_scale"] for group in optimizer.param_groups}
+        peaks.append(rate)
+    assert {group["lr_scale"] for group in optimizer.param_groups} == {0.25, 0.5, 1.0}
+    # tanh is not quite at its peak where the warm-up ends
+    assert peaks[0] == 0.125 and peaks[1] == pytest.approx(0.5625, rel=1e-3)
+    assert max(peaks[2:]) <= 1.0
+    if name == "constant":
+        assert peaks[2:] == [1.0] * 6
+
+
+@pytest.mark.parametrize("more", [[], ["--layer-decay", 0.5], ["--warmup-epochs", 0]])
+def test_no_schedule_at_all_is_refused(folder: Path, tmp_path: Path, more: list[Any]) -> None:
+    """timm applies layer decay and warm-up in its schedules alone."""
+    with pytest.raises(UserError, match="--layer-decay out without a word: use --sched constant"):
+        set_up(tiny_run(folder, tmp_path / "run", "--sched", "none", "--lr", 1e-3, *more))
 
 
 def test_warm_up_of_a_part_of_an_epoch() -> None:

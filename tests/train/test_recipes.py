@@ -114,7 +114,7 @@ def resolved(name: str) -> dict[str, Any]:
         return optimizer.param_groups[0]["lr"]
 
     data = models.data_config(model, config.input.given())
-    side = data["input_size"][1]
+    side = data.input_size[1]
     return {
         "processes": world_size,
         "batch_size": args.batch_size,
@@ -155,7 +155,7 @@ def resolved(name: str) -> dict[str, Any]:
         "amp": args.amp_dtype if args.amp else None,
         "ema": ema_decay(config.average, images) if args.model_ema else None,
         "evaluation": [
-            side, int(side / data["crop_pct"]), data["crop_mode"], data["interpolation"],
+            side, int(side / data.crop_pct), data.crop_mode, data.interpolation,
         ],
     }  # fmt: skip
 

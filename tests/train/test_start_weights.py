@@ -1,5 +1,6 @@
 """Weights that a run starts from, and what becomes of their classifier."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ import torch
 from tests.train.helpers import CLASSES
 from vitlinear.checkpoints.card import Card, save_weights
 from vitlinear.checkpoints.load import read_weights
-from vitlinear.create import build_model
+from vitlinear.create import build_model, data_config
 from vitlinear.errors import UserError
 from vitlinear.train import run
-from vitlinear.train.start_weights import initial_weights, read_head_map
+from vitlinear.train.start_weights import initial_weights, normalisation_note, read_head_map
 
 RECIPE = Path(__file__).parents[2] / "configs/classification/l2vit_base.in22k_ft_in1k.yaml"
 ROWS = [4, 0, 2]  # class of the start weights, of seven, for each of three
@@ -86,7 +87,7 @@ def test_a_map_needs_a_file_and_a_classifier(start: Path, head_map: Path, tmp_pa
 
 def test_weights_of_another_model_only_where_that_is_said(tmp_path: Path) -> None:
     model = build_model("test_l2vit", num_classes=3)
-    card = Card("test_l2vit", {}, 3, 3, {}, "RGB")
+    card = Card("test_l2vit", {}, 3, 3, data_config(model, {}), "RGB")
     save_weights(tmp_path / "other.safetensors", model.state_dict(), card)
     with pytest.raises(UserError, match="is of test_l2vit, not l2vit_tiny: .* --initial-model tes"):
         initial_weights(model, tmp_path / "other.safetensors", "l2vit_tiny")
@@ -132,3 +133,14 @@ def test_a_map_without_start_weights_is_refused(folder: Path, tmp_path: Path) ->
     command = ["--model", "test_l2vit", "--initial-head-map", "map.txt", "--data-dir", str(folder)]
     with pytest.raises(UserError, match="is for the classifier of --initial-checkpoint FILE"):
         run.train(run.parse_arguments([*command, "--output", str(tmp_path / "run")]))
+
+
+def test_another_normalisation_than_that_of_the_start_weights_is_said(tmp_path: Path) -> None:
+    model = build_model("test_l2vit", num_classes=3)
+    path = tmp_path / "start.safetensors"
+    config = data_config(model, {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)})
+    save_weights(path, model.state_dict(), Card("test_l2vit", {}, 3, 3, config, "RGB"))
+    assert normalisation_note(None, config) is normalisation_note(str(path), config) is None
+    note = normalisation_note(str(path), dataclasses.replace(config, mean=(0.4, 0.5, 0.5)))
+    assert note is not None
+    assert note.endswith("otherwise; to keep that, give --mean 0.5 0.5 0.5 --std 0.25 0.25 0.25")

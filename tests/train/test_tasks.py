@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from tests.train.helpers import TINY, train
 from vitlinear.checkpoints.card import read_card
 from vitlinear.checkpoints.load import load_model
+from vitlinear.create import Preprocessing
 from vitlinear.errors import UserError
 from vitlinear.train.distillation import HardDistillationTask, MesaTask
 from vitlinear.train.record.saved_state import read_state
@@ -22,8 +23,8 @@ from vitlinear.train.teacher import Teacher
 CPU = torch.device("cpu")
 
 
-def config(mean: float, std: float, size: int = 32) -> dict[str, Any]:
-    return {"mean": (mean,) * 3, "std": (std,) * 3, "input_size": (3, size, size)}
+def config(mean: float, std: float, size: int = 32) -> Preprocessing:
+    return Preprocessing((3, size, size), (mean,) * 3, (std,) * 3, "bicubic", 1.0, "center")
 
 
 def small(seed: int = 0, **kwargs: Any) -> nn.Module:

@@ -203,6 +203,8 @@ def _usage(family: Family) -> list[str]:
             "",
             "    vitlinear convert PATH OUT.safetensors",
             "",
+            'In Python, `vitlinear.load("OUT.safetensors")` then gives the model without its name.',
+            "",
         ]
     return lines
 

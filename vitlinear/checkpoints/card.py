@@ -13,12 +13,18 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from vitlinear.errors import UserError, one_line
+from vitlinear.create import Preprocessing
+from vitlinear.errors import one_line
 from vitlinear.files import write_atomically
 
-from .read import read_metadata
+from .read import CheckpointError, read_metadata
 
 CARD_KEY = "vitlinear"
+# Fields of timm's configuration of weights that hold for the registry's, and not for a file's.
+OF_OTHER_WEIGHTS = (
+    "test_input_size", "test_crop_pct", "pool_size", "test_pool_size", "label_descriptions",
+    "label_offset", "license",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +36,7 @@ class Card:
         model_kwargs: Its constructor arguments.
         num_classes: Width of the classifier.
         in_chans: Input channels.
-        data_config: ``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct``,
-            ``crop_mode``.
+        data_config: How images become its input.
         image_mode: PIL mode of the input images.
         class_names: In label order, where known.
         dataset: Name of the data set, if it was not a folder.
@@ -44,13 +49,26 @@ class Card:
     model_kwargs: dict[str, Any]
     num_classes: int
     in_chans: int
-    data_config: dict[str, Any]
+    data_config: Preprocessing
     image_mode: str
     class_names: list[str] | None = None
     dataset: str | None = None
     epoch: int = 0
     metric: dict[str, float] = dataclasses.field(default_factory=dict)
     weights: str = "model"
+
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """The file's classes and input in the fields of timm's ``pretrained_cfg``.
+
+        Fields that say something about the registry's weights of the model are None.
+        """
+        names = self.class_names
+        return {
+            "num_classes": self.num_classes,
+            "label_names": tuple(names) if names else None,
+            **self.data_config.as_dict(),
+            **dict.fromkeys(OF_OTHER_WEIGHTS),
+        }
 
 
 def save_weights(
@@ -76,7 +94,7 @@ def read_card(path: Path) -> Card | None:
     """Read the card of a weights file, None if it is another program's.
 
     Raises:
-        UserError: The file is missing, or is a damaged safetensors file.
+        CheckpointError: The file is missing, or is a damaged safetensors file.
     """
     return card_of(read_metadata(path), path)
 
@@ -85,13 +103,16 @@ def card_of(metadata: Mapping[str, str], path: Path) -> Card | None:
     """Parse the card in the metadata of a weights file, None if there is none.
 
     Raises:
-        UserError: It is not understood.
+        CheckpointError: It is not understood.
     """
     text = metadata.get(CARD_KEY)
+    if not text:
+        return None
     try:
-        return Card(**json.loads(text)) if text else None
-    except (ValueError, TypeError) as error:
-        raise UserError(
+        values = json.loads(text)
+        return Card(**{**values, "data_config": Preprocessing.of(values["data_config"])})
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise CheckpointError(
             f"checkpoint {path} describes itself in a way that this version cannot read "
             f"({one_line(error)[:200]})"
         ) from error

@@ -3,19 +3,41 @@
 Files of this package name their model in a card. Of other files the caller names it.
 """
 
+import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from vitlinear.create import build_model, check_model_name
-from vitlinear.errors import UserError
+from vitlinear.errors import Notice, UserError
 
 from .card import Card, read_card
 from .read import CheckpointError, read_checkpoint
 from .translate import checkpoint_filter_fn
 from .unwrap import unwrap_state_dict
+
+
+def load(path: str | Path, **kwargs: Any) -> nn.Module:
+    """The model of a weights file, as it was trained, in eval mode.
+
+    Its ``pretrained_cfg`` says how its images are made and, as ``label_names``, what its classes
+    are called, where the file knows. So timm's functions do right with it:
+    ``create_transform(**resolve_model_data_config(model))``, ``save_for_hf(model, folder)``.
+
+    Args:
+        path: A file that `vitlinear train`, `convert` or `export` wrote. Any other file of weights
+            does not name its model.
+        **kwargs: For such files, as `load_model` takes them: ``model="ravlt_t"``,
+            ``num_classes=10``.
+
+    Raises:
+        UserError: The file is missing or damaged, an argument contradicts it, or it does not fit.
+    """
+    return load_model(path, **kwargs)[0]
 
 
 def load_model(
@@ -65,7 +87,11 @@ def load_model(
         weights = read_weights(path)
         # They fit as they are: the model is built as it was when they were written.
         built = build_model(
-            name, **card.model_kwargs, num_classes=card.num_classes, in_chans=card.in_chans
+            name,
+            pretrained_cfg_overlay={"file": str(path), **card.pretrained_cfg()},
+            **card.model_kwargs,
+            num_classes=card.num_classes,
+            in_chans=card.in_chans,
         )
     load_into(built, weights, path, name)
     return built.eval(), card
@@ -115,26 +141,56 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """Read the tensors of any checkpoint: safetensors, .pth, .bin.
 
     Raises:
-        UserError: As `read_checkpoint`; or there are no tensors in it.
+        CheckpointError: As `read_checkpoint`; or there are no tensors in it.
     """
+    checkpoint = read_checkpoint(path)
     try:
-        return unwrap_state_dict(read_checkpoint(path))
-    except CheckpointError:
-        raise
+        return unwrap_state_dict(checkpoint)
     except ValueError as error:
-        raise UserError(f"checkpoint {path} cannot be used: {error}") from error
+        raise CheckpointError(f"checkpoint {path} cannot be used: {error}") from error
 
 
 def named_for(model: nn.Module, weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Bring weights under the names of a model; those of the authors are translated.
 
     Raises:
-        UserError: None of them is a weight of the model.
+        CheckpointError: None of them is a weight of the model.
     """
     try:
         return checkpoint_filter_fn(weights, model)
     except ValueError as error:
-        raise UserError(f"checkpoint {path} cannot be used: {error}") from error
+        raise CheckpointError(f"checkpoint {path} cannot be used: {error}") from error
+
+
+def notice_of_other_model(path: Path, card: Card, name: str, arguments: Mapping[str, Any]) -> None:
+    """Give a `Notice` where weights are for another model than the one that they were trained as.
+
+    Their shapes may fit all the same.
+
+    Args:
+        path: The file.
+        card: What it says of itself.
+        name: Of the model, without a tag.
+        arguments: Of its constructor, those of the card among them if they were given.
+    """
+    other = [] if card.model.partition(".")[0] == name else [f"model {card.model}"]
+    other += [
+        f"{key}={trained}"
+        for key, trained in card.model_kwargs.items()
+        if key != "attn_backend" and _plain(key, arguments.get(key)) != _plain(key, trained)
+    ]
+    if other:
+        warnings.warn(
+            f"checkpoint {path} is of {', '.join(other)}, and {name} is built otherwise here: "
+            "vitlinear.load makes the model as it was trained",
+            Notice,
+            stacklevel=2,
+        )
+
+
+def _plain(key: str, value: Any) -> str:
+    """An argument as JSON, whichever way it was given."""
+    return json.dumps(to_2tuple(value) if key == "img_size" else value, default=str)
 
 
 def load_into(model: nn.Module, weights: dict[str, Tensor], path: Path, name: str) -> None:

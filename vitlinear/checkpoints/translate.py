@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
+import warnings
 from collections.abc import Mapping
 from math import isqrt
 from typing import Any
 
 from timm.layers import RelPosBias, resample_abs_pos_embed, resize_rel_pos_bias_table_simple
 from torch import Tensor, nn
+
+from vitlinear.errors import Notice
 
 from .mappings import KeyMapping, find_mapping
 from .unwrap import unwrap_state_dict
@@ -50,6 +54,55 @@ def backbone_of(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[
     return model, behind
 
 
+def common_prefixes(weights: Mapping[str, Any]) -> list[str]:
+    """The beginnings that all keys have in common, the shortest first: ``model.``, ``model.net.``.
+
+    A model of ours has several parts, whose keys have nothing in common.
+    """
+    parts = os.path.commonprefix(list(weights)).split(".")[:-1]
+    return [".".join(parts[: i + 1]) + "." for i in range(len(parts))]
+
+
+def without(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights whose keys all begin with a prefix, without it."""
+    return {key.removeprefix(prefix): value for key, value in weights.items()}
+
+
+def classifiers(model: nn.Module) -> tuple[str, ...]:
+    """Names of a timm model's classifiers: one, none, or several."""
+    names = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def wrapper_prefix(weights: Mapping[str, Tensor], model: nn.Module) -> str:
+    """The prefix that a program which held the model as a part of its own put before every key.
+
+    Args:
+        weights: Bare weights.
+        model: The model to load into.
+
+    Returns:
+        A prefix such as ``model.`` or ``net._orig_mod.``, without which keys are the model's, or
+        those of a detector with it. Empty if they are so as they are, or under no prefix.
+    """
+    own, prefixes = model.state_dict().keys(), common_prefixes(weights)
+    for prefix in ("", *prefixes):
+        if own.isdisjoint(rename(without(prefix, weights), model)):
+            continue
+        # A whole classifier under `backbone.` is no detector, whose backbone has no classifier.
+        whole = f"{prefix}{BACKBONE}"
+        if whole in prefixes and has_classifier(without(whole, weights), model):
+            return whole
+        return prefix
+    return ""
+
+
+def has_classifier(weights: Mapping[str, Tensor], model: nn.Module) -> bool:
+    """Whether a classifier of the model is among bare weights of any known layout."""
+    renamed = rename(weights, model)
+    return any(f"{name}.weight" in renamed for name in classifiers(model))
+
+
 def layout_of(weights: Mapping[str, Tensor]) -> KeyMapping | None:
     """The authors' layout of weights, or of a detector's backbone; see `find_mapping`."""
     return find_mapping(backbone_of(weights)[0] if is_detector(weights) else weights)
@@ -71,8 +124,9 @@ def resize(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Bring a checkpoint into our keys: ours unchanged, the authors' translated.
 
-    Of a detector or segmentor (``backbone.*``), the stages alone. Learned positions of another
-    grid are resized; see `resize_positions` and `resize_tables`.
+    Of a detector or segmentor (``backbone.*``), the stages alone. What a wrapper has put before
+    every key is taken off, with a `Notice`; see `wrapper_prefix`. Learned positions of another grid
+    are resized; see `resize_positions` and `resize_tables`.
 
     Args:
         state_dict: Bare weights or a training checkpoint that holds them; see `unwrap_state_dict`.
@@ -86,6 +140,13 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
             classifier. With ``features_only=True`` timm would take such a file without an error.
     """
     weights = unwrap_state_dict(state_dict)
+    if prefix := wrapper_prefix(weights, model):
+        weights = without(prefix, weights)
+        warnings.warn(
+            f"every key of the checkpoint begins with '{prefix}': weights are taken without it",
+            Notice,
+            stacklevel=2,
+        )
     translated = resize(rename(weights, model), model)
     body = {key for key in model.state_dict() if not key.startswith("head.")}
     if body.isdisjoint(translated):

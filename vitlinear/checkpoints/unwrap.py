@@ -26,7 +26,8 @@ def find_weights(checkpoint: Mapping[str, Any]) -> tuple[tuple[str, ...], dict[s
     """Find the weights in a checkpoint, and where they were.
 
     Takes a bare state dict or one under ``model_ema``, ``state_dict_ema``, ``model``,
-    ``state_dict`` or ``module``, with or without the ``module.`` prefix of DistributedDataParallel.
+    ``state_dict`` or ``module``, with or without the ``module.`` prefix of DistributedDataParallel;
+    also the state of torch's ``AveragedModel``.
 
     Returns:
         The keys that lead to the weights, none for bare ones, and the weights.
@@ -41,7 +42,21 @@ def find_weights(checkpoint: Mapping[str, Any]) -> tuple[tuple[str, ...], dict[s
             f"no weights in this checkpoint: expected tensors, bare or under one of "
             f"{', '.join(WRAPPERS)}; found {keys}"
         )
-    return found[0], clean_state_dict(found[1])
+    return found[0], clean_state_dict(_without_counters(found[1]))
+
+
+def _without_counters(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Leave out the numbers that an averager, such as torch's `AveragedModel`, has beside a model.
+
+    The model is its ``module``; ``n_averaged`` or ``steps`` stand beside it.
+    """
+    counters = {
+        key
+        for key, value in weights.items()
+        if "." not in key and value.ndim == 0 and not value.is_floating_point()
+    }
+    model = {key: value for key, value in weights.items() if key not in counters}
+    return model if all(key.startswith("module.") for key in model) else weights
 
 
 def unwrap_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:

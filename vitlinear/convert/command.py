@@ -41,13 +41,12 @@ def _confirmed(match: tuple[PublishedFile, str] | None, found: Fit) -> Published
 
 
 def _card(model: nn.Module, found: Fit) -> Card:
-    config = data_config(model, {})
     return Card(
         model=found.name,
         model_kwargs={},
         num_classes=found.num_classes,
         in_chans=found.in_chans,
-        data_config={key: list(v) if isinstance(v, tuple) else v for key, v in config.items()},
+        data_config=data_config(model, {}),
         image_mode="L" if found.in_chans == 1 else "RGB",
     )
 
@@ -125,6 +124,7 @@ def convert_classifier(source: OriginalFile, target: Path, model: str | None = N
             f"{found.in_chans} channels",
         ),
         f"wrote         {target}",
+        f'load          vitlinear.load("{target}")',
     ]
 
 
@@ -133,9 +133,9 @@ def main(argv: Sequence[str] | None, prog: str = "vitlinear convert") -> None:
     parser = Parser(
         prog=prog,
         description="Convert a checkpoint of the authors' code: a classifier to safetensors, which "
-        "timm loads with pretrained_cfg_overlay=dict(file=OUT), and validate and predict with "
-        "--checkpoint; a detector or segmentor of mmdet 2 or mmseg 0 to what mmdet 3 and "
-        "mmsegmentation 1 take as load_from.",
+        "vitlinear.load(OUT) loads in Python, and validate and predict with --checkpoint; a "
+        "detector or segmentor of mmdet 2 or mmseg 0 to what mmdet 3 and mmsegmentation 1 take as "
+        "load_from.",
     )
     parser.add_argument(
         "source",

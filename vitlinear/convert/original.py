@@ -12,7 +12,7 @@ from torch import Tensor
 import vitlinear
 from vitlinear.checkpoints.download import digest, ensure_downloaded
 from vitlinear.checkpoints.read import read_checkpoint
-from vitlinear.checkpoints.translate import layout_of
+from vitlinear.checkpoints.translate import BACKBONE, common_prefixes, layout_of, without
 from vitlinear.checkpoints.unwrap import find_weights
 from vitlinear.errors import UserError
 from vitlinear.facts import PUBLISHED, PublishedFile, published_row
@@ -29,7 +29,8 @@ class OriginalFile:
         sha256: Of the file.
         checkpoint: All that is in it.
         where: Keys that lead to the weights.
-        weights: Those.
+        prefix: What a wrapper has put before every key of theirs; empty if there is none.
+        weights: Those, without it.
         match: The row of a published file that this may be a copy of, and what says so.
     """
 
@@ -37,6 +38,7 @@ class OriginalFile:
     sha256: str
     checkpoint: Mapping[str, Any]
     where: tuple[str, ...]
+    prefix: str
     weights: Mapping[str, Tensor]
     match: tuple[PublishedFile, str] | None
 
@@ -52,8 +54,10 @@ class OriginalFile:
             where, weights = find_weights(checkpoint)
         except ValueError as error:
             raise UserError(f"checkpoint {path} cannot be used: {error}") from error
+        prefix = _wrapper_prefix(weights)
+        weights = without(prefix, weights)
         sha256 = digest(path)
-        return cls(path, sha256, checkpoint, where, weights, published_row(path, sha256))
+        return cls(path, sha256, checkpoint, where, prefix, weights, published_row(path, sha256))
 
     @property
     def layout(self) -> str:
@@ -84,6 +88,8 @@ class OriginalFile:
         """Lines for people: the source, its layout, `lines` about the model, keys, licence."""
         left_out = [str(key) for key in self.checkpoint if key not in self.where[:1]]
         under = f"under {'.'.join(self.where)}" if self.where else "bare"
+        if self.prefix:
+            under += f", without '{self.prefix}', which every key begins with"
         license_ = metadata.get("license", "not known")
         if "matched_by" in metadata:
             how = metadata["matched_by"]
@@ -97,6 +103,19 @@ class OriginalFile:
             keys_report(found),
             f"licence       {license_}",
         ]
+
+
+def _wrapper_prefix(weights: Mapping[str, Tensor]) -> str:
+    """The prefix that a program which held a model or a detector put before every key, or nothing.
+
+    A model of this package has several parts, whose keys have no beginning in common. A detector
+    may be saved without its heads; its backbone has no classifier.
+    """
+    for prefix in reversed(common_prefixes(weights)):
+        whole = any(key.startswith(f"{prefix}head.") for key in weights)
+        if whole or BACKBONE not in prefix:
+            return prefix
+    return ""
 
 
 def local_file(source: str) -> Path:

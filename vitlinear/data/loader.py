@@ -8,6 +8,7 @@ import torch
 from timm.data import IterableImageDataset, create_loader
 from torch.utils.data import DataLoader
 
+from vitlinear.create import Preprocessing
 from vitlinear.errors import UserError
 
 from .augmentation import (
@@ -29,7 +30,7 @@ from .order import (
 def train_loader(
     dataset: Any,
     augmentation: AugmentationConfig,
-    data_config: dict[str, Any],
+    data_config: Preprocessing,
     num_classes: int,
     device: torch.device,
     *,
@@ -44,7 +45,7 @@ def train_loader(
     Args:
         dataset: A data set that `open_dataset` returned.
         augmentation: Changes to its images.
-        data_config: Input size and normalisation, as `vitlinear.create.data_config` returns them.
+        data_config: Input size and normalisation.
         num_classes: Classes of targets that are distributions.
         device: Where batches go.
         batch_size: Images in a batch of this process.
@@ -63,12 +64,12 @@ def train_loader(
         raise UserError("--aug-repeats needs a data set with random access, not an iterable one")
     loader = create_loader(
         dataset,
-        input_size=data_config["input_size"],
+        input_size=data_config.input_size,
         batch_size=batch_size,
         is_training=True,
         **transform_options(augmentation),
-        mean=data_config["mean"],
-        std=data_config["std"],
+        mean=data_config.mean,
+        std=data_config.std,
         num_workers=workers,
         collate_fn=mixing,
         pin_memory=pin_memory,
@@ -109,7 +110,7 @@ def eval_loader(
     dataset: Any,
     *,
     batch_size: int,
-    data_config: dict[str, Any],
+    data_config: Preprocessing,
     workers: int,
     device: torch.device,
     distributed: bool = False,
@@ -120,8 +121,7 @@ def eval_loader(
     Args:
         dataset: A data set that `open_dataset` returned.
         batch_size: Images in a batch of this process.
-        data_config: Input size, crop and normalisation, as `vitlinear.create.data_config` returns
-            them.
+        data_config: Input size, crop and normalisation.
         workers: Processes that read images.
         device: Where batches go.
         distributed: Whether each process gets its share of the images.
@@ -129,13 +129,13 @@ def eval_loader(
     """
     loader = create_loader(
         dataset,
-        input_size=data_config["input_size"],
+        input_size=data_config.input_size,
         batch_size=batch_size,
-        interpolation=data_config["interpolation"],
-        mean=data_config["mean"],
-        std=data_config["std"],
-        crop_pct=data_config["crop_pct"],
-        crop_mode=data_config["crop_mode"],
+        interpolation=data_config.interpolation,
+        mean=data_config.mean,
+        std=data_config.std,
+        crop_pct=data_config.crop_pct,
+        crop_mode=data_config.crop_mode,
         num_workers=workers,
         distributed=distributed,
         pin_memory=pin_memory,

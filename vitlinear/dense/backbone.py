@@ -10,14 +10,16 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from vitlinear.checkpoints import checkpoint_filter_fn
-from vitlinear.checkpoints.read import CheckpointError, read_checkpoint
+from vitlinear.checkpoints.card import read_card
+from vitlinear.checkpoints.load import named_for, notice_of_other_model, read_weights
+from vitlinear.checkpoints.read import CheckpointError
+from vitlinear.checkpoints.translate import classifiers
 from vitlinear.create import build_model
 from vitlinear.errors import UserError, one_line
 from vitlinear.models._contract import TimmBackbone
 
 from .padding import padding, valid_sizes_of, zero_padding
-from .pyramid import SimpleFeaturePyramid
+from .pyramid import SimpleFeaturePyramid, checked_indices
 
 
 class MultiScaleBackbone(nn.Module):
@@ -66,7 +68,8 @@ class MultiScaleBackbone(nn.Module):
             grad_checkpointing: Recompute blocks during backward instead of keeping activations.
             pretrained: Load the weights that timm's registry names.
             checkpoint_path: File of weights to load instead: ours or the authors', of a
-                classifier, or of the stages of a detector.
+                classifier, or of the stages of a detector. Arguments of the model that ours names
+                are taken from it.
             **model_args: For `timm.create_model`: ``drop_path_rate``, ``attn_backend``,
                 ``img_size``, ``pretrained_cfg_overlay``, ...
 
@@ -77,19 +80,17 @@ class MultiScaleBackbone(nn.Module):
         super().__init__()
         if pretrained and checkpoint_path is not None:
             raise UserError("give pretrained=True or a checkpoint_path, not both")
+        card = read_card(Path(checkpoint_path)) if checkpoint_path is not None else None
+        if card is not None:
+            model_args = {**card.model_kwargs, **model_args}
         timm_model: Any = build_model(model, pretrained=pretrained, num_classes=0, **model_args)
         self.model = timm_model
         info = _feature_info(self.model, model)
         isotropic = len(info) > 1 and len({level["reduction"] for level in info}) == 1
-        self.out_indices = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
-        known = range(4 if isotropic else len(info))
-        if not self.out_indices or list(self.out_indices) != sorted(
-            set(self.out_indices) & {*known}
-        ):
-            raise UserError(
-                f"out_indices of {model} must be ascending, out of {known[0]} to {known[-1]}; got "
-                f"{self.out_indices}"
-            )
+        try:
+            self.out_indices = checked_indices(out_indices, 4 if isotropic else len(info))
+        except ValueError as error:
+            raise UserError(f"{model}: {error}") from error
 
         self.indices = [len(info) - 1] if isotropic else list(self.out_indices)
         if checkpoint_path is not None:
@@ -97,6 +98,9 @@ class MultiScaleBackbone(nn.Module):
         timm_model.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)
         if checkpoint_path is not None:
             _load_weights(self.model, weights, checkpoint_path)
+            if card is not None:
+                name = model.partition(".")[0]
+                notice_of_other_model(Path(checkpoint_path), card, name, model_args)
 
         dd: dict[str, Any] = {key: model_args.get(key) for key in ("device", "dtype")}
         self.pyramid: SimpleFeaturePyramid | None = None
@@ -207,14 +211,10 @@ def _feature_info(model: nn.Module, name: str) -> list[dict[str, Any]]:
 
 def _read_weights(model: nn.Module, path: str | Path) -> dict[str, Tensor]:
     """A checkpoint in the keys of a model that is whole but for its classifier."""
-    checkpoint = read_checkpoint(path)
-    try:
-        weights = checkpoint_filter_fn(checkpoint, model)
-    except ValueError as error:
-        raise CheckpointError(f"checkpoint {path} cannot be used: {error}") from error
-    classifier = f"{getattr(model, 'pretrained_cfg', {}).get('classifier')}."
+    weights = named_for(model, read_weights(Path(path)), Path(path))
+    heads = tuple(f"{name}." for name in classifiers(model))
     known = model.state_dict().keys()
-    extra = sorted(key for key in weights.keys() - known if not key.startswith(classifier))
+    extra = sorted(key for key in weights.keys() - known if not key.startswith(heads))
     if extra:
         raise CheckpointError(
             f"checkpoint {path} is of another model: {len(extra)} unexpected tensors, "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
+from typing import Any
 
 import torch
 from timm.layers import LayerNorm2d
@@ -35,7 +37,7 @@ class SimpleFeaturePyramid(nn.Module):
 
         Args:
             dim: Channels of the map taken, C.
-            out_indices: Levels to give, out of 0 to 3; 0 is the finest.
+            out_indices: Levels to give, ascending, out of 0 to 3; 0 is the finest.
             device: Where the parameters live.
             dtype: Type of the parameters.
 
@@ -45,8 +47,7 @@ class SimpleFeaturePyramid(nn.Module):
         super().__init__()
         if dim < 4 or dim % 4:
             raise ValueError(f"a simple feature pyramid halves channels twice; {dim} do not divide")
-        if not set(out_indices) <= set(range(4)):
-            raise ValueError(f"out_indices must be out of 0 to 3, got {tuple(out_indices)}")
+        out_indices = checked_indices(out_indices, 4)
 
         def up(in_dim: int) -> nn.Module:
             return nn.ConvTranspose2d(in_dim, in_dim // 2, 2, stride=2, device=device, dtype=dtype)
@@ -80,3 +81,26 @@ class SimpleFeaturePyramid(nn.Module):
         x = level(x.masked_fill(mask, -torch.inf))
         mask = region.mask(x.shape[2], x.shape[3], x.device).unsqueeze(1)
         return x.masked_fill(mask, 0)
+
+
+def checked_indices(given: Any, count: int) -> tuple[int, ...]:
+    """Indices of maps as a tuple.
+
+    Args:
+        given: A number or several, of whatever type a config has.
+        count: How many maps there are.
+
+    Raises:
+        ValueError: They are not ascending whole numbers, or there is no such map.
+    """
+    several = isinstance(given, Iterable) and not isinstance(given, str)
+    indices = tuple(given) if several else (given,)
+    # True is 1, and 1.0 equals it: in an index either is a slip.
+    wrong = [x for x in indices if not isinstance(x, Integral) or isinstance(x, bool)]
+    wrong = wrong or [x for x in indices if not 0 <= x < count]
+    if wrong or not indices or list(indices) != sorted(set(indices)):
+        which = f", where {wrong[0]!r} is none of them" if wrong else ""
+        raise ValueError(
+            f"out_indices must be ascending, out of 0 to {count - 1}; got {given!r}{which}"
+        )
+    return tuple(map(int, indices))

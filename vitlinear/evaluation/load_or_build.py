@@ -1,19 +1,17 @@
 """The model that is evaluated: of a checkpoint, or by its name."""
 
-from typing import Any
-
 from torch import nn
 
 from vitlinear.checkpoints.card import Card
 from vitlinear.checkpoints.load import load_model
 from vitlinear.cli.model_flags import InputConfig, ModelConfig
-from vitlinear.create import build_model, check_model_kwargs, data_config
+from vitlinear.create import Preprocessing, build_model, check_model_kwargs, data_config
 from vitlinear.errors import UserError
 
 
 def load_or_build(
     checkpoint: str | None, model: ModelConfig, input: InputConfig
-) -> tuple[nn.Module, Card | None, dict[str, Any]]:
+) -> tuple[nn.Module, Card | None, Preprocessing]:
     """Returns a model in eval mode, its card if it has one, and how its images are made.
 
     Args:
@@ -22,7 +20,7 @@ def load_or_build(
         input: Goes over what the card says, and that over the model's own.
 
     Returns:
-        The model, the card, and what `vitlinear.create.data_config` returns.
+        The model, the card, and how images become its input.
 
     Raises:
         UserError: There is nothing to run, or checkpoint and flags contradict each other.
@@ -53,7 +51,7 @@ def load_or_build(
     asked = {**input.given(), "model_kwargs": model.model_kwargs}
     if card is None:
         return built, None, data_config(built, asked)
-    trained = dict(card.data_config)
+    trained = card.data_config.as_dict()
     if "img_size" in asked or "input_size" in asked:
         del trained["input_size"]
     return built, card, data_config(built, {**trained, **asked})

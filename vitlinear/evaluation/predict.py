@@ -109,8 +109,8 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
     device = choose_device(config.device.device)
     model, card, input = load_or_build(config.checkpoint, config.model, config.input)
     names = _class_names(model, card)
-    mode = image_mode(input["input_size"][0], card.image_mode if card else None)
-    transform = create_transform(**input, is_training=False)
+    mode = image_mode(input.input_size[0], card.image_mode if card else None)
+    transform = create_transform(**input.as_dict(), is_training=False)
     layout = config.device.memory_format
     model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
     autocast = make_autocast(config.device, device)
@@ -152,10 +152,15 @@ def _opened(
 
 
 def _class_names(model: nn.Module, card: Card | None) -> list[str]:
-    """Returns names for the model's outputs: trained, or ImageNet's, or else numbers."""
+    """Returns names for the model's outputs: trained, the hub's, ImageNet's, or else numbers."""
     if card is not None and card.class_names:
         return card.class_names
     count = int(model.num_classes)  # type: ignore[arg-type]
+    cfg: dict[str, Any] = getattr(model, "pretrained_cfg", {})
+    named = cfg.get("label_names") or ()
+    if len(named) == count:
+        described = cfg.get("label_descriptions") or {}
+        return [described.get(name, name) for name in named]
     subset = infer_imagenet_subset(model) if card is None else None
     if subset:
         info = ImageNetInfo(subset)

@@ -102,7 +102,7 @@ def validate(config: ValidateConfig) -> dict[str, Any]:
         data,
         data.val_split,
         train=False,
-        mode=image_mode(input["input_size"][0], data.input_img_mode or trained_mode),
+        mode=image_mode(input.input_size[0], data.input_img_mode or trained_mode),
         batch_size=config.batch_size,
         num_classes=config.model.num_classes,
         bad_images=bad_images,

@@ -73,9 +73,10 @@ def read(
     Raises:
         UserError: No images are named, or there are too few, or one cannot be read.
     """
-    channels, height, width = card.data_config["input_size"]
+    channels, height, width = card.data_config.input_size
     size = channels, shapes.height.nearest(height), shapes.width.nearest(width)
-    transform = create_transform(**{**card.data_config, "input_size": size}, is_training=False)
+    preprocessing = dataclasses.replace(card.data_config, input_size=size)
+    transform = create_transform(**preprocessing.as_dict(), is_training=False)
     name = dataset or (None if data_dir else card.dataset)
     if name is not None:
         source = f"{name} ({split})"

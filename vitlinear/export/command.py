@@ -157,13 +157,13 @@ def _load(args: argparse.Namespace) -> tuple[nn.Module, Card]:
     if card is not None:
         return model, card
     config = data_config(model, {"img_size": args.img_size} if args.img_size else {})
-    channels = config["input_size"][0]
+    channels = config.input_size[0]
     return model, Card(
         model=args.model,
         model_kwargs=model_kwargs(model),
         num_classes=int(model.num_classes),  # type: ignore[arg-type]
         in_chans=channels,
-        data_config={key: list(v) if isinstance(v, tuple) else v for key, v in config.items()},
+        data_config=config,
         image_mode="L" if channels == 1 else "RGB",
     )
 
@@ -196,11 +196,11 @@ def metadata_of(card: Card, **more: object) -> dict[str, str]:
         "model": card.model,
         "model_kwargs": card.model_kwargs,
         "num_classes": card.num_classes,
-        "input_size": config["input_size"],
-        "mean": config["mean"],
-        "std": config["std"],
-        "interpolation": config["interpolation"],
-        "crop_pct": config["crop_pct"],
+        "input_size": config.input_size,
+        "mean": config.mean,
+        "std": config.std,
+        "interpolation": config.interpolation,
+        "crop_pct": config.crop_pct,
         "image_mode": card.image_mode,
         **({"class_names": card.class_names} if card.class_names else {}),
         **more,

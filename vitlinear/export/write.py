@@ -238,7 +238,7 @@ def export(
     """
     check_target(path, kind, overwrite=True)
     generator = torch.Generator().manual_seed(0)
-    sizes = shapes.checked(*card.data_config["input_size"][1:])
+    sizes = shapes.checked(*card.data_config.input_size[1:])
     try:
         images = [
             calibration.checks(size) if calibration else torch.randn(size, generator=generator)

@@ -1,15 +1,20 @@
 """The builder that every family makes its models with."""
 
+from collections.abc import Iterable, Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeVar
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, resolve_pretrained_cfg
+from timm.models import build_model_with_cfg, get_pretrained_cfg, resolve_pretrained_cfg
 from torch import Tensor, nn
 
 from vitlinear.checkpoints import checkpoint_filter_fn
+from vitlinear.checkpoints.card import read_card
 from vitlinear.checkpoints.download import DownloadError, ensure_downloaded
-from vitlinear.checkpoints.read import CheckpointError, read_checkpoint
+from vitlinear.checkpoints.load import named_for, notice_of_other_model, read_weights
+from vitlinear.checkpoints.mappings import find_mapping
+from vitlinear.checkpoints.translate import common_prefixes, without
 from vitlinear.facts import published_files
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -34,6 +39,10 @@ def imagenet_cfg(side: int = 224, **kwargs: Any) -> dict[str, Any]:
 def build_model(model_cls: type[Model], name: str, pretrained: bool, **kwargs: Any) -> Model:
     """timm's ``build_model_with_cfg`` with our reader, filter, and downloads that are checked.
 
+    What a file of weights says of itself goes before what the registry says of the model: classes
+    and their names, how images are made, and constructor arguments. What the caller gives, in
+    ``pretrained_cfg_overlay`` or as arguments, goes before that.
+
     Args:
         model_cls: Class of the model, with a ``feature_cfg`` for ``features_only=True``.
         name: Registered name.
@@ -46,34 +55,74 @@ def build_model(model_cls: type[Model], name: str, pretrained: bool, **kwargs: A
         RuntimeError: They do not fit the model.
     """
     kwargs = {"feature_cfg": dict(model_cls.feature_cfg), **kwargs}  # type: ignore[attr-defined]
+    _check_out_indices(kwargs.get("out_indices"), kwargs["feature_cfg"].get("out_indices"))
     path = _weights_file(name, kwargs) if pretrained else None
     if path is None:
         return build_model_with_cfg(
             model_cls, name, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs
         )
-
-    def read(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
-        checkpoint = read_checkpoint(path)
-        try:
-            return checkpoint_filter_fn(checkpoint, model)
-        except ValueError as error:
-            raise CheckpointError(f"checkpoint {path} cannot be used: {error}") from error
-
+    weights, card = read_weights(path), read_card(path)
+    trained: dict[str, Any] = {}
+    if card is not None:
+        trained = card.model_kwargs
+        kwargs = {**trained, **kwargs}
     # timm would read the file in its own way. It takes a state dict before any file, and copies it
-    # with the configuration: so it gets the name, and the filter above makes the weights of it.
-    overlay = {**(kwargs.pop("pretrained_cfg_overlay", None) or {}), "state_dict": {"file": path}}
+    # with the configuration: so it gets the name, and the filter makes the weights of it.
+    asked = kwargs.pop("pretrained_cfg_overlay", None) or {}
+    described = card.pretrained_cfg() if card else _classes_of(weights, name)
+    overlay = {**described, **asked, "state_dict": {"file": path}}
     model = build_model_with_cfg(
         model_cls,
         name,
         pretrained,
-        pretrained_filter_fn=read,
+        pretrained_filter_fn=lambda _, model: named_for(model, weights, path),
         pretrained_cfg_overlay=overlay,
         **kwargs,
     )
     for module in model.modules():
         if isinstance(cfg := getattr(module, "pretrained_cfg", None), dict):
             cfg.pop("state_dict", None)
+    if card is not None:
+        notice_of_other_model(path, card, name, kwargs)
+    # `create_model` adds what it was given, and timm saves it all with the model.
+    model._model_args = {key: kwargs[key] for key in trained}  # type: ignore[assignment]
     return model
+
+
+def _check_out_indices(given: Any, levels: Any) -> None:
+    """Refuse indices of ``features_only=True`` that timm takes for others, or cannot name.
+
+    Args:
+        given: A number of last levels, or levels, counted from the end below 0; None if not given.
+        levels: All that a model has, where they do not depend on its depth.
+
+    Raises:
+        ValueError: One of them is no whole number, or there is no such level.
+    """
+    several = isinstance(given, Iterable)
+    for index in given if several else () if given is None else (given,):
+        if isinstance(index, bool) or not isinstance(index, Integral):
+            raise ValueError(f"out_indices must be whole numbers, got {index!r} in {given!r}")
+        if several and isinstance(levels, tuple) and not -len(levels) <= index < len(levels):
+            raise ValueError(
+                f"out_indices: {index} in {given!r} is out of range, for there are levels 0 to "
+                f"{len(levels) - 1}"
+            )
+
+
+def _classes_of(weights: Mapping[str, Tensor], name: str) -> dict[str, int]:
+    """How many classes a file without a card is for, by its classifier, as ``num_classes``.
+
+    timm asks the registry, and drops a classifier that the registry's weights would not have.
+    """
+    cfg = get_pretrained_cfg(name)
+    for prefix in ("", *common_prefixes(weights)):
+        inner = without(prefix, weights)
+        mapping = find_mapping(inner)
+        for key, value in inner.items():
+            if cfg and (mapping.rename(key) if mapping else key) == f"{cfg.classifier}.weight":
+                return {"num_classes": value.shape[0]}
+    return {}
 
 
 def _weights_file(name: str, kwargs: dict[str, Any]) -> Path | None:

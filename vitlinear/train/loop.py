@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -53,7 +53,8 @@ def train_one_epoch(
         What `Progress.metrics` returns, and ``train_skipped`` updates.
 
     Raises:
-        UserError: More updates than ``max_nonfinite``, or all of them, were skipped.
+        UserError: More updates than ``max_nonfinite``, or all of them, were skipped; or a batch
+            norm has a single value of each channel to take statistics of.
     """
     task = updater.task
     task.train()
@@ -74,7 +75,7 @@ def train_one_epoch(
             skipped, lr = updater.skipped, updater.lr
             # Gradients need exchanging once per update; DDP decides on it in the forward pass.
             with contextlib.nullcontext() if last else task.no_sync():
-                with autocast():
+                with autocast(), _enough_for_norms(batch):
                     result = task(batch, target)
                 updater.backward(result["loss"], group, last)
             progress.add(result["loss"], result["output"], target)
@@ -99,6 +100,23 @@ def train_one_epoch(
             if after_update is not None:
                 after_update(progress, values)
     return {**progress.metrics(), "train_skipped": float(progress.skipped)}
+
+
+@contextlib.contextmanager
+def _enough_for_norms(images: torch.Tensor) -> Iterator[None]:
+    """Raises `UserError` where a norm in training mode gets one value of each channel."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        # torch's words, also behind a compiler's: "... value per channel", "... spatial element"
+        if "Expected more than 1 " not in str(error):
+            raise
+        count, _, height, width = images.shape
+        raise UserError(
+            f"a norm of this model takes the statistics of a batch, and {count} image(s) of "
+            f"{height} x {width} leave it one value of each channel: give --batch-size 2 or more, "
+            "or larger images (--img-size)"
+        ) from error
 
 
 def _cause(

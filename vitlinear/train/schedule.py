@@ -88,7 +88,12 @@ def add_schedule_flags(parser: Parser) -> None:
         metavar="N",
         help="images per update the rates were chosen for; a run with another number says so",
     )
-    group.add_argument("--sched", default="cosine", metavar="NAME", help="any timm schedule")
+    group.add_argument(
+        "--sched",
+        default="cosine",
+        metavar="NAME",
+        help="any timm schedule; constant: --lr throughout",
+    )
     group.add_argument(
         "--sched-on-updates",
         action=BooleanOptionalAction,
@@ -182,6 +187,11 @@ def make_schedule(
     """
     if config.sched == "plateau":
         raise UserError("--sched plateau is deprecated in timm and not offered: use cosine")
+    if config.sched == "none":  # timm's schedules are what applies both
+        raise UserError(
+            "--sched none would leave --warmup-epochs and --layer-decay out without a word: use "
+            "--sched constant, which applies them (--warmup-epochs 0 for no warm-up)"
+        )
     first, last = warmup_and_min_rate(config, images)
     flags = dataclasses.asdict(config) | {"warmup_lr": first, "min_lr": last}
     try:

@@ -12,7 +12,13 @@ from torch import nn
 
 from vitlinear.checkpoints.card import Card
 from vitlinear.cli.device import choose_device, make_autocast
-from vitlinear.create import check_model_kwargs, check_model_name, data_config
+from vitlinear.create import (
+    Preprocessing,
+    check_model_kwargs,
+    check_model_name,
+    data_config,
+    registered_name,
+)
 from vitlinear.data.bad_images import BadImages
 from vitlinear.data.class_names import check_same_classes, classes_of
 from vitlinear.data.dataset import image_mode, open_split
@@ -28,7 +34,7 @@ from .make_model import enable_checkpointing, make_model, shape_arguments
 from .optimiser import make_optimizer
 from .parallel import check_sharding, distribute, synchronised
 from .schedule import batch_size_note, learning_rate, make_schedule
-from .start_weights import check_initial, initial_weights, initialise_head
+from .start_weights import check_initial, initial_weights, initialise_head, normalisation_note
 from .tasks import check_task, make_task
 from .updater import Updater
 
@@ -98,11 +104,13 @@ def set_up(config: TrainConfig) -> Run:
 
     model, notes = _start_model(config, num_classes)
     input = data_config(model, {**config.input.given(), "model_kwargs": config.model.model_kwargs})
+    if note := normalisation_note(config.start.initial_checkpoint, input):
+        notes.append(note)
     card = Card(
-        model=check_model_name(config.model.model),
+        model=registered_name(model, check_model_name(config.model.model)),
         model_kwargs=shape_arguments(model),
         num_classes=num_classes,
-        in_chans=input["input_size"][0],
+        in_chans=input.input_size[0],
         data_config=input,
         image_mode=mode,
         class_names=names,
@@ -158,7 +166,7 @@ def set_up(config: TrainConfig) -> Run:
     )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     notes.append(
-        f"{card.model}: {parameters / 1e6:.2f} M parameters, input {input['input_size']}, "
+        f"{card.model}: {parameters / 1e6:.2f} M parameters, input {input.input_size}, "
         f"{num_classes} classes; {len(train_set)} training and {len(eval_set)} held-out images; "
         f"{device}, {processes.world_size} process(es)"
     )
@@ -250,7 +258,7 @@ def _make_loaders(
     config: TrainConfig,
     train_set: Any,
     eval_set: Any,
-    input: dict[str, Any],
+    input: Preprocessing,
     num_classes: int,
     device: torch.device,
     processes: Processes,

@@ -4,14 +4,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from timm.models import get_model_args
 from torch import nn
 
 from vitlinear.checkpoints.card import read_card
-from vitlinear.checkpoints.load import load_into, named_for, read_weights
-from vitlinear.checkpoints.translate import is_detector
+from vitlinear.checkpoints.load import (
+    load_into,
+    named_for,
+    notice_of_other_model,
+    read_weights,
+)
+from vitlinear.checkpoints.translate import classifiers, is_detector, without, wrapper_prefix
 from vitlinear.cli.flags import RATE
 from vitlinear.cli.parser import Parser
-from vitlinear.create import check_model_name
+from vitlinear.create import Preprocessing, check_model_name
 from vitlinear.errors import UserError
 
 
@@ -151,8 +157,8 @@ def initial_weights(
         )
     read, own = read_weights(path), model.state_dict()
     weights = named_for(model, read, path)
-    heads = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
-    prefixes = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
+    read = without(wrapper_prefix(read, model), read)
+    prefixes = tuple(f"{head}." for head in classifiers(model))
     head_keys = [key for key in own if prefixes and key.startswith(prefixes)]
     if head_map is not None:
         if not weights.keys() >= set(head_keys):
@@ -169,7 +175,29 @@ def initial_weights(
     if new_head:
         weights = {**weights, **{key: own[key] for key in head_keys}}
     load_into(model, weights, path, name)
+    if card is not None:
+        # Images of another size are an everyday reason to train on.
+        arguments = {**get_model_args(model), "img_size": card.model_kwargs.get("img_size")}
+        notice_of_other_model(path, card, card.model.partition(".")[0], arguments)
     return new_head
+
+
+def normalisation_note(path: str | None, config: Preprocessing) -> str | None:
+    """Returns a line for the user where start weights knew images of other statistics, else None.
+
+    Args:
+        path: The checkpoint, or None.
+        config: How images are made in this run.
+    """
+    card = read_card(Path(path)) if path else None
+    if card is None:
+        return None
+    trained = card.data_config
+    if (trained.mean, trained.std) == (config.mean, config.std):
+        return None
+    mean, std = (" ".join(f"{x:g}" for x in values) for values in (trained.mean, trained.std))
+    flags = f"--mean {mean} --std {std}"
+    return f"{path}: it knows images that were normalised otherwise; to keep that, give {flags}"
 
 
 def initialise_head(model: nn.Module, scale: float | None, bias: float | None) -> None:

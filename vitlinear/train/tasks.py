@@ -20,6 +20,7 @@ from torch import nn
 
 from vitlinear.cli.flags import NATURAL, POSITIVE, RATE
 from vitlinear.cli.parser import Parser
+from vitlinear.create import Preprocessing
 from vitlinear.errors import UserError, one_line
 
 from .distillation import HardDistillationTask, MesaTask
@@ -130,7 +131,7 @@ def check_task(config: DistillationConfig, *, averages: bool, sharded: bool) -> 
 def make_task(
     config: DistillationConfig,
     model: nn.Module,
-    input: dict[str, Any],
+    input: Preprocessing,
     class_names: Sequence[str] | None,
     device: torch.device,
     *,

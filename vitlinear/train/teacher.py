@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from vitlinear.checkpoints.card import read_card
 from vitlinear.checkpoints.load import load_model
-from vitlinear.create import build_model, data_config
+from vitlinear.create import Preprocessing, build_model, data_config
 from vitlinear.data.class_names import check_same_classes
 from vitlinear.errors import UserError
 
@@ -23,7 +23,7 @@ class Teacher(DistillationTeacher):
 
     Args:
         model: The teacher, with its weights.
-        config: How its images are made, as `vitlinear.create.data_config` returns it.
+        config: How its images are made.
         student: Likewise for the student, whose batches it will be given.
         device: Where it runs.
     """
@@ -34,23 +34,23 @@ class Teacher(DistillationTeacher):
     def __init__(
         self,
         model: nn.Module,
-        config: dict[str, Any],
-        student: dict[str, Any],
+        config: Preprocessing,
+        student: Preprocessing,
         device: torch.device,
     ) -> None:
         super().__init__(model.to(device).requires_grad_(False), device=device)
         fixed = getattr(model, "pretrained_cfg", {}).get("fixed_input_size", False)
-        self.size = tuple(config["input_size"][1:]) if fixed else None
+        self.size = config.input_size[1:] if fixed else None
 
         def per_channel(values: Sequence[float]) -> torch.Tensor:
             return torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1)
 
-        std = per_channel(config["std"])
-        scale = per_channel(student["std"]) / std
-        shift = (per_channel(student["mean"]) - per_channel(config["mean"])) / std
+        std = per_channel(config.std)
+        scale = per_channel(student.std) / std
+        shift = (per_channel(student.mean) - per_channel(config.mean)) / std
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("shift", shift, persistent=False)
-        self.renormalises = config["mean"] != student["mean"] or config["std"] != student["std"]
+        self.renormalises = (config.mean, config.std) != (student.mean, student.std)
 
     def train(self, mode: bool = True) -> "Teacher":
         """Stays in eval mode."""
@@ -75,7 +75,7 @@ def make_teacher(
     name: str | None,
     checkpoint: str | None,
     student: nn.Module,
-    config: dict[str, Any],
+    config: Preprocessing,
     class_names: Sequence[str] | None,
     device: torch.device,
     *,
@@ -97,7 +97,7 @@ def make_teacher(
     Raises:
         UserError: There are no such weights, or its classes or channels are not the student's.
     """
-    num_classes, in_chans = int(student.num_classes), int(config["input_size"][0])  # type: ignore
+    num_classes, in_chans = int(student.num_classes), config.input_size[0]  # type: ignore
     if checkpoint:
         card = read_card(Path(checkpoint))
         # files that do not describe themselves are taken to be of the student's classes
@@ -108,9 +108,9 @@ def make_teacher(
         model, card = build_model(name, pretrained=True, in_chans=in_chans), None
     shown = checkpoint or name
     own = card.data_config if card else data_config(model, {})
-    if own["input_size"][0] != in_chans:
+    if own.input_size[0] != in_chans:
         raise UserError(
-            f"the teacher {shown} takes {own['input_size'][0]} channels, the student {in_chans}"
+            f"the teacher {shown} takes {own.input_size[0]} channels, the student {in_chans}"
         )
     if logits and model.num_classes != num_classes:
         raise UserError(
@@ -121,6 +121,4 @@ def make_teacher(
     if logits and card:
         check_same_classes(card.class_names, class_names, f"the teacher {shown}", "the data")
     model = model.to(memory_format=memory_format)  # type: ignore[call-overload]
-    # a card's lists are tuples in the other
-    own, config = ({**c, "mean": tuple(c["mean"]), "std": tuple(c["std"])} for c in (own, config))
     return Teacher(model, own, config, device)
