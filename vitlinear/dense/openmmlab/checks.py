@@ -34,6 +34,8 @@ def check_config(config: Config, parts: tuple[str, ...]) -> None:
                 _check_set(rule["checkpoint"], f"{key}.init_cfg.checkpoint")
     for part in parts:
         for key, section in _sections(config.get(f"{part}_dataloader"), f"{part}_dataloader"):
+            if section.get("decode_backend") == "pickle":
+                raise UserError(f"{key}.decode_backend: pickles can do anything when they are read")
             if "data_root" in section or "ann_file" in section:
                 _check_dataset(section, key)
         for key, section in _sections(config.get(f"{part}_evaluator"), f"{part}_evaluator"):

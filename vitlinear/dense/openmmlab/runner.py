@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import pickle
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ from vitlinear.cli.configs import find_config
 from vitlinear.cli.parser import Parser
 from vitlinear.errors import UserError, one_line
 from vitlinear.processes import join_processes, process_group
+
+from .reading import safe_reading
 
 TASKS = {"mmdet": "detection", "mmseg": "segmentation"}
 TIMEOUT = 1800  # seconds that processes on CPUs wait for each other
@@ -69,7 +72,8 @@ def read_config(args: argparse.Namespace, framework: str) -> Config:
     if not path.is_file():
         raise UserError(f"config {args.config} does not exist")
     try:
-        config = Config.fromfile(path)
+        with safe_reading():
+            config = Config.fromfile(path)
         config.merge_from_dict(_options(args.cfg_options))
     except UserError:
         raise
@@ -154,6 +158,8 @@ def build_runner(config: Config, kind: type[Runner] = Runner) -> Runner:
 def processes(launcher: str) -> Iterator[None]:
     """Joins the other processes, where mmengine would ask for a GPU, and tells mistakes apart.
 
+    Nothing of the files that are read inside is run; see `safe_reading`.
+
     Raises:
         UserError: The others cannot be reached; a file that the config names is missing, or what
             it names is in no registry.
@@ -164,7 +170,12 @@ def processes(launcher: str) -> Iterator[None]:
             if not distributed.is_initialized():
                 raise UserError(f"--launcher {launcher}: this process was not started by it")
         try:
-            yield
+            with safe_reading():
+                yield
+        except pickle.UnpicklingError as error:  # of a reader that is not mmengine's
+            raise CheckpointError(
+                f"a file that the config names is refused: {one_line(error)[:200]}"
+            ) from error
         except FileNotFoundError as error:
             raise UserError(f"{error.filename or one_line(error)} does not exist") from error
         except KeyError as error:
