@@ -13,6 +13,7 @@ from mmengine.config import Config, ConfigDict
 from vitlinear.cli.parser import Parser
 from vitlinear.errors import UserError
 
+from .annotations import check_annotations
 from .checks import backbones, check_config, check_exists
 from .packages import require
 from .runner import EvaluationRunner, add_common_flags, build_runner, processes, read_config
@@ -86,6 +87,7 @@ def _train(args: argparse.Namespace, framework: str) -> None:
     if config.get("load_from"):
         check_exists(config.load_from, "set --resume or load_from")
     check_config(config, ("train", "val"))
+    check_annotations(config, ("train", "val"), framework)
     with processes(args.launcher):
         build_runner(config).train()
 
@@ -139,6 +141,7 @@ def _test(
         backbone.update(pretrained=False, init_cfg=None)
     lay_over(config, args)
     check_config(config, ("test",))
+    check_annotations(config, ("test",), framework)
     with processes(args.launcher):
         build_runner(config, EvaluationRunner).test()
 

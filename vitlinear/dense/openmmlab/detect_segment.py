@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import DATASETS, MODELS, init_default_scope
+from mmengine.registry import MODELS, init_default_scope
 from PIL import Image, ImageOps
 from torch import nn
 from tqdm import tqdm
@@ -27,6 +27,7 @@ from vitlinear.errors import UserError, one_line
 from vitlinear.files import check_parent, write_atomically, write_text
 
 from ..draw import Color, color_of, draw_classes, draw_detections
+from .annotations import kind_of_data
 from .checks import backbones, check_config
 from .packages import require
 from .runner import add_config_flags, load_weights, processes, read_config
@@ -123,9 +124,10 @@ def load_model(
         backbone.update(pretrained=False, init_cfg=None)
     check_config(config, ())
     with processes("none"):
-        init_default_scope(config.get("default_scope", framework))
+        scope = config.get("default_scope", framework)
+        init_default_scope(scope)
         model = revert_sync_batchnorm(MODELS.build(config.model))
-        meta = content.get("meta", {}).get("dataset_meta") or _meta_of_data(config)
+        meta = content.get("meta", {}).get("dataset_meta") or _meta_of_data(config, scope)
     load_weights(model, content.get("state_dict", content), args.checkpoint)
     model.cfg = config
     model.to(choose_device(args.device)).eval()
@@ -142,12 +144,12 @@ def load_model(
     return model, names, [tuple(color) for color in palette]
 
 
-def _meta_of_data(config: Config) -> dict[str, Any]:
+def _meta_of_data(config: Config, scope: str) -> dict[str, Any]:
     """The names that the class of the test data has, or the config gives it."""
     data = config.get("test_dataloader", {}).get("dataset", {})
     while "dataset" in data:
         data = data["dataset"]
-    kind = DATASETS.get(data["type"]) if "type" in data else None
+    kind = kind_of_data(data, scope)
     return {**getattr(kind, "METAINFO", {}), **data.get("metainfo", {})}
 
 
