@@ -6,7 +6,8 @@ import argparse
 import contextlib
 import pickle
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,20 @@ from vitlinear.processes import join_processes, process_group
 from .reading import safe_reading
 
 TASKS = {"mmdet": "detection", "mmseg": "segmentation"}
+OVERWRITE = "replace results of an earlier run, where a number behind the name keeps them apart"
 TIMEOUT = 1800  # seconds that processes on CPUs wait for each other
 
 
+@dataclass(frozen=True)
+class ConfigArguments:
+    """A config, and settings laid over it."""
+
+    config: str
+    cfg_options: tuple[str, ...]
+
+
 def add_config_flags(parser: Parser, *files: str) -> None:
-    """The config, other files, and the flag that changes what a config says."""
+    """The flags of `ConfigArguments`, and other files."""
     parser.add_argument("config", help="a config file of mmengine's, or the name of one of ours")
     for name in files:
         parser.add_argument(name)
@@ -44,8 +54,17 @@ def add_config_flags(parser: Parser, *files: str) -> None:
     )
 
 
+@dataclass(frozen=True)
+class RunArguments:
+    """Common to training and testing: the config, the folder of the run, its processes."""
+
+    config: ConfigArguments
+    work_dir: str | None
+    launcher: str
+
+
 def add_common_flags(parser: Parser, *files: str) -> None:
-    """The flags that training and testing share, after the config and other files."""
+    """The flags of `RunArguments`, and other files."""
     add_config_flags(parser, *files)
     parser.add_argument(
         "--work-dir", default=None, metavar="FOLDER", help="default: work_dirs/NAME-OF-THE-CONFIG"
@@ -58,30 +77,36 @@ def add_common_flags(parser: Parser, *files: str) -> None:
     )
 
 
-def read_config(args: argparse.Namespace, framework: str) -> Config:
-    """Returns the config, with the shared flags laid over it.
+def read_config(arguments: ConfigArguments, framework: str) -> tuple[Config, Path]:
+    """Returns the config with the settings laid over it, and where it is.
 
     Args:
-        args: ``config``, ``cfg_options``, ``launcher``, ``work_dir``.
+        arguments: The config by its path or name, and the settings.
         framework: ``mmdet`` or ``mmseg``, which says where a name without a path is looked for.
 
     Raises:
         UserError: It is missing or broken, as one that it inherits may be, or an option is.
     """
-    path = find_config(args.config, TASKS[framework])
+    path = find_config(arguments.config, TASKS[framework])
     if not path.is_file():
-        raise UserError(f"config {args.config} does not exist")
+        raise UserError(f"config {arguments.config} does not exist")
     try:
         with safe_reading():
             config = Config.fromfile(path)
-        config.merge_from_dict(_options(args.cfg_options))
+        config.merge_from_dict(_options(arguments.cfg_options))
     except UserError:
         raise
     except Exception as error:  # a config is a program
-        raise UserError(f"config {args.config} cannot be read: {one_line(error)}") from error
-    config.launcher = args.launcher
-    if args.work_dir is not None:
-        config.work_dir = args.work_dir
+        raise UserError(f"config {arguments.config} cannot be read: {one_line(error)}") from error
+    return config, path
+
+
+def read_run_config(arguments: RunArguments, framework: str) -> Config:
+    """As `read_config`, with the folder of the run and its launcher."""
+    config, path = read_config(arguments.config, framework)
+    config.launcher = arguments.launcher
+    if arguments.work_dir is not None:
+        config.work_dir = arguments.work_dir
     elif config.get("work_dir") is None:
         config.work_dir = str(Path("work_dirs", path.stem))
     return config
@@ -131,8 +156,16 @@ def load_weights(model: nn.Module, weights: Mapping[str, Any], filename: str) ->
         ) from error
 
 
-def build_runner(config: Config, kind: type[Runner] = Runner) -> Runner:
-    """The runner of a config, of a kind of its own if it names one."""
+def build_runner(
+    config: Config, kind: type[Runner] = Runner, prepare: Callable[[Runner], object] | None = None
+) -> Runner:
+    """The runner of a config, of a kind of its own if it names one.
+
+    Args:
+        config: The whole.
+        kind: Of the runner, unless the config says.
+        prepare: Is given the runner; if it refuses, the folder of the run goes again.
+    """
     if config.launcher != "none" and not torch.cuda.is_available():
         # mmengine would name a GPU for each process.
         config.setdefault(
@@ -147,7 +180,10 @@ def build_runner(config: Config, kind: type[Runner] = Runner) -> Runner:
     work_dir = Path(config.work_dir)
     is_new = not work_dir.exists()
     try:
-        return RUNNERS.build(config) if "runner_type" in config else kind.from_cfg(config)
+        runner = RUNNERS.build(config) if "runner_type" in config else kind.from_cfg(config)
+        if prepare is not None:
+            prepare(runner)
+        return runner
     except BaseException:
         if is_new:  # mmengine makes it before it builds the model
             shutil.rmtree(work_dir, ignore_errors=True)
