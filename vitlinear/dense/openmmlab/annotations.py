@@ -194,7 +194,7 @@ def _check_maps(
 def _remember(
     paths: Iterable[str | Path], kind: type[Counted], count: Callable[[], Counted]
 ) -> Counted:
-    """What counting gives, or gave before on the same files."""
+    """Counts of files: those of before, as long as the files are the same."""
     stats = [(str(path), os.stat(path)) for path in paths if os.path.exists(path)]
     identity = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
     name = hashlib.sha256(json.dumps([kind.__name__, identity]).encode()).hexdigest()
