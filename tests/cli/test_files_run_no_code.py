@@ -94,7 +94,11 @@ def test_a_backbone_refuses(build: Callable[[Path], object], bomb: Path, tmp_pat
 
 READER = "vitlinear/checkpoints/read.py"
 UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
-SOURCES = sorted([*ROOT.glob("vitlinear/**/*.py"), *ROOT.glob("tools/*.py"), *ROOT.glob("*.py")])
+SOURCES = sorted(
+    path
+    for pattern in ("vitlinear/**/*.py", "tools/*.py", "benchmarks/**/*.py", "*.py")
+    for path in ROOT.glob(pattern)
+)
 
 
 @pytest.mark.quick

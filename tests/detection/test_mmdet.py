@@ -145,6 +145,25 @@ def test_evaluation(config: Path, trained: Path, tmp_path: Path, tta: list[str])
     assert len(list((tmp_path / "drawn").iterdir())) == 2
 
 
+def test_classes_are_numbered_as_in_training(
+    config: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the names that the checkpoint holds; other names are told."""
+    content = torch.load(trained, weights_only=False)
+    names = list(content["meta"]["dataset_meta"]["classes"])
+    for classes, says in (
+        ([*names[1:], names[0]], "'cat' is 0, in the data 1"),
+        ([*names[:-1], "missile"], "'missile' where the data has 'rocket'"),
+    ):
+        content["meta"]["dataset_meta"]["classes"] = classes
+        torch.save(content, tmp_path / "other.pth")
+        work = ["--work-dir", str(tmp_path / classes[-1])]
+        code = main(["test-detector", str(config), str(tmp_path / "other.pth"), *work])
+        output = capsys.readouterr()
+        assert code == (0 if "missile" in classes else 2)
+        assert says in (output.out if "missile" in classes else output.err.splitlines()[-1])
+
+
 def test_drawings_take_no_other_files_place(
     trained: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -156,6 +156,9 @@ def test_mistakes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     checkpoint, photo = folder / "retinanet.pth", folder / "one" / "photo.v2.png"
     broken = tmp_path / "broken.png"
     broken.write_bytes(photo.read_bytes()[:500])
+    few = tmp_path / "few.pth"
+    meta = {"dataset_meta": {"classes": ("cat", "dog")}}
+    torch.save({**torch.load(checkpoint, weights_only=True), "meta": meta}, few)
     out = tmp_path / "out"
     for arguments, says in (
         ((MASK_RCNN, checkpoint, photo), "is not of this config's model"),
@@ -166,6 +169,7 @@ def test_mistakes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         ((RETINANET, checkpoint, broken, "--bad-images", "skip"), "none of 1 images"),
         ((RETINANET, checkpoint, photo, "--device", "warp"), "--device warp"),
         ((RETINANET, checkpoint, photo, "--cfg-options", "model.type=Nothing"), "Nothing"),
+        ((RETINANET, few, photo), f"num_classes is 6, and {few} has 2 classes"),
     ):
         capsys.readouterr()
         assert predict(*arguments, "--out", out) == 2

@@ -57,7 +57,7 @@ def check_annotations(config: Config, parts: Sequence[str], framework: str) -> N
                 continue
             classes = _classes(kind, section, where)
             if classes is not None:
-                _check_heads(config, classes, where)
+                check_heads(config, classes, where)
                 line = _check(config, part, kind, section, where, classes)
                 if line and line not in told:
                     told.add(line)
@@ -90,7 +90,17 @@ def _classes(kind: type[Any], section: Mapping[str, Any], where: str) -> list[st
     return None if classes is None else [str(name) for name in classes]
 
 
-def _check_heads(config: Config, classes: Sequence[str], where: str) -> None:
+def check_heads(config: Config, classes: Sequence[str], where: str) -> None:
+    """Refuse a model that has another number of classes than there are names.
+
+    Args:
+        config: With the model.
+        classes: The names.
+        where: What has them, for the message.
+
+    Raises:
+        UserError: A head of the model has another number.
+    """
     model = config.get("model", {})
     if "language_model" in model:  # its classes are words of a text
         return

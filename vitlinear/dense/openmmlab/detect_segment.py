@@ -34,13 +34,14 @@ from vitlinear.files import (
 )
 
 from ..draw import Color, color_of, draw_classes, draw_detections
-from .annotations import kind_of_data
+from .annotations import check_heads, kind_of_data
 from .checks import backbones, check_config
 from .packages import require
 from .runner import (
     OVERWRITE,
     ConfigArguments,
     add_config_flags,
+    dataset_meta,
     load_weights,
     processes,
     read_config,
@@ -173,7 +174,7 @@ def load_model(
         scope = config.get("default_scope", framework)
         init_default_scope(scope)
         model = revert_sync_batchnorm(MODELS.build(config.model))
-        meta = content.get("meta", {}).get("dataset_meta") or _meta_of_data(config, scope)
+        meta = dataset_meta(content) or _meta_of_data(config, scope)
     load_weights(model, content.get("state_dict", content), checkpoint)
     model.cfg = config
     model.to(choose_device(device)).eval()
@@ -184,6 +185,7 @@ def load_model(
             f"neither {checkpoint} nor {arguments.config} names the classes: "
             "--cfg-options test_dataloader.dataset.metainfo.classes=..."
         )
+    check_heads(config, names, checkpoint if dataset_meta(content) else str(arguments.config))
     palette = meta.get("palette")
     if not isinstance(palette, list | tuple) or len(palette) != len(names):
         palette = [color_of(index) for index in range(len(names))]

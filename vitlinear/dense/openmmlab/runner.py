@@ -128,9 +128,14 @@ class EvaluationRunner(Runner):
         """Load all weights of the model.
 
         Raises:
-            CheckpointError: The file is damaged or is not this model's.
+            CheckpointError: The file is damaged or is not this model's, or numbers the classes in
+                another way than the data.
         """
         content = read_checkpoint(filename)
+        trained = dataset_meta(content).get("classes")
+        if isinstance(trained, list | tuple):
+            tested = getattr(self.test_loop.dataloader.dataset, "metainfo", {}).get("classes")
+            _compare_classes(filename, list(trained), list(tested or trained))
         checkpoint = dict(content) if "state_dict" in content else {"state_dict": content}
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
         model = self.model
@@ -138,6 +143,32 @@ class EvaluationRunner(Runner):
             model = model.module
         load_weights(model, checkpoint["state_dict"], filename)
         return checkpoint
+
+
+def dataset_meta(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns what a checkpoint says of its data: classes and palette; empty if it says nothing."""
+    meta = checkpoint.get("meta")
+    found = meta.get("dataset_meta") if isinstance(meta, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
+
+
+def _compare_classes(filename: str, trained: list[str], tested: list[str]) -> None:
+    """Refuse classes of one name under two numbers, and tell of other names."""
+    moved = [
+        name for name in trained if name in tested and tested.index(name) != trained.index(name)
+    ]
+    if moved:
+        numbers = f"{trained.index(moved[0])}, in the data {tested.index(moved[0])}"
+        raise CheckpointError(
+            f"checkpoint {filename} was trained with other numbers of the classes: {moved[0]!r} is "
+            f"{numbers}; give metainfo.classes the order of training, which is {trained}"[:600]
+        )
+    renamed = [pair for pair in zip(trained, tested, strict=False) if pair[0] != pair[1]]
+    if renamed:
+        print(
+            f"checkpoint {filename} calls {len(renamed)} classes by other names than the data: "
+            f"{renamed[0][0]!r} where the data has {renamed[0][1]!r}"
+        )
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Any], filename: str) -> None:
