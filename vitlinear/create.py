@@ -79,6 +79,11 @@ def check_model_kwargs(kwargs: Mapping[str, Any]) -> None:
     for key in ("num_classes", "in_chans", "pretrained"):
         if key in kwargs:
             raise UserError(f"give {key} as --{key.replace('_', '-')}, not in --model-kwargs")
+    if "checkpoint_path" in kwargs:
+        raise UserError(
+            "give checkpoint_path as --checkpoint, in training as --initial-checkpoint, not in "
+            "--model-kwargs"
+        )
     if kwargs.get("features_only"):
         raise UserError("--model-kwargs features_only makes a model without logits: leave it out")
 

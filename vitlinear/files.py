@@ -1,12 +1,13 @@
-"""Files that appear whole or not at all.
+"""Files that appear whole or not at all, and that take no other file's place.
 
 Every file is written under a temporary name, flushed to the disk and renamed, so that under its own
 name there is only ever a whole one.
 """
 
 import contextlib
+import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from vitlinear.errors import UserError
@@ -56,10 +57,79 @@ def _os_error(error: BaseException | None) -> OSError | None:
     return error
 
 
-def check_parent(path: str | None) -> None:
-    """Raises `UserError` if a file that is to hold results has no folder to go to."""
+def check_parent(path: str | None, inputs: Iterable[str | Path | None] = ()) -> None:
+    """Raises `UserError` if a file that is to hold results has no folder to go to, or is an input.
+
+    Args:
+        path: The file; None if none is asked for.
+        inputs: Files that the command reads.
+    """
     if path and not Path(path).expanduser().parent.is_dir():
         raise UserError(f"cannot write {path}: its folder does not exist")
+    if path:
+        check_no_input(path, inputs)
+
+
+def check_no_input(path: str | Path, inputs: Iterable[str | Path | None]) -> None:
+    """Raises `UserError` if a file that is to be written is one that the command reads."""
+    if _names(Path(path).expanduser()) & {name for file in inputs if file for name in _names(file)}:
+        raise UserError(f"cannot write {path}: the command reads it; give another name")
+
+
+def check_no_input_folder(folder: Path, inputs: Iterable[Path]) -> None:
+    """Raises `UserError` if a folder for results is, or lies in, one that images are read from.
+
+    Args:
+        folder: For the results.
+        inputs: Folders that the command reads.
+    """
+    for parent in inputs:
+        if folder.expanduser().resolve().is_relative_to(parent.expanduser().resolve()):
+            raise UserError(
+                f"cannot write to {folder}: images are read from {parent}, and the next run would "
+                "take results for images; give a folder outside of it"
+            )
+
+
+class ResultPaths:
+    """Paths for what a command makes of files: each is new, and none is an input's.
+
+    Args:
+        inputs: Files that the command reads.
+        overwrite: Hand out paths of files that were there before, too, unless they are inputs.
+    """
+
+    def __init__(self, inputs: Iterable[str | Path], overwrite: bool = False) -> None:
+        self._taken = {name for file in inputs for name in _names(file)}
+        self._overwrite = overwrite
+        self._tried: dict[tuple[Path, str], int] = {}
+
+    def take(self, folder: Path, stem: str, endings: Iterable[str]) -> list[Path]:
+        """Returns a path for each ending, ``-2``, ``-3``, ... behind the stem if one is not free.
+
+        Args:
+            folder: Where they are to lie.
+            stem: Their name without the ending, such as that of the image.
+            endings: Such as ``.png`` and ``_labels.png``.
+        """
+        endings = tuple(endings)
+        key = folder, stem.casefold()
+        for number in itertools.count(self._tried.get(key, 0) + 1):
+            name = stem if number == 1 else f"{stem}-{number}"
+            paths = [folder / f"{name}{ending}" for ending in endings]
+            if all(self._is_free(path) for path in paths):
+                break
+        self._tried[key] = number
+        self._taken.update(name for path in paths for name in _names(path))
+        return paths
+
+    def _is_free(self, path: Path) -> bool:
+        return not (_names(path) & self._taken) and (self._overwrite or not os.path.lexists(path))
+
+
+def _names(path: str | Path) -> set[str]:
+    """A file's place, and that which links lead to; some file systems know no capitals."""
+    return {os.path.abspath(path).casefold(), os.path.realpath(path).casefold()}
 
 
 def write_text(path: Path, text: str) -> None:

@@ -59,6 +59,21 @@ def test_maps(name):
 
 
 @each_model
+def test_an_output_stride_is_refused_in_words(name):
+    """DeepLab of segmentation_models_pytorch asks for 16; its other decoders give 32."""
+    model = timm.create_model(name, features_only=True, output_stride=32)
+    assert (
+        model.feature_info.reduction()
+        == timm.create_model(name, features_only=True).feature_info.reduction()
+    )
+    for stride in (8, 16):
+        with pytest.raises(ValueError, match=f"{name} has no output_stride: .* leave"):
+            timm.create_model(name, features_only=True, output_stride=stride)
+        with pytest.raises(UserError, match="has no output_stride"):
+            MultiScaleBackbone(name, output_stride=stride)
+
+
+@each_model
 def test_maps_of_some_levels(name):
     """Every parameter has a gradient, and the maps do not depend on which others are given."""
     whole = MultiScaleBackbone(name, out_norms=True).eval()

@@ -14,7 +14,6 @@ import torch
 
 from tests.convert.test_convert import released_weights
 from tests.dense.openmmlab import build, packages
-from vitlinear.cli.parser import Parser
 from vitlinear.errors import UserError
 
 pytestmark = packages()
@@ -109,17 +108,22 @@ sys.exit(main(["train-detector", "none.py"]))
     ],
 )
 def test_a_config_of_ours_by_its_name(framework: str, name: str) -> None:
-    from vitlinear.dense.openmmlab.runner import TASKS, add_common_flags, read_config
+    from vitlinear.dense.openmmlab.runner import (
+        TASKS,
+        ConfigArguments,
+        RunArguments,
+        read_run_config,
+    )
 
-    parser = Parser(prog="x")
-    add_common_flags(parser)
-    by_name = read_config(parser.parse_args([name]), framework)
-    path = ROOT / "configs" / TASKS[framework] / f"{name}.py"
-    by_path = read_config(parser.parse_args([str(path)]), framework)
+    def read(config: str) -> Any:
+        return read_run_config(RunArguments(ConfigArguments(config, ()), None, "none"), framework)
+
+    by_name = read(name)
+    by_path = read(str(ROOT / "configs" / TASKS[framework] / f"{name}.py"))
     assert by_name.to_dict() == by_path.to_dict()
     assert by_name.work_dir == f"work_dirs/{name}"
     with pytest.raises(UserError, match=f"'{name}x' is neither a file .*did you mean {name}"):
-        read_config(parser.parse_args([f"{name}x"]), framework)
+        read(f"{name}x")
 
 
 def test_checkpoint_of_the_authors(tmp_path: Path) -> None:

@@ -134,9 +134,15 @@ def test_without_rules_the_models_exemptions_hold() -> None:
 
 
 def test_frozen_stages_are_left_out() -> None:
-    found = groups(Detector("test_ravlt", frozen_stages=1), layer_decay=0.5)
-    assert not [name for name in found if name.startswith("backbone.model.stages.0")]
-    assert found["backbone.model.stages.3.blocks.0.mlp.fc1.weight"][0] == pytest.approx(LR / 2)
+    """And the others learn at the rates that they have without."""
+    for model, stages in (("test_ravlt", 4), ("test_inline_deit", 4)):
+        whole = groups(Detector(model), layer_decay=0.5)
+        for frozen in range(stages + 1):
+            detector = Detector(model, frozen_stages=frozen)
+            found = groups(detector, layer_decay=0.5)
+            trained = {name for name, p in detector.named_parameters() if p.requires_grad}
+            assert found == {name: whole[name] for name in trained}, (model, frozen)
+            assert len(trained) < len(whole)
 
 
 def test_mistakes() -> None:

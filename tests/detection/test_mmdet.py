@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.dense.openmmlab import build, detector, packages
 from vitlinear.dense import coco
@@ -141,6 +143,54 @@ def test_evaluation(config: Path, trained: Path, tmp_path: Path, tta: list[str])
     predictions = pickle.loads((tmp_path / "out.pkl").read_bytes())
     assert [len(p["pred_instances"]["scores"]) > 0 for p in predictions] == [True, True]
     assert len(list((tmp_path / "drawn").iterdir())) == 2
+
+
+def test_classes_are_numbered_as_in_training(
+    config: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the names that the checkpoint holds; other names are told."""
+    content = torch.load(trained, weights_only=False)
+    names = list(content["meta"]["dataset_meta"]["classes"])
+    for classes, says in (
+        ([*names[1:], names[0]], "'cat' is 0, in the data 1"),
+        ([*names[:-1], "missile"], "'missile' where the data has 'rocket'"),
+    ):
+        content["meta"]["dataset_meta"]["classes"] = classes
+        torch.save(content, tmp_path / "other.pth")
+        work = ["--work-dir", str(tmp_path / classes[-1])]
+        code = main(["test-detector", str(config), str(tmp_path / "other.pth"), *work])
+        output = capsys.readouterr()
+        assert code == (0 if "missile" in classes else 2)
+        assert says in (output.out if "missile" in classes else output.err.splitlines()[-1])
+
+
+def test_drawings_take_no_other_files_place(
+    trained: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two images of one name have two drawings; a folder of images gets none."""
+    shutil.copytree(data, tmp_path / "coco")
+    path = tmp_path / "coco/annotations/instances_val.json"
+    content = json.loads(path.read_text())
+    for image in content["images"]:
+        folder = tmp_path / "coco/images" / str(image["id"])
+        folder.mkdir()
+        (folder.parent / image["file_name"]).rename(folder / "x.jpg")
+        image["file_name"] = f"{image['id']}/x.jpg"
+    path.write_text(json.dumps(content))
+    config = detector(tmp_path / "config.py", tmp_path / "coco")
+    flags = [str(config), str(trained), "--work-dir", str(tmp_path / "work"), "--show-dir"]
+    assert main(["test-detector", *flags, str(tmp_path / "drawn")]) == 0
+    drawn = sorted((tmp_path / "drawn").iterdir())
+    assert [file.name for file in drawn] == ["x-2.png", "x.png"]
+    # the truth on the left, what was found on the right
+    sizes = sorted((2 * image["width"], image["height"]) for image in content["images"])
+    assert sorted(Image.open(file).size for file in drawn) == sizes
+    flags[3] = str(tmp_path / "other")
+    photograph = tmp_path / "coco/images" / content["images"][0]["file_name"]
+    before = photograph.read_bytes()
+    assert main(["test-detector", *flags, str(photograph.parent)]) == 2
+    assert "the next run would take results for images" in capsys.readouterr().err
+    assert photograph.read_bytes() == before and not (tmp_path / "other").exists()
 
 
 def test_mistakes(

@@ -72,6 +72,44 @@ def test_boxes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(drawn)
 
 
+def test_no_two_results_of_one_name(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor one of an input's, nor one that was there before."""
+    photo = folder / "one" / "photo.v2.png"
+    images = [tmp_path / name for name in ("d1/cat.jpg", "d2/cat.jpg", "d3/cat-2.jpg", "cat.png")]
+    for index, image in enumerate(images):
+        image.parent.mkdir(exist_ok=True)
+        with Image.open(photo) as picture:
+            picture.crop((0, 0, 60 + index, 60)).save(image)
+    before = [image.read_bytes() for image in images]
+    results = tmp_path / "results.json"
+    flags = (RETINANET, folder / "retinanet.pth", *images, "--results-file", results)
+    assert predict(*flags, "--out", tmp_path) == 0
+    first = json.loads(results.read_text())
+    names = [Path(result["drawn"]).name for result in first]
+    assert names == ["cat-2.png", "cat-3.png", "cat-2-2.png", "cat-4.png"]
+    for index, result in enumerate(first):
+        with Image.open(result["drawn"]) as drawing:
+            assert drawing.size == (60 + index, 60)
+    assert predict(*flags, "--out", tmp_path) == 0
+    assert not {result["drawn"] for result in json.loads(results.read_text())} & {
+        result["drawn"] for result in first
+    }
+    assert predict(*flags, "--out", tmp_path, "--overwrite") == 0
+    assert [result["drawn"] for result in json.loads(results.read_text())] == [
+        result["drawn"] for result in first
+    ]
+    assert [image.read_bytes() for image in images] == before
+    capsys.readouterr()
+    for out in (tmp_path, tmp_path / "d1"):  # a folder that is read, and one in it
+        assert predict(RETINANET, folder / "retinanet.pth", tmp_path, "--out", out) == 2
+        assert "the next run would take results for images" in capsys.readouterr().err
+    assert predict(*flags[:-1], images[0], "--out", tmp_path / "drawn") == 2
+    assert f"cannot write {images[0]}: the command reads it" in capsys.readouterr().err
+    assert [image.read_bytes() for image in images] == before
+
+
 def test_what_it_reports_is_what_mmdet_finds(folder: Path, tmp_path: Path) -> None:
     from mmdet.apis import inference_detector, init_detector
 
@@ -118,6 +156,9 @@ def test_mistakes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     checkpoint, photo = folder / "retinanet.pth", folder / "one" / "photo.v2.png"
     broken = tmp_path / "broken.png"
     broken.write_bytes(photo.read_bytes()[:500])
+    few = tmp_path / "few.pth"
+    meta = {"dataset_meta": {"classes": ("cat", "dog")}}
+    torch.save({**torch.load(checkpoint, weights_only=True), "meta": meta}, few)
     out = tmp_path / "out"
     for arguments, says in (
         ((MASK_RCNN, checkpoint, photo), "is not of this config's model"),
@@ -128,6 +169,7 @@ def test_mistakes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         ((RETINANET, checkpoint, broken, "--bad-images", "skip"), "none of 1 images"),
         ((RETINANET, checkpoint, photo, "--device", "warp"), "--device warp"),
         ((RETINANET, checkpoint, photo, "--cfg-options", "model.type=Nothing"), "Nothing"),
+        ((RETINANET, few, photo), f"num_classes is 6, and {few} has 2 classes"),
     ):
         capsys.readouterr()
         assert predict(*arguments, "--out", out) == 2

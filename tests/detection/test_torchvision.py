@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from vitlinear.dense.padding import attach_valid_sizes
 from vitlinear.dense.torchvision import fpn_backbone, mask_padding
 from vitlinear.errors import UserError
 from vitlinear.models import our_models
+from vitlinear.models._valid_region import valid_region
 
 # One model of each kind; the siblings that attend linearly in every stage have the same layers.
 NAMES = [name for name in our_models() if name.startswith("test_") and not name.endswith("_linear")]
@@ -226,6 +228,59 @@ def test_batching_changes_no_detection(make):
         torch.testing.assert_close(alone, batched)
         unlike = plain([one])[0]["scores"][:10] - plain([one, other])[0]["scores"][:10]
         assert unlike.abs().max() > 1e-3  # which is what it is for
+
+
+@pytest.mark.parametrize("make", [retinanet, mask_rcnn])
+def test_masking_twice_is_masking_once(make):
+    once = mask_padding(random(make(side=64)))
+    twice = mask_padding(copy.deepcopy(once))
+    assert mask_padding(twice) is twice
+
+    def hooks(detector):
+        parts = detector.modules()
+        return [(len(part._forward_hooks), len(part._forward_pre_hooks)) for part in parts]
+
+    assert hooks(twice) == hooks(once) and type(twice.transform) is type(once.transform)
+    images = [torch.rand(3, 64, 40).double(), torch.rand(3, 64, 120).double()]
+    with torch.no_grad():
+        assert len(once(images)[0]["scores"]) > 10
+        torch.testing.assert_close(twice(images), once(images), rtol=0, atol=0)
+
+
+def test_threads_share_a_detector():
+    """Each with a region of its own, from the first pass on, which adds the hooks."""
+    detector = mask_padding(random(retinanet(side=32)))
+    batches = [
+        [torch.rand(3, 32, 24 + 8 * i).double(), torch.rand(3, 32, 64).double()] for i in range(4)
+    ] * 3
+
+    @torch.no_grad()
+    def find(batch):
+        return detector(batch), valid_region()
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(find, batches))
+    for batch, (together, region) in zip(batches, found, strict=True):
+        assert region is None  # nothing is left behind in the thread
+        torch.testing.assert_close(together, find(batch)[0], rtol=0, atol=0)
+
+
+def test_a_pass_that_fails_leaves_no_region():
+    detector = mask_padding(random(retinanet(side=32)))
+    images = [torch.rand(3, 32, 24).double(), torch.rand(3, 32, 64).double()]
+
+    def fail(*args):
+        raise RuntimeError("on purpose")
+
+    head = detector.head
+    for part, first in ((head.regression_head, False), (head, True)):
+        handle = part.register_forward_pre_hook(fail, prepend=first)
+        with pytest.raises(RuntimeError, match="on purpose"), torch.no_grad():
+            detector(images)
+        handle.remove()
+        assert valid_region() is None
+    with torch.no_grad():
+        detector(images)
 
 
 @pytest.mark.parametrize("make", [retinanet, mask_rcnn])

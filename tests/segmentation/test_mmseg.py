@@ -99,6 +99,33 @@ def test_evaluation(config: Path, trained: Path, tmp_path: Path, tta: list[str])
         assert set(np.unique(labels)) <= set(range(1, 8)), path  # ADE20K counts from 1
 
 
+def test_label_maps_take_no_other_files_place(
+    config: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two images of one name have two maps and two drawings; a folder of images gets none."""
+    sizes = {}
+    for kind, suffix in (("images", ".jpg"), ("annotations", ".png")):
+        source = config.parent / "ade" / kind / "validation"
+        for index, path in enumerate(sorted(source.iterdir())):
+            target = tmp_path / "ade" / kind / "validation" / str(index) / f"x{suffix}"
+            target.parent.mkdir(parents=True)
+            target.write_bytes(path.read_bytes())
+            with Image.open(target) as image:
+                sizes[index] = image.size
+    options = ["--cfg-options", f"test_dataloader.dataset.data_root={tmp_path / 'ade'}"]
+    flags = [str(config), str(trained), "--work-dir", str(tmp_path / "work"), *options]
+    out = tmp_path / "out"
+    assert main(["test-segmentor", *flags, "--out", str(out), "--show-dir", str(out)]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["x-2.png", "x-3.png", "x-4.png", "x.png"]
+    found = sorted(Image.open(path).size for path in out.iterdir() if Image.open(path).mode == "L")
+    assert found == sorted(sizes.values())
+    flags[3] = str(tmp_path / "other")
+    inside = tmp_path / "ade/images/validation/0/maps"
+    assert main(["test-segmentor", *flags, "--out", str(inside)]) == 2
+    assert "the next run would take results for images" in capsys.readouterr().err
+    assert not inside.exists() and not (tmp_path / "other").exists()
+
+
 def test_no_augmentation_to_test_with(
     config: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,9 +19,9 @@ from mmengine.registry import MODELS, init_default_scope  # noqa: E402
 CONFIG = Path(__file__).resolve().parents[2] / "configs/segmentation/upernet_test-ravlt_sample.py"
 
 
-def test_label_maps(tmp_path: Path) -> None:
-    from mmseg.apis import inference_model, init_model
-
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    """A config; ``model.pth`` beside holds its weights, as they are drawn."""
     config = Config.fromfile(CONFIG)
     init_default_scope("mmseg")
     torch.manual_seed(1)
@@ -29,6 +29,28 @@ def test_label_maps(tmp_path: Path) -> None:
     model.init_weights()
     meta = {"dataset_meta": config.metainfo.to_dict()}
     torch.save({"state_dict": model.state_dict(), "meta": meta}, tmp_path / "model.pth")
+    return config
+
+
+def test_label_maps_and_drawings_of_one_name(config: Config, tmp_path: Path) -> None:
+    """The label map of one image would have the name of the drawing of another."""
+    images = [tmp_path / name for name in ("cat.jpg", "cat_labels.jpg")]
+    for index, image in enumerate(images):
+        Image.new("RGB", (60 + index, 60)).save(image)
+    arguments = ["predict", "--task", "segmentation", CONFIG, tmp_path / "model.pth", *images]
+    arguments += ["--out", tmp_path / "out", "--results-file", tmp_path / "results.json"]
+    assert main([str(item) for item in arguments]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    for index, result in enumerate(results):
+        for key, mode in (("drawn", "RGB"), ("label_map", "L")):
+            with Image.open(result[key]) as file:
+                assert (file.mode, file.size) == (mode, (60 + index, 60))
+    assert len(list((tmp_path / "out").iterdir())) == 4
+
+
+def test_label_maps(config: Config, tmp_path: Path) -> None:
+    from mmseg.apis import inference_model, init_model
+
     noise = np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8)
     photo = tmp_path / "photo.png"
     Image.fromarray(noise).resize((180, 120)).save(photo)

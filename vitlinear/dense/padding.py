@@ -21,10 +21,12 @@ forward pass; `docs/padding.md` says what each kind of layer does. What remains 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
@@ -34,6 +36,7 @@ from vitlinear.layers.padding_rule import MASK, SIZES, ZEROS, ZEROS_CHANNELS_FIR
 from vitlinear.models._valid_region import ValidRegion, use_valid_region, valid_region
 
 Sizes = Sequence[tuple[int, int]]
+_ADDING = threading.Lock()
 
 
 def attach_valid_sizes(images: Tensor, valid_sizes: Sizes) -> Tensor:
@@ -137,14 +140,16 @@ def add_hooks(model: nn.Module) -> None:
         UserError: The model has no layer of this package that mixes tokens.
     """
     inside: set[nn.Module] = set()  # layers with a rule do themselves what their parts need
-    for module in model.modules():
-        hook = _hook_for(module)
-        if hook is None or module in inside:
-            continue
-        if hasattr(module, "padding_rule"):
-            inside.update(module.modules())
-        if hook not in module._forward_pre_hooks.values():
-            module.register_forward_pre_hook(hook, with_kwargs=True)
+    # Threads that share a model look and add one after the other; Dynamo knows no locks.
+    with nullcontext() if torch.compiler.is_compiling() else _ADDING:
+        for module in model.modules():
+            hook = _hook_for(module)
+            if hook is None or module in inside:
+                continue
+            if hasattr(module, "padding_rule"):
+                inside.update(module.modules())
+            if hook not in module._forward_pre_hooks.values():
+                module.register_forward_pre_hook(hook, with_kwargs=True)
     if not inside:
         raise UserError(
             f"{type(model).__name__} has no attention of vitlinear, so valid sizes cannot keep "

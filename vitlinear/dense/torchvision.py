@@ -3,7 +3,9 @@
 No `from __future__ import annotations`: TorchScript cannot read annotations that are strings.
 """
 
+import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -102,25 +104,28 @@ def mask_padding(detector: nn.Module) -> nn.Module:
 
     Args:
         detector: One of torchvision's, on an `fpn_backbone`. It gets another transform, and hooks
-            that TorchScript does not take.
+            that TorchScript does not take. A second call changes nothing; threads may share it.
 
     Returns:
         The same detector.
     """
     old: Any = detector.transform
-    detector.transform = ValidSizesTransform(
-        old.min_size,
-        old.max_size,
-        old.image_mean,
-        old.image_std,
-        old.size_divisible,
-        old.fixed_size,
-        _skip_resize=old._skip_resize,
-    )
+    if not isinstance(old, ValidSizesTransform):
+        detector.transform = ValidSizesTransform(
+            old.min_size,
+            old.max_size,
+            old.image_mean,
+            old.image_std,
+            old.size_divisible,
+            old.fixed_size,
+            _skip_resize=old._skip_resize,
+        )
     dense: Any = getattr(detector, "rpn", detector)
     if dense is not detector:  # an RPN would fill up with proposals of no score at all
         dense.score_thresh = max(dense.score_thresh, 1e-7)
     head = dense.head
+    if _enter_region in head._forward_pre_hooks.values():
+        return detector
     head.register_forward_pre_hook(_enter_region)
     head.register_forward_hook(_leave_region, always_call=True)
     for name, module in head.named_modules():
@@ -131,15 +136,26 @@ def mask_padding(detector: nn.Module) -> nn.Module:
     return detector
 
 
-def _enter_region(head: Any, args: tuple[list[Tensor]]) -> None:
-    region = getattr(args[0][0], "valid_region", None)
-    head.context = use_valid_region(region)
-    head.context.__enter__()
+class _Entered(threading.local):
+    """The heads that this thread's forward pass is in, each with the context that it entered."""
+
+    def __init__(self) -> None:
+        self.heads: list[tuple[nn.Module, AbstractContextManager[None]]] = []
 
 
-def _leave_region(head: Any, args: Any, output: Any) -> None:
-    head.context.__exit__(None, None, None)
-    del head.context  # it cannot be copied
+_entered = _Entered()
+
+
+def _enter_region(head: nn.Module, args: tuple[list[Tensor]]) -> None:
+    context = use_valid_region(getattr(args[0][0], "valid_region", None))
+    context.__enter__()
+    _entered.heads.append((head, context))
+
+
+def _leave_region(head: nn.Module, args: Any, output: Any) -> None:
+    # Not there if another hook failed before the region was entered.
+    if _entered.heads and _entered.heads[-1][0] is head:
+        _entered.heads.pop()[1].__exit__(None, None, None)
 
 
 def _propose_nothing(layer: nn.Module, args: Any, logits: Tensor) -> Tensor:

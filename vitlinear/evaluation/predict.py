@@ -104,6 +104,7 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
         ``unreadable``.
     """
     files = find_images(config.images)
+    check_parent(config.results_file, (config.checkpoint, *files))
     if not config.checkpoint and not config.model.pretrained:
         raise UserError("no weights: give --checkpoint FILE, or --model NAME --pretrained")
     device = choose_device(config.device.device)

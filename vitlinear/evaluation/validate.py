@@ -66,7 +66,7 @@ def parse_arguments(argv: Sequence[str] | None, prog: str = "vitlinear validate"
 def main(argv: Sequence[str] | None, prog: str = "vitlinear validate") -> None:
     """Runs the command."""
     config = parse_arguments(argv, prog)
-    check_parent(config.results_file)
+    check_parent(config.results_file, (config.checkpoint, config.data.class_map))
     metrics = validate(config)
     print(
         f"top-1 {metrics['top1']:.2f} %, top-5 {metrics['top5']:.2f} %, loss {metrics['loss']:.4f} "

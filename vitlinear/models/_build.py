@@ -53,7 +53,14 @@ def build_model(model_cls: type[Model], name: str, pretrained: bool, **kwargs: A
         DownloadError: The weights could not be fetched whole; see `ensure_downloaded`.
         CheckpointError: The file cannot be read, or holds no weights of the model. A ValueError.
         RuntimeError: They do not fit the model.
+        ValueError: An ``output_stride`` is asked for, which is a word of dilated convolutions.
     """
+    if kwargs.pop("output_stride", None) not in (None, 32):  # 32: what callers give by default
+        raise ValueError(
+            f"{name} has no output_stride: its strides are those of its stages, and its last map "
+            "stays as coarse as it is; leave output_stride out, and take a decoder that joins maps "
+            "of several strides, such as an FPN or UperNet"
+        )
     kwargs = {"feature_cfg": dict(model_cls.feature_cfg), **kwargs}  # type: ignore[attr-defined]
     _check_out_indices(kwargs.get("out_indices"), kwargs["feature_cfg"].get("out_indices"))
     path = _weights_file(name, kwargs) if pretrained else None

@@ -14,6 +14,7 @@ from vitlinear.files import check_parent, write_text
 from .compare_curves import check_format, curves, mean_and_spread, plot
 from .progress import clock
 from .record.curves import check_plotting
+from .record.folder import FILES
 from .record.logger import Row, table
 from .record.recorded import Recorded, read_runs
 
@@ -64,9 +65,10 @@ def compare(config: CompareConfig) -> None:
     Raises:
         UserError: A run or a metric is not there, or a file cannot be written.
     """
-    check_parent(config.csv)
+    read = [Path(run).expanduser() / name for run in config.runs for name in FILES]
+    check_parent(config.csv, read)
     if config.output:
-        check_parent(config.output)
+        check_parent(config.output, read)
         check_plotting(config.output, ", or give --output ''")
         check_format(Path(config.output))
     runs = read_runs(config.runs)

@@ -33,29 +33,31 @@ def check_config(config: Config, parts: tuple[str, ...]) -> None:
                     raise UserError(f"{key}.init_cfg names no file: set {key}.init_cfg.checkpoint")
                 _check_set(rule["checkpoint"], f"{key}.init_cfg.checkpoint")
     for part in parts:
-        for key, section in _sections(config.get(f"{part}_dataloader"), f"{part}_dataloader"):
+        for key, section in sections(config.get(f"{part}_dataloader"), f"{part}_dataloader"):
+            if section.get("decode_backend") == "pickle":
+                raise UserError(f"{key}.decode_backend: pickles can do anything when they are read")
             if "data_root" in section or "ann_file" in section:
                 _check_dataset(section, key)
-        for key, section in _sections(config.get(f"{part}_evaluator"), f"{part}_evaluator"):
+        for key, section in sections(config.get(f"{part}_evaluator"), f"{part}_evaluator"):
             if section.get("ann_file"):
                 _check_set(section["ann_file"], f"{key}.ann_file")
 
 
-def backbones(config: Config) -> list[tuple[str, dict[str, Any]]]:
-    """Our backbones in a config's model, with the keys that lead to them."""
-    sections = _sections(config.get("model"), "model")
-    return [(key, part) for key, part in sections if part.get("type") == "vitlinear.Backbone"]
-
-
-def _sections(value: Any, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def sections(value: Any, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every mapping in a part of a config, with the key that leads to it."""
     if isinstance(value, Mapping):
         yield key, value
         for name, inner in value.items():
-            yield from _sections(inner, f"{key}.{name}")
+            yield from sections(inner, f"{key}.{name}")
     elif isinstance(value, (list, tuple)):
         for index, inner in enumerate(value):
-            yield from _sections(inner, f"{key}.{index}")
+            yield from sections(inner, f"{key}.{index}")
+
+
+def backbones(config: Config) -> list[tuple[str, dict[str, Any]]]:
+    """Our backbones in a config's model, with the keys that lead to them."""
+    found = sections(config.get("model"), "model")
+    return [(key, part) for key, part in found if part.get("type") == "vitlinear.Backbone"]
 
 
 def _check_dataset(section: Mapping[str, Any], key: str) -> None:

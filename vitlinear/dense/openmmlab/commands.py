@@ -3,48 +3,85 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from mmengine.config import Config, ConfigDict
 
+from vitlinear.cli.flags import from_arguments
 from vitlinear.cli.parser import Parser
 from vitlinear.errors import UserError
+from vitlinear.files import check_no_input
 
+from .annotations import check_annotations
 from .checks import backbones, check_config, check_exists
 from .packages import require
-from .runner import EvaluationRunner, add_common_flags, build_runner, processes, read_config
+from .results import ResultsHook
+from .runner import (
+    OVERWRITE,
+    EvaluationRunner,
+    RunArguments,
+    add_common_flags,
+    build_runner,
+    processes,
+    read_run_config,
+)
+
+
+@dataclass(frozen=True)
+class TrainArguments:
+    """Flags of ``train-detector`` and ``train-segmentor``."""
+
+    run: RunArguments
+    amp: bool | None
+    auto_scale_lr: bool
+    resume: str | None
+
+
+@dataclass(frozen=True)
+class TestArguments:
+    """Flags of ``test-detector`` and ``test-segmentor``."""
+
+    run: RunArguments
+    checkpoint: str
+    out: str | None
+    show_dir: str | None
+    overwrite: bool
+    tta: bool
 
 
 def train_detector(argv: Sequence[str] | None, prog: str = "vitlinear train-detector") -> None:
     """Train a detector of mmdet."""
-    _train(_training_flags(argv, prog, "Train a detector of mmdet."), "mmdet")
+    _train(_training_arguments(argv, prog, "Train a detector of mmdet."), "mmdet")
 
 
 def train_segmentor(argv: Sequence[str] | None, prog: str = "vitlinear train-segmentor") -> None:
     """Train a segmentor of mmseg."""
-    _train(_training_flags(argv, prog, "Train a segmentor of mmseg."), "mmseg")
+    _train(_training_arguments(argv, prog, "Train a segmentor of mmseg."), "mmseg")
 
 
 def test_detector(argv: Sequence[str] | None, prog: str = "vitlinear test-detector") -> None:
     """Evaluate a detector of mmdet."""
     what, out = "Evaluate a detector of mmdet.", "FILE.pkl"
-    args = _test_flags(argv, prog, what, out, "predictions, with the annotations, as a pickle")
-    if args.out and not args.out.endswith((".pkl", ".pickle")):
-        raise UserError(f"--out {args.out}: the name has to end with .pkl")
-    _test(args, "mmdet", _detector_options)
+    arguments = _test_arguments(
+        argv, prog, what, out, "predictions, with the annotations, as a pickle"
+    )
+    if arguments.out:
+        if not arguments.out.endswith((".pkl", ".pickle")):
+            raise UserError(f"--out {arguments.out}: the name has to end with .pkl")
+        check_no_input(arguments.out, (arguments.checkpoint, arguments.run.config.config))
+    _test(arguments, "mmdet")
 
 
 def test_segmentor(argv: Sequence[str] | None, prog: str = "vitlinear test-segmentor") -> None:
     """Evaluate a segmentor of mmseg."""
     what, out = "Evaluate a segmentor of mmseg.", "FOLDER"
-    args = _test_flags(argv, prog, what, out, "label maps as PNG files")
-    _test(args, "mmseg", _segmentor_options)
+    _test(_test_arguments(argv, prog, what, out, "label maps as PNG files"), "mmseg")
 
 
-def _training_flags(argv: Sequence[str] | None, prog: str, description: str) -> argparse.Namespace:
+def _training_arguments(argv: Sequence[str] | None, prog: str, description: str) -> TrainArguments:
     parser = Parser(prog=prog, description=description)
     add_common_flags(parser)
     parser.add_argument(
@@ -66,113 +103,117 @@ def _training_flags(argv: Sequence[str] | None, prog: str, description: str) -> 
         metavar="FILE",
         help="go on from a checkpoint; without FILE, from the last one in --work-dir",
     )
-    return parser.parse_args(argv)
+    return from_arguments(TrainArguments, parser.parse_args(argv))
 
 
-def _train(args: argparse.Namespace, framework: str) -> None:
+def _train(arguments: TrainArguments, framework: str) -> None:
     require("mmcv.ops", framework)
-    config = read_config(args, framework)
+    config, name = read_run_config(arguments.run, framework), arguments.run.config.config
     for key in ("train_dataloader", "train_cfg", "optim_wrapper"):
         if not config.get(key):
-            raise UserError(f"config {args.config} has no {key}: it trains nothing")
-    _set_precision(config, args)
-    if args.auto_scale_lr:
+            raise UserError(f"config {name} has no {key}: it trains nothing")
+    _set_precision(config, arguments.amp, name)
+    if arguments.auto_scale_lr:
         if "base_batch_size" not in config.get("auto_scale_lr", {}):
-            raise UserError(f"--auto-scale-lr: {args.config} has no auto_scale_lr.base_batch_size")
+            raise UserError(f"--auto-scale-lr: {name} has no auto_scale_lr.base_batch_size")
         config.auto_scale_lr.enable = True
-    if args.resume:
+    if arguments.resume:
         config.resume = True
-        config.load_from = None if args.resume == "auto" else args.resume
+        config.load_from = None if arguments.resume == "auto" else arguments.resume
     if config.get("load_from"):
         check_exists(config.load_from, "set --resume or load_from")
     check_config(config, ("train", "val"))
-    with processes(args.launcher):
+    check_annotations(config, ("train", "val"), framework)
+    with processes(arguments.run.launcher):
         build_runner(config).train()
 
 
-def _set_precision(config: Config, args: argparse.Namespace) -> None:
+def _set_precision(config: Config, amp: bool | None, name: str) -> None:
     wrapper = config.optim_wrapper
-    if args.amp:
+    if amp:
         wrapper.type = "AmpOptimWrapper"
         wrapper.setdefault("loss_scale", "dynamic")
-    elif args.amp is False and wrapper.get("type") == "AmpOptimWrapper":
+    elif amp is False and wrapper.get("type") == "AmpOptimWrapper":
         wrapper.type = "OptimWrapper"
         for key in ("loss_scale", "dtype", "use_fsdp"):
             wrapper.pop(key, None)
     if wrapper.get("type") == "AmpOptimWrapper" and not torch.cuda.is_available():
-        whose = "--amp" if args.amp else f"config {args.config}"
+        whose = "--amp" if amp else f"config {name}"
         raise UserError(
             f"{whose}: mmengine's mixed precision needs a GPU, and there is none; --no-amp trains "
             "in float32"
         )
 
 
-def _test_flags(
+def _test_arguments(
     argv: Sequence[str] | None, prog: str, description: str, out: str, what: str
-) -> argparse.Namespace:
+) -> TestArguments:
     parser = Parser(prog=prog, description=description)
     add_common_flags(parser, "checkpoint")
     parser.add_argument("--out", default=None, metavar=out, help=what)
     parser.add_argument(
         "--show-dir", default=None, metavar="FOLDER", help="images with what was found drawn in"
     )
+    parser.add_argument("--overwrite", action="store_true", help=OVERWRITE)
     parser.add_argument("--tta", action="store_true", help="test-time augmentation")
-    return parser.parse_args(argv)
+    return from_arguments(TestArguments, parser.parse_args(argv))
 
 
-def _test(
-    args: argparse.Namespace,
-    framework: str,
-    lay_over: Callable[[Config, argparse.Namespace], None],
-) -> None:
+def _test(arguments: TestArguments, framework: str) -> None:
     require("mmcv.ops", framework)
-    config = read_config(args, framework)
+    config, name = read_run_config(arguments.run, framework), arguments.run.config.config
     for key in ("test_dataloader", "test_cfg", "test_evaluator"):
         if not config.get(key):
-            raise UserError(f"config {args.config} has no {key}: it tests nothing")
-    check_exists(args.checkpoint, "give another checkpoint")
-    if args.show_dir and "visualization" not in config.get("default_hooks", {}):
-        raise UserError(f"--show-dir: {args.config} has no default_hooks.visualization")
+            raise UserError(f"config {name} has no {key}: it tests nothing")
+    check_exists(arguments.checkpoint, "give another checkpoint")
+    if arguments.show_dir and "visualizer" not in config:
+        raise UserError(f"--show-dir: {name} has no visualizer, which draws")
     # The checkpoint has all weights: what training started from need not be here.
-    config.load_from, config.resume = args.checkpoint, False
+    config.load_from, config.resume = arguments.checkpoint, False
     for _, backbone in backbones(config):
         backbone.update(pretrained=False, init_cfg=None)
-    lay_over(config, args)
+    lay_over = _detector_options if framework == "mmdet" else _segmentor_options
+    lay_over(config, arguments)
     check_config(config, ("test",))
-    with processes(args.launcher):
-        build_runner(config, EvaluationRunner).test()
+    check_annotations(config, ("test",), framework)
+    results = _results(config, arguments, framework)
+    with processes(arguments.run.launcher):
+        build_runner(config, EvaluationRunner, results.attach if results else None).test()
 
 
-def _detector_options(config: Config, args: argparse.Namespace) -> None:
-    if args.show_dir:
-        # Absolute, or mmdet puts it under the work folder.
-        folder = str(Path(args.show_dir).absolute())
-        config.default_hooks.visualization.update(draw=True, test_out_dir=folder)
-    if args.tta:
+def _results(config: Config, arguments: TestArguments, framework: str) -> ResultsHook | None:
+    """The hook that writes drawings and label maps, if any are asked for."""
+    label_maps, settings = None, {}
+    if framework == "mmseg":
+        label_maps = arguments.out
+    else:
+        hook = config.get("default_hooks", {}).get("visualization", {})
+        settings["pred_score_thr"] = hook.get("score_thr", 0.3)
+    if not (arguments.show_dir or label_maps):
+        return None
+    return ResultsHook(arguments.show_dir, label_maps, arguments.overwrite, settings)
+
+
+def _detector_options(config: Config, arguments: TestArguments) -> None:
+    if arguments.tta:
         nms = {"nms": {"type": "nms", "iou_threshold": 0.5}, "max_per_img": 100}
         config.setdefault("tta_model", {"type": "DetTTAModel", "tta_cfg": nms})
         if "tta_pipeline" not in config:
             config.tta_pipeline = _flipped(_innermost(config.test_dataloader.dataset).pipeline)
         _augment(config)
-    if args.out:
+    if arguments.out:
         metrics = config.test_evaluator
         metrics = list(metrics) if isinstance(metrics, Sequence) else [metrics]
-        config.test_evaluator = [*metrics, {"type": "DumpDetResults", "out_file_path": args.out}]
+        dump = {"type": "DumpDetResults", "out_file_path": arguments.out}
+        config.test_evaluator = [*metrics, dump]
 
 
-def _segmentor_options(config: Config, args: argparse.Namespace) -> None:
-    if args.show_dir:
-        config.default_hooks.visualization.update(draw=True)
-        config.visualizer.update(save_dir=args.show_dir)
-    if args.tta:
+def _segmentor_options(config: Config, arguments: TestArguments) -> None:
+    if arguments.tta:
         for key in ("tta_model", "tta_pipeline"):
             if key not in config:
-                raise UserError(f"--tta: {args.config} has no {key}")
+                raise UserError(f"--tta: {arguments.run.config.config} has no {key}")
         _augment(config)
-    if args.out:
-        metrics = config.test_evaluator
-        for metric in metrics if isinstance(metrics, Sequence) else [metrics]:
-            metric.update(output_dir=args.out)
 
 
 def _augment(config: Config) -> None:

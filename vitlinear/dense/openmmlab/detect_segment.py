@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +13,63 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import DATASETS, MODELS, init_default_scope
+from mmengine.registry import MODELS, init_default_scope
 from PIL import Image, ImageOps
 from torch import nn
 from tqdm import tqdm
 
 from vitlinear.checkpoints.read import read_checkpoint
 from vitlinear.cli.device import choose_device
+from vitlinear.cli.flags import from_arguments
 from vitlinear.cli.parser import Parser
 from vitlinear.data.bad_images import BadImages, add_bad_images_flag
 from vitlinear.data.images import DAMAGE, UnreadableImage, convert, decode, find_images
 from vitlinear.errors import UserError, one_line
-from vitlinear.files import check_parent, write_atomically, write_text
+from vitlinear.files import (
+    ResultPaths,
+    check_no_input_folder,
+    check_parent,
+    write_atomically,
+    write_text,
+)
 
 from ..draw import Color, color_of, draw_classes, draw_detections
+from .annotations import check_heads, kind_of_data
 from .checks import backbones, check_config
 from .packages import require
-from .runner import add_config_flags, load_weights, processes, read_config
+from .runner import (
+    OVERWRITE,
+    ConfigArguments,
+    add_config_flags,
+    dataset_meta,
+    load_weights,
+    processes,
+    read_config,
+)
 
 Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PredictArguments:
+    """Flags of ``predict --task segmentation``."""
+
+    config: ConfigArguments
+    checkpoint: str
+    images: tuple[str, ...]
+    out: str
+    overwrite: bool
+    device: str | None
+    json: bool
+    results_file: str | None
+    bad_images: str
+
+
+@dataclass(frozen=True)
+class DetectArguments(PredictArguments):
+    """Flags of ``predict --task detection``."""
+
+    score_thr: float
 
 
 def detect(argv: Sequence[str] | None, prog: str = "vitlinear predict --task detection") -> None:
@@ -40,16 +78,18 @@ def detect(argv: Sequence[str] | None, prog: str = "vitlinear predict --task det
     parser.add_argument(
         "--score-thr", type=float, default=0.3, metavar="S", help="leave out what scores less"
     )
-    args = parser.parse_args(argv)
+    arguments = from_arguments(DetectArguments, parser.parse_args(argv))
     apis, _ = require("mmdet.apis", "mmcv.ops")
-    results = _check(args)
-    model, names, _ = load_model(args, "mmdet")
+    results = _check(arguments)
+    model, names, _ = load_model(arguments.config, arguments.checkpoint, arguments.device, "mmdet")
 
-    def predict(image: Image.Image, stem: Path) -> Result:
+    def predict(image: Image.Image, paths: Sequence[Path]) -> Result:
         found = apis.inference_detector(model, _as_bgr(image)).get("pred_instances")
         if found is None:
-            raise UserError(f"config {args.config} makes no detector: it predicts no boxes")
-        found = found[found.scores >= args.score_thr].cpu()
+            raise UserError(
+                f"config {arguments.config.config} makes no detector: it predicts no boxes"
+            )
+        found = found[found.scores >= arguments.score_thr].cpu()
         indices, scores = found.labels.tolist(), found.scores.tolist()
         detections: list[Result] = [
             {"class": names[index], "index": index, "score": score, "box": box}
@@ -61,28 +101,33 @@ def detect(argv: Sequence[str] | None, prog: str = "vitlinear predict --task det
                 detection["segmentation"] = _run_lengths(mask)
         labels = [f"{item['class']} {item['score']:.0%}" for item in detections]
         drawn = draw_detections(image, found.bboxes, indices, labels, masks)
-        return {"drawn": _save(drawn, stem), "detections": detections}
+        return {"drawn": _save(drawn, paths[0]), "detections": detections}
 
     def summary(result: Result) -> str:
         counts = Counter(item["class"] for item in result["detections"])
         return ", ".join(f"{count} {name}" for name, count in counts.most_common()) or "nothing"
 
-    _run(args, results, predict, summary)
+    _run(arguments, results, [".png"], predict, summary)
 
 
 def segment(
     argv: Sequence[str] | None, prog: str = "vitlinear predict --task segmentation"
 ) -> None:
     """Draw label maps, and write them beside the drawings, a pixel being its class's index."""
-    args = _parser(prog, "Name the class of each pixel with a segmentor of mmseg.").parse_args(argv)
+    parser = _parser(prog, "Name the class of each pixel with a segmentor of mmseg.")
+    arguments = from_arguments(PredictArguments, parser.parse_args(argv))
     apis, _ = require("mmseg.apis", "mmcv.ops")
-    results = _check(args)
-    model, names, palette = load_model(args, "mmseg")
+    results = _check(arguments)
+    model, names, palette = load_model(
+        arguments.config, arguments.checkpoint, arguments.device, "mmseg"
+    )
 
-    def predict(image: Image.Image, stem: Path) -> Result:
+    def predict(image: Image.Image, paths: Sequence[Path]) -> Result:
         found = apis.inference_model(model, _as_bgr(image)).get("pred_sem_seg")
         if found is None:
-            raise UserError(f"config {args.config} makes no segmentor: it predicts no label map")
+            raise UserError(
+                f"config {arguments.config.config} makes no segmentor: it predicts no label map"
+            )
         labels = found.data[0].cpu().numpy()
         label_map = Image.fromarray(labels.astype(np.uint8 if len(names) <= 256 else np.uint16))
         present, counts = np.unique(labels, return_counts=True)
@@ -91,24 +136,26 @@ def segment(
             for index, count in zip(present.tolist(), counts.tolist(), strict=True)
         ]
         return {
-            "drawn": _save(draw_classes(image, labels, names, palette), stem),
-            "label_map": _save(label_map, stem.with_name(f"{stem.name}_labels")),
+            "drawn": _save(draw_classes(image, labels, names, palette), paths[0]),
+            "label_map": _save(label_map, paths[1]),
             "classes": sorted(classes, key=lambda item: -item["share"]),
         }
 
     def summary(result: Result) -> str:
         return ", ".join(f"{item['class']} {item['share']:.1%}" for item in result["classes"])
 
-    _run(args, results, predict, summary)
+    _run(arguments, results, [".png", "_labels.png"], predict, summary)
 
 
 def load_model(
-    args: argparse.Namespace, framework: str
+    arguments: ConfigArguments, checkpoint: str, device: str | None, framework: str
 ) -> tuple[nn.Module, list[str], list[Color]]:
     """Build what a config says, with all weights from a checkpoint, ready to predict.
 
     Args:
-        args: ``config``, ``cfg_options``, ``checkpoint``, ``device``.
+        arguments: The config.
+        checkpoint: File of the weights.
+        device: Name of the device; by default cuda where there is one.
         framework: ``mmdet`` or ``mmseg``, where the config names no scope.
 
     Returns:
@@ -118,36 +165,39 @@ def load_model(
     Raises:
         UserError: A file cannot be read, or the checkpoint is one of another model.
     """
-    config, content = read_config(args, framework), read_checkpoint(args.checkpoint)
+    config, _ = read_config(arguments, framework)
+    content = read_checkpoint(checkpoint)
     for _, backbone in backbones(config):
         backbone.update(pretrained=False, init_cfg=None)
     check_config(config, ())
     with processes("none"):
-        init_default_scope(config.get("default_scope", framework))
+        scope = config.get("default_scope", framework)
+        init_default_scope(scope)
         model = revert_sync_batchnorm(MODELS.build(config.model))
-        meta = content.get("meta", {}).get("dataset_meta") or _meta_of_data(config)
-    load_weights(model, content.get("state_dict", content), args.checkpoint)
+        meta = dataset_meta(content) or _meta_of_data(config, scope)
+    load_weights(model, content.get("state_dict", content), checkpoint)
     model.cfg = config
-    model.to(choose_device(args.device)).eval()
+    model.to(choose_device(device)).eval()
     meta = {key.lower(): value for key, value in meta.items()}
     names = list(meta.get("classes") or ())
     if not names:
         raise UserError(
-            f"neither {args.checkpoint} nor {args.config} names the classes: "
+            f"neither {checkpoint} nor {arguments.config} names the classes: "
             "--cfg-options test_dataloader.dataset.metainfo.classes=..."
         )
+    check_heads(config, names, checkpoint if dataset_meta(content) else str(arguments.config))
     palette = meta.get("palette")
     if not isinstance(palette, list | tuple) or len(palette) != len(names):
         palette = [color_of(index) for index in range(len(names))]
     return model, names, [tuple(color) for color in palette]
 
 
-def _meta_of_data(config: Config) -> dict[str, Any]:
+def _meta_of_data(config: Config, scope: str) -> dict[str, Any]:
     """The names that the class of the test data has, or the config gives it."""
     data = config.get("test_dataloader", {}).get("dataset", {})
     while "dataset" in data:
         data = data["dataset"]
-    kind = DATASETS.get(data["type"]) if "type" in data else None
+    kind = kind_of_data(data, scope)
     return {**getattr(kind, "METAINFO", {}), **data.get("metainfo", {})}
 
 
@@ -156,23 +206,25 @@ def _parser(prog: str, description: str) -> Parser:
     add_config_flags(parser, "checkpoint")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, or folders (recursive)")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="for the drawings")
+    parser.add_argument("--overwrite", action="store_true", help=OVERWRITE)
     parser.add_argument(
         "--device", default=None, metavar="DEV", help="default: cuda if there is one"
     )
     parser.add_argument("--json", action="store_true", help="JSON on standard output")
     parser.add_argument("--results-file", default=None, metavar="FILE", help="JSON to a file")
     add_bad_images_flag(parser)
-    # What a config is read with, and has no meaning here.
-    parser.set_defaults(work_dir=None, launcher="none")
     return parser
 
 
-def _check(args: argparse.Namespace) -> list[Result]:
+def _check(arguments: PredictArguments) -> list[Result]:
     """``file`` of each image, all of which were read once, or why not as ``unreadable``."""
-    check_parent(args.results_file)
-    bad_images = BadImages.by_flag(args.bad_images)
+    folders = [path for name in arguments.images if (path := Path(name).expanduser()).is_dir()]
+    check_no_input_folder(Path(arguments.out), folders)
+    bad_images = BadImages.by_flag(arguments.bad_images)
     results: list[Result] = []
-    for file in find_images(args.images):
+    files = find_images(arguments.images)
+    check_parent(arguments.results_file, (arguments.checkpoint, arguments.config.config, *files))
+    for file in files:
         results.append({"file": str(file)})
         try:
             _read(file)
@@ -186,30 +238,30 @@ def _check(args: argparse.Namespace) -> list[Result]:
 
 
 def _run(
-    args: argparse.Namespace,
+    arguments: PredictArguments,
     results: list[Result],
-    predict: Callable[[Image.Image, Path], Result],
+    endings: Sequence[str],
+    predict: Callable[[Image.Image, Sequence[Path]], Result],
     summary: Callable[[Result], str],
 ) -> None:
-    folder = Path(args.out).expanduser()
+    folder = Path(arguments.out).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {one_line(error)}") from error
-    taken: Counter[str] = Counter()
+    others = [arguments.checkpoint, arguments.config.config, arguments.results_file]
+    inputs = [result["file"] for result in results] + [name for name in others if name]
+    paths = ResultPaths(inputs, arguments.overwrite)
     readable = [result for result in results if "unreadable" not in result]
     for result in tqdm(readable, desc="predict", leave=False, disable=None):
         file = Path(result["file"])
-        taken[file.stem] += 1
-        # files of the same name from two folders
-        stem = file.stem if taken[file.stem] == 1 else f"{file.stem}-{taken[file.stem]}"
-        result.update(predict(_read(file), folder / stem))
+        result.update(predict(_read(file), paths.take(folder, file.stem, endings)))
     text = json.dumps(results, indent=2)
-    if args.results_file:
-        write_text(Path(args.results_file).expanduser(), text + "\n")
-    if args.json:
+    if arguments.results_file:
+        write_text(Path(arguments.results_file).expanduser(), text + "\n")
+    if arguments.json:
         print(text)
-    elif not args.results_file:
+    elif not arguments.results_file:
         for result in results:
             if "unreadable" in result:
                 print(f"left out: {result['file']}: {result['unreadable']}")
@@ -230,8 +282,7 @@ def _as_bgr(image: Image.Image) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(image)[:, :, ::-1])
 
 
-def _save(image: Image.Image, stem: Path) -> str:
-    path = stem.with_name(f"{stem.name}.png")  # not with_suffix: a stem may have dots
+def _save(image: Image.Image, path: Path) -> str:
     write_atomically(path, lambda temporary: image.save(temporary, "PNG"))
     return str(path)
 

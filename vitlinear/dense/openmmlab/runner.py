@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import pickle
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,23 @@ from vitlinear.cli.parser import Parser
 from vitlinear.errors import UserError, one_line
 from vitlinear.processes import join_processes, process_group
 
+from .reading import safe_reading
+
 TASKS = {"mmdet": "detection", "mmseg": "segmentation"}
+OVERWRITE = "replace results of an earlier run, where a number behind the name keeps them apart"
 TIMEOUT = 1800  # seconds that processes on CPUs wait for each other
 
 
+@dataclass(frozen=True)
+class ConfigArguments:
+    """A config, and settings laid over it."""
+
+    config: str
+    cfg_options: tuple[str, ...]
+
+
 def add_config_flags(parser: Parser, *files: str) -> None:
-    """The config, other files, and the flag that changes what a config says."""
+    """The flags of `ConfigArguments`, and other files."""
     parser.add_argument("config", help="a config file of mmengine's, or the name of one of ours")
     for name in files:
         parser.add_argument(name)
@@ -41,8 +54,17 @@ def add_config_flags(parser: Parser, *files: str) -> None:
     )
 
 
+@dataclass(frozen=True)
+class RunArguments:
+    """Common to training and testing: the config, the folder of the run, its processes."""
+
+    config: ConfigArguments
+    work_dir: str | None
+    launcher: str
+
+
 def add_common_flags(parser: Parser, *files: str) -> None:
-    """The flags that training and testing share, after the config and other files."""
+    """The flags of `RunArguments`, and other files."""
     add_config_flags(parser, *files)
     parser.add_argument(
         "--work-dir", default=None, metavar="FOLDER", help="default: work_dirs/NAME-OF-THE-CONFIG"
@@ -55,29 +77,36 @@ def add_common_flags(parser: Parser, *files: str) -> None:
     )
 
 
-def read_config(args: argparse.Namespace, framework: str) -> Config:
-    """Returns the config, with the shared flags laid over it.
+def read_config(arguments: ConfigArguments, framework: str) -> tuple[Config, Path]:
+    """Returns the config with the settings laid over it, and where it is.
 
     Args:
-        args: ``config``, ``cfg_options``, ``launcher``, ``work_dir``.
+        arguments: The config by its path or name, and the settings.
         framework: ``mmdet`` or ``mmseg``, which says where a name without a path is looked for.
 
     Raises:
         UserError: It is missing or broken, as one that it inherits may be, or an option is.
     """
-    path = find_config(args.config, TASKS[framework])
+    path = find_config(arguments.config, TASKS[framework])
     if not path.is_file():
-        raise UserError(f"config {args.config} does not exist")
+        raise UserError(f"config {arguments.config} does not exist")
     try:
-        config = Config.fromfile(path)
-        config.merge_from_dict(_options(args.cfg_options))
+        with safe_reading():
+            config = Config.fromfile(path)
+        config.merge_from_dict(_options(arguments.cfg_options))
     except UserError:
         raise
     except Exception as error:  # a config is a program
-        raise UserError(f"config {args.config} cannot be read: {one_line(error)}") from error
-    config.launcher = args.launcher
-    if args.work_dir is not None:
-        config.work_dir = args.work_dir
+        raise UserError(f"config {arguments.config} cannot be read: {one_line(error)}") from error
+    return config, path
+
+
+def read_run_config(arguments: RunArguments, framework: str) -> Config:
+    """As `read_config`, with the folder of the run and its launcher."""
+    config, path = read_config(arguments.config, framework)
+    config.launcher = arguments.launcher
+    if arguments.work_dir is not None:
+        config.work_dir = arguments.work_dir
     elif config.get("work_dir") is None:
         config.work_dir = str(Path("work_dirs", path.stem))
     return config
@@ -99,9 +128,14 @@ class EvaluationRunner(Runner):
         """Load all weights of the model.
 
         Raises:
-            CheckpointError: The file is damaged or is not this model's.
+            CheckpointError: The file is damaged or is not this model's, or numbers the classes in
+                another way than the data.
         """
         content = read_checkpoint(filename)
+        trained = dataset_meta(content).get("classes")
+        if isinstance(trained, list | tuple):
+            tested = getattr(self.test_loop.dataloader.dataset, "metainfo", {}).get("classes")
+            _compare_classes(filename, list(trained), list(tested or trained))
         checkpoint = dict(content) if "state_dict" in content else {"state_dict": content}
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
         model = self.model
@@ -109,6 +143,32 @@ class EvaluationRunner(Runner):
             model = model.module
         load_weights(model, checkpoint["state_dict"], filename)
         return checkpoint
+
+
+def dataset_meta(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns what a checkpoint says of its data: classes and palette; empty if it says nothing."""
+    meta = checkpoint.get("meta")
+    found = meta.get("dataset_meta") if isinstance(meta, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
+
+
+def _compare_classes(filename: str, trained: list[str], tested: list[str]) -> None:
+    """Refuse classes of one name under two numbers, and tell of other names."""
+    moved = [
+        name for name in trained if name in tested and tested.index(name) != trained.index(name)
+    ]
+    if moved:
+        numbers = f"{trained.index(moved[0])}, in the data {tested.index(moved[0])}"
+        raise CheckpointError(
+            f"checkpoint {filename} was trained with other numbers of the classes: {moved[0]!r} is "
+            f"{numbers}; give metainfo.classes the order of training, which is {trained}"[:600]
+        )
+    renamed = [pair for pair in zip(trained, tested, strict=False) if pair[0] != pair[1]]
+    if renamed:
+        print(
+            f"checkpoint {filename} calls {len(renamed)} classes by other names than the data: "
+            f"{renamed[0][0]!r} where the data has {renamed[0][1]!r}"
+        )
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Any], filename: str) -> None:
@@ -127,8 +187,16 @@ def load_weights(model: nn.Module, weights: Mapping[str, Any], filename: str) ->
         ) from error
 
 
-def build_runner(config: Config, kind: type[Runner] = Runner) -> Runner:
-    """The runner of a config, of a kind of its own if it names one."""
+def build_runner(
+    config: Config, kind: type[Runner] = Runner, prepare: Callable[[Runner], object] | None = None
+) -> Runner:
+    """The runner of a config, of a kind of its own if it names one.
+
+    Args:
+        config: The whole.
+        kind: Of the runner, unless the config says.
+        prepare: Is given the runner; if it refuses, the folder of the run goes again.
+    """
     if config.launcher != "none" and not torch.cuda.is_available():
         # mmengine would name a GPU for each process.
         config.setdefault(
@@ -143,7 +211,10 @@ def build_runner(config: Config, kind: type[Runner] = Runner) -> Runner:
     work_dir = Path(config.work_dir)
     is_new = not work_dir.exists()
     try:
-        return RUNNERS.build(config) if "runner_type" in config else kind.from_cfg(config)
+        runner = RUNNERS.build(config) if "runner_type" in config else kind.from_cfg(config)
+        if prepare is not None:
+            prepare(runner)
+        return runner
     except BaseException:
         if is_new:  # mmengine makes it before it builds the model
             shutil.rmtree(work_dir, ignore_errors=True)
@@ -153,6 +224,8 @@ def build_runner(config: Config, kind: type[Runner] = Runner) -> Runner:
 @contextlib.contextmanager
 def processes(launcher: str) -> Iterator[None]:
     """Joins the other processes, where mmengine would ask for a GPU, and tells mistakes apart.
+
+    Nothing of the files that are read inside is run; see `safe_reading`.
 
     Raises:
         UserError: The others cannot be reached; a file that the config names is missing, or what
@@ -164,7 +237,12 @@ def processes(launcher: str) -> Iterator[None]:
             if not distributed.is_initialized():
                 raise UserError(f"--launcher {launcher}: this process was not started by it")
         try:
-            yield
+            with safe_reading():
+                yield
+        except pickle.UnpicklingError as error:  # of a reader that is not mmengine's
+            raise CheckpointError(
+                f"a file that the config names is refused: {one_line(error)[:200]}"
+            ) from error
         except FileNotFoundError as error:
             raise UserError(f"{error.filename or one_line(error)} does not exist") from error
         except KeyError as error:

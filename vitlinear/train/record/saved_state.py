@@ -5,13 +5,13 @@ one before it becomes ``previous_state.pt``, so that damage to the newer, or dea
 renames, costs an interval and not the run.
 """
 
-import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from vitlinear.checkpoints.read import read_saved
 from vitlinear.errors import UserError
 from vitlinear.files import write_atomically
 
@@ -49,11 +49,9 @@ def read_state(path: Path) -> dict[str, Any]:
             damaged = archive.testzip()
         if damaged:
             raise zipfile.BadZipFile(damaged)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError,
-        zipfile.BadZipFile,
-    ) as error:  # fmt: skip
+        # In memory: the next state takes this one's place while its tensors are in use.
+        state = read_saved(path, mmap=False)
+    except (OSError, ValueError, zipfile.BadZipFile) as error:  # CheckpointErrors are ValueErrors
         raise UserError(f"cannot resume: {path} is truncated, corrupt or not a {STATE}") from error
     if not isinstance(state, dict) or state.get("version") != STATE_VERSION:
         raise UserError(f"cannot resume: {path} is not a training state of this version")

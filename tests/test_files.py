@@ -1,0 +1,77 @@
+"""Paths for results: each is new, and none is an input's."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.commands import Command
+from vitlinear.errors import UserError
+from vitlinear.files import ResultPaths, check_no_input_folder, check_parent
+
+MANY = [".png", "_labels.png"]
+
+
+def names(paths: list[Path]) -> list[str]:
+    return [path.name for path in paths]
+
+
+def test_each_input_has_paths_of_its_own(tmp_path: Path) -> None:
+    paths = ResultPaths([])
+    found = [names(paths.take(tmp_path, stem, [".png"])) for stem in ("cat", "cat", "cat-2")]
+    assert found == [["cat.png"], ["cat-2.png"], ["cat-2-2.png"]]
+    other = tmp_path / "other"
+    assert paths.take(other, "cat", [".png"]) == [other / "cat.png"]
+    # several files for an input, all under one name that is free for all of them
+    paths = ResultPaths([])
+    assert names(paths.take(tmp_path, "cat", MANY)) == ["cat.png", "cat_labels.png"]
+    second = names(paths.take(tmp_path, "cat_labels", MANY))
+    assert second == ["cat_labels-2.png", "cat_labels-2_labels.png"]
+    assert names(paths.take(tmp_path, "Cat", MANY)) == ["Cat-2.png", "Cat-2_labels.png"]
+    assert names(paths.take(tmp_path, "v1.2", MANY)) == ["v1.2.png", "v1.2_labels.png"]
+
+
+def test_no_input_and_no_file_that_was_there(tmp_path: Path) -> None:
+    image, old, link = (tmp_path / name for name in ("a.png", "b.png", "c.png"))
+    image.touch()
+    old.touch()
+    link.symlink_to(image)
+    for overwrite, of_b in ((False, "b-2.png"), (True, "b.png")):
+        paths = ResultPaths([image], overwrite)
+        found = [names(paths.take(tmp_path, stem, [".png"])) for stem in "abc"]
+        assert found == [["a-2.png"], [of_b], ["c-2.png"]]
+
+
+def test_many_of_one_name_take_no_longer_than_others(tmp_path: Path) -> None:
+    paths = ResultPaths([])
+    assert len({paths.take(tmp_path, "a", [".png"])[0] for _ in range(3000)}) == 3000
+
+
+def test_folders_and_files_that_are_read(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    (tmp_path / "link").symlink_to(images)
+    for folder in (images, images / "drawn", images / "x" / "..", tmp_path / "link" / "drawn"):
+        with pytest.raises(UserError, match="the next run would take results for images"):
+            check_no_input_folder(folder, [images])
+    check_no_input_folder(tmp_path / "images-drawn", [images])
+    check_no_input_folder(tmp_path, [images])
+    (images / "a.png").touch()
+    check_parent(str(images / "b.json"), [images / "a.png", None])
+    with pytest.raises(UserError, match="the command reads it"):
+        check_parent(str(tmp_path / "link" / "a.png"), [images / "a.png"])
+
+
+@pytest.mark.parametrize("name", ["image", "checkpoint"])
+def test_results_of_predict_take_no_inputs_place(
+    name: str, images: Path, checkpoint: Path, command: Command, tmp_path: Path
+) -> None:
+    image = tmp_path / "a.png"
+    image.write_bytes((images / "val/ant/0.png").read_bytes())
+    file = tmp_path / "best.safetensors"
+    file.write_bytes(checkpoint.read_bytes())
+    before = image.read_bytes(), file.read_bytes()
+    target = image if name == "image" else file
+    for words in (image, "--checkpoint", file), (tmp_path, "--checkpoint", file):
+        result = command("predict", *words, "--results-file", target)
+        assert result.code == 2 and "the command reads it" in result.err
+    assert (image.read_bytes(), file.read_bytes()) == before
