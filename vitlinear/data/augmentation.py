@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image, ImageOps
-from timm.data import FastCollateMixup, auto_augment
+from timm.data import FastCollateMixup, auto_augment, create_transform
+from timm.data.transforms import str_to_interp_mode
 
 from vitlinear.cli.flags import COUNT, NATURAL, RATE
 from vitlinear.cli.parser import Parser
-from vitlinear.errors import UserError
+from vitlinear.errors import UserError, one_line
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,40 @@ def make_mixing(
         label_smoothing=config.smoothing,
         num_classes=num_classes,
     )
+
+
+def check_augmentation(config: AugmentationConfig, mode: str) -> None:
+    """Refuses changes to images that do not exist, or that images of a PIL mode do not take.
+
+    Raises:
+        UserError: It would be an error of Pillow's or timm's, on the first image or on a later one.
+    """
+    try:
+        if config.train_interpolation != "random":
+            str_to_interp_mode(config.train_interpolation)
+    except KeyError as error:
+        raise UserError(
+            f"unknown --train-interpolation {config.train_interpolation}: random, bilinear, "
+            "bicubic, nearest, box, hamming or lanczos"
+        ) from error
+    if config.no_aug:
+        return
+    if config.aa:
+        try:
+            create_transform(32, is_training=True, auto_augment=config.aa)
+        except (AssertionError, IndexError, KeyError, ValueError) as error:
+            why = f" ({one_line(error)})" if str(error) else ""
+            raise UserError(
+                f"--aa {config.aa} is no policy that timm knows{why}: rand-m9-mstd0.5-inc1, "
+                "original, 3a, augmix-m5-w4, say"
+            ) from error
+        if mode not in ("L", "RGB"):
+            raise UserError(
+                f"--aa changes images of the modes L and RGB, not {mode}: leave it out, or "
+                "--input-img-mode"
+            )
+    elif config.color_jitter and mode == "LAB":
+        raise UserError("--color-jitter does not change images of the mode LAB: make it 0")
 
 
 def transform_options(config: AugmentationConfig) -> dict[str, Any]:

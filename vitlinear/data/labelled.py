@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from vitlinear.errors import UserError, one_line
 
 from .bad_images import LIMIT, UNREADABLE, BadImages, too_many
-from .images import DAMAGE, UnreadableImage, convert, decode
+from .images import DAMAGE, UnreadableImage, pixels
 from .sources import Source
 
 BLANK = (64, 64)  # pixels of the image in place of an unreadable held-out one
@@ -26,6 +26,9 @@ class LabelledImages(Dataset):
             labelled `UNREADABLE`, which `evaluate` leaves out.
         bad_images: Whether unreadable images are errors, and where they are recorded.
         num_classes: Bound of the labels, if the source does not know its classes.
+
+    Attributes:
+        notes: Lines for the user about what the source left out.
     """
 
     transform: Callable[[Image.Image], Any] | None = None
@@ -43,6 +46,7 @@ class LabelledImages(Dataset):
         names = source.classes
         self.classes: list[str] | None = None if names is None else [str(name) for name in names]
         self.num_classes = len(self.classes) if self.classes else num_classes
+        self.notes: list[str] = getattr(source, "notes", [])
 
     def __len__(self) -> int:
         return len(self.source)
@@ -56,7 +60,7 @@ class LabelledImages(Dataset):
         """
         try:
             content, label = self.source.read(index)
-            image = convert(decoded(content), self.image_mode)
+            image = pixels(content, self.image_mode)
         except DAMAGE as error:
             raise UnreadableImage(self.source.name(index), error) from error
         if not _is_label(label, self.num_classes):
@@ -117,7 +121,7 @@ class ShardImages(IterableImageDataset):
             if not _is_label(label, self.num_classes):
                 raise _wrong_label(name, label, self.num_classes)
             try:
-                image = convert(decoded(content), self.image_mode)
+                image = pixels(content, self.image_mode)
                 in_a_row = 0
             except DAMAGE as error:
                 self.bad_images.add(UnreadableImage(name, error))
@@ -134,28 +138,26 @@ class ShardImages(IterableImageDataset):
 class StreamedImages(IterableImageDataset):
     """A data set that timm itself streams (hfids, tfds)."""
 
-    def __init__(self, dataset: IterableImageDataset, name: str, bad_images: BadImages) -> None:
+    def __init__(
+        self, dataset: IterableImageDataset, name: str, image_mode: str, bad_images: BadImages
+    ) -> None:
         if bad_images.skip:
             raise UserError(f"--bad-images skip cannot be done with {name}: use hfds/ or wds/")
         super().__init__(None, reader=dataset.reader)
-        self.name = name
+        self.name, self.image_mode = name, image_mode
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
-        samples = super().__iter__()
+        samples = iter(self.reader)
         while True:
             try:
                 sample = next(samples, None)
+                if sample is None:
+                    return
+                image, label = pixels(sample[0], self.image_mode), sample[1]
             except DAMAGE as error:
                 reason = one_line(error)
                 raise UserError(f"cannot read an image of {self.name}: {reason}") from error
-            if sample is None:
-                return
-            yield sample
-
-
-def decoded(content: bytes | Image.Image) -> Image.Image:
-    """Returns the image that a `Source` gave as such or as the content of a file."""
-    return decode(content) if isinstance(content, bytes) else content
+            yield (self.transform(image) if self.transform else image), label
 
 
 def _is_label(label: int, num_classes: int | None) -> bool:

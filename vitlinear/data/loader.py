@@ -12,6 +12,7 @@ from vitlinear.errors import UserError
 
 from .augmentation import (
     AugmentationConfig,
+    check_augmentation,
     make_mixing,
     repair_posterize,
     transform_options,
@@ -56,6 +57,7 @@ def train_loader(
     Raises:
         UserError: There is no whole batch, or data set and augmentation do not go together.
     """
+    check_augmentation(augmentation, dataset.image_mode)
     repair_posterize()
     mixing = make_mixing(augmentation, batch_size, num_classes)
     iterable = isinstance(dataset, IterableImageDataset)
