@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from PIL import Image, ImageOps
 from timm.data import FastCollateMixup, auto_augment, create_transform
 from timm.data.transforms import str_to_interp_mode
@@ -111,9 +112,27 @@ def add_augmentation_flags(parser: Parser) -> None:
     group.add_argument("--smoothing", type=RATE, default=0.1, help="of labels")
 
 
-def make_mixing(
-    config: AugmentationConfig, batch_size: int, num_classes: int
-) -> FastCollateMixup | None:
+class Mixing(FastCollateMixup):
+    """timm's mixing of batches, which can be switched off in data workers that go on living.
+
+    Attributes:
+        mixup_enabled: Whether batches are mixed, in this process and in its data workers.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self._enabled = torch.ones(1, dtype=torch.bool).share_memory_()
+        super().__init__(**options)
+
+    @property
+    def mixup_enabled(self) -> bool:
+        return bool(self._enabled)
+
+    @mixup_enabled.setter
+    def mixup_enabled(self, enabled: bool) -> None:
+        self._enabled.fill_(enabled)
+
+
+def make_mixing(config: AugmentationConfig, batch_size: int, num_classes: int) -> Mixing | None:
     """Returns the function that makes a batch of images and mixes it; None if nothing is mixed.
 
     Raises:
@@ -123,7 +142,7 @@ def make_mixing(
         return None
     if batch_size % 2:
         raise UserError(f"mixup and cutmix need an even --batch-size, got {batch_size}")
-    return FastCollateMixup(
+    return Mixing(
         mixup_alpha=config.mixup,
         cutmix_alpha=config.cutmix,
         prob=config.mixup_prob,

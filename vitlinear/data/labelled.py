@@ -5,12 +5,13 @@ from typing import Any
 
 from PIL import Image
 from timm.data import IterableImageDataset
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from vitlinear.errors import UserError, one_line
 
 from .bad_images import LIMIT, UNREADABLE, BadImages, too_many
 from .images import DAMAGE, UnreadableImage, pixels
+from .order import derive_seed, seed_everything
 from .sources import Source
 
 BLANK = (64, 64)  # pixels of the image in place of an unreadable held-out one
@@ -88,6 +89,20 @@ class LabelledImages(Dataset):
         raise too_many(name)
 
 
+def _seed_epoch(reader: Any) -> None:
+    """Seeds what a data worker draws in an epoch; worker and epoch alone decide on it.
+
+    timm and torch seed a worker once, when it starts: one that lives on would go on drawing. In the
+    main process `loader.start_epoch` has done it.
+    """
+    worker = get_worker_info()
+    if worker is None:
+        return
+    epoch = reader.epoch if hasattr(reader, "epoch") else reader.epoch_count
+    parts = (reader.common_seed, epoch.value, reader.dist_rank, "stream", worker.id)
+    seed_everything(derive_seed(*parts), devices=False)
+
+
 class ShardImages(IterableImageDataset):
     """The images of WebDataset shards.
 
@@ -115,6 +130,8 @@ class ShardImages(IterableImageDataset):
     def __iter__(self) -> Iterator[tuple[Any, int]]:
         left = self.reader.samples_per_worker() if self.train else None
         in_a_row = 0
+        if self.train:
+            _seed_epoch(self.reader)
         for name, content, label in self.reader:
             if left == 0:
                 return
@@ -147,6 +164,8 @@ class StreamedImages(IterableImageDataset):
         self.name, self.image_mode = name, image_mode
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
+        if self.reader.is_training:
+            _seed_epoch(self.reader)
         samples = iter(self.reader)
         while True:
             try:
