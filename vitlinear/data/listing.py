@@ -27,7 +27,9 @@ def image_suffixes() -> frozenset[str]:
     Image.init()
     suffixes = Image.registered_extensions().items()
     return frozenset(
-        suffix for suffix, kind in suffixes if kind in Image.OPEN and kind not in NOT_DECODED
+        suffix
+        for suffix, kind in suffixes
+        if kind in (*Image.OPEN, "MPO") and kind not in NOT_DECODED  # MPO is opened as JPEG
     )
 
 
