@@ -118,7 +118,7 @@ def costs(made: setup.Run, count: int) -> dict[str, float]:
     for chunk in filter(lambda chunk: len(chunk) == batch_size, chunks):
         read = timed("read", chunk, dataset.source.read)
         decoded = timed("decode", [content for content, _ in read], images.decode)
-        rgb = timed("convert", decoded, lambda image: images.convert(image, "RGB"))
+        rgb = timed("convert", decoded, lambda image: images.pixels(image, "RGB"))
         pixels = timed("augment", rgb, dataset.transform)
         labelled = [(image, label) for image, (_, label) in zip(pixels, read, strict=True)]
         batches = timed("collate, mix", [labelled], loader.loader.collate_fn)

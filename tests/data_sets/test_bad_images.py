@@ -118,7 +118,7 @@ def test_no_damage_escapes() -> None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 try:
-                    images.convert(images.decode(bytes(raw)), "RGB")
+                    images.pixels(bytes(raw), "RGB")
                 except images.DAMAGE:
                     unreadable += 1
     assert 100 < unreadable < 900
@@ -128,9 +128,9 @@ def test_sixteen_bit_images_keep_their_upper_byte(tmp_path: Path) -> None:
     values = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
     for suffix in ("png", "tif"):
         Image.fromarray(values).save(tmp_path / f"grey.{suffix}")
-        image = images.decode((tmp_path / f"grey.{suffix}").read_bytes())
-        assert np.array_equal(np.asarray(images.convert(image, "L")), values >> 8)
-        assert np.array_equal(np.asarray(images.convert(image, "RGB"))[..., 1], values >> 8)
+        content = (tmp_path / f"grey.{suffix}").read_bytes()
+        assert np.array_equal(np.asarray(images.pixels(content, "L")), values >> 8)
+        assert np.array_equal(np.asarray(images.pixels(content, "RGB"))[..., 1], values >> 8)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

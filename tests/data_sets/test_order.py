@@ -1,12 +1,18 @@
 """Order and randomness of an epoch: from any batch on, in any number of processes."""
 
+import multiprocessing
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
-from tests.train.helpers import tiny_loader
+from tests.data_sets.shards import write_shards
+from tests.train.helpers import finish, start, tiny_loader
+from vitlinear.data import dataset as data
 from vitlinear.data import loader
 from vitlinear.data.order import EpochBatches, Place, SeededErasing, derive_seed
 
@@ -100,3 +106,89 @@ def test_erasing_draws_by_the_number_of_the_batch() -> None:
     torch.manual_seed(0)
     assert [erasing(torch.zeros(1)).item() for _ in range(2)] == whole[2:]
     assert len(set(whole)) == 4
+
+
+@pytest.fixture(params=["forkserver", pytest.param("spawn", marks=pytest.mark.slow)])
+def imports_anew(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Processes begin with imports, as they do by default on macOS and in Python 3.14."""
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method(request.param, force=True)
+    yield
+    multiprocessing.set_start_method(before, force=True)
+
+
+def workers() -> set[int | None]:
+    return {process.pid for process in multiprocessing.active_children()}
+
+
+@pytest.mark.process
+def test_workers_that_import_anew_are_kept(folder: Path, imports_anew: None) -> None:
+    """The same processes in each epoch, which draw and mix as those of one epoch do."""
+    kept, alone = (tiny_loader(folder, "-b", 4, *MIXED, "-j", number) for number in (1, 0))
+    before, living = workers(), []
+    for epoch, mixes in ((0, True), (1, True), (2, False), (0, False), (1, True)):
+        found = []
+        for batches in (kept, alone):
+            batches.mixup_enabled = mixes
+            loader.start_epoch(batches, seed=5, epoch=epoch)
+            found.append(list(batches))
+        assert equal(*found)
+        mixed = min(float(target.max(1).values.min()) for _, target in found[0]) < 0.9
+        assert mixed == mixes
+        living.append(workers() - before)
+    assert len(living[0]) == 1 and all(pids == living[0] for pids in living)
+
+
+@pytest.mark.process
+def test_kept_workers_draw_anew_from_a_stream(
+    folder: Path, tmp_path: Path, imports_anew: None
+) -> None:
+    pytest.importorskip("webdataset", reason="pip install 'vitlinear[data]'")
+    root = write_shards(folder, tmp_path / "shards")
+    dataset = data.open_dataset(
+        "wds/", train=True, mode="L", data_dir=str(root), batch_size=4, seed=1, num_classes=3
+    )
+    dataset.set_loader_cfg(num_workers=1)
+    dataset.transform = Noise()
+    batches = DataLoader(dataset, batch_size=4, num_workers=1, persistent_workers=True)
+    epochs = []
+    for epoch in (0, 1, 0):
+        dataset.set_epoch(epoch)
+        epochs.append([float(value) for images, _ in batches for value in images])
+    assert epochs[0] == epochs[2] != epochs[1]
+
+
+class Noise:
+    """Stands for augmentation, whose every draw counts."""
+
+    def __call__(self, image: object) -> float:
+        return float(np.random.rand() + torch.rand(()))
+
+
+def test_forked_workers_end_with_the_epoch(folder: Path) -> None:
+    assert multiprocessing.get_start_method() == "fork"
+    before = workers()
+    batches = tiny_loader(folder, "-b", 4, "-j", 1)
+    loader.start_epoch(batches, seed=5, epoch=0)
+    list(batches)
+    assert workers() == before
+
+
+FAILS = """
+import sys
+from pathlib import Path
+from tests.train.helpers import finish, start, tiny_loader
+from vitlinear.data.loader import start_epoch
+
+batches = tiny_loader(Path(sys.argv[1]), "-b", 4, "-j", 2)
+start_epoch(batches, seed=0, epoch=0)
+next(found := iter(batches))
+raise RuntimeError("not a mistake of the user's")
+"""
+
+
+@pytest.mark.process
+def test_a_process_that_fails_does_not_wait_for_its_workers(folder: Path) -> None:
+    """They do not heed a first SIGTERM, and at its exit Python sends but one."""
+    code, text = finish(start([sys.executable, "-c", FAILS, folder]), timeout=120)
+    assert code == 1 and "RuntimeError: not a mistake of the user's" in text

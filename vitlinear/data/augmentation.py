@@ -3,12 +3,14 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from PIL import Image, ImageOps
-from timm.data import FastCollateMixup, auto_augment
+from timm.data import FastCollateMixup, auto_augment, create_transform
+from timm.data.transforms import str_to_interp_mode
 
 from vitlinear.cli.flags import COUNT, NATURAL, RATE
 from vitlinear.cli.parser import Parser
-from vitlinear.errors import UserError
+from vitlinear.errors import UserError, one_line
 
 
 @dataclass(frozen=True)
@@ -110,9 +112,27 @@ def add_augmentation_flags(parser: Parser) -> None:
     group.add_argument("--smoothing", type=RATE, default=0.1, help="of labels")
 
 
-def make_mixing(
-    config: AugmentationConfig, batch_size: int, num_classes: int
-) -> FastCollateMixup | None:
+class Mixing(FastCollateMixup):
+    """timm's mixing of batches, which can be switched off in data workers that go on living.
+
+    Attributes:
+        mixup_enabled: Whether batches are mixed, in this process and in its data workers.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self._enabled = torch.ones(1, dtype=torch.bool).share_memory_()
+        super().__init__(**options)
+
+    @property
+    def mixup_enabled(self) -> bool:
+        return bool(self._enabled)
+
+    @mixup_enabled.setter
+    def mixup_enabled(self, enabled: bool) -> None:
+        self._enabled.fill_(enabled)
+
+
+def make_mixing(config: AugmentationConfig, batch_size: int, num_classes: int) -> Mixing | None:
     """Returns the function that makes a batch of images and mixes it; None if nothing is mixed.
 
     Raises:
@@ -122,7 +142,7 @@ def make_mixing(
         return None
     if batch_size % 2:
         raise UserError(f"mixup and cutmix need an even --batch-size, got {batch_size}")
-    return FastCollateMixup(
+    return Mixing(
         mixup_alpha=config.mixup,
         cutmix_alpha=config.cutmix,
         prob=config.mixup_prob,
@@ -131,6 +151,40 @@ def make_mixing(
         label_smoothing=config.smoothing,
         num_classes=num_classes,
     )
+
+
+def check_augmentation(config: AugmentationConfig, mode: str) -> None:
+    """Refuses changes to images that do not exist, or that images of a PIL mode do not take.
+
+    Raises:
+        UserError: It would be an error of Pillow's or timm's, on the first image or on a later one.
+    """
+    try:
+        if config.train_interpolation != "random":
+            str_to_interp_mode(config.train_interpolation)
+    except KeyError as error:
+        raise UserError(
+            f"unknown --train-interpolation {config.train_interpolation}: random, bilinear, "
+            "bicubic, nearest, box, hamming or lanczos"
+        ) from error
+    if config.no_aug:
+        return
+    if config.aa:
+        try:
+            create_transform(32, is_training=True, auto_augment=config.aa)
+        except (AssertionError, IndexError, KeyError, ValueError) as error:
+            why = f" ({one_line(error)})" if str(error) else ""
+            raise UserError(
+                f"--aa {config.aa} is no policy that timm knows{why}: rand-m9-mstd0.5-inc1, "
+                "original, 3a, augmix-m5-w4, say"
+            ) from error
+        if mode not in ("L", "RGB"):
+            raise UserError(
+                f"--aa changes images of the modes L and RGB, not {mode}: leave it out, or "
+                "--input-img-mode"
+            )
+    elif config.color_jitter and mode == "LAB":
+        raise UserError("--color-jitter does not change images of the mode LAB: make it 0")
 
 
 def transform_options(config: AugmentationConfig) -> dict[str, Any]:

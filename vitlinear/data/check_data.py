@@ -1,8 +1,8 @@
 """The ``check-data`` command: reads both splits of a data set once and reports what is in them."""
 
-import collections
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +14,21 @@ from vitlinear.cli.flags import COUNT, from_arguments
 from vitlinear.cli.parser import Parser
 from vitlinear.files import check_parent, write_text
 
-from .dataset import DataConfig, add_data_flags, open_source, source_options
+from .dataset import ONE_CLASS, DataConfig, add_data_flags, open_source, source_options
+from .images import is_deep
+from .listing import left_out_note
 from .probe import Record, probe
 
 PERCENTILES = {"min": 0, "p5": 5, "median": 50, "p95": 95, "max": 100}
 # Kinds of oddity: what models are seldom meant to see, or what happens to it is easily overlooked.
 ODD = {
     "cmyk": "CMYK or another mode of print",
-    "deep": "more than 8 bits per channel (grey: the upper 8 are used)",
-    "rotated": "to be shown rotated or mirrored by its EXIF tag, which training ignores",
+    "deep": "grey with more than 8 bits: integers are read as 0 to 65535, floats as 0 to 1",
+    "outside": "with values outside of that: read from their own least to their own greatest value",
+    "dark": "with values in a 16th of that: they become nearly black",
+    "transparent": "with transparent pixels: put on white, unless models get alpha",
+    "rotated": "turned or mirrored by their EXIF tag",
+    "frames": "with several frames or pages: the first is read",
     "tiny": "shorter side under a quarter of the median",
     "elongated": "one side more than 4 times the other",
 }
@@ -86,6 +92,7 @@ def check_data(config: CheckDataConfig) -> dict[str, Any]:
         records[name] = list(probe(source, data.workers, name))
         classes = getattr(source, "classes", None)
         splits[name] = describe(records[name], classes, config.num_classes)
+        splits[name]["left_out"] = dict(getattr(source, "left_out", {}))
     report: dict[str, Any] = {"splits": splits, "in_both": []}
     if len(splits) == 2:
         report["in_both"] = _in_both(records["training"], records["held-out"])
@@ -159,10 +166,8 @@ def describe(
         "file_bytes": _percentiles(
             record.content_bytes for record in whole if record.content_bytes is not None
         ),
-        "modes": dict(collections.Counter(record.mode for record in whole).most_common()),
-        "formats": dict(
-            collections.Counter(record.format for record in whole if record.format).most_common()
-        ),
+        "modes": dict(Counter(record.mode for record in whole).most_common()),
+        "formats": dict(Counter(record.format for record in whole if record.format).most_common()),
         "odd": _odd(whole),
         **_repeated(whole),
     }
@@ -182,8 +187,12 @@ def _odd(records: Sequence[Record]) -> dict[str, list[str]]:
         short, long = sorted(record.size)
         kinds = {
             "cmyk": record.mode in ("CMYK", "YCbCr", "LAB", "HSV"),
-            "deep": record.mode.startswith(("I", "F")),
+            "deep": is_deep(record.mode),
+            "outside": record.depth is not None and record.depth.outside,
+            "dark": record.depth is not None and record.depth.dark,
+            "transparent": record.transparent,
             "rotated": record.orientation != 1,
+            "frames": record.frames,
             "tiny": short < median / 4,
             "elongated": long > 4 * short,
         }
@@ -217,7 +226,11 @@ def _text(report: dict[str, Any]) -> list[str]:
         counts, unreadable = split["class_counts"], split["unreadable"]
         lines += [f"{name}: {split['images']} images, {len(unreadable)} unreadable"]
         lines += _shown([f"{entry['name']}: {entry['reason']}" for entry in unreadable])
+        if note := left_out_note(name, Counter(split["left_out"])):
+            lines += [f"  {note.removeprefix(f'{name}: ')}"]
         lines += [_classes(split["classes"], counts)]
+        if name == "training" and sum(entry["images"] > 0 for entry in split["classes"]) == 1:
+            lines += [f"  {ONE_CLASS}"]
         for key in ("width", "height", "file_bytes"):
             if split[key]:
                 shown = ", ".join(f"{part} {value:.0f}" for part, value in split[key].items())

@@ -14,11 +14,19 @@ from vitlinear.cli.parser import Parser
 from vitlinear.errors import UserError
 
 from .bad_images import BadImages
-from .labelled import LabelledImages, ShardImages, StreamedImages, decoded
+from .images import decode, upright
+from .labelled import LabelledImages, ShardImages, StreamedImages
 from .readers import open_other, refuse_keys
 from .sources import digits, fashion_mnist
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+# PIL modes whose channels are 8 bits of brightness or colour: batches hold bytes.
+MODES = ("L", "LA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV")
+ONE_CLASS = (
+    "warning: all training images are of one class, from which nothing is learnt, and accuracy is "
+    "always 100 %; class folders belong directly below the split"
+)
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,7 @@ def image_mode(in_chans: int, requested: str | None) -> str:
     """Returns the PIL mode for ``in_chans`` channels.
 
     Raises:
-        UserError: No mode, or not the requested one, has that many channels.
+        UserError: No mode, or not the requested one, has that many channels of 8 bits.
     """
     mode = requested or {1: "L", 3: "RGB"}.get(in_chans)
     if mode is None:
@@ -84,10 +92,11 @@ def image_mode(in_chans: int, requested: str | None) -> str:
             f"no default image mode has {in_chans} channels: use --in-chans 1 or 3, "
             "or name one with --input-img-mode (RGBA has 4)"
         )
-    try:
-        bands = len(ImageMode.getmode(mode).bands)
-    except KeyError as error:
-        raise UserError(f"unknown --input-img-mode {mode}; L, RGB or RGBA, say") from error
+    if mode not in MODES:
+        raise UserError(
+            f"unknown --input-img-mode {mode}: models take channels of 8 bits, {', '.join(MODES)}"
+        )
+    bands = len(ImageMode.getmode(mode).bands)
     if bands != in_chans:
         raise UserError(f"--input-img-mode {mode} has {bands} channels, the model {in_chans}")
     return mode
@@ -152,7 +161,7 @@ def open_dataset(
     bad_images = bad_images or BadImages()
     found = open_source(name, train=train, mode=mode, **options)
     if isinstance(found, IterableImageDataset):
-        return StreamedImages(found, name or "", bad_images)
+        return StreamedImages(found, name or "", mode, bad_images)
     kind = LabelledImages if hasattr(found, "read") else ShardImages
     return kind(found, mode, train, bad_images, num_classes)
 
@@ -192,6 +201,15 @@ def open_split(
     )
 
 
+def data_notes(train_set: Any, eval_set: Any, num_classes: int) -> list[str]:
+    """Returns lines for the user about the data of a run: what was left out, and a lone class."""
+    notes = [*getattr(train_set, "notes", ()), *getattr(eval_set, "notes", ())]
+    used = getattr(getattr(train_set, "source", None), "used_labels", None)
+    if num_classes == 1 or (used is not None and len(used) == 1):
+        notes.append(ONE_CLASS)
+    return notes
+
+
 def source_options(data: DataConfig, split: str) -> dict[str, Any]:
     """Returns the arguments of `open_source` that open a split of a configured data set."""
     return {
@@ -223,6 +241,6 @@ def export_sample(
     if not 0 <= index < len(dataset):
         raise UserError(f"{name} has no image {index}: it holds {len(dataset)}")
     content, label = dataset.source.read(index)
-    image = decoded(content)
+    image = upright(decode(content) if isinstance(content, bytes) else content)
     image.save(path)
     return dataset.classes[label] if dataset.classes else str(label)

@@ -5,12 +5,13 @@ from typing import Any
 
 from PIL import Image
 from timm.data import IterableImageDataset
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from vitlinear.errors import UserError, one_line
 
 from .bad_images import LIMIT, UNREADABLE, BadImages, too_many
-from .images import DAMAGE, UnreadableImage, convert, decode
+from .images import DAMAGE, UnreadableImage, pixels
+from .order import derive_seed, seed_everything
 from .sources import Source
 
 BLANK = (64, 64)  # pixels of the image in place of an unreadable held-out one
@@ -26,6 +27,9 @@ class LabelledImages(Dataset):
             labelled `UNREADABLE`, which `evaluate` leaves out.
         bad_images: Whether unreadable images are errors, and where they are recorded.
         num_classes: Bound of the labels, if the source does not know its classes.
+
+    Attributes:
+        notes: Lines for the user about what the source left out.
     """
 
     transform: Callable[[Image.Image], Any] | None = None
@@ -43,6 +47,7 @@ class LabelledImages(Dataset):
         names = source.classes
         self.classes: list[str] | None = None if names is None else [str(name) for name in names]
         self.num_classes = len(self.classes) if self.classes else num_classes
+        self.notes: list[str] = getattr(source, "notes", [])
 
     def __len__(self) -> int:
         return len(self.source)
@@ -56,7 +61,7 @@ class LabelledImages(Dataset):
         """
         try:
             content, label = self.source.read(index)
-            image = convert(decoded(content), self.image_mode)
+            image = pixels(content, self.image_mode)
         except DAMAGE as error:
             raise UnreadableImage(self.source.name(index), error) from error
         if not _is_label(label, self.num_classes):
@@ -82,6 +87,20 @@ class LabelledImages(Dataset):
                 self.bad_images.add(error)
                 name = error.name
         raise too_many(name)
+
+
+def _seed_epoch(reader: Any) -> None:
+    """Seeds what a data worker draws in an epoch; worker and epoch alone decide on it.
+
+    timm and torch seed a worker once, when it starts: one that lives on would go on drawing. In the
+    main process `loader.start_epoch` has done it.
+    """
+    worker = get_worker_info()
+    if worker is None:
+        return
+    epoch = reader.epoch if hasattr(reader, "epoch") else reader.epoch_count
+    parts = (reader.common_seed, epoch.value, reader.dist_rank, "stream", worker.id)
+    seed_everything(derive_seed(*parts), devices=False)
 
 
 class ShardImages(IterableImageDataset):
@@ -111,13 +130,15 @@ class ShardImages(IterableImageDataset):
     def __iter__(self) -> Iterator[tuple[Any, int]]:
         left = self.reader.samples_per_worker() if self.train else None
         in_a_row = 0
+        if self.train:
+            _seed_epoch(self.reader)
         for name, content, label in self.reader:
             if left == 0:
                 return
             if not _is_label(label, self.num_classes):
                 raise _wrong_label(name, label, self.num_classes)
             try:
-                image = convert(decoded(content), self.image_mode)
+                image = pixels(content, self.image_mode)
                 in_a_row = 0
             except DAMAGE as error:
                 self.bad_images.add(UnreadableImage(name, error))
@@ -134,28 +155,28 @@ class ShardImages(IterableImageDataset):
 class StreamedImages(IterableImageDataset):
     """A data set that timm itself streams (hfids, tfds)."""
 
-    def __init__(self, dataset: IterableImageDataset, name: str, bad_images: BadImages) -> None:
+    def __init__(
+        self, dataset: IterableImageDataset, name: str, image_mode: str, bad_images: BadImages
+    ) -> None:
         if bad_images.skip:
             raise UserError(f"--bad-images skip cannot be done with {name}: use hfds/ or wds/")
         super().__init__(None, reader=dataset.reader)
-        self.name = name
+        self.name, self.image_mode = name, image_mode
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
-        samples = super().__iter__()
+        if self.reader.is_training:
+            _seed_epoch(self.reader)
+        samples = iter(self.reader)
         while True:
             try:
                 sample = next(samples, None)
+                if sample is None:
+                    return
+                image, label = pixels(sample[0], self.image_mode), sample[1]
             except DAMAGE as error:
                 reason = one_line(error)
                 raise UserError(f"cannot read an image of {self.name}: {reason}") from error
-            if sample is None:
-                return
-            yield sample
-
-
-def decoded(content: bytes | Image.Image) -> Image.Image:
-    """Returns the image that a `Source` gave as such or as the content of a file."""
-    return decode(content) if isinstance(content, bytes) else content
+            yield (self.transform(image) if self.transform else image), label
 
 
 def _is_label(label: int, num_classes: int | None) -> bool:

@@ -1,6 +1,9 @@
 """Loaders over a data set, by timm's factory; training draws as `order` says."""
 
+import atexit
 import functools
+import multiprocessing
+import multiprocessing.util  # ends daemons at the exit, after what is registered here
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +16,7 @@ from vitlinear.errors import UserError
 
 from .augmentation import (
     AugmentationConfig,
+    check_augmentation,
     make_mixing,
     repair_posterize,
     transform_options,
@@ -57,6 +61,7 @@ def train_loader(
     Raises:
         UserError: There is no whole batch, or data set and augmentation do not go together.
     """
+    check_augmentation(augmentation, dataset.image_mode)
     repair_posterize()
     mixing = make_mixing(augmentation, batch_size, num_classes)
     iterable = isinstance(dataset, IterableImageDataset)
@@ -74,7 +79,7 @@ def train_loader(
         collate_fn=mixing,
         pin_memory=pin_memory,
         device=device,
-        persistent_workers=False,
+        persistent_workers=keeps_workers(),
     )
     if loader.random_erasing is not None:
         loader.random_erasing = SeededErasing(loader.random_erasing)
@@ -90,6 +95,28 @@ def train_loader(
     return loader
 
 
+@atexit.register
+def _end_workers() -> None:
+    """Ends the data workers that are left when this process ends, say by an error.
+
+    multiprocessing ends its daemons with one SIGTERM each, and waits. Workers do not heed the
+    first, by `order.start_worker`: an error would hang the run for ever.
+    """
+    for process in multiprocessing.active_children():
+        while process.daemon and process.is_alive():
+            process.terminate()
+            process.join(0.05)
+
+
+def keeps_workers() -> bool:
+    """Whether data workers live as long as their loader, and not for an epoch.
+
+    A forked worker starts at once. One that is spawned, or comes from a fork server, imports
+    everything first, which takes longer than many an epoch.
+    """
+    return multiprocessing.get_start_method() != "fork"
+
+
 def _leave_signals(loader: Any) -> None:
     loader.loader.worker_init_fn = functools.partial(start_worker, loader.loader.worker_init_fn)
 
@@ -103,6 +130,7 @@ def _from_places(loader: DataLoader, batches: EpochBatches) -> DataLoader:
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
         worker_init_fn=loader.worker_init_fn,
+        persistent_workers=loader.persistent_workers,
     )
 
 
@@ -140,7 +168,7 @@ def eval_loader(
         distributed=distributed,
         pin_memory=pin_memory,
         device=device,
-        persistent_workers=False,
+        persistent_workers=keeps_workers(),
     )
     _leave_signals(loader)
     return loader

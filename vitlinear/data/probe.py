@@ -4,14 +4,25 @@ import hashlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from PIL import ExifTags, Image
+from PIL import Image
 from timm.data import IterableImageDataset
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm import tqdm
 
 from vitlinear.errors import UserError
 
-from .images import DAMAGE, decode, printable, reason
+from .images import (
+    DAMAGE,
+    Depth,
+    decode,
+    depth,
+    has_transparency,
+    is_deep,
+    orientation,
+    pixels,
+    printable,
+    reason,
+)
 from .sources import Source
 
 BATCH = 32  # images per message of a data worker
@@ -30,6 +41,9 @@ class Record(NamedTuple):
         format: Pillow's, or None for images that were no files.
         content_bytes: Size of the file, or None.
         orientation: EXIF's, 1 for upright.
+        depth: Values of a grey image of more than 8 bits, or None.
+        transparent: Whether one can see through it.
+        frames: Whether there are several frames or pages.
     """
 
     name: str
@@ -41,6 +55,9 @@ class Record(NamedTuple):
     format: str | None = None
     content_bytes: int | None = None
     orientation: int = 1
+    depth: Depth | None = None
+    transparent: bool = False
+    frames: bool = False
 
 
 def examine(name: str, content: bytes | Image.Image, label: int) -> Record:
@@ -48,7 +65,10 @@ def examine(name: str, content: bytes | Image.Image, label: int) -> Record:
     name = printable(name)
     try:
         image = decode(content) if isinstance(content, bytes) else content
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        met = depth(image) if is_deep(image.mode) else None
+        transparent, turned = has_transparency(image), orientation(image)
+        if met is None or not met.outside:  # which is warned of, here it is told
+            pixels(image, "RGB")
     except DAMAGE as error:
         return Record(name, label, reason(error))
     raw = content if isinstance(content, bytes) else f"{image.mode}{image.size}".encode()
@@ -63,8 +83,21 @@ def examine(name: str, content: bytes | Image.Image, label: int) -> Record:
         mode=image.mode,
         format=image.format,
         content_bytes=len(content) if isinstance(content, bytes) else None,
-        orientation=orientation if isinstance(orientation, int) else 1,
+        orientation=turned,
+        depth=met,
+        transparent=transparent,
+        frames=_has_frames(image),
     )
+
+
+def _has_frames(image: Image.Image) -> bool:
+    # the others are a preview and layers; the first is the whole picture
+    if image.format in ("MPO", "PSD"):
+        return False
+    try:
+        return getattr(image, "is_animated", False)
+    except DAMAGE:  # of the second
+        return True
 
 
 class _Images(Dataset):

@@ -1,21 +1,20 @@
 """Data sets that timm's readers open: folders, tars, torchvision's, Hugging Face's, shards."""
 
 import importlib.util
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from timm.data import IterableImageDataset, create_dataset, get_img_extensions
+from timm.data import IterableImageDataset, create_dataset
 from torchvision.datasets import DatasetFolder
 
 from vitlinear.errors import UserError, one_line
 
+from .class_folders import ClassFolders, ClassTar, find_split
 from .class_names import names_in_order
 from .sources import OPENING, Source
 
-TRAIN_NAMES = ("train", "training")
 # What each prefix needs besides what vitlinear itself does: module, how to install it.
 PACKAGES = {
     "wds": ("webdataset", "'vitlinear[data]'"),
@@ -26,7 +25,7 @@ PACKAGES = {
 
 
 class ReaderSource:
-    """A timm reader with random access: folder, tar, hfds."""
+    """A timm reader with random access: hfds."""
 
     def __init__(self, reader: Any, classes: Sequence[str] | None) -> None:
         self.reader, self.classes = reader, classes
@@ -111,7 +110,7 @@ def open_other(
         name: timm's data set name; empty for a folder or tar.
         data_dir: Root folder, or a tar file.
         split: Name of the split; for folders, of a sub-folder (with timm's synonyms).
-        image_mode: PIL mode for timm's own iterable data sets; others convert later.
+        image_mode: PIL mode for tfds; others convert later.
         **options: Passed on to ``create_dataset``.
 
     Returns:
@@ -137,7 +136,9 @@ def open_other(
             from .shards import ShardReader  # imports webdataset
 
             return ShardReader.open(root or "", split, options)
-        dataset = create_dataset(name, root=root, split=split, input_img_mode=image_mode, **options)
+        # hfids hands on images as they are, for `images.pixels`; tfds needs to know the mode.
+        mode = "" if prefix == "hfids" else image_mode
+        dataset = create_dataset(name, root=root, split=split, input_img_mode=mode, **options)
     except OPENING as error:
         where = f"{name} in {root}" if root else name
         flag = "--train-split" if options.get("is_training") else "--val-split"
@@ -181,57 +182,12 @@ def _open_files(name: str, data_dir: Path | None, split: str, options: dict[str,
             f"{data_dir} holds one split, training needs two: give the folder of train.tar "
             "and val.tar, or of train/ and val/"
         )
-    part = _find_split(data_dir, split) if data_dir.is_dir() else data_dir
-    if part.is_dir():
-        _check_class_folders(part)
+    part = find_split(data_dir, split) if data_dir.is_dir() else data_dir
     try:
-        mapping = {"class_map": options["class_map"]} if options.get("class_map") else {}
-        dataset = create_dataset("", root=str(part), search_split=False, **mapping)
+        return (ClassFolders if part.is_dir() else ClassTar)(part, options.get("class_map"))
     except OPENING as error:
         raise UserError(f"cannot open {part}: {one_line(error)}") from error
-    return ReaderSource(dataset.reader, _class_names(dataset.reader))
-
-
-def _find_split(root: Path, split: str) -> Path:
-    """Finds the sub-folder or tar of a split, by its name or a synonym that timm knows too."""
-    if not split:  # a folder of class folders, as ``--val-split ''`` says
-        return root
-    synonyms = ("validation", "val", "valid", "eval", "evaluation")
-    for group in (TRAIN_NAMES, synonyms):
-        names = (split, *group) if split in group else (split,)
-        for name in names:
-            for path in (root / name, root / f"{name}.tar"):
-                if path.exists():
-                    return path
-    wanted = "train" if split in TRAIN_NAMES else split
-    raise UserError(
-        f"no '{wanted}' folder in {root}: images belong in {root}/train/CLASS/ and "
-        f"{root}/val/CLASS/"
-    )
-
-
-def _check_class_folders(root: Path) -> None:
-    """Names a class folder without images, which timm would take for no class at all."""
-    extensions = get_img_extensions(as_set=True)
-    entries = (entry for entry in root.iterdir() if not entry.name.startswith("."))
-    folders = sorted(entry for entry in entries if entry.is_dir())
-    if not folders:
-        raise UserError(f"no class folders in {root}: images belong in {root}/CLASS/")
-    for folder in folders:
-        if not any(path.suffix.lower() in extensions for path in _files(folder)):
-            raise UserError(
-                f"class folder {folder} holds no images "
-                f"({', '.join(sorted(extensions))}); add some or remove the folder"
-            )
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    for where, _, names in os.walk(folder, followlinks=True):
-        for name in names:
-            yield Path(where, name)
 
 
 def _class_names(reader: Any) -> list[str] | None:
-    # The second name is that of timm's tar reader.
-    table = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)
-    return names_in_order(table)
+    return names_in_order(getattr(reader, "class_to_idx", None))

@@ -20,8 +20,14 @@ from torch.utils.data import get_worker_info
 from vitlinear.errors import UserError, one_line
 
 from .class_names import class_list
+from .listing import image_suffixes
 
-IMAGE_KEYS = "jpg;jpeg;png;webp"
+FIRST_KEYS = ["jpg", "jpeg", "png", "webp"]  # of several images of a sample
+
+
+def _image_keys() -> list[str]:
+    keys = {suffix.removeprefix(".") for suffix in image_suffixes()}
+    return FIRST_KEYS + sorted(keys.difference(FIRST_KEYS))
 
 
 class ShardReader(ReaderWds):
@@ -31,6 +37,7 @@ class ShardReader(ReaderWds):
     """
 
     classes: list[str] | None = None
+    asked: str | None = None  # key of the images
 
     @classmethod
     def open(cls, root: str, split: str, options: dict[str, Any]) -> "ShardReader":
@@ -45,9 +52,10 @@ class ShardReader(ReaderWds):
         options = dict(options)
         names = class_list(options.pop("class_map")) if options.get("class_map") else None
         options.pop("download", None)
-        options["input_key"] = options.get("input_key") or IMAGE_KEYS
+        asked = options.get("input_key")
+        options["input_key"] = asked or ";".join(_image_keys())
         reader = cls(root=root, split=split, **options)
-        reader.classes = names
+        reader.classes, reader.asked = names, asked
         if not reader.num_samples:
             raise ValueError(f"how many images has it? Write '{split}|NUMBER'")
         for url in reader.urls():
@@ -138,7 +146,8 @@ class ShardReader(ReaderWds):
             if key in sample:
                 return f"{where}.{key}", sample[key], self._label(sample, where)
         found = ", ".join(key for key in sample if not key.startswith("__"))
-        raise UserError(f"{where} holds {found}, none of {self.input_key}: name it by --input-key")
+        wanted = f"none of {self.asked}" if self.asked else "no image that Pillow reads"
+        raise UserError(f"{where} holds {found}, {wanted}: name it by --input-key")
 
     def _label(self, sample: dict[str, Any], where: str) -> int:
         field = self.target_key or self.split_info.alt_label

@@ -25,7 +25,8 @@ from vitlinear.cli.model_flags import (
 from vitlinear.cli.parser import Parser
 from vitlinear.data.bad_images import BadImages, add_bad_images_flag
 from vitlinear.data.dataset import image_mode
-from vitlinear.data.images import DAMAGE, UnreadableImage, convert, decode, find_images
+from vitlinear.data.images import DAMAGE, UnreadableImage, pixels, printable
+from vitlinear.data.listing import find_images
 from vitlinear.errors import UserError
 from vitlinear.files import check_parent, write_text
 
@@ -87,12 +88,13 @@ def main(argv: Sequence[str] | None, prog: str = "vitlinear predict") -> None:
 
 
 def _line(result: dict[str, Any]) -> str:
+    file = printable(result["file"])
     if "unreadable" in result:
-        return f"left out: {result['file']}: {result['unreadable']}"
+        return f"left out: {file}: {result['unreadable']}"
     shown = ", ".join(
         f"{guess['class']} {100 * guess['probability']:.1f} %" for guess in result["predictions"]
     )
-    return f"{result['file']}: {shown}"
+    return f"{file}: {shown}"
 
 
 def predict(config: PredictConfig) -> list[dict[str, Any]]:
@@ -145,7 +147,7 @@ def _opened(
     """Yields the images of results; of one that is left out, its result gets the reason."""
     for result in results:
         try:
-            yield result, convert(decode(Path(result["file"]).read_bytes()), mode)
+            yield result, pixels(Path(result["file"]).read_bytes(), mode)
         except DAMAGE as error:
             unreadable = UnreadableImage(result["file"], error)
             bad_images.add(unreadable)

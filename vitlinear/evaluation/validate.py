@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +108,8 @@ def validate(config: ValidateConfig) -> dict[str, Any]:
         num_classes=config.model.num_classes,
         bad_images=bad_images,
     )
+    for note in getattr(dataset, "notes", ()):
+        print(note, file=sys.stderr)
     names = classes_of(dataset)
     num_classes = int(model.num_classes)  # type: ignore[arg-type]
     if names is not None and len(names) != num_classes:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from vitlinear.checkpoints.card import Card
 from vitlinear.data.dataset import open_dataset
-from vitlinear.data.images import DAMAGE, UnreadableImage, convert, decode, find_images
+from vitlinear.data.images import DAMAGE, UnreadableImage, pixels
+from vitlinear.data.listing import find_images
 from vitlinear.errors import UserError
 
 from .shapes import Shapes
@@ -118,7 +119,7 @@ def _of_folder(folder: str, mode: str, transform: Transform, count: int) -> list
     images = []
     for index in _drawn(len(files), count):
         try:
-            images.append(transform(convert(decode(files[index].read_bytes()), mode)))
+            images.append(transform(pixels(files[index].read_bytes(), mode)))
         except DAMAGE as error:
             raise UnreadableImage(files[index], error).as_user_error() from error
     return images

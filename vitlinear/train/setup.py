@@ -21,7 +21,7 @@ from vitlinear.create import (
 )
 from vitlinear.data.bad_images import BadImages
 from vitlinear.data.class_names import check_same_classes, classes_of
-from vitlinear.data.dataset import image_mode, open_split
+from vitlinear.data.dataset import data_notes, image_mode, open_split
 from vitlinear.data.loader import eval_loader, train_loader
 from vitlinear.errors import UserError
 from vitlinear.processes import Processes, join_processes
@@ -103,6 +103,7 @@ def set_up(config: TrainConfig) -> Run:
     num_classes = _num_classes(config.model.num_classes, names, config.data.dataset)
 
     model, notes = _start_model(config, num_classes)
+    notes += data_notes(train_set, eval_set, num_classes)
     input = data_config(model, {**config.input.given(), "model_kwargs": config.model.model_kwargs})
     if note := normalisation_note(config.start.initial_checkpoint, input):
         notes.append(note)

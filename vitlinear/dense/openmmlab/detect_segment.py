@@ -14,7 +14,7 @@ import torch
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
@@ -23,7 +23,8 @@ from vitlinear.cli.device import choose_device
 from vitlinear.cli.flags import from_arguments
 from vitlinear.cli.parser import Parser
 from vitlinear.data.bad_images import BadImages, add_bad_images_flag
-from vitlinear.data.images import DAMAGE, UnreadableImage, convert, decode, find_images
+from vitlinear.data.images import DAMAGE, UnreadableImage, pixels
+from vitlinear.data.listing import find_images
 from vitlinear.errors import UserError, one_line
 from vitlinear.files import (
     ResultPaths,
@@ -272,7 +273,7 @@ def _run(
 def _read(path: Path) -> Image.Image:
     """An image, upright, RGB."""
     try:
-        return convert(ImageOps.exif_transpose(decode(path.read_bytes())), "RGB")
+        return pixels(path.read_bytes(), "RGB")
     except DAMAGE as error:
         raise UnreadableImage(path, error) from error
 
