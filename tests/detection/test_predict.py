@@ -1,6 +1,7 @@
 """``vitlinear predict --task detection``: boxes and masks, drawn and as JSON."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -191,3 +192,14 @@ def test_bad_images_are_left_out_when_asked(
     out = capsys.readouterr().out
     assert f"left out: {broken}: not an image" in out
     assert f"{folder / 'one' / 'photo.v2.png'}: " in out
+
+
+def test_names_of_any_bytes(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo = tmp_path / os.fsdecode(b"a\xff\nb.png")
+    photo.write_bytes((folder / "one" / "photo.v2.png").read_bytes())
+    assert predict(RETINANET, folder / "retinanet.pth", photo, "--out", tmp_path / "out") == 0
+    (line,) = capsys.readouterr().out.splitlines()[-1:]
+    assert line.startswith(f"{tmp_path}/a\\udcff\\nb.png: ") and "a\\udcff\\nb.png" in line[-20:]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [photo.name]

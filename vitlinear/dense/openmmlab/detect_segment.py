@@ -23,7 +23,7 @@ from vitlinear.cli.device import choose_device
 from vitlinear.cli.flags import from_arguments
 from vitlinear.cli.parser import Parser
 from vitlinear.data.bad_images import BadImages, add_bad_images_flag
-from vitlinear.data.images import DAMAGE, UnreadableImage, pixels
+from vitlinear.data.images import DAMAGE, UnreadableImage, pixels, printable
 from vitlinear.data.listing import find_images
 from vitlinear.errors import UserError, one_line
 from vitlinear.files import (
@@ -264,10 +264,11 @@ def _run(
         print(text)
     elif not arguments.results_file:
         for result in results:
+            file = printable(result["file"])
             if "unreadable" in result:
-                print(f"left out: {result['file']}: {result['unreadable']}")
+                print(f"left out: {file}: {result['unreadable']}")
             else:
-                print(f"{result['file']}: {summary(result)}; {result['drawn']}")
+                print(f"{file}: {summary(result)}; {printable(result['drawn'])}")
 
 
 def _read(path: Path) -> Image.Image:
