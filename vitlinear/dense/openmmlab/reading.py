@@ -22,6 +22,8 @@ from vitlinear.checkpoints.download import DownloadError, ensure_downloaded
 from vitlinear.checkpoints.read import CheckpointError, LossHistory, read_checkpoint, read_pickle
 from vitlinear.errors import one_line
 
+# In C where PyYAML has it: to find a config of mmdet's, mmengine reads 200 files.
+YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 # torch's own net: it holds for whatever reads a file without asking mmengine, and in data workers.
 TORCH_NET = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}
 
@@ -102,7 +104,7 @@ class _Pickle(PickleHandler):
 class _Yaml(YamlHandler):
     def load_from_fileobj(self, file: Any, **kwargs: Any) -> Any:
         try:
-            return yaml.safe_load(file)
+            return yaml.load(file, Loader=YAML_LOADER)
         except yaml.YAMLError as error:
             raise CheckpointError(
                 f"a YAML file that the config names cannot be read: {one_line(error)}"

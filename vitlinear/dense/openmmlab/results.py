@@ -47,8 +47,10 @@ class ResultsHook(Hook):
             UserError: A folder is one that images are read from, or cannot be made.
         """
         dataset = runner.test_loop.dataloader.dataset
-        images = [dataset.get_data_info(index)["img_path"] for index in range(len(dataset))]
-        images = list(dict.fromkeys(images))
+        entries = [dataset.get_data_info(index) for index in range(len(dataset))]
+        images = list(dict.fromkeys(entry.get("img_path") for entry in entries))
+        if None in images:
+            raise UserError("--show-dir and --out: the data set has images without files")
         self.paths = {image: {} for image in images}
         paths = ResultPaths(images, self.overwrite)
         for kind, name in (("drawing", self.drawings), ("label map", self.label_maps)):
