@@ -311,7 +311,7 @@ def test_the_target(checkpoint, tmp_path, capsys):
     assert target.read_text() == "something else"
     assert run(capsys, checkpoint, target, "--overwrite")[0] == 0
     code, _, err = run(capsys, target, target, "--overwrite")
-    assert code == 2 and "the checkpoint itself" in err
+    assert code == 2 and f"cannot write {target}: the command reads it" in err
     code, _, err = run(capsys, checkpoint, tmp_path / "b.safetensors", "--model", "ravlt_x")
     assert code == 2 and "did you mean ravlt_" in err
 

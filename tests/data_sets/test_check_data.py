@@ -182,3 +182,7 @@ def test_mistakes_come_before_reading(tmp_path: Path) -> None:
     image_folder(tmp_path / "images", val=0)
     with pytest.raises(UserError, match="holds no images"):
         check("--data-dir", tmp_path / "images")
+    image_folder(tmp_path / "whole")
+    image = min((tmp_path / "whole").rglob("*.png"))
+    with pytest.raises(UserError, match="the command reads it; give another name"):
+        check("--data-dir", tmp_path / "whole", "--json", image)

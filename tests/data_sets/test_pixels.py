@@ -328,7 +328,7 @@ def test_every_command_gives_the_same_pixels(
             assert one["probability"] == pytest.approx(other["probability"], abs=0.01)
     card = read_card(checkpoint)
     assert card is not None
-    transform = create_transform(**card.data_config, is_training=False)
+    transform = create_transform(**card.data_config.as_dict(), is_training=False)
     tensors = [
         calibration._of_folder(str(folder), "RGB", transform, len(expected))
         for folder in (root / "train" / "ant", plain)

@@ -235,6 +235,10 @@ def test_other_sides_than_by_default():
         ([MODEL, "o.onnx", "--checkpoint", "there.pt2"], "is a program of torch.export, not a"),
         (["test_ravlt", "o.onnx", "--model-kwargs", "depths=3"], "depths must have four entries"),
         ([MODEL, "there.pt2"], "exists: give another name, or --overwrite"),
+        (
+            [MODEL, "there.pt2", "--checkpoint", "there.pt2", "--overwrite"],
+            "cannot write there.pt2: the command reads it",
+        ),
     ],
 )
 def test_mistakes(flags, message, command, tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from vitlinear.cli.parser import Parser
 from vitlinear.create import data_config
 from vitlinear.errors import UserError, did_you_mean
 from vitlinear.facts import BY_HASH, PublishedFile
-from vitlinear.files import check_parent
+from vitlinear.files import check_no_input, check_parent
 
 from .detectors import convert_detector
 from .original import OriginalFile, local_file
@@ -69,8 +69,7 @@ def convert(
     Raises:
         UserError: See its messages.
     """
-    if target.exists() and path.exists() and target.samefile(path):
-        raise UserError(f"{target} is the checkpoint itself: give another name")
+    check_no_input(target, (path,))
     if target.is_dir():
         raise UserError(f"cannot write {target}: it is a folder")
     if target.exists() and not overwrite:

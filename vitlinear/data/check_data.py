@@ -12,7 +12,7 @@ import numpy as np
 
 from vitlinear.cli.flags import COUNT, from_arguments
 from vitlinear.cli.parser import Parser
-from vitlinear.files import check_parent, write_text
+from vitlinear.files import check_no_input, check_parent, write_text
 
 from .dataset import ONE_CLASS, DataConfig, add_data_flags, open_source, source_options
 from .images import is_deep
@@ -66,7 +66,7 @@ def parse_arguments(
 def main(argv: Sequence[str] | None, prog: str = "vitlinear check-data") -> None:
     """Runs the command."""
     config = parse_arguments(argv, prog)
-    check_parent(config.json)
+    check_parent(config.json, (config.data.data_dir,))
     report = check_data(config)
     print("\n".join(_text(report)))
     if config.json:
@@ -88,6 +88,10 @@ def check_data(config: CheckDataConfig) -> dict[str, Any]:
     # All are opened before the first is read: mistakes come first.
     sources = {name: _open(data, train_split, name == "training") for name in names}
     splits, records = {}, {}
+    if config.json and Path(config.json).expanduser().exists():  # else it is no image
+        for source in sources.values():
+            if hasattr(source, "name"):
+                check_no_input(config.json, map(source.name, range(len(source))))
     for name, source in sources.items():
         records[name] = list(probe(source, data.workers, name))
         classes = getattr(source, "classes", None)

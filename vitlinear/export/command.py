@@ -23,6 +23,7 @@ from vitlinear.cli.parser import KeyValues, Parser
 from vitlinear.create import build_model, check_model_kwargs, data_config
 from vitlinear.errors import UserError
 from vitlinear.facts import NONE_STATED, published_row
+from vitlinear.files import check_no_input
 from vitlinear.revision import source_commit
 
 from . import calibration
@@ -129,6 +130,7 @@ def _kind(args: argparse.Namespace) -> str:
     if args.pretrained and args.checkpoint:
         raise UserError("--pretrained and --checkpoint exclude each other")
     check_target(args.out, kind, args.overwrite)
+    check_no_input(args.out, (args.checkpoint,))
     if kind == "onnx":
         check_onnx_packages()
     return kind
