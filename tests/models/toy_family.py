@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import DropPath, LayerNorm, LayerNorm2d, calculate_drop_path_rates
+from timm.layers import DropPath, LayerNorm, LayerNorm2d
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -19,7 +19,8 @@ from vitlinear.layers.attention.inline_attention import mean_token
 from vitlinear.layers.padding_rule import MASK
 
 from ._build import build_model
-from ._isotropic import IsotropicBackbone, TokenBlock, token_cfg
+from ._gradient_checkpointing import Block
+from ._isotropic import IsotropicBackbone, token_cfg
 from ._stages import StagedBackbone, four_each, map_cfg
 
 __all__ = ["ToyPyramid", "ToyRow"]
@@ -49,7 +50,7 @@ class MeanAttention(nn.Module):
         return self.linear(x, height, width, key_padding_mask)
 
 
-class ToyBlock(nn.Module):
+class ToyBlock(Block):
     """Attention and feed-forward network on a map, each after a norm and with its residual."""
 
     def __init__(
@@ -93,7 +94,7 @@ class ToyPyramid(StagedBackbone):
         def downsample(i: int) -> nn.Module:
             return ConvNormAct(embed_dims[i - 1], embed_dims[i], 3, stride=2, **dd)
 
-        def block(i: int, j: int, drop_path: float) -> nn.Module:
+        def block(i: int, j: int, drop_path: float) -> Block:
             attn = MeanAttention(embed_dims[i], 2, proj_drop_rate, attn_backend, **dd)
             return ToyBlock(embed_dims[i], attn, proj_drop_rate, drop_path, **dd)
 
@@ -136,19 +137,14 @@ class ToyRow(IsotropicBackbone):
             pos_drop_rate=0.0,
             **dd,
         )
-        self.blocks = nn.ModuleList(
-            TokenBlock(
-                embed_dim,
-                MeanAttention(embed_dim, 2, proj_drop_rate, attn_backend, **dd),
-                Mlp(embed_dim, 2 * embed_dim, drop=proj_drop_rate, **dd),
-                LayerNorm,
-                rate,
-                **dd,
-            )
-            for rate in calculate_drop_path_rates(drop_path_rate, depth)
-        )
-        self.norm = LayerNorm(embed_dim, **dd)
-        self.init_weights(needs_reset=False)
+
+        def attn() -> nn.Module:
+            return MeanAttention(embed_dim, 2, proj_drop_rate, attn_backend, **dd)
+
+        def mlp() -> nn.Module:
+            return Mlp(embed_dim, 2 * embed_dim, drop=proj_drop_rate, **dd)
+
+        self.make_blocks(attn, mlp, LayerNorm, drop_path_rate, **dd)
 
 
 default_cfgs = generate_default_cfgs(

@@ -24,7 +24,7 @@ class TimmBackbone(nn.Module):
 
     Skeletons bring `forward_features`, `forward_head`, `forward_intermediates`,
     `prune_intermediate_layers`, `group_matcher`, `get_classifier`, and the two hooks
-    `set_classifier` and `stages_with_blocks`.
+    `set_classifier` and `blocks_by_stage`.
 
     Attributes:
         feature_cfg: Class attribute: what ``features_only=True`` gives by default.
@@ -117,8 +117,8 @@ class TimmBackbone(nn.Module):
         fuse_model(self)
         return self
 
-    def stages_with_blocks(self) -> Sequence[Any]:
-        """The modules that run the blocks, each with a flag ``grad_checkpointing``."""
+    def blocks_by_stage(self) -> Sequence[Any]:
+        """The blocks of each stage; every one is a `Block`."""
         raise NotImplementedError
 
     @torch.jit.ignore
@@ -136,14 +136,15 @@ class TimmBackbone(nn.Module):
         Raises:
             ValueError: There is no such stage.
         """
-        modules = self.stages_with_blocks()
-        number = len(modules)
+        blocks = self.blocks_by_stage()
+        number = len(blocks)
         chosen = range(number) if stages is None else stages
         for i in chosen:
             if i not in range(number):
                 raise ValueError(f"no stage {i}: the model has stages 0 to {number - 1}")
         for i in chosen:
-            modules[i].grad_checkpointing = enable
+            for block in blocks[i]:
+                block.grad_checkpointing = enable
 
     def set_classifier(self, num_classes: int, global_pool: str | None) -> None:
         """Make the classifier anew; the arguments have been checked."""

@@ -11,13 +11,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import LayerNorm, calculate_drop_path_rates, resample_abs_pos_embed
+from timm.layers import LayerNorm, resample_abs_pos_embed
 from torch import nn
 
 from vitlinear._timm import update_model_input_size
 from vitlinear.layers import Mlp
 
-from ._isotropic import IsotropicBackbone, TokenBlock
+from ._isotropic import IsotropicBackbone
 
 
 class DeiT(IsotropicBackbone):
@@ -85,22 +85,16 @@ class DeiT(IsotropicBackbone):
             pos_drop_rate=pos_drop_rate,
             **dd,
         )
-        norm_layer = partial(LayerNorm, eps=1e-6)
-        self.blocks = nn.ModuleList(
-            TokenBlock(
-                embed_dim,
-                attn_layer(
-                    embed_dim, num_heads, proj_drop=proj_drop_rate, backend=attn_backend, **dd
-                ),
-                Mlp(embed_dim, int(embed_dim * mlp_ratio), drop=proj_drop_rate, **dd),
-                norm_layer,
-                rate,
-                **dd,
+
+        def attn() -> nn.Module:
+            return attn_layer(
+                embed_dim, num_heads, proj_drop=proj_drop_rate, backend=attn_backend, **dd
             )
-            for rate in calculate_drop_path_rates(drop_path_rate, depth)
-        )
-        self.norm = norm_layer(embed_dim, **dd)
-        self.init_weights(needs_reset=False)
+
+        def mlp() -> nn.Module:
+            return Mlp(embed_dim, int(embed_dim * mlp_ratio), drop=proj_drop_rate, **dd)
+
+        self.make_blocks(attn, mlp, partial(LayerNorm, eps=1e-6), drop_path_rate, **dd)
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Resize the learned positions to the grid of another image size, once for all.

@@ -1,5 +1,6 @@
 """Gradient checkpointing of blocks."""
 
+from collections.abc import Callable
 from typing import Any
 
 import timm.models
@@ -9,7 +10,26 @@ from torch import nn
 from ._valid_region import ValidRegion, use_valid_region, valid_region
 
 
-def checkpoint(block: nn.Module, *args: Any) -> Any:
+class Block(nn.Module):
+    """A block of a backbone, of which backward can compute the activations again.
+
+    Attributes:
+        grad_checkpointing: Whether it does; see `TimmBackbone.set_grad_checkpointing`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grad_checkpointing = False
+
+    # Not in `forward`: that is what TorchScript compiles, which cannot recompute.
+    def __call__(self, *args: Any) -> Any:
+        """Run `forward` and the hooks, as any module does."""
+        if self.grad_checkpointing:
+            return _checkpoint(super().__call__, *args)
+        return super().__call__(*args)
+
+
+def _checkpoint(block: Callable[..., Any], *args: Any) -> Any:
     """timm's `checkpoint`, recomputing under the valid region of this forward pass.
 
     The backward pass comes when the region is no longer in use, perhaps after a forward pass under
@@ -20,6 +40,6 @@ def checkpoint(block: nn.Module, *args: Any) -> Any:
     return timm.models.checkpoint(_run, valid_region(), block, *args)
 
 
-def _run(region: ValidRegion | None, block: nn.Module, *args: Any) -> Any:
+def _run(region: ValidRegion | None, block: Callable[..., Any], *args: Any) -> Any:
     with use_valid_region(region):
         return block(*args)

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from vitlinear.layers import CeilConv, Mlp, check_images
 
+from ._gradient_checkpointing import Block
 from ._stages import map_cfg
 
 
-class InLineBlock(nn.Module):
+class InLineBlock(Block):
     """Attention and feed-forward network, each after a norm and with its residual."""
 
     def __init__(

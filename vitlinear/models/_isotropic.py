@@ -1,7 +1,7 @@
 """The skeleton of backbones of one resolution: patches, blocks on a row of tokens, a classifier.
 
-A family brings its blocks, and sets ``blocks`` and ``norm`` in its constructor; see
-`vitlinear/models/lightnet.py`. Tokens are [B, N, C]; those of the map stand last, row by row.
+A family calls `make_blocks` in its constructor; see `vitlinear/models/lightnet.py`. Tokens are
+[B, N, C]; those of the map stand last, row by row.
 
 No `from __future__ import annotations` in files of models: torch.fx copies the annotations of
 `forward` into the code it generates, and TorchScript cannot read them there as strings.
@@ -11,7 +11,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from timm.layers import DropPath, PatchEmbed, get_device_dtype, global_pool_nlc, trunc_normal_
+from timm.layers import (
+    DropPath,
+    PatchEmbed,
+    calculate_drop_path_rates,
+    get_device_dtype,
+    global_pool_nlc,
+    trunc_normal_,
+)
 from torch import Tensor, nn
 
 from vitlinear._timm import feature_take_indices
@@ -19,7 +26,7 @@ from vitlinear.layers import AddTokenPositions, check_images
 
 from ._build import imagenet_cfg
 from ._contract import POOLINGS, TimmBackbone
-from ._gradient_checkpointing import checkpoint
+from ._gradient_checkpointing import Block
 
 
 def token_cfg(side: int = 224, **kwargs: Any) -> dict[str, Any]:
@@ -27,7 +34,7 @@ def token_cfg(side: int = 224, **kwargs: Any) -> dict[str, Any]:
     return imagenet_cfg(side, first_conv="patch_embed.proj", classifier="head", **kwargs)
 
 
-class TokenBlock(nn.Module):
+class TokenBlock(Block):
     """Attention and feed-forward network, each after a norm and with its residual."""
 
     def __init__(
@@ -76,8 +83,8 @@ class IsotropicBackbone(TimmBackbone):
     Attributes:
         position: What positions a map [B, H, W, C] gets before its tokens are laid in a row;
             nothing unless a subclass sets it.
-        blocks: `nn.ModuleList` of modules called as `TokenBlock`; set by subclasses.
-        norm: Norm after the last block; set by subclasses.
+        blocks: By `make_blocks`.
+        norm: Norm after the last block; by `make_blocks`.
     """
 
     feature_cfg = {"out_indices": 3, "feature_cls": "getter"}
@@ -98,7 +105,7 @@ class IsotropicBackbone(TimmBackbone):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Make all but blocks and norm.
+        """Make all but what `make_blocks` makes.
 
         Args:
             img_size: Size of the image whose grid the learned positions have; None without them.
@@ -128,7 +135,6 @@ class IsotropicBackbone(TimmBackbone):
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.num_prefix_tokens = 1 if class_token else 0
         self.global_pool = global_pool
-        self.grad_checkpointing = False
         self.set_features("blocks", [embed_dim] * depth, [patch_size] * depth)
 
         self.patch_embed = PatchEmbed(
@@ -153,6 +159,30 @@ class IsotropicBackbone(TimmBackbone):
         self.norm: nn.Module
         self.head_drop = nn.Dropout(drop_rate)
         self.head = self.make_head(num_classes, **dd)
+
+    def make_blocks(
+        self,
+        attn: Callable[[], nn.Module],
+        mlp: Callable[[], nn.Module],
+        norm_layer: Callable[..., nn.Module],
+        drop_path_rate: float,
+        **dd: Any,
+    ) -> None:
+        """Set `blocks` and `norm`; the last step of a constructor.
+
+        Args:
+            attn: Makes the attention of a block; see `TokenBlock`.
+            mlp: Makes its feed-forward network.
+            norm_layer: Takes ``dim``, ``device`` and ``dtype``.
+            drop_path_rate: Stochastic depth rate of the last block, growing linearly from 0.
+            **dd: Where the parameters live, and their type.
+        """
+        rates = calculate_drop_path_rates(drop_path_rate, len(self.feature_info))
+        self.blocks = nn.ModuleList(
+            TokenBlock(self.embed_dim, attn(), mlp(), norm_layer, rate, **dd) for rate in rates
+        )
+        self.norm = norm_layer(self.embed_dim, **dd)
+        self.init_weights(needs_reset=False)
 
     def make_head(
         self,
@@ -185,9 +215,9 @@ class IsotropicBackbone(TimmBackbone):
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
 
-    def stages_with_blocks(self) -> Sequence[Any]:
-        """This model, which is one stage."""
-        return [self]
+    def blocks_by_stage(self) -> Sequence[Any]:
+        """The blocks, which are one stage."""
+        return [self.blocks]
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -233,10 +263,7 @@ class IsotropicBackbone(TimmBackbone):
         x, height, width = self.embed(x)
         taken = []
         for i, block in enumerate(blocks):
-            if self.grad_checkpointing:
-                x = checkpoint(block, x, height, width)
-            else:
-                x = block(x, height, width)
+            x = block(x, height, width)
             if i in take_indices:
                 taken.append(self.norm(x) if norm else x)
         prefix = self.num_prefix_tokens
@@ -302,10 +329,7 @@ class IsotropicBackbone(TimmBackbone):
         """
         x, height, width = self.embed(x)
         for block in self.blocks:
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(block, x, height, width)
-            else:
-                x = block(x, height, width)
+            x = block(x, height, width)
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

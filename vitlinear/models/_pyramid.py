@@ -28,6 +28,7 @@ from vitlinear.layers import (
 )
 from vitlinear.ops import RotaryTables, get_mechanism
 
+from ._gradient_checkpointing import Block
 from ._stages import Stage, StagedBackbone, four_each, map_cfg
 
 # The sizes that RALA and MALA share, as in the released code of both.
@@ -87,7 +88,7 @@ def pyramid_cfg(test: bool = False, **kwargs: Any) -> dict[str, Any]:
     return map_cfg(160 if test else 224, first_conv="stem.conv1.conv", **kwargs)
 
 
-class PyramidBlock(nn.Module):
+class PyramidBlock(Block):
     """Positional convolution, attention and feed-forward network, each with its residual.
 
     Attributes:
@@ -168,7 +169,7 @@ class RotaryStage(Stage):
     """A stage whose blocks share the rotary tables of its map."""
 
     def __init__(
-        self, downsample: nn.Module, blocks: Sequence[nn.Module], head_dim: int, cosine: bool
+        self, downsample: nn.Module, blocks: Sequence[Block], head_dim: int, cosine: bool
     ) -> None:
         """Put the stage together.
 
@@ -256,7 +257,7 @@ class LinearPyramid(StagedBackbone):
         def downsample(i: int) -> nn.Module:
             return ConvNormAct(embed_dims[i - 1], embed_dims[i], 3, stride=2, **dd)
 
-        def block(i: int, j: int, drop_path: float) -> nn.Module:
+        def block(i: int, j: int, drop_path: float) -> Block:
             return self.block_layer(
                 embed_dims[i],
                 num_heads[i],
@@ -269,7 +270,7 @@ class LinearPyramid(StagedBackbone):
                 **dd,
             )
 
-        def stage(i: int, downsample: nn.Module, blocks: list[nn.Module]) -> Stage:
+        def stage(i: int, downsample: nn.Module, blocks: list[Block]) -> Stage:
             kind = attn_types[i]
             cosine = kind != "softmax" and get_mechanism(kind).positions == "cosine"
             return RotaryStage(downsample, blocks, embed_dims[i] // num_heads[i], cosine)

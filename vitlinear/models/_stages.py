@@ -18,7 +18,7 @@ from vitlinear._timm import feature_take_indices
 
 from ._build import imagenet_cfg
 from ._contract import TimmBackbone
-from ._gradient_checkpointing import checkpoint
+from ._gradient_checkpointing import Block
 
 
 def map_cfg(side: int = 224, **kwargs: Any) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def map_cfg(side: int = 224, **kwargs: Any) -> dict[str, Any]:
 class Stage(nn.Module):
     """Downsampling, then blocks, on maps [B, C, H, W] that are channels-last in memory."""
 
-    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    def __init__(self, downsample: nn.Module, blocks: Sequence[Block]) -> None:
         """Put the stage together.
 
         Args:
@@ -39,7 +39,6 @@ class Stage(nn.Module):
             blocks: Take and give a map [B, H, W, C], and take what `shared` makes.
         """
         super().__init__()
-        self.grad_checkpointing = False
         self.downsample = downsample
         self.blocks = nn.ModuleList(blocks)
 
@@ -53,10 +52,7 @@ class Stage(nn.Module):
         shared = self.shared(x)
         x = x.permute(0, 2, 3, 1)
         for block in self.blocks:
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(block, x, *shared)
-            else:
-                x = block(x, *shared)
+            x = block(x, *shared)
         return x.permute(0, 3, 1, 2)
 
 
@@ -90,8 +86,8 @@ class StagedBackbone(TimmBackbone):
         depths: Sequence[int],
         drop_path_rate: float,
         downsample: Callable[[int], nn.Module],
-        block: Callable[[int, int, float], nn.Module],
-        stage: Callable[[int, nn.Module, list[nn.Module]], Stage] | None = None,
+        block: Callable[[int, int, float], Block],
+        stage: Callable[[int, nn.Module, list[Block]], Stage] | None = None,
     ) -> None:
         """Set `stages`, and the levels that they give.
 
@@ -134,9 +130,9 @@ class StagedBackbone(TimmBackbone):
             ],
         }
 
-    def stages_with_blocks(self) -> Sequence[Any]:
-        """The stages."""
-        return list(self.stages)
+    def blocks_by_stage(self) -> Sequence[Any]:
+        """The blocks of the stages."""
+        return [stage.blocks for stage in self.stages]
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:

@@ -92,7 +92,7 @@ class InLineCSwin(StagedBackbone):
         def downsample(i: int) -> nn.Module:
             return ConvNorm(dims[i - 1], dims[i], 3, 2, 1, **dd)
 
-        def block(i: int, j: int, drop_path: float) -> nn.Module:
+        def block(i: int, j: int, drop_path: float) -> InLineBlock:
             attn = CrossShapedAttention(
                 dims[i],
                 num_heads[i],

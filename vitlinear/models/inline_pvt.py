@@ -137,7 +137,7 @@ class InLinePVT(StagedBackbone):
                 **dd,
             )
 
-        def block(i: int, j: int, drop_path: float) -> nn.Module:
+        def block(i: int, j: int, drop_path: float) -> InLineBlock:
             attn = InLineAttention(
                 embed_dims[i], num_heads[i], 0, proj_drop_rate, attn_backend, **dd
             )

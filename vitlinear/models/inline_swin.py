@@ -116,7 +116,7 @@ class InLineSwin(StagedBackbone):
         def downsample(i: int) -> nn.Module:
             return MapMerging(dims[i - 1], **dd)
 
-        def block(i: int, j: int, drop_path: float) -> nn.Module:
+        def block(i: int, j: int, drop_path: float) -> InLineBlock:
             attn: nn.Module
             if j < num_inline[i]:
                 attn = InLineAttention(

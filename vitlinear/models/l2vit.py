@@ -32,6 +32,7 @@ from vitlinear.layers import (
 )
 
 from ._build import build_model
+from ._gradient_checkpointing import Block
 from ._stages import StagedBackbone, four_each, map_cfg
 
 __all__ = ["L2ViT"]
@@ -86,7 +87,7 @@ class L2Downsample(nn.Module):
         return self.conv(self.norm(x))
 
 
-class L2WindowBlock(nn.Module):
+class L2WindowBlock(Block):
     """Window attention and feed-forward network, each after a positional convolution."""
 
     def __init__(
@@ -121,7 +122,7 @@ class L2WindowBlock(nn.Module):
         return x
 
 
-class L2LinearBlock(nn.Module):
+class L2LinearBlock(Block):
     """Positional convolution, linear attention, local concentration, feed-forward network."""
 
     def __init__(
@@ -212,7 +213,7 @@ class L2ViT(StagedBackbone):
         def downsample(i: int) -> nn.Module:
             return L2Downsample(embed_dims[i - 1], embed_dims[i], **dd)
 
-        def block(i: int, j: int, drop_path: float) -> nn.Module:
+        def block(i: int, j: int, drop_path: float) -> Block:
             dim, heads = embed_dims[i], num_heads[i]
             if j % 2:
                 return L2LinearBlock(

@@ -14,14 +14,13 @@ of MD-LRPE, and the order of norm and gate in the attention.
 from typing import Any
 
 import torch
-from timm.layers import calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from vitlinear.layers import LightNetAttention, MdTpe, RmsNorm, SwiGlu
 
 from ._build import build_model
-from ._isotropic import IsotropicBackbone, TokenBlock, token_cfg
+from ._isotropic import IsotropicBackbone, token_cfg
 
 __all__ = ["LightNet"]
 
@@ -89,21 +88,16 @@ class LightNet(IsotropicBackbone):
             **dd,
         )
         self.position = MdTpe(embed_dim, num_heads, bidirectional, **dd)
-        self.blocks = nn.ModuleList(
-            TokenBlock(
-                embed_dim,
-                LightNetAttention(
-                    embed_dim, num_heads, proj_drop=proj_drop_rate, backend=attn_backend, **dd
-                ),
-                SwiGlu(embed_dim, int(embed_dim * mlp_ratio), proj_drop_rate, **dd),
-                RmsNorm,
-                rate,
-                **dd,
+
+        def attn() -> nn.Module:
+            return LightNetAttention(
+                embed_dim, num_heads, proj_drop=proj_drop_rate, backend=attn_backend, **dd
             )
-            for rate in calculate_drop_path_rates(drop_path_rate, depth)
-        )
-        self.norm = RmsNorm(embed_dim, **dd)
-        self.init_weights(needs_reset=False)
+
+        def mlp() -> nn.Module:
+            return SwiGlu(embed_dim, int(embed_dim * mlp_ratio), proj_drop_rate, **dd)
+
+        self.make_blocks(attn, mlp, RmsNorm, drop_path_rate, **dd)
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
