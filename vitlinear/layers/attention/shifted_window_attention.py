@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from vitlinear._timm import register_notrace_module
 
 from ..heads import split_heads
+from ..layout import split_axis
 from ..linear import Linear
 from ..padding_rule import SIZES
 from ..windows import fits, fixed_windows, from_windows, join_maps, to_windows, window_places
@@ -92,7 +93,7 @@ class ShiftedWindowAttention(nn.Module):
         bias = self.rel_pos.get_bias()
         regions = window_regions((B, H, W), rows, cols, down, right, x.device)
         x = to_windows(x, rows, cols, down, right)
-        q, k, v = self.qkv(x).unflatten(2, [3, heads, C // heads]).unbind(2)
+        q, k, v = split_axis(self.qkv(x), 2, [3, heads, C // heads]).unbind(2)
         if regions is not None:
             hidden = regions[:, :, None] != regions[:, None, :]
             bias = bias.masked_fill(hidden[:, None], -torch.inf)

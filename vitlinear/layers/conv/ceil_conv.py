@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..layout import known_layout
+
 
 class CeilConv(nn.Conv2d):
     """K x K convolution whose output has ceil(n / stride) places for a side of n.
@@ -41,6 +43,7 @@ class CeilConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, in_dim, H, W] -> [B, dim, ceil(H / stride), ceil(W / stride)]."""
+        x = known_layout(x)
         if self.extra > 0:
             x = F.pad(x, [0, self.extra, 0, self.extra])
         return self._conv_forward(x, self.weight, self.bias)
