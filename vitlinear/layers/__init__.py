@@ -16,6 +16,7 @@ from .conv.depthwise_conv import DepthwiseConv, ResidualDepthwiseConv
 from .conv.dynamic_conv import DynamicConv
 from .conv.local_concentration import LocalConcentration
 from .fold import fold_scale
+from .layout import known_layout
 from .linear import Linear
 from .mlp import ConvMlp, Mlp, SwiGlu
 from .plain import is_plain
@@ -60,6 +61,7 @@ __all__ = [
     "check_images",
     "fold_scale",
     "is_plain",
+    "known_layout",
     "learns_temperature",
     "run_recomputing",
     "use_pytorch_layers",

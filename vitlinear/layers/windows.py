@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .layout import is_followed, split_axis
+
 try:
     from torch.fx.experimental.symbolic_shapes import has_static_value
 except ImportError:  # before torch 2.7: what is exported is tied to how the windows fit the map
@@ -25,6 +27,8 @@ def varies(size: int) -> bool:
     if torch.jit.is_scripting():
         return False
     else:  # noqa: RET505  TorchScript leaves out the branch not taken, but not what follows it
+        if is_followed(size):
+            return True
         return torch.compiler.is_compiling() and not has_static_value(size)
 
 
@@ -193,7 +197,7 @@ def from_windows(
     B, H, W = size
     whole = fits(H, rows) and fits(W, cols)
     if whole and is_one(rows[0]) and is_one(cols[0]):
-        return x.unflatten(1, [H, W])
+        return split_axis(x, 1, [H, W])
     if not whole and not (known(H, rows) and known(W, cols)):
         return gather_map(x, rows, cols, size, down, right)
     x = x.reshape(B, rows[0], cols[0], rows[1], cols[1], x.shape[2]).transpose(2, 3)

@@ -15,6 +15,7 @@ from timm.layers import ClassifierHead, calculate_drop_path_rates, get_device_dt
 from torch import Tensor, nn
 
 from vitlinear._timm import feature_take_indices
+from vitlinear.layers import known_layout
 
 from ._build import imagenet_cfg
 from ._contract import TimmBackbone
@@ -53,7 +54,7 @@ class Stage(nn.Module):
         x = x.permute(0, 2, 3, 1)
         for block in self.blocks:
             x = block(x, *shared)
-        return x.permute(0, 3, 1, 2)
+        return known_layout(x.permute(0, 3, 1, 2))
 
 
 class StagedBackbone(TimmBackbone):
@@ -223,7 +224,7 @@ class StagedBackbone(TimmBackbone):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Features -> logits [B, num_classes], or the pooled features if pre_logits."""
-        return self.head(x, pre_logits=pre_logits)
+        return self.head(known_layout(x), pre_logits=pre_logits)
 
 
 def four_each(**settings: Sequence[Any]) -> None:

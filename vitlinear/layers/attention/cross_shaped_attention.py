@@ -9,6 +9,7 @@ from vitlinear._timm import register_notrace_module
 
 from ..conv.depthwise_conv import DepthwiseConv
 from ..conv.dynamic_conv import shifted_sum
+from ..layout import split_axis
 from ..linear import Linear
 from ..padding_rule import SIZES
 from ..windows import equal_windows, from_windows, join_maps, to_windows, varies, window_padding
@@ -70,9 +71,9 @@ class Stripe(nn.Module):
         rows, cols = equal_windows(H, self.limits[0]), equal_windows(W, self.limits[1])
         mask = window_padding(qkv, rows, cols, None)
         heads = self.attend.num_heads
-        q, k, v = to_windows(qkv, rows, cols).unflatten(3, [heads, C // heads]).unbind(2)
+        q, k, v = split_axis(to_windows(qkv, rows, cols), 3, [heads, C // heads]).unbind(2)
         x = self.attend_windows(q, k, v, source, rows, cols, mask)
-        x = x + self.lepe(v.flatten(2).unflatten(1, [rows[1], cols[1]])).flatten(1, 2)
+        x = x + self.lepe(split_axis(v.flatten(2), 1, [rows[1], cols[1]])).flatten(1, 2)
         return from_windows(x, rows, cols, (B, H, W))
 
     def attend_windows(

@@ -12,6 +12,7 @@ from vitlinear.ops.backend import check_backend
 
 from ..conv.dynamic_conv import DynamicConv
 from ..heads import split_heads
+from ..layout import split_axis
 from ..linear import Linear
 from ..padding_rule import MASK, SIZES
 from ..windows import equal_windows, from_windows, join_maps, to_windows, window_padding
@@ -84,11 +85,11 @@ class InjectiveAttention(nn.Module):
         if key_padding_mask is not None:
             values = v.masked_fill(key_padding_mask[:, :, None, None], 0)
         prefix = self.num_prefix_tokens
-        values = values[:, prefix:].flatten(2).unflatten(1, [height, width])
+        values = split_axis(values[:, prefix:].flatten(2), 1, [height, width])
         local = self.local(values, mean).flatten(1, 2)
         if prefix > 0:
             local = F.pad(local, [0, 0, prefix, 0])
-        lepe = local.unflatten(-1, [self.num_heads, self.head_dim])
+        lepe = split_axis(local, 2, [self.num_heads, self.head_dim])
         mask = key_padding_mask
         out = scriptable_attention(
             q, k, v, "inline", key_padding_mask=mask, lepe=lepe, backend=self.backend
@@ -148,7 +149,7 @@ class _ProjectedAttention(nn.Module):
     ) -> Tensor:
         """[B, num_prefix_tokens + height * width, C] -> the same shape."""
         heads = [3, self.attend.num_heads, self.attend.head_dim]
-        q, k, v = self.qkv(x).unflatten(2, heads).unbind(2)
+        q, k, v = split_axis(self.qkv(x), 2, heads).unbind(2)
         mean = mean_token(x, key_padding_mask)
         x = self.attend(q, k, v, mean, height, width, key_padding_mask)
         return self.proj_drop(self.proj(x))

@@ -9,6 +9,7 @@ from vitlinear._timm import register_notrace_module
 from vitlinear.ops.backend import check_backend
 
 from ..heads import split_heads
+from ..layout import split_axis
 from ..linear import Linear
 from ..padding_rule import MASK
 from .scriptable import check_attn_type, scriptable_attention
@@ -93,7 +94,7 @@ class LinearAttention(nn.Module):
         Returns:
             In the shape of x.
         """
-        qkv = self.qkv(x).flatten(1, -2).unflatten(-1, [3, self.num_heads, self.head_dim])
+        qkv = split_axis(self.qkv(x).flatten(1, -2), 2, [3, self.num_heads, self.head_dim])
         q, k, v = qkv.unbind(2)
         mask = key_padding_mask
         if mask is not None:

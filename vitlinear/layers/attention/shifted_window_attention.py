@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from vitlinear._timm import register_notrace_module
 
 from ..heads import split_heads
+from ..layout import split_axis
 from ..linear import Linear
 from ..padding_rule import SIZES
 from ..windows import fits, fixed_windows, from_windows, join_maps, to_windows, window_places
@@ -91,7 +92,7 @@ class ShiftedWindowAttention(nn.Module):
         down, right = self.shift * (1 - 1 // rows[0]), self.shift * (1 - 1 // cols[0])
         regions = window_regions((B, H, W), rows, cols, down, right, x.device)
         x = to_windows(x, rows, cols, down, right)
-        q, k, v = self.qkv(x).unflatten(2, [3, heads, C // heads]).unbind(2)
+        q, k, v = split_axis(self.qkv(x), 2, [3, heads, C // heads]).unbind(2)
         # The bias is added to zero, or to what hides keys. Its module is called, not asked for it:
         # hooks run, and weights may be made for each call.
         logits = q.new_zeros(1)

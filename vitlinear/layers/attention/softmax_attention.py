@@ -44,8 +44,34 @@ class SoftmaxAttention(nn.Module):
             [B, N, h * D].
         """
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        # Two conditions, for TorchScript to leave out what it cannot read.
+        if not torch.jit.is_scripting():  # noqa: SIM102
+            if torch.onnx.is_in_onnx_export():
+                return written_out(q, k, v, mask).transpose(1, 2).flatten(2)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
         if not torch.jit.is_scripting() and torch.compiler.is_compiling():
             # Its strides depend on what SDPA becomes: a view could be wrong after a translation.
             out = out.clone(memory_format=torch.contiguous_format)
         return out.flatten(2)
+
+
+def written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """SDPA in the steps that ONNX has.
+
+    SDPA asks whether a mask is one for all images, with the answer of `known_layout`.
+
+    Args:
+        q: [B, h, N, D]; k and v likewise.
+        k: Keys.
+        v: Values.
+        mask: As `SoftmaxAttention` takes it.
+
+    Returns:
+        [B, h, N, D].
+    """
+    logits = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)
+    if mask is not None and mask.dtype == torch.bool:
+        logits = logits.masked_fill(~mask, -torch.inf)
+    elif mask is not None:
+        logits = logits + mask
+    return logits.softmax(-1) @ v

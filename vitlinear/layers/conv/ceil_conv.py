@@ -7,6 +7,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..layout import known_layout
+
 
 def _pair(padding: str | tuple[int, ...]) -> tuple[int, ...]:
     if isinstance(padding, str):
@@ -41,6 +43,7 @@ class CeilConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, in_dim, H, W] -> [B, dim, ceil(H / stride), ceil(W / stride)]."""
+        x = known_layout(x)
         if max(self.extra) > 0:
             x = F.pad(x, self.extra)
         return self._conv_forward(x, self.weight, self.bias)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vitlinear.ops.tracing import under_transforms
 
+from ..layout import known_layout
 from .conv_norm_act import ConvNormAct
 
 
@@ -31,7 +32,7 @@ def check_images(x: Tensor, in_chans: int) -> Tensor:
     if not torch.jit.is_scripting():  # noqa: SIM102
         if under_transforms():  # vmap cannot tell layouts
             return x
-    return x.contiguous(memory_format=torch.channels_last)
+    return known_layout(x.contiguous(memory_format=torch.channels_last))
 
 
 class ConvStem(nn.Module):

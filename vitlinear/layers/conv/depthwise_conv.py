@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from vitlinear._timm import register_notrace_module
 from vitlinear.ops import cpu
 
+from ..layout import known_layout
 from ..padding_rule import ZEROS
 from ..plain import is_plain
 
@@ -49,7 +50,7 @@ class DepthwiseConv(nn.Conv2d):
 
     def convolve(self, x: Tensor) -> Tensor:
         """As `forward`, for subclasses: TorchScript knows no ``super()``."""
-        x = x.permute(0, 3, 1, 2)
+        x = known_layout(x.permute(0, 3, 1, 2))
         if torch.jit.is_scripting():
             x = self._conv_forward(x, self.weight, self.bias)
         else:
@@ -66,7 +67,7 @@ class ResidualDepthwiseConv(DepthwiseConv):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
-        x = x.permute(0, 3, 1, 2)
+        x = known_layout(x.permute(0, 3, 1, 2))
         if torch.jit.is_scripting():
             x = x + self._conv_forward(x, self.weight, self.bias)
         else:

@@ -80,8 +80,14 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) 
     Returns:
         [B, C_out].
     """
-    x = x.unflatten(1, [groups, -1]).transpose(0, 1)
     weight = weight.squeeze(2).unflatten(0, [groups, -1]).transpose(1, 2)
+    # Two conditions, for TorchScript to leave out what it cannot read.
+    if not torch.jit.is_scripting():  # noqa: SIM102
+        # With groups before samples, strides depend on the batch as `known_layout` tells.
+        if torch.onnx.is_in_onnx_export():
+            out = (x.unflatten(1, [groups, 1, -1]) @ weight).flatten(1)
+            return out if bias is None else out + bias
+    x = x.unflatten(1, [groups, -1]).transpose(0, 1)
     if bias is None:
         out = torch.bmm(x, weight)
     else:
@@ -113,11 +119,10 @@ def shifted_sum(x: Tensor, kernel: Tensor) -> Tensor:
 
     A convolution of B C groups would tie an exported program to its batch size.
     """
-    H, W = x.shape[1], x.shape[2]
     taps = kernel.to(x.dtype).transpose(1, 2)[:, :, None, None]  # [B, 9, 1, 1, C]
     x = F.pad(x, (0, 0, 1, 1, 1, 1))
-    out = x[:, :H, :W] * taps[:, 0]
+    out = x[:, :-2, :-2] * taps[:, 0]
     for tap in range(1, 9):
         row, col = divmod(tap, 3)
-        out = out + x[:, row : row + H, col : col + W] * taps[:, tap]
+        out = out + x[:, row : row - 2 or None, col : col - 2 or None] * taps[:, tap]
     return out

@@ -9,8 +9,45 @@ from torch import Tensor, nn
 
 from vitlinear._timm import register_notrace_module
 
+from ..layout import is_followed
 from ..padding_rule import SIZES
 from ..windows import join_maps
+
+
+def resizing(length: int, size: int, x: Tensor) -> Tensor:
+    """Bicubic resizing of an axis with antialiasing, as a matrix [size, length].
+
+    The kernel is Keys' with a = -1/2, as wide as places of the result are apart.
+
+    Args:
+        length: Places given.
+        size: Places wanted.
+        x: What tells type and device.
+    """
+    places = torch.arange(length, dtype=x.dtype, device=x.device) + 0.5
+    step = torch.ones_like(places).sum() / size  # a tensor, whichever of the two is one
+    centres = (torch.arange(size, dtype=x.dtype, device=x.device) + 0.5) * step
+    d = (places - centres[:, None]).abs() / step.clamp(min=1)
+    near = (1.5 * d - 2.5) * d * d + 1
+    far = ((2.5 - 0.5 * d) * d - 4) * d + 2
+    weights = torch.where(d < 1, near, torch.where(d < 2, far, 0))
+    return weights / weights.sum(1, keepdim=True)
+
+
+def resized_by_products(x: Tensor, height: int, width: int) -> Tensor:
+    """`F.interpolate`, bicubic with antialiasing, in steps that the older exporter to ONNX has.
+
+    Args:
+        x: [rows, cols, C].
+        height: Wanted.
+        width: Wanted.
+
+    Returns:
+        [height, width, C].
+    """
+    rows, cols = x.shape[:2]
+    down = resizing(rows, height, x) @ x.flatten(1)
+    return resizing(cols, width, x) @ down.unflatten(1, [cols, x.shape[2]])
 
 
 # One step to torch.fx, which cannot follow choices that look at shapes.
@@ -65,6 +102,13 @@ class AddTokenPositions(nn.Module):
 
         Bicubic with antialiasing, as timm resizes positions.
         """
+        # Two conditions, for TorchScript to leave out what it cannot read.
+        if not torch.jit.is_scripting():  # noqa: SIM102
+            if is_followed(height):
+                before, tokens = pos_embed.tensor_split([self.num_prefix_tokens], 1)
+                tokens = tokens.float().reshape(*grid_size, -1)
+                tokens = resized_by_products(tokens, height, width).flatten(0, 1)[None]
+                return torch.cat((before, tokens.to(before.dtype)), 1)
         return resample_abs_pos_embed(
             pos_embed,
             new_size=[height, width],
@@ -121,7 +165,7 @@ class AddMapPositions(nn.Module):
             # To compare them would tie an exported program to the size it was made with; to
             # resize them to their own size changes nothing. Resized with channels last, the
             # strides of half-precision ones would tie it to some sizes, too.
-            compiling = torch.compiler.is_compiling()
+            compiling = torch.compiler.is_compiling() or is_followed(height)
             known = not compiling and (height, width) == (rows, cols)
             if compiling:
                 pos = pos.contiguous()

@@ -1,0 +1,48 @@
+"""How maps lie in memory where it matters."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def known_layout(x: Tensor) -> Tensor:
+    """The map itself; while torch.onnx makes a program, a contiguous one.
+
+    Programs of ONNX know no strides. Of a channels-last map torch.export asks whether there is more
+    than one image. With an example of one, the answer ties the program to a batch of one, and
+    torch.onnx writes that file without a word.
+    """
+    if torch.jit.is_scripting():
+        return x
+    else:  # noqa: RET505  TorchScript leaves out the branch not taken, but not what follows it
+        return x.contiguous() if torch.onnx.is_in_onnx_export() else x
+
+
+def is_followed(size: int) -> bool:
+    """Whether torch.jit.trace follows this size: to it, it is a tensor, and may be another later.
+
+    The older exporter to ONNX is built on it.
+    """
+    if torch.jit.is_scripting():
+        return False
+    else:  # noqa: RET505
+        return isinstance(size, Tensor)
+
+
+def split_axis(x: Tensor, axis: int, sizes: list[int]) -> Tensor:
+    """``x.unflatten(axis, sizes)``.
+
+    Of what unflatten gives, the older exporter to ONNX takes all sizes for those of the example.
+
+    Args:
+        x: Any tensor.
+        axis: Counted from the first, 0.
+        sizes: What the axis becomes.
+    """
+    if torch.jit.is_scripting():
+        return x.unflatten(axis, sizes)
+    else:  # noqa: RET505
+        if is_followed(x.shape[0]):
+            return x.reshape([*x.shape[:axis], *sizes, *x.shape[axis + 1 :]])
+        return x.unflatten(axis, sizes)
