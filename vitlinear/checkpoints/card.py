@@ -19,6 +19,7 @@ from vitlinear.files import write_atomically
 from .read import read_metadata
 
 CARD_KEY = "vitlinear"
+IMAGE_MODES = {1: "L", 3: "RGB"}  # by channels, where nothing else is said
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Card:
         in_chans: Input channels.
         data_config: ``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct``,
             ``crop_mode``.
-        image_mode: PIL mode of the input images.
+        image_mode: PIL mode of the input images; None where no mode is known for the channels.
         class_names: In label order, where known.
         dataset: Name of the data set, if it was not a folder.
         epoch: Epochs trained, counted from 1.
@@ -45,7 +46,7 @@ class Card:
     num_classes: int
     in_chans: int
     data_config: dict[str, Any]
-    image_mode: str
+    image_mode: str | None
     class_names: list[str] | None = None
     dataset: str | None = None
     epoch: int = 0
