@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib.util
 import json
 import os
 import signal
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -160,6 +162,56 @@ def test_what_computes_something_else_is_not_kept(earlier, command, tmp_path, mo
     assert "was not written: at 1x3x33x33 it differs from the model by " in result.err
     assert [file.name for file in tmp_path.iterdir()] == [path.name] * earlier
     assert not earlier or path.read_text() == "earlier"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_two_at_once(overwrite, command, tmp_path, monkeypatch):
+    """A file that appears while another is being written is kept, but for --overwrite."""
+    kind, path = write.FORMATS["safetensors"], tmp_path / "model.safetensors"
+
+    def outrun(*args):
+        path.write_text("quicker")
+        kind.write(*args)
+
+    monkeypatch.setitem(write.FORMATS, "safetensors", dataclasses.replace(kind, write=outrun))
+    result = command("export", MODEL, path, *["--overwrite"] * overwrite)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    if overwrite:
+        assert result.code == 0 and path.read_bytes() != b"quicker"
+    else:
+        assert result.code == 2 and path.read_text() == "quicker"
+        assert "exists: give another name, or --overwrite" in result.err
+
+
+def test_folder_that_cannot_be_written_to(command, tmp_path, monkeypatch):
+    """Nothing is traced first. Modes of folders do not bind root, who runs the tests somewhere."""
+
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    path = tmp_path / "model.safetensors"
+    result = command("export", MODEL, path)
+    assert result.code == 2
+    assert result.err == f"error: cannot write {path}: Read-only file system\n"
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt2"])
+def test_channels_that_no_image_has(suffix, command, tmp_path):
+    """Thirteen bands of a satellite: the file does not say that they are colours."""
+    path = tmp_path / f"model.{suffix}"
+    result = command("export", MODEL, path, "--in-chans", 13)
+    assert (result.code, result.err) == (0, "")
+    if suffix == "safetensors":
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+    else:
+        files = {write.METADATA_FILE: ""}
+        program = torch.export.load(path, extra_files=files).module()
+        assert program(torch.zeros(2, 13, 64, 80)).shape == (2, 1000)
+        metadata = json.loads(files[write.METADATA_FILE])
+    assert "image_mode" not in metadata
+    assert json.loads(metadata["input_size"])[0] == len(json.loads(metadata["mean"])) == 13
 
 
 def test_terminated(command, tmp_path, monkeypatch):

@@ -173,6 +173,7 @@ def folders(tmp_path, monkeypatch, images):
         (["o.onnx", *CALIBRATE, "few"], "few has 8 images"),
         (["o.onnx", *CALIBRATE, "damaged"], "cannot read image damaged/"),
         (["o.onnx", "--dtype", "int8", "--dataset", "digit"], "digit"),
+        (["o.onnx", *CALIBRATE, "few", "--in-chans", "13"], "with 13 channels is known"),
         (["o.onnx", *CALIBRATE, "few", "--calibration-images", "0"], "must be at least 1"),
         (["o.pt2", *CALIBRATE, "few"], "--dtype int8 is for --format onnx"),
         (["o.onnx", "--data-dir", "few"], "--data-dir is for --dtype int8"),

@@ -25,6 +25,7 @@ OF_OTHER_WEIGHTS = (
     "test_input_size", "test_crop_pct", "pool_size", "test_pool_size", "label_descriptions",
     "label_offset", "license",
 )  # fmt: skip
+IMAGE_MODES = {1: "L", 3: "RGB"}  # by channels, where nothing else is said
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Card:
         num_classes: Width of the classifier.
         in_chans: Input channels.
         data_config: How images become its input.
-        image_mode: PIL mode of the input images.
+        image_mode: PIL mode of the input images; None where no mode is known for the channels.
         class_names: In label order, where known.
         dataset: Name of the data set, if it was not a folder.
         epoch: Epochs trained, counted from 1.
@@ -50,7 +51,7 @@ class Card:
     num_classes: int
     in_chans: int
     data_config: Preprocessing
-    image_mode: str
+    image_mode: str | None
     class_names: list[str] | None = None
     dataset: str | None = None
     epoch: int = 0

@@ -13,7 +13,7 @@ from torch import nn
 
 from vitlinear import models as registry
 from vitlinear.cards.render import mega
-from vitlinear.checkpoints.card import CARD_KEY, Card, card_of, save_weights
+from vitlinear.checkpoints.card import CARD_KEY, IMAGE_MODES, Card, card_of, save_weights
 from vitlinear.checkpoints.read import read_metadata
 from vitlinear.checkpoints.translate import is_detector
 from vitlinear.cli.parser import Parser
@@ -47,7 +47,7 @@ def _card(model: nn.Module, found: Fit) -> Card:
         num_classes=found.num_classes,
         in_chans=found.in_chans,
         data_config=data_config(model, {}),
-        image_mode="L" if found.in_chans == 1 else "RGB",
+        image_mode=IMAGE_MODES.get(found.in_chans),
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from PIL import ImageMode
 from timm.data import IterableImageDataset
 
+from vitlinear.checkpoints.card import IMAGE_MODES
 from vitlinear.cli.flags import NATURAL
 from vitlinear.cli.parser import Parser
 from vitlinear.errors import UserError
@@ -86,7 +87,7 @@ def image_mode(in_chans: int, requested: str | None) -> str:
     Raises:
         UserError: No mode, or not the requested one, has that many channels of 8 bits.
     """
-    mode = requested or {1: "L", 3: "RGB"}.get(in_chans)
+    mode = requested or IMAGE_MODES.get(in_chans)
     if mode is None:
         raise UserError(
             f"no default image mode has {in_chans} channels: use --in-chans 1 or 3, "

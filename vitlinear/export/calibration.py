@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageMode
 from timm.data import IterableImageDataset, create_transform
 from torch import Tensor
 
@@ -72,19 +72,26 @@ def read(
         count: Images to calibrate on, at most.
 
     Raises:
-        UserError: No images are named, or there are too few, or one cannot be read.
+        UserError: No images are named, or there are too few, or one cannot be read, or images
+            have not as many channels as the model takes.
     """
     channels, height, width = card.data_config.input_size
+    mode = card.image_mode
+    if mode is None or len(ImageMode.getmode(mode).bands) != channels:
+        raise UserError(
+            f"--dtype int8 needs images to calibrate on, and no mode of images with {channels} "
+            "channels is known: take --dtype float16"
+        )
     size = channels, shapes.height.nearest(height), shapes.width.nearest(width)
     preprocessing = dataclasses.replace(card.data_config, input_size=size)
     transform = create_transform(**preprocessing.as_dict(), is_training=False)
     name = dataset or (None if data_dir else card.dataset)
     if name is not None:
         source = f"{name} ({split})"
-        images = _of_dataset(name, data_dir, split, card.image_mode, transform, count + HELD_OUT)
+        images = _of_dataset(name, data_dir, split, mode, transform, count + HELD_OUT)
     elif data_dir is not None:
         source = data_dir
-        images = _of_folder(data_dir, card.image_mode, transform, count + HELD_OUT)
+        images = _of_folder(data_dir, mode, transform, count + HELD_OUT)
     else:
         raise UserError(
             "--dtype int8 needs images like those it will see, to calibrate on: give --data-dir "

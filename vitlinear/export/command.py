@@ -14,7 +14,7 @@ from torch import nn
 
 import vitlinear
 from vitlinear.cards.info import check_name
-from vitlinear.checkpoints.card import Card, read_card
+from vitlinear.checkpoints.card import IMAGE_MODES, Card, read_card
 from vitlinear.checkpoints.download import digest
 from vitlinear.checkpoints.load import load_model
 from vitlinear.checkpoints.read import read_metadata
@@ -166,7 +166,7 @@ def _load(args: argparse.Namespace) -> tuple[nn.Module, Card]:
         num_classes=int(model.num_classes),  # type: ignore[arg-type]
         in_chans=channels,
         data_config=config,
-        image_mode="L" if channels == 1 else "RGB",
+        image_mode=IMAGE_MODES.get(channels),
     )
 
 
@@ -203,7 +203,7 @@ def metadata_of(card: Card, **more: object) -> dict[str, str]:
         "std": config.std,
         "interpolation": config.interpolation,
         "crop_pct": config.crop_pct,
-        "image_mode": card.image_mode,
+        **({"image_mode": card.image_mode} if card.image_mode else {}),
         **({"class_names": card.class_names} if card.class_names else {}),
         **more,
         "made_by": f"vitlinear {vitlinear.__version__}, torch {torch.__version__}",
@@ -232,7 +232,9 @@ def main(argv: Sequence[str] | None, prog: str = "vitlinear export") -> None:
     metadata = metadata_of(card, **about, **origin)
     if args.fuse:
         model.fuse()  # type: ignore[operator]
-    differences = export(model, args.out, kind, shapes, card, metadata, DTYPES[args.dtype], images)
+    differences = export(
+        model, args.out, kind, shapes, card, metadata, DTYPES[args.dtype], images, args.overwrite
+    )
     print(f"model         {card.model}, {card.num_classes} classes{', fused' * args.fuse}")
     hint = " (give --checkpoint FILE or --pretrained)" if origin["weights"] == RANDOM else ""
     print(f"weights       {origin['weights']}{hint}, licence: {origin['license']}")

@@ -216,12 +216,13 @@ def export(
     metadata: Mapping[str, str],
     dtype: torch.dtype = torch.float32,
     calibration: Calibration | None = None,
+    overwrite: bool = True,
 ) -> dict[tuple[int, int, int, int], float]:
     """Write a model, and let the file appear once it was read back and gave the same.
 
     Args:
         model: In eval mode, in float32, on the CPU; becomes one of `dtype`.
-        path: The file; replaced if there is one.
+        path: The file.
         kind: Key in `FORMATS`.
         shapes: Sizes of the input that the program is for.
         card: What the model is.
@@ -229,6 +230,7 @@ def export(
         dtype: Of the program, its images and logits; torch.int8: of its products with weights.
         calibration: For torch.int8, images to take ranges from, and others to check with, in
             place of random ones.
+        overwrite: Replace a file of this name, one that appears meanwhile too.
 
     Returns:
         Norm of the difference over that of the logits in float32, by the size it was measured at.
@@ -236,7 +238,7 @@ def export(
     Raises:
         UserError: What is written computes something else, or cannot be written; nothing is left.
     """
-    check_target(path, kind, overwrite=True)
+    check_target(path, kind, overwrite)
     generator = torch.Generator().manual_seed(0)
     sizes = shapes.checked(*card.data_config.input_size[1:])
     try:
@@ -273,6 +275,7 @@ def export(
                         f"{difference:.1e} of the logits' norm, more than {TOLERANCES[dtype]:.0e}: "
                         f"{ADVICE[dtype]}"
                     )
+            check_target(path, kind, overwrite)  # another process may have been quicker
             os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or one_line(error)}") from error
