@@ -163,3 +163,22 @@ def test_backend_report():
     assert [row.attn_type for row in report] == ["softmax", "l2"] * 3 + ["softmax"] * 2 + ["l2"]
     assert report[0].shape == (2 * 4 * 3, 49, 1, 16) and report[0].backend == "eager"
     assert report[1].shape == (2, 24 * 16, 1, 16) and report[1].backend == "library"
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_batch_norms_count_a_batch_once(reentrant):
+    """Backward runs their blocks a second time."""
+    found = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = timm.create_model("test_l2vit", depths=(2, 1, 1, 1)).train()
+        model.set_grad_checkpointing(checkpointing)
+        timm.layers.set_reentrant_ckpt(reentrant)
+        try:
+            images = torch.linspace(-1, 1, 2 * 3 * 64 * 64).view(2, 3, 64, 64).requires_grad_()
+            model(images).square().sum().backward()
+        finally:
+            timm.layers.set_reentrant_ckpt(False)
+        found.append(dict(model.named_buffers()) | {k: p.grad for k, p in model.named_parameters()})
+    assert found[0]["stages.0.blocks.1.lcm.bn.num_batches_tracked"] == 1
+    torch.testing.assert_close(found[1], found[0])

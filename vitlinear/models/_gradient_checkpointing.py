@@ -1,13 +1,15 @@
 """Gradient checkpointing of blocks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import timm.models
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from ._valid_region import ValidRegion, use_valid_region, valid_region
+from ._valid_region import use_valid_region, valid_region
 
 
 class Block(nn.Module):
@@ -25,21 +27,42 @@ class Block(nn.Module):
     def __call__(self, *args: Any) -> Any:
         """Run `forward` and the hooks, as any module does."""
         if self.grad_checkpointing:
-            return _checkpoint(super().__call__, *args)
+            return _checkpoint(self, super().__call__, *args)
         return super().__call__(*args)
 
 
-def _checkpoint(block: Callable[..., Any], *args: Any) -> Any:
-    """timm's `checkpoint`, recomputing under the valid region of this forward pass.
+def _checkpoint(block: nn.Module, run: Callable[..., Any], *args: Any) -> Any:
+    """timm's `checkpoint` of ``run``, the call of a block, as if it ran once.
 
-    The backward pass comes when the region is no longer in use, perhaps after a forward pass under
-    another one, and on a GPU in a thread of its own.
+    The backward pass recomputes under the valid region of this forward pass. It comes when the
+    region is no longer in use, perhaps after a forward pass under another one, and on a GPU in a
+    thread of its own. Batch norms count the images of a batch once.
     """
     if torch.compiler.is_compiling():  # nothing runs twice: the compiler has its own recomputation
-        return timm.models.checkpoint(block, *args)
-    return timm.models.checkpoint(_run, valid_region(), block, *args)
+        return timm.models.checkpoint(run, *args)
+    region, again = valid_region(), False
+
+    def run_in_region(*args: Any) -> Any:
+        nonlocal again
+        with use_valid_region(region), _statistics_as_they_are(block) if again else nullcontext():
+            again = True
+            return run(*args)
+
+    return timm.models.checkpoint(run_in_region, *args)
 
 
-def _run(region: ValidRegion | None, block: Callable[..., Any], *args: Any) -> Any:
-    with use_valid_region(region):
-        return block(*args)
+@contextmanager
+def _statistics_as_they_are(block: nn.Module) -> Iterator[None]:
+    """Inside, batch norms in training mode count into copies of their averages.
+
+    Not by switching those off, without which another number of tensors would be kept.
+    """
+    norms = [m for m in block.modules() if isinstance(m, _BatchNorm) and m.training]
+    averages = [(norm, name, x) for norm in norms for name, x in norm.named_buffers(recurse=False)]
+    for norm, name, x in averages:
+        setattr(norm, name, x.clone())
+    try:
+        yield
+    finally:
+        for norm, name, x in averages:
+            setattr(norm, name, x)
