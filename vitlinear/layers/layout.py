@@ -20,14 +20,14 @@ def known_layout(x: Tensor) -> Tensor:
 
 
 def is_followed(size: int) -> bool:
-    """Whether torch.jit.trace follows this size: to it, it is a tensor, and may be another later.
+    """Whether the older exporter to ONNX traces this size, a tensor then, for any other as well.
 
-    The older exporter to ONNX is built on it.
+    Other users of traces, such as those that count operations, want the steps that this size takes.
     """
     if torch.jit.is_scripting():
         return False
     else:  # noqa: RET505
-        return isinstance(size, Tensor)
+        return torch.onnx.is_in_onnx_export() and isinstance(size, Tensor)
 
 
 def split_axis(x: Tensor, axis: int, sizes: list[int]) -> Tensor:
