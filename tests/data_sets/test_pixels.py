@@ -337,8 +337,9 @@ def test_every_command_gives_the_same_pixels(
         assert torch.allclose(one, other, atol=0.02)
 
 
+@pytest.mark.openmmlab
 def test_dense_models_see_the_same_pixels(odd: tuple[Path, dict[str, np.ndarray]]) -> None:
-    pytest.importorskip("mmengine", reason="pip install 'vitlinear[openmmlab]'")
+    pytest.importorskip("mmcv", reason="pip install 'vitlinear[openmmlab]'")
     from vitlinear.dense.openmmlab.detect_segment import _read
 
     root, expected = odd

@@ -260,7 +260,9 @@ def test_compiled_once_for_all_sizes(name):
 
 @pytest.mark.compile
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["test_ravlt", "test_l2vit"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("test_ravlt", marks=pytest.mark.nightly), "test_l2vit"]
+)
 def test_checkpointed_training_compiles_for_any_size(name):
     """Numbers that Dynamo takes for inputs, as constants of a module, fail inside such parts."""
     torch._dynamo.reset()
