@@ -139,8 +139,8 @@ def test_the_constructor_call_of_transformers(tmp_path: Path, changes: dict) -> 
 
 @pytest.mark.parametrize("changes", [{}, {"in_chans": 1, "model_kwargs": {"global_pool": "max"}}])
 def test_transformers(tmp_path: Path, changes: dict) -> None:
-    """The folder in transformers, where that is installed."""
-    transformers = pytest.importorskip("transformers")
+    """The folder in transformers."""
+    transformers = pytest.importorskip("transformers", reason="pip install 'vitlinear[dev]'")
     from vitlinear.cards.push import write_folder
 
     path = save(tmp_path / "w.safetensors", **changes)
