@@ -16,6 +16,7 @@ from vitlinear.cli.flags import from_arguments, values_by_flag
 from vitlinear.cli.parser import Parser
 from vitlinear.data import check_data
 from vitlinear.evaluation import predict, validate
+from vitlinear.export import command as export
 from vitlinear.train import compare_runs
 from vitlinear.train import run as train
 
@@ -26,6 +27,7 @@ COMMANDS: dict[str, tuple[ModuleType, list[str]]] = {
     "predict": (predict, ["image.png"]),
     "check-data": (check_data, []),
     "compare-runs": (compare_runs, ["run"]),
+    "export": (export, ["test_ravlt", "out.onnx"]),
 }
 
 
@@ -113,7 +115,7 @@ def test_a_configuration_of_arguments_and_back() -> None:
         from_arguments(Outer, argparse.Namespace(count=1))
 
 
-@pytest.mark.parametrize("room", ["train", "data", "evaluation"])
+@pytest.mark.parametrize("room", ["train", "data", "evaluation", "export", "dense/openmmlab"])
 def test_no_function_takes_parsed_flags(room: str) -> None:
     files = sorted((Path(vitlinear.__file__).parent / room).rglob("*.py"))
     assert files

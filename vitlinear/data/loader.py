@@ -4,6 +4,7 @@ import atexit
 import functools
 import multiprocessing
 import multiprocessing.util  # ends daemons at the exit, after what is registered here
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -102,6 +103,8 @@ def _end_workers() -> None:
     multiprocessing ends its daemons with one SIGTERM each, and waits. Workers do not heed the
     first, by `order.start_worker`: an error would hang the run for ever.
     """
+    if hasattr(signal, "SIGCHLD"):  # PyTorch's handler raises an error for a worker that is killed
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in multiprocessing.active_children():
         while process.daemon and process.is_alive():
             process.terminate()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from vitlinear.checkpoints.card import IMAGE_MODES, Card, read_card
 from vitlinear.checkpoints.download import digest
 from vitlinear.checkpoints.load import load_model
 from vitlinear.checkpoints.read import read_metadata
-from vitlinear.cli.flags import COUNT
+from vitlinear.cli.flags import COUNT, from_arguments, values_by_flag
 from vitlinear.cli.parser import KeyValues, Parser
 from vitlinear.create import build_model, check_model_kwargs, data_config
 from vitlinear.errors import UserError
@@ -41,9 +42,53 @@ CALIBRATION = {
 RANDOM = "random"
 
 
-def parse_arguments(
-    argv: Sequence[str] | None, prog: str = "vitlinear export"
-) -> argparse.Namespace:
+@dataclass(frozen=True)
+class SourceConfig:
+    """The model that is exported, and where its weights come from."""
+
+    model: str
+    checkpoint: str | None
+    pretrained: bool
+    num_classes: int | None
+    in_chans: int | None
+    img_size: int | None
+    model_kwargs: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ProgramConfig:
+    """The sizes that an exported program takes; None for all that one program can take."""
+
+    batch: Range | None
+    height: Range | None
+    width: Range | None
+    fuse: bool
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """The images to calibrate on; None for what `calibration.read` takes by default."""
+
+    data_dir: str | None
+    dataset: str | None
+    train_split: str | None
+    calibration_images: int | None
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Model, program and file of ``export``."""
+
+    source: SourceConfig
+    program: ProgramConfig
+    calibration: CalibrationConfig
+    dtype: str
+    out: Path
+    format: str | None
+    overwrite: bool
+
+
+def parse_arguments(argv: Sequence[str] | None, prog: str = "vitlinear export") -> ExportConfig:
     """Parses flags."""
     parser = Parser(
         prog=prog,
@@ -51,7 +96,7 @@ def parse_arguments(
         "if it computes the same as the model.",
     )
     parser.add_argument("model", metavar="MODEL", help="name, with a tag or without")
-    parser.add_argument("out", metavar="OUT", type=Path, help="file: .onnx, .pt2 or .safetensors")
+    parser.add_argument("out", metavar="OUT", type=_path, help="file: .onnx, .pt2 or .safetensors")
     parser.add_argument("--format", choices=FORMATS, default=None, help="default: by OUT's suffix")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     group = parser.add_argument_group("model")
@@ -93,7 +138,11 @@ def parse_arguments(
         "--calibration-images", type=COUNT, default=None, metavar="N",
         help=f"how many (default: {calibration.IMAGES})",
     )  # fmt: skip
-    return parser.parse_args(argv)
+    return from_arguments(ExportConfig, parser.parse_args(argv))
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
 
 
 def _range(text: str) -> Range:
@@ -103,65 +152,66 @@ def _range(text: str) -> Range:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def _kind(args: argparse.Namespace) -> str:
+def _kind(config: ExportConfig) -> str:
     """The format asked for, after checks that need no model."""
+    source, out = config.source, config.out
     kinds = {row.suffix: kind for kind, row in FORMATS.items()}
-    kind: str | None = args.format or kinds.get(args.out.suffix)
+    kind: str | None = config.format or kinds.get(out.suffix)
     if kind is None:
         raise UserError(
-            f"cannot tell the format of {args.out} from its name: give --format "
+            f"cannot tell the format of {out} from its name: give --format "
             f"{'|'.join(FORMATS)}, or a name that ends with {', '.join(kinds)}"
         )
-    check_name(args.model)
-    check_model_kwargs(args.model_kwargs)
+    check_name(source.model)
+    check_model_kwargs(source.model_kwargs)
     if kind == "safetensors":
-        for flag in ("fuse", "batch", "height", "width"):
-            if getattr(args, flag):
+        for flag, value in values_by_flag(config.program).items():
+            if value:
                 raise UserError(
                     f"--{flag} is for onnx and torch-export: safetensors hold the weights of the "
                     "model as timm builds it"
                 )
-    if args.dtype != "float32" and kind != "onnx":
-        raise UserError(f"--dtype {args.dtype} is for --format onnx")
-    if args.dtype != "int8":
-        for flag in CALIBRATION:
-            if getattr(args, flag) is not None:
+    if config.dtype != "float32" and kind != "onnx":
+        raise UserError(f"--dtype {config.dtype} is for --format onnx")
+    if config.dtype != "int8":
+        for flag, value in values_by_flag(config.calibration).items():
+            if value is not None:
                 raise UserError(f"--{flag.replace('_', '-')} is for --dtype int8")
-    if args.pretrained and args.checkpoint:
+    if source.pretrained and source.checkpoint:
         raise UserError("--pretrained and --checkpoint exclude each other")
-    check_target(args.out, kind, args.overwrite)
-    check_no_input(args.out, (args.checkpoint,))
+    check_target(out, kind, config.overwrite)
+    check_no_input(out, (source.checkpoint,))
     if kind == "onnx":
         check_onnx_packages()
     return kind
 
 
-def _load(args: argparse.Namespace) -> tuple[nn.Module, Card]:
-    chosen: dict[str, Any] = {"num_classes": args.num_classes, "in_chans": args.in_chans}
+def _load(source: SourceConfig) -> tuple[nn.Module, Card]:
+    chosen: dict[str, Any] = {"num_classes": source.num_classes, "in_chans": source.in_chans}
     card = None
-    if args.checkpoint:
+    if source.checkpoint:
         model, card = load_model(
-            args.checkpoint,
+            source.checkpoint,
             # A card names its model with the tag, or without.
-            model=_as_the_card_says(args.model, Path(args.checkpoint)),
-            model_kwargs=args.model_kwargs,
-            img_size=args.img_size,
+            model=_as_the_card_says(source.model, Path(source.checkpoint)),
+            model_kwargs=source.model_kwargs,
+            img_size=source.img_size,
             **chosen,
         )
     else:
         model = build_model(
-            args.model,
-            pretrained=args.pretrained,
-            img_size=args.img_size,
+            source.model,
+            pretrained=source.pretrained,
+            img_size=source.img_size,
             **chosen,
-            **args.model_kwargs,
+            **source.model_kwargs,
         ).eval()
     if card is not None:
         return model, card
-    config = data_config(model, {"img_size": args.img_size} if args.img_size else {})
+    config = data_config(model, {"img_size": source.img_size} if source.img_size else {})
     channels = config.input_size[0]
     return model, Card(
-        model=args.model,
+        model=source.model,
         model_kwargs=model_kwargs(model),
         num_classes=int(model.num_classes),  # type: ignore[arg-type]
         in_chans=channels,
@@ -176,15 +226,15 @@ def _as_the_card_says(model: str, path: Path) -> str:
     return card.model if card is not None and same else model
 
 
-def _origin(args: argparse.Namespace, model: nn.Module) -> dict[str, str]:
+def _origin(source: SourceConfig, model: nn.Module) -> dict[str, str]:
     """Where the weights come from, and their licence."""
-    if args.checkpoint:
-        path = Path(args.checkpoint)
+    if source.checkpoint:
+        path = Path(source.checkpoint)
         known, sha256 = read_metadata(path), digest(path)
         row = published_row(path, sha256)
         license_ = known.get("license") or (row[0].license if row else "not known")
         return {"weights": path.name, "weights_sha256": sha256, "license": license_}
-    if args.pretrained:
+    if source.pretrained:
         cfg = model.pretrained_cfg
         name = f"{cfg['architecture']}.{cfg['tag']}"  # type: ignore[index]
         return {"weights": name, "license": cfg.get("license") or NONE_STATED}  # type: ignore[operator, union-attr]
@@ -214,34 +264,37 @@ def metadata_of(card: Card, **more: object) -> dict[str, str]:
 
 def main(argv: Sequence[str] | None, prog: str = "vitlinear export") -> None:
     """Runs ``vitlinear export``."""
-    args = parse_arguments(argv, prog)
-    args.out = args.out.expanduser()
-    kind = _kind(args)
-    shapes = Shapes.of(args.model, 3, args.batch, args.height, args.width)
-    model, card = _load(args)
-    shapes = Shapes.of(args.model, card.in_chans, args.batch, args.height, args.width)
-    origin = _origin(args, model)
-    about: dict[str, object] = {"shapes": str(shapes), "fused": args.fuse, "dtype": args.dtype}
+    config = parse_arguments(argv, prog)
+    source, program, out, dtype = config.source, config.program, config.out, config.dtype
+    kind = _kind(config)
+    sizes = (program.batch, program.height, program.width)
+    Shapes.of(source.model, 3, *sizes)  # mistakes come before the model
+    model, card = _load(source)
+    shapes = Shapes.of(source.model, card.in_chans, *sizes)
+    origin = _origin(source, model)
+    about: dict[str, object] = {"shapes": str(shapes), "fused": program.fuse, "dtype": dtype}
     images = None
-    if args.dtype == "int8":
-        given = {key: getattr(args, flag) for flag, key in CALIBRATION.items()}
+    if dtype == "int8":
+        given = values_by_flag(config.calibration)
         images = calibration.read(
-            card, shapes, **{key: value for key, value in given.items() if value is not None}
+            card,
+            shapes,
+            **{CALIBRATION[flag]: value for flag, value in given.items() if value is not None},
         )
         about["calibration"] = f"{len(images.images)} images of {images.source}"
     metadata = metadata_of(card, **about, **origin)
-    if args.fuse:
+    if program.fuse:
         model.fuse()  # type: ignore[operator]
     differences = export(
-        model, args.out, kind, shapes, card, metadata, DTYPES[args.dtype], images, args.overwrite
+        model, out, kind, shapes, card, metadata, DTYPES[dtype], images, config.overwrite
     )
-    print(f"model         {card.model}, {card.num_classes} classes{', fused' * args.fuse}")
+    print(f"model         {card.model}, {card.num_classes} classes{', fused' * program.fuse}")
     hint = " (give --checkpoint FILE or --pretrained)" if origin["weights"] == RANDOM else ""
     print(f"weights       {origin['weights']}{hint}, licence: {origin['license']}")
     if kind != "safetensors":
-        print(f"input         {shapes}, {'float32' if images else args.dtype}")
+        print(f"input         {shapes}, {'float32' if images else dtype}")
     if images:
         print(f"calibrated    on {about['calibration']}")
     for size, difference in differences.items():
         print(f"verified      {'x'.join(map(str, size))}: differs by {difference:.1e} of the norm")
-    print(f"wrote         {args.out} ({args.out.stat().st_size:,} bytes)")
+    print(f"wrote         {out} ({out.stat().st_size:,} bytes)")
