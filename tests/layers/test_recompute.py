@@ -13,7 +13,8 @@ from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.saved import saved_bytes
-from vitlinear.layers import ConvMlp, ResidualDepthwiseConv, recompute, run_recomputing
+from vitlinear.layers import ConvMlp, ResidualDepthwiseConv, recompute
+from vitlinear.layers.recompute import run_recomputing
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from .positions.learned import AddMapPositions, AddTokenPositions
 from .positions.map_rotary import MapRotaryTables
 from .positions.md_tpe import AxisTpe, MdTpe
 from .pytorch_layers import use_pytorch_layers
-from .recompute import run_recomputing
+from .recompute import recomputes
 from .rms_norm import HeadRmsNorm, RmsNorm
 
 __all__ = [
@@ -63,6 +63,6 @@ __all__ = [
     "is_plain",
     "known_layout",
     "learns_temperature",
-    "run_recomputing",
+    "recomputes",
     "use_pytorch_layers",
 ]

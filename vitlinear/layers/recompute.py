@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+from vitlinear.ops import RotaryTables as RotaryTables  # see `recomputes`
 from vitlinear.ops.tracing import wants_common_operators
 
 from .conv.depthwise_conv import DepthwiseConv, ResidualDepthwiseConv
@@ -232,3 +233,24 @@ def run_recomputing(modules: Sequence[nn.Module], x: Tensor, *args: Any) -> Tens
         else:
             y = module(y, *rest)
     return y
+
+
+def recomputes(first: str, last: str) -> Callable[..., Any]:
+    """Make a method that returns ``self.last(self.first(x), *args)`` use `run_recomputing`.
+
+    TorchScript compiles the source of the method and leaves decorators out: there the method runs
+    as it stands. It looks up the types that the method names in this file: Tensor, RotaryTables.
+
+    Args:
+        first: Name of the cheap module, whose output backward makes again.
+        last: Name of the module that takes it.
+    """
+
+    def decorate(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        @wraps(method)
+        def run(self: nn.Module, x: Tensor, *args: Any) -> Tensor:
+            return run_recomputing((getattr(self, first), getattr(self, last)), x, *args)
+
+        return run
+
+    return decorate

@@ -24,7 +24,7 @@ from vitlinear.layers import (
     ResidualDepthwiseConv,
     fold_scale,
     is_plain,
-    run_recomputing,
+    recomputes,
 )
 from vitlinear.ops import RotaryTables, get_mechanism
 
@@ -132,19 +132,15 @@ class PyramidBlock(Block):
         x = x + self.drop_path2(self.ls2(self.normed_mlp(x)))
         return x
 
+    @recomputes("norm1", "attn")
     def normed_attention(self, x: Tensor, rotary: RotaryTables) -> Tensor:
         """attn(norm1(x)), of which backward makes the norm again."""
-        if torch.jit.is_scripting():
-            return self.attn(self.norm1(x), rotary)
-        else:  # noqa: RET505  TorchScript leaves out the branch not taken, but not what follows it
-            return run_recomputing((self.norm1, self.attn), x, rotary)
+        return self.attn(self.norm1(x), rotary)
 
+    @recomputes("norm2", "mlp")
     def normed_mlp(self, x: Tensor) -> Tensor:
         """mlp(norm2(x)), of which backward makes the norm again."""
-        if torch.jit.is_scripting():
-            return self.mlp(self.norm2(x))
-        else:  # noqa: RET505
-            return run_recomputing((self.norm2, self.mlp), x)
+        return self.mlp(self.norm2(x))
 
     @torch.jit.ignore
     def fuse(self) -> nn.Module:
