@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from vitlinear.errors import UserError
+from vitlinear.errors import UserError, one_line
 
 
 def write_atomically(path: Path, write: Callable[[Path], object], keep: Path | None = None) -> None:
@@ -89,6 +89,18 @@ def check_no_input_folder(folder: Path, inputs: Iterable[Path]) -> None:
                 f"cannot write to {folder}: images are read from {parent}, and the next run would "
                 "take results for images; give a folder outside of it"
             )
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder for results, and those above it, if they are not there.
+
+    Raises:
+        UserError: It cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {one_line(error)}") from error
 
 
 class ResultPaths:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.commands import Command
+from tests.payload import Payload
 from tests.train.helpers import TINY_FLAGS
 from vitlinear.create import build_model
 from vitlinear.dense.backbone import MultiScaleBackbone
@@ -15,16 +16,6 @@ from vitlinear.dense.torchvision import fpn_backbone
 from vitlinear.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-
-
-class Payload:
-    """An object whose pickle makes a file when it is read."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Callable[..., None], tuple[str]]:
-        return exec, (f"import pathlib; pathlib.Path({str(self.marker)!r}).touch()",)
 
 
 @pytest.fixture

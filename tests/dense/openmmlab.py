@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from tests.commands import Command
+from vitlinear.errors import UserError
 
 
 def packages() -> pytest.MarkDecorator:
@@ -29,6 +34,29 @@ def build(config: Any, scope: str) -> Any:
 
     init_default_scope(scope)
     return MODELS.build(config)
+
+
+def stop_at_the_runner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """End the commands, by the error "stopped", where they would build a runner."""
+    from vitlinear.dense.openmmlab import commands
+
+    def stop(*args: object) -> None:
+        raise UserError("stopped")
+
+    monkeypatch.setattr(commands, "build_runner", stop)
+
+
+def refusal(command: Command, name: str, config: Path, options: Sequence[str], folder: Path) -> str:
+    """The one error of a command that begins nothing, ``train-detector`` or ``test-...``."""
+    words: list[object] = [name, config, "--work-dir", folder / "work"]
+    if name.startswith("test"):
+        torch.save({}, folder / "model.pth")
+        words.insert(2, folder / "model.pth")
+    result = command(*words, *(["--cfg-options", *options] if options else []))
+    error: str = result.err.splitlines()[-1]
+    assert result.code == 2 and error.startswith("error: "), result
+    assert not (folder / "work").exists()
+    return error
 
 
 def detector(path: Path, data: Path, more: str = "") -> Path:

@@ -17,6 +17,7 @@ import torch
 from tests.checkpoints import loopback
 from tests.commands import Command
 from tests.dense.openmmlab import detector, packages, segmentor
+from tests.payload import Payload
 from vitlinear.dense import ade, coco
 from vitlinear.errors import UserError
 
@@ -28,16 +29,6 @@ from mmengine.logging import HistoryBuffer, MessageHub  # noqa: E402
 from mmengine.runner import load_checkpoint  # noqa: E402
 
 from vitlinear.dense.openmmlab.reading import read_for_mmengine, safe_reading  # noqa: E402
-
-
-class Payload:
-    """An object whose pickle makes a file when it is read."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Callable[..., None], tuple[str]]:
-        return exec, (f"import pathlib; pathlib.Path({str(self.marker)!r}).touch()",)
 
 
 @pytest.fixture

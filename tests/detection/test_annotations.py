@@ -9,17 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.commands import Command
-from tests.dense.openmmlab import detector, packages
+from tests.dense.openmmlab import detector, packages, refusal, stop_at_the_runner
 from vitlinear.dense import coco
-from vitlinear.errors import UserError
 
 pytestmark = packages()
 pytest.importorskip("skimage")
 
-from vitlinear.dense.openmmlab import annotations, commands  # noqa: E402
+from vitlinear.dense.openmmlab import annotations  # noqa: E402
 
 NAMES = ("person", "cat", "cup", "spoon", "coin", "rocket")
 OPTION = "--cfg-options"
@@ -57,11 +55,7 @@ def rename(config: Path, *names: str) -> None:
 @pytest.fixture
 def stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ends the commands behind the check."""
-
-    def stop(*args: object) -> None:
-        raise UserError("stopped")
-
-    monkeypatch.setattr(commands, "build_runner", stop)
+    stop_at_the_runner(monkeypatch)
 
 
 def narrow(content: dict[str, Any]) -> None:
@@ -96,14 +90,7 @@ def test_what_cannot_be_meant(
     command: Command,
 ) -> None:
     prepare(config)
-    words: list[object] = [f"{task}-detector", config, "--work-dir", tmp_path / "work"]
-    if task == "test":
-        torch.save({}, tmp_path / "model.pth")
-        words.insert(2, tmp_path / "model.pth")
-    result = command(*words, *([OPTION, *options] if options else []))
-    error = result.err.splitlines()[-1]
-    assert result.code == 2 and error.startswith("error: ") and says in error, result
-    assert not (tmp_path / "work").exists()
+    assert says in refusal(command, f"{task}-detector", config, options, tmp_path)
 
 
 def test_the_file_that_scores_is_compared_too(

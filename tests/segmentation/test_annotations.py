@@ -8,18 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from tests.commands import Command
-from tests.dense.openmmlab import packages, segmentor
+from tests.dense.openmmlab import packages, refusal, segmentor, stop_at_the_runner
 from vitlinear.dense import ade
-from vitlinear.errors import UserError
 
 pytestmark = packages()
 pytest.importorskip("skimage")
 
-from vitlinear.dense.openmmlab import annotations, commands  # noqa: E402
+from vitlinear.dense.openmmlab import annotations  # noqa: E402
 
 OPTION, TRAIN = "--cfg-options", "train_dataloader.dataset"
 
@@ -80,25 +78,16 @@ def test_what_cannot_be_meant(
     command: Command,
 ) -> None:
     changed = redraw(config, lambda x: paint(x).astype(np.uint8), most) if paint else []
-    words: list[object] = [f"{task}-segmentor", config, "--work-dir", tmp_path / "work"]
-    if task == "test":
-        torch.save({}, tmp_path / "model.pth")
-        words.insert(2, tmp_path / "model.pth")
-    result = command(*words, *([OPTION, *options] if options else []))
-    error = result.err.splitlines()[-1]
-    assert result.code == 2 and error.startswith("error: ") and says in error, result
+    error = refusal(command, f"{task}-segmentor", config, options, tmp_path)
+    assert says in error
     if most == 1:
         assert str(changed[task == "test"]) in error
-    assert not (tmp_path / "work").exists()
 
 
 def test_counts_are_told_and_a_long_count_is_remembered(
     config: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(*args: object) -> None:
-        raise UserError("stopped")
-
-    monkeypatch.setattr(commands, "build_runner", stop)
+    stop_at_the_runner(monkeypatch)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(annotations, "SLOW", -1)
     counted: list[int] = []

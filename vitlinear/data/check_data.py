@@ -16,7 +16,7 @@ from vitlinear.files import check_no_input, check_parent, write_text
 
 from .dataset import ONE_CLASS, DataConfig, add_data_flags, open_source, source_options
 from .images import is_deep
-from .listing import left_out_note
+from .listing import told_left_out
 from .probe import Record, probe
 
 PERCENTILES = {"min": 0, "p5": 5, "median": 50, "p95": 95, "max": 100}
@@ -230,8 +230,8 @@ def _text(report: dict[str, Any]) -> list[str]:
         counts, unreadable = split["class_counts"], split["unreadable"]
         lines += [f"{name}: {split['images']} images, {len(unreadable)} unreadable"]
         lines += _shown([f"{entry['name']}: {entry['reason']}" for entry in unreadable])
-        if note := left_out_note(name, Counter(split["left_out"])):
-            lines += [f"  {note.removeprefix(f'{name}: ')}"]
+        if told := told_left_out(Counter(split["left_out"])):
+            lines += [f"  {told}"]
         lines += [_classes(split["classes"], counts)]
         if name == "training" and sum(entry["images"] > 0 for entry in split["classes"]) == 1:
             lines += [f"  {ONE_CLASS}"]

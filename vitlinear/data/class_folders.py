@@ -19,10 +19,10 @@ from .listing import (
     image_suffixes,
     images_below,
     is_folder,
-    left_out_note,
     natural_order,
     no_images,
     reason_left_out,
+    told_left_out,
 )
 
 TRAIN_NAMES = ("train", "training")
@@ -93,8 +93,8 @@ class _Labelled:
     @property
     def notes(self) -> list[str]:
         """Lines for the user about what was left out."""
-        note = left_out_note(self.where, self.left_out)
-        return [note] if note else []
+        told = told_left_out(self.left_out)
+        return [f"{self.where}: {told}"] if told else []
 
     @property
     def used_labels(self) -> set[int]:

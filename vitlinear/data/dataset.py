@@ -242,6 +242,6 @@ def export_sample(
     if not 0 <= index < len(dataset):
         raise UserError(f"{name} has no image {index}: it holds {len(dataset)}")
     content, label = dataset.source.read(index)
-    image = upright(decode(content) if isinstance(content, bytes) else content)
+    image = upright(decode(content))
     image.save(path)
     return dataset.classes[label] if dataset.classes else str(label)

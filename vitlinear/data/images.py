@@ -71,12 +71,14 @@ def reason(error: BaseException) -> str:
     return one_line(error)
 
 
-def decode(content: bytes) -> Image.Image:
-    """Decodes a file's content, all of its pixels, as they are stored.
+def decode(content: bytes | Image.Image) -> Image.Image:
+    """Decodes a file's content, all of its pixels, as they are stored; an image is one already.
 
     Raises:
         One of `DAMAGE`: the content is not a whole image.
     """
+    if isinstance(content, Image.Image):
+        return content
     if not content:
         raise ValueError("the file is empty")
     image = Image.open(io.BytesIO(content))
@@ -98,8 +100,7 @@ def pixels(content: bytes | Image.Image, mode: str) -> Image.Image:
     Raises:
         One of `DAMAGE`: the content is not a whole image.
     """
-    image = decode(content) if isinstance(content, bytes) else content
-    return _in_mode(_shallow(upright(image)), mode)
+    return _in_mode(_shallow(upright(decode(content))), mode)
 
 
 def orientation(image: Image.Image) -> int:

@@ -115,20 +115,20 @@ def _is_file(entry: os.DirEntry[str]) -> bool:
     return os.path.isfile(entry.path) or not os.path.exists(entry.path)
 
 
-def left_out_note(where: str | Path, left_out: Counter[str]) -> str | None:
-    """Returns a line about what a listing left out, or None if that is nothing."""
+def told_left_out(left_out: Counter[str]) -> str:
+    """Returns what a listing left out, in words; empty if that is nothing."""
     if not left_out:
-        return None
+        return ""
     pairs = sorted(left_out.items(), key=lambda pair: (-pair[1], pair[0]))
     kinds = [f"{count} {reason}" for reason, count in pairs]
     more = ["..."] if len(kinds) > SHOWN else []
-    return f"{where}: left out {', '.join(kinds[:SHOWN] + more)}"
+    return f"left out {', '.join(kinds[:SHOWN] + more)}"
 
 
 def no_images(kind: str, where: str | Path, left_out: Counter[str], advice: str) -> UserError:
     """Returns the error for a folder without images, which says what else it holds."""
-    note = left_out_note(where, left_out)
-    held = f" ({note.removeprefix(f'{where}: ')})" if note else ""
+    told = told_left_out(left_out)
+    held = f" ({told})" if told else ""
     return UserError(f"{kind} {where} holds {IMAGES}{held}: {advice}")
 
 
@@ -148,8 +148,8 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
             below = sorted(images_below(str(path), left_out, set()), key=natural_order)
             if not below:
                 raise no_images("folder", path, left_out, "give another, or name the files")
-            if note := left_out_note(path, left_out):
-                print(note, file=sys.stderr)
+            if told := told_left_out(left_out):
+                print(f"{path}: {told}", file=sys.stderr)
             found += map(Path, below)
         elif path.is_file():
             found.append(path)

@@ -64,7 +64,7 @@ def examine(name: str, content: bytes | Image.Image, label: int) -> Record:
     """Decodes one image and describes it."""
     name = printable(name)
     try:
-        image = decode(content) if isinstance(content, bytes) else content
+        image = decode(content)
         met = depth(image) if is_deep(image.mode) else None
         transparent, turned = has_transparency(image), orientation(image)
         if met is None or not met.outside:  # which is warned of, here it is told

@@ -16,11 +16,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from vitlinear.data.images import DAMAGE, UnreadableImage
+from vitlinear.data.images import DAMAGE, UnreadableImage, orientation
 from vitlinear.errors import UserError, one_line
 
 IGNORED = 255
-ORIENTATION = 0x0112  # Exif's tag; from 5 on, rows are columns
 
 
 @dataclass
@@ -96,7 +95,7 @@ def _upright_size(path: str) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             width, height = image.size
-            turned = image.getexif().get(ORIENTATION, 1) >= 5
+            turned = orientation(image) >= 5  # rows are columns
     except FileNotFoundError as error:
         raise UserError(f"image {path} does not exist") from error
     except DAMAGE as error:

@@ -58,8 +58,8 @@ def read(
     shapes: Shapes,
     dataset: str | None = None,
     data_dir: str | None = None,
-    split: str = "train",
-    count: int = IMAGES,
+    train_split: str = "train",
+    calibration_images: int = IMAGES,
 ) -> Calibration:
     """Reads images to calibrate on, drawn at random but always the same; of a stream, the first.
 
@@ -68,8 +68,8 @@ def read(
         shapes: Sizes that the program takes.
         dataset: As ``vitlinear train`` takes it; by default the card's, unless there is a folder.
         data_dir: Where the data set lies; without one, any folder with images in it or below.
-        split: Of the data set.
-        count: Images to calibrate on, at most.
+        train_split: Of the data set.
+        calibration_images: How many to calibrate on, at most.
 
     Raises:
         UserError: No images are named, or there are too few, or one cannot be read, or images
@@ -85,13 +85,14 @@ def read(
     size = channels, shapes.height.nearest(height), shapes.width.nearest(width)
     preprocessing = dataclasses.replace(card.data_config, input_size=size)
     transform = create_transform(**preprocessing.as_dict(), is_training=False)
+    total = calibration_images + HELD_OUT
     name = dataset or (None if data_dir else card.dataset)
     if name is not None:
-        source = f"{name} ({split})"
-        images = _of_dataset(name, data_dir, split, mode, transform, count + HELD_OUT)
+        source = f"{name} ({train_split})"
+        images = _of_dataset(name, data_dir, train_split, mode, transform, total)
     elif data_dir is not None:
         source = data_dir
-        images = _of_folder(data_dir, mode, transform, count + HELD_OUT)
+        images = _of_folder(data_dir, mode, transform, total)
     else:
         raise UserError(
             "--dtype int8 needs images like those it will see, to calibrate on: give --data-dir "

@@ -32,13 +32,6 @@ from .shapes import Range, Shapes
 from .write import FORMATS, check_onnx_packages, check_target, export, model_kwargs
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
-# Flags of the images to calibrate on, by the argument of `calibration.read`.
-CALIBRATION = {
-    "dataset": "dataset",
-    "data_dir": "data_dir",
-    "train_split": "split",
-    "calibration_images": "count",
-}
 RANDOM = "random"
 
 
@@ -275,11 +268,9 @@ def main(argv: Sequence[str] | None, prog: str = "vitlinear export") -> None:
     about: dict[str, object] = {"shapes": str(shapes), "fused": program.fuse, "dtype": dtype}
     images = None
     if dtype == "int8":
-        given = values_by_flag(config.calibration)
+        given = values_by_flag(config.calibration).items()
         images = calibration.read(
-            card,
-            shapes,
-            **{CALIBRATION[flag]: value for flag, value in given.items() if value is not None},
+            card, shapes, **{flag: value for flag, value in given if value is not None}
         )
         about["calibration"] = f"{len(images.images)} images of {images.source}"
     metadata = metadata_of(card, **about, **origin)

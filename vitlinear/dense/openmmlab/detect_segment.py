@@ -25,11 +25,12 @@ from vitlinear.cli.parser import Parser
 from vitlinear.data.bad_images import BadImages, add_bad_images_flag
 from vitlinear.data.images import DAMAGE, UnreadableImage, pixels, printable
 from vitlinear.data.listing import find_images
-from vitlinear.errors import UserError, one_line
+from vitlinear.errors import UserError
 from vitlinear.files import (
     ResultPaths,
     check_no_input_folder,
     check_parent,
+    make_folder,
     write_atomically,
     write_text,
 )
@@ -246,10 +247,7 @@ def _run(
     summary: Callable[[Result], str],
 ) -> None:
     folder = Path(arguments.out).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {one_line(error)}") from error
+    make_folder(folder)
     others = [arguments.checkpoint, arguments.config.config, arguments.results_file]
     inputs = [result["file"] for result in results] + [name for name in others if name]
     paths = ResultPaths(inputs, arguments.overwrite)

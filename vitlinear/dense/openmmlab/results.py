@@ -15,8 +15,8 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from PIL import Image
 
-from vitlinear.errors import UserError, one_line
-from vitlinear.files import ResultPaths, check_no_input_folder, write_atomically
+from vitlinear.errors import UserError
+from vitlinear.files import ResultPaths, check_no_input_folder, make_folder, write_atomically
 
 
 class ResultsHook(Hook):
@@ -58,10 +58,7 @@ class ResultsHook(Hook):
                 continue
             folder = Path(name).expanduser()
             check_no_input_folder(folder, {Path(image).parent for image in images})
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"cannot write to {folder}: {one_line(error)}") from error
+            make_folder(folder)
             for image in images:
                 (self.paths[image][kind],) = paths.take(folder, Path(image).stem, [".png"])
         barrier()  # all processes have looked which paths are free
