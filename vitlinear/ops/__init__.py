@@ -1,10 +1,11 @@
 """Attention as functions on tensors. Knows nothing of modules, models or timm."""
 
 from .attention import linear_attention, softmax_attention
-from .backend import BACKENDS, Choice, KernelError, Workload, choose_backend
+from .backend import BACKENDS, Choice, KernelError, choose_backend
 from .eager import accumulation_dtype
 from .mechanisms import MECHANISMS, Mechanism, get_mechanism
 from .rotary import RotaryTables, lrpe_tables, rotary_tables
+from .workload import Workload
 
 __all__ = [
     "BACKENDS",

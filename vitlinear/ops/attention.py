@@ -8,10 +8,11 @@ from torch.autograd import forward_ad
 
 from . import eager
 from . import registered as registered  # registers torch.ops.vitlinear.*
-from .backend import Workload, choose_backend, requested_backend
+from .backend import choose_backend, requested_backend
 from .mechanisms import get_mechanism
 from .rotary import RotaryTables
 from .terms import Terms
+from .workload import Workload
 
 
 def linear_attention(
@@ -76,7 +77,8 @@ def linear_attention(
     terms = Terms(rotary, mask_of_lengths(key_padding_mask, q), head_scale, lepe, gate)
     check_tokens(q, k, v)
     check_terms(q, terms, row.positions)
-    chosen = choose_backend(backend, Workload.of(q, mechanism)).backend
+    training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    chosen = choose_backend(backend, Workload.of(q, mechanism, terms, training)).backend
     if chosen == "eager":
         return eager.linear_attention(q, k, v, row, terms)
     if chosen == "triton":  # unless it was asked for by name, the formulas may stand in

@@ -32,6 +32,7 @@ from .backend import KERNEL_DTYPES, report_failure
 from .backward import LinearGradients
 from .mechanisms import get_mechanism
 from .terms import FlatTerms, Terms
+from .workload import Workload
 
 
 def _to_layout(x: Tensor, like: Tensor) -> Tensor:
@@ -75,7 +76,7 @@ def linear_attention_op(
     except torch.OutOfMemoryError:
         raise  # says nothing against the kernels, and the formulas need more
     except Exception as error:
-        report_failure(error, required=backend == "triton")
+        report_failure(error, backend == "triton", Workload.of(q, mechanism, terms))
     with eager.without_autocast(q):
         tokens = eager.prepare(q, k, v, row, terms, own=True)
         out, state = eager.linear_attention_forward(tokens, row)
@@ -145,7 +146,7 @@ def linear_attention_backward_op(
     except torch.OutOfMemoryError:
         raise  # says nothing against the kernels, and the formulas need more
     except Exception as error:
-        report_failure(error, required=backend == "triton")
+        report_failure(error, backend == "triton", Workload.of(q, mechanism, terms))
     with eager.without_autocast(q):
         tokens = eager.prepare(q, k, v, row, terms, own=False)
         grad_out = grad_out.transpose(1, 2).to(state.dtype)

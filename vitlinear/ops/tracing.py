@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.utils._python_dispatch
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -42,3 +43,8 @@ def stands_for_many(grad: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
     return torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
+def under_a_mode() -> bool:
+    """Whether something looks on at every operator: fake tensors, counters, tracers."""
+    return torch.utils._python_dispatch._get_current_dispatch_mode() is not None
