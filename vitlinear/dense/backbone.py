@@ -30,7 +30,9 @@ class MultiScaleBackbone(nn.Module):
     what their last block puts out, without the final norm, at the same strides. Other models of
     timm with ``forward_intermediates`` work likewise; their levels are those that timm names.
 
-    What no map needs is removed, so that training leaves no parameter without a gradient.
+    Sides that do not divide are treated as the authors' detection and segmentation code does; see
+    `TimmBackbone.use_dense_form`. What no map needs is removed, so that training leaves no
+    parameter without a gradient.
 
     Attributes:
         model: The timm model; parameters have the names that they have in a classifier.
@@ -85,6 +87,8 @@ class MultiScaleBackbone(nn.Module):
             model_args = {**card.model_kwargs, **model_args}
         timm_model: Any = build_model(model, pretrained=pretrained, num_classes=0, **model_args)
         self.model = timm_model
+        if isinstance(timm_model, TimmBackbone):
+            timm_model.use_dense_form()
         info = _feature_info(self.model, model)
         isotropic = len(info) > 1 and len({level["reduction"] for level in info}) == 1
         try:

@@ -32,7 +32,13 @@ from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from vitlinear.errors import UserError
-from vitlinear.layers.padding_rule import MASK, SIZES, ZEROS, ZEROS_CHANNELS_FIRST
+from vitlinear.layers.padding_rule import (
+    MASK,
+    SIZES,
+    SIZES_CHANNELS_FIRST,
+    ZEROS,
+    ZEROS_CHANNELS_FIRST,
+)
 from vitlinear.models._valid_region import ValidRegion, use_valid_region, valid_region
 
 Sizes = Sequence[tuple[int, int]]
@@ -210,6 +216,16 @@ def _give_sizes(module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> _Input
     return args, {**kwargs, "valid_sizes": region.map_sizes(*_map_size(args[0], args))}
 
 
+def _give_sizes_channels_first(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Any
+) -> _Inputs | None:
+    """Forward pre-hook of layers with the rule `SIZES_CHANNELS_FIRST`."""
+    region = _region_of(args[0])
+    if region is None:
+        return None
+    return args, {**kwargs, "valid_sizes": region.map_sizes(*args[0].shape[2:])}
+
+
 def _zero_tokens(module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> _Inputs | None:
     """Forward pre-hook of layers with the rule `ZEROS`."""
     region = _region_of(args[0])
@@ -229,6 +245,7 @@ def zero_map(module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> _Inputs |
 _HOOKS = {
     MASK: _give_mask,
     SIZES: _give_sizes,
+    SIZES_CHANNELS_FIRST: _give_sizes_channels_first,
     ZEROS: _zero_tokens,
     ZEROS_CHANNELS_FIRST: zero_map,
 }

@@ -11,6 +11,8 @@ MASK = "mask"
 # The layer takes ``valid_sizes``: height and width of the part of each map that is no padding. Its
 # first arguments are as for `MASK`.
 SIZES = "sizes"
+# The same for layers whose first argument is a map [B, C, H, W].
+SIZES_CHANNELS_FIRST = "sizes, channels first"
 # Padding of the layer's first argument, a map [B, H, W, C], is set to zero.
 ZEROS = "zeros"
 # The same for a map [B, C, H, W].
