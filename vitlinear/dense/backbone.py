@@ -30,9 +30,7 @@ class MultiScaleBackbone(nn.Module):
     what their last block puts out, without the final norm, at the same strides. Other models of
     timm with ``forward_intermediates`` work likewise; their levels are those that timm names.
 
-    Sides that do not divide are treated as the authors' detection and segmentation code does; see
-    `TimmBackbone.use_dense_form`. What no map needs is removed, so that training leaves no
-    parameter without a gradient.
+    What no map needs is removed, so that training leaves no parameter without a gradient.
 
     Attributes:
         model: The timm model; parameters have the names that they have in a classifier.
@@ -87,8 +85,6 @@ class MultiScaleBackbone(nn.Module):
             model_args = {**card.model_kwargs, **model_args}
         timm_model: Any = build_model(model, pretrained=pretrained, num_classes=0, **model_args)
         self.model = timm_model
-        if isinstance(timm_model, TimmBackbone):
-            timm_model.use_dense_form()
         info = _feature_info(self.model, model)
         isotropic = len(info) > 1 and len({level["reduction"] for level in info}) == 1
         try:
@@ -100,6 +96,8 @@ class MultiScaleBackbone(nn.Module):
         if checkpoint_path is not None:
             weights = _read_weights(self.model, checkpoint_path)
         timm_model.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)
+        if isinstance(timm_model, TimmBackbone):
+            timm_model.use_dense_form()
         if checkpoint_path is not None:
             _load_weights(self.model, weights, checkpoint_path)
             if card is not None:

@@ -34,8 +34,8 @@ from torch import Tensor, nn
 from vitlinear.errors import UserError
 from vitlinear.layers.padding_rule import (
     MASK,
+    MASK_CHANNELS_FIRST,
     SIZES,
-    SIZES_CHANNELS_FIRST,
     ZEROS,
     ZEROS_CHANNELS_FIRST,
 )
@@ -208,22 +208,21 @@ def _give_mask(module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> _Inputs
     return args, {**kwargs, "key_padding_mask": mask}
 
 
+def _give_map_mask(module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> _Inputs | None:
+    """Forward pre-hook of layers with the rule `MASK_CHANNELS_FIRST`."""
+    x = args[0]
+    region = _region_of(x)
+    if region is None:
+        return None
+    return args, {**kwargs, "key_padding_mask": region.mask(x.shape[2], x.shape[3], x.device)}
+
+
 def _give_sizes(module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> _Inputs | None:
     """Forward pre-hook of layers with the rule `SIZES`."""
     region = _region_of(args[0])
     if region is None:
         return None
     return args, {**kwargs, "valid_sizes": region.map_sizes(*_map_size(args[0], args))}
-
-
-def _give_sizes_channels_first(
-    module: nn.Module, args: tuple[Any, ...], kwargs: Any
-) -> _Inputs | None:
-    """Forward pre-hook of layers with the rule `SIZES_CHANNELS_FIRST`."""
-    region = _region_of(args[0])
-    if region is None:
-        return None
-    return args, {**kwargs, "valid_sizes": region.map_sizes(*args[0].shape[2:])}
 
 
 def _zero_tokens(module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> _Inputs | None:
@@ -244,8 +243,8 @@ def zero_map(module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> _Inputs |
 
 _HOOKS = {
     MASK: _give_mask,
+    MASK_CHANNELS_FIRST: _give_map_mask,
     SIZES: _give_sizes,
-    SIZES_CHANNELS_FIRST: _give_sizes_channels_first,
     ZEROS: _zero_tokens,
     ZEROS_CHANNELS_FIRST: zero_map,
 }

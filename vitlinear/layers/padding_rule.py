@@ -8,11 +8,11 @@ none, and convolutions without one find zeros in padding.
 # The layer takes ``key_padding_mask``, True for padding: [B, H, W] for a map [B, H, W, C]; [B, N]
 # for tokens [B, N, C] that are followed by height and width of the map among them.
 MASK = "mask"
+# The same for a map [B, C, H, W].
+MASK_CHANNELS_FIRST = "mask, channels first"
 # The layer takes ``valid_sizes``: height and width of the part of each map that is no padding. Its
 # first arguments are as for `MASK`.
 SIZES = "sizes"
-# The same for layers whose first argument is a map [B, C, H, W].
-SIZES_CHANNELS_FIRST = "sizes, channels first"
 # Padding of the layer's first argument, a map [B, H, W, C], is set to zero.
 ZEROS = "zeros"
 # The same for a map [B, C, H, W].

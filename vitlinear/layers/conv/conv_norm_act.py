@@ -35,7 +35,7 @@ class ConvNormAct(nn.Module):
             kernel_size: K, odd.
             stride: Of the convolution.
             act: The activation; None for none.
-            bias: Give the convolution a bias.
+            bias: Give the convolution a bias, although the batch norm has one.
             device: Where the parameters live.
             dtype: Type of the parameters.
         """
