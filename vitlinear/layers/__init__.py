@@ -14,6 +14,7 @@ from .conv.conv_norm_act import ConvNormAct
 from .conv.conv_stem import ConvStem, check_images
 from .conv.depthwise_conv import DepthwiseConv, ResidualDepthwiseConv
 from .conv.dynamic_conv import DynamicConv
+from .conv.inverted_bottleneck import InvertedDownsample, InvertedStem
 from .conv.local_concentration import LocalConcentration
 from .fold import fold_scale
 from .layout import known_layout
@@ -43,6 +44,8 @@ __all__ = [
     "InLineAttention",
     "InLineTokenAttention",
     "InjectiveAttention",
+    "InvertedDownsample",
+    "InvertedStem",
     "LightNetAttention",
     "Linear",
     "LinearAttention",

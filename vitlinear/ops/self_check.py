@@ -77,7 +77,9 @@ def _inputs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Terms]:
     """Queries, keys, values, a gradient of the output, and terms, laid out as models have them."""
     generator = torch.Generator("cpu").manual_seed(0)
-    device = torch.device(kind.device if kind.device_index is None else f"{kind.device}:{kind.device_index}")
+    device = torch.device(
+        kind.device if kind.device_index is None else f"{kind.device}:{kind.device_index}"
+    )
     length, dim = grid[0] * grid[1], kind.head_dim
 
     def normal(*shape: int) -> Tensor:

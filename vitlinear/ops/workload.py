@@ -19,6 +19,7 @@ class Kind(NamedTuple):
         mechanism: Key in `MECHANISMS`.
         dtype: Of q, k and v.
         head_dim: D.
+        without_kernels: What of the call the kernels cannot do, in words; empty if nothing.
         given: Which of `Terms` there are, in their order.
         training: Whether a backward pass will follow.
     """
@@ -28,6 +29,7 @@ class Kind(NamedTuple):
     mechanism: str
     dtype: torch.dtype
     head_dim: int
+    without_kernels: str
     given: tuple[bool, ...]
     training: bool
 
@@ -56,6 +58,7 @@ class Workload(NamedTuple):
         length: N.
         head_dim: D.
         mechanism: Key in `MECHANISMS`.
+        without_kernels: What of the call the kernels cannot do, in words; empty if nothing.
         batch: B.
         heads: h.
         device_index: Number of the device; None for the current one.
@@ -68,6 +71,7 @@ class Workload(NamedTuple):
     length: int
     head_dim: int
     mechanism: str
+    without_kernels: str = ""
     batch: int = 1
     heads: int = 1
     device_index: int | None = None
@@ -79,6 +83,7 @@ class Workload(NamedTuple):
         cls,
         q: Tensor,
         mechanism: str,
+        without_kernels: str = "",
         terms: Terms | None = None,
         training: bool = False,
     ) -> Workload:
@@ -87,16 +92,16 @@ class Workload(NamedTuple):
         device = q.device
         given = () if terms is None else tuple([x is not None for x in terms])
         return cls(
-            device.type, q.dtype, length, dim, mechanism, batch, heads, device.index, given,
-            training,
+            device.type, q.dtype, length, dim, mechanism, without_kernels, batch, heads,
+            device.index, given, training,
         )  # fmt: skip
 
     @property
     def kind(self) -> Kind:
         """What of it does not depend on the number of tokens."""
         return Kind(
-            self.device, self.device_index, self.mechanism, self.dtype, self.head_dim, self.given,
-            self.training,
+            self.device, self.device_index, self.mechanism, self.dtype, self.head_dim,
+            self.without_kernels, self.given, self.training,
         )  # fmt: skip
 
     @property
