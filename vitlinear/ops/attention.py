@@ -115,7 +115,6 @@ def softmax_attention(
 
 def without_kernels(q: Tensor, mechanism: Mechanism, terms: Terms) -> str:
     """What of a call the fused kernels cannot do, in words; empty if nothing."""
-    tables = terms.rotary
     if terms.rotary is None or mechanism.positions != "rotary":
         return ""
     full_width = is_full_width(terms.rotary, q.shape[2], q.shape[3])

@@ -127,7 +127,7 @@ def _read(path: Path) -> Known:
     """The content of a file; nothing if there is none or if it cannot be used, which is told."""
     try:
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return Known()
     except (OSError, UnicodeDecodeError) as error:
         _complain(path, f"{path} cannot be read and is left aside: {one_line(error)}")

@@ -76,7 +76,7 @@ def linear_attention_op(
     except torch.OutOfMemoryError:
         raise  # says nothing against the kernels, and the formulas need more
     except Exception as error:
-        report_failure(error, backend == "triton", Workload.of(q, mechanism, terms))
+        report_failure(error, backend == "triton", Workload.of(q, mechanism, terms=terms))
     with eager.without_autocast(q):
         tokens = eager.prepare(q, k, v, row, terms, own=True)
         out, state = eager.linear_attention_forward(tokens, row)
@@ -146,7 +146,7 @@ def linear_attention_backward_op(
     except torch.OutOfMemoryError:
         raise  # says nothing against the kernels, and the formulas need more
     except Exception as error:
-        report_failure(error, backend == "triton", Workload.of(q, mechanism, terms))
+        report_failure(error, backend == "triton", Workload.of(q, mechanism, terms=terms))
     with eager.without_autocast(q):
         tokens = eager.prepare(q, k, v, row, terms, own=False)
         grad_out = grad_out.transpose(1, 2).to(state.dtype)
