@@ -66,14 +66,14 @@ class Choice(NamedTuple):
 
 
 class _Level(NamedTuple):
-    """What `auto` takes from so many tokens on."""
+    """The choice of `auto` from so many tokens on."""
 
     tokens: int
     choice: Choice
 
 
 class _Rule(NamedTuple):
-    """What `auto` takes for a kind of call.
+    """The choices of `auto` for a kind of call.
 
     Attributes:
         levels: For fewer and fewer tokens; the last for any.
@@ -284,7 +284,7 @@ def _levels(kind: Kind, compiling: bool, device: gpu.Gpu) -> tuple[_Level, ...]:
 
 
 def check_mode() -> str:
-    """What the environment says of the self-check: one of `CHECKS`.
+    """The word of the environment on the self-check: one of `CHECKS`.
 
     Raises:
         ValueError: Something else.
@@ -332,7 +332,7 @@ def _warn_of_failure(kind: Kind, failed: str, device: gpu.Gpu) -> None:
 
 
 def describe_error(error: Exception) -> str:
-    """What a kernel raised, in a line: the innermost cause, whose last line says most."""
+    """The error of a kernel in a line: the innermost cause, whose last line says most."""
     cause = error
     while cause.__cause__ is not None and isinstance(cause.__cause__, Exception):
         cause = cause.__cause__

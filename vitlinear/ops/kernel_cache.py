@@ -79,7 +79,7 @@ _complained: set[Path] = set()
 
 
 def known(gpu: Gpu) -> Known:
-    """What is known of the kernels on a GPU; the file is read once a process."""
+    """All that is known of the kernels on a GPU; the file is read once a process."""
     path = path_for(gpu)
     if path not in _known:
         _known[path] = _read(path)

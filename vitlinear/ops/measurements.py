@@ -1,7 +1,8 @@
 """Measured times of the kernels and of the formula, and the choice that follows from them.
 
 A measurement counts for its own GPU only. `vitlinear tune` makes them; its ``--export`` writes a
-file that can be committed to ``seeds/``, which ships what others have measured.
+file that can be committed to the folder `SEEDS`, which ships what others have measured. The user's
+own measurements win over it. It is empty: nobody has measured the kernels on a GPU yet.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class Measurement(NamedTuple):
         return self.batch * self.length * self.heads
 
     def speedup(self, compiling: bool) -> float:
-        """How many times faster the kernels are than what would run in their place."""
+        """The factor by which the kernels are faster than the formula in their place."""
         other = self.compiled_ms if compiling and self.compiled_ms else self.eager_ms
         return other / self.triton_ms
 
@@ -84,7 +85,7 @@ class Measurement(NamedTuple):
 
 
 class Seeds(NamedTuple):
-    """What a shipped file holds for a GPU."""
+    """The content of shipped files for a GPU."""
 
     rows: tuple[Measurement, ...]
     blocks: dict[str, list[int]]
@@ -92,7 +93,7 @@ class Seeds(NamedTuple):
 
 @functools.cache
 def seeds(name: str) -> Seeds:
-    """What ships for a GPU of this name."""
+    """The measurements and block sizes that ship for a GPU of this name."""
     rows: list[Measurement] = []
     blocks: dict[str, list[int]] = {}
     for path in sorted(SEEDS.glob("*.json")):
@@ -112,7 +113,7 @@ class Step(NamedTuple):
 
 
 def steps(rows: Iterable[Measurement], kind: Kind, compiling: bool, whose: str) -> list[Step]:
-    """What measurements say about calls of a kind, for more and more tokens.
+    """The verdict of measurements on calls of a kind, for more and more tokens.
 
     Args:
         rows: Measurements on this GPU.

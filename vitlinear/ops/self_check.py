@@ -33,7 +33,7 @@ Result = dict[str, Tensor]
 
 
 def failure(kind: Kind) -> str | None:
-    """Why the kernels are not to be used for calls of a kind; None if they passed.
+    """The reason why the kernels are not to be used for calls of a kind; None if they passed.
 
     Raises:
         torch.OutOfMemoryError: The device has no memory for it now.

@@ -98,7 +98,7 @@ class Workload(NamedTuple):
 
     @property
     def kind(self) -> Kind:
-        """What of it does not depend on the number of tokens."""
+        """The kind of call: all of it that does not depend on the number of tokens."""
         return Kind(
             self.device, self.device_index, self.mechanism, self.dtype, self.head_dim,
             self.without_kernels, self.given, self.training,

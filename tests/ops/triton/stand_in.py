@@ -57,7 +57,7 @@ class StandIn:
 
 
 def out_of_resources() -> OutOfResources:
-    """What a launch raises on a device with too little shared memory."""
+    """The error of a launch on a device with too little shared memory."""
     return OutOfResources(300_000, 227_000, "shared memory")
 
 
@@ -82,5 +82,5 @@ def install(monkeypatch: pytest.MonkeyPatch, cache: Path) -> StandIn:
 
 
 def out_of_memory() -> torch.OutOfMemoryError:
-    """What PyTorch raises where there is no memory."""
+    """The error of PyTorch where there is no memory."""
     return torch.OutOfMemoryError("no memory left on the stand-in")
