@@ -70,7 +70,7 @@ def linear_attention_op(
     terms = Terms.unflatten(rows, cols, key_padding_mask, head_scale, lepe, gate)
     try:
         if kernels := _kernels(backend, q):
-            out, state = kernels.forward(q, k, v, row, terms)
+            out, state = kernels.forward(q, k, v, row, terms, separate=True)
             return out, *state.flatten()
     except torch.OutOfMemoryError:
         raise  # says nothing against the kernels, and the formulas need more
