@@ -86,7 +86,12 @@ class Launch:
     """A kernel, its grid, its plan and its constants: a launch but for tensors and sizes."""
 
     def __init__(
-        self, kernel: Any, grid: tuple[int, int], plan: Plan, kind: tuple[Any, ...], **constants: Any
+        self,
+        kernel: Any,
+        grid: tuple[int, int],
+        plan: Plan,
+        kind: tuple[Any, ...],
+        **constants: Any,
     ) -> None:
         """Prepare it.
 
