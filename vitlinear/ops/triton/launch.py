@@ -347,7 +347,7 @@ def forward(
         Output [B, N, h, D], contiguous, and the state, in contiguous float32 tensors.
     """
     call = prepared(q, mechanism, terms)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = torch.empty_like(v, memory_format=torch.contiguous_format)
     kept: list[Any] = call.kept.separate(q) if separate else call.kept.carve(q)
     state = LinearAttentionState(*kept)
     if out.numel():
