@@ -1,4 +1,4 @@
-"""What a machine finds out about the kernels is kept between processes, or costs one warning."""
+"""Findings about the kernels are kept between processes, or cost one warning.
 
 from __future__ import annotations
 

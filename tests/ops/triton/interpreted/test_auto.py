@@ -42,7 +42,7 @@ def work(mechanism: str = "mala", length: int = 32, training: bool = False) -> o
 
 
 def choice(**which) -> ops.Choice:
-    """What `auto` would take, without a check."""
+    """The choice of `auto`, without a check."""
     return ops.choose_backend("auto", work(**which), may_check=False)
 
 
