@@ -1,4 +1,4 @@
-"""Findings about the kernels are kept between processes, or cost one warning.
+"""Findings about the kernels are kept between processes, or cost one warning."""
 
 from __future__ import annotations
 
