@@ -15,6 +15,7 @@ from timm.layers import DropPath, LayerNorm, LayerNorm2d
 from torch import Tensor, nn
 
 from vitlinear.layers import CeilConv, Mlp, check_images
+from vitlinear.layers.band import LOCAL
 
 from ._gradient_checkpointing import Block
 from ._stages import map_cfg
@@ -22,6 +23,8 @@ from ._stages import map_cfg
 
 class InLineBlock(Block):
     """Attention and feed-forward network, each after a norm and with its residual."""
+
+    row_rule = LOCAL
 
     def __init__(
         self,
@@ -53,6 +56,8 @@ class InLineBlock(Block):
 class ConvNorm(nn.Module):
     """Strided convolution and layer norm; a side of n becomes ceil(n / stride)."""
 
+    row_rule = LOCAL
+
     def __init__(
         self,
         in_dim: int,
@@ -75,6 +80,8 @@ class ConvNorm(nn.Module):
 
 class ImageConvNorm(ConvNorm):
     """The same on images, which it checks."""
+
+    row_rule = LOCAL
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, in_chans, H, W] -> map [B, C, ceil(H / stride), ceil(W / stride)].

@@ -26,6 +26,7 @@ from vitlinear.layers import (
     is_plain,
     recomputes,
 )
+from vitlinear.layers.band import LOCAL
 from vitlinear.ops import RotaryTables, get_mechanism
 
 from ._gradient_checkpointing import Block
@@ -96,6 +97,8 @@ class PyramidBlock(Block):
             ``proj_drop``, ``backend``, ``device``, ``dtype``, and [B, H, W, C] with rotary tables.
     """
 
+    row_rule = LOCAL
+
     attn_layer: type[nn.Module] = GatedAttention
 
     def __init__(
@@ -163,6 +166,8 @@ class PyramidBlock(Block):
 
 class RotaryStage(Stage):
     """A stage whose blocks share the rotary tables of its map."""
+
+    row_rule = LOCAL
 
     def __init__(
         self, downsample: nn.Module, blocks: Sequence[Block], head_dim: int, cosine: bool

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vitlinear.facts import pretrained_source
 from vitlinear.layers.attention.cross_shaped_attention import CrossShapedAttention
+from vitlinear.layers.band import LOCAL
 
 from ._build import build_model
 from ._inline import ConvNorm, ImageConvNorm, InLineBlock, inline_cfg
@@ -29,6 +30,8 @@ __all__ = ["InLineCSwin"]
 
 class CrossShapedBlock(InLineBlock):
     """A block whose attention also sees its input before the norm."""
+
+    row_rule = LOCAL
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""

@@ -20,6 +20,7 @@ from vitlinear._timm import register_notrace_module
 from vitlinear.facts import pretrained_source
 from vitlinear.layers import AddMapPositions, check_images
 from vitlinear.layers.attention.inline_attention import InLineAttention
+from vitlinear.layers.band import LOCAL
 
 from ._build import build_model
 from ._inline import InLineBlock, inline_cfg
@@ -32,6 +33,8 @@ __all__ = ["InLinePVT"]
 @register_notrace_module
 class PositionedPatchEmbed(nn.Module):
     """Convolution of patches, layer norm, learned positions resized to the map."""
+
+    row_rule = LOCAL
 
     def __init__(
         self,

@@ -22,6 +22,7 @@ from vitlinear.facts import pretrained_source
 from vitlinear.layers import Linear
 from vitlinear.layers.attention.inline_attention import InLineAttention
 from vitlinear.layers.attention.shifted_window_attention import ShiftedWindowAttention
+from vitlinear.layers.band import LOCAL
 from vitlinear.layers.padding_rule import ZEROS_CHANNELS_FIRST
 
 from ._build import build_model
@@ -38,6 +39,8 @@ class MapMerging(nn.Module):
     to even maps.
     """
 
+    row_rule = LOCAL
+    row_conv = (2, 2, 0)  # to rows it is a convolution: kernel, stride, padding
     padding_rule = ZEROS_CHANNELS_FIRST
 
     def __init__(

@@ -12,6 +12,7 @@ from vitlinear._timm import register_notrace_module
 from vitlinear.ops import RotaryTables
 from vitlinear.ops.backend import check_backend
 
+from ..band import BANDED
 from ..conv.depthwise_conv import DepthwiseConv
 from ..heads import split_heads
 from ..linear import Linear
@@ -31,6 +32,7 @@ class GatedAttention(nn.Module):
     """
 
     padding_rule = MASK
+    row_rule = BANDED
 
     def __init__(
         self,

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from vitlinear._timm import register_notrace_module
 from vitlinear.ops.backend import check_backend
 
+from ..band import BANDED
 from ..heads import split_heads
 from ..layout import split_axis
 from ..linear import Linear
@@ -25,6 +26,7 @@ class LinearAttention(nn.Module):
     """
 
     padding_rule = MASK
+    row_rule = BANDED
 
     def __init__(
         self,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from timm.layers import RelPosBias
 from torch import Tensor, nn
 
 from vitlinear._timm import register_notrace_module
 
+from ..band import BANDED, Band, band_in_use, use_band
 from ..heads import split_heads
 from ..layout import split_axis
 from ..linear import Linear
@@ -26,6 +28,7 @@ class ShiftedWindowAttention(nn.Module):
     """
 
     padding_rule = SIZES
+    row_rule = BANDED
 
     def __init__(
         self,
@@ -85,13 +88,22 @@ class ShiftedWindowAttention(nn.Module):
 
     def attend_map(self, x: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
-        B, H, W, C = x.shape
-        side, heads = self.window_size, self.attend.num_heads
+        if not torch.jit.is_scripting():
+            band = band_in_use()
+            if band is not None:
+                return self.attend_whole_windows(band, x)
+        B, H, W = x.shape[0], x.shape[1], x.shape[2]
+        side = self.window_size
         rows, cols = fixed_windows(H, side), fixed_windows(W, side)
         # 1 // n is 1 for one window and 0 for more.
         down, right = self.shift * (1 - 1 // rows[0]), self.shift * (1 - 1 // cols[0])
         regions = window_regions((B, H, W), rows, cols, down, right, x.device)
-        x = to_windows(x, rows, cols, down, right)
+        x = self.attend_windows(to_windows(x, rows, cols, down, right), regions)
+        return from_windows(x, rows, cols, (B, H, W), down, right)
+
+    def attend_windows(self, x: Tensor, regions: Tensor | None) -> Tensor:
+        """Windows [B * windows, tokens, C] and their `window_regions` -> the same shape."""
+        heads, C = self.attend.num_heads, x.shape[2]
         q, k, v = split_axis(self.qkv(x), 2, [3, heads, C // heads]).unbind(2)
         # The bias is added to zero, or to what hides keys. Its module is called, not asked for it:
         # hooks run, and weights may be made for each call.
@@ -100,8 +112,40 @@ class ShiftedWindowAttention(nn.Module):
             hidden = regions[:, None, :, None] != regions[:, None, None, :]
             logits = q.new_zeros(hidden.shape).masked_fill(hidden, -torch.inf)
         bias = self.rel_pos(logits).to(q.dtype)
-        x = self.proj_drop(self.proj(self.attend(q, k, v, bias)))
-        return from_windows(x, rows, cols, (B, H, W), down, right)
+        return self.proj_drop(self.proj(self.attend(q, k, v, bias)))
+
+    @torch.jit.ignore
+    def row_reach(self, height: int) -> int:
+        """Rows around that windows may need."""
+        return self.window_size - 1
+
+    @torch.jit.ignore
+    def attend_whole_windows(self, band: Band, x: Tensor) -> Tensor:
+        """`attend_map` of the windows that a band sees whole.
+
+        The shifted window that holds both ends of the map is two here, cut short: tokens of the two
+        ends do not see each other.
+        """
+        band.check_rows(x.shape[1])
+        side, W = self.window_size, x.shape[2]
+        down = self.shift if band.height > side else 0
+        right = self.shift if side < W else 0
+        first, last = band.whole_windows(side, down)
+        x = x[:, first:last]
+        above = side - down if down and band.start == 0 else 0
+        x = F.pad(x, [0, 0, 0, 0, above, 0])
+        B, H = x.shape[0], x.shape[1]
+        rows, cols = fixed_windows(H, side), fixed_windows(W, side)
+        regions = window_regions((B, H, W), rows, cols, 0, right, x.device)
+        if above:
+            row = window_places(B, rows, cols, 0, right, x.device)[1]
+            if regions is None:
+                regions = torch.zeros_like(row)
+            regions = regions.masked_fill(row < above, 4)
+        with use_band(None):
+            x = self.attend_windows(to_windows(x, rows, cols, 0, right), regions)
+        x = from_windows(x, rows, cols, (B, H, W), 0, right)
+        return band.back_in_band(x[:, above:], first)
 
 
 def window_regions(
