@@ -34,15 +34,36 @@ _RULES = (
     (lambda k, s: True, lambda n, s: 1 + 0.1 * n),
 )
 
+# ViT3, MLLA and PolaFormer have these before those above.
+LATER_FAMILIES = ("vittt", "mlla", "polaformer")
+_LATER_RULES = (
+    (lambda k, s: _last(k) in ("w1", "w2"), lambda n, s: n / np.sqrt(s[-1])),
+    (lambda k, s: _last(k) == "power", lambda n, s: n),
+    (lambda k, s: _last(k) == "scale", lambda n, s: 0.5 + 0.1 * n),
+    (lambda k, s: _last(k) == "positional_encoding", lambda n, s: 0.1 * n),
+    (
+        lambda k, s: k.endswith(("cpe.weight", "cpe1.weight", "cpe2.weight")),
+        lambda n, s: 0.1 * n,
+    ),
+    *_RULES,
+)
+# What the released code computes from sizes: left as constructed, and never loaded by ours.
+_COMPUTED = ("attn_mask", "rotations", "relative_position_index")
 
-def weight(key: str, shape: list[int]) -> Tensor:
+
+def _last(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def weight(key: str, shape: list[int], family: str = "") -> Tensor:
     """Value of a floating-point entry, float64."""
+    rules = _LATER_RULES if family in LATER_FAMILIES else _RULES
     n = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape)
-    value = next(make for fits, make in _RULES if fits(key, shape))(n, shape)
+    value = next(make for fits, make in rules if fits(key, shape))(n, shape)
     return torch.from_numpy(np.asarray(value))
 
 
-def upstream_state_dict(entries: list[list[Any]]) -> dict[str, Tensor]:
+def upstream_state_dict(entries: list[list[Any]], family: str = "") -> dict[str, Tensor]:
     """State dict with the authors' keys from a list of [key, shape, dtype]."""
     state_dict = {}
     for key, shape, dtype in entries:
@@ -50,10 +71,10 @@ def upstream_state_dict(entries: list[list[Any]]) -> dict[str, Tensor]:
             # As the released code makes it: each frequency twice, reciprocal taken in float32.
             steps = torch.linspace(0, 1, shape[0] // 2)
             state_dict[key] = (1.0 / 10000**steps).repeat_interleave(2)
-        elif dtype != "float32" or key.endswith("attn_mask"):
+        elif dtype != "float32" or key.endswith(_COMPUTED):
             state_dict[key] = torch.zeros(shape, dtype=getattr(torch, dtype))
         else:
-            state_dict[key] = weight(key, shape)
+            state_dict[key] = weight(key, shape, family)
     return state_dict
 
 
@@ -62,20 +83,30 @@ def variants(family: str) -> dict[str, Any]:
     return json.loads((FOLDER / f"{family}.json").read_text())
 
 
-def attention_case(name: str) -> dict[str, Any]:
-    """One attention module: its description, input, output gradient and what came out."""
-    case = json.loads((FOLDER / "attention.json").read_text())[name]
+def outputs(family: str) -> dict[str, Tensor]:
+    """All that is kept of a later family: logits, gradients of attention, maps, by name."""
+    with np.load(FOLDER / f"{family}.npz") as archive:
+        return {key: torch.from_numpy(archive[key]) for key in archive.files}
+
+
+def attention_case(name: str, family: str = "") -> dict[str, Any]:
+    """One attention module: its description, input, output gradient and what came out.
+
+    Those of the later families also have ``grad_NAME`` for some parameters.
+    """
+    described = FOLDER / (f"{family}_attention.json" if family else "attention.json")
+    case = json.loads(described.read_text())[name]
     random = np.random.RandomState(1)
     if case["layout"] == "nchw":
         shape: tuple[int, ...] = (2, case["C"], case["H"], case["W"])
     else:
         shape = (2, case["H"] * case["W"], case["C"])
-    with np.load(FOLDER / "attention.npz") as archive:
-        case["out"] = torch.from_numpy(archive[f"{name}/out"])
-        case["grad_input"] = torch.from_numpy(archive[f"{name}/grad_input"])
-    case["x"] = torch.from_numpy(random.standard_normal(shape))
+    for key, value in outputs(family or "attention").items():
+        if key.startswith(f"{name}/"):
+            case[_last(key.replace("/", "."))] = value
+    case["x"] = torch.from_numpy(random.standard_normal(shape)) * case.get("input_scale", 1)
     case["grad"] = torch.from_numpy(random.standard_normal(shape))
-    case["weights"] = {key: weight(key, shape) for key, shape in case["state_dict"]}
+    case["weights"] = {key: weight(key, shape, family) for key, shape in case["state_dict"]}
     return case
 
 

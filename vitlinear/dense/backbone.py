@@ -96,6 +96,8 @@ class MultiScaleBackbone(nn.Module):
         if checkpoint_path is not None:
             weights = _read_weights(self.model, checkpoint_path)
         timm_model.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)
+        if isinstance(timm_model, TimmBackbone):
+            timm_model.use_dense_form()
         if checkpoint_path is not None:
             _load_weights(self.model, weights, checkpoint_path)
             if card is not None:

@@ -32,7 +32,13 @@ from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from vitlinear.errors import UserError
-from vitlinear.layers.padding_rule import MASK, SIZES, ZEROS, ZEROS_CHANNELS_FIRST
+from vitlinear.layers.padding_rule import (
+    MASK,
+    MASK_CHANNELS_FIRST,
+    SIZES,
+    ZEROS,
+    ZEROS_CHANNELS_FIRST,
+)
 from vitlinear.models._valid_region import ValidRegion, use_valid_region, valid_region
 
 Sizes = Sequence[tuple[int, int]]
@@ -202,6 +208,15 @@ def _give_mask(module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> _Inputs
     return args, {**kwargs, "key_padding_mask": mask}
 
 
+def _give_map_mask(module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> _Inputs | None:
+    """Forward pre-hook of layers with the rule `MASK_CHANNELS_FIRST`."""
+    x = args[0]
+    region = _region_of(x)
+    if region is None:
+        return None
+    return args, {**kwargs, "key_padding_mask": region.mask(x.shape[2], x.shape[3], x.device)}
+
+
 def _give_sizes(module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> _Inputs | None:
     """Forward pre-hook of layers with the rule `SIZES`."""
     region = _region_of(args[0])
@@ -228,6 +243,7 @@ def zero_map(module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> _Inputs |
 
 _HOOKS = {
     MASK: _give_mask,
+    MASK_CHANNELS_FIRST: _give_map_mask,
     SIZES: _give_sizes,
     ZEROS: _zero_tokens,
     ZEROS_CHANNELS_FIRST: zero_map,

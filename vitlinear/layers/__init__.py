@@ -14,6 +14,7 @@ from .conv.conv_norm_act import ConvNormAct
 from .conv.conv_stem import ConvStem, check_images
 from .conv.depthwise_conv import DepthwiseConv, ResidualDepthwiseConv
 from .conv.dynamic_conv import DynamicConv
+from .conv.inverted_bottleneck import InvertedDownsample, InvertedStem
 from .conv.local_concentration import LocalConcentration
 from .fold import fold_scale
 from .layout import known_layout
@@ -21,7 +22,7 @@ from .linear import Linear
 from .mlp import ConvMlp, Mlp, SwiGlu
 from .plain import is_plain
 from .positions.learned import AddMapPositions, AddTokenPositions
-from .positions.map_rotary import MapRotaryTables
+from .positions.map_rotary import MapFullWidthRotaryTables, MapRotaryTables
 from .positions.md_tpe import AxisTpe, MdTpe
 from .pytorch_layers import use_pytorch_layers
 from .recompute import recomputes
@@ -43,10 +44,13 @@ __all__ = [
     "InLineAttention",
     "InLineTokenAttention",
     "InjectiveAttention",
+    "InvertedDownsample",
+    "InvertedStem",
     "LightNetAttention",
     "Linear",
     "LinearAttention",
     "LocalConcentration",
+    "MapFullWidthRotaryTables",
     "MapRotaryTables",
     "MdTpe",
     "Mlp",

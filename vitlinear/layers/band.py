@@ -14,8 +14,10 @@ Every layer says in the class that defines its ``forward`` how rows reach it, in
 - `BANDED`: it asks `band_in_use` itself.
 
 A layer that needs rows above and below beyond those of its members gives their number by a method
-``row_reach(height)``; height is that of the whole map. A layer without a rule is unknown, and is
-not run on bands. `vitlinear.streaming.reach` has the rules of the layers of PyTorch and timm.
+``row_reach(height)``; height is that of the whole map. One that gathers values of all rows, as
+softmax attention does its keys and values, gives their channels by ``row_gather(height)``. A layer
+without a rule is unknown, and is not run on bands. `vitlinear.streaming.reach` has the rules of the
+layers of PyTorch and timm.
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ none, and convolutions without one find zeros in padding.
 # The layer takes ``key_padding_mask``, True for padding: [B, H, W] for a map [B, H, W, C]; [B, N]
 # for tokens [B, N, C] that are followed by height and width of the map among them.
 MASK = "mask"
+# The same for a map [B, C, H, W].
+MASK_CHANNELS_FIRST = "mask, channels first"
 # The layer takes ``valid_sizes``: height and width of the part of each map that is no padding. Its
 # first arguments are as for `MASK`.
 SIZES = "sizes"

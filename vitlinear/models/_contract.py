@@ -30,6 +30,8 @@ class TimmBackbone(nn.Module):
         feature_cfg: Class attribute: what ``features_only=True`` gives by default.
         rounds_down: Class attribute: whether maps leave incomplete patches at the end of a side
             out. Most models round up.
+        default_convs: Class attribute: whether convolutions begin with PyTorch's own initial
+            values, as some authors have it.
         feature_info: For each level its channels, reduction and module.
         num_features: Channels of what `forward_features` gives.
         head_hidden_size: Channels that the classifier takes.
@@ -37,6 +39,7 @@ class TimmBackbone(nn.Module):
 
     feature_cfg = {"out_indices": (0, 1, 2, 3)}
     rounds_down = False
+    default_convs = False
 
     def __init__(
         self,
@@ -98,13 +101,16 @@ class TimmBackbone(nn.Module):
         """Set every parameter and buffer to its initial value, also after `to_empty()`.
 
         Truncated normal with deviation 0.02 for the weights of convolutions and linear layers, as
-        in the released code; zero biases; all else as its module says.
+        in the released code; zero biases; all else as its module says. With `default_convs` that
+        is said of linear layers and the classifier alone.
 
         Args:
             mode: Unused, part of timm's signature.
             needs_reset: Also reset modules that initialised themselves when they were made.
         """
-        self.apply(partial(init_module, needs_reset=needs_reset))
+        self.apply(partial(init_module, needs_reset=needs_reset, convs=not self.default_convs))
+        if self.default_convs:
+            self.get_classifier().apply(init_module)  # which may be a convolution itself
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -116,6 +122,21 @@ class TimmBackbone(nn.Module):
         """Fold what inference does not need apart into its neighbours; see `fuse_model`."""
         fuse_model(self)
         return self
+
+    @torch.jit.ignore
+    def use_dense_form(self) -> None:
+        """Give the maps that the authors' detectors and segmentors have, from now on.
+
+        Some add zeros to odd maps there and not in the classifier: see `InvertedDownsample`. Sides
+        that are multiples of 32 pixels see no difference. `MultiScaleBackbone` calls this.
+        """
+        for module in self.modules():
+            if hasattr(module, "pads_odd_maps"):
+                module.pads_odd_maps = True
+
+    def get_classifier(self) -> nn.Module:
+        """The classifier."""
+        raise NotImplementedError
 
     def blocks_by_stage(self) -> Sequence[Any]:
         """The blocks of each stage; every one is a `Block`."""
@@ -171,9 +192,15 @@ class TimmBackbone(nn.Module):
         return self.forward_head(x)
 
 
-def init_module(module: nn.Module, needs_reset: bool = True) -> None:
-    """Give one module its initial values; see `TimmBackbone.init_weights`."""
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
+def init_module(module: nn.Module, needs_reset: bool = True, convs: bool = True) -> None:
+    """Give one module its initial values; see `TimmBackbone.init_weights`.
+
+    Args:
+        module: The module; those inside it are not looked at.
+        needs_reset: Also reset modules that initialised themselves when they were made.
+        convs: Treat convolutions like linear layers.
+    """
+    if isinstance(module, nn.Linear) or (convs and isinstance(module, nn.Conv2d)):
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)

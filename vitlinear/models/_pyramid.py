@@ -30,7 +30,7 @@ from vitlinear.layers.band import LOCAL
 from vitlinear.ops import RotaryTables, get_mechanism
 
 from ._gradient_checkpointing import Block
-from ._stages import Stage, StagedBackbone, four_each, map_cfg
+from ._stages import RotaryStage, Stage, StagedBackbone, four_each, map_cfg
 
 # The sizes that RALA and MALA share, as in the released code of both.
 SIZES: dict[str, dict[str, Any]] = {
@@ -164,30 +164,6 @@ class PyramidBlock(Block):
         self.mlp, self.ls2 = fold_scale(self.mlp, ConvMlp, ("fc2", "drop"), self.ls2)
 
 
-class RotaryStage(Stage):
-    """A stage whose blocks share the rotary tables of its map."""
-
-    row_rule = LOCAL
-
-    def __init__(
-        self, downsample: nn.Module, blocks: Sequence[Block], head_dim: int, cosine: bool
-    ) -> None:
-        """Put the stage together.
-
-        Args:
-            downsample: As `Stage`.
-            blocks: Take a map [B, H, W, C] and rotary tables.
-            head_dim: Channels of a head.
-            cosine: Give them LightNet's tables.
-        """
-        super().__init__(downsample, blocks)
-        self.rotary = MapRotaryTables(head_dim, cosine)
-
-    def shared(self, x: Tensor) -> tuple[RotaryTables]:
-        """The tables of a map [B, C, H, W]."""
-        return (self.rotary(x),)
-
-
 class LinearPyramid(StagedBackbone):
     """Backbone and classifier; takes images of any size, square or not.
 
@@ -274,7 +250,8 @@ class LinearPyramid(StagedBackbone):
         def stage(i: int, downsample: nn.Module, blocks: list[Block]) -> Stage:
             kind = attn_types[i]
             cosine = kind != "softmax" and get_mechanism(kind).positions == "cosine"
-            return RotaryStage(downsample, blocks, embed_dims[i] // num_heads[i], cosine)
+            rotary = MapRotaryTables(embed_dims[i] // num_heads[i], cosine)
+            return RotaryStage(downsample, blocks, rotary)
 
         self.stem = ConvStem(in_chans, embed_dims[0], **dd)
         self.make_stages(embed_dims, depths, drop_path_rate, downsample, block, stage)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vitlinear._timm import feature_take_indices
 from vitlinear.layers import known_layout
 from vitlinear.layers.band import LOCAL
+from vitlinear.ops import RotaryTables
 
 from ._build import imagenet_cfg
 from ._contract import TimmBackbone
@@ -58,6 +59,27 @@ class Stage(nn.Module):
         for block in self.blocks:
             x = block(x, *shared)
         return known_layout(x.permute(0, 3, 1, 2))
+
+
+class RotaryStage(Stage):
+    """A stage whose blocks share the rotary tables of its map."""
+
+    row_rule = LOCAL
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[Block], rotary: nn.Module) -> None:
+        """Put the stage together.
+
+        Args:
+            downsample: As `Stage`.
+            blocks: Take a map [B, H, W, C] and rotary tables.
+            rotary: Takes a map [B, C, H, W] and gives the tables.
+        """
+        super().__init__(downsample, blocks)
+        self.rotary = rotary
+
+    def shared(self, x: Tensor) -> tuple[RotaryTables]:
+        """The tables of a map [B, C, H, W]."""
+        return (self.rotary(x),)
 
 
 class StagedBackbone(TimmBackbone):

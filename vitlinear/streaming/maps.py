@@ -105,7 +105,7 @@ class FileMap(RowMap):
             UserError: The file is shorter than it should be, or cannot be read.
         """
         rows = torch.empty((stop - start, *self.shape[1:]), dtype=self.dtype)
-        view = memoryview(rows.view(torch.uint8).flatten().numpy())
+        view = memoryview(rows.view(torch.uint8).flatten().numpy().data)
         done, offset = 0, self._place(start)
         while done < len(view):
             try:
@@ -124,7 +124,7 @@ class FileMap(RowMap):
             UserError: The disk is full, or the file cannot be written.
         """
         rows = rows[0].to("cpu", self.dtype).contiguous()
-        view = memoryview(rows.view(torch.uint8).flatten().numpy())
+        view = memoryview(rows.view(torch.uint8).flatten().numpy().data)
         done, offset = 0, self._place(start)
         while done < len(view):
             try:

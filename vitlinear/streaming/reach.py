@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import timm.layers
 from torch import nn
@@ -14,7 +14,8 @@ from vitlinear.layers.band import BANDED, LOCAL
 
 # Layers of PyTorch and timm that treat places one by one, or hand on to their members.
 _LOCAL_LAYERS = {
-    nn.modules.batchnorm._BatchNorm, nn.Conv2d, nn.Dropout, nn.GELU, nn.Identity, nn.LayerNorm, nn.Linear, nn.ReLU,
+    nn.modules.batchnorm._BatchNorm, nn.Conv2d,
+    nn.Dropout, nn.GELU, nn.Identity, nn.LayerNorm, nn.Linear, nn.ReLU,
     nn.RMSNorm, nn.Sequential, nn.Sigmoid, nn.SiLU, nn.SyncBatchNorm, timm.layers.DropPath,
     timm.layers.LayerNorm, timm.layers.LayerNorm2d, timm.layers.LayerScale,
     timm.layers.LayerScale2d, timm.layers.PatchEmbed, timm.layers.RelPosBias,
@@ -112,10 +113,8 @@ def row_reach(name: str, module: nn.Module, height: int) -> int:
                 "number of rows"
             )
         total += conv.padding
-    for layer in module.modules():
-        if hasattr(layer, "row_reach"):
-            total += layer.row_reach(height)
-    return total
+    layers: list[Any] = [layer for layer in module.modules() if hasattr(layer, "row_reach")]
+    return total + sum(layer.row_reach(height) for layer in layers)
 
 
 class Rows(NamedTuple):

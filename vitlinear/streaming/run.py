@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -69,7 +68,8 @@ def plan_steps(steps: list[Step], image: Shape, example: Tensor) -> list[Plan]:
         image: Height, width and channels.
         example: Whose type and device images have.
     """
-    plans, shape = [], image
+    plans: list[Plan] = []
+    shape = image
     for step in steps:
         after = shape
         if step.strided:
@@ -113,7 +113,7 @@ def run_band(
         sums,
         start=start,
         stop=start + rows,
-        own=tuple(own),
+        own=(own.start, own.stop),
         height=plan.after[0],
         prefix=_prefix_of(step, prefix),
         cuts=cuts,
@@ -190,7 +190,7 @@ class Runner:
             rows = Rows(start, start + own)
             image = _Noise(plan.before, self.example)
             sums = Sums()
-            cuts = (tuple(rows),)
+            cuts: Cuts = ((rows.start, rows.stop),)
             return peak_bytes(lambda: run_band(plan, image, rows, cuts, sums, self.example))
 
         rows = rows_that_fit(measure, height, budget, plan.step.name)
@@ -296,14 +296,12 @@ class _Noise:
 def gathered_bytes(plan: Plan, example: Tensor) -> int:
     """Bytes of the keys and values that softmax attention over the whole map keeps in a step."""
     height, width, _ = plan.after
-    layers = [layer for module in plan.step.modules.values() for layer in module.modules()]
+    layers: list[Any] = [x for module in plan.step.modules.values() for x in module.modules()]
     channels = sum(layer.row_gather(height) for layer in layers if hasattr(layer, "row_gather"))
     return height * width * channels * example.element_size()
 
 
-def pooled(
-    source: Readable, rows: int, kind: Callable[[Tensor], Tensor] | str, example: Tensor
-) -> Tensor:
+def pooled(source: Readable, rows: int, kind: str, example: Tensor) -> Tensor:
     """The mean, maximum, or mean of both, over the places of a map, [1, C].
 
     Args:
@@ -322,7 +320,7 @@ def pooled(
         top = torch.maximum(top, x.amax((1, 2)))
     mean = total / (height * width)
     pools = {"avg": mean, "max": top, "avgmax": 0.5 * (mean + top)}
-    return pools[str(kind)].to(example.device, example.dtype)
+    return pools[kind].to(example.device, example.dtype)
 
 
 def module_example(model: nn.Module) -> Tensor:

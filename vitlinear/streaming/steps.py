@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from timm.layers import ClassifierHead, SelectAdaptivePool2d
@@ -109,9 +110,8 @@ def steps_of(model: nn.Module) -> list[Step]:
         UserError: The model or one of its layers cannot be streamed.
     """
     check_model(model)
-    assert isinstance(model, (StagedBackbone, IsotropicBackbone))
-    staged = isinstance(model, StagedBackbone)
-    steps = list(_staged(model) if staged else _isotropic(model))
+    parts: Any = model
+    steps = list(_staged(parts) if isinstance(model, StagedBackbone) else _isotropic(parts))
     for step in steps:
         step.check()
     return steps
@@ -124,7 +124,7 @@ def _channels_first(module: nn.Module) -> Run:
     return run
 
 
-def _staged(model: StagedBackbone) -> Iterator[Step]:
+def _staged(model: Any) -> Iterator[Step]:
     yield Step("stem", {"stem": model.stem}, _channels_first(model.stem), strided=True)
     for i, stage in enumerate(model.stages):
         path = f"stages.{i}"
@@ -149,7 +149,7 @@ def _staged(model: StagedBackbone) -> Iterator[Step]:
         yield Step("final", {"final": model.final}, _channels_first(model.final))
 
 
-def _staged_block(stage: nn.Module, block: nn.Module) -> Run:
+def _staged_block(stage: Any, block: nn.Module) -> Run:
     def run(x: Tensor, prefix: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return block(x, *stage.shared(x.permute(0, 3, 1, 2))), prefix
 
@@ -209,7 +209,7 @@ def _token_norm(norm: nn.Module) -> Run:
     return run
 
 
-def check_head(model: nn.Module) -> None:
+def check_head(model: Any) -> None:
     """Check that the classifier is one of pooled features.
 
     Raises:

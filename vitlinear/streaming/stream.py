@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vitlinear.create import data_config
 from vitlinear.errors import UserError
@@ -26,7 +26,7 @@ Output = str | int
 
 
 def stream(
-    model: nn.Module,
+    model: Any,
     source: Any,
     *,
     output: Output | Sequence[Output] = "logits",
@@ -63,8 +63,7 @@ def stream(
         UserError: The model has a layer that cannot be split into bands, memory or disk do not
             suffice, or the image cannot be read; the message says which.
     """
-    several = not isinstance(output, (str, int))
-    outputs: tuple[Output, ...] = tuple(output) if several else (output,)  # type: ignore[arg-type]
+    outputs = (output,) if isinstance(output, (str, int)) else tuple(output)
     if band_rows is not None and band_rows < 1:
         raise UserError(f"band_rows must be at least 1, got {band_rows}")
     budget = parse_memory(memory)
@@ -87,7 +86,7 @@ def stream(
         made = {
             name: _assemble(name, maps[number], model, example) for name, number in numbers.items()
         }
-    return made if several else made[outputs[0]]
+    return made[outputs[0]] if isinstance(output, (str, int)) else made
 
 
 class Pixels:
@@ -100,7 +99,7 @@ class Pixels:
 
     prefix: Tensor | None = None
 
-    def __init__(self, source: ArraySource, model: nn.Module, example: Tensor) -> None:
+    def __init__(self, source: ArraySource, model: Any, example: Tensor) -> None:
         self.source = source
         self.shape = source.shape
         config = data_config(model, {})
@@ -119,7 +118,7 @@ class Pixels:
         return (rows.to(self.mean.dtype) / scale - self.mean) / self.std
 
 
-def _number_of(output: Output, plans: list[Plan], model: nn.Module) -> int:
+def _number_of(output: Output, plans: list[Plan], model: Any) -> int:
     """The step whose map an output is made of.
 
     Raises:
@@ -137,7 +136,7 @@ def _number_of(output: Output, plans: list[Plan], model: nn.Module) -> int:
     return found[0]
 
 
-def _assemble(output: Output, made: RowMap, model: nn.Module, example: Tensor) -> Tensor:
+def _assemble(output: Output, made: RowMap, model: Any, example: Tensor) -> Tensor:
     """An output in the shape that the model gives it."""
     isotropic = isinstance(model, IsotropicBackbone)
     if output == "logits":
@@ -149,7 +148,7 @@ def _assemble(output: Output, made: RowMap, model: nn.Module, example: Tensor) -
     return x.permute(0, 3, 1, 2)
 
 
-def _logits(made: Readable, model: nn.Module, example: Tensor) -> Tensor:
+def _logits(made: Readable, model: Any, example: Tensor) -> Tensor:
     isotropic = isinstance(model, IsotropicBackbone)
     kind = model.global_pool if isotropic else model.head.global_pool.pool_type
     rows = max(2**22 // (made.shape[1] * made.shape[2]), 1)
@@ -176,7 +175,7 @@ def _logits(made: Readable, model: nn.Module, example: Tensor) -> Tensor:
 
 
 def _description(
-    model: nn.Module, image: Pixels, outputs: Sequence[Output], band_rows: int | None
+    model: Any, image: Pixels, outputs: Sequence[Output], band_rows: int | None
 ) -> dict[str, Any]:
     """What makes a run: another one must not go on from its records."""
     digest = hashlib.sha256()

@@ -6,27 +6,23 @@ values of all.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vitlinear.ops import RotaryTables, get_mechanism
 from vitlinear.ops.attention import check_terms, check_tokens, mask_of_lengths
 from vitlinear.ops.eager import (
+    Tokens,
     accumulation_dtype,
     epilogue,
     prepare,
     saturate,
+    table_of_heads,
     without_autocast,
 )
-from vitlinear.ops.parts import (
-    merge_parts,
-    merge_queries,
-    merge_softmax_parts,
-    part_of,
-    query_part,
-    read,
-)
-from vitlinear.ops.rotary import rotate, token_table
+from vitlinear.ops.parts import merge_parts, merge_queries, part_of, query_part, read_part
+from vitlinear.ops.rotary import rotate
 from vitlinear.ops.terms import Terms
 
 from ..band import Band
@@ -68,21 +64,34 @@ def band_attention(
     check_tokens(q, k, v)
     check_terms(q, terms, mechanism.positions)
     with without_autocast(q):
-        tokens = prepare(q, k, v, mechanism, terms, own=False)
-        own = tokens._replace(
-            q=band.own_tokens(tokens.q, 2),
-            k=band.own_tokens(tokens.k, 2),
-            v=band.own_tokens(tokens.v, 2),
-            table=None if tokens.table is None else band.own_tokens(tokens.table, -3),
-            valid=None if tokens.valid is None else band.own_tokens(tokens.valid, 2),
-        )
+        tokens = prepare(q, k, v, mechanism, terms, own=not torch.is_grad_enabled())
+        own = own_part(band, tokens)
         query = None
         if mechanism.has_global_query:
             query = band.merge(query_part(own, mechanism), merge_queries)
-        combine = merge_softmax_parts if mechanism.has_key_softmax else merge_parts
-        part = band.merge(part_of(own, mechanism, query), combine)
-        out = read(tokens, mechanism, part)
+        part = band.merge(part_of(own, mechanism, query), merge_parts)
+        out = read_part(tokens, mechanism, part)
         return saturate(out.transpose(1, 2), q.dtype).to(q.dtype)
+
+
+def own_part(band: Band, tokens: Tokens) -> Tokens:
+    """Of the tokens of a band, those of its own rows."""
+
+    def own(x: Tensor | None, axis: int) -> Tensor | None:
+        return None if x is None else band.own_tokens(x, axis)
+
+    part = tokens._replace(
+        q=own(tokens.q, 2),
+        k=own(tokens.k, 2),
+        v=own(tokens.v, 2),
+        table=own(tokens.table, -3),
+        valid=own(tokens.valid, 2),
+    )
+    assert part.k is not None
+    if part.valid is None:
+        return part._replace(num_valid=part.k.shape[2])
+    number = part.valid.sum(2, keepdim=True).clamp(min=1)
+    return part._replace(num_valid=number.to(part.k.dtype))
 
 
 def _softmax(
@@ -96,7 +105,7 @@ def _softmax(
     """softmax(R(q) R(k)^T / sqrt(D)) v, [B, n, h, D] -> [B, n, h, D]."""
     if rotary is not None:
         with without_autocast(q):
-            table = token_table(rotary).to(accumulation_dtype(q.dtype))
+            table = table_of_heads(rotary, "rotary", *q.shape[2:]).to(accumulation_dtype(q.dtype))
             q, k = (
                 rotate(x.transpose(1, 2).to(table.dtype), table).to(x.dtype).transpose(1, 2)
                 for x in (q, k)

@@ -188,6 +188,12 @@ class SoftmaxStripe(Stripe):
         attend = SoftmaxAttention(num_heads, dim // num_heads, backend)
         super().__init__(dim, attend, limits, device, dtype)
 
+    @torch.jit.ignore
+    def row_gather(self, height: int) -> int:
+        """Channels of keys and values that a band needs of all rows."""
+        whole = equal_windows(height, self.limits[0])[0] == 1
+        return 2 * self.lepe.out_channels if whole else 0
+
     def attend_windows(
         self,
         q: Tensor,

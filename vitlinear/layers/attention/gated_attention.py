@@ -105,6 +105,11 @@ class GatedAttention(nn.Module):
         x = self.proj(self.combine(q, k, v, o, lepe, rotary, mask).reshape(B, H, W, C))
         return self.proj_drop(x)
 
+    @torch.jit.ignore
+    def row_gather(self, height: int) -> int:
+        """Channels of keys and values that a band needs of all rows: those of softmax attention."""
+        return 2 * self.num_heads * self.head_dim if self.attn_type == "softmax" else 0
+
     def combine(
         self,
         q: Tensor,

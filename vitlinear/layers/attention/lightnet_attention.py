@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from vitlinear._timm import register_notrace_module
-from vitlinear.ops import accumulation_dtype
+from vitlinear.ops import accumulation_dtype, lrpe_tables
 from vitlinear.ops.backend import check_backend
 
 from ..band import BANDED
 from ..heads import split_heads
 from ..linear import Linear
 from ..padding_rule import MASK
-from ..positions.map_rotary import map_tables
+from ..positions.map_rotary import of_band, rows_of_map
 from ..rms_norm import HeadRmsNorm
 from .scriptable import scriptable_attention
 
@@ -84,8 +84,10 @@ class LightNetAttention(nn.Module):
         """
         B, N, _ = x.shape
         q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).unbind(2)
-        rotary = map_tables(
-            True, height, width, self.head_dim, x.device, accumulation_dtype(x.dtype)
+        rotary = of_band(
+            lrpe_tables(
+                rows_of_map(height), width, self.head_dim, x.device, accumulation_dtype(x.dtype)
+            )
         )
         gate = self.gate2(self.gate1(x)).sigmoid()
         out = scriptable_attention(

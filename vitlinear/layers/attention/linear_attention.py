@@ -77,6 +77,11 @@ class LinearAttention(nn.Module):
         if self.temperature is not None:
             nn.init.constant_(self.temperature, self.head_dim**-0.5)
 
+    @torch.jit.ignore
+    def row_gather(self, height: int) -> int:
+        """Channels of keys and values that a band needs of all rows: those of softmax attention."""
+        return 2 * self.num_heads * self.head_dim if self.attn_type == "softmax" else 0
+
     def forward(
         self,
         x: Tensor,

@@ -8,13 +8,23 @@ from timm.layers import RelPosBias
 from torch import Tensor, nn
 
 from vitlinear._timm import register_notrace_module
+from vitlinear.ops import accumulation_dtype
 
 from ..band import BANDED, Band, band_in_use, use_band
 from ..heads import split_heads
 from ..layout import split_axis
 from ..linear import Linear
 from ..padding_rule import SIZES
-from ..windows import fits, fixed_windows, from_windows, join_maps, to_windows, window_places
+from ..windows import (
+    fits,
+    fixed_windows,
+    from_windows,
+    join_maps,
+    square_windows,
+    to_windows,
+    varies,
+    window_places,
+)
 from .softmax_attention import SoftmaxAttention
 
 
@@ -25,6 +35,9 @@ class ShiftedWindowAttention(nn.Module):
 
     Maps are padded to whole windows; padding is no key. A side that one window covers is not
     shifted. Source: Swin transformer (arXiv:2103.14030) as the released InLine-Swin has it.
+
+    With ``square`` windows are never longer than the map's shorter side, and where they are as long
+    neither side is shifted: so the released PolaFormer has it. The biases are resized to them.
     """
 
     padding_rule = SIZES
@@ -38,6 +51,8 @@ class ShiftedWindowAttention(nn.Module):
         shift: bool = False,
         proj_drop: float = 0.0,
         backend: str = "auto",
+        square: bool = False,
+        table_size: int | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -50,6 +65,9 @@ class ShiftedWindowAttention(nn.Module):
             shift: Whether windows begin half a window further on.
             proj_drop: Dropout rate of the output.
             backend: One of `vitlinear.ops.BACKENDS`; softmax runs on SDPA whatever it is.
+            square: Whether windows shrink to the map's shorter side.
+            table_size: Side of the windows that there is a bias for each pair of places of; by
+                default K. With square windows alone.
             device: Where the parameters live.
             dtype: Type of the parameters.
 
@@ -62,9 +80,12 @@ class ShiftedWindowAttention(nn.Module):
             raise ValueError(f"a window needs a side of at least 1, got {window_size}")
         self.window_size = window_size
         self.shift = window_size // 2 if shift else 0
+        self.square = square
+        self.table_size = table_size or window_size
         self.attend = SoftmaxAttention(num_heads, split_heads(dim, num_heads), backend)
         self.qkv = Linear(dim, 3 * dim, device=device, dtype=dtype)
-        self.rel_pos = RelPosBias((window_size, window_size), num_heads, device=device, dtype=dtype)
+        table = (self.table_size, self.table_size)
+        self.rel_pos = RelPosBias(table, num_heads, device=device, dtype=dtype)
         self.proj = Linear(dim, dim, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
 
@@ -93,16 +114,32 @@ class ShiftedWindowAttention(nn.Module):
             if band is not None:
                 return self.attend_whole_windows(band, x)
         B, H, W = x.shape[0], x.shape[1], x.shape[2]
-        side = self.window_size
-        rows, cols = fixed_windows(H, side), fixed_windows(W, side)
-        # 1 // n is 1 for one window and 0 for more.
-        down, right = self.shift * (1 - 1 // rows[0]), self.shift * (1 - 1 // cols[0])
+        rows, cols, down, right = self.split(H, W)
         regions = window_regions((B, H, W), rows, cols, down, right, x.device)
-        x = self.attend_windows(to_windows(x, rows, cols, down, right), regions)
+        x = self.attend_windows(to_windows(x, rows, cols, down, right), regions, rows[1])
         return from_windows(x, rows, cols, (B, H, W), down, right)
 
-    def attend_windows(self, x: Tensor, regions: Tensor | None) -> Tensor:
-        """Windows [B * windows, tokens, C] and their `window_regions` -> the same shape."""
+    def split(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int], int, int]:
+        """Windows along both sides of a map, and their shift down and to the right."""
+        side = self.window_size
+        if self.square:
+            rows, cols, shift = square_windows(height, width, side, self.shift > 0)
+            return rows, cols, shift, shift
+        rows, cols = fixed_windows(height, side), fixed_windows(width, side)
+        # 1 // n is 1 for one window and 0 for more.
+        return rows, cols, self.shift * (1 - 1 // rows[0]), self.shift * (1 - 1 // cols[0])
+
+    def attend_windows(self, x: Tensor, regions: Tensor | None, side: int) -> Tensor:
+        """Attend.
+
+        Args:
+            x: Windows, [B * windows, side * side, C].
+            regions: As `window_regions` gives them.
+            side: Of a window.
+
+        Returns:
+            In the shape of x.
+        """
         heads, C = self.attend.num_heads, x.shape[2]
         q, k, v = split_axis(self.qkv(x), 2, [3, heads, C // heads]).unbind(2)
         # The bias is added to zero, or to what hides keys. Its module is called, not asked for it:
@@ -111,7 +148,12 @@ class ShiftedWindowAttention(nn.Module):
         if regions is not None:
             hidden = regions[:, None, :, None] != regions[:, None, None, :]
             logits = q.new_zeros(hidden.shape).masked_fill(hidden, -torch.inf)
-        bias = self.rel_pos(logits).to(q.dtype)
+        if varies(side) or side != self.table_size:
+            table = self.rel_pos.relative_position_bias_table
+            bias = logits + resized_biases(table, self.table_size, side)
+        else:
+            bias = self.rel_pos(logits)
+        bias = bias.to(q.dtype)
         return self.proj_drop(self.proj(self.attend(q, k, v, bias)))
 
     @torch.jit.ignore
@@ -127,25 +169,45 @@ class ShiftedWindowAttention(nn.Module):
         ends do not see each other.
         """
         band.check_rows(x.shape[1])
-        side, W = self.window_size, x.shape[2]
-        down = self.shift if band.height > side else 0
-        right = self.shift if side < W else 0
+        (_, side), cols, down, right = self.split(band.height, x.shape[2])
         first, last = band.whole_windows(side, down)
         x = x[:, first:last]
         above = side - down if down and band.start == 0 else 0
         x = F.pad(x, [0, 0, 0, 0, above, 0])
-        B, H = x.shape[0], x.shape[1]
-        rows, cols = fixed_windows(H, side), fixed_windows(W, side)
+        B, H, W = x.shape[0], x.shape[1], x.shape[2]
+        rows = fixed_windows(H, side)
         regions = window_regions((B, H, W), rows, cols, 0, right, x.device)
         if above:
             row = window_places(B, rows, cols, 0, right, x.device)[1]
-            if regions is None:
-                regions = torch.zeros_like(row)
+            regions = torch.zeros_like(row) if regions is None else regions
             regions = regions.masked_fill(row < above, 4)
         with use_band(None):
-            x = self.attend_windows(to_windows(x, rows, cols, 0, right), regions)
+            x = self.attend_windows(to_windows(x, rows, cols, 0, right), regions, side)
         x = from_windows(x, rows, cols, (B, H, W), 0, right)
         return band.back_in_band(x[:, above:], first)
+
+
+def resized_biases(table: Tensor, table_size: int, side: int) -> Tensor:
+    """The bias of each pair of places of a window, from a table for windows of another side.
+
+    Bicubic, by which released Swin transformers load a table for other windows.
+
+    Args:
+        table: [(2 * table_size - 1)^2, h], by offsets down and to the right.
+        table_size: Side of the windows that the table is for.
+        side: Side of the window.
+
+    Returns:
+        [h, side^2, side^2], float32 or float64.
+    """
+    length, wanted = 2 * table_size - 1, 2 * side - 1
+    x = table.to(accumulation_dtype(table.dtype)).t().reshape(1, -1, length, length)
+    x = F.interpolate(x, size=[wanted, wanted], mode="bicubic", align_corners=False)
+    place = torch.arange(side * side, device=table.device)
+    row = place // side
+    col = place - row * side
+    down, right = row[:, None] - row + side - 1, col[:, None] - col + side - 1
+    return x[0].flatten(1)[:, down * wanted + right]
 
 
 def window_regions(

@@ -26,6 +26,7 @@ class ConvNormAct(nn.Module):
         kernel_size: int,
         stride: int = 1,
         act: nn.Module | None = None,
+        bias: bool = True,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -37,12 +38,20 @@ class ConvNormAct(nn.Module):
             kernel_size: K, odd.
             stride: Of the convolution.
             act: The activation; None for none.
+            bias: Give the convolution a bias, although the batch norm has one.
             device: Where the parameters live.
             dtype: Type of the parameters.
         """
         super().__init__()
         self.conv = nn.Conv2d(
-            in_chans, out_chans, kernel_size, stride, kernel_size // 2, device=device, dtype=dtype
+            in_chans,
+            out_chans,
+            kernel_size,
+            stride,
+            kernel_size // 2,
+            bias=bias,
+            device=device,
+            dtype=dtype,
         )
         self.bn = nn.BatchNorm2d(out_chans, device=device, dtype=dtype)
         self.act = nn.Identity() if act is None else act

@@ -6,39 +6,34 @@ import torch
 from torch import Tensor, nn
 
 from vitlinear._timm import register_notrace_module
-from vitlinear.ops import RotaryTables, accumulation_dtype, lrpe_tables, rotary_tables
+from vitlinear.ops import (
+    RotaryTables,
+    accumulation_dtype,
+    full_width_rotary_tables,
+    lrpe_tables,
+    rotary_tables,
+)
 
 from ..band import BANDED, band_in_use
 
 
-def map_tables(
-    cosine: bool, height: int, width: int, head_dim: int, device: torch.device, dtype: torch.dtype
-) -> RotaryTables:
-    """Tables of a map; of a band of one those of its rows.
-
-    Args:
-        cosine: Make those of `lrpe_tables`, not those of `rotary_tables`.
-        height: Rows of what the forward pass sees.
-        width: Columns.
-        head_dim: Channels of a head, D.
-        device: Where the tables live.
-        dtype: Type that attention accumulates in.
-    """
+def rows_of_map(height: int) -> int:
+    """Rows of the whole map, of what the forward pass sees; see `of_band`."""
     if not torch.jit.is_scripting():
         band = band_in_use()
         if band is not None:
             band.check_rows(height)
-            rows, cols = _tables(cosine, band.height, width, head_dim, device, dtype)
-            return RotaryTables(rows[band.start : band.stop], cols)
-    return _tables(cosine, height, width, head_dim, device, dtype)
+            return band.height
+    return height
 
 
-def _tables(
-    cosine: bool, height: int, width: int, head_dim: int, device: torch.device, dtype: torch.dtype
-) -> RotaryTables:
-    if cosine:
-        return lrpe_tables(height, width, head_dim, device, dtype)
-    return rotary_tables(height, width, head_dim, device, dtype)
+def of_band(tables: RotaryTables) -> RotaryTables:
+    """Tables of the whole map -> those of the rows that the forward pass sees."""
+    if not torch.jit.is_scripting():
+        band = band_in_use()
+        if band is not None:
+            return RotaryTables(tables.rows[band.start : band.stop], tables.cols)
+    return tables
 
 
 # One step to torch.fx, whatever the size of the map.
@@ -62,4 +57,21 @@ class MapRotaryTables(nn.Module):
     def forward(self, x: Tensor) -> RotaryTables:
         """A map [B, C, H, W] -> its tables, in the type that attention to it accumulates in."""
         dtype = accumulation_dtype(x.dtype)
-        return map_tables(self.cosine, x.shape[2], x.shape[3], self.head_dim, x.device, dtype)
+        height, width = rows_of_map(x.shape[2]), x.shape[3]
+        if self.cosine:
+            return of_band(lrpe_tables(height, width, self.head_dim, x.device, dtype))
+        return of_band(rotary_tables(height, width, self.head_dim, x.device, dtype))
+
+
+# One step to torch.fx, as above.
+@register_notrace_module
+class MapFullWidthRotaryTables(nn.Module):
+    """Makes the tables of `vitlinear.ops.full_width_rotary_tables` for maps."""
+
+    row_rule = BANDED
+
+    def forward(self, x: Tensor) -> RotaryTables:
+        """A map [B, C, H, W] -> its tables, in the type that attention to it accumulates in."""
+        dtype = accumulation_dtype(x.dtype)
+        height, width = rows_of_map(x.shape[2]), x.shape[3]
+        return of_band(full_width_rotary_tables(height, width, x.shape[1], x.device, dtype))
