@@ -70,7 +70,7 @@ class Band:
     def merge(
         self, parts: Parts, combine: Callable[[Parts, Parts], Parts], later: bool = False
     ) -> Parts:
-        """What all bands bring, combined; each calls this with its own.
+        """Combine the parts of all bands; each calls this with its own.
 
         Args:
             parts: Of the own rows.
@@ -80,7 +80,7 @@ class Band:
         raise NotImplementedError
 
     def gather(self, axis: int, *parts: Tensor) -> tuple[Tensor, ...]:
-        """What all bands bring, side by side along an axis, from the top.
+        """Lay the parts of all bands side by side along an axis, from the top.
 
         Args:
             axis: The only one in which bands may differ.
@@ -89,7 +89,7 @@ class Band:
         raise NotImplementedError
 
     def once(self, key: object, make: Callable[[], Tensor]) -> Tensor:
-        """What ``make`` makes, made for the first band and kept for the others.
+        """Call ``make`` for the first band, and keep what it makes for the others.
 
         Args:
             key: What it is known by, such as the layer that asks.

@@ -61,7 +61,8 @@ def check_layer(name: str, module: nn.Module, method: str = "forward") -> None:
             f"{what} cannot run on bands of rows: it has forward hooks, which would see bands "
             "instead of the image; remove them"
         )
-    if module.training:
+    # What `fuse` makes is in training mode, and has none of its own.
+    if module.training and not isinstance(module, (nn.Sequential, nn.Identity)):
         raise UserError(f"{what} is in training mode: call model.eval() first")
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
         raise UserError(

@@ -1,8 +1,7 @@
-"""What was finished, in a file of the work directory, for the same call to go on from."""
+"""A record of what was finished, in the work directory, for the same call to go on from."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 from vitlinear.errors import UserError
 from vitlinear.files import write_atomically
 
-from .sums import Pieces, Sums
+from .sums import Sums
 
 
 @dataclass
@@ -26,12 +25,14 @@ class Position:
         cuts: Rows of each band of the step that runs; empty before its first band.
         band: Bands of the present pass that are finished.
         sums: Of the step that runs.
+        prefix: The tokens before the map of the step that runs, once they are known.
     """
 
     finished: dict[int, Tensor | None] = field(default_factory=dict)
     cuts: tuple[tuple[int, int], ...] = ()
     band: int = 0
     sums: Sums = field(default_factory=Sums)
+    prefix: Tensor | None = None
 
 
 class Record:
@@ -77,40 +78,56 @@ class Record:
                 "image or output; give another workdir, or delete it"
             )
         sums = Sums()
-        sums.known = content["known"]
-        sums.pending = [
-            Pieces(x["axis"], x["pieces"]) if isinstance(x, dict) else x for x in content["pending"]
-        ]
-        return Position(content["finished"], content["cuts"], content["band"], sums)
+        if content["known"]:
+            sums.known = torch.load(self._sums(content["known"]), weights_only=True)
+        sums.pending = content["pending"]
+        return Position(
+            content["finished"], content["cuts"], content["band"], sums, content["prefix"]
+        )
+
+    def _sums(self, number: int) -> Path:
+        """The file of the sums that are known after this many of them."""
+        return self.folder / f"sums-{number}.pt"
+
+    def save_sums(self, position: Position) -> None:
+        """Note the sums that are known, which may be large: once, when a pass ends.
+
+        Raises:
+            UserError: The file cannot be written.
+        """
+        known = [tuple(x) for x in position.sums.known]
+        write_atomically(self._sums(len(known)), lambda file: torch.save(known, file))
 
     def save(self, position: Position) -> None:
         """Note where the run is.
 
+        A pass that gathers keys and values is noted when it ends: they are too large to write them
+        after each band.
+
         Raises:
             UserError: The file cannot be written; the one that was there is.
         """
-        pending = [
-            {"axis": x.axis, "pieces": x.pieces} if isinstance(x, Pieces) else tuple(x)
-            for x in position.sums.pending
-        ]
+        if position.sums.gathers:
+            return
         content = {
             "run": self.run,
             "finished": position.finished,
             "cuts": position.cuts,
             "band": position.band,
-            "known": [tuple(x) for x in position.sums.known],
-            "pending": pending,
+            "known": len(position.sums.known),
+            "pending": [tuple(x) for x in position.sums.pending],
+            "prefix": position.prefix,
         }
         write_atomically(self.path, lambda file: torch.save(content, file))
 
-    def delete(self) -> None:
-        """Take the file away."""
-        with contextlib.suppress(FileNotFoundError):
-            self.path.unlink()
+    def delete_sums(self) -> None:
+        """Take the sums of a finished step away."""
+        for path in self.folder.glob("sums-*.pt"):
+            path.unlink()
 
 
 def _boot() -> str:
-    """What tells this boot of the machine from others; empty where the system does not say."""
+    """A name of this boot of the machine; empty where the system does not say."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

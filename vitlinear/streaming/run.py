@@ -237,10 +237,16 @@ class Runner:
                 kept[number] = source
                 position.finished[number] = source.prefix
                 position.cuts, position.band, position.sums = (), 0, Sums()
+                position.prefix = None
+                # Files go when the record no longer names them.
+                old = [n for n in kept if n < number and n not in wanted]
+                for n in old:
+                    del position.finished[n]
                 self._note(position)
-                for old in [n for n in kept if n < number and n not in wanted]:
-                    kept.pop(old).delete()
-                    del position.finished[old]
+                if self.record is not None:
+                    self.record.delete_sums()
+                for n in old:
+                    kept.pop(n).delete()
                 bar.update()
         return kept
 
@@ -262,14 +268,18 @@ class Runner:
                     pass
                 else:
                     target.write(own.start, y)
-                    if i == 0 or target.prefix is None:
-                        target.prefix = prefix
+                    if position.prefix is None:
+                        position.prefix = prefix
                     del y
                 position.band = i + 1
                 self._note(position)
             if not sums.finish_pass():
+                target.prefix = position.prefix
                 return target
             position.band = 0
+            if self.record is not None:
+                self.record.save_sums(position)
+                self.record.save(position)
 
     def _note(self, position: Position) -> None:
         if self.record is not None:

@@ -177,11 +177,11 @@ def _logits(made: Readable, model: Any, example: Tensor) -> Tensor:
 def _description(
     model: Any, image: Pixels, outputs: Sequence[Output], band_rows: int | None
 ) -> dict[str, Any]:
-    """What makes a run: another one must not go on from its records."""
+    """The things that tell a run from others, which must not go on from its records."""
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     height = image.shape[0]
     for row in sorted({0, height // 3, height // 2, height - 1}):
         digest.update(image.read(row, row + 1).contiguous().view(torch.uint8).numpy().data)

@@ -1,4 +1,4 @@
-"""What the bands of one step bring together, one band after the other.
+"""Sums over the bands of one step, which run one after the other.
 
 A layer that needs the sum over all bands stops the forward pass of a band until the sum is known:
 the step then goes over its bands again. It goes over them once more than its layers wait for sums,
@@ -8,7 +8,7 @@ two or three times for a linear attention.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +36,11 @@ class Sums:
         self.pending: list[Any] = []
         self.kept: dict[int, Tensor] = {}
 
+    @property
+    def gathers(self) -> bool:
+        """Whether something pending is as large as the map."""
+        return any(isinstance(part, Pieces) for part in self.pending)
+
     def finish_pass(self) -> bool:
         """Make known what is pending, all bands having been seen; whether something was."""
         for part in self.pending:
@@ -58,6 +63,11 @@ def _beside(gathered: Pieces) -> tuple[Tensor, ...]:
     return tuple(torch.cat(x, gathered.axis) for x in zip(*gathered.pieces, strict=True))
 
 
+def _like(parts: Parts, values: Iterable[Tensor]) -> Parts:
+    """Values as a tuple of the kind of others: a record has plain tuples."""
+    return type(parts)(*values) if hasattr(parts, "_fields") else type(parts)(values)
+
+
 class StreamedBand(Band):
     """A band of a step whose bands run one after the other."""
 
@@ -75,17 +85,16 @@ class StreamedBand(Band):
         if len(self.cuts) == 1:
             return parts
         if number < len(self.sums.known):
-            return self.sums.known[number]
+            return _like(parts, self.sums.known[number])
         pending = self.sums.pending
         place = number - len(self.sums.known)
         if place < len(pending):
-            pending[place] = combine(pending[place], parts)
+            pending[place] = combine(_like(parts, pending[place]), parts)
         else:
             pending.append(parts)
         if not later:
             raise Unknown
-        unknown = [torch.full_like(x, math.nan) for x in parts]
-        return type(parts)(*unknown) if hasattr(parts, "_fields") else type(parts)(unknown)
+        return _like(parts, [torch.full_like(x, math.nan) for x in parts])
 
     def gather(self, axis: int, *parts: Tensor) -> tuple[Tensor, ...]:
         """See `Band`."""
