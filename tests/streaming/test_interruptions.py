@@ -1,4 +1,4 @@
-"""What was finished stays, and the same call goes on from there."""
+"""An interrupted call leaves what it had finished, and the same call goes on from there."""
 
 import errno
 import os
