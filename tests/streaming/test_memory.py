@@ -96,7 +96,7 @@ def test_too_little_memory_is_said(model, image, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "resident", lambda: 0)
     with pytest.raises(UserError, match="maps between layers need .* give workdir="):
         vitlinear.stream(model, image, memory="400KiB")
-    with pytest.raises(UserError, match="stem needs .* MiB for its smallest band"):
+    with pytest.raises(UserError, match="stem needs .* KiB for its smallest band"):
         vitlinear.stream(model, image, memory="100KiB", workdir=tmp_path)
 
 

@@ -92,8 +92,9 @@ class FileMap(RowMap):
 
     def _refused(self, error: OSError) -> UserError:
         return UserError(
-            f"cannot keep a map of {amount(self.nbytes)} in {self.path}: {error.strerror or error}; "
-            "what was finished stays, and the same call goes on from there"
+            f"cannot keep a map of {amount(self.nbytes)} in {self.path}: "
+            f"{error.strerror or error}; what was finished stays, and the same call goes on from "
+            "there"
         )
 
     def _place(self, rows: int) -> int:
