@@ -63,11 +63,12 @@ def linear_attention_op(
     head_scale: Tensor | None = None,
     lepe: Tensor | None = None,
     gate: Tensor | None = None,
+    powers: Tensor | None = None,
     backend: str = "library",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output [B, N, h, D], and the five tensors of a flattened `LinearAttentionState`."""
     row = get_mechanism(mechanism)
-    terms = Terms.unflatten(rows, cols, key_padding_mask, head_scale, lepe, gate)
+    terms = Terms.unflatten(rows, cols, key_padding_mask, head_scale, lepe, gate, powers)
     try:
         if kernels := _kernels(backend, q):
             out, state = kernels.forward(q, k, v, row, terms)
@@ -87,10 +88,11 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, mechanism: str, rows: Tensor | None = None, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, _, heads, dim = q.shape
+    values = v.shape[-1]
     row = get_mechanism(mechanism)
     features = row.feature_dim(dim)
     state_dim = row.state_dim(dim, rows is not None)
-    state = q.new_empty(batch, heads, state_dim, dim, dtype=eager.accumulation_dtype(q.dtype))
+    state = q.new_empty(batch, heads, state_dim, values, dtype=eager.accumulation_dtype(q.dtype))
 
     def like(exists: bool, width: int) -> Tensor | None:
         return state.new_empty(batch, heads, 1, width) if exists else None
@@ -98,7 +100,7 @@ def _(
     saved = LinearAttentionState(
         state,
         norm=like(row.reads.uses_norm, features),
-        mean_v=like(row.reads.uses_mean, dim),
+        mean_v=like(row.reads.uses_mean, values),
         query=like(row.has_global_query, features),
         logsumexp=like(row.has_key_softmax, 1 if row.has_global_query else features),
     )
@@ -118,30 +120,34 @@ def linear_attention_backward_op(
     head_scale: Tensor | None,
     lepe: Tensor | None,
     gate: Tensor | None,
+    powers: Tensor | None,
     state: Tensor,
     norm: Tensor,
     mean_v: Tensor,
     query: Tensor,
     logsumexp: Tensor,
     backend: str = "library",
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and the gate in one buffer, of head_scale, and of lepe.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and the gate in one buffer, of head_scale, lepe, and powers.
 
     The buffer is [B, N, 3, h, D], or with a gate [B, N, 4, h, D], laid out like the projection that
     q, k, v and the gate mostly are slices of: its gradient then is this very memory, or one copy of
     it. An operator may not return views of one another, so slicing is left to the autograd formula.
-    The others are [h] and [B, N, h, D], empty where there is none; without a gate the gradient of
-    lepe is that of the output, and is left to the autograd formula too.
+    The others are [h], [B, N, h, Dv] and [h, D], empty where there is none; without a gate the
+    gradient of lepe is that of the output, and is left to the autograd formula too.
+
+    Values of another width than queries have a buffer of their own, the fourth, [B, N, 1 or 2, h,
+    Dv] with the gate, and the first is left with q and k.
     """
     row = get_mechanism(mechanism)
-    terms = Terms.unflatten(rows, cols, key_padding_mask, head_scale, lepe, gate)
+    terms = Terms.unflatten(rows, cols, key_padding_mask, head_scale, lepe, gate, powers)
     saved = LinearAttentionState.unflatten(state, norm, mean_v, query, logsumexp)
-    grads, grad_scale, grad_lepe = _gradient_memory(q, state, terms)
-    memory = _one_by_one(grads, grad_scale, grad_lepe, terms)
+    returned = _gradient_memory(q, v, state, terms)
+    memory = _one_by_one(returned, terms)
     try:
         if kernels := _kernels(backend, q):
             kernels.backward(grad_out, q, k, v, row, terms, saved, memory)
-            return grads, grad_scale, grad_lepe
+            return returned
     except torch.OutOfMemoryError:
         raise  # says nothing against the kernels, and the formulas need more
     except Exception as error:
@@ -150,32 +156,46 @@ def linear_attention_backward_op(
         tokens = eager.prepare(q, k, v, row, terms, own=False)
         grad_out = grad_out.transpose(1, 2).to(state.dtype)
         found = backward.linear_attention_backward(grad_out, tokens, row, saved)
-    if memory.head_scale is not None and found.head_scale is not None:
-        memory.head_scale.copy_(found.head_scale)
+    for name in ("head_scale", "powers"):
+        into, grad = getattr(memory, name), getattr(found, name)
+        if into is not None:
+            into.copy_(eager.saturate(grad, into.dtype))
     for name in ("q", "k", "v", "lepe", "gate"):
         into, grad = getattr(memory, name), getattr(found, name)
         if into is not None:
             into.copy_(eager.saturate(grad.transpose(1, 2), q.dtype))
-    return grads, grad_scale, grad_lepe
+    return returned
 
 
-def _gradient_memory(q: Tensor, state: Tensor, terms: Terms) -> tuple[Tensor, Tensor, Tensor]:
+Returned = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _gradient_memory(q: Tensor, v: Tensor, state: Tensor, terms: Terms) -> Returned:
     """Fresh memory for what the backward operator returns."""
     batch, length, heads, dim = q.shape
     separate = terms.lepe is not None and terms.gate is not None
-    scale = state if terms.head_scale is None else terms.head_scale
+    of_values = 1 if terms.gate is None else 2
+    one_buffer = v.shape[-1] == dim
+
+    def like(x: Tensor | None) -> Tensor:
+        return state.new_empty(0) if x is None else x.new_empty(x.shape)
+
     return (
-        q.new_empty(batch, length, 3 if terms.gate is None else 4, heads, dim),
-        scale.new_empty((0,) if terms.head_scale is None else scale.shape),
-        q.new_empty(q.shape if separate else (0,)),
+        q.new_empty(batch, length, 2 + of_values if one_buffer else 2, heads, dim),
+        like(terms.head_scale),
+        q.new_empty(v.shape if separate else (0,)),
+        q.new_empty((0,) if one_buffer else (batch, length, of_values, heads, v.shape[-1])),
+        like(terms.powers),
     )
 
 
-def _one_by_one(
-    grads: Tensor, grad_scale: Tensor, grad_lepe: Tensor, terms: Terms | FlatTerms
-) -> LinearGradients:
-    """Name what the backward operator returns: [B, N, h, D], but for the gradient of tau."""
-    grad_q, grad_k, grad_v, *grad_gate = grads.unbind(2)
+def _one_by_one(returned: Returned, terms: Terms | FlatTerms) -> LinearGradients:
+    """Name what the backward operator returns; None for what is empty."""
+    grads, grad_scale, grad_lepe, grad_values, grad_powers = returned
+    parts = [*grads.unbind(2)]
+    if grads.shape[2] == 2:
+        parts += grad_values.unbind(2)
+    grad_q, grad_k, grad_v, *grad_gate = parts
     return LinearGradients(
         grad_q,
         grad_k,
@@ -183,6 +203,7 @@ def _one_by_one(
         head_scale=None if terms.head_scale is None else grad_scale,
         lepe=None if terms.lepe is None or terms.gate is None else grad_lepe,
         gate=grad_gate[0] if grad_gate else None,
+        powers=None if terms.powers is None else grad_powers,
     )
 
 
@@ -199,11 +220,12 @@ def _(
     head_scale: Tensor | None,
     lepe: Tensor | None,
     gate: Tensor | None,
+    powers: Tensor | None,
     state: Tensor,
     *others: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    terms = Terms.unflatten(rows, cols, key_padding_mask, head_scale, lepe, gate)
-    return _gradient_memory(q, state, terms)
+) -> Returned:
+    terms = Terms.unflatten(rows, cols, key_padding_mask, head_scale, lepe, gate, powers)
+    return _gradient_memory(q, v, state, terms)
 
 
 @custom_op("vitlinear::softmax_attention", mutates_args=())
@@ -272,18 +294,22 @@ def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 def _linear_gradients(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     # Read once: checkpointing gives them away.
-    q, k, v, rows, cols, key_padding_mask, head_scale, lepe, gate, *state = ctx.saved_tensors
-    terms = FlatTerms(rows, cols, key_padding_mask, head_scale, lepe, gate)
-    grads, grad_scale, grad_lepe = torch.ops.vitlinear.linear_attention_backward(
+    q, k, v, rows, cols, key_padding_mask, head_scale, lepe, gate, powers, *state = (
+        ctx.saved_tensors
+    )
+    terms = FlatTerms(rows, cols, key_padding_mask, head_scale, lepe, gate, powers)
+    returned = torch.ops.vitlinear.linear_attention_backward(
         grad_out, q, k, v, ctx.mechanism, *terms, *state, ctx.backend
     )
-    found = _one_by_one(grads, grad_scale, grad_lepe, terms)
+    found = _one_by_one(returned, terms)
     of_lepe = found.lepe
     if lepe is not None and gate is None:
         of_lepe = grad_out
         if key_padding_mask is not None:
             of_lepe = grad_out.masked_fill(key_padding_mask[..., None, None], 0)
-    of_terms = FlatTerms(head_scale=found.head_scale, lepe=of_lepe, gate=found.gate)
+    of_terms = FlatTerms(
+        head_scale=found.head_scale, lepe=of_lepe, gate=found.gate, powers=found.powers
+    )
     return found.q, found.k, found.v, None, *of_terms, None
 
 
@@ -311,26 +337,29 @@ def linear_attention_flops(
     """State, read-out and normaliser; logits of the key weights where there are any."""
     batch, length, heads, dim = q_shape
     row = get_mechanism(mechanism)
-    vectors = (row.reads.uses_norm + row.has_global_query) * row.feature_dim(dim)
-    matrices = 2 * row.state_dim(dim, rows is not None) * dim
+    vectors = (row.reads.uses_norm * row.read_count + row.has_global_query) * row.feature_dim(dim)
+    matrices = 2 * row.state_dim(dim, rows is not None) * v_shape[-1]
     return 2 * batch * length * heads * (matrices + vectors)
 
 
 @register_flop_formula(torch.ops.vitlinear.linear_attention_backward)
 def linear_attention_backward_flops(
     grad_shape: Any, q_shape: Any, k_shape: Any, v_shape: Any, mechanism: str, rows: Any,
-    cols: Any, key_padding_mask: Any, head_scale: Any, lepe: Any, gate: Any,
+    cols: Any, key_padding_mask: Any, head_scale: Any, lepe: Any, gate: Any, powers: Any,
     *args: Any, **kwargs: Any,
 ) -> int:  # fmt: skip
     """Four products of N x F with F x D, and the vectors of normaliser, mean and key weights.
 
-    With a gate one product more, for the outputs that its gradient takes.
+    With a gate one product more, for the outputs that its gradient takes; two reads take it anyway.
     """
     batch, length, heads, dim = q_shape
-    row = get_mechanism(mechanism)
+    row, values = get_mechanism(mechanism), v_shape[-1]
     vectors = 2 * (row.reads.uses_norm + row.has_global_query) * row.feature_dim(dim)
-    vectors += 2 * row.reads.uses_mean * dim
-    matrices = (4 + (gate is not None)) * row.state_dim(dim, rows is not None) * dim
+    vectors += 2 * row.reads.uses_mean * values
+    again = gate is not None or row.reads_opposite
+    if row.reads_opposite:  # normalisers and their gradients, as products of two columns
+        vectors = 6 * row.feature_dim(dim)
+    matrices = (4 + again) * row.state_dim(dim, rows is not None) * values
     return 2 * batch * length * heads * (matrices + vectors)
 
 
