@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import eager
+from . import autograd, eager
 from . import registered as registered  # registers torch.ops.vitlinear.*
-from .backend import Workload, choose_backend, requested_backend
+from .backend import choose_backend, requested_backend
 from .mechanisms import Mechanism, get_mechanism
 from .rotary import RotaryTables, is_full_width
 from .terms import Terms
+from .workload import Workload
 
 
 def linear_attention(
@@ -81,12 +82,16 @@ def linear_attention(
     check_tokens(q, k, v)
     check_mechanism(q, row, powers, v.shape[-1])
     check_terms(q, terms, row.positions, v.shape[-1])
-    work = Workload.of(q, mechanism, without_kernels(q, v, row, terms))
+    training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    work = Workload.of(q, mechanism, without_kernels(q, v, row, terms), terms, training)
     chosen = choose_backend(backend, work).backend
     if chosen == "eager":
         return eager.linear_attention(q, k, v, row, terms)
     if chosen == "triton":  # unless it was asked for by name, the formulas may stand in
         chosen = requested_backend(backend).backend
+    if not torch.compiler.is_compiling() and autograd.takes(q, k, v, terms):
+        check_tables_gradient(terms)
+        return autograd.linear_attention(q, k, v, row, terms, chosen)
     check_derivatives(q, k, v, terms)
     return torch.ops.vitlinear.linear_attention(q, k, v, mechanism, *terms.flatten(), chosen)[0]
 
@@ -152,10 +157,19 @@ def check_derivatives(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> None:
         raise NotImplementedError(
             "the library backend has no forward-mode derivative; use backend='eager'"
         )
+    check_tables_gradient(terms)
+
+
+def check_tables_gradient(terms: Terms) -> None:
+    """Check that no gradient of position tables is asked for.
+
+    Raises:
+        NotImplementedError: One is.
+    """
     tables = terms.rotary
-    if tables is None or not torch.is_grad_enabled():
+    if tables is None or not (tables.rows.requires_grad or tables.cols.requires_grad):
         return
-    if any(table.requires_grad for table in tables):
+    if torch.is_grad_enabled():
         raise NotImplementedError(
             "the library backend has no gradient of rotary tables; use backend='eager'"
         )

@@ -18,7 +18,6 @@ Tensors are [B, N, h, D] with any strides; outputs are contiguous. Optional term
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,29 +25,10 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
-from . import backward, eager
+from . import backward, eager, execution
 from .attention_state import LinearAttentionState
-from .backend import KERNEL_DTYPES, report_failure
-from .backward import LinearGradients
 from .mechanisms import get_mechanism
 from .terms import FlatTerms, Terms
-
-
-def _to_layout(x: Tensor, like: Tensor) -> Tensor:
-    """[B, h, N, D] in the accumulation type -> contiguous [B, N, h, D] in the input type."""
-    # A copy is forced because an operator may not return a view of what it was given, and with
-    # one head or one token transpose and contiguous would be exactly that.
-    x = eager.saturate(x.transpose(1, 2), like.dtype)
-    return torch.empty(x.shape, dtype=like.dtype, device=x.device).copy_(x)
-
-
-def _kernels(backend: str, q: Tensor) -> ModuleType | None:
-    """The fused kernels, where they are wanted and take this type."""
-    if backend == "library" or q.dtype not in KERNEL_DTYPES:
-        return None
-    from . import triton  # loads Triton itself
-
-    return triton
 
 
 @custom_op("vitlinear::linear_attention", mutates_args=())
@@ -69,18 +49,8 @@ def linear_attention_op(
     """Output [B, N, h, D], and the five tensors of a flattened `LinearAttentionState`."""
     row = get_mechanism(mechanism)
     terms = Terms.unflatten(rows, cols, key_padding_mask, head_scale, lepe, gate, powers)
-    try:
-        if kernels := _kernels(backend, q):
-            out, state = kernels.forward(q, k, v, row, terms)
-            return out, *state.flatten()
-    except torch.OutOfMemoryError:
-        raise  # says nothing against the kernels, and the formulas need more
-    except Exception as error:
-        report_failure(error, required=backend == "triton")
-    with eager.without_autocast(q):
-        tokens = eager.prepare(q, k, v, row, terms, own=True)
-        out, state = eager.linear_attention_forward(tokens, row)
-    return _to_layout(out, q), *state.flatten()
+    out, state = execution.forward(q, k, v, row, terms, backend, separate=True)
+    return out, *state.flatten()
 
 
 @linear_attention_op.register_fake
@@ -128,83 +98,27 @@ def linear_attention_backward_op(
     logsumexp: Tensor,
     backend: str = "library",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and the gate in one buffer, of head_scale, lepe, and powers.
+    """Gradients of q, k, v and the gate in one or two buffers, of head_scale, lepe, and powers.
 
-    The buffer is [B, N, 3, h, D], or with a gate [B, N, 4, h, D], laid out like the projection that
-    q, k, v and the gate mostly are slices of: its gradient then is this very memory, or one copy of
-    it. An operator may not return views of one another, so slicing is left to the autograd formula.
-    The others are [h], [B, N, h, Dv] and [h, D], empty where there is none; without a gate the
-    gradient of lepe is that of the output, and is left to the autograd formula too.
-
-    Values of another width than queries have a buffer of their own, the fourth, [B, N, 1 or 2, h,
-    Dv] with the gate, and the first is left with q and k.
+    As `execution.gradient_memory` has them, and empty for None. An operator may not return views of
+    one another, so slicing the buffer is left to the autograd formula.
     """
     row = get_mechanism(mechanism)
     terms = Terms.unflatten(rows, cols, key_padding_mask, head_scale, lepe, gate, powers)
     saved = LinearAttentionState.unflatten(state, norm, mean_v, query, logsumexp)
-    returned = _gradient_memory(q, v, state, terms)
-    memory = _one_by_one(returned, terms)
-    try:
-        if kernels := _kernels(backend, q):
-            kernels.backward(grad_out, q, k, v, row, terms, saved, memory)
-            return returned
-    except torch.OutOfMemoryError:
-        raise  # says nothing against the kernels, and the formulas need more
-    except Exception as error:
-        report_failure(error, required=backend == "triton")
-    with eager.without_autocast(q):
-        tokens = eager.prepare(q, k, v, row, terms, own=False)
-        grad_out = grad_out.transpose(1, 2).to(state.dtype)
-        found = backward.linear_attention_backward(grad_out, tokens, row, saved)
-    for name in ("head_scale", "powers"):
-        into, grad = getattr(memory, name), getattr(found, name)
-        if into is not None:
-            into.copy_(eager.saturate(grad, into.dtype))
-    for name in ("q", "k", "v", "lepe", "gate"):
-        into, grad = getattr(memory, name), getattr(found, name)
-        if into is not None:
-            into.copy_(eager.saturate(grad.transpose(1, 2), q.dtype))
-    return returned
+    memory = execution.gradient_memory(q, v, terms)
+    into = execution.one_by_one(memory)
+    execution.backward(grad_out, q, k, v, row, terms, saved, backend, into)
+    return _returned(state, memory)
 
 
 Returned = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _gradient_memory(q: Tensor, v: Tensor, state: Tensor, terms: Terms) -> Returned:
-    """Fresh memory for what the backward operator returns."""
-    batch, length, heads, dim = q.shape
-    separate = terms.lepe is not None and terms.gate is not None
-    of_values = 1 if terms.gate is None else 2
-    one_buffer = v.shape[-1] == dim
-
-    def like(x: Tensor | None) -> Tensor:
-        return state.new_empty(0) if x is None else x.new_empty(x.shape)
-
-    return (
-        q.new_empty(batch, length, 2 + of_values if one_buffer else 2, heads, dim),
-        like(terms.head_scale),
-        q.new_empty(v.shape if separate else (0,)),
-        q.new_empty((0,) if one_buffer else (batch, length, of_values, heads, v.shape[-1])),
-        like(terms.powers),
-    )
-
-
-def _one_by_one(returned: Returned, terms: Terms | FlatTerms) -> LinearGradients:
-    """Name what the backward operator returns; None for what is empty."""
-    grads, grad_scale, grad_lepe, grad_values, grad_powers = returned
-    parts = [*grads.unbind(2)]
-    if grads.shape[2] == 2:
-        parts += grad_values.unbind(2)
-    grad_q, grad_k, grad_v, *grad_gate = parts
-    return LinearGradients(
-        grad_q,
-        grad_k,
-        grad_v,
-        head_scale=None if terms.head_scale is None else grad_scale,
-        lepe=None if terms.lepe is None or terms.gate is None else grad_lepe,
-        gate=grad_gate[0] if grad_gate else None,
-        powers=None if terms.powers is None else grad_powers,
-    )
+def _returned(state: Tensor, memory: execution.GradientMemory) -> Returned:
+    """Memory of gradients as the operator returns it."""
+    buffer, scale, lepe, values, powers = (state.new_empty(0) if x is None else x for x in memory)
+    return buffer, scale, lepe, values, powers
 
 
 @linear_attention_backward_op.register_fake
@@ -225,7 +139,7 @@ def _(
     *others: Any,
 ) -> Returned:
     terms = Terms.unflatten(rows, cols, key_padding_mask, head_scale, lepe, gate, powers)
-    return _gradient_memory(q, v, state, terms)
+    return _returned(state, execution.gradient_memory(q, v, terms))
 
 
 @custom_op("vitlinear::softmax_attention", mutates_args=())
@@ -242,7 +156,7 @@ def softmax_attention_op(
     with eager.without_autocast(q):
         tokens = eager.prepare(q, k, v, None, terms, own=True)
         out, logsumexp = backward.softmax_attention_forward(tokens)
-    return _to_layout(out, q), logsumexp
+    return execution.to_layout(out, q), logsumexp
 
 
 @softmax_attention_op.register_fake
@@ -277,7 +191,7 @@ def softmax_attention_backward_op(
         tokens = eager.prepare(q, k, v, None, terms, own=False)
         grad_out, out = (x.transpose(1, 2).to(logsumexp.dtype) for x in (grad_out, out))
         grads = backward.softmax_attention_backward(grad_out, tokens, out, logsumexp)
-    dq, dk, dv = (_to_layout(grad, q) for grad in grads)
+    dq, dk, dv = (execution.to_layout(grad, q) for grad in grads)
     return dq, dk, dv
 
 
@@ -294,21 +208,15 @@ def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 def _linear_gradients(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     # Read once: checkpointing gives them away.
-    q, k, v, rows, cols, key_padding_mask, head_scale, lepe, gate, powers, *state = (
-        ctx.saved_tensors
-    )
-    terms = FlatTerms(rows, cols, key_padding_mask, head_scale, lepe, gate, powers)
+    q, k, v, *flat, state, norm, mean_v, query, logsumexp = ctx.saved_tensors
+    terms = Terms.unflatten(*flat)
     returned = torch.ops.vitlinear.linear_attention_backward(
-        grad_out, q, k, v, ctx.mechanism, *terms, *state, ctx.backend
+        grad_out, q, k, v, ctx.mechanism, *flat, state, norm, mean_v, query, logsumexp, ctx.backend
     )
-    found = _one_by_one(returned, terms)
-    of_lepe = found.lepe
-    if lepe is not None and gate is None:
-        of_lepe = grad_out
-        if key_padding_mask is not None:
-            of_lepe = grad_out.masked_fill(key_padding_mask[..., None, None], 0)
+    found = execution.one_by_one(execution.GradientMemory.of_operator(returned, q, v, terms))
+    found = execution.with_lepe(found, grad_out, terms)
     of_terms = FlatTerms(
-        head_scale=found.head_scale, lepe=of_lepe, gate=found.gate, powers=found.powers
+        head_scale=found.head_scale, lepe=found.lepe, gate=found.gate, powers=found.powers
     )
     return found.q, found.k, found.v, None, *of_terms, None
 

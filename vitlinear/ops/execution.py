@@ -1,0 +1,185 @@
+"""Linear attention by the fused kernels or by the formulas, forward and backward; no autograd.
+
+What the registered operators (`registered`) and the plain autograd function (`autograd`) both run.
+The argument ``backend`` is theirs: ``library``, ``triton`` or ``auto``.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backward as formulas
+from . import eager
+from .attention_state import LinearAttentionState
+from .backend import KERNEL_DTYPES, report_failure
+from .backward import LinearGradients
+from .mechanisms import Mechanism
+from .terms import FlatTerms, Terms
+from .workload import Workload
+
+
+def _kernels(backend: str, q: Tensor) -> ModuleType | None:
+    """The fused kernels, where they are wanted and take this type."""
+    if backend == "library" or q.dtype not in KERNEL_DTYPES:
+        return None
+    from . import triton  # loads Triton itself
+
+    return triton
+
+
+def to_layout(x: Tensor, like: Tensor) -> Tensor:
+    """[B, h, N, D] in the accumulation type -> contiguous [B, N, h, D] in the input type."""
+    # A copy is forced because an operator may not return a view of what it was given, and with
+    # one head or one token transpose and contiguous would be exactly that.
+    x = eager.saturate(x.transpose(1, 2), like.dtype)
+    return torch.empty(x.shape, dtype=like.dtype, device=x.device).copy_(x)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mechanism: Mechanism,
+    terms: Terms,
+    backend: str,
+    separate: bool = False,
+) -> tuple[Tensor, LinearAttentionState]:
+    """Output [B, N, h, D], contiguous, and the state.
+
+    Args:
+        q: Queries, [B, N, h, D], any strides.
+        k: Keys, likewise.
+        v: Values, likewise.
+        mechanism: The row of the table.
+        terms: All that the attention is given besides.
+        backend: As above.
+        separate: Give each tensor of the state memory of its own.
+
+    Raises:
+        KernelError: The backend is ``triton`` and a kernel failed.
+    """
+    try:
+        if kernels := _kernels(backend, q):
+            out, state = kernels.forward(q, k, v, mechanism, terms, separate)
+            return out, state
+    except torch.OutOfMemoryError:
+        raise  # says nothing against the kernels, and the formulas need more
+    except Exception as error:
+        report_failure(error, backend == "triton", Workload.of(q, mechanism.name, terms=terms))
+    with eager.without_autocast(q):
+        tokens = eager.prepare(q, k, v, mechanism, terms, own=True)
+        out, state = eager.linear_attention_forward(tokens, mechanism)
+    return to_layout(out, q), state
+
+
+def backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mechanism: Mechanism,
+    terms: Terms,
+    state: LinearAttentionState,
+    backend: str,
+    memory: LinearGradients,
+) -> None:
+    """Write the gradients into memory; arguments as `forward`, and its state.
+
+    Raises:
+        KernelError: The backend is ``triton`` and a kernel failed.
+    """
+    try:
+        if kernels := _kernels(backend, q):
+            kernels.backward(grad_out, q, k, v, mechanism, terms, state, memory)
+            return
+    except torch.OutOfMemoryError:
+        raise  # says nothing against the kernels, and the formulas need more
+    except Exception as error:
+        report_failure(error, backend == "triton", Workload.of(q, mechanism.name, terms=terms))
+    with eager.without_autocast(q):
+        tokens = eager.prepare(q, k, v, mechanism, terms, own=False)
+        grad_out = grad_out.transpose(1, 2).to(state.state.dtype)
+        found = formulas.linear_attention_backward(grad_out, tokens, mechanism, state)
+    for name in ("head_scale", "powers"):
+        into, grad = getattr(memory, name), getattr(found, name)
+        if into is not None:
+            into.copy_(eager.saturate(grad, into.dtype))
+    for name in ("q", "k", "v", "lepe", "gate"):
+        into, grad = getattr(memory, name), getattr(found, name)
+        if into is not None:
+            into.copy_(eager.saturate(grad.transpose(1, 2), q.dtype))
+
+
+class GradientMemory(NamedTuple):
+    """Memory for gradients; None where there is nothing to compute.
+
+    Attributes:
+        buffer: [B, N, 3, h, D] of q, k and v, or with a gate [B, N, 4, h, D], laid out like the
+            projection that they mostly are slices of; q and k alone where values have another
+            width.
+        head_scale: [h].
+        lepe: Like v; without a gate the gradient of lepe is that of the output.
+        values: v, and the gate if there is one, where they do not fit the buffer,
+            [B, N, 1 or 2, h, Dv].
+        powers: [h, D].
+    """
+
+    buffer: Tensor
+    head_scale: Tensor | None
+    lepe: Tensor | None
+    values: Tensor | None
+    powers: Tensor | None
+
+    @classmethod
+    def of_operator(
+        cls, returned: tuple[Tensor, ...], q: Tensor, v: Tensor, terms: Terms
+    ) -> GradientMemory:
+        """The memory that the registered operator returns, with empty tensors for None."""
+        buffer, scale, lepe, values, powers = returned
+        return cls(
+            buffer,
+            None if terms.head_scale is None else scale,
+            None if terms.lepe is None or terms.gate is None else lepe,
+            None if v.shape[-1] == q.shape[-1] else values,
+            None if terms.powers is None else powers,
+        )
+
+
+def gradient_memory(q: Tensor, v: Tensor, terms: Terms | FlatTerms) -> GradientMemory:
+    """Fresh memory for the gradients of a call."""
+    batch, length, heads, dim = q.shape
+    gate, head_scale, powers = terms.gate, terms.head_scale, terms.powers
+    like_values, alike = 1 if gate is None else 2, v.shape[-1] == dim
+    return GradientMemory(
+        q.new_empty((batch, length, 2 + like_values if alike else 2, heads, dim)),
+        None if head_scale is None else torch.empty_like(head_scale),
+        None if gate is None or terms.lepe is None else q.new_empty(v.shape),
+        None if alike else q.new_empty((batch, length, like_values, heads, v.shape[-1])),
+        None if powers is None else q.new_empty(powers.shape, dtype=powers.dtype),
+    )
+
+
+def one_by_one(memory: GradientMemory) -> LinearGradients:
+    """Name what is in the memory: [B, N, h, D], but for the gradients of tau and powers."""
+    parts = [*memory.buffer.unbind(2)]
+    if memory.values is not None:
+        parts += memory.values.unbind(2)
+    grad_q, grad_k, grad_v, *gate = parts
+    return LinearGradients(
+        grad_q, grad_k, grad_v, memory.head_scale, memory.lepe, gate[0] if gate else None,
+        memory.powers,
+    )  # fmt: skip
+
+
+def with_lepe(found: LinearGradients, grad_out: Tensor, terms: Terms) -> LinearGradients:
+    """Add the gradient of lepe where nothing had to be computed for it: without a gate."""
+    if terms.lepe is None or terms.gate is not None:
+        return found
+    mask = terms.key_padding_mask
+    return found._replace(
+        lepe=grad_out if mask is None else grad_out.masked_fill(mask[..., None, None], 0)
+    )
