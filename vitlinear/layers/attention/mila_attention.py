@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitlinear._timm import register_notrace_module
@@ -16,8 +13,7 @@ from ..conv.depthwise_conv import DepthwiseConv
 from ..heads import split_heads
 from ..linear import Linear
 from ..padding_rule import MASK
-from ..plain import is_plain
-from ..recompute import recomputing, run_recomputing
+from ..recompute import remaking, run_recomputing
 from .scriptable import scriptable_attention
 
 
@@ -89,7 +85,7 @@ class InputValueAttention(nn.Module):
         lepe = self.lepe(u).reshape(B, H * W, h, D)
         gate = gate.reshape(B, H * W, h, D)
         out = scriptable_attention(
-            q, k, v, self.attn_type, rotary, mask, None, lepe, gate, self.backend
+            q, k, v, "elu", rotary, mask, None, lepe, gate, self.backend
         )
         return out.reshape(B, H, W, C)
 
@@ -148,9 +144,16 @@ class MilaAttention(nn.Module):
         if torch.jit.is_scripting():
             x = self.attend(self.act(u), self.gate_act(gate), rotary, key_padding_mask)
         else:
-            g = self.gate_act(gate)
-            # Backward makes both again from what goes into the activations.
-            kept = is_plain(self.gate_act, nn.SiLU)
-            with recomputing(g, F.silu, gate) if kept else nullcontext():
-                x = run_recomputing((self.act, self.attend), u, g, rotary, key_padding_mask)
+            x = self.attended(u, gate, rotary, key_padding_mask)
         return self.proj_drop(self.proj(x))
+
+    @torch.jit.unused
+    def attended(
+        self, u: Tensor, gate: Tensor, rotary: RotaryTables, key_padding_mask: Tensor | None
+    ) -> Tensor:
+        """attend(act(u), gate_act(gate)), of which backward makes the two activations again."""
+        g, steps = self.gate_act(gate), (self.act, self.attend)
+        if torch.compiler.is_compiling():  # compilers make cheap steps again by themselves
+            return run_recomputing(steps, u, g, rotary, key_padding_mask)
+        with remaking(self.gate_act, g, gate):
+            return run_recomputing(steps, u, g, rotary, key_padding_mask)
