@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -73,25 +75,64 @@ def linear_attention(
         NotImplementedError: A derivative that the registered operators do not have.
         KernelError: The backend is ``triton`` and a kernel failed.
     """
-    row = get_mechanism(mechanism)
     terms = Terms(rotary, mask_of_lengths(key_padding_mask, q), head_scale, lepe, gate)
-    check_tokens(q, k, v)
-    check_terms(q, terms, row.positions, v.shape[-1])
-    work = Workload.of(q, mechanism, without_kernels(q, v, row, terms))
-    chosen = choose_backend(backend, work).backend
+    plain = not torch.compiler.is_compiling() and autograd.takes(q, k, v, terms)
+    kind = (known_kind if plain else examined)(q, k, v, mechanism, terms)
+    chosen = choose_backend(backend, kind.work).backend
     if chosen == "eager":
-        return eager.linear_attention(q, k, v, row, terms)
+        return eager.linear_attention(q, k, v, kind.row, terms)
     if v.shape[-1] != q.shape[-1]:
         raise NotImplementedError(
             "the library backend has no values of another width than queries; use backend='eager'"
         )
     if chosen == "triton":  # unless it was asked for by name, the formulas may stand in
         chosen = requested_backend(backend).backend
-    if not torch.compiler.is_compiling() and autograd.takes(q, k, v, terms):
+    if plain:
         check_tables_gradient(terms)
-        return autograd.linear_attention(q, k, v, row, terms, chosen)
+        return autograd.linear_attention(q, k, v, kind.row, terms, chosen)
     check_derivatives(q, k, v, terms)
     return torch.ops.vitlinear.linear_attention(q, k, v, mechanism, *terms.flatten(), chosen)[0]
+
+
+class Kind(NamedTuple):
+    """A kind of call, whose shapes and types fit.
+
+    Attributes:
+        row: The mechanism.
+        work: What the choice of the backend may depend on.
+    """
+
+    row: Mechanism
+    work: Workload
+
+
+def examined(q: Tensor, k: Tensor, v: Tensor, mechanism: str, terms: Terms) -> Kind:
+    """The kind of a call.
+
+    Raises:
+        ValueError: Something does not fit; the message names it.
+    """
+    row = get_mechanism(mechanism)
+    check_tokens(q, k, v)
+    check_terms(q, terms, row.positions, v.shape[-1])
+    return Kind(row, Workload.of(q, mechanism, without_kernels(q, v, row, terms)))
+
+
+_kinds: dict[tuple[Any, ...], Kind] = {}
+_MOST_KINDS = 4096
+
+
+def known_kind(q: Tensor, k: Tensor, v: Tensor, mechanism: str, terms: Terms) -> Kind:
+    """As `examined`, which looks at a kind of call only once."""
+    tensors = (q, k, v, *terms.flatten())
+    seen = tuple([None if x is None else (x.shape, x.dtype) for x in tensors])
+    key = (mechanism, q.device, seen)
+    kind = _kinds.get(key)
+    if kind is None:
+        if len(_kinds) >= _MOST_KINDS:  # sizes that never come again
+            _kinds.clear()
+        kind = _kinds[key] = examined(q, k, v, mechanism, terms)
+    return kind
 
 
 def softmax_attention(

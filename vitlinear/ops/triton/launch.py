@@ -110,19 +110,22 @@ class Launch:
 
     def __call__(self, *args: Any) -> None:
         """Run the kernel on tensors and sizes."""
+        config = tuning.chosen(self._key, self._plan)
+        if config is None:
+            tuning.run(self._key, self._plan, lambda config: self._run(config, args))
+        else:
+            self._run(config, args)
 
-        def run(config: tuning.Config) -> None:
-            options = self._options.get(config)
-            if options is None:
-                options = self._options[config] = {
-                    "plan": replace(self._plan, block_tokens=config.block_tokens),
-                    "num_warps": config.num_warps,
-                    "num_stages": config.num_stages,
-                    **self._constants,
-                }
-            self._start(*args, **options)
-
-        tuning.run(self._key, self._plan, run)
+    def _run(self, config: tuning.Config, args: tuple[Any, ...]) -> None:
+        options = self._options.get(config)
+        if options is None:
+            options = self._options[config] = {
+                "plan": replace(self._plan, block_tokens=config.block_tokens),
+                "num_warps": config.num_warps,
+                "num_stages": config.num_stages,
+                **self._constants,
+            }
+        self._start(*args, **options)
 
 
 class Slice:

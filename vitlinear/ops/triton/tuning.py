@@ -63,6 +63,16 @@ def is_fixed() -> bool:
     )
 
 
+def _name(key: object, plan: Plan) -> object:
+    """The name that a choice goes by: a measurement counts only where measuring is allowed."""
+    return ("fixed", key) if plan.adds or is_fixed() else key
+
+
+def chosen(key: object, plan: Plan) -> Config | None:
+    """The configuration that `run` would take, if that is known; arguments as there."""
+    return _chosen.get(_name(key, plan))
+
+
 def run(key: object, plan: Plan, call: Callable[[Config], None]) -> None:
     """Run a kernel in the configuration for this key; measure if it is the first time.
 
@@ -76,15 +86,13 @@ def run(key: object, plan: Plan, call: Callable[[Config], None]) -> None:
     Raises:
         OutOfResources: Not even the smallest configuration fits the device.
     """
-    # A measurement counts only where measuring is allowed.
-    measures = not plan.adds and not is_fixed()
-    name = key if measures else ("fixed", key)
+    name = _name(key, plan)
     config = _chosen.get(name)
     if config is not None:
         call(config)
         return
     configs = candidates(plan)
-    if measures:
+    if name is key:
         _chosen[name] = _measured(configs, call)
         call(_chosen[name])
         return
