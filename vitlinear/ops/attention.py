@@ -85,7 +85,7 @@ def linear_attention(
         raise NotImplementedError(
             "the library backend has no values of another width than queries; use backend='eager'"
         )
-    if chosen == "triton":  # unless it was asked for by name, the formulas may stand in
+    if chosen != backend:  # unless kernels were asked for by name, the formulas may stand in
         chosen = requested_backend(backend).backend
     if plain:
         check_tables_gradient(terms)

@@ -63,14 +63,14 @@ def is_fixed() -> bool:
     )
 
 
-def _name(key: object, plan: Plan) -> object:
+def name(key: object, plan: Plan, fixed: bool) -> object:
     """The name that a choice goes by: a measurement counts only where measuring is allowed."""
-    return ("fixed", key) if plan.adds or is_fixed() else key
+    return ("fixed", key) if fixed or plan.adds else key
 
 
-def chosen(key: object, plan: Plan) -> Config | None:
-    """The configuration that `run` would take, if that is known; arguments as there."""
-    return _chosen.get(_name(key, plan))
+def chosen(name: object) -> Config | None:
+    """The configuration that `run` would take, if there is one already."""
+    return _chosen.get(name)
 
 
 def run(key: object, plan: Plan, call: Callable[[Config], None]) -> None:
@@ -86,15 +86,15 @@ def run(key: object, plan: Plan, call: Callable[[Config], None]) -> None:
     Raises:
         OutOfResources: Not even the smallest configuration fits the device.
     """
-    name = _name(key, plan)
-    config = _chosen.get(name)
+    goes_by = name(key, plan, is_fixed())
+    config = _chosen.get(goes_by)
     if config is not None:
         call(config)
         return
     configs = candidates(plan)
-    if name is key:
-        _chosen[name] = _measured(configs, call)
-        call(_chosen[name])
+    if goes_by is key:
+        _chosen[goes_by] = _measured(configs, call)
+        call(_chosen[goes_by])
         return
     for config in configs:
         try:
@@ -103,7 +103,7 @@ def run(key: object, plan: Plan, call: Callable[[Config], None]) -> None:
             if config == configs[-1]:
                 raise
         else:
-            _chosen[name] = config
+            _chosen[goes_by] = config
             return
 
 
