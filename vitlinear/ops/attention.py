@@ -10,10 +10,11 @@ from torch.autograd import forward_ad
 
 from . import autograd, eager
 from . import registered as registered  # registers torch.ops.vitlinear.*
-from .backend import Workload, choose_backend, requested_backend
+from .backend import choose_backend, requested_backend
 from .mechanisms import Mechanism, get_mechanism
 from .rotary import RotaryTables, is_full_width
 from .terms import Terms
+from .workload import Workload
 
 
 def linear_attention(
@@ -77,10 +78,10 @@ def linear_attention(
     """
     terms = Terms(rotary, mask_of_lengths(key_padding_mask, q), head_scale, lepe, gate)
     plain = not torch.compiler.is_compiling() and autograd.takes(q, k, v, terms)
-    kind = (known_kind if plain else examined)(q, k, v, mechanism, terms)
-    chosen = choose_backend(backend, kind.work).backend
+    call = (known if plain else examined)(q, k, v, mechanism, terms)
+    chosen = choose_backend(backend, call.work).backend
     if chosen == "eager":
-        return eager.linear_attention(q, k, v, kind.row, terms)
+        return eager.linear_attention(q, k, v, call.row, terms)
     if v.shape[-1] != q.shape[-1]:
         raise NotImplementedError(
             "the library backend has no values of another width than queries; use backend='eager'"
@@ -89,13 +90,13 @@ def linear_attention(
         chosen = requested_backend(backend).backend
     if plain:
         check_tables_gradient(terms)
-        return autograd.linear_attention(q, k, v, kind.row, terms, chosen)
+        return autograd.linear_attention(q, k, v, call.row, terms, chosen)
     check_derivatives(q, k, v, terms)
     return torch.ops.vitlinear.linear_attention(q, k, v, mechanism, *terms.flatten(), chosen)[0]
 
 
-class Kind(NamedTuple):
-    """A kind of call, whose shapes and types fit.
+class Examined(NamedTuple):
+    """A call whose shapes and types fit.
 
     Attributes:
         row: The mechanism.
@@ -106,8 +107,8 @@ class Kind(NamedTuple):
     work: Workload
 
 
-def examined(q: Tensor, k: Tensor, v: Tensor, mechanism: str, terms: Terms) -> Kind:
-    """The kind of a call.
+def examined(q: Tensor, k: Tensor, v: Tensor, mechanism: str, terms: Terms) -> Examined:
+    """Look at a call.
 
     Raises:
         ValueError: Something does not fit; the message names it.
@@ -115,24 +116,30 @@ def examined(q: Tensor, k: Tensor, v: Tensor, mechanism: str, terms: Terms) -> K
     row = get_mechanism(mechanism)
     check_tokens(q, k, v)
     check_terms(q, terms, row.positions, v.shape[-1])
-    return Kind(row, Workload.of(q, mechanism, without_kernels(q, v, row, terms)))
+    without = without_kernels(q, v, row, terms)
+    return Examined(row, Workload.of(q, mechanism, without, terms, is_training(q, k, v)))
 
 
-_kinds: dict[tuple[Any, ...], Kind] = {}
-_MOST_KINDS = 4096
+def is_training(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether a backward pass will follow."""
+    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
 
 
-def known_kind(q: Tensor, k: Tensor, v: Tensor, mechanism: str, terms: Terms) -> Kind:
-    """As `examined`, which looks at a kind of call only once."""
+_known: dict[tuple[Any, ...], Examined] = {}
+_MOST_KNOWN = 4096
+
+
+def known(q: Tensor, k: Tensor, v: Tensor, mechanism: str, terms: Terms) -> Examined:
+    """As `examined`, which looks but once at calls that are alike."""
     tensors = (q, k, v, *terms.flatten())
     seen = tuple([None if x is None else (x.shape, x.dtype) for x in tensors])
-    key = (mechanism, q.device, seen)
-    kind = _kinds.get(key)
-    if kind is None:
-        if len(_kinds) >= _MOST_KINDS:  # sizes that never come again
-            _kinds.clear()
-        kind = _kinds[key] = examined(q, k, v, mechanism, terms)
-    return kind
+    key = (mechanism, q.device, is_training(q, k, v), seen)
+    call = _known.get(key)
+    if call is None:
+        if len(_known) >= _MOST_KNOWN:  # sizes that never come again
+            _known.clear()
+        call = _known[key] = examined(q, k, v, mechanism, terms)
+    return call
 
 
 def softmax_attention(

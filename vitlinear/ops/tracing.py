@@ -44,6 +44,11 @@ def stands_for_many(grad: Tensor) -> bool:
     return torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
+def under_a_mode() -> bool:
+    """Whether something looks on at every operator: fake tensors, counters, tracers."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
 def is_watched(grad: Tensor | None = None) -> bool:
     """Whether somebody looks at each operator that runs: a compiler, a transform, a mode.
 
@@ -51,7 +56,7 @@ def is_watched(grad: Tensor | None = None) -> bool:
         grad: In a backward pass, a gradient that it was given.
     """
     return (
-        torch._C._len_torch_dispatch_stack() > 0
+        under_a_mode()
         or torch._C._len_torch_function_stack() > 0
         or torch.compiler.is_compiling()
         or wants_common_operators()
