@@ -15,19 +15,24 @@ import vitlinear
 from vitlinear.cli.flags import from_arguments, values_by_flag
 from vitlinear.cli.parser import Parser
 from vitlinear.data import check_data
-from vitlinear.evaluation import predict, validate
+from vitlinear.evaluation import predict, stream_image, validate
 from vitlinear.export import command as export
 from vitlinear.train import compare_runs
 from vitlinear.train import run as train
+from vitlinear.tune import command as tune
+from vitlinear.tune import doctor
 
 # Each with a command line that parses.
 COMMANDS: dict[str, tuple[ModuleType, list[str]]] = {
     "train": (train, []),
     "validate": (validate, []),
     "predict": (predict, ["image.png"]),
+    "stream": (stream_image, ["test_ravlt", "image.npy", "--output", "map.npy"]),
     "check-data": (check_data, []),
     "compare-runs": (compare_runs, ["run"]),
     "export": (export, ["test_ravlt", "out.onnx"]),
+    "tune": (tune, []),
+    "doctor": (doctor, []),
 }
 
 
@@ -115,7 +120,9 @@ def test_a_configuration_of_arguments_and_back() -> None:
         from_arguments(Outer, argparse.Namespace(count=1))
 
 
-@pytest.mark.parametrize("room", ["train", "data", "evaluation", "export", "dense/openmmlab"])
+@pytest.mark.parametrize(
+    "room", ["train", "data", "evaluation", "export", "tune", "dense/openmmlab"]
+)
 def test_no_function_takes_parsed_flags(room: str) -> None:
     files = sorted((Path(vitlinear.__file__).parent / room).rglob("*.py"))
     assert files

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -26,6 +28,7 @@ def linear_attention(
     head_scale: Tensor | None = None,
     lepe: Tensor | None = None,
     gate: Tensor | None = None,
+    powers: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Attention whose cost grows linearly with the number of tokens.
@@ -55,6 +58,8 @@ def linear_attention(
         lepe: Added to the output, like v; the name is that of the locally-enhanced position
             encoding, a depthwise convolution of the values.
         gate: Multiplies the sum of output and lepe, like v.
+        powers: Powers of a feature map that learns them (``pola``), above 0, for each channel of
+            each head, [h, D], floating-point of any type.
         backend: ``auto``, ``eager``, ``library`` or ``triton``; see `vitlinear.ops.backend`.
 
     Returns:
@@ -74,26 +79,67 @@ def linear_attention(
         NotImplementedError: A derivative that the registered operators do not have.
         KernelError: The backend is ``triton`` and a kernel failed.
     """
-    row = get_mechanism(mechanism)
-    terms = Terms(rotary, mask_of_lengths(key_padding_mask, q), head_scale, lepe, gate)
-    check_tokens(q, k, v)
-    check_terms(q, terms, row.positions, v.shape[-1])
-    training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    work = Workload.of(q, mechanism, without_kernels(q, v, row, terms), terms, training)
-    chosen = choose_backend(backend, work).backend
+    terms = Terms(rotary, mask_of_lengths(key_padding_mask, q), head_scale, lepe, gate, powers)
+    plain = not torch.compiler.is_compiling() and autograd.takes(q, k, v, terms)
+    call = (known if plain else examined)(q, k, v, mechanism, terms)
+    chosen = choose_backend(backend, call.work).backend
     if chosen == "eager":
-        return eager.linear_attention(q, k, v, row, terms)
-    if v.shape[-1] != q.shape[-1]:
-        raise NotImplementedError(
-            "the library backend has no values of another width than queries; use backend='eager'"
-        )
-    if chosen == "triton":  # unless it was asked for by name, the formulas may stand in
+        return eager.linear_attention(q, k, v, call.row, terms)
+    if chosen != backend:  # unless kernels were asked for by name, the formulas may stand in
         chosen = requested_backend(backend).backend
-    if not torch.compiler.is_compiling() and autograd.takes(q, k, v, terms):
+    if plain:
         check_tables_gradient(terms)
-        return autograd.linear_attention(q, k, v, row, terms, chosen)
-    check_derivatives(q, k, v, terms)
+        return autograd.linear_attention(q, k, v, call.row, terms, chosen)
+    check_derivatives(terms, q, k, v)
     return torch.ops.vitlinear.linear_attention(q, k, v, mechanism, *terms.flatten(), chosen)[0]
+
+
+class Examined(NamedTuple):
+    """A call whose shapes and types fit.
+
+    Attributes:
+        row: The mechanism.
+        work: What the choice of the backend may depend on.
+    """
+
+    row: Mechanism
+    work: Workload
+
+
+def examined(q: Tensor, k: Tensor, v: Tensor, mechanism: str, terms: Terms) -> Examined:
+    """Look at a call.
+
+    Raises:
+        ValueError: Something does not fit; the message names it.
+    """
+    row = get_mechanism(mechanism)
+    check_tokens(q, k, v)
+    check_mechanism(q, row, terms.powers, v.shape[-1])
+    check_terms(q, terms, row.positions, v.shape[-1])
+    without = without_kernels(q, v, row, terms)
+    return Examined(row, Workload.of(q, mechanism, without, terms, is_training(q, k, v)))
+
+
+def is_training(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether a backward pass will follow."""
+    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+
+
+_known: dict[tuple[Any, ...], Examined] = {}
+_MOST_KNOWN = 4096
+
+
+def known(q: Tensor, k: Tensor, v: Tensor, mechanism: str, terms: Terms) -> Examined:
+    """As `examined`, which looks but once at calls that are alike."""
+    tensors = (q, k, v, *terms.flatten())
+    seen = tuple([None if x is None else (x.shape, x.dtype) for x in tensors])
+    key = (mechanism, q.device, is_training(q, k, v), seen)
+    call = _known.get(key)
+    if call is None:
+        if len(_known) >= _MOST_KNOWN:  # sizes that never come again
+            _known.clear()
+        call = _known[key] = examined(q, k, v, mechanism, terms)
+    return call
 
 
 def softmax_attention(
@@ -120,13 +166,15 @@ def softmax_attention(
     check_terms(q, terms)
     if choose_backend(backend).backend != "library":
         return eager.softmax_attention(q, k, v, terms)
-    check_derivatives(q, k, v, terms)
+    check_derivatives(terms, q, k, v)
     rows, cols, mask, *_ = terms.flatten()
     return torch.ops.vitlinear.softmax_attention(q, k, v, rows, cols, mask)[0]
 
 
 def without_kernels(q: Tensor, v: Tensor, mechanism: Mechanism, terms: Terms) -> str:
-    """What of a call the fused kernels cannot do, in words; empty if nothing."""
+    """The part of a call that the fused kernels cannot do, in words; empty if there is none."""
+    if mechanism.takes_powers:
+        return "learned powers"
     if v.shape[-1] != q.shape[-1]:
         return "values of another width than queries"
     if terms.rotary is None or mechanism.positions != "rotary":
@@ -142,13 +190,17 @@ def mask_of_lengths(mask: Tensor | None, q: Tensor) -> Tensor | None:
     return torch.arange(q.shape[1], device=mask.device) >= mask.unsqueeze(1)
 
 
-def check_derivatives(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> None:
+def check_derivatives(terms: Terms, *others: Tensor | None) -> None:
     """Check that the registered operators can give the derivatives that are asked for.
+
+    Args:
+        terms: Those of the call.
+        others: The other tensors that it has a derivative by.
 
     Raises:
         NotImplementedError: They cannot, and would leave them out without a word.
     """
-    tokens = (q, k, v, terms.lepe, terms.gate)
+    tokens = (*others, *terms[2:])
     if not torch.compiler.is_compiling() and any(
         x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tokens
     ):
@@ -189,6 +241,34 @@ def check_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:
     if not q.is_floating_point() or k.dtype != q.dtype or v.dtype != q.dtype:
         raise ValueError(
             f"q, k and v must have one floating-point type, got {q.dtype}, {k.dtype}, {v.dtype}"
+        )
+
+
+def check_mechanism(q: Tensor, mechanism: Mechanism, powers: Tensor | None, value_dim: int) -> None:
+    """Check what a mechanism asks of a call.
+
+    Args:
+        q: Queries or keys, [B, N, h, D], already checked.
+        mechanism: The row of the table.
+        powers: As in `linear_attention`.
+        value_dim: Channels of the values, Dv.
+
+    Raises:
+        ValueError: Something does not fit; the message names it.
+    """
+    name, shape = mechanism.name, q.shape[2:]
+    if mechanism.takes_powers != (powers is not None):
+        wants = f"needs powers, [h, D] = {tuple(shape)}" if powers is None else "takes no powers"
+        raise ValueError(f"mechanism {name!r} {wants}")
+    if powers is not None and (powers.shape != shape or not powers.is_floating_point()):
+        raise ValueError(
+            f"powers must be floating-point and [h, D] = {tuple(shape)}, "
+            f"got {tuple(powers.shape)} {powers.dtype}"
+        )
+    if mechanism.reads_opposite and value_dim % 2:
+        raise ValueError(
+            f"mechanism {name!r} reads the two halves of the values differently and needs an even "
+            f"number of channels, got {value_dim}"
         )
 
 
@@ -238,6 +318,8 @@ def check_tables(q: Tensor, rotary: RotaryTables, positions: str) -> None:
         ValueError: They do not; the message says why.
     """
     rows, cols = rotary
+    if positions == "none":
+        raise ValueError("this mechanism has no positions: rotary must be None")
     if not {rows.dtype, cols.dtype} <= {torch.float32, torch.float64}:
         raise ValueError(
             f"rotary tables must be float32 or float64, got {rows.dtype}, {cols.dtype}: "

@@ -7,10 +7,18 @@ derivatives flow through the state.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from . import eager
-from .attention import check_terms, check_tokens, mask_of_lengths
+from . import registered_states as registered_states  # registers torch.ops.vitlinear.*
+from .attention import (
+    check_derivatives,
+    check_mechanism,
+    check_terms,
+    check_tokens,
+    mask_of_lengths,
+)
 from .attention_state import LinearAttentionState
 from .backend import choose_backend
 from .mechanisms import Mechanism, get_mechanism
@@ -26,6 +34,7 @@ def linear_attention_state(
     mechanism: str = "elu",
     rotary: RotaryTables | None = None,
     key_padding_mask: Tensor | None = None,
+    powers: Tensor | None = None,
     backend: str = "auto",
 ) -> LinearAttentionState:
     """The state of a linear attention: sums over keys and values.
@@ -41,7 +50,8 @@ def linear_attention_state(
         mechanism: Key in `vitlinear.ops.MECHANISMS`.
         rotary: Position tables of the keys.
         key_padding_mask: Tokens that count nowhere, as for `vitlinear.ops.linear_attention`.
-        backend: ``auto`` or ``eager``; see `vitlinear.ops.backend`.
+        powers: Powers of a feature map that learns them, [h, D].
+        backend: ``auto``, ``eager`` or ``library``; see `vitlinear.ops.backend`.
 
     Returns:
         S, [B, h, F, Dv]; m and vbar where the mechanism reads them. float32, float64 for float64.
@@ -49,18 +59,23 @@ def linear_attention_state(
     Raises:
         ValueError: Shapes or types do not fit, a name is unknown, or the mechanism weighs keys by a
             query.
-        NotImplementedError: The backend has no states.
+        NotImplementedError: A derivative that the registered operators do not have.
     """
     row = get_mechanism(mechanism)
     if row.has_global_query:
         raise ValueError(
             f"{mechanism!r} weighs keys by their mean query and has no state without queries"
         )
-    terms = Terms(rotary, mask_of_lengths(key_padding_mask, k))
+    terms = Terms(rotary, mask_of_lengths(key_padding_mask, k), powers=powers)
     check_tokens(k, k, v)
+    check_mechanism(k, row, powers, v.shape[-1])
     check_terms(k, terms, row.positions)
-    run_eagerly(backend, k, mechanism)
-    return eager.linear_attention_state(k, v, row, terms)
+    if not runs_as_operator(backend, k, mechanism):
+        return eager.linear_attention_state(k, v, row, terms)
+    check_derivatives(terms, k, v)
+    rows, cols, mask, *_ = terms.flatten()
+    flat = torch.ops.vitlinear.linear_attention_state(k, v, mechanism, rows, cols, mask, powers)
+    return LinearAttentionState.unflatten(*flat)
 
 
 def read_linear_attention_state(
@@ -73,6 +88,7 @@ def read_linear_attention_state(
     head_scale: Tensor | None = None,
     lepe: Tensor | None = None,
     gate: Tensor | None = None,
+    powers: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Outputs of queries that read a state.
@@ -92,36 +108,40 @@ def read_linear_attention_state(
         head_scale: tau, [h], a factor of S.
         lepe: Added to the output, [B, N, h, Dv].
         gate: Multiplies the sum of output and lepe, like it.
-        backend: ``auto`` or ``eager``; see `vitlinear.ops.backend`.
+        powers: Powers of a feature map that learns them, [h, D].
+        backend: ``auto``, ``eager`` or ``library``; see `vitlinear.ops.backend`.
 
     Returns:
         [B, N, h, Dv] in the type of q. What float16 cannot hold saturates.
 
     Raises:
         ValueError: Shapes or types do not fit, or a name is unknown.
-        NotImplementedError: The backend has no states.
+        NotImplementedError: A derivative that the registered operators do not have.
     """
     row = get_mechanism(mechanism)
-    terms = Terms(rotary, mask_of_lengths(key_padding_mask, q), head_scale, lepe, gate)
+    terms = Terms(rotary, mask_of_lengths(key_padding_mask, q), head_scale, lepe, gate, powers)
     check_tokens(q, q, q)
     check_state(q, state, row, rotary is not None)
+    check_mechanism(q, row, powers, state.state.shape[-1])
     check_terms(q, terms, row.positions, state.state.shape[-1])
-    run_eagerly(backend, q, mechanism)
-    return eager.read_linear_attention_state(q, state, row, terms)
+    if not runs_as_operator(backend, q, mechanism):
+        return eager.read_linear_attention_state(q, state, row, terms)
+    given = (state.state, state.norm, state.mean_v)
+    check_derivatives(terms, q, *given)
+    out: Tensor = torch.ops.vitlinear.read_linear_attention_state(
+        q, *given, mechanism, *terms.flatten()
+    )
+    return out
 
 
-def run_eagerly(backend: str, x: Tensor, mechanism: str) -> None:
-    """Check that a backend has states.
+def runs_as_operator(backend: str, x: Tensor, mechanism: str) -> bool:
+    """Whether the registered operators run a call, or plain PyTorch does.
 
     Raises:
-        NotImplementedError: It has none.
-        ValueError: It is unknown, or cannot run here.
+        ValueError: The backend is unknown, or is ``triton``, which has no states by themselves.
     """
-    chosen = choose_backend(backend, Workload.of(x, mechanism, "states alone"))
-    if chosen.backend != "eager":
-        raise NotImplementedError(
-            f"backend {chosen.backend!r} ({chosen.reason}) has no states; use backend='eager'"
-        )
+    work = Workload.of(x, mechanism, "states by themselves")
+    return choose_backend(backend, work).backend != "eager"
 
 
 def check_state(

@@ -12,6 +12,7 @@ from vitlinear._timm import register_notrace_module
 from vitlinear.ops import RotaryTables
 from vitlinear.ops.backend import check_backend
 
+from ..band import BANDED
 from ..conv.depthwise_conv import DepthwiseConv
 from ..heads import split_heads
 from ..linear import Linear
@@ -31,6 +32,7 @@ class GatedAttention(nn.Module):
     """
 
     padding_rule = MASK
+    row_rule = BANDED
 
     def __init__(
         self,
@@ -103,6 +105,11 @@ class GatedAttention(nn.Module):
         x = self.proj(self.combine(q, k, v, o, lepe, rotary, mask).reshape(B, H, W, C))
         return self.proj_drop(x)
 
+    @torch.jit.ignore
+    def row_gather(self, height: int) -> int:
+        """Channels of keys and values that a band needs of all rows: those of softmax attention."""
+        return 2 * self.num_heads * self.head_dim if self.attn_type == "softmax" else 0
+
     def combine(
         self,
         q: Tensor,
@@ -128,7 +135,16 @@ class GatedAttention(nn.Module):
     ) -> Tensor:
         """(Attention(q, k, v) + lepe) * gate, [B, N, h, D] -> [B, N, h, D]."""
         return scriptable_attention(
-            q, k, v, self.attn_type, rotary, mask, self.temperature, lepe, gate, self.backend
+            q,
+            k,
+            v,
+            self.attn_type,
+            rotary,
+            mask,
+            self.temperature,
+            lepe,
+            gate,
+            backend=self.backend,
         )
 
 
