@@ -124,13 +124,15 @@ class _Unpack(torch.autograd.Function):
         for place, part in enumerate(parts):
             into, more = buffer.select(2, place), beside if place == 2 else None
             mark = marked[place]
-            if mark is not None and mark.buffer is buffer:
+            if mark is not None and mark.buffer is buffer and mark.of.place == place:
                 if more is not None:
                     into.add_(more)
             elif part is not None and more is not None:
                 torch.add(part, more, out=into)
-            elif part is not None or more is not None:
-                into.copy_(part if more is None else more)
+            elif part is not None:
+                into.copy_(part)
+            elif more is not None:
+                into.copy_(more)
             else:
                 into.zero_()
         return buffer, None
