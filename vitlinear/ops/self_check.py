@@ -11,7 +11,7 @@ Nothing of it reaches the caller: no autograd, no random state, no hooks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,31 +39,48 @@ def failure(kind: Kind) -> str | None:
         torch.OutOfMemoryError: The device has no memory for it now.
         Exception: A kernel does not compile or launch.
     """
-    with torch.no_grad():
-        for grid in GRIDS:
-            worst = _compare(kind, grid)
-            if worst is not None:
-                return worst
+    for grid in GRIDS:
+        for found in compare(kind, grid):
+            if not found.error <= found.allowed:  # NaN errs as well
+                return (
+                    f"error of the {found.name} {found.error:.1e} at {grid[0] * grid[1]} tokens, "
+                    f"allowed {found.allowed:.1e}"
+                )
     return None
 
 
-def _compare(kind: Kind, grid: tuple[int, int]) -> str | None:
-    """The first result on a grid that errs too much, in words."""
+class Deviation(NamedTuple):
+    """The error of one result, relative to its norm, and the error that it may have."""
+
+    name: str
+    error: float
+    allowed: float
+
+
+def compare(kind: Kind, grid: tuple[int, int]) -> list[Deviation]:
+    """Compare the output and, in training, each gradient on a grid of tokens; as `failure`."""
     row = get_mechanism(kind.mechanism)
     q, k, v, grad, terms = _inputs(kind, grid)
-    with eager.without_autocast(q):
+    with torch.no_grad(), eager.without_autocast(q):
         found = _run(_kernels(), q, k, v, row, terms, grad, kind.training)
         plain = _formula(q, k, v, row, terms, grad, kind.training)
         q, k, v, grad = (x.double() for x in (q, k, v, grad))
         exact = _formula(q, k, v, row, _doubled(terms), grad, kind.training)
-    for name, value in exact.items():
-        error = _error(found[name], value)
-        allowed = 2 * _error(plain[name], value) + ROUNDING[kind.dtype]
-        if not error <= allowed:  # NaN errs as well
-            return f"error of the {name} {error:.1e} at {grid[0] * grid[1]} tokens, " + (
-                f"allowed {allowed:.1e}"
-            )
-    return None
+    return [
+        Deviation(
+            name,
+            _error(found[name], value),
+            2 * _error(plain[name], value) + ROUNDING[kind.dtype],
+        )
+        for name, value in exact.items()
+    ]
+
+
+def run_kernels(kind: Kind, grid: tuple[int, int]) -> Result:
+    """Run the kernels of a kind of call on a grid of tokens: output and gradients by name."""
+    q, k, v, grad, terms = _inputs(kind, grid)
+    with torch.no_grad():
+        return _run(_kernels(), q, k, v, get_mechanism(kind.mechanism), terms, grad, kind.training)
 
 
 def _kernels() -> Any:
