@@ -1,0 +1,309 @@
+"""PolaFormer's attention: products of equal and of unequal signs, each with values of its own."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitlinear._timm import register_notrace_module
+from vitlinear.ops import accumulation_dtype
+from vitlinear.ops.backend import check_backend
+
+from ..conv.head_shared_conv import HeadSharedConv
+from ..fold import is_product, shared_copy
+from ..heads import split_heads
+from ..layout import split_axis
+from ..linear import Linear
+from ..padding_rule import SIZES
+from ..plain import is_plain
+from ..positions.learned import resized_positions
+from ..windows import from_windows, join_maps, square_windows, to_windows, window_padding
+from .scriptable import scriptable_attention
+
+# The greatest power is 1 + this: alpha of the released models.
+POWER_RANGE = 4.0
+# What softplus(scale) is at least: it is the divisor of queries and keys.
+LEAST_SCALE = 2.0**-30
+
+
+class PolarityAttention(nn.Module):
+    """(Attention(q, k, v) + dw5(v)) * gate between the projections; learns powers and kernels.
+
+    Features are [relu(x)^p ; relu(-x)^p] with a power p for each channel. The first half of the
+    values of a head is mixed by the features of q, the second by those of -q. The depthwise
+    convolution has the same kernels for all heads. Source: PolaFormer (arXiv:2501.15061) and its
+    released code.
+    """
+
+    attn_type = "pola"
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        backend: str = "auto",
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Make the attention.
+
+        Args:
+            dim: Channels, C.
+            num_heads: Heads, each of C / num_heads channels, an even number.
+            backend: One of `vitlinear.ops.BACKENDS`.
+            device: Where the parameters live.
+            dtype: Type of the parameters.
+
+        Raises:
+            ValueError: dim does not divide into heads of a multiple of 2 channels, or the backend
+                is unknown.
+        """
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dim = split_heads(dim, num_heads, multiple=2)
+        self.backend = check_backend(backend)
+        # The shape of the released one: parameters of more than one axis are decayed.
+        self.power = nn.Parameter(
+            torch.empty(1, num_heads, 1, self.head_dim, device=device, dtype=dtype)
+        )
+        self.lepe: nn.Module = HeadSharedConv(
+            self.head_dim, num_heads, 5, device=device, dtype=dtype
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Powers of 3; the convolution has its own initial values."""
+        nn.init.zeros_(self.power)
+
+    def powers(self) -> Tensor:
+        """p = 1 + 4 sigmoid(power), [h, D], float32 or float64."""
+        power = self.power.to(accumulation_dtype(self.power.dtype))
+        return (1 + POWER_RANGE * power.sigmoid()).reshape(self.num_heads, self.head_dim)
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gate: Tensor,
+        height: int,
+        width: int,
+        key_padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            q: Queries, divided by the scale, [B, N, h, D] with N = height * width, any strides.
+            k: Keys with positions, divided by the scale, like q.
+            v: Values, like q.
+            gate: Multiplies the output, like q.
+            height: Of the map.
+            width: Of the map.
+            key_padding_mask: [B, N] bool, True for padding: equal to leaving these tokens out.
+
+        Returns:
+            [B, N, C].
+        """
+        values = v
+        if key_padding_mask is not None:
+            values = v.masked_fill(key_padding_mask[:, :, None, None], 0)
+        lepe = self.lepe(split_axis(values.flatten(2), 1, [height, width])).flatten(1, 2)
+        lepe = split_axis(lepe, 2, [self.num_heads, self.head_dim])
+        mask = key_padding_mask
+        out = scriptable_attention(
+            q, k, v, "pola", key_padding_mask=mask, lepe=lepe, gate=gate,
+            backend=self.backend, powers=self.powers(),
+        )  # fmt: skip
+        return out.flatten(2)
+
+
+# One step to torch.fx, as `GatedAttention`.
+@register_notrace_module
+class PolaAttention(nn.Module):
+    """proj((Attention(q / s, (k + E) / s, v) + dw5(v)) * g) on a map, or in windows of it.
+
+    q, k, v and g come from one projection of the tokens; s = softplus(scale) for each channel, and
+    E is a learned position for each token of a map of one size, which is resized to others.
+
+    Windows are those of the released Swin host: square, and of the shorter side of the map where
+    that is less than their greatest side. Shifted ones mix what the cyclic shift brings together
+    from both ends of the map, for there the released code leaves the mask of the shift aside.
+    """
+
+    padding_rule = SIZES
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        grid_size: tuple[int, int],
+        window_size: int = 0,
+        shift: bool = False,
+        proj_drop: float = 0.0,
+        backend: str = "auto",
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Make the attention.
+
+        Args:
+            dim: Channels, C.
+            num_heads: Heads, each of C / num_heads channels, an even number.
+            grid_size: Rows and columns of E, those of the map or window at the trained size.
+            window_size: Greatest side of a window; 0 for no windows.
+            shift: Whether windows begin half a window further on.
+            proj_drop: Dropout rate of the output.
+            backend: One of `vitlinear.ops.BACKENDS`.
+            device: Where the parameters live.
+            dtype: Type of the parameters.
+
+        Raises:
+            ValueError: dim does not divide into heads of a multiple of 2 channels, or the backend
+                is unknown.
+        """
+        super().__init__()
+        self.grid_size = grid_size
+        self.window_size = window_size
+        self.shift = shift
+        self.qkvg = Linear(dim, 4 * dim, device=device, dtype=dtype)
+        # The shape of the released one: parameters of more than one axis are decayed.
+        self.scale = nn.Parameter(torch.empty(1, 1, dim, device=device, dtype=dtype))
+        self.positional_encoding = nn.Parameter(
+            torch.empty(1, grid_size[0] * grid_size[1], dim, device=device, dtype=dtype)
+        )
+        self.attend = PolarityAttention(dim, num_heads, backend, device=device, dtype=dtype)
+        self.proj = Linear(dim, dim, device=device, dtype=dtype)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Zero positions and s = ln 2; the projections have their own initial values."""
+        nn.init.zeros_(self.scale)
+        nn.init.zeros_(self.positional_encoding)
+
+    def forward(
+        self,
+        x: Tensor,
+        key_padding_mask: Tensor | None = None,
+        valid_sizes: list[tuple[int, int]] | None = None,
+    ) -> Tensor:
+        """Attend over the map, or inside every window.
+
+        Args:
+            x: [B, H, W, C].
+            key_padding_mask: [B, H, W] bool, True for padding: equal to leaving these tokens out
+                of the map, whose windows and positions stay.
+            valid_sizes: Height and width of the part of each map that is no padding: each is
+                attended to like a map of its own, with windows and positions of its own, and
+                padding gets 0.
+
+        Returns:
+            The same shape.
+        """
+        if valid_sizes is None:
+            return self.attend_map(x, key_padding_mask)
+        if self.window_size == 0:
+            return self.attend_valid(x, valid_sizes)
+        maps: list[Tensor] = []
+        for i, (height, width) in enumerate(valid_sizes):
+            maps.append(self.attend_map(x[i : i + 1, :height, :width], None))
+        return join_maps(maps, x.shape[1], x.shape[2])
+
+    def attend_map(self, x: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+        """[B, H, W, C] -> [B, H, W, C]."""
+        B, H, W = x.shape[0], x.shape[1], x.shape[2]
+        mask = key_padding_mask
+        if self.window_size == 0:
+            if mask is not None:
+                mask = mask.flatten(1)
+            x = self.attend_tokens(x.flatten(1, 2), self.positions(H, W), H, W, mask)
+            return split_axis(x, 1, [H, W])
+        rows, cols, shift = square_windows(H, W, self.window_size, self.shift)
+        mask = window_padding(x, rows, cols, mask, shift, shift)
+        x = to_windows(x, rows, cols, shift, shift)
+        height, width = rows[1], cols[1]
+        x = self.attend_tokens(x, self.positions(height, width), height, width, mask)
+        return from_windows(x, rows, cols, (B, H, W), shift, shift)
+
+    def attend_valid(self, x: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
+        """[B, H, W, C] -> [B, H, W, C]; each map to its part that is no padding, all at once."""
+        H, W = x.shape[1], x.shape[2]
+        positions: list[Tensor] = []
+        valid: list[Tensor] = []
+        for height, width in sizes:
+            positions.append(self.positions(height, width))
+            valid.append(torch.ones([1, height, width, 1], dtype=torch.bool, device=x.device))
+        mask = ~join_maps(valid, H, W).flatten(1)
+        x = self.attend_tokens(x.flatten(1, 2), join_maps(positions, H, W), H, W, mask)
+        return split_axis(x.masked_fill(mask.unsqueeze(-1), 0), 1, [H, W])
+
+    def positions(self, height: int, width: int) -> Tensor:
+        """E for a map of this size, [1, height, width, C], float32 or float64.
+
+        Bicubic: so the released code loads a model into one for another size.
+        """
+        positions = self.positional_encoding
+        positions = positions.to(accumulation_dtype(positions.dtype))
+        return resized_positions(positions, self.grid_size, height, width, "bicubic")
+
+    def attend_tokens(
+        self, x: Tensor, positions: Tensor, height: int, width: int, mask: Tensor | None
+    ) -> Tensor:
+        """Attend over all tokens.
+
+        Args:
+            x: [B, height * width, C].
+            positions: E, [1 or B, height, width, C].
+            height: Of the map.
+            width: Of the map.
+            mask: [B, height * width] bool, True for padding.
+
+        Returns:
+            The same shape as x.
+        """
+        heads = [self.attend.num_heads, self.attend.head_dim]
+        q, k, v, gate = split_axis(self.qkvg(x), 2, [4, x.shape[2]]).unbind(2)
+        positions = positions.flatten(1, 2)
+        scale = self.scale
+        if scale is None:  # it is part of the projection
+            k = k + positions.to(k.dtype)
+        else:
+            # In float32 for half types: what is rounded here is raised to a power. E is divided by
+            # itself, so that backward keeps no sum of all keys.
+            scale = F.softplus(scale.to(accumulation_dtype(scale.dtype))).clamp(min=LEAST_SCALE)
+            k = (k / scale + positions / scale).to(k.dtype)
+            q = (q / scale).to(q.dtype)
+        x = self.attend(
+            split_axis(q, 2, heads),
+            split_axis(k, 2, heads),
+            split_axis(v, 2, heads),
+            split_axis(gate, 2, heads),
+            height,
+            width,
+            mask,
+        )
+        return self.proj_drop(self.proj(x))
+
+    @torch.no_grad()
+    @torch.jit.ignore
+    def fuse(self) -> nn.Module:
+        """This attention with the scale as part of the projection and of the positions."""
+        if not (is_plain(self, PolaAttention) and is_product(self.qkvg)) or self.scale is None:
+            return self
+        fused = shared_copy(self)
+        scale = F.softplus(self.scale.to(accumulation_dtype(self.scale.dtype)))
+        scale = scale.clamp(min=LEAST_SCALE).flatten()
+        divisor = torch.cat((scale, scale, torch.ones_like(scale).repeat(2)))
+        projection, positions = shared_copy(self.qkvg), self.positional_encoding
+        weight, bias = self.qkvg.weight, self.qkvg.bias
+        projection.weight = nn.Parameter(
+            (weight / divisor[:, None]).to(weight.dtype), weight.requires_grad
+        )
+        projection.bias = nn.Parameter((bias / divisor).to(bias.dtype), bias.requires_grad)
+        fused.positional_encoding = nn.Parameter(
+            (positions / scale).to(positions.dtype), positions.requires_grad
+        )
+        fused.qkvg = projection
+        fused.register_parameter("scale", None)
+        return fused
