@@ -21,7 +21,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import numpy as np  # noqa: E402
 import timm  # noqa: E402
 import torch  # noqa: E402
 
@@ -37,8 +36,7 @@ CARDS = ROOT / "model_cards"
 
 def golden_sizes(released: str | None) -> list[tuple[int, int]]:
     """Input sizes at which there are outputs of a model of the authors'."""
-    with np.load(golden.FOLDER / "logits.npz") as archive:
-        keys = [key.partition("/") for key in archive.files]
+    keys = [key.partition("/") for key in golden.all_logits()]
     sizes = [size.partition("x") for name, _, size in keys if name == released]
     return [(int(height), int(width)) for height, _, width in sizes]
 
@@ -47,7 +45,7 @@ def golden_weights(released: str) -> dict[str, torch.Tensor]:
     """Weights that those outputs were made with, under the authors' keys."""
     for path in sorted(golden.FOLDER.glob("*.json")):
         if released in (variants := json.loads(path.read_text())):
-            return golden.upstream_state_dict(variants[released]["state_dict"])
+            return golden.upstream_state_dict(variants[released]["state_dict"], path.stem)
     raise KeyError(released)
 
 
