@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,13 +20,32 @@ from ..linear import Linear
 from ..padding_rule import SIZES
 from ..plain import is_plain
 from ..positions.learned import resized_positions
+from ..recompute import recomputing
 from ..windows import from_windows, join_maps, square_windows, to_windows, window_padding
 from .scriptable import scriptable_attention
 
 # The greatest power is 1 + this: alpha of the released models.
 POWER_RANGE = 4.0
-# What softplus(scale) is at least: it is the divisor of queries and keys.
-LEAST_SCALE = 2.0**-30
+
+
+def divisor(scale: Tensor) -> Tensor:
+    """s = softplus(scale), float32 or float64, of which the features and gradients stay finite."""
+    scale = scale.to(accumulation_dtype(scale.dtype))
+    least = 1e-115 if scale.dtype == torch.float64 else 3e-15
+    return F.softplus(scale).clamp(min=least)
+
+
+def divided(x: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:
+    """x / scale + shift in the type of x, or the largest number there is in float16.
+
+    Half types are rounded once, at the end: the result is raised to a power.
+    """
+    y = x / scale
+    if shift is not None:
+        y = y + shift
+    if x.dtype == torch.float16:
+        y = y.clamp(min=-65504.0, max=65504.0)
+    return y.to(x.dtype)
 
 
 class PolarityAttention(nn.Module):
@@ -262,19 +283,39 @@ class PolaAttention(nn.Module):
         Returns:
             The same shape as x.
         """
-        heads = [self.attend.num_heads, self.attend.head_dim]
         q, k, v, gate = split_axis(self.qkvg(x), 2, [4, x.shape[2]]).unbind(2)
-        positions = positions.flatten(1, 2)
-        scale = self.scale
-        if scale is None:  # it is part of the projection
-            k = k + positions.to(k.dtype)
-        else:
-            # In float32 for half types: what is rounded here is raised to a power. E is divided by
-            # itself, so that backward keeps no sum of all keys.
-            scale = F.softplus(scale.to(accumulation_dtype(scale.dtype))).clamp(min=LEAST_SCALE)
-            k = (k / scale + positions / scale).to(k.dtype)
-            q = (q / scale).to(q.dtype)
-        x = self.attend(
+        shift = positions.flatten(1, 2)
+        if self.scale is None:  # it is part of the projection
+            x = self.attend_heads(q, (k + shift).to(k.dtype), v, gate, height, width, mask)
+            return self.proj_drop(self.proj(x))
+        # Added after the division, so that backward keeps no sum of keys and positions.
+        scale = divisor(self.scale)
+        shift = shift / scale
+        queries, keys = divided(q, scale), divided(k, scale, shift)
+        if torch.jit.is_scripting():
+            x = self.attend_heads(queries, keys, v, gate, height, width, mask)
+        else:  # the projection is kept for the sake of v: both can be made of it again
+            query, key = (
+                partial(divided, scale=scale.detach()),
+                partial(divided, scale=scale.detach(), shift=shift.detach()),
+            )
+            with recomputing(queries, query, q), recomputing(keys, key, k):
+                x = self.attend_heads(queries, keys, v, gate, height, width, mask)
+        return self.proj_drop(self.proj(x))
+
+    def attend_heads(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gate: Tensor,
+        height: int,
+        width: int,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """`PolarityAttention` of [B, N, C] each."""
+        heads = [self.attend.num_heads, self.attend.head_dim]
+        return self.attend(
             split_axis(q, 2, heads),
             split_axis(k, 2, heads),
             split_axis(v, 2, heads),
@@ -283,7 +324,6 @@ class PolaAttention(nn.Module):
             width,
             mask,
         )
-        return self.proj_drop(self.proj(x))
 
     @torch.no_grad()
     @torch.jit.ignore
@@ -291,19 +331,18 @@ class PolaAttention(nn.Module):
         """This attention with the scale as part of the projection and of the positions."""
         if not (is_plain(self, PolaAttention) and is_product(self.qkvg)) or self.scale is None:
             return self
-        fused = shared_copy(self)
-        scale = F.softplus(self.scale.to(accumulation_dtype(self.scale.dtype)))
-        scale = scale.clamp(min=LEAST_SCALE).flatten()
-        divisor = torch.cat((scale, scale, torch.ones_like(scale).repeat(2)))
-        projection, positions = shared_copy(self.qkvg), self.positional_encoding
-        weight, bias = self.qkvg.weight, self.qkvg.bias
-        projection.weight = nn.Parameter(
-            (weight / divisor[:, None]).to(weight.dtype), weight.requires_grad
+        scale = divisor(self.scale).flatten()
+        of_outputs = torch.cat((scale, scale, torch.ones_like(scale).repeat(2)))
+        old = (self.qkvg.weight, self.qkvg.bias, self.positional_encoding)
+        divisors = (of_outputs[:, None], of_outputs, scale)
+        new = [(x / y).to(x.dtype) for x, y in zip(old, divisors, strict=True)]
+        if not all(x.isfinite().all() for x in new):
+            return self
+        fused, projection = shared_copy(self), shared_copy(self.qkvg)
+        weight, bias, positions = (
+            nn.Parameter(x, y.requires_grad) for x, y in zip(new, old, strict=True)
         )
-        projection.bias = nn.Parameter((bias / divisor).to(bias.dtype), bias.requires_grad)
-        fused.positional_encoding = nn.Parameter(
-            (positions / scale).to(positions.dtype), positions.requires_grad
-        )
-        fused.qkvg = projection
+        projection.weight, projection.bias = weight, bias
+        fused.qkvg, fused.positional_encoding = projection, positions
         fused.register_parameter("scale", None)
         return fused
