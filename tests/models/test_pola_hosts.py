@@ -156,7 +156,7 @@ def test_parameters_without_decay(name):
 
 def test_initial_values():
     """Convolutions as PyTorch makes them, the classifier as linear layers."""
-    model = timm.create_model("test_pola_pvt", embed_dims=(64, 64, 64, 64))
+    model = timm.create_model("test_pola_pvt", embed_dims=(64,) * 4, num_heads=(1,) * 4)
     assert model.stem.conv.bias.any() and model.stem.conv.weight.std() > 0.05
     assert model.head.fc.weight.std() < 0.03 and not model.head.fc.bias.any()
     attention = model.stages[0].blocks[0].attn

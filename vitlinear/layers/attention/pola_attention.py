@@ -24,9 +24,6 @@ from ..recompute import recomputing
 from ..windows import from_windows, join_maps, square_windows, to_windows, window_padding
 from .scriptable import scriptable_attention
 
-# The greatest power is 1 + this: alpha of the released models.
-POWER_RANGE = 4.0
-
 
 def divisor(scale: Tensor) -> Tensor:
     """s = softplus(scale), float32 or float64, of which the features and gradients stay finite."""
@@ -98,9 +95,9 @@ class PolarityAttention(nn.Module):
         nn.init.zeros_(self.power)
 
     def powers(self) -> Tensor:
-        """p = 1 + 4 sigmoid(power), [h, D], float32 or float64."""
+        """p = 1 + 4 sigmoid(power), [h, D], float32 or float64; 4 is alpha of the released models."""
         power = self.power.to(accumulation_dtype(self.power.dtype))
-        return (1 + POWER_RANGE * power.sigmoid()).reshape(self.num_heads, self.head_dim)
+        return (1 + 4 * power.sigmoid()).reshape(self.num_heads, self.head_dim)
 
     def forward(
         self,
