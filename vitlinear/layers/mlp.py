@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .band import LOCAL
 from .conv.depthwise_conv import ResidualDepthwiseConv
 from .fold import fold_gelu
 from .linear import Linear
@@ -14,6 +15,8 @@ from .recompute import run_recomputing
 
 class ConvMlp(nn.Module):
     """Feed-forward network fc2(y + dw3(y)), y = GELU(fc1(x)), dw3 a depthwise convolution."""
+
+    row_rule = LOCAL
 
     def __init__(
         self,
@@ -58,6 +61,8 @@ class ConvMlp(nn.Module):
 
 class Mlp(nn.Module):
     """Feed-forward network fc2(GELU(fc1(x))); modules named as in `timm.layers.Mlp`."""
+
+    row_rule = LOCAL
 
     def __init__(
         self,
@@ -104,6 +109,8 @@ class Mlp(nn.Module):
 
 class SwiGlu(nn.Module):
     """Gated network fc2(SiLU(fc1_g(x)) * fc1_x(x)), no biases; named as in `timm.layers.SwiGLU`."""
+
+    row_rule = LOCAL
 
     def __init__(
         self,
