@@ -6,9 +6,7 @@ The recipe is tests/data/golden/README.md.
 from __future__ import annotations
 
 import json
-import re
 import zlib
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -117,21 +115,31 @@ def images(height: int, width: int) -> Tensor:
     return torch.from_numpy(np.random.RandomState(0).standard_normal((2, 3, height, width)))
 
 
-@cache
-def all_logits() -> dict[str, Tensor]:
-    """The first 64 logits of every released model that there are some of, as ``NAME/HxW``."""
-    found = {}
-    for file in ("logits", *LATER_FAMILIES):
-        if (FOLDER / f"{file}.npz").exists():
-            with np.load(FOLDER / f"{file}.npz") as archive:
-                keys = [key for key in archive.files if re.fullmatch(r"\w+/\d+x\d+", key)]
-                found.update({key: torch.from_numpy(archive[key]) for key in keys})
-    return found
+def family_of(name: str) -> str:
+    """The later family that a released model is of; empty for one of the first."""
+    return next((f for f in LATER_FAMILIES if _is_there(f) and name in variants(f)), "")
+
+
+def _is_there(family: str) -> bool:
+    return (FOLDER / f"{family}.json").exists()
+
+
+def _logits_file(name: str) -> Path:
+    return FOLDER / f"{family_of(name) or 'logits'}.npz"
+
+
+def logit_sizes(name: str) -> list[tuple[int, int]]:
+    """Sizes of the images that there are logits of a released model for."""
+    with np.load(_logits_file(name)) as archive:
+        keys = [key.split("/") for key in archive.files]
+    sizes = [key[1].split("x") for key in keys if key[0] == name and len(key) == 2]
+    return [(int(height), int(width)) for height, width in sizes]
 
 
 def logits(name: str, height: int, width: int) -> Tensor:
     """The first 64 logits of a released model."""
-    return all_logits()[f"{name}/{height}x{width}"]
+    with np.load(_logits_file(name)) as archive:
+        return torch.from_numpy(archive[f"{name}/{height}x{width}"])
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -28,6 +28,7 @@ KINDS = {
     "test_lightnet": {"depth": 1},
     "test_linear_deit": {"depth": 1},
     "test_mavit": SHALLOW,
+    "test_mila": SHALLOW,
     "test_nalaformer": SHALLOW,
     "test_pola_pvt": SHALLOW,
     "test_pola_swin": {"depths": (2, 1, 2, 1), "pola_window_size": 6, "window_size": 3},

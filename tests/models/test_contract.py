@@ -41,7 +41,10 @@ each_program = pytest.mark.parametrize("name", PROGRAMS)
 FEWER_BLOCKS = {
     **dict.fromkeys(("test_inline_deit", "test_lightnet", "test_linear_deit"), {"depth": 2}),
     **dict.fromkeys(
-        ("test_inline_pvt", "test_mavit", "test_nalaformer", "test_pola_pvt", "test_ravlt"),
+        (
+            *("test_inline_pvt", "test_mavit", "test_mila", "test_nalaformer"),
+            *("test_pola_pvt", "test_ravlt"),
+        ),
         {"depths": (1, 1, 1, 1)},
     ),
     "test_l2vit": {"depths": (1, 1, 2, 1)},
