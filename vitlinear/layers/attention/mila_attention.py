@@ -84,7 +84,9 @@ class InputValueAttention(nn.Module):
         v = u.reshape(B, H * W, h, D)
         lepe = self.lepe(u).reshape(B, H * W, h, D)
         gate = gate.reshape(B, H * W, h, D)
-        out = scriptable_attention(q, k, v, "elu", rotary, mask, None, lepe, gate, self.backend)
+        out = scriptable_attention(
+            q, k, v, "elu", rotary, mask, lepe=lepe, gate=gate, backend=self.backend
+        )
         return out.reshape(B, H, W, C)
 
 
