@@ -95,7 +95,7 @@ class PolarityAttention(nn.Module):
         nn.init.zeros_(self.power)
 
     def powers(self) -> Tensor:
-        """p = 1 + 4 sigmoid(power), [h, D], float32 or float64; 4 is alpha of the released models."""
+        """p = 1 + 4 sigmoid(power), [h, D], float32 or float64; the released alpha is 4."""
         power = self.power.to(accumulation_dtype(self.power.dtype))
         return (1 + 4 * power.sigmoid()).reshape(self.num_heads, self.head_dim)
 
@@ -261,8 +261,8 @@ class PolaAttention(nn.Module):
 
         Bicubic: so the released code loads a model into one for another size.
         """
-        positions = self.positional_encoding
-        positions = positions.to(accumulation_dtype(positions.dtype))
+        dtype = accumulation_dtype(self.positional_encoding.dtype)
+        positions = self.positional_encoding.to(dtype)
         return resized_positions(positions, self.grid_size, height, width, "bicubic")
 
     def attend_tokens(
