@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.golden import relative_error
+from tests.ops.inputs import attend, make_inputs, oracle
 from vitlinear import ops
 from vitlinear.ops.naive import rotate_tokens
 from vitlinear.ops.rotary import rotate, token_table
@@ -35,6 +37,58 @@ def test_rotation_matches_definition_and_inverts():
     torch.testing.assert_close(rotate(turned, table, inverse=True), heads_first)
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("heads, dim", [(1, 8), (2, 8), (3, 12), (4, 6), (5, 4)])
+def test_full_width_rotation_turns_heads_side_by_side(heads, dim):
+    """The first half of all channels by the row, the second half by the column."""
+    tables = ops.full_width_rotary_tables(3, 5, heads * dim, dtype=torch.float64)
+    x = torch.randn(2, 15, heads, dim, dtype=torch.float64)
+    row, col = torch.arange(15) // 5, torch.arange(15) % 5
+    count = heads * dim // 4
+    frequency = 10000.0 ** (-torch.arange(count, dtype=torch.float64) / count)
+    angle = torch.cat((row[:, None] * frequency, col[:, None] * frequency), dim=1)
+    turns = torch.polar(torch.ones_like(angle), angle)
+    pairs = torch.view_as_complex(x.reshape(2, 15, -1, 2))
+    expected = torch.view_as_real(pairs * turns).reshape(x.shape)
+    torch.testing.assert_close(rotate_tokens(x, tables), expected, rtol=1e-6, atol=1e-6)
+    table = token_table(tables, heads)
+    assert table.is_contiguous()
+    turned = rotate(x.transpose(1, 2), table)
+    torch.testing.assert_close(turned.transpose(1, 2), rotate_tokens(x, tables))
+    torch.testing.assert_close(rotate(turned, table, inverse=True), x.transpose(1, 2))
+
+
+def test_full_width_tables_are_float32_ones():
+    """Whatever type they are kept in: angles of trained models were rounded."""
+    rows, _ = ops.full_width_rotary_tables(300, 2, 64, dtype=torch.float64)
+    frequency = 1 / (10000.0 ** (torch.arange(16, dtype=torch.float32) / 16))
+    angle = torch.arange(300, dtype=torch.float32)[:, None] * frequency
+    assert rows.dtype == torch.float64 and torch.equal(rows[..., 0], angle.cos().double())
+    assert torch.equal(rows[..., 1], angle.sin().double())
+    exact = torch.arange(300, dtype=torch.float64)[:, None] * frequency.double()
+    assert not torch.equal(rows[..., 0], exact.cos())
+
+
+@pytest.mark.parametrize("attention", ["elu", "nala", "softmax"])
+@pytest.mark.parametrize("backend", ["eager", "library"])
+@pytest.mark.parametrize("heads", [2, 3])
+def test_attention_with_full_width_tables(attention, backend, heads):
+    inputs = make_inputs(heads=heads, mask=True)
+    tables = ops.full_width_rotary_tables(3, 5, 8 * heads, dtype=torch.float64)
+    inputs = inputs._replace(rotary=tables)
+    expected_out, expected_grad = oracle(attention, inputs)
+    out = attend(attention, inputs, backend)
+    (grad,) = torch.autograd.grad(out, inputs.projection, inputs.grad)
+    assert relative_error(out, expected_out) < 1e-12
+    assert relative_error(grad, expected_grad) < 1e-12
+
+
+def test_pairs_of_channels_do_not_lie_in_two_heads():
+    x = torch.randn(1, 6, 4, 3)
+    with pytest.raises(ValueError, match="do not fit 4 heads of 3 channels"):
+        ops.linear_attention(x, x, x, rotary=ops.full_width_rotary_tables(2, 3, 12))
+
+
 class Rotate(torch.nn.Module):
     def forward(self, x, table, inverse):
         return rotate(x, table, inverse)
@@ -42,8 +96,9 @@ class Rotate(torch.nn.Module):
 
 @pytest.mark.compile
 @pytest.mark.parametrize("inverse", [False, True])
-def test_compiled_and_exported_programs_equal_eager(inverse):
-    table = token_table(ops.rotary_tables(3, 5, 12, dtype=torch.float64))
+@pytest.mark.parametrize("heads", [1, 3])
+def test_compiled_and_exported_programs_equal_eager(inverse, heads):
+    table = token_table(ops.rotary_tables(3, 5, 12 * heads, dtype=torch.float64), heads)
     x = torch.randn(2, 15, 3, 12, dtype=torch.float64).transpose(1, 2)
     expected = rotate(x, table, inverse)
     compiled = torch.compile(rotate, backend="eager", fullgraph=True)
@@ -56,8 +111,9 @@ def test_compiled_and_exported_programs_equal_eager(inverse):
 
 @pytest.mark.compile
 @pytest.mark.parametrize("inverse", [False, True])
-def test_operator_of_compiled_programs(inverse):
-    table = token_table(ops.rotary_tables(3, 5, 12))
+@pytest.mark.parametrize("heads", [1, 3])
+def test_operator_of_compiled_programs(inverse, heads):
+    table = token_table(ops.rotary_tables(3, 5, 12 * heads), heads)
     x = torch.randn(2, 15, 3, 12).transpose(1, 2).requires_grad_()
     torch.library.opcheck(torch.ops.vitlinear.rotate, (x, table, inverse))
     grad = torch.randn(x.shape)
@@ -92,6 +148,8 @@ def test_scores_depend_on_the_offset_alone():
 def test_head_dim_must_divide_by_four():
     with pytest.raises(ValueError, match="divisible by 4, got 6"):
         ops.rotary_tables(2, 2, 6)
+    with pytest.raises(ValueError, match="divisible by 4, got 6"):
+        ops.full_width_rotary_tables(2, 2, 6)
 
 
 @pytest.mark.compile

@@ -4,7 +4,7 @@ from .attention import linear_attention, softmax_attention
 from .backend import BACKENDS, Choice, KernelError, Workload, choose_backend
 from .eager import accumulation_dtype
 from .mechanisms import MECHANISMS, Mechanism, get_mechanism
-from .rotary import RotaryTables, lrpe_tables, rotary_tables
+from .rotary import RotaryTables, full_width_rotary_tables, lrpe_tables, rotary_tables
 
 __all__ = [
     "BACKENDS",
@@ -16,6 +16,7 @@ __all__ = [
     "Workload",
     "accumulation_dtype",
     "choose_backend",
+    "full_width_rotary_tables",
     "get_mechanism",
     "linear_attention",
     "lrpe_tables",

@@ -9,8 +9,8 @@ from torch.autograd import forward_ad
 from . import eager
 from . import registered as registered  # registers torch.ops.vitlinear.*
 from .backend import Workload, choose_backend, requested_backend
-from .mechanisms import get_mechanism
-from .rotary import RotaryTables
+from .mechanisms import Mechanism, get_mechanism
+from .rotary import RotaryTables, is_full_width
 from .terms import Terms
 
 
@@ -43,7 +43,8 @@ def linear_attention(
         k: Keys, like q.
         v: Values, like q.
         mechanism: Key in `MECHANISMS`.
-        rotary: Tables of an H x W grid with H * W = N, from `rotary_tables`; for ``lightnet`` from
+        rotary: Tables of an H x W grid with H * W = N: from `rotary_tables`, for every head alike;
+            from `full_width_rotary_tables`, for all heads side by side; for ``lightnet`` from
             `lrpe_tables`.
         key_padding_mask: [B, N] bool, **True for padding**, as in `torch.nn.MultiheadAttention`.
             Padded tokens count nowhere, means divide by the number of the others, and their own
@@ -76,7 +77,8 @@ def linear_attention(
     terms = Terms(rotary, mask_of_lengths(key_padding_mask, q), head_scale, lepe, gate)
     check_tokens(q, k, v)
     check_terms(q, terms, row.positions)
-    chosen = choose_backend(backend, Workload.of(q, mechanism)).backend
+    work = Workload.of(q, mechanism, without_kernels(q, row, terms))
+    chosen = choose_backend(backend, work).backend
     if chosen == "eager":
         return eager.linear_attention(q, k, v, row, terms)
     if chosen == "triton":  # unless it was asked for by name, the formulas may stand in
@@ -107,6 +109,15 @@ def softmax_attention(
     check_derivatives(q, k, v, terms)
     rows, cols, mask, *_ = terms.flatten()
     return torch.ops.vitlinear.softmax_attention(q, k, v, rows, cols, mask)[0]
+
+
+def without_kernels(q: Tensor, mechanism: Mechanism, terms: Terms) -> str:
+    """What of a call the fused kernels cannot do, in words; empty if nothing."""
+    tables = terms.rotary
+    if terms.rotary is None or mechanism.positions != "rotary":
+        return ""
+    full_width = is_full_width(terms.rotary, q.shape[2], q.shape[3])
+    return "rotary tables of the full width" if full_width else ""
 
 
 def mask_of_lengths(mask: Tensor | None, q: Tensor) -> Tensor | None:
@@ -209,10 +220,15 @@ def check_tables(q: Tensor, rotary: RotaryTables, positions: str) -> None:
             f"rotary tables of a {rows.shape[0]} x {cols.shape[0]} grid do not fit "
             f"{q.shape[1]} tokens"
         )
-    per_angle, maker = (4, "rotary_tables") if positions == "rotary" else (2, "lrpe_tables")
-    angles = (q.shape[-1] // per_angle, 2)
-    if q.shape[-1] % per_angle or rows.shape[1:] != angles or cols.shape[1:] != angles:
+    heads, dim = q.shape[2:]
+    widths, per_angle, maker = [dim], 2, "lrpe_tables"
+    if positions == "rotary":
+        # A pair of channels must not lie in two heads.
+        widths, per_angle = [dim, heads * dim] if dim % 2 == 0 else [], 4
+        maker = "rotary_tables, or for all heads side by side with full_width_rotary_tables"
+    fitting = [(width // per_angle, 2) for width in widths if width % per_angle == 0]
+    if rows.shape[1:] not in fitting or cols.shape[1:] != rows.shape[1:]:
         raise ValueError(
             f"rotary tables of shapes {tuple(rows.shape)}, {tuple(cols.shape)} do not fit "
-            f"head_dim {q.shape[-1]}; make them with {maker}"
+            f"{heads} heads of {dim} channels; make them with {maker}"
         )

@@ -62,6 +62,7 @@ class Workload(NamedTuple):
         length: N.
         head_dim: D.
         mechanism: Key in `MECHANISMS`.
+        without_kernels: What of the call the kernels cannot do, in words; empty if nothing.
     """
 
     device: str
@@ -69,11 +70,12 @@ class Workload(NamedTuple):
     length: int
     head_dim: int
     mechanism: str
+    without_kernels: str = ""
 
     @classmethod
-    def of(cls, q: Tensor, mechanism: str) -> Workload:
+    def of(cls, q: Tensor, mechanism: str, without_kernels: str = "") -> Workload:
         """The workload of a call with these queries, [B, N, h, D]."""
-        return cls(q.device.type, q.dtype, q.shape[1], q.shape[3], mechanism)
+        return cls(q.device.type, q.dtype, q.shape[1], q.shape[3], mechanism, without_kernels)
 
 
 class Measurement(NamedTuple):
@@ -164,6 +166,8 @@ def _obstacle(work: Workload) -> str | None:
         return f"it has no kernels for {work.dtype}"
     if work.head_dim > KERNEL_HEAD_DIM:
         return f"it holds heads of up to {KERNEL_HEAD_DIM} channels, not {work.head_dim}"
+    if work.without_kernels:
+        return f"it has no kernels for {work.without_kernels}"
     return None
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from . import cpu
 from .attention_state import LinearAttentionState
 from .mechanisms import Mechanism
-from .rotary import encode, rotate, token_table
+from .rotary import RotaryTables, encode, is_full_width, rotate, token_table
 from .terms import Terms
 from .tracing import keeps_nothing
 
@@ -88,7 +88,7 @@ class Tokens(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor
-    table: Tensor | None  # of positions; [N, F/2, 2] for rotary, [N, F, 2] for cosine
+    table: Tensor | None  # of positions; [N, F/2, 2] or [h, N, F/2, 2], [N, F, 2] for cosine
     valid: Tensor | None  # [B, 1, N, 1], True for tokens that exist
     num_valid: Tensor | int  # number of those, in the accumulation type, [B, 1, 1, 1] or N
     head_scale: Tensor | None = None  # tau, [h, 1, 1]
@@ -130,9 +130,12 @@ def prepare(
     q, k, v = (widen(x.transpose(1, 2), dtype) for x in (q, k, v))
     if own:
         q, k = cpu.own(q), cpu.own(k)
-    table = None if rotary is None else token_table(rotary).to(dtype)
+    table = None
+    if rotary is not None:
+        positions = "rotary" if mechanism is None else mechanism.positions
+        table = table_of_heads(rotary, positions, q.shape[1], q.shape[3]).to(dtype)
     if table is not None and mechanism is not None and mechanism.phi_q.expansion > 1:
-        table = table.repeat(1, mechanism.phi_q.expansion, 1)  # each D-wide part turns alike
+        table = torch.cat([table] * mechanism.phi_q.expansion, dim=-2)  # each D-wide part alike
     if key_padding_mask is None:
         return Tokens(q, k, v, table, None, q.shape[2], head_scale, lepe, gate)
     valid = ~key_padding_mask[:, None, :, None]
@@ -140,6 +143,12 @@ def prepare(
     q, k, v = (x.masked_fill(~valid, 0) for x in (q, k, v))
     num_valid = valid.sum(2, keepdim=True).clamp(min=1).to(dtype)
     return Tokens(q, k, v, table, valid, num_valid, head_scale, lepe, gate)
+
+
+def table_of_heads(tables: RotaryTables, positions: str, heads: int, head_dim: int) -> Tensor:
+    """The angles of each token, of each head where they differ from head to head."""
+    differ = positions == "rotary" and is_full_width(tables, heads, head_dim)
+    return token_table(tables, heads if differ else 1)
 
 
 def _epilogue_term(x: Tensor | None, key_padding_mask: Tensor | None) -> Tensor | None:
@@ -269,7 +278,8 @@ def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Tensor:
     dtype = q.dtype
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if terms.rotary is not None:
-        table = token_table(terms.rotary).to(accumulation_dtype(dtype))
+        table = table_of_heads(terms.rotary, "rotary", q.shape[1], q.shape[3])
+        table = table.to(accumulation_dtype(dtype))
         q, k = (rotate(x.to(table.dtype), table).to(dtype) for x in (q, k))
     if terms.key_padding_mask is None:
         return cpu.sdpa(q, k, v)

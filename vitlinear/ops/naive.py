@@ -18,13 +18,14 @@ from .rotary import RotaryTables
 def rotate_tokens(x: Tensor, rotary: RotaryTables | None) -> Tensor:
     """Apply the 2-D rotary encoding pair by pair, [B, N, h, D] -> [B, N, h, D].
 
-    Features twice as wide as the head, F = 2 D, turn half by half.
+    Tables of the full width, [H, h D / 4, 2], turn the heads of a token side by side.
     """
     if rotary is None:
         return x
     rows, cols = rotary
-    if x.shape[-1] == 8 * rows.shape[1]:
-        return torch.cat([rotate_tokens(half, rotary) for half in x.chunk(2, dim=-1)], dim=-1)
+    if x.shape[2] > 1 and 4 * rows.shape[1] == x.shape[2] * x.shape[3]:
+        side_by_side = x.reshape(*x.shape[:2], 1, -1)
+        return rotate_tokens(side_by_side, rotary).reshape(x.shape)
     out = torch.empty_like(x)
     half = x.shape[-1] // 2
     for axis, table in enumerate(_tables_of_tokens(rows, cols)):
@@ -88,10 +89,14 @@ def linear_attention_weights(
 
     similarity = torch.einsum("bnhd,bmhd->bhnm", q_features, k_features)
     z = similarity.sum(-1, keepdim=True) / count
-    encode = rotate_tokens if row.positions == "rotary" else cosine_tokens
-    similarity = torch.einsum(
-        "bnhd,bmhd->bhnm", encode(q_features, rotary), encode(k_features, rotary)
-    )
+
+    def encode(features: Tensor) -> Tensor:
+        if row.positions == "cosine":
+            return cosine_tokens(features, rotary)
+        parts = features.split(q.shape[-1], dim=-1)  # of a wide feature map, which turn alike
+        return torch.cat([rotate_tokens(part, rotary) for part in parts], dim=-1)
+
+    similarity = torch.einsum("bnhd,bmhd->bhnm", encode(q_features), encode(k_features))
     if head_scale is not None:
         similarity = similarity * head_scale[:, None, None]
     a, b = row.reads.factors(z, scale, count)

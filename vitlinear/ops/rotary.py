@@ -9,6 +9,12 @@ The frequencies include both ends, 1 and 1/10000, as in the released RALA, MALA 
 models. Tables are kept per axis, H x g and W x g, because a table per token would be as large as
 the queries themselves for a single high-resolution image.
 
+The rotary encoding of MLLA (MILA) and ViT^3 turns all C = h D channels of the token as one vector,
+before the split into heads: g = C/4 and w_t = 10000^(-t / g), which does not include the lower end.
+With an even number of heads the first half of them then turns by the row alone and the other half
+by the column alone, each head with frequencies of its own. `full_width_rotary_tables` makes them,
+and their width, h D / 4 angles an axis instead of D / 4, is what tells the two apart.
+
 LightNet's multi-dimensional LRPE (arXiv:2405.21022) puts [x cos; x sin] for x instead, with one
 angle for each channel: e = D/2 of them for each axis, position * 10000^(-t / e), t = 0..e-1. The
 product of two features so encoded is sum_c q_c k_c cos(difference of the angles). Its tables are
@@ -32,6 +38,8 @@ class RotaryTables(NamedTuple):
     Attributes:
         rows: [H, g, 2], cosine and sine of row * w_t.
         cols: [W, g, 2], cosine and sine of column * w_t.
+
+    g is D/4 where every head turns alike, and C/4 where all heads side by side are one vector.
     """
 
     rows: Tensor
@@ -69,6 +77,42 @@ def rotary_tables(
     # at position 100 a differently rounded frequency already shows in the eighth digit.
     steps = torch.linspace(0.0, 1.0, head_dim // 4, device=device, dtype=torch.float32)
     return _tables(height, width, torch.pow(base, steps).reciprocal().to(dtype))
+
+
+def full_width_rotary_tables(
+    height: int,
+    width: int,
+    dim: int,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    base: float = 10000.0,
+) -> RotaryTables:
+    """Make the rotary tables of an H x W grid for the whole width of a token.
+
+    They turn all heads side by side as one vector, so angles differ from head to head (MLLA,
+    arXiv:2405.16605).
+
+    Args:
+        height: Rows of the grid, H.
+        width: Columns of the grid, W.
+        dim: Channels of a token, C = h D; a multiple of 4.
+        device: Where the tables live.
+        dtype: float32 or float64, as for `rotary_tables`. The numbers are those of float32
+            arithmetic in either: angles and their cosines are rounded to float32, as in the tables
+            that published checkpoints were trained with.
+        base: Inverse of the limit of the frequencies.
+
+    Returns:
+        Tables of shapes [H, C/4, 2] and [W, C/4, 2].
+
+    Raises:
+        ValueError: dim is no multiple of 4.
+    """
+    if dim % 4:
+        raise ValueError(f"2-D rotary encoding needs a width divisible by 4, got {dim}")
+    steps = torch.arange(dim // 4, device=device, dtype=torch.float32) / (dim // 4)
+    rows, cols = _tables(height, width, torch.pow(base, steps).reciprocal())
+    return RotaryTables(rows.to(dtype), cols.to(dtype))
 
 
 def lrpe_tables(
@@ -111,12 +155,38 @@ def _tables(height: int, width: int, frequencies: Tensor) -> RotaryTables:
     )
 
 
-def token_table(tables: RotaryTables) -> Tensor:
-    """Spread the axis tables over the grid: [N, 2 g, 2] with tokens in row-major order."""
+def is_full_width(tables: RotaryTables, heads: int, head_dim: int) -> bool:
+    """Whether tables of the rotary encoding turn all heads side by side as one vector."""
+    return heads > 1 and tables.rows.shape[1] == heads * head_dim // 4
+
+
+def token_table(tables: RotaryTables, heads: int = 1) -> Tensor:
+    """Spread the axis tables over the grid, with tokens in row-major order.
+
+    Args:
+        tables: Of an H x W grid, with g angles an axis.
+        heads: Heads that the 2 g angles of a token are for, one after another; 1 where every head
+            takes all of them.
+
+    Returns:
+        [N, 2 g, 2]; with more than one head [h, N, 2 g / h, 2], contiguous.
+    """
     rows, cols = tables
-    grid = (rows.shape[0], cols.shape[0], -1, -1)
-    per_token = torch.cat((rows[:, None].expand(grid), cols[None, :].expand(grid)), dim=2)
-    return per_token.flatten(0, 1)
+    height, width = rows.shape[0], cols.shape[0]
+    if heads == 1:
+        grid = (height, width, -1, -1)
+        per_token = torch.cat((rows[:, None].expand(grid), cols[None, :].expand(grid)), dim=2)
+        return per_token.flatten(0, 1)
+    # Of an even number of heads, each turns by one axis, and a single pass writes the table; an odd
+    # number leaves a head to both, so groups are half as wide and come together afterwards.
+    groups = heads // 2 if heads % 2 == 0 else heads
+    by_row = rows.unflatten(1, (groups, -1)).transpose(0, 1)[:, :, None]
+    by_col = cols.unflatten(1, (groups, -1)).transpose(0, 1)[:, None]
+    both = (axis.expand(-1, height, width, -1, -1) for axis in (by_row, by_col))
+    table = torch.cat([*both]).flatten(1, 2)
+    if heads % 2:
+        table = table.unflatten(0, (heads, 2)).transpose(1, 2).contiguous().flatten(2, 3)
+    return table
 
 
 def rotate(x: Tensor, table: Tensor | None, inverse: bool = False, *, own: bool = False) -> Tensor:
@@ -124,7 +194,7 @@ def rotate(x: Tensor, table: Tensor | None, inverse: bool = False, *, own: bool 
 
     Args:
         x: [..., N, D] in the table's type.
-        table: [N, D/2, 2] from `token_table`; None returns x itself.
+        table: [N, D/2, 2] from `token_table`, or with heads before tokens; None returns x itself.
         inverse: Turn backwards, which is also the transpose of the rotation.
         own: x may be written to, where nothing is kept for a gradient.
 
@@ -146,7 +216,8 @@ def encode(
 
     Args:
         x: Features, [..., N, F] in the table's dtype; [..., N, 2 F] for the inverse of ``cosine``.
-        table: [N, F/2, 2] for ``rotary``, [N, F, 2] for ``cosine``; None returns x itself.
+        table: [N, F/2, 2] for ``rotary``, or [h, N, F/2, 2]; [N, F, 2] for ``cosine``; None returns
+            x itself.
         positions: ``'rotary'`` or ``'cosine'``.
         inverse: Apply the transpose.
         own: As for `rotate`; ``cosine`` has no use for it.

@@ -20,7 +20,8 @@ def rotate_pairs(x: Tensor, table: Tensor, inverse: bool = False, *, own: bool =
 
     Args:
         x: [..., N, D] in the table's type.
-        table: Cosines and sines of the tokens' angles, [N, D/2, 2].
+        table: Cosines and sines of the tokens' angles, [N, D/2, 2]; [h, N, D/2, 2] where heads,
+            which stand before tokens, have angles of their own.
         inverse: Turn backwards.
         own: x may be written to, where nothing is kept for a gradient.
 
