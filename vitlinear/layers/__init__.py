@@ -22,7 +22,7 @@ from .linear import Linear
 from .mlp import ConvMlp, Mlp, SwiGlu
 from .plain import is_plain
 from .positions.learned import AddMapPositions, AddTokenPositions
-from .positions.map_rotary import MapRotaryTables
+from .positions.map_rotary import MapFullWidthRotaryTables, MapRotaryTables
 from .positions.md_tpe import AxisTpe, MdTpe
 from .pytorch_layers import use_pytorch_layers
 from .recompute import recomputes
@@ -50,6 +50,7 @@ __all__ = [
     "Linear",
     "LinearAttention",
     "LocalConcentration",
+    "MapFullWidthRotaryTables",
     "MapRotaryTables",
     "MdTpe",
     "Mlp",

@@ -5,7 +5,13 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from vitlinear._timm import register_notrace_module
-from vitlinear.ops import RotaryTables, accumulation_dtype, lrpe_tables, rotary_tables
+from vitlinear.ops import (
+    RotaryTables,
+    accumulation_dtype,
+    full_width_rotary_tables,
+    lrpe_tables,
+    rotary_tables,
+)
 
 
 # One step to torch.fx, whatever the size of the map.
@@ -30,3 +36,14 @@ class MapRotaryTables(nn.Module):
         if self.cosine:
             return lrpe_tables(x.shape[2], x.shape[3], self.head_dim, x.device, dtype)
         return rotary_tables(x.shape[2], x.shape[3], self.head_dim, x.device, dtype)
+
+
+# One step to torch.fx, as above.
+@register_notrace_module
+class MapFullWidthRotaryTables(nn.Module):
+    """Makes the tables of `vitlinear.ops.full_width_rotary_tables` for maps."""
+
+    def forward(self, x: Tensor) -> RotaryTables:
+        """A map [B, C, H, W] -> its tables, in the type that attention to it accumulates in."""
+        dtype = accumulation_dtype(x.dtype)
+        return full_width_rotary_tables(x.shape[2], x.shape[3], x.shape[1], x.device, dtype)
