@@ -15,7 +15,7 @@ from .recompute import run_recomputing
 class ConvMlp(nn.Module):
     """Feed-forward network fc2(y + dw3(y)), y = GELU(fc1(x)), dw3 a depthwise convolution.
 
-    ViT3 (arXiv:2512.01643) has a second GELU after the sum: fc2(GELU(y + dw3(y))).
+    ViT³ (arXiv:2512.01643) has a second GELU after the sum: fc2(GELU(y + dw3(y))).
     """
 
     def __init__(

@@ -37,8 +37,8 @@ class ValidRegion:
         Args:
             image_size: Height and width of the padded images.
             valid_sizes: Height and width of each image.
-            rounds_down: Maps leave incomplete patches out, if there is another: those of stages up to
-                stride 32, those of models of one resolution at the side of their patches.
+            rounds_down: Maps leave incomplete patches out, if there is another: those of stages up
+                to stride 32, those of models of one resolution at the side of their patches.
             patch_size: Side of the patches of models of one resolution.
         """
         self.image_size = image_size
