@@ -110,6 +110,7 @@ SHAPES = (
     Shape("one image of 4096 pixels, stride 8", "lightnet", 1, 512, 512, 2, 64),
     Shape("plain", "elu", 64, 56, 56, 1, 64),
     Shape("plain", "relu", 64, 56, 56, 1, 64),
+    Shape("h_vittt_tiny stage 1, one of its states", "identity", 64, 56, 56, 2, 32),
 )
 DRY_SHAPES = (
     Shape("dry run", "rala", 1, 3, 5, 2, 8, True),
@@ -192,7 +193,7 @@ def transcription(shape: Shape, rotary: ops.RotaryTables, dtype: torch.dtype) ->
             out = out * scale + (1 - scale * z) * v.mean(dim=2, keepdim=True)
         elif name == "l2":
             out = out * n / (z * n).clamp(min=100)
-        elif name != "lightnet":
+        elif name not in ("lightnet", "identity"):
             out = out / (z + 1e-6)
         out = out.permute(0, 2, 1, 3).contiguous()
         return out if gate is None or lepe is None else (out + lepe) * gate

@@ -120,9 +120,9 @@ def test_compile_fullgraph(backend):
 @pytest.mark.parametrize("name", BOTH)
 def test_shapes_and_types_must_fit(name):
     x = torch.randn(2, 6, 2, 8)
-    with pytest.raises(ValueError, match=f"{name} must have the shape and type of q"):
+    with pytest.raises(ValueError, match=f"{name} must have the shape and type of the output"):
         ops.linear_attention(x, x, x, **{name: x[:, :, :1]})
-    with pytest.raises(ValueError, match=f"{name} must have the shape and type of q"):
+    with pytest.raises(ValueError, match=f"{name} must have the shape and type of the output"):
         ops.linear_attention(x, x, x, **{name: x.half()})
 
 

@@ -30,6 +30,7 @@ class KeyMapping:
         dropped: Pattern of whole keys that hold nothing that was learned.
         stacked: Layers of the authors that are one here: (part of the key, of which in order),
             before renaming.
+        order: Places in which the equal parts of what was stacked stand here, if in others.
     """
 
     name: str
@@ -37,6 +38,7 @@ class KeyMapping:
     renames: tuple[tuple[str, Replacement], ...]
     dropped: str | None = None
     stacked: tuple[str, tuple[str, ...]] | None = None
+    order: tuple[int, ...] | None = None
 
     def recognises(self, state_dict: Mapping[str, Tensor]) -> bool:
         """Whether these are keys of this layout."""
@@ -59,7 +61,11 @@ class KeyMapping:
         for key in state_dict:
             keys = [key.replace(parts[0], part) for part in parts]
             if parts[0] in key and all(k in joined for k in keys):
-                joined[key.replace(parts[0], whole)] = torch.cat([joined.pop(k) for k in keys])
+                value = torch.cat([joined.pop(k) for k in keys])
+                if self.order is not None:
+                    pieces = value.chunk(len(self.order))
+                    value = torch.cat([pieces[i] for i in self.order])
+                joined[key.replace(parts[0], whole)] = value
         return joined
 
     def convert(
@@ -189,13 +195,16 @@ def _next_merging(match: re.Match[str]) -> str:
 
 
 _PVT_BLOCK = r"block(\d)\.(\d+)\."
+_PVT_EMBEDDING: tuple[tuple[str, Replacement], ...] = (
+    (r"patch_embed(?P<i>\d)\.(?P<part>proj|norm)\.", _pvt_place),
+    (r"pos_embed(?P<i>\d)(?P<part>)$", _pvt_place),
+)
 
 INLINE_PVT = KeyMapping(
     name="inline-pvt",
-    marker=r"patch_embed1\.proj\.weight$",
+    marker=_PVT_BLOCK + r"attn\.residual\.",
     renames=(
-        (r"patch_embed(?P<i>\d)\.(?P<part>proj|norm)\.", _pvt_place),
-        (r"pos_embed(?P<i>\d)(?P<part>)$", _pvt_place),
+        *_PVT_EMBEDDING,
         (
             _PVT_BLOCK + r"attn\.residual\.0\.",
             _counted_from_one(r"blocks.\2.attn.attend.local.fc1."),
@@ -210,22 +219,53 @@ INLINE_PVT = KeyMapping(
     stacked=(".attn.qkv.", (".attn.q.", ".attn.kv.")),
 )
 
+POLA_PVT = KeyMapping(
+    name="pola-pvt",
+    marker=_PVT_BLOCK + r"attn\.qg\.",
+    renames=(
+        *_PVT_EMBEDDING,
+        (_PVT_BLOCK + r"attn\.dwc\.", _counted_from_one(r"blocks.\2.attn.attend.lepe.")),
+        (_PVT_BLOCK + r"attn\.power$", _counted_from_one(r"blocks.\2.attn.attend.power")),
+        (_PVT_BLOCK, _counted_from_one(r"blocks.\2.")),
+        (r"norm\.", "final."),
+        (r"head\.", "head.fc."),
+    ),
+    stacked=(".attn.qkvg.", (".attn.qg.", ".attn.kv.")),
+    order=(0, 2, 3, 1),
+)
+
+_SWIN: tuple[tuple[str, Replacement], ...] = (
+    (r"patch_embed\.proj\.", "stem.conv."),
+    (r"patch_embed\.norm\.", "stem.norm."),
+    (r"layers\.(\d+)\.downsample\.", _next_merging),
+    (_BLOCK + r"attn\.relative_", r"stages.\1.blocks.\2.attn.rel_pos.relative_"),
+    (_BLOCK, r"stages.\1.blocks.\2."),
+    (r"norm\.", "final."),
+    (r"head\.", "head.fc."),
+)
+# Made here from the size of the window and of the map.
+_SWIN_DROPPED = r".*\.(relative_position_index|attn_mask)"
+
 INLINE_SWIN = KeyMapping(
     name="inline-swin",
     marker=r"layers\.\d+\.blocks\.\d+\.attn\.residual\.",
     renames=(
-        (r"patch_embed\.proj\.", "stem.conv."),
-        (r"patch_embed\.norm\.", "stem.norm."),
-        (r"layers\.(\d+)\.downsample\.", _next_merging),
         (_BLOCK + r"attn\.residual\.0\.", r"stages.\1.blocks.\2.attn.attend.local.fc1."),
         (_BLOCK + r"attn\.residual\.2\.", r"stages.\1.blocks.\2.attn.attend.local.fc2."),
-        (_BLOCK + r"attn\.relative_", r"stages.\1.blocks.\2.attn.rel_pos.relative_"),
-        (_BLOCK, r"stages.\1.blocks.\2."),
-        (r"norm\.", "final."),
-        (r"head\.", "head.fc."),
+        *_SWIN,
     ),
-    # Made here from the size of the window and of the map.
-    dropped=r".*\.(relative_position_index|attn_mask)",
+    dropped=_SWIN_DROPPED,
+)
+
+POLA_SWIN = KeyMapping(
+    name="pola-swin",
+    marker=r"layers\.\d+\.blocks\.\d+\.attn\.positional_encoding$",
+    renames=(
+        (_BLOCK + r"attn\.dwc\.", r"stages.\1.blocks.\2.attn.attend.lepe."),
+        (_BLOCK + r"attn\.power$", r"stages.\1.blocks.\2.attn.attend.power"),
+        *_SWIN,
+    ),
+    dropped=_SWIN_DROPPED,
 )
 
 INLINE_DEIT = KeyMapping(
@@ -300,6 +340,8 @@ MAPPINGS: tuple[KeyMapping, ...] = (
     INLINE_CSWIN,
     H_VITTT,
     VITTT,
+    POLA_PVT,
+    POLA_SWIN,
 )
 
 

@@ -13,6 +13,7 @@ from timm.layers import RelPosBias, resample_abs_pos_embed, resize_rel_pos_bias_
 from torch import Tensor, nn
 
 from vitlinear.errors import Notice
+from vitlinear.layers.positions.learned import resized_positions
 
 from .mappings import KeyMapping, find_mapping
 from .unwrap import unwrap_state_dict
@@ -24,6 +25,8 @@ BODY, FPN = "body.", "fpn."
 # The norm behind a stage, as RALA and MALA, L2ViT, and `MultiScaleBackbone` call it.
 OUTPUT_NORM = re.compile(r"(?:extra_norms\.|norm|norms\.)(\d)\.(?:norm\.)?(weight|bias)")
 PYRAMID = "pyramid."
+# Learned positions of a map, [1, rows * columns, C], and how the models that have them resize them.
+MAP_POSITIONS = {"pos_embed": "bilinear", "positional_encoding": "bicubic"}
 
 
 def is_detector(weights: Mapping[str, Any]) -> bool:
@@ -176,9 +179,9 @@ def resize_tables(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Ten
         model: The model to load into.
 
     Returns:
-        The weights, with other ``pos_embed`` for modules that have one and a ``grid_size``, and
-        other ``relative_position_bias_table`` for windows of another size. Those of the
-        checkpoint are taken to be square.
+        The weights, with other tables for modules that have a ``grid_size`` and one of the names
+        in `MAP_POSITIONS`, and other ``relative_position_bias_table`` for windows of another size.
+        Those of the checkpoint are taken to be square.
     """
     resized = {}
     for name, module in model.named_modules():
@@ -192,17 +195,17 @@ def resize_tables(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Ten
                 resized[key] = resize_rel_pos_bias_table_simple(
                     table, (height, width), tuple(target.shape)
                 )
-        elif hasattr(module, "pos_embed") and hasattr(module, "grid_size"):
-            key = f"{name}.pos_embed"
-            table = weights.get(key)
-            if table is not None and _is_of_another_grid(table.shape[1], module.grid_size):
-                resized[key] = resample_abs_pos_embed(
-                    table,
-                    new_size=list(module.grid_size),
-                    num_prefix_tokens=0,
-                    interpolation="bilinear",  # as the model does it
-                    antialias=False,
-                )
+            continue
+        if not hasattr(module, "grid_size"):
+            continue
+        for attribute, mode in MAP_POSITIONS.items():
+            key = f"{name}.{attribute}"
+            table, grid = weights.get(key), module.grid_size
+            if table is None or not hasattr(module, attribute):
+                continue
+            if _is_of_another_grid(table.shape[1], grid):
+                side = isqrt(table.shape[1])
+                resized[key] = resized_positions(table, (side, side), *grid, mode).flatten(1, 2)
     return {**weights, **resized}
 
 

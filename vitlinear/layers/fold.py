@@ -25,13 +25,13 @@ def _times(parameter: Tensor, factor: Tensor) -> nn.Parameter:
     return nn.Parameter(parameter * factor, parameter.requires_grad)
 
 
-def _copy(module: T) -> T:
+def shared_copy(module: T) -> T:
     """The module anew, with the same parameters and buffers."""
     tensors = (*module.parameters(), *module.buffers())
     return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
 
 
-def _is_product(linear: nn.Module) -> TypeGuard[nn.Linear]:
+def is_product(linear: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether this is a linear layer and no activation is part of it."""
     return is_plain(linear, nn.Linear) or (is_plain(linear, Linear) and linear.activation == "none")
 
@@ -54,13 +54,13 @@ def fold_scale(
     if not is_plain(part, kind) or not is_plain(scale, LayerScale):
         return part, scale
     linear, dropout = map(part.get_submodule, ends)
-    if not _is_product(linear) or not is_plain(dropout, nn.Dropout, nn.Identity):
+    if not is_product(linear) or not is_plain(dropout, nn.Dropout, nn.Identity):
         return part, scale
-    scaled = _copy(linear)
+    scaled = shared_copy(linear)
     scaled.weight = _times(linear.weight, scale.gamma[:, None])
     if linear.bias is not None:
         scaled.bias = _times(linear.bias, scale.gamma)
-    part = _copy(part)
+    part = shared_copy(part)
     part.set_submodule(ends[0], scaled)
     return part, nn.Identity()
 
@@ -72,9 +72,9 @@ def fold_gelu(linear: nn.Module, act: nn.Module) -> tuple[nn.Module, nn.Module]:
         What replaces the two: they themselves, if one of them is not plain, or another activation.
     """
     exact = is_plain(act, nn.GELU) and act.approximate == "none"
-    if not exact or not _is_product(linear) or not is_plain(linear, Linear):
+    if not exact or not is_product(linear) or not is_plain(linear, Linear):
         return linear, act
-    both = _copy(linear)
+    both = shared_copy(linear)
     both.activation = "gelu"
     return both, nn.Identity()
 

@@ -7,6 +7,8 @@ of windows, of which one and several, whole and padded ones are different progra
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -67,6 +69,44 @@ def equal_windows(size: int, limit: int) -> tuple[int, int]:
 def fixed_windows(size: int, length: int) -> tuple[int, int]:
     """Split a side into windows of a given length; the last one may reach beyond it."""
     return opaque((size + length - 1) // length), length
+
+
+def shorter_side(height: int, width: int, limit: int) -> int:
+    """The least of the two sides of a map and of a limit: the side of square windows in it."""
+    if torch.jit.is_scripting():
+        return min(limit, min(height, width))
+    else:  # noqa: RET505
+        if is_followed(height):
+            return _least_of_tensors(height, width, limit)
+        return opaque(torch.sym_min(limit, torch.sym_min(height, width)))
+
+
+def _least_of_tensors(height: Any, width: Any, limit: int) -> Any:
+    return torch.minimum(height, width).clamp(max=limit)
+
+
+def square_windows(
+    height: int, width: int, limit: int, shift: bool
+) -> tuple[tuple[int, int], tuple[int, int], int]:
+    """Split a map into square windows of one side, as released Swin transformers do.
+
+    Args:
+        height: Of the map.
+        width: Of the map.
+        limit: Greatest side of a window; the shorter side of the map, if that is less.
+        shift: Whether windows begin half a window further on, down and to the right. They do not
+            where they are as high or as wide as the map.
+
+    Returns:
+        The windows along each side, of which the last may reach beyond it, and the rows and columns
+        by which they are shifted.
+    """
+    side = shorter_side(height, width, limit)
+    rows, cols = fixed_windows(height, side), fixed_windows(width, side)
+    if not shift:
+        return rows, cols, 0
+    # 1 // n is 1 for one window and 0 for more.
+    return rows, cols, limit // 2 * (1 - 1 // rows[0]) * (1 - 1 // cols[0])
 
 
 def fits(size: int, split: tuple[int, int]) -> bool:
@@ -218,7 +258,12 @@ def is_one(count: int) -> bool:
 
 
 def window_padding(
-    x: Tensor, rows: tuple[int, int], cols: tuple[int, int], key_padding_mask: Tensor | None
+    x: Tensor,
+    rows: tuple[int, int],
+    cols: tuple[int, int],
+    key_padding_mask: Tensor | None,
+    down: int = 0,
+    right: int = 0,
 ) -> Tensor | None:
     """A mask of the tokens of `to_windows` that are padding, of the map or beyond it.
 
@@ -227,16 +272,18 @@ def window_padding(
         rows: Number and height of windows along the first side.
         cols: Number and width of windows along the second.
         key_padding_mask: Padding of the map, [B, H, W] bool.
+        down: Rows by which the windows are shifted.
+        right: Columns, likewise.
 
     Returns:
         [B * windows, tokens] bool, None if no token is.
     """
     if key_padding_mask is not None:
-        return ~to_windows(~key_padding_mask, rows, cols)
+        return ~to_windows(~key_padding_mask, rows, cols, down, right)
     B, H, W = x.shape[0], x.shape[1], x.shape[2]
     if fits(H, rows) and fits(W, cols):
         return None
-    _, row, col = window_places(B, rows, cols, 0, 0, x.device)
+    _, row, col = window_places(B, rows, cols, down, right, x.device)
     return (row >= H) | (col >= W)
 
 

@@ -21,13 +21,14 @@ from vitlinear.facts import pretrained_source
 from vitlinear.layers.attention.cross_shaped_attention import CrossShapedAttention
 
 from ._build import build_model
-from ._inline import ConvNorm, ImageConvNorm, InLineBlock, inline_cfg
+from ._hosts import ConvNorm, HostBlock, ImageConvNorm
+from ._inline import inline_cfg
 from ._stages import StagedBackbone, four_each
 
 __all__ = ["InLineCSwin"]
 
 
-class CrossShapedBlock(InLineBlock):
+class CrossShapedBlock(HostBlock):
     """A block whose attention also sees its input before the norm."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -92,7 +93,7 @@ class InLineCSwin(StagedBackbone):
         def downsample(i: int) -> nn.Module:
             return ConvNorm(dims[i - 1], dims[i], 3, 2, 1, **dd)
 
-        def block(i: int, j: int, drop_path: float) -> InLineBlock:
+        def block(i: int, j: int, drop_path: float) -> HostBlock:
             attn = CrossShapedAttention(
                 dims[i],
                 num_heads[i],

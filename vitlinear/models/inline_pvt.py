@@ -11,70 +11,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from timm.layers import LayerNorm2d, to_2tuple, trunc_normal_
+from timm.layers import to_2tuple
 from timm.models import generate_default_cfgs, register_model
-from torch import Tensor, nn
+from torch import nn
 
-from vitlinear._timm import register_notrace_module
 from vitlinear.facts import pretrained_source
-from vitlinear.layers import AddMapPositions, check_images
 from vitlinear.layers.attention.inline_attention import InLineAttention
 
 from ._build import build_model
-from ._inline import InLineBlock, inline_cfg
+from ._hosts import HostBlock, PositionedPatchEmbed
+from ._inline import inline_cfg
 from ._stages import StagedBackbone, four_each
 
 __all__ = ["InLinePVT"]
-
-
-# One step to torch.fx, which cannot follow choices that look at shapes.
-@register_notrace_module
-class PositionedPatchEmbed(nn.Module):
-    """Convolution of patches, layer norm, learned positions resized to the map."""
-
-    def __init__(
-        self,
-        in_dim: int,
-        dim: int,
-        patch_size: int,
-        grid_size: tuple[int, int],
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.patch_size = patch_size
-        self.grid_size = grid_size
-        self.conv = nn.Conv2d(in_dim, dim, patch_size, patch_size, **dd)
-        self.norm = LayerNorm2d(dim, eps=1e-5, **dd)
-        self.pos_embed = nn.Parameter(torch.empty(1, grid_size[0] * grid_size[1], dim, **dd))
-        self.add_positions = AddMapPositions()
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Truncated normal positions."""
-        trunc_normal_(self.pos_embed, std=0.02)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Embed patches.
-
-        Args:
-            x: Images or a map, [B, in_dim, H, W]; channels are checked.
-
-        Returns:
-            [B, dim, H', W'] with H' = floor(H / patch_size), but at least 1: as released, an
-            incomplete patch at the end of a side is left out.
-
-        Raises:
-            AssertionError: There is no batch axis, or another number of channels.
-        """
-        x = check_images(x, self.conv.in_channels)
-        H, W, side = x.shape[2], x.shape[3], self.patch_size
-        if side > H or side > W:
-            x = F.pad(x, [0, max(side - W, 0), 0, max(side - H, 0)])
-        x = self.norm(self.conv(x)).permute(0, 2, 3, 1)
-        return self.add_positions(x, self.pos_embed, self.grid_size).permute(0, 3, 1, 2)
 
 
 class InLinePVT(StagedBackbone):
@@ -137,11 +86,11 @@ class InLinePVT(StagedBackbone):
                 **dd,
             )
 
-        def block(i: int, j: int, drop_path: float) -> InLineBlock:
+        def block(i: int, j: int, drop_path: float) -> HostBlock:
             attn = InLineAttention(
                 embed_dims[i], num_heads[i], 0, proj_drop_rate, attn_backend, **dd
             )
-            return InLineBlock(
+            return HostBlock(
                 embed_dims[i], attn, mlp_ratios[i], 1e-6, proj_drop_rate, drop_path, **dd
             )
 

@@ -13,52 +13,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from timm.layers import LayerNorm, LayerNorm2d
+from timm.layers import LayerNorm2d
 from timm.models import generate_default_cfgs, register_model
-from torch import Tensor, nn
+from torch import nn
 
 from vitlinear.facts import pretrained_source
-from vitlinear.layers import Linear
 from vitlinear.layers.attention.inline_attention import InLineAttention
 from vitlinear.layers.attention.shifted_window_attention import ShiftedWindowAttention
-from vitlinear.layers.padding_rule import ZEROS_CHANNELS_FIRST
 
 from ._build import build_model
-from ._inline import ImageConvNorm, InLineBlock, inline_cfg
+from ._hosts import HostBlock, ImageConvNorm, MapMerging
+from ._inline import inline_cfg
 from ._stages import StagedBackbone, four_each
 
 __all__ = ["InLineSwin"]
-
-
-class MapMerging(nn.Module):
-    """Four neighbours in one token, layer norm, projection to half of their channels.
-
-    timm has this layer; its padding, by the rest of a division, ties an exported program to odd or
-    to even maps.
-    """
-
-    padding_rule = ZEROS_CHANNELS_FIRST
-
-    def __init__(
-        self, dim: int, device: torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> None:
-        super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.norm = LayerNorm(4 * dim, eps=1e-5, **dd)
-        self.reduction = Linear(4 * dim, 2 * dim, bias=False, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, 2 C, ceil(H / 2), ceil(W / 2)], zeros beyond an odd side."""
-        H, W = x.shape[2], x.shape[3]
-        x = F.pad(x.permute(0, 2, 3, 1), [0, 0, 0, 1, 0, 1])
-        neighbours = [
-            x[:, :H:2, :W:2],
-            x[:, 1::2, :W:2],
-            x[:, :H:2, 1::2],
-            x[:, 1::2, 1::2],
-        ]
-        return self.reduction(self.norm(torch.cat(neighbours, -1))).permute(0, 3, 1, 2)
 
 
 class InLineSwin(StagedBackbone):
@@ -116,7 +84,7 @@ class InLineSwin(StagedBackbone):
         def downsample(i: int) -> nn.Module:
             return MapMerging(dims[i - 1], **dd)
 
-        def block(i: int, j: int, drop_path: float) -> InLineBlock:
+        def block(i: int, j: int, drop_path: float) -> HostBlock:
             attn: nn.Module
             if j < num_inline[i]:
                 attn = InLineAttention(
@@ -132,7 +100,7 @@ class InLineSwin(StagedBackbone):
                     backend=attn_backend,
                     **dd,
                 )
-            return InLineBlock(dims[i], attn, mlp_ratio, 1e-5, proj_drop_rate, drop_path, **dd)
+            return HostBlock(dims[i], attn, mlp_ratio, 1e-5, proj_drop_rate, drop_path, **dd)
 
         self.stem = ImageConvNorm(in_chans, dims[0], 4, 4, 0, **dd)
         self.make_stages(dims, depths, drop_path_rate, downsample, block)

@@ -1,16 +1,19 @@
 """Attention as functions on tensors. Knows nothing of modules, models or timm."""
 
 from .attention import linear_attention, softmax_attention
+from .attention_state import LinearAttentionState
 from .backend import BACKENDS, Choice, KernelError, Workload, choose_backend
 from .eager import accumulation_dtype
 from .mechanisms import MECHANISMS, Mechanism, get_mechanism
 from .rotary import RotaryTables, full_width_rotary_tables, lrpe_tables, rotary_tables
+from .states import linear_attention_state, read_linear_attention_state
 
 __all__ = [
     "BACKENDS",
     "MECHANISMS",
     "Choice",
     "KernelError",
+    "LinearAttentionState",
     "Mechanism",
     "RotaryTables",
     "Workload",
@@ -19,7 +22,9 @@ __all__ = [
     "full_width_rotary_tables",
     "get_mechanism",
     "linear_attention",
+    "linear_attention_state",
     "lrpe_tables",
+    "read_linear_attention_state",
     "rotary_tables",
     "softmax_attention",
 ]

@@ -41,7 +41,7 @@ def linear_attention(
         q: Queries, [B, N, h, D], float16, bfloat16, float32 or float64, any strides: views of
             one projection need no copy.
         k: Keys, like q.
-        v: Values, like q.
+        v: Values, [B, N, h, Dv]: like q, but for the number of channels.
         mechanism: Key in `MECHANISMS`.
         rotary: Tables of an H x W grid with H * W = N: from `rotary_tables`, for every head alike;
             from `full_width_rotary_tables`, for all heads side by side; for ``lightnet`` from
@@ -51,13 +51,13 @@ def linear_attention(
             output is 0. What they hold does not matter, NaN included. Or [B] integers: the number
             of valid tokens, which then stand first.
         head_scale: tau, a factor of the state for each head, [h]; None for 1.
-        lepe: Added to the output, like q; the name is that of the locally-enhanced position
+        lepe: Added to the output, like v; the name is that of the locally-enhanced position
             encoding, a depthwise convolution of the values.
-        gate: Multiplies the sum of output and lepe, like q.
+        gate: Multiplies the sum of output and lepe, like v.
         backend: ``auto``, ``eager``, ``library`` or ``triton``; see `vitlinear.ops.backend`.
 
     Returns:
-        [B, N, h, D] in the type of q. Sums are kept in float32 (float64 for float64 inputs).
+        [B, N, h, Dv] in the type of q. Sums are kept in float32 (float64 for float64 inputs).
 
         Finite, as are the gradients, for values up to 1e3 with queries and keys up to 1e4; where
         rotation does not meet a normaliser of zero, up to 1e12 (1e10 for ``nala``, which cubes its
@@ -76,11 +76,15 @@ def linear_attention(
     row = get_mechanism(mechanism)
     terms = Terms(rotary, mask_of_lengths(key_padding_mask, q), head_scale, lepe, gate)
     check_tokens(q, k, v)
-    check_terms(q, terms, row.positions)
-    work = Workload.of(q, mechanism, without_kernels(q, row, terms))
+    check_terms(q, terms, row.positions, v.shape[-1])
+    work = Workload.of(q, mechanism, without_kernels(q, v, row, terms))
     chosen = choose_backend(backend, work).backend
     if chosen == "eager":
         return eager.linear_attention(q, k, v, row, terms)
+    if v.shape[-1] != q.shape[-1]:
+        raise NotImplementedError(
+            "the library backend has no values of another width than queries; use backend='eager'"
+        )
     if chosen == "triton":  # unless it was asked for by name, the formulas may stand in
         chosen = requested_backend(backend).backend
     check_derivatives(q, k, v, terms)
@@ -103,6 +107,11 @@ def softmax_attention(
     """
     terms = Terms(rotary, mask_of_lengths(key_padding_mask, q))
     check_tokens(q, k, v)
+    if v.shape != q.shape:
+        raise ValueError(
+            f"softmax attention takes values of the width of q, {tuple(q.shape)}, "
+            f"got {tuple(v.shape)}"
+        )
     check_terms(q, terms)
     if choose_backend(backend).backend != "library":
         return eager.softmax_attention(q, k, v, terms)
@@ -111,9 +120,10 @@ def softmax_attention(
     return torch.ops.vitlinear.softmax_attention(q, k, v, rows, cols, mask)[0]
 
 
-def without_kernels(q: Tensor, mechanism: Mechanism, terms: Terms) -> str:
+def without_kernels(q: Tensor, v: Tensor, mechanism: Mechanism, terms: Terms) -> str:
     """What of a call the fused kernels cannot do, in words; empty if nothing."""
-    tables = terms.rotary
+    if v.shape[-1] != q.shape[-1]:
+        return "values of another width than queries"
     if terms.rotary is None or mechanism.positions != "rotary":
         return ""
     full_width = is_full_width(terms.rotary, q.shape[2], q.shape[3])
@@ -159,22 +169,25 @@ def check_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q, k and v must be [B, N, h, D], got q of shape {tuple(q.shape)}")
     if q.shape[1] == 0:
         raise ValueError(f"attention needs at least one token, got q of shape {tuple(q.shape)}")
-    if k.shape != q.shape or v.shape != q.shape:
+    if k.shape != q.shape or v.shape[:-1] != q.shape[:-1]:
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
-        raise ValueError(f"q, k and v must have one shape, got {shapes}")
+        raise ValueError(f"q, k and v must have one shape but for the channels of v, got {shapes}")
     if not q.is_floating_point() or k.dtype != q.dtype or v.dtype != q.dtype:
         raise ValueError(
             f"q, k and v must have one floating-point type, got {q.dtype}, {k.dtype}, {v.dtype}"
         )
 
 
-def check_terms(q: Tensor, terms: Terms, positions: str = "rotary") -> None:
+def check_terms(
+    q: Tensor, terms: Terms, positions: str = "rotary", value_dim: int | None = None
+) -> None:
     """Check shapes and types of the optional terms.
 
     Args:
         q: Queries, [B, N, h, D], already checked.
         terms: What stands beside q, k and v.
         positions: Kind of the position tables, as in `vitlinear.ops.Mechanism`.
+        value_dim: Channels of the output, Dv; those of q if it is None.
 
     Raises:
         ValueError: Something does not fit; the message names it.
@@ -195,10 +208,11 @@ def check_terms(q: Tensor, terms: Terms, positions: str = "rotary") -> None:
             f"head_scale must have one entry for each of {q.shape[2]} heads, "
             f"got shape {tuple(head_scale.shape)}"
         )
+    shape = (*q.shape[:3], q.shape[3] if value_dim is None else value_dim)
     for name, x in (("lepe", terms.lepe), ("gate", terms.gate)):
-        if x is not None and (x.shape != q.shape or x.dtype != q.dtype):
+        if x is not None and (x.shape != shape or x.dtype != q.dtype):
             raise ValueError(
-                f"{name} must have the shape and type of q, {tuple(q.shape)} {q.dtype}, "
+                f"{name} must have the shape and type of the output, {shape} {q.dtype}, "
                 f"got {tuple(x.shape)} {x.dtype}"
             )
 

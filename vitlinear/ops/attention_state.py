@@ -11,9 +11,9 @@ class LinearAttentionState(NamedTuple):
     """All that backward needs besides the inputs; shapes and names as in `vitlinear.ops.eager`.
 
     Attributes:
-        state: S without tau, [B, h, F, D]; 2 F rows where R doubles the features.
+        state: S without tau, [B, h, F, Dv]; 2 F rows where R doubles the features.
         norm: m, [B, h, 1, F]; None unless the mechanism has a normaliser.
-        mean_v: vbar, [B, h, 1, D]; None unless the mechanism reads it.
+        mean_v: vbar, [B, h, 1, Dv]; None unless the mechanism reads it.
         query: The mean query qbar, [B, h, 1, F]; None unless one query weighs the keys.
         logsumexp: Of the softmax over keys: of s qbar . phi(k_j), [B, h, 1, 1], or of each channel,
             [B, h, 1, F]; None without a softmax.

@@ -72,6 +72,7 @@ def linear_attention_backward(
         dgate_i = g_i (out_i + lepe_i)      dlepe_i = g_i gate_i, the g_i of all of the above
     """
     q, k, v, table, valid, num_valid, head_scale, lepe, gate = tokens
+    assert q is not None and k is not None and v is not None
     state, norm, mean_v, query, logsumexp = saved
     scale = q.shape[-1] ** -0.5
     reads, positions = mechanism.reads, mechanism.positions
@@ -161,6 +162,7 @@ def _own_features(phi: FeatureMap, x: Tensor) -> Tensor:
 def softmax_attention_forward(tokens: Tokens) -> tuple[Tensor, Tensor]:
     """Output [B, h, N, D] and logsumexp [B, h, N] of softmax attention, chunk by chunk."""
     q, k, v, table, valid, *_ = tokens
+    assert q is not None and k is not None and v is not None
     scale = q.shape[-1] ** -0.5
     q, k, v = rotate(q, table), rotate(k, table), v.contiguous()
     k = (k * scale).transpose(-1, -2)
@@ -188,6 +190,7 @@ def softmax_attention_backward(
     rotation, which is orthogonal.
     """
     q, k, v, table, valid, *_ = tokens
+    assert q is not None and k is not None and v is not None
     scale = q.shape[-1] ** -0.5
     if valid is not None:
         grad_out = grad_out.masked_fill(~valid, 0)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import cpu
 from .attention_state import LinearAttentionState
-from .mechanisms import Mechanism
+from .mechanisms import Factor, Mechanism
 from .rotary import RotaryTables, encode, is_full_width, rotate, token_table
 from .terms import Terms
 from .tracing import keeps_nothing
@@ -83,11 +83,11 @@ def widen(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Tokens(NamedTuple):
-    """Inputs brought into the form that the formulas work in."""
+    """Inputs brought into the form that the formulas work in; None for what is not there."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
+    q: Tensor | None
+    k: Tensor | None
+    v: Tensor | None
     table: Tensor | None  # of positions; [N, F/2, 2] or [h, N, F/2, 2], [N, F, 2] for cosine
     valid: Tensor | None  # [B, 1, N, 1], True for tokens that exist
     num_valid: Tensor | int  # number of those, in the accumulation type, [B, 1, 1, 1] or N
@@ -97,9 +97,9 @@ class Tokens(NamedTuple):
 
 
 def prepare(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    q: Tensor | None,
+    k: Tensor | None,
+    v: Tensor | None,
     mechanism: Mechanism | None,
     terms: Terms,
     *,
@@ -111,9 +111,9 @@ def prepare(
     autograd would keep a copy. Only float16 is widened, for the sake of its gradient.
 
     Args:
-        q: Queries, [B, N, h, D].
-        k: Keys, likewise.
-        v: Values, likewise.
+        q: Queries, [B, N, h, D]; None for a state alone.
+        k: Keys, likewise; None for a read alone.
+        v: Values, [B, N, h, Dv]; None for a read alone.
         mechanism: Decides the width of the position table; None for softmax attention.
         terms: What was given besides.
         own: Give queries and keys contiguous memory of their own at once. Feature maps are two to
@@ -121,26 +121,29 @@ def prepare(
             would keep the copies.
     """
     rotary, key_padding_mask, head_scale, lepe, gate = terms
-    dtype = accumulation_dtype(q.dtype)
+    given = k if q is None else q
+    assert given is not None
+    length, heads, head_dim = given.shape[1:]
+    dtype = accumulation_dtype(given.dtype)
     lepe, gate = (_epilogue_term(x, key_padding_mask) for x in (lepe, gate))
     if head_scale is not None:
         head_scale = head_scale.to(dtype)[:, None, None]
     # A change of type makes a copy anyway: it might as well be contiguous.
-    own = own or dtype != q.dtype
-    q, k, v = (widen(x.transpose(1, 2), dtype) for x in (q, k, v))
+    own = own or dtype != given.dtype
+    q, k, v = (None if x is None else widen(x.transpose(1, 2), dtype) for x in (q, k, v))
     if own:
-        q, k = cpu.own(q), cpu.own(k)
+        q, k = (None if x is None else cpu.own(x) for x in (q, k))
     table = None
     if rotary is not None:
         positions = "rotary" if mechanism is None else mechanism.positions
-        table = table_of_heads(rotary, positions, q.shape[1], q.shape[3]).to(dtype)
+        table = table_of_heads(rotary, positions, heads, head_dim).to(dtype)
     if table is not None and mechanism is not None and mechanism.phi_q.expansion > 1:
         table = torch.cat([table] * mechanism.phi_q.expansion, dim=-2)  # each D-wide part alike
     if key_padding_mask is None:
-        return Tokens(q, k, v, table, None, q.shape[2], head_scale, lepe, gate)
+        return Tokens(q, k, v, table, None, length, head_scale, lepe, gate)
     valid = ~key_padding_mask[:, None, :, None]
     # Whatever stands in padding, NaN included, must not reach a sum as 0 * NaN.
-    q, k, v = (x.masked_fill(~valid, 0) for x in (q, k, v))
+    q, k, v = (None if x is None else x.masked_fill(~valid, 0) for x in (q, k, v))
     num_valid = valid.sum(2, keepdim=True).clamp(min=1).to(dtype)
     return Tokens(q, k, v, table, valid, num_valid, head_scale, lepe, gate)
 
@@ -188,6 +191,86 @@ def epilogue(out: Tensor, lepe: Tensor | None, gate: Tensor | None) -> Tensor:
     return out if gate is None else cpu.times(out, gate)
 
 
+def mean_query(q_features: Tensor, tokens: Tokens) -> Tensor:
+    """The mean of phi(q) over the valid tokens, [B, h, 1, F]."""
+    present = q_features if tokens.valid is None else q_features * tokens.valid
+    return present.sum(dim=2, keepdim=True) / tokens.num_valid
+
+
+def attention_state(
+    tokens: Tokens, mechanism: Mechanism, query: Tensor | None = None
+) -> LinearAttentionState:
+    """The sums over keys and values.
+
+    Args:
+        tokens: From `prepare`, keys and values at least.
+        mechanism: The row of the table.
+        query: The mean query, where one weighs the keys.
+    """
+    k, v, valid, num_valid = tokens.k, tokens.v, tokens.valid, tokens.num_valid
+    assert k is not None and v is not None
+    reads = mechanism.reads
+    # Contiguous after phi, not before: phi then keeps the view that it was given, and no matrix
+    # product below makes, and keeps, a copy of its own.
+    k_features = mechanism.phi_k.function(k).contiguous()
+    if not keeps_nothing():
+        v = v.contiguous()
+
+    logsumexp = norm = mean_v = None
+    per_token: Tensor | float = 1.0 / num_valid
+    if mechanism.has_key_softmax:
+        logits = k_features
+        if mechanism.has_global_query:
+            assert query is not None
+            logits = global_query_logits(query, k_features, k.shape[-1] ** -0.5)
+        logits = hide_padding(logits, valid)
+        logsumexp = logits.logsumexp(dim=2, keepdim=True)
+        weights = cpu.exp(logits - logsumexp)  # w_j / N
+        weighted = cpu.times(k_features, weights) if mechanism.has_global_query else weights
+        per_token = 1.0
+    else:
+        weighted = k_features if valid is None else cpu.times(k_features, valid)
+
+    if reads.uses_norm:
+        norm = weighted.sum(dim=2, keepdim=True) * per_token
+    encoded = encode(weighted, tokens.table, mechanism.positions, own=True)
+    state = (encoded.transpose(-1, -2) @ v) * per_token
+    if reads.uses_mean:
+        mean_v = v.sum(dim=2, keepdim=True) / num_valid
+    return LinearAttentionState(state, norm, mean_v, query, logsumexp)
+
+
+def read_state(
+    q_features: Tensor, state: LinearAttentionState, tokens: Tokens, mechanism: Mechanism
+) -> Tensor:
+    """Outputs of queries that read a state, epilogue and all, [B, h, N, Dv].
+
+    Args:
+        q_features: phi(q), [B, h, N, F], contiguous; may be written to where nothing is kept.
+        state: The sums over keys and values.
+        tokens: From `prepare`, queries at least.
+        mechanism: The row of the table.
+    """
+    q, valid = tokens.q, tokens.valid
+    assert q is not None
+    scaled = state.state if tokens.head_scale is None else state.state * tokens.head_scale
+    b: Factor = 0.0
+    if mechanism.reads.uses_norm:
+        assert state.norm is not None
+        z = q_features @ state.norm.transpose(-1, -2)
+        a, b = mechanism.reads.factors(z, q.shape[-1] ** -0.5, tokens.num_valid)
+        if isinstance(a, Tensor):
+            q_features = cpu.times(q_features, a)
+        else:
+            scaled = scaled * a
+    out = cpu.matmul(encode(q_features, tokens.table, mechanism.positions, own=True), scaled)
+    if mechanism.reads.uses_mean:
+        assert isinstance(b, Tensor) and state.mean_v is not None
+        out = cpu.add_product(out, b, state.mean_v)
+    out = epilogue(out, tokens.lepe, tokens.gate)
+    return out if valid is None else out.masked_fill(~valid, 0)
+
+
 def linear_attention_forward(
     tokens: Tokens, mechanism: Mechanism
 ) -> tuple[Tensor, LinearAttentionState]:
@@ -203,55 +286,13 @@ def linear_attention_forward(
         mechanism: The row of the table.
 
     Returns:
-        Output [B, h, N, D] in the accumulation type, epilogue and all, and the state.
+        Output [B, h, N, Dv] in the accumulation type, epilogue and all, and the state.
     """
-    q, k, v, table, valid, num_valid, head_scale, lepe, gate = tokens
-    scale = q.shape[-1] ** -0.5
-    reads, positions = mechanism.reads, mechanism.positions
-    # Contiguous after phi, not before: phi then keeps the view that it was given, and no matrix
-    # product below makes, and keeps, a copy of its own.
-    q_features = mechanism.phi_q.function(q).contiguous()
-    k_features = mechanism.phi_k.function(k).contiguous()
-    if not keeps_nothing():
-        v = v.contiguous()
-
-    query = logsumexp = norm = mean_v = None
-    per_token: Tensor | float = 1.0 / num_valid
-    if mechanism.has_key_softmax:
-        logits = k_features
-        if mechanism.has_global_query:
-            present = q_features if valid is None else q_features * valid
-            query = present.sum(dim=2, keepdim=True) / num_valid
-            logits = global_query_logits(query, k_features, scale)
-        logits = hide_padding(logits, valid)
-        logsumexp = logits.logsumexp(dim=2, keepdim=True)
-        weights = cpu.exp(logits - logsumexp)  # w_j / N
-        weighted = cpu.times(k_features, weights) if mechanism.has_global_query else weights
-        per_token = 1.0
-    else:
-        weighted = k_features if valid is None else cpu.times(k_features, valid)
-
-    if reads.uses_norm:
-        norm = weighted.sum(dim=2, keepdim=True) * per_token
-    encoded = encode(weighted, table, positions, own=True)
-    state = (encoded.transpose(-1, -2) @ v) * per_token
-    scaled = state if head_scale is None else state * head_scale
-    if norm is not None:
-        z = q_features @ norm.transpose(-1, -2)
-        a, b = reads.factors(z, scale, num_valid)
-        if isinstance(a, Tensor):
-            q_features = cpu.times(q_features, a)
-        else:
-            scaled = scaled * a
-    out = cpu.matmul(encode(q_features, table, positions, own=True), scaled)
-    if reads.uses_mean:
-        mean_v = v.sum(dim=2, keepdim=True) / num_valid
-        assert isinstance(b, Tensor)
-        out = cpu.add_product(out, b, mean_v)
-    out = epilogue(out, lepe, gate)
-    if valid is not None:
-        out = out.masked_fill(~valid, 0)
-    return out, LinearAttentionState(state, norm, mean_v, query, logsumexp)
+    assert tokens.q is not None
+    q_features = mechanism.phi_q.function(tokens.q).contiguous()
+    query = mean_query(q_features, tokens) if mechanism.has_global_query else None
+    state = attention_state(tokens, mechanism, query)
+    return read_state(q_features, state, tokens, mechanism), state
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, mechanism: Mechanism, terms: Terms) -> Tensor:
@@ -259,6 +300,27 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, mechanism: Mechanism, term
     with without_autocast(q):
         tokens = prepare(q, k, v, mechanism, terms, own=not torch.is_grad_enabled())
         out, _ = linear_attention_forward(tokens, mechanism)
+        return saturate(out.transpose(1, 2), q.dtype).to(q.dtype)
+
+
+def linear_attention_state(
+    k: Tensor, v: Tensor, mechanism: Mechanism, terms: Terms
+) -> LinearAttentionState:
+    """The state of keys and values; see `vitlinear.ops.linear_attention_state`."""
+    with without_autocast(k):
+        tokens = prepare(None, k, v, mechanism, terms, own=not torch.is_grad_enabled())
+        return attention_state(tokens, mechanism)
+
+
+def read_linear_attention_state(
+    q: Tensor, state: LinearAttentionState, mechanism: Mechanism, terms: Terms
+) -> Tensor:
+    """A read of a given state; see `vitlinear.ops.read_linear_attention_state`."""
+    with without_autocast(q):
+        tokens = prepare(q, None, None, mechanism, terms, own=not torch.is_grad_enabled())
+        assert tokens.q is not None
+        q_features = mechanism.phi_q.function(tokens.q).contiguous()
+        out = read_state(q_features, state, tokens, mechanism)
         return saturate(out.transpose(1, 2), q.dtype).to(q.dtype)
 
 

@@ -109,9 +109,9 @@ def _power(base: Tensor, exponent: Tensor) -> Tensor:
     """base ** exponent, base >= 0, exponent > 0; 0 ** exponent is 0 with all of its derivatives."""
     if keeps_nothing():
         return base.pow(exponent)
-    positive = base > 0
+    vanishes = base == 0  # NaN does not
     zero = torch.zeros((), dtype=base.dtype, device=base.device)
-    return torch.where(positive, torch.where(positive, base, 1.0) ** exponent, zero)
+    return torch.where(vanishes, zero, torch.where(vanishes, 1.0, base) ** exponent)
 
 
 def norm_aware_query(x: Tensor) -> Tensor:

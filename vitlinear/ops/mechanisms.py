@@ -23,6 +23,7 @@ inline     identity            rotary      1               s                  1 
 nala       norm-aware, cubed   rotary      1               1 / (z + eps)      0
 l2         ReLU                rotary      1               1 / max(z, 100/N)  0
 lightnet   SiLU, identity      cosine      token softmax   1                  0
+identity   identity            rotary      1               1                  0
 =========  ==================  ==========  ==============  =================  ======
 
 Rotary positions are the caller's choice for every row that names them.
@@ -211,6 +212,8 @@ MECHANISMS = {
         # Plain normalised linear attention (Katharopoulos et al., ICML 2020, arXiv:2006.16236).
         Mechanism("elu", "elu+1", "elu+1"),
         Mechanism("relu", "relu", "relu"),
+        # No more than the state, out_i = q_i S: the inner model of a test-time training layer.
+        Mechanism("identity", "identity", "identity", read_out="constant"),
     )
 }
 

@@ -102,7 +102,7 @@ def _(
         query=like(row.has_global_query, features),
         logsumexp=like(row.has_key_softmax, 1 if row.has_global_query else features),
     )
-    return q.new_empty(q.shape), *saved.flatten()
+    return q.new_empty(v.shape), *saved.flatten()
 
 
 @custom_op("vitlinear::linear_attention_backward", mutates_args=())

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from timm.layers import RelPosBias
 from torch import Tensor, nn
 
 from vitlinear._timm import register_notrace_module
+from vitlinear.ops import accumulation_dtype
 
 from ..heads import split_heads
 from ..layout import split_axis
 from ..linear import Linear
 from ..padding_rule import SIZES
-from ..windows import fits, fixed_windows, from_windows, join_maps, to_windows, window_places
+from ..windows import (
+    fits,
+    fixed_windows,
+    from_windows,
+    join_maps,
+    square_windows,
+    to_windows,
+    varies,
+    window_places,
+)
 from .softmax_attention import SoftmaxAttention
 
 
@@ -23,6 +34,9 @@ class ShiftedWindowAttention(nn.Module):
 
     Maps are padded to whole windows; padding is no key. A side that one window covers is not
     shifted. Source: Swin transformer (arXiv:2103.14030) as the released InLine-Swin has it.
+
+    With ``square`` windows are never longer than the map's shorter side, and where they are as long
+    neither side is shifted: so the released PolaFormer has it. The biases are resized to them.
     """
 
     padding_rule = SIZES
@@ -35,6 +49,8 @@ class ShiftedWindowAttention(nn.Module):
         shift: bool = False,
         proj_drop: float = 0.0,
         backend: str = "auto",
+        square: bool = False,
+        table_size: int | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -47,6 +63,9 @@ class ShiftedWindowAttention(nn.Module):
             shift: Whether windows begin half a window further on.
             proj_drop: Dropout rate of the output.
             backend: One of `vitlinear.ops.BACKENDS`; softmax runs on SDPA whatever it is.
+            square: Whether windows shrink to the map's shorter side.
+            table_size: Side of the windows that there is a bias for each pair of places of; by
+                default K. With square windows alone.
             device: Where the parameters live.
             dtype: Type of the parameters.
 
@@ -59,9 +78,12 @@ class ShiftedWindowAttention(nn.Module):
             raise ValueError(f"a window needs a side of at least 1, got {window_size}")
         self.window_size = window_size
         self.shift = window_size // 2 if shift else 0
+        self.square = square
+        self.table_size = table_size or window_size
         self.attend = SoftmaxAttention(num_heads, split_heads(dim, num_heads), backend)
         self.qkv = Linear(dim, 3 * dim, device=device, dtype=dtype)
-        self.rel_pos = RelPosBias((window_size, window_size), num_heads, device=device, dtype=dtype)
+        table = (self.table_size, self.table_size)
+        self.rel_pos = RelPosBias(table, num_heads, device=device, dtype=dtype)
         self.proj = Linear(dim, dim, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
 
@@ -90,6 +112,9 @@ class ShiftedWindowAttention(nn.Module):
         rows, cols = fixed_windows(H, side), fixed_windows(W, side)
         # 1 // n is 1 for one window and 0 for more.
         down, right = self.shift * (1 - 1 // rows[0]), self.shift * (1 - 1 // cols[0])
+        if self.square:
+            rows, cols, down = square_windows(H, W, side, self.shift > 0)
+            right = down
         regions = window_regions((B, H, W), rows, cols, down, right, x.device)
         x = to_windows(x, rows, cols, down, right)
         q, k, v = split_axis(self.qkv(x), 2, [3, heads, C // heads]).unbind(2)
@@ -99,9 +124,37 @@ class ShiftedWindowAttention(nn.Module):
         if regions is not None:
             hidden = regions[:, None, :, None] != regions[:, None, None, :]
             logits = q.new_zeros(hidden.shape).masked_fill(hidden, -torch.inf)
-        bias = self.rel_pos(logits).to(q.dtype)
+        if varies(rows[1]) or rows[1] != self.table_size:
+            table = self.rel_pos.relative_position_bias_table
+            bias = logits + resized_biases(table, self.table_size, rows[1])
+        else:
+            bias = self.rel_pos(logits)
+        bias = bias.to(q.dtype)
         x = self.proj_drop(self.proj(self.attend(q, k, v, bias)))
         return from_windows(x, rows, cols, (B, H, W), down, right)
+
+
+def resized_biases(table: Tensor, table_size: int, side: int) -> Tensor:
+    """The bias of each pair of places of a window, from a table for windows of another side.
+
+    Bicubic, by which released Swin transformers load a table for other windows.
+
+    Args:
+        table: [(2 * table_size - 1)^2, h], by offsets down and to the right.
+        table_size: Side of the windows that the table is for.
+        side: Side of the window.
+
+    Returns:
+        [h, side^2, side^2], float32 or float64.
+    """
+    length, wanted = 2 * table_size - 1, 2 * side - 1
+    x = table.to(accumulation_dtype(table.dtype)).t().reshape(1, -1, length, length)
+    x = F.interpolate(x, size=[wanted, wanted], mode="bicubic", align_corners=False)
+    place = torch.arange(side * side, device=table.device)
+    row = place // side
+    col = place - row * side
+    down, right = row[:, None] - row + side - 1, col[:, None] - col + side - 1
+    return x[0].flatten(1)[:, down * wanted + right]
 
 
 def window_regions(

@@ -50,6 +50,38 @@ def resized_by_products(x: Tensor, height: int, width: int) -> Tensor:
     return resizing(cols, width, x) @ down.unflatten(1, [cols, x.shape[2]])
 
 
+def resized_positions(
+    positions: Tensor, grid_size: tuple[int, int], height: int, width: int, mode: str
+) -> Tensor:
+    """Positions of a map, resized without antialiasing to a map of this size.
+
+    Args:
+        positions: [1, rows * columns, C].
+        grid_size: Rows and columns.
+        height: Wanted.
+        width: Wanted.
+        mode: ``'bilinear'`` or ``'bicubic'``.
+
+    Returns:
+        [1, height, width, C]; as learned if they fit.
+    """
+    rows, cols = grid_size
+    pos = positions.reshape(1, rows, cols, -1).permute(0, 3, 1, 2)
+    if torch.jit.is_scripting():
+        known = height == rows and width == cols
+    else:
+        # To compare them would tie an exported program to the size it was made with; to resize
+        # them to their own size changes nothing. Resized with channels last, the strides of
+        # half-precision ones would tie it to some sizes, too.
+        compiling = torch.compiler.is_compiling() or is_followed(height)
+        known = not compiling and (height, width) == (rows, cols)
+        if compiling:
+            pos = pos.contiguous()
+    if not known:
+        pos = F.interpolate(pos, size=[height, width], mode=mode, align_corners=False)
+    return pos.permute(0, 2, 3, 1)
+
+
 # One step to torch.fx, which cannot follow choices that look at shapes.
 @register_notrace_module
 class AddTokenPositions(nn.Module):
@@ -157,18 +189,4 @@ class AddMapPositions(nn.Module):
 
         Bilinear, as the released InLine-PVT does it.
         """
-        rows, cols = grid_size
-        pos = pos_embed.reshape(1, rows, cols, -1).permute(0, 3, 1, 2)
-        if torch.jit.is_scripting():
-            known = height == rows and width == cols
-        else:
-            # To compare them would tie an exported program to the size it was made with; to
-            # resize them to their own size changes nothing. Resized with channels last, the
-            # strides of half-precision ones would tie it to some sizes, too.
-            compiling = torch.compiler.is_compiling() or is_followed(height)
-            known = not compiling and (height, width) == (rows, cols)
-            if compiling:
-                pos = pos.contiguous()
-        if not known:
-            pos = F.interpolate(pos, size=[height, width], mode="bilinear", align_corners=False)
-        return pos.permute(0, 2, 3, 1)
+        return resized_positions(pos_embed, grid_size, height, width, "bilinear")

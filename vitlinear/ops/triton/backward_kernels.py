@@ -31,6 +31,7 @@ from .blocks import (
     read_product,
     read_slopes,
     seen_tokens,
+    smaller,
     steps,
     store_gradients,
     store_statistic,
@@ -81,7 +82,9 @@ def query_pass(
             z = tl.sum(features * norm[None, :], 1)
             of_state, of_mean = read_factors(z, scale, count, plan)
             slope_state, slope_mean = read_slopes(z, scale, count, plan)
-            grad_z = slope_state * tl.sum(features * u, 1)
+            grad_z = tl.zeros_like(z)
+            if plan.read_out != "injective":  # whose factor of the state is a constant
+                grad_z = slope_state * tl.sum(features * u, 1)
             if plan.uses_mean:
                 grad_z += slope_mean * tl.sum(g * mean[None, :], 1)
                 grad_mean += tl.sum(g * of_mean[:, None], 0)
@@ -126,10 +129,10 @@ def key_terms(k, v, n, query, statistic, transposed, grad_norm, span, plan: tl.c
     seen = seen_tokens(valid, inside, empty, plan)
     if plan.key_weights == "global_query":
         logits = tl.sum(features * query[None, :], 1) * scale
-        weights = tl.where(seen, tl.exp(tl.minimum(logits - statistic, 0.0)), 0.0)[:, None]
+        weights = tl.where(seen, tl.exp(smaller(logits - statistic, 0.0)), 0.0)[:, None]
     elif plan.key_weights == "token_softmax":
         _, exists = vector_lanes(plan)
-        weights = tl.exp(tl.minimum(features - statistic[None, :], 0.0))
+        weights = tl.exp(smaller(features - statistic[None, :], 0.0))
         weights = tl.where(seen[:, None] & exists[None, :], weights, 0.0)
     else:
         weights = tl.where(valid, 1.0 / count, 0.0)[:, None]

@@ -14,6 +14,7 @@ from .blocks import (
     beside,
     count_tokens,
     encode,
+    larger,
     load_channels,
     load_positions,
     load_scale,
@@ -61,7 +62,7 @@ def program(counts, length, width, heads, chunk, scale, plan: tl.constexpr):
     last = tl.minimum(first + chunk, length)
     count = count_tokens(counts, b, length, plan)
     empty = count < 0.5
-    count = tl.maximum(count, 1.0)
+    count = larger(count, 1.0)
     return slot, h, split, (b, h, first, last, width, count, empty, scale)
 
 
@@ -135,9 +136,9 @@ def key_sums(k, v, query, span, plan: tl.constexpr):
         encoded = encode(features, cos, sin, False, plan)
         state = sum_product(encoded, values, state, plan)
     if plan.key_weights != "uniform":
-        present = tl.where(total > 0, total, 1.0)  # nothing seen: zeros, of weight exp(-inf)
+        present = tl.where(total == 0, 1.0, total)  # nothing seen: zeros, of weight exp(-inf)
         norm = norm / present
-        top = tl.where(total > 0, top + tl.log(present), top)
+        top = tl.where(total == 0, top, top + tl.log(present))
         if plan.key_weights == "token_softmax":
             present = _of_rows(present, plan)[:, None]
         state = state / present
@@ -297,7 +298,7 @@ def _merged_logsumexp(statistics, at, exists, slot, slots, splits, size: tl.cons
     top = tl.zeros(at.shape, tl.float32) - float("inf")
     for split in steps(0, splits, 1):
         place = (split * slots + slot) * size
-        top = tl.maximum(top, tl.load(statistics + place + at, mask=exists, other=0.0))
+        top = larger(top, tl.load(statistics + place + at, mask=exists, other=0.0))
     total = tl.zeros(at.shape, tl.float32)
     for split in steps(0, splits, 1):
         place = (split * slots + slot) * size

@@ -1,0 +1,182 @@
+"""Linear attention in two steps: states that are returned, and states that are given."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.golden import relative_error
+from tests.ops.inputs import Inputs, make_inputs, oracle
+from vitlinear import ops
+from vitlinear.ops import naive
+
+MECHANISMS = [name for name, row in ops.MECHANISMS.items() if not row.has_global_query]
+BACKENDS = ("eager",)
+
+each_mechanism = pytest.mark.parametrize("mechanism", MECHANISMS)
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def in_two_steps(mechanism: str, inputs: Inputs, backend: str) -> torch.Tensor:
+    """The attention of `attend`, by a state and a read of it."""
+    q, k, v, *_ = inputs.projection.unbind(2)
+    terms = inputs.terms(mechanism)._asdict()
+    of_keys = {name: terms[name] for name in ("rotary", "key_padding_mask")}
+    state = ops.linear_attention_state(k, v, mechanism=mechanism, **of_keys, backend=backend)
+    return ops.read_linear_attention_state(q, state, mechanism=mechanism, **terms, backend=backend)
+
+
+@pytest.mark.quick
+@each_mechanism
+@each_backend
+@pytest.mark.parametrize("mask", [False, True])
+def test_two_steps_are_the_attention(mechanism, backend, mask):
+    inputs = make_inputs(grid=(5, 7), dim=12, mask=mask, epilogue=("gate", "lepe"))
+    inputs = inputs._replace(head_scale=torch.tensor([0.5, -2.0], dtype=torch.float64))
+    expected_out, expected_grad = oracle(mechanism, inputs)
+    out = in_two_steps(mechanism, inputs, backend)
+    (grad,) = torch.autograd.grad(out, inputs.projection, inputs.grad)
+    assert relative_error(out, expected_out) < 1e-12
+    assert relative_error(grad, expected_grad) < 1e-12
+
+
+@each_mechanism
+@each_backend
+def test_gradcheck(mechanism, backend):
+    inputs = make_inputs(grid=(2, 3), dim=4, mask=True)
+    assert torch.autograd.gradcheck(
+        lambda p: in_two_steps(mechanism, inputs._replace(projection=p), backend),
+        inputs.projection,
+    )
+
+
+@each_mechanism
+@each_backend
+@pytest.mark.parametrize("width", [2, 20])
+def test_values_narrower_and_wider_than_queries(mechanism, backend, width):
+    inputs = make_inputs(grid=(3, 5), mask=True)
+    q, k, *_ = inputs.projection.detach().unbind(2)
+    q, k = q.requires_grad_(), k.requires_grad_()
+    v = torch.randn(2, 15, 2, width, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn_like(v)
+    terms = inputs.terms(mechanism)
+    expected = naive.linear_attention(q, k, v, mechanism, *terms)
+    expected_grads = torch.autograd.grad(expected, (q, k, v), grad)
+
+    def two_steps():
+        options = {"mechanism": mechanism, "rotary": terms.rotary, "backend": backend}
+        options["key_padding_mask"] = terms.key_padding_mask
+        state = ops.linear_attention_state(k, v, **options)
+        return ops.read_linear_attention_state(q, state, **options)
+
+    def at_once():
+        options = terms._asdict()
+        return ops.linear_attention(q, k, v, mechanism=mechanism, **options, backend=backend)
+
+    for out in (at_once(), two_steps()):
+        assert out.shape == v.shape and relative_error(out, expected) < 1e-12
+        grads = torch.autograd.grad(out, (q, k, v), grad)
+        for found, exact in zip(grads, expected_grads, strict=True):
+            assert relative_error(found, exact) < 1e-12
+
+
+@pytest.mark.quick
+@each_backend
+def test_state_of_identity_is_the_mean_of_products(backend):
+    k, v = torch.randn(2, 2, 6, 3, 4, dtype=torch.float64).unbind(0)
+    state = ops.linear_attention_state(k, v, mechanism="identity", backend=backend)
+    expected = torch.einsum("bnhd,bnhe->bhde", k, v) / 6
+    torch.testing.assert_close(state.state, expected)
+    assert state[1:] == (None,) * 4
+
+
+@each_backend
+def test_states_that_samples_share(backend):
+    """As a learned one, whose gradient is the sum over the samples."""
+    q = torch.randn(3, 6, 2, 4, dtype=torch.float64)
+    learned = torch.randn(1, 2, 4, 8, dtype=torch.float64, requires_grad=True)
+    out = ops.read_linear_attention_state(
+        q, ops.LinearAttentionState(learned), mechanism="identity", backend=backend
+    )
+    expected = torch.einsum("bnhd,hde->bnhe", q, learned[0])
+    torch.testing.assert_close(out, expected)
+    grad = torch.randn_like(out)
+    (found,) = torch.autograd.grad(out, learned, grad)
+    torch.testing.assert_close(found, torch.autograd.grad(expected, learned, grad)[0])
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_types(backend, dtype):
+    """States are float32 whatever comes in, autocast or not, and outputs are like queries."""
+    k = torch.randn(1, 5, 2, 4).to(dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            state = ops.linear_attention_state(k, k, mechanism="mala", backend=backend)
+            out = ops.read_linear_attention_state(k, state, mechanism="mala", backend=backend)
+        assert {x.dtype for x in state if x is not None} == {wide}
+        assert out.dtype == dtype
+        expected = attend_once(k, backend)
+        torch.testing.assert_close(out, expected)
+
+
+def attend_once(x: torch.Tensor, backend: str) -> torch.Tensor:
+    return ops.linear_attention(x, x, x, mechanism="mala", backend=backend)
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_padding_alone(mechanism, backend, dtype):
+    """A state of zeros, an output of zeros, and finite gradients."""
+    inputs = make_inputs(dtype=dtype, mask=True)
+    inputs.mask[0] = True
+    projection = inputs.projection.detach().clone()
+    projection[0] = torch.nan
+    projection.requires_grad_()
+    _, k, v, *_ = projection.unbind(2)
+    terms = inputs.terms(mechanism)
+    options = {"rotary": terms.rotary, "key_padding_mask": inputs.mask}
+    state = ops.linear_attention_state(k, v, mechanism=mechanism, **options, backend=backend)
+    assert not state.state[0].any() and state.state[1].any()
+    out = in_two_steps(mechanism, inputs._replace(projection=projection), backend)
+    (grad,) = torch.autograd.grad(out, projection, inputs.grad)
+    assert not out[0].any() and not grad[0].any()
+    assert out.isfinite().all() and grad.isfinite().all()
+
+
+def test_a_mean_query_needs_queries():
+    x = torch.randn(1, 4, 2, 8)
+    with pytest.raises(ValueError, match="'rala' weighs keys by their mean query and has no state"):
+        ops.linear_attention_state(x, x, mechanism="rala")
+
+
+BAD_STATES = {
+    "needs norm in the state, and there is none": {"norm": None},
+    "needs mean_v in the state": {"mean_v": None},
+    r"state of the state must be \[2, 2, 8, 8\]": {"state": torch.zeros(2, 2, 6, 8)},
+    r"must be \[2, 2, 8, 8\] for q": {"state": torch.zeros(3, 2, 8, 8)},
+    "norm of the state must be torch.float32 for torch.float32, got torch.float16": {
+        "norm": torch.zeros(2, 2, 1, 8).half()
+    },
+}
+
+
+@pytest.mark.parametrize("message", BAD_STATES)
+def test_states_that_do_not_fit(message):
+    x = torch.randn(2, 6, 2, 8)
+    state = ops.linear_attention_state(x, x, mechanism="mala")
+    with pytest.raises(ValueError, match=message):
+        ops.read_linear_attention_state(x, state._replace(**BAD_STATES[message]), mechanism="mala")
+
+
+def test_terms_that_do_not_fit():
+    x = torch.randn(2, 6, 2, 8)
+    with pytest.raises(ValueError, match="4 x 2 grid do not fit 6 tokens"):
+        ops.linear_attention_state(x, x, rotary=ops.rotary_tables(4, 2, 8))
+    state = ops.linear_attention_state(x, x[..., :4])
+    with pytest.raises(ValueError, match=r"gate must have the shape and type of the output"):
+        ops.read_linear_attention_state(x, state, gate=x)
+    with pytest.raises(ValueError, match="softmax attention takes values of the width of q"):
+        ops.softmax_attention(x, x, x[..., :4])

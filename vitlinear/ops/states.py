@@ -1,0 +1,154 @@
+"""Linear attention in two steps: the state of keys and values, and queries that read a state.
+
+The state that is read may be another one than that of the tokens, such as a learned one, or one
+that a layer has changed. Both steps are those of `vitlinear.ops.linear_attention`, and their
+derivatives flow through the state.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import eager
+from .attention import check_terms, check_tokens, mask_of_lengths
+from .attention_state import LinearAttentionState
+from .backend import Workload, choose_backend
+from .mechanisms import Mechanism, get_mechanism
+from .rotary import RotaryTables
+from .terms import Terms
+
+
+def linear_attention_state(
+    k: Tensor,
+    v: Tensor,
+    *,
+    mechanism: str = "elu",
+    rotary: RotaryTables | None = None,
+    key_padding_mask: Tensor | None = None,
+    backend: str = "auto",
+) -> LinearAttentionState:
+    """The state of a linear attention: sums over keys and values.
+
+    With the notation of `vitlinear.ops.linear_attention`::
+
+        S = 1/N sum_j w_j R(phi_k(k_j)) v_j^T    m = 1/N sum_j w_j phi_k(k_j)
+        vbar = 1/N sum_j v_j
+
+    Args:
+        k: Keys, [B, N, h, D], as for `vitlinear.ops.linear_attention`.
+        v: Values, [B, N, h, Dv]. Several groups of values that share keys can lie side by side.
+        mechanism: Key in `vitlinear.ops.MECHANISMS`.
+        rotary: Position tables of the keys.
+        key_padding_mask: Tokens that count nowhere, as for `vitlinear.ops.linear_attention`.
+        backend: ``auto`` or ``eager``; see `vitlinear.ops.backend`.
+
+    Returns:
+        S, [B, h, F, Dv]; m and vbar where the mechanism reads them. float32, float64 for float64.
+
+    Raises:
+        ValueError: Shapes or types do not fit, a name is unknown, or the mechanism weighs keys by a
+            query.
+        NotImplementedError: The backend has no states.
+    """
+    row = get_mechanism(mechanism)
+    if row.has_global_query:
+        raise ValueError(
+            f"{mechanism!r} weighs keys by their mean query and has no state without queries"
+        )
+    terms = Terms(rotary, mask_of_lengths(key_padding_mask, k))
+    check_tokens(k, k, v)
+    check_terms(k, terms, row.positions)
+    run_eagerly(backend, k, mechanism)
+    return eager.linear_attention_state(k, v, row, terms)
+
+
+def read_linear_attention_state(
+    q: Tensor,
+    state: LinearAttentionState,
+    *,
+    mechanism: str = "elu",
+    rotary: RotaryTables | None = None,
+    key_padding_mask: Tensor | None = None,
+    head_scale: Tensor | None = None,
+    lepe: Tensor | None = None,
+    gate: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Outputs of queries that read a state.
+
+    With the notation of `vitlinear.ops.linear_attention`::
+
+        out_i = a(z_i) R(phi_q(q_i))^T tau S + b(z_i) vbar        z_i = phi_q(q_i) . m
+
+    Args:
+        q: Queries, [B, N, h, D], as for `vitlinear.ops.linear_attention`.
+        state: From `linear_attention_state`, or made of other tensors of these shapes and types;
+            samples may share one, [1, h, F, Dv].
+        mechanism: Key in `vitlinear.ops.MECHANISMS`. Where its factors depend on N (``l2``), that
+            is the number of queries.
+        rotary: Position tables of the queries.
+        key_padding_mask: Queries whose output is 0.
+        head_scale: tau, [h], a factor of S.
+        lepe: Added to the output, [B, N, h, Dv].
+        gate: Multiplies the sum of output and lepe, like it.
+        backend: ``auto`` or ``eager``; see `vitlinear.ops.backend`.
+
+    Returns:
+        [B, N, h, Dv] in the type of q. What float16 cannot hold saturates.
+
+    Raises:
+        ValueError: Shapes or types do not fit, or a name is unknown.
+        NotImplementedError: The backend has no states.
+    """
+    row = get_mechanism(mechanism)
+    terms = Terms(rotary, mask_of_lengths(key_padding_mask, q), head_scale, lepe, gate)
+    check_tokens(q, q, q)
+    check_state(q, state, row, rotary is not None)
+    check_terms(q, terms, row.positions, state.state.shape[-1])
+    run_eagerly(backend, q, mechanism)
+    return eager.read_linear_attention_state(q, state, row, terms)
+
+
+def run_eagerly(backend: str, x: Tensor, mechanism: str) -> None:
+    """Check that a backend has states.
+
+    Raises:
+        NotImplementedError: It has none.
+        ValueError: It is unknown, or cannot run here.
+    """
+    chosen = choose_backend(backend, Workload.of(x, mechanism, "states alone"))
+    if chosen.backend != "eager":
+        raise NotImplementedError(
+            f"backend {chosen.backend!r} ({chosen.reason}) has no states; use backend='eager'"
+        )
+
+
+def check_state(
+    q: Tensor, state: LinearAttentionState, mechanism: Mechanism, with_positions: bool
+) -> None:
+    """Check that a state fits queries [B, N, h, D].
+
+    Raises:
+        ValueError: It does not; the message says why.
+    """
+    batch, _, heads, dim = q.shape
+    rows, features = mechanism.state_dim(dim, with_positions), mechanism.feature_dim(dim)
+    dtype = eager.accumulation_dtype(q.dtype)
+    values = state.state.shape[-1]
+    needed = {"state": (rows, values)}
+    if mechanism.reads.uses_norm:
+        needed["norm"] = (1, features)
+    if mechanism.reads.uses_mean:
+        needed["mean_v"] = (1, values)
+    for name, shape in needed.items():
+        x = getattr(state, name)
+        if x is None:
+            raise ValueError(f"{mechanism.name!r} needs {name} in the state, and there is none")
+        if x.dim() != 4 or x.shape[0] not in (1, batch) or x.shape[1:] != (heads, *shape):
+            expected = ", ".join(str(size) for size in (batch, heads, *shape))
+            raise ValueError(
+                f"{name} of the state must be [{expected}] for q of shape {tuple(q.shape)} and "
+                f"mechanism {mechanism.name!r}, got {tuple(x.shape)}"
+            )
+        if x.dtype != dtype:
+            raise ValueError(f"{name} of the state must be {dtype} for {q.dtype}, got {x.dtype}")
