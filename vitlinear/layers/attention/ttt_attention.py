@@ -10,15 +10,14 @@ from torch import Tensor, nn
 from vitlinear._timm import register_notrace_module
 from vitlinear.ops import RotaryTables, accumulation_dtype
 from vitlinear.ops.backend import check_backend
-from vitlinear.ops.inner_step import inner_values, stepped
-from vitlinear.ops.rotary import rotate, token_table
+from vitlinear.ops.inner_step import gated, inner_values, stepped
 
 from ..conv.dynamic_conv import conv_per_sample
 from ..heads import split_heads
 from ..layout import split_axis
 from ..linear import Linear
 from ..padding_rule import MASK
-from ..recompute import recomputing
+from .scriptable_state import scriptable_read, scriptable_state, turned
 
 
 # One step to torch.fx, as `GatedAttention`.
@@ -109,15 +108,16 @@ class TttAttention(nn.Module):
         if mask is not None:
             mask = mask.flatten(1)
             qkv = qkv.masked_fill(mask[:, :, None, None, None], 0)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, h, N, D]
-        if rotary is not None:
-            q, k = turned(q, rotary), turned(k, rotary)
+        q, k, v = qkv.unbind(2)
+        k = turned(k, rotary)  # once, for the two that take it
         first = torch.cat((self.w1, self.w2), dim=2).unsqueeze(0)
-        reads = read_state(k, first.to(accumulation_dtype(k.dtype)), mask, self.backend)
-        state = state_of(k, inner_values(v, reads), mask, self.backend)
-        reads = read_state(q, stepped(first, state, [2]), mask, self.backend)
-        x, gate = reads.chunk(2, dim=3)
-        return (x * F.silu(gate)).transpose(1, 2)
+        first = first.to(accumulation_dtype(k.dtype))
+        reads = scriptable_read(k, first, None, None, self.backend)
+        # With heads before tokens, as products of matrices want them.
+        values = inner_values(v.transpose(1, 2), reads.transpose(1, 2)).transpose(1, 2)
+        state = scriptable_state(k, values, mask, self.backend)
+        reads = scriptable_read(q, stepped(first, state, 2), rotary, mask, self.backend)
+        return gated(reads)
 
     def convolution(self, qkv: Tensor, key_padding_mask: Tensor | None) -> Tensor:
         """g, [B, H, W, 3 D] -> [B, H, W, D]."""
@@ -131,7 +131,7 @@ class TttAttention(nn.Module):
         else:
             count = (~key_padding_mask).sum([1, 2]).clamp(min=1).to(dtype)
             state = sums / count[:, None, None]
-        return conv_per_sample(q, stepped(self.w3.flatten(1), state, [2]))
+        return conv_per_sample(q, stepped(self.w3.flatten(1), state, 2))
 
 
 def tap_sums(k: Tensor, v: Tensor) -> Tensor:
@@ -153,27 +153,3 @@ def tap_sums(k: Tensor, v: Tensor) -> Tensor:
         row, col = tap // 3, tap % 3
         taps.append((k[:, row : row + height, col : col + width] * v).sum([1, 2]))
     return torch.stack(taps, dim=2)
-
-
-def turned(x: Tensor, rotary: RotaryTables) -> Tensor:
-    """Heads [B, h, N, D] turned by full-width tables, rounded to the type of x."""
-    table = token_table(rotary, x.shape[1])
-    return rotate(x.to(table.dtype), table).to(x.dtype)
-
-
-def read_state(q: Tensor, state: Tensor, mask: Tensor | None, backend: str) -> Tensor:
-    if torch.jit.is_scripting():
-        out = q.to(state.dtype) @ state
-        if mask is not None:
-            out = out.masked_fill(mask[:, None, :, None], 0)
-        return out.to(q.dtype)
-    return (q.to(state.dtype) @ state).to(q.dtype)
-
-
-def state_of(k: Tensor, v: Tensor, mask: Tensor | None, backend: str) -> Tensor:
-    dtype = accumulation_dtype(k.dtype)
-    k = k.to(dtype)
-    if mask is None:
-        return (k.transpose(2, 3) / k.shape[2]) @ v.to(dtype)
-    count = (~mask).sum(1).clamp(min=1).to(dtype)
-    return (k.transpose(2, 3) @ v.to(dtype)) / count[:, None, None, None]
