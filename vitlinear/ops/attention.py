@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import eager
+from . import autograd, eager
 from . import registered as registered  # registers torch.ops.vitlinear.*
 from .backend import Workload, choose_backend, requested_backend
 from .mechanisms import Mechanism, get_mechanism
@@ -87,6 +87,9 @@ def linear_attention(
         )
     if chosen == "triton":  # unless it was asked for by name, the formulas may stand in
         chosen = requested_backend(backend).backend
+    if not torch.compiler.is_compiling() and autograd.takes(q, k, v, terms):
+        check_tables_gradient(terms)
+        return autograd.linear_attention(q, k, v, row, terms, chosen)
     check_derivatives(q, k, v, terms)
     return torch.ops.vitlinear.linear_attention(q, k, v, mechanism, *terms.flatten(), chosen)[0]
 
@@ -150,10 +153,19 @@ def check_derivatives(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> None:
         raise NotImplementedError(
             "the library backend has no forward-mode derivative; use backend='eager'"
         )
+    check_tables_gradient(terms)
+
+
+def check_tables_gradient(terms: Terms) -> None:
+    """Check that no gradient of position tables is asked for.
+
+    Raises:
+        NotImplementedError: One is.
+    """
     tables = terms.rotary
-    if tables is None or not torch.is_grad_enabled():
+    if tables is None or not (tables.rows.requires_grad or tables.cols.requires_grad):
         return
-    if any(table.requires_grad for table in tables):
+    if torch.is_grad_enabled():
         raise NotImplementedError(
             "the library backend has no gradient of rotary tables; use backend='eager'"
         )

@@ -18,7 +18,6 @@ Tensors are [B, N, h, D] with any strides; outputs are contiguous. Optional term
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,29 +25,10 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
-from . import backward, eager
+from . import backward, eager, execution
 from .attention_state import LinearAttentionState
-from .backend import KERNEL_DTYPES, report_failure
-from .backward import LinearGradients
 from .mechanisms import get_mechanism
 from .terms import FlatTerms, Terms
-
-
-def _to_layout(x: Tensor, like: Tensor) -> Tensor:
-    """[B, h, N, D] in the accumulation type -> contiguous [B, N, h, D] in the input type."""
-    # A copy is forced because an operator may not return a view of what it was given, and with
-    # one head or one token transpose and contiguous would be exactly that.
-    x = eager.saturate(x.transpose(1, 2), like.dtype)
-    return torch.empty(x.shape, dtype=like.dtype, device=x.device).copy_(x)
-
-
-def _kernels(backend: str, q: Tensor) -> ModuleType | None:
-    """The fused kernels, where they are wanted and take this type."""
-    if backend == "library" or q.dtype not in KERNEL_DTYPES:
-        return None
-    from . import triton  # loads Triton itself
-
-    return triton
 
 
 @custom_op("vitlinear::linear_attention", mutates_args=())
@@ -68,18 +48,8 @@ def linear_attention_op(
     """Output [B, N, h, D], and the five tensors of a flattened `LinearAttentionState`."""
     row = get_mechanism(mechanism)
     terms = Terms.unflatten(rows, cols, key_padding_mask, head_scale, lepe, gate)
-    try:
-        if kernels := _kernels(backend, q):
-            out, state = kernels.forward(q, k, v, row, terms)
-            return out, *state.flatten()
-    except torch.OutOfMemoryError:
-        raise  # says nothing against the kernels, and the formulas need more
-    except Exception as error:
-        report_failure(error, required=backend == "triton")
-    with eager.without_autocast(q):
-        tokens = eager.prepare(q, k, v, row, terms, own=True)
-        out, state = eager.linear_attention_forward(tokens, row)
-    return _to_layout(out, q), *state.flatten()
+    out, state = execution.forward(q, k, v, row, terms, backend, separate=True)
+    return out, *state.flatten()
 
 
 @linear_attention_op.register_fake
@@ -127,62 +97,27 @@ def linear_attention_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and the gate in one buffer, of head_scale, and of lepe.
 
-    The buffer is [B, N, 3, h, D], or with a gate [B, N, 4, h, D], laid out like the projection that
-    q, k, v and the gate mostly are slices of: its gradient then is this very memory, or one copy of
-    it. An operator may not return views of one another, so slicing is left to the autograd formula.
-    The others are [h] and [B, N, h, D], empty where there is none; without a gate the gradient of
-    lepe is that of the output, and is left to the autograd formula too.
+    As `execution.gradient_memory` has them, and empty for None. An operator may not return views of
+    one another, so slicing the buffer is left to the autograd formula.
     """
     row = get_mechanism(mechanism)
     terms = Terms.unflatten(rows, cols, key_padding_mask, head_scale, lepe, gate)
     saved = LinearAttentionState.unflatten(state, norm, mean_v, query, logsumexp)
-    grads, grad_scale, grad_lepe = _gradient_memory(q, state, terms)
-    memory = _one_by_one(grads, grad_scale, grad_lepe, terms)
-    try:
-        if kernels := _kernels(backend, q):
-            kernels.backward(grad_out, q, k, v, row, terms, saved, memory)
-            return grads, grad_scale, grad_lepe
-    except torch.OutOfMemoryError:
-        raise  # says nothing against the kernels, and the formulas need more
-    except Exception as error:
-        report_failure(error, required=backend == "triton")
-    with eager.without_autocast(q):
-        tokens = eager.prepare(q, k, v, row, terms, own=False)
-        grad_out = grad_out.transpose(1, 2).to(state.dtype)
-        found = backward.linear_attention_backward(grad_out, tokens, row, saved)
-    if memory.head_scale is not None and found.head_scale is not None:
-        memory.head_scale.copy_(found.head_scale)
-    for name in ("q", "k", "v", "lepe", "gate"):
-        into, grad = getattr(memory, name), getattr(found, name)
-        if into is not None:
-            into.copy_(eager.saturate(grad.transpose(1, 2), q.dtype))
-    return grads, grad_scale, grad_lepe
+    memory = execution.gradient_memory(q, terms)
+    into = execution.one_by_one(*memory)
+    execution.backward(grad_out, q, k, v, row, terms, saved, backend, into)
+    return _returned(q, state, memory)
 
 
-def _gradient_memory(q: Tensor, state: Tensor, terms: Terms) -> tuple[Tensor, Tensor, Tensor]:
-    """Fresh memory for what the backward operator returns."""
-    batch, length, heads, dim = q.shape
-    separate = terms.lepe is not None and terms.gate is not None
-    scale = state if terms.head_scale is None else terms.head_scale
+def _returned(
+    q: Tensor, state: Tensor, memory: tuple[Tensor, Tensor | None, Tensor | None]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory of gradients as the operator returns it."""
+    grads, grad_scale, grad_lepe = memory
     return (
-        q.new_empty(batch, length, 3 if terms.gate is None else 4, heads, dim),
-        scale.new_empty((0,) if terms.head_scale is None else scale.shape),
-        q.new_empty(q.shape if separate else (0,)),
-    )
-
-
-def _one_by_one(
-    grads: Tensor, grad_scale: Tensor, grad_lepe: Tensor, terms: Terms | FlatTerms
-) -> LinearGradients:
-    """Name what the backward operator returns: [B, N, h, D], but for the gradient of tau."""
-    grad_q, grad_k, grad_v, *grad_gate = grads.unbind(2)
-    return LinearGradients(
-        grad_q,
-        grad_k,
-        grad_v,
-        head_scale=None if terms.head_scale is None else grad_scale,
-        lepe=None if terms.lepe is None or terms.gate is None else grad_lepe,
-        gate=grad_gate[0] if grad_gate else None,
+        grads,
+        state.new_empty(0) if grad_scale is None else grad_scale,
+        q.new_empty(0) if grad_lepe is None else grad_lepe,
     )
 
 
@@ -203,7 +138,7 @@ def _(
     *others: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     terms = Terms.unflatten(rows, cols, key_padding_mask, head_scale, lepe, gate)
-    return _gradient_memory(q, state, terms)
+    return _returned(q, state, execution.gradient_memory(q, terms))
 
 
 @custom_op("vitlinear::softmax_attention", mutates_args=())
@@ -220,7 +155,7 @@ def softmax_attention_op(
     with eager.without_autocast(q):
         tokens = eager.prepare(q, k, v, None, terms, own=True)
         out, logsumexp = backward.softmax_attention_forward(tokens)
-    return _to_layout(out, q), logsumexp
+    return execution.to_layout(out, q), logsumexp
 
 
 @softmax_attention_op.register_fake
@@ -255,7 +190,7 @@ def softmax_attention_backward_op(
         tokens = eager.prepare(q, k, v, None, terms, own=False)
         grad_out, out = (x.transpose(1, 2).to(logsumexp.dtype) for x in (grad_out, out))
         grads = backward.softmax_attention_backward(grad_out, tokens, out, logsumexp)
-    dq, dk, dv = (_to_layout(grad, q) for grad in grads)
+    dq, dk, dv = (execution.to_layout(grad, q) for grad in grads)
     return dq, dk, dv
 
 
@@ -272,18 +207,18 @@ def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 def _linear_gradients(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     # Read once: checkpointing gives them away.
-    q, k, v, rows, cols, key_padding_mask, head_scale, lepe, gate, *state = ctx.saved_tensors
-    terms = FlatTerms(rows, cols, key_padding_mask, head_scale, lepe, gate)
+    q, k, v, *flat, state, norm, mean_v, query, logsumexp = ctx.saved_tensors
+    terms = Terms.unflatten(*flat)
     grads, grad_scale, grad_lepe = torch.ops.vitlinear.linear_attention_backward(
-        grad_out, q, k, v, ctx.mechanism, *terms, *state, ctx.backend
+        grad_out, q, k, v, ctx.mechanism, *flat, state, norm, mean_v, query, logsumexp, ctx.backend
     )
-    found = _one_by_one(grads, grad_scale, grad_lepe, terms)
-    of_lepe = found.lepe
-    if lepe is not None and gate is None:
-        of_lepe = grad_out
-        if key_padding_mask is not None:
-            of_lepe = grad_out.masked_fill(key_padding_mask[..., None, None], 0)
-    of_terms = FlatTerms(head_scale=found.head_scale, lepe=of_lepe, gate=found.gate)
+    found = execution.one_by_one(
+        grads,
+        None if terms.head_scale is None else grad_scale,
+        None if terms.lepe is None or terms.gate is None else grad_lepe,
+    )
+    found = execution.with_lepe(found, grad_out, terms)
+    of_terms = FlatTerms(head_scale=found.head_scale, lepe=found.lepe, gate=found.gate)
     return found.q, found.k, found.v, None, *of_terms, None
 
 

@@ -42,3 +42,18 @@ def stands_for_many(grad: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
     return torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
+def is_watched(grad: Tensor | None = None) -> bool:
+    """Whether somebody looks at each operator that runs: a compiler, a transform, a mode.
+
+    Args:
+        grad: In a backward pass, a gradient that it was given.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or wants_common_operators()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or (grad is not None and stands_for_many(grad))
+    )

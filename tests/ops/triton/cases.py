@@ -65,3 +65,4 @@ def many_splits(monkeypatch) -> None:
     monkeypatch.setattr(launch, "SHORTEST_SPLIT", 16)
     monkeypatch.setattr(launch, "CHUNK_MULTIPLE", 32)
     monkeypatch.setattr(launch, "processors", lambda device: 64)
+    monkeypatch.setattr(launch, "_prepared", {})

@@ -64,6 +64,7 @@ def kernels(monkeypatch):
 
     monkeypatch.setattr(JITFunction, "run", only_compile)
     monkeypatch.setattr(launch, "processors", lambda device: 132)
+    monkeypatch.setattr(launch, "_prepared", {})
     monkeypatch.setattr(tuning, "_chosen", {})
     driver.set_active(Hopper())
     yield kernels

@@ -1,15 +1,19 @@
-"""Grids, workspaces and launches, which make functions on tensors of the kernels.
+"""Prepared calls, grids, workspaces and launches, which make functions on tensors of the kernels.
 
 Both functions take q, k, v and the terms of the epilogue as [B, N, h, D] with any strides. The
 scratch memory of a call is splits of a state for each head, merged in their order: as many splits
 as fill the device, and for long sequences at most a hundredth of the inputs.
+
+Everything that does not depend on the tensors themselves is decided once for a kind of call and
+kept (`prepared`): on a GPU the kernels of a small map take less time than Python would otherwise
+take to launch them (benchmarks/host_cost.py).
 """
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +23,7 @@ from ..backward import LinearGradients
 from ..mechanisms import Mechanism
 from ..terms import Terms
 from . import backward_kernels, forward_kernels, tuning
+from .memory import Layout
 from .plan import Plan, make_plan
 
 PROGRAMS_PER_PROCESSOR = 4
@@ -27,11 +32,12 @@ LONG = 16384  # tokens from which on the workspace is bounded by the inputs
 WORKSPACE = 0.01  # of the inputs
 CHUNK_MULTIPLE = 128  # the largest block: a split ends where a block does
 MERGE_BLOCK = 1024
+MOST_PREPARED = 1024  # kinds of call that are kept
 
 _INTERPRETER_PROCESSORS = 1
 
 # State, normaliser and mean value.
-Sums = tuple[Tensor, Tensor | None, Tensor | None]
+Sums = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -76,91 +82,241 @@ def cuts(
     return cut(length, summing), cut(length, wide)
 
 
-class Launcher:
-    """One call: its plan, its sizes, and the arguments that all of its kernels take."""
+class Launch:
+    """A kernel, its grid, its plan and its constants: a launch but for tensors and sizes."""
 
-    def __init__(self, q: Tensor, mechanism: Mechanism, terms: Terms) -> None:
-        self.batch, self.length, self.heads, dim = q.shape
-        self.slots = self.batch * self.heads
-        self.device, self.dtype = q.device, q.dtype
-        self.plan = make_plan(mechanism, q.dtype, dim, terms)
-        self.tables: tuple[Tensor, Tensor] | None = None
-        self.width = 1
-        if terms.rotary is not None:
-            rows, cols = terms.rotary
-            self.tables = (rows.float().contiguous(), cols.float().contiguous())
-            self.width = cols.shape[0]
-        self.mask: tuple[Any, ...] | None = None
-        self.counts: Tensor | None = None
-        if terms.key_padding_mask is not None:
-            padding = terms.key_padding_mask
-            self.mask = (padding.view(torch.uint8), *padding.stride())
-            self.counts = (~padding).sum(1, dtype=torch.float32)
-        self.head_scale = None if terms.head_scale is None else terms.head_scale.contiguous()
-        self.scale = dim**-0.5
-        itemsize = q.element_size()
-        self.summing, self.wide = cuts(self.plan, self.slots, self.length, itemsize, q.device)
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, int],
+        plan: Plan,
+        kind: tuple[Any, ...],
+        **constants: Any,
+    ) -> None:
+        """Prepare it.
 
-    def empty(self, *shape: int) -> Tensor:
-        """Fresh float32 memory."""
-        return torch.empty(shape, dtype=torch.float32, device=self.device)
+        Args:
+            kernel: The kernel.
+            grid: Programs.
+            plan: Its plan, without what `tuning` decides.
+            kind: What else the choice of a configuration may depend on.
+            **constants: Compile-time arguments besides the plan.
+        """
+        self._start = kernel[grid]
+        self._plan = plan
+        self._constants = constants
+        self._key = (kernel.__name__, plan, *kind, tuple(constants.items()))
+        self._options: dict[tuning.Config, dict[str, Any]] = {}
 
-    def sums(self, *lead: int) -> Sums:
-        """Memory for a state, a normaliser and a mean value for each of ``lead``."""
-        plan = self.plan
-        return (
-            self.empty(*lead, plan.rows, plan.head_dim),
-            self.empty(*lead, 1, plan.features) if plan.uses_norm else None,
-            self.empty(*lead, 1, plan.head_dim) if plan.uses_mean else None,
-        )
-
-    def parts(self) -> Sums:
-        """Memory for as much of each split."""
-        return self.sums(self.summing.splits, self.batch, self.heads)
-
-    def launch(self, kernel: Any, plan: Plan, splits: int, *args: Any, **constants: Any) -> None:
-        """Run a kernel for every head of every sample and each split."""
+    def __call__(self, *args: Any) -> None:
+        """Run the kernel on tensors and sizes."""
 
         def run(config: tuning.Config) -> None:
-            kernel[(self.slots, splits)](
-                *args,
-                plan=replace(plan, block_tokens=config.block_tokens),
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
-                **constants,
-            )
+            options = self._options.get(config)
+            if options is None:
+                options = self._options[config] = {
+                    "plan": replace(self._plan, block_tokens=config.block_tokens),
+                    "num_warps": config.num_warps,
+                    "num_stages": config.num_stages,
+                    **self._constants,
+                }
+            self._start(*args, **options)
 
-        # Powers of eight, not the size itself: another resolution is seldom another key.
-        size = (self.slots * self.length).bit_length() // 3
-        options = tuple(constants.items())
-        key = (kernel.__name__, plan, self.dtype, self.device, size, options)
-        tuning.run(key, plan, run)
+        tuning.run(self._key, self._plan, run)
+
+
+class Slice:
+    """The launches for a slice of the channels of the values; see `Plan.slices`.
+
+    Attributes:
+        channels: The slice; None where it is all of them.
+        one_kernel: Whether a single kernel does everything, forward and backward.
+        forward: That kernel, forward.
+        backward: Likewise, backward.
+        mean_query: Otherwise, in this order: the mean of the queries, if it weighs the keys,
+        state: the sums over the keys,
+        merge: the merge of the splits' sums,
+        read: the outputs;
+        query: backward, the pass over the queries,
+        key_mean: the mean that the gradient of a softmax subtracts, if there is one,
+        key: the pass over the keys,
+        query_again: and the gradients of queries whose mean weighs the keys.
+    """
+
+    def __init__(self, call: Call, channels: slice | None, plan: Plan) -> None:
+        self.channels = channels
+        kind = call.kind
+        summing, wide = (call.slots, call.summing.splits), (call.slots, call.wide.splits)
+        self.one_kernel = call.wide.splits == 1 and plan.fits_one_kernel
+        one_query = plan.key_weights == "global_query"
+        forward, backward = forward_kernels, backward_kernels
+        self.forward = Launch(forward.forward_kernel, wide, plan, kind)
+        self.backward = Launch(backward.backward_kernel, wide, plan, kind)
+        self.mean_query = Launch(forward.mean_query_kernel, wide, plan, kind)
+        self.state = Launch(forward.state_kernel, summing, plan, kind)
+        self.read = Launch(forward.read_kernel, wide, plan, kind)
+        self.query = Launch(
+            backward.query_kernel, summing, plan, kind, with_sums=True, with_grads=not one_query
+        )
+        self.key_mean = Launch(backward.key_mean_kernel, wide, plan, kind)
+        self.key = Launch(backward.key_kernel, wide, plan, kind)
+        again = plan
+        if plan.has_lepe and plan.has_gate:  # their pass has left the gradient of the sum
+            again = replace(plan, has_lepe=False, has_gate=False)
+        self.query_again = Launch(
+            backward.query_kernel, wide, again, kind, with_sums=False, with_grads=True
+        )
+        tiles = -(-plan.rows * plan.value_dim // MERGE_BLOCK)
+        self._merge = forward_kernels.merge_kernel[(call.slots, tiles)]
+        self._merge_options = {"block": MERGE_BLOCK, "plan": plan, "num_warps": 4}
+        self._splits = call.summing.splits
 
     def merge(
         self,
-        plan: Plan,
         parts: Sums,
         sums: Sums,
         statistic_parts: Tensor | None = None,
         statistics: Tensor | None = None,
     ) -> None:
         """Merge the slots of all splits; with statistics, as averages under a softmax."""
-        tiles = -(-plan.rows * plan.value_dim // MERGE_BLOCK)
-        forward_kernels.merge_kernel[(self.slots, tiles)](
-            parts,
-            statistic_parts,
-            sums,
-            statistics,
-            self.summing.splits,
-            softmax=statistics is not None,
-            block=MERGE_BLOCK,
-            plan=plan,
-            num_warps=4,
+        self._merge(
+            parts, statistic_parts, sums, statistics, self._splits,
+            softmax=statistics is not None, **self._merge_options,
+        )  # fmt: skip
+
+    def of(self, x: Tensor | None) -> Tensor | None:
+        """The channels of values that the slice has of a tensor; None of None."""
+        return x if x is None or self.channels is None else x[..., self.channels]
+
+    def of_sums(self, state: Tensor | None, norm: Tensor | None, mean: Tensor | None) -> Sums:
+        """Likewise of a state and of a mean value; the normaliser has no channels of values."""
+        return self.of(state), norm, self.of(mean)
+
+
+class Call:
+    """A kind of call: its sizes, its plan, its launches, and how its memory is laid out.
+
+    Attributes:
+        summing: The cut of passes that leave a state for each split.
+        wide: The cut of those that do not.
+        slices: The launches.
+        kept: Memory of what forward leaves for backward, in the order of `LinearAttentionState`.
+        forward_scratch: Memory of the splits' mean queries, state, normaliser, mean value and
+            logsumexp.
+        backward_scratch: Memory of the gradients of state, normaliser and mean value; the same of
+            each split; of each split's means under a softmax, and of its gradients of the mean
+            query; of each sample's gradients of tau.
+    """
+
+    def __init__(
+        self,
+        mechanism: Mechanism,
+        shape: torch.Size,
+        dtype: torch.dtype,
+        device: torch.device,
+        plan: Plan,
+    ) -> None:
+        self.batch, self.length, self.heads, dim = shape
+        self.slots = self.batch * self.heads
+        self.scale = dim**-0.5
+        self.plan = plan
+        self.summing, self.wide = cuts(plan, self.slots, self.length, dtype.itemsize, device)
+        # Powers of eight, not the size itself: another resolution is seldom another key.
+        self.kind = (dtype, device, (self.slots * self.length).bit_length() // 3)
+        self.merging = self.summing.splits > 1
+        whole = plan.value_dim == dim
+        self.slices = [
+            Slice(self, None if whole else channels, part) for channels, part in plan.slices()
+        ]
+        self._lay_out(mechanism)
+
+    def _lay_out(self, mechanism: Mechanism) -> None:
+        plan, slots = self.plan, (self.batch, self.heads)
+        state = (
+            (plan.rows, plan.head_dim),
+            (1, plan.features) if plan.uses_norm else None,
+            (1, plan.head_dim) if plan.uses_mean else None,
+        )
+        query = (1, plan.features) if mechanism.has_global_query else None
+        logsumexp = (1, plan.statistics) if plan.statistics else None
+
+        def of_each(*lead: int, shapes: tuple[tuple[int, ...] | None, ...]) -> list[Any]:
+            return [None if shape is None else (*lead, *slots, *shape) for shape in shapes]
+
+        self.kept = Layout(of_each(shapes=(*state, query, logsumexp)))
+        summing, wide = self.summing.splits, self.wide.splits
+        one_kernel = self.slices[0].one_kernel
+        parts = state if self.merging and not one_kernel else (None, None, None)
+        self.forward_scratch = Layout(
+            [
+                *of_each(wide, shapes=(None if one_kernel else query,)),
+                *of_each(summing, shapes=parts),
+                *of_each(summing, shapes=(logsumexp if self.merging else None,)),
+            ]
+        )
+        scales = slots if one_kernel and plan.has_scale else None
+        if one_kernel:
+            self.backward_scratch = Layout([None] * 8 + [scales])
+            return
+        self.backward_scratch = Layout(
+            [
+                *of_each(shapes=state),
+                *of_each(summing, shapes=parts),
+                *of_each(wide, shapes=(logsumexp, query)),
+                scales,
+            ]
         )
 
-    def on_device(self) -> AbstractContextManager[Any]:
-        """Triton launches on the current device, wherever the tensors are."""
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
+_prepared: dict[tuple[Any, ...], Call] = {}
+
+
+def prepared(q: Tensor, mechanism: Mechanism, terms: Terms) -> Call:
+    """The prepared call of this kind, made when it is the first."""
+    # `make_plan` looks at the setting of products in float32.
+    precision = torch.get_float32_matmul_precision() if q.dtype == torch.float32 else None
+    given = tuple([x is not None for x in terms])
+    key = (mechanism.name, q.shape, q.dtype, q.device, given, precision)
+    call = _prepared.get(key)
+    if call is None:
+        if len(_prepared) >= MOST_PREPARED:  # sizes that never come again
+            _prepared.clear()
+        plan = make_plan(mechanism, q.dtype, q.shape[-1], terms)
+        call = _prepared[key] = Call(mechanism, q.shape, q.dtype, q.device, plan)
+    return call
+
+
+class Extras(NamedTuple):
+    """What kernels take of the terms besides the epilogue, and the width of the grid."""
+
+    tables: tuple[Tensor, Tensor] | None
+    mask: tuple[Any, ...] | None
+    counts: Tensor | None
+    head_scale: Tensor | None
+    width: int
+
+    @classmethod
+    def of(cls, terms: Terms) -> Extras:
+        """Those of a call."""
+        tables, width = None, 1
+        if terms.rotary is not None:
+            rows, cols = terms.rotary
+            tables, width = (rows.float().contiguous(), cols.float().contiguous()), cols.shape[0]
+        mask = counts = None
+        padding = terms.key_padding_mask
+        if padding is not None:
+            mask = (padding.view(torch.uint8), *padding.stride())
+            counts = (~padding).sum(1, dtype=torch.float32)
+        tau = terms.head_scale
+        return cls(tables, mask, counts, None if tau is None else tau.contiguous(), width)
+
+
+def on_device(x: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, wherever the tensors are."""
+    device = x.device
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def strided(x: Tensor | None) -> tuple[Any, ...] | None:
@@ -168,87 +324,83 @@ def strided(x: Tensor | None) -> tuple[Any, ...] | None:
     return None if x is None else (x, *x.stride())
 
 
-def part(x: Tensor | None, channels: slice) -> Tensor | None:
-    """A slice of the channels, which stand last; None of None."""
-    return None if x is None else x[..., channels]
-
-
-def part_of_sums(sums: Sums, channels: slice) -> Sums:
-    """A slice of a state and of a mean value; the normaliser has no channels of values."""
-    state, norm, mean = sums
-    return state[..., channels], norm, part(mean, channels)
-
-
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, mechanism: Mechanism, terms: Terms
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mechanism: Mechanism,
+    terms: Terms,
+    separate: bool = False,
 ) -> tuple[Tensor, LinearAttentionState]:
-    """Output [B, N, h, D], contiguous, and the state, in contiguous float32 tensors."""
-    call = Launcher(q, mechanism, terms)
-    features, lead = call.plan.features, (call.batch, call.heads, 1)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    query = logsumexp = None
-    if mechanism.has_global_query:
-        query, logsumexp = call.empty(*lead, features), call.empty(*lead, 1)
-    elif mechanism.has_key_softmax:
-        logsumexp = call.empty(*lead, features)
-    state = LinearAttentionState(*call.sums(call.batch, call.heads), query, logsumexp)
+    """The forward kernels.
+
+    Args:
+        q: Queries, [B, N, h, D], any strides.
+        k: Keys, likewise.
+        v: Values, likewise.
+        mechanism: The row of the table.
+        terms: All that the attention is given besides.
+        separate: Give each tensor of the state memory of its own, as a registered operator needs
+            them.
+
+    Returns:
+        Output [B, N, h, D], contiguous, and the state, in contiguous float32 tensors.
+    """
+    call = prepared(q, mechanism, terms)
+    out = torch.empty_like(v, memory_format=torch.contiguous_format)
+    kept: list[Any] = call.kept.separate(q) if separate else call.kept.carve(q)
+    state = LinearAttentionState(*kept)
     if out.numel():
-        with call.on_device():
-            for channels, plan in call.plan.slices():
-                _forward(call, plan, channels, q, k, v, terms, out, state)
+        extras = Extras.of(terms)
+        with on_device(q):
+            for part in call.slices:
+                _forward(call, part, q, k, v, terms, extras, out, state)
     return out, state
 
 
 def _forward(
-    call: Launcher,
-    plan: Plan,
-    channels: slice,
+    call: Call,
+    part: Slice,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     terms: Terms,
+    extras: Extras,
     out: Tensor,
     state: LinearAttentionState,
 ) -> None:
     """Launch the forward kernels for a slice of the values."""
-    length, width, heads, scale = call.length, call.width, call.heads, call.scale
-    summing, wide = call.summing, call.wide
-    options = (call.tables, call.mask, call.counts)
-    values, into = strided(v[..., channels]), strided(out[..., channels])
-    epilogue = (strided(part(terms.lepe, channels)), strided(part(terms.gate, channels)))
-    query, logsumexp = state.query, state.logsumexp
-    sums = part_of_sums((state.state, state.norm, state.mean_v), channels)
-    if wide.splits == 1 and plan.fits_one_kernel:
-        call.launch(
-            forward_kernels.forward_kernel, plan, 1,
-            strided(q), strided(k), values, into, epilogue, *options, call.head_scale,
-            sums, query, logsumexp, length, width, heads, wide.chunk, scale,
+    tables, mask, counts, head_scale, width = extras
+    length, heads, scale = call.length, call.heads, call.scale
+    queries, keys, values, into = (
+        strided(q), strided(k), strided(part.of(v)), strided(part.of(out)),
+    )  # fmt: skip
+    epilogue = (strided(part.of(terms.lepe)), strided(part.of(terms.gate)))
+    state_at, norm, mean, query, logsumexp = state
+    sums = part.of_sums(state_at, norm, mean)
+    if part.one_kernel:
+        part.forward(
+            queries, keys, values, into, epilogue, tables, mask, counts, head_scale,
+            sums, query, logsumexp, length, width, heads, call.wide.chunk, scale,
         )  # fmt: skip
         return
 
-    query_parts = None
+    wide, summing = call.wide, call.summing
+    query_parts, parts, statistic_parts = None, sums, logsumexp
+    if call.forward_scratch.size:
+        query_parts, *some, statistics = call.forward_scratch.carve(q)
+        if call.merging:
+            parts, statistic_parts = part.of_sums(*some), statistics
     if query is not None:
-        query_parts = call.empty(wide.splits, *query.shape)
-        call.launch(
-            forward_kernels.mean_query_kernel, plan, wide.splits,
-            strided(q), call.mask, call.counts, query_parts, length, heads, wide.chunk, scale,
-        )  # fmt: skip
-    merging = summing.splits > 1
-    parts, statistic_parts = sums, logsumexp
-    if merging:
-        parts = part_of_sums(call.parts(), channels)
-        if logsumexp is not None:
-            statistic_parts = call.empty(summing.splits, *logsumexp.shape)
-    call.launch(
-        forward_kernels.state_kernel, plan, summing.splits,
-        strided(k), values, *options, query_parts, query, parts, statistic_parts,
+        part.mean_query(queries, mask, counts, query_parts, length, heads, wide.chunk, scale)
+    part.state(
+        keys, values, tables, mask, counts, query_parts, query, parts, statistic_parts,
         length, width, heads, summing.chunk, wide.splits, scale,
     )  # fmt: skip
-    if merging:
-        call.merge(plan, parts, sums, statistic_parts, logsumexp)
-    call.launch(
-        forward_kernels.read_kernel, plan, wide.splits,
-        strided(q), into, epilogue, *options, call.head_scale, sums,
+    if call.merging:
+        part.merge(parts, sums, statistic_parts, logsumexp)
+    part.read(
+        queries, into, epilogue, tables, mask, counts, head_scale, sums,
         length, width, heads, wide.chunk, scale,
     )  # fmt: skip
 
@@ -279,86 +431,76 @@ def backward(
     """
     if terms.gate is None:
         terms = terms._replace(lepe=None)  # a sum has no gradient to compute
-    call = Launcher(q, mechanism, terms)
+    call = prepared(q, mechanism, terms)
     shares: list[Tensor] = []
     if q.numel():
-        with call.on_device():
-            for channels, plan in call.plan.slices():
-                share = _backward(call, plan, channels, grad_out, q, k, v, terms, state, grads)
+        extras = Extras.of(terms)
+        with on_device(q):
+            for part in call.slices:
+                share = _backward(call, part, grad_out, q, k, v, terms, extras, state, grads)
                 shares += [] if share is None else [share]
     if grads.head_scale is not None:
         grads.head_scale.copy_(sum(shares[1:], shares[0]) if shares else torch.zeros(()))
 
 
 def _backward(
-    call: Launcher,
-    plan: Plan,
-    channels: slice,
+    call: Call,
+    part: Slice,
     grad_out: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     terms: Terms,
+    extras: Extras,
     state: LinearAttentionState,
     grads: LinearGradients,
 ) -> Tensor | None:
     """Launch the backward kernels for a slice of the values; its share of that of tau, [h]."""
-    length, width, heads, scale = call.length, call.width, call.heads, call.scale
-    summing, wide = call.summing, call.wide
-    options = (call.tables, call.mask, call.counts, call.head_scale)
-    grad_out, values = grad_out[..., channels], strided(v[..., channels])
-    epilogue = (strided(part(terms.lepe, channels)), strided(part(terms.gate, channels)))
-    grad_lepe = part(grads.lepe, channels)
-    grad_epilogue = (strided(grad_lepe), strided(part(grads.gate, channels)))
-    into_keys = (strided(grads.k), strided(grads.v[..., channels]))
+    tables, mask, counts, head_scale, width = extras
+    length, heads, scale = call.length, call.heads, call.scale
+    options = (tables, mask, counts, head_scale)
+    given, keys, values = strided(part.of(grad_out)), strided(k), strided(part.of(v))
+    epilogue = (strided(part.of(terms.lepe)), strided(part.of(terms.gate)))
+    grad_lepe = strided(part.of(grads.lepe))
+    grad_epilogue = (grad_lepe, strided(part.of(grads.gate)))
+    into_keys = (strided(grads.k), strided(part.of(grads.v)))
     query, logsumexp = state.query, state.logsumexp
-    sums = part_of_sums((state.state, state.norm, state.mean_v), channels)
-    if wide.splits == 1 and plan.fits_one_kernel:
-        scales = None if call.head_scale is None else call.empty(call.batch, heads)
-        call.launch(
-            backward_kernels.backward_kernel, plan, 1,
-            strided(grad_out), strided(q), strided(k), values, strided(grads.q), *into_keys,
+    sums = part.of_sums(state.state, state.norm, state.mean_v)
+    scratch: list[Any] = [None] * 9
+    if call.backward_scratch.size:
+        scratch = call.backward_scratch.carve(q)
+    *some, mean_parts, query_parts, scales = scratch
+    if part.one_kernel:
+        part.backward(
+            given, strided(q), keys, values, strided(grads.q), *into_keys,
             epilogue, grad_epilogue, *options, scales, sums, query, logsumexp,
-            length, width, heads, wide.chunk, scale,
+            length, width, heads, call.wide.chunk, scale,
         )  # fmt: skip
         return None if scales is None else scales.sum(0)
 
-    one_query, softmax = plan.key_weights == "global_query", plan.statistics > 0
-    grad_sums = part_of_sums(call.sums(call.batch, heads), channels)
-    merging = summing.splits > 1
-    parts = part_of_sums(call.parts(), channels) if merging else grad_sums
+    wide, summing = call.wide, call.summing
+    grad_sums = part.of_sums(*some[:3])
+    parts = part.of_sums(*some[3:]) if call.merging else grad_sums
     queries = (strided(q), strided(grads.q), epilogue, grad_epilogue, *options, sums)
-    call.launch(
-        backward_kernels.query_kernel, plan, summing.splits,
-        strided(grad_out), *queries, None, parts,
-        length, width, heads, summing.chunk, 1, scale, with_sums=True, with_grads=not one_query,
-    )  # fmt: skip
-    if merging:
-        call.merge(plan, parts, grad_sums)
-    mean_parts = query_parts = None
-    if softmax:
-        mean_parts = call.empty(wide.splits, call.slots, plan.statistics)
-        call.launch(
-            backward_kernels.key_mean_kernel, plan, wide.splits,
-            strided(k), values, *options, query, logsumexp, grad_sums, mean_parts,
+    part.query(given, *queries, None, parts, length, width, heads, summing.chunk, 1, scale)
+    if call.merging:
+        part.merge(parts, grad_sums)
+    if logsumexp is not None:
+        part.key_mean(
+            keys, values, *options, query, logsumexp, grad_sums, mean_parts,
             length, width, heads, wide.chunk, scale,
         )  # fmt: skip
-    if one_query:
-        query_parts = call.empty(wide.splits, call.slots, plan.features)
-    call.launch(
-        backward_kernels.key_kernel, plan, wide.splits,
-        strided(k), values, *into_keys, *options, query, logsumexp, grad_sums,
+    part.key(
+        keys, values, *into_keys, *options, query, logsumexp, grad_sums,
         mean_parts, query_parts, length, width, heads, wide.chunk, wide.splits, scale,
     )  # fmt: skip
-    if one_query:
-        if grad_lepe is not None:  # what the gate and the gradient of the output have made already
-            grad_out, plan = grad_lepe, replace(plan, has_lepe=False, has_gate=False)
-        call.launch(
-            backward_kernels.query_kernel, plan, wide.splits,
-            strided(grad_out), *queries, query_parts, parts, length, width, heads, wide.chunk,
-            wide.splits, scale, with_sums=False, with_grads=True,
+    if query is not None:  # what the gate and the gradient of the output have made already
+        part.query_again(
+            given if grad_lepe is None else grad_lepe, *queries, query_parts, parts,
+            length, width, heads, wide.chunk, wide.splits, scale,
         )  # fmt: skip
-    if call.head_scale is None:
+    if head_scale is None:
         return None
-    grad_state, *_ = grad_sums
+    grad_state = grad_sums[0]
+    assert grad_state is not None and sums[0] is not None
     return (grad_state * sums[0]).sum((0, 2, 3))

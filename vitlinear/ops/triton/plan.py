@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 import torch
 
@@ -66,6 +67,14 @@ class Plan:
     reads: str
     adds: bool = False
     block_tokens: int = 0  # decided by `tuning`
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Once: every launch looks up a plan, here and in Triton's cache of kernels."""
+        return hash(tuple(getattr(self, field.name) for field in fields(self)))
 
     @property
     def block_dim(self) -> int:

@@ -76,15 +76,17 @@ def run(key: object, plan: Plan, call: Callable[[Config], None]) -> None:
     Raises:
         OutOfResources: Not even the smallest configuration fits the device.
     """
-    configs = candidates(plan)
-    if not is_fixed() and not plan.adds:
-        config = _chosen.get(key) or _measured(configs, call)
-        _chosen[key] = config
+    # A measurement counts only where measuring is allowed.
+    measures = not plan.adds and not is_fixed()
+    name = key if measures else ("fixed", key)
+    config = _chosen.get(name)
+    if config is not None:
         call(config)
         return
-    fixed = ("fixed", key)
-    if fixed in _chosen:
-        call(_chosen[fixed])
+    configs = candidates(plan)
+    if measures:
+        _chosen[name] = _measured(configs, call)
+        call(_chosen[name])
         return
     for config in configs:
         try:
@@ -93,7 +95,7 @@ def run(key: object, plan: Plan, call: Callable[[Config], None]) -> None:
             if config == configs[-1]:
                 raise
         else:
-            _chosen[fixed] = config
+            _chosen[name] = config
             return
 
 

@@ -159,7 +159,7 @@ def test_a_failing_kernel_says_so(monkeypatch):
     """Asked for by name it raises; otherwise the formulas run, with one warning."""
     from vitlinear.ops import backend
 
-    def broken(*_):
+    def broken(*_, **__):
         raise RuntimeError("out of luck") from ValueError("no registers left")
 
     inputs = make_inputs(dtype=torch.float32)
