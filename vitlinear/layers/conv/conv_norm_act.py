@@ -70,4 +70,6 @@ class ConvNormAct(nn.Module):
         ):
             return self
         conv = fuse_conv_bn_eval(conv, bn)
+        if self.conv.bias is None:  # of which the new one would take whether it learns
+            conv.bias.requires_grad_(bn.bias.requires_grad)
         return conv if is_plain(self.act, nn.Identity) else nn.Sequential(conv, self.act)
