@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vitlinear.ops import Choice, Workload, choose_backend
+from vitlinear.ops.backend import observed
 
 
 class AttentionCall(NamedTuple):
@@ -46,22 +47,19 @@ class BackendReport(tuple[AttentionCall, ...]):
         )
 
 
-def _batch_and_tokens(module: Any, x: Tensor) -> tuple[int, int]:
-    """Sequences, and tokens in each, that an attention sees.
-
-    Args:
-        module: The attention.
-        x: Its first input: tokens [B, N, C], a map [B, H, W, C] or queries [B, N, h, D].
-    """
+def _shape_of_queries(module: Any, x: Tensor) -> tuple[int, int, int, int]:
+    """[B, N, h, D] of an attention by its first input: tokens [B, N, C], a map [B, H, W, C], or
+    queries [B, N, h, D]."""
     batch, *shape = x.shape
     heads = tuple(shape[-2:]) == (module.num_heads, module.head_dim)
-    return batch, prod(shape[: -2 if heads else -1])
+    return batch, prod(shape[: -2 if heads else -1]), module.num_heads, module.head_dim
 
 
 def backend_report(model: nn.Module, input_size: Sequence[int] | None = None) -> BackendReport:
     """Tell which implementation every attention of a model would run, and why.
 
-    Nothing is computed: the model is traced on the meta device.
+    Nothing is computed: the model is traced on the meta device. What depends on whether a backward
+    pass follows is told for the mode that the model is in, training or evaluation.
 
     Args:
         model: A model of this package, on any device.
@@ -84,31 +82,35 @@ def backend_report(model: nn.Module, input_size: Sequence[int] | None = None) ->
         height_width = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))[1:]
         input_size = (1, getattr(model, "in_chans", 3), *height_width)
     calls: list[AttentionCall] = []
+    running = ""
 
-    def recorder(name: str) -> Any:
+    def enter(name: str) -> Any:
         def record(module: Any, args: tuple[Any, ...]) -> None:
-            batch, length = _batch_and_tokens(module, args[0])
-            shape = (batch, length, module.num_heads, module.head_dim)
+            nonlocal running
+            running = name
             if module.attn_type == "softmax":
-                choice = Choice("eager", "softmax runs on SDPA")
-            else:
-                call = Workload(device, dtype, length, module.head_dim, module.attn_type)
-                try:
-                    choice = choose_backend(module.backend, call)
-                except ValueError as error:
-                    choice = Choice("none", str(error))
-            calls.append(AttentionCall(name, module.attn_type, shape, *choice))
+                shape = _shape_of_queries(module, args[0])
+                calls.append(AttentionCall(name, "softmax", shape, "eager", "softmax runs on SDPA"))
 
         return record
 
-    handles = [m.register_forward_pre_hook(recorder(name)) for name, m in attentions.items()]
+    def observe(work: Workload) -> None:
+        here = work._replace(device=device.type, device_index=device.index, training=training)
+        try:
+            choice = choose_backend(attentions[running].backend, here, may_check=False)
+        except ValueError as error:
+            choice = Choice("none", str(error))
+        shape = (work.batch, work.length, work.heads, work.head_dim)
+        calls.append(AttentionCall(running, work.mechanism, shape, *choice))
+
+    handles = [m.register_forward_pre_hook(enter(name)) for name, m in attentions.items()]
     state: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     parameter = next(model.parameters())
-    dtype, device = parameter.dtype, parameter.device.type
+    dtype, device, training = parameter.dtype, parameter.device, model.training
     modes = {module: module.training for module in model.modules()}
     model.eval()  # batch norm refuses to train on a single value
     try:
-        with torch.no_grad():
+        with torch.no_grad(), observed(observe):
             torch.func.functional_call(
                 model,
                 {name: value.detach().to("meta") for name, value in state.items()},

@@ -12,7 +12,7 @@ import torch
 import vitlinear
 from tests.ops.inputs import attend, make_inputs
 from vitlinear import ops
-from vitlinear.ops import backend
+from vitlinear.ops import backend, gpu, measurements, self_check
 
 WORKLOAD = ops.Workload("cuda", torch.bfloat16, 3136, 64, "rala")
 
@@ -37,25 +37,29 @@ def test_kernels_refuse_what_they_cannot_run(monkeypatch):
 
 
 @pytest.mark.quick
-def test_auto_follows_measurements(monkeypatch):
+def test_auto_without_measurements(monkeypatch, tmp_path):
+    """The stand-in of interpreted/test_auto.py runs kernels; here the check alone is pretended."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(backend, "_has_triton", True)
-    monkeypatch.setattr(backend, "_failure", None)
-    assert backend._measured == (), "then benchmarks/README.md must show them"
-    choice = ops.choose_backend("auto", WORKLOAD)
-    assert choice == ("eager", "auto: kernels not yet measured for this call")
-    rows = [
-        backend.Measurement("a GPU", "rala", "bfloat16", 64, length, speedup)
-        for length, speedup in ((49, 0.5), (784, 3.0))
-    ]
-    monkeypatch.setattr(backend, "_measured", tuple(rows))
-    choice = ops.choose_backend("auto", WORKLOAD)
-    assert choice.backend == "triton"
-    assert choice.reason == "auto: kernels measured 3 times the speed of eager at N = 784 on a GPU"
-    assert ops.choose_backend("auto", WORKLOAD._replace(length=196)).backend == "eager"
-    assert ops.choose_backend("auto", WORKLOAD._replace(length=16)).backend == "eager"
-    assert ops.choose_backend("auto", WORKLOAD._replace(head_dim=32)).backend == "eager"
+    found = gpu.Gpu("a GPU", "sm_90", (9, 0), "1", "3.6.0")
+    monkeypatch.setattr(gpu, "describe", lambda index: found)
+    monkeypatch.setattr(self_check, "failure", lambda kind: None)
+    backend.forget()
+    assert not list(measurements.SEEDS.glob("*.json")), "then benchmarks/README.md must show them"
+    small = WORKLOAD._replace(length=196, heads=4, batch=4)
+    assert ops.choose_backend("auto", small) == (
+        "eager",
+        "auto: not measured, and under 16384 tokens of all heads",
+    )
+    assert ops.choose_backend("auto", small._replace(training=True)).backend == "eager"
+    for work in (WORKLOAD._replace(batch=8), WORKLOAD._replace(batch=2, training=True)):
+        assert ops.choose_backend("auto", work, may_check=False).reason.endswith("first call")
+        assert ops.choose_backend("auto", work).backend == "triton"
+        assert ops.choose_backend("eager", work).backend == "eager"
     assert ops.choose_backend("auto", WORKLOAD._replace(device="cpu")).backend == "eager"
-    assert ops.choose_backend("eager", WORKLOAD).backend == "eager"
+    assert ops.choose_backend("auto", WORKLOAD._replace(head_dim=256)).backend == "eager"
+    assert ops.choose_backend("auto", WORKLOAD._replace(dtype=torch.float64)).backend == "eager"
+    backend.forget()
 
 
 def test_report_names_the_obstacle(monkeypatch):

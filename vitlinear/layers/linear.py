@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from vitlinear._timm import register_notrace_module
 from vitlinear.ops import cpu
 
+from .band import LOCAL
+
 
 # One step to torch.fx, as `nn.Linear` is.
 @register_notrace_module
@@ -19,6 +21,8 @@ class Linear(nn.Linear):
         activation: ``'none'`` or ``'gelu'``; see `vitlinear.ops.cpu.linear`.
         frozen: Whether `fuse` was called; likewise.
     """
+
+    row_rule = LOCAL
 
     def __init__(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .band import LOCAL
 from .conv.depthwise_conv import ResidualDepthwiseConv
 from .fold import fold_gelu
 from .linear import Linear
@@ -17,6 +18,8 @@ class ConvMlp(nn.Module):
 
     ViT³ (arXiv:2512.01643) has a second GELU after the sum: fc2(GELU(y + dw3(y))).
     """
+
+    row_rule = LOCAL
 
     def __init__(
         self,
@@ -68,6 +71,8 @@ class ConvMlp(nn.Module):
 class Mlp(nn.Module):
     """Feed-forward network fc2(GELU(fc1(x))); modules named as in `timm.layers.Mlp`."""
 
+    row_rule = LOCAL
+
     def __init__(
         self,
         dim: int,
@@ -113,6 +118,8 @@ class Mlp(nn.Module):
 
 class SwiGlu(nn.Module):
     """Gated network fc2(SiLU(fc1_g(x)) * fc1_x(x)), no biases; named as in `timm.layers.SwiGLU`."""
+
+    row_rule = LOCAL
 
     def __init__(
         self,

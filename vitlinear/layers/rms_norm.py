@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .band import LOCAL
+
 
 class RmsNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight over the last axis, in the type of x.
@@ -13,6 +15,8 @@ class RmsNorm(nn.RMSNorm):
     Not timm's, which squares float16 as it is: infinity from 256 on. Under autocast the weight is
     cast to the type of the input, without which there is no fused implementation.
     """
+
+    row_rule = LOCAL
 
     def __init__(
         self,
@@ -38,6 +42,8 @@ class RmsNorm(nn.RMSNorm):
 
 class HeadRmsNorm(nn.Module):
     """RMS norm grouped by head: over the channels of a head, with a weight for each channel."""
+
+    row_rule = LOCAL
 
     def __init__(
         self,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vitlinear._timm import register_notrace_module
 from vitlinear.layers import AddMapPositions, CeilConv, Linear, Mlp, check_images
+from vitlinear.layers.band import LOCAL
 from vitlinear.layers.padding_rule import ZEROS_CHANNELS_FIRST
 
 from ._gradient_checkpointing import Block
@@ -22,6 +23,8 @@ from ._gradient_checkpointing import Block
 
 class HostBlock(Block):
     """Attention and feed-forward network, each after a norm and with its residual."""
+
+    row_rule = LOCAL
 
     def __init__(
         self,
@@ -53,6 +56,8 @@ class HostBlock(Block):
 class ConvNorm(nn.Module):
     """Strided convolution and layer norm; a side of n becomes ceil(n / stride)."""
 
+    row_rule = LOCAL
+
     def __init__(
         self,
         in_dim: int,
@@ -76,6 +81,8 @@ class ConvNorm(nn.Module):
 class ImageConvNorm(ConvNorm):
     """The same on images, which it checks."""
 
+    row_rule = LOCAL
+
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, in_chans, H, W] -> map [B, C, ceil(H / stride), ceil(W / stride)].
 
@@ -90,6 +97,8 @@ class ImageConvNorm(ConvNorm):
 @register_notrace_module
 class PositionedPatchEmbed(nn.Module):
     """Convolution of patches, layer norm, learned positions resized to the map."""
+
+    row_rule = LOCAL
 
     def __init__(
         self,
@@ -142,6 +151,8 @@ class MapMerging(nn.Module):
     to even maps.
     """
 
+    row_rule = LOCAL
+    row_conv = (2, 2, 0)  # to rows it is a convolution: kernel, stride, padding
     padding_rule = ZEROS_CHANNELS_FIRST
 
     def __init__(

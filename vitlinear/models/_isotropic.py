@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from vitlinear._timm import feature_take_indices, register_notrace_module
 from vitlinear.layers import AddTokenPositions, check_images, known_layout
+from vitlinear.layers.band import LOCAL
 
 from ._build import imagenet_cfg
 from ._contract import POOLINGS, TimmBackbone
@@ -37,6 +38,8 @@ def token_cfg(side: int = 224, **kwargs: Any) -> dict[str, Any]:
 
 class TokenBlock(Block):
     """Attention and feed-forward network, each after a norm and with its residual."""
+
+    row_rule = LOCAL
 
     def __init__(
         self,

@@ -26,6 +26,7 @@ from vitlinear.layers import (
     is_plain,
     recomputes,
 )
+from vitlinear.layers.band import LOCAL
 from vitlinear.ops import RotaryTables, get_mechanism
 
 from ._gradient_checkpointing import Block
@@ -95,6 +96,8 @@ class PyramidBlock(Block):
         attn_layer: Class of the attention; takes ``dim``, ``num_heads``, ``attn_type``,
             ``proj_drop``, ``backend``, ``device``, ``dtype``, and [B, H, W, C] with rotary tables.
     """
+
+    row_rule = LOCAL
 
     attn_layer: type[nn.Module] = GatedAttention
 

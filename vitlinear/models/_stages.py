@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vitlinear._timm import feature_take_indices
 from vitlinear.layers import known_layout
+from vitlinear.layers.band import LOCAL
 from vitlinear.ops import RotaryTables
 
 from ._build import imagenet_cfg
@@ -32,6 +33,8 @@ def map_cfg(side: int = 224, **kwargs: Any) -> dict[str, Any]:
 
 class Stage(nn.Module):
     """Downsampling, then blocks, on maps [B, C, H, W] that are channels-last in memory."""
+
+    row_rule = LOCAL
 
     def __init__(self, downsample: nn.Module, blocks: Sequence[Block]) -> None:
         """Put the stage together.
@@ -60,6 +63,8 @@ class Stage(nn.Module):
 
 class RotaryStage(Stage):
     """A stage whose blocks share the rotary tables of its map."""
+
+    row_rule = LOCAL
 
     def __init__(self, downsample: nn.Module, blocks: Sequence[Block], rotary: nn.Module) -> None:
         """Put the stage together.

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vitlinear.facts import pretrained_source
 from vitlinear.layers.attention.cross_shaped_attention import CrossShapedAttention
+from vitlinear.layers.band import LOCAL
 
 from ._build import build_model
 from ._hosts import ConvNorm, HostBlock, ImageConvNorm
@@ -30,6 +31,8 @@ __all__ = ["InLineCSwin"]
 
 class CrossShapedBlock(HostBlock):
     """A block whose attention also sees its input before the norm."""
+
+    row_rule = LOCAL
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""

@@ -30,6 +30,7 @@ from vitlinear.layers import (
     ResidualDepthwiseConv,
     check_images,
 )
+from vitlinear.layers.band import LOCAL
 
 from ._build import build_model
 from ._gradient_checkpointing import Block
@@ -42,6 +43,8 @@ EPS = 1e-5  # of every norm, as released
 
 class L2Stem(nn.Module):
     """Two 3x3 convolutions of stride 2 with batch norm, ReLU between them, then a layer norm."""
+
+    row_rule = LOCAL
 
     def __init__(
         self,
@@ -70,6 +73,8 @@ class L2Stem(nn.Module):
 class L2Downsample(nn.Module):
     """Layer norm, then a 2x2 convolution of stride 2 on the map padded with zeros to even sides."""
 
+    row_rule = LOCAL
+
     def __init__(
         self,
         in_dim: int,
@@ -89,6 +94,8 @@ class L2Downsample(nn.Module):
 
 class L2WindowBlock(Block):
     """Window attention and feed-forward network, each after a positional convolution."""
+
+    row_rule = LOCAL
 
     def __init__(
         self,
@@ -124,6 +131,8 @@ class L2WindowBlock(Block):
 
 class L2LinearBlock(Block):
     """Positional convolution, linear attention, local concentration, feed-forward network."""
+
+    row_rule = LOCAL
 
     def __init__(
         self,

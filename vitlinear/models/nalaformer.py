@@ -15,6 +15,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vitlinear.layers import NormGatedAttention, ResidualDepthwiseConv, is_plain
+from vitlinear.layers.band import LOCAL
 from vitlinear.ops import RotaryTables
 
 from ._build import build_model
@@ -25,6 +26,8 @@ __all__ = ["NaLaFormer"]
 
 class NaLaBlock(PyramidBlock):
     """The block of the pyramid with a second positional convolution and a normalised gate."""
+
+    row_rule = LOCAL
 
     attn_layer = NormGatedAttention
 

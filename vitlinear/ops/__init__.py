@@ -2,11 +2,12 @@
 
 from .attention import linear_attention, softmax_attention
 from .attention_state import LinearAttentionState
-from .backend import BACKENDS, Choice, KernelError, Workload, choose_backend
+from .backend import BACKENDS, Choice, KernelError, choose_backend
 from .eager import accumulation_dtype
 from .mechanisms import MECHANISMS, Mechanism, get_mechanism
 from .rotary import RotaryTables, full_width_rotary_tables, lrpe_tables, rotary_tables
 from .states import linear_attention_state, read_linear_attention_state
+from .workload import Workload
 
 __all__ = [
     "BACKENDS",

@@ -8,10 +8,11 @@ from torch.autograd import forward_ad
 
 from . import autograd, eager
 from . import registered as registered  # registers torch.ops.vitlinear.*
-from .backend import Workload, choose_backend, requested_backend
+from .backend import choose_backend, requested_backend
 from .mechanisms import Mechanism, get_mechanism
 from .rotary import RotaryTables, is_full_width
 from .terms import Terms
+from .workload import Workload
 
 
 def linear_attention(
@@ -77,7 +78,8 @@ def linear_attention(
     terms = Terms(rotary, mask_of_lengths(key_padding_mask, q), head_scale, lepe, gate)
     check_tokens(q, k, v)
     check_terms(q, terms, row.positions, v.shape[-1])
-    work = Workload.of(q, mechanism, without_kernels(q, v, row, terms))
+    training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    work = Workload.of(q, mechanism, without_kernels(q, v, row, terms), terms, training)
     chosen = choose_backend(backend, work).backend
     if chosen == "eager":
         return eager.linear_attention(q, k, v, row, terms)

@@ -6,10 +6,11 @@
              only q, k and v for backward, opaque to compilers.
 ``triton``   the same operators with fused GPU kernels (`vitlinear.ops.triton`). float64 runs the
              eager formula.
-``auto``     what the environment variable ``VITLINEAR_BACKEND`` says; else ``triton`` where the
-             committed measurements (measured.json) say that it is faster, and ``eager`` everywhere
-             else: on CPUs it is about as fast as ``library`` (benchmarks/README.md) and can do
-             more.
+``auto``     what the environment variable ``VITLINEAR_BACKEND`` says. Else, on a GPU, ``triton``
+             where the kernels can run, are faster, and have passed their self-check: faster as the
+             user's own measurements say (`vitlinear tune`), or those that ship for this very GPU,
+             or, without either, from a number of tokens on. ``eager`` everywhere else: on CPUs it
+             is about as fast as ``library`` (benchmarks/README.md) and can do more.
 
 Modules take the choice for linear attention; their softmax stages always run on SDPA. With
 ``TRITON_INTERPRET=1`` in the environment the kernels run in Triton's interpreter, on CPU tensors:
@@ -19,27 +20,38 @@ slow, for tests.
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import warnings
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+
+from vitlinear.errors import Notice
+
+from . import gpu, kernel_cache, measurements
+from .tracing import under_a_mode, wants_common_operators
+from .workload import Kind, Workload
 
 BACKENDS = ("auto", "eager", "library", "triton")
 ENVIRONMENT_VARIABLE = "VITLINEAR_BACKEND"
+CHECK_VARIABLE = "VITLINEAR_SELF_CHECK"
+CHECKS = ("once", "always", "0")
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 KERNEL_HEAD_DIM = 128  # the largest
 
+# Tokens of all heads and samples from which on the kernels are taken where nothing was measured.
+# An estimate: below, the launches of either take longer than their work. Less in training, where
+# the kernels also keep less memory.
+LEAST_TOKENS = 16384
+LEAST_TOKENS_IN_TRAINING = 4096
+
 # Read once: a look-up at each call would be a guard, or a break, in compiled graphs.
 _from_environment = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+_check_from_environment = os.environ.get(CHECK_VARIABLE) or "once"
 _interpreting = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 _has_triton = importlib.util.find_spec("triton") is not None
-
-# Why the kernels failed, once they have: ``auto`` does not try again.
-_failure: str | None = None
 
 
 class KernelError(RuntimeError):
@@ -53,55 +65,57 @@ class Choice(NamedTuple):
     reason: str
 
 
-class Workload(NamedTuple):
-    """The tensors of a call, as far as the choice may depend on them.
+class _Level(NamedTuple):
+    """The choice of `auto` from so many tokens on."""
+
+    tokens: int
+    choice: Choice
+
+
+class _Rule(NamedTuple):
+    """The choices of `auto` for a kind of call.
 
     Attributes:
-        device: Type of the device.
-        dtype: Of q, k and v.
-        length: N.
-        head_dim: D.
-        mechanism: Key in `MECHANISMS`.
-        without_kernels: What of the call the kernels cannot do, in words; empty if nothing.
+        levels: For fewer and fewer tokens; the last for any.
+        trusted: Whether the kernels passed the self-check, or need not.
     """
 
-    device: str
-    dtype: torch.dtype
-    length: int
-    head_dim: int
-    mechanism: str
-    without_kernels: str = ""
+    levels: tuple[_Level, ...]
+    trusted: bool = True
 
-    @classmethod
-    def of(cls, q: Tensor, mechanism: str, without_kernels: str = "") -> Workload:
-        """The workload of a call with these queries, [B, N, h, D]."""
-        return cls(q.device.type, q.dtype, q.shape[1], q.shape[3], mechanism, without_kernels)
+    def choice(self, tokens: int) -> Choice:
+        for level in self.levels:
+            if tokens >= level.tokens:
+                return level.choice
+        return self.levels[-1].choice
 
 
-class Measurement(NamedTuple):
-    """One row of measured.json: how much faster the kernels are than the eager formula.
-
-    Attributes:
-        device: Name of the GPU.
-        mechanism: Key in `MECHANISMS`.
-        dtype: Name of the type.
-        head_dim: D.
-        length: N; holds for longer sequences too, up to the next row.
-        speedup: Time of the compiled eager formula, forward and backward, over that of the kernels.
-    """
-
-    device: str
-    mechanism: str
-    dtype: str
-    head_dim: int
-    length: int
-    speedup: float
+# What was decided for a kind of call, and for programs that are compiled of it.
+_rules: dict[tuple[Kind, bool], _Rule] = {}
+# Why kernels are not used, by kind of call: `auto` does not try them again in this process.
+_failures: dict[Kind, str] = {}
+# Kinds whose check passed in this process.
+_passed: set[Kind] = set()
+_observer: Callable[[Workload], None] | None = None
 
 
-_measured = tuple(
-    Measurement(**row)
-    for row in json.loads(Path(__file__).with_name("measured.json").read_text())["rows"]
-)
+def forget() -> None:
+    """Decide everything anew: after measurements, and between tests."""
+    _rules.clear()
+    _failures.clear()
+    _passed.clear()
+    kernel_cache.forget()
+
+
+@contextmanager
+def observed(observer: Callable[[Workload], None] | None) -> Iterator[None]:
+    """Tell ``observer`` of every call that a backend is chosen for."""
+    global _observer
+    before, _observer = _observer, observer
+    try:
+        yield
+    finally:
+        _observer = before
 
 
 def check_backend(name: str, source: str = "backend") -> str:
@@ -128,13 +142,17 @@ def requested_backend(requested: str = "auto") -> Choice:
     return Choice("auto", "nothing asked for")
 
 
-def choose_backend(requested: str = "auto", work: Workload | None = None) -> Choice:
+def choose_backend(
+    requested: str = "auto", work: Workload | None = None, *, may_check: bool = True
+) -> Choice:
     """Decide what runs an attention.
 
     Args:
         requested: One of `BACKENDS`. A name other than ``auto`` wins over the environment.
         work: The tensors of the call; None to hear what was asked for, and ``eager`` if nothing
             was.
+        may_check: Whether ``auto`` may run the self-check of the kernels. If not, it answers as if
+            they were to pass, and says so.
 
     Returns:
         ``eager``, ``library`` or ``triton``, with the reason in words.
@@ -144,8 +162,11 @@ def choose_backend(requested: str = "auto", work: Workload | None = None) -> Cho
             the kernels cannot run this call.
     """
     choice = requested_backend(requested)
+    if (observer := _observer) is not None and work is not None:
+        with observed(None):  # who may ask for a choice itself
+            observer(work)
     if choice.backend == "auto":
-        choice = _automatic(work)
+        choice = _automatic(work, may_check)
     elif choice.backend == "triton" and work is not None:
         if work.dtype == torch.float64:
             choice = Choice("eager", "the kernels have no float64")
@@ -156,7 +177,7 @@ def choose_backend(requested: str = "auto", work: Workload | None = None) -> Cho
     return choice
 
 
-def _obstacle(work: Workload) -> str | None:
+def _obstacle(work: Workload | Kind) -> str | None:
     """The reason why the kernels cannot run a call; None if they can."""
     if not _has_triton:
         return "triton is not installed"
@@ -171,49 +192,177 @@ def _obstacle(work: Workload) -> str | None:
     return None
 
 
-def _automatic(work: Workload | None) -> Choice:
-    """The choice of ``auto``: the kernels where they have been measured to be faster."""
-    if work is None or work.device == "cpu":
+def _automatic(work: Workload | None, may_check: bool) -> Choice:
+    """The choice of ``auto``."""
+    if work is None or work.device not in gpu.DEVICES:
         return Choice("eager", "auto: kernels need a GPU")
-    if obstacle := _obstacle(work):
-        return Choice("eager", f"auto: {obstacle}")
-    if _failure is not None:
-        return Choice("eager", f"auto: kernels failed: {_failure}")
-    best: Measurement | None = None
-    for row in _measured:
-        same = (row.mechanism, row.dtype, row.head_dim) == (
-            work.mechanism,
-            str(work.dtype).removeprefix("torch."),
-            work.head_dim,
-        )
-        if same and row.length <= work.length and (best is None or row.length > best.length):
-            best = row
-    if best is None:
-        return Choice("eager", "auto: kernels not yet measured for this call")
-    said = f"{best.speedup:.2g} times the speed of eager at N = {best.length} on {best.device}"
-    return Choice("triton" if best.speedup > 1 else "eager", f"auto: kernels measured {said}")
+    if wants_common_operators():
+        return Choice("eager", "auto: what is exported or transformed needs common operators")
+    kind = work.kind
+    if torch.compiler.is_compiling():
+        return _rule_of_a_program(kind).choice(work.tokens)
+    rule = _rules.get((kind, False)) or _make_rule(kind, compiling=False)
+    choice = rule.choice(work.tokens)
+    if rule.trusted or choice.backend == "eager":
+        return choice
+    if not may_check:
+        return Choice("triton", f"{choice.reason}; to be checked at the first call")
+    if gpu.is_capturing() or under_a_mode():
+        return Choice("eager", "auto: kernels not checked yet, and not while calls are recorded")
+    _check(kind)
+    return _make_rule(kind, compiling=False).choice(work.tokens)
 
 
-def report_failure(error: Exception, required: bool) -> None:
-    """A kernel did not compile or did not launch: say so, once.
+@torch.compiler.assume_constant_result
+def _rule_of_a_program(kind: Kind) -> _Rule:
+    """The rule for a program that is being compiled, in which nothing can be checked."""
+    rule = _rules.get((kind, True)) or _make_rule(kind, compiling=True)
+    if rule.trusted:
+        return rule
+    untried = Choice("eager", "auto: kernels not checked yet, and not while a program is compiled")
+    if all(level.choice.backend == "eager" for level in rule.levels):
+        return rule
+    warnings.warn(
+        f"compiled programs run the formula for {kind.label}: its kernels have not been checked on "
+        "this GPU yet; `vitlinear tune`, or one call before compiling, checks them",
+        Notice,
+        stacklevel=2,
+    )
+    return _Rule((_Level(0, untried),))
 
-    Args:
-        error: What it raised.
-        required: Whether nothing else may run in its place.
+
+def _make_rule(kind: Kind, compiling: bool) -> _Rule:
+    """Decide for a kind of call, and keep it, without running anything."""
+    rule = _rules[kind, compiling] = _decide(kind, compiling)
+    return rule
+
+
+def _decide(kind: Kind, compiling: bool) -> _Rule:
+    if obstacle := _obstacle(kind):
+        return _eager(obstacle)
+    if failed := _failures.get(kind):
+        return _eager(failed)
+    device = gpu.describe(kind.device_index)
+    if obstacle := gpu.obstacle(device):
+        return _eager(obstacle)
+    checked = check_mode()
+    # A check in training includes that of inference.
+    kinds = {kind, kind._replace(training=True)}
+    trusted = checked == "0" or bool(kinds & _passed)
+    if checked == "once" and not trusted:
+        verdicts = kernel_cache.known(device).checks
+        if failed := verdicts.get(kind.label):
+            _warn_of_failure(kind, failed, device)
+            return _eager(f"kernels failed their check here: {failed}")
+        trusted = any(verdicts.get(each.label) == "" for each in kinds)
+    return _Rule(_levels(kind, compiling, device), trusted)
+
+
+def _eager(reason: str) -> _Rule:
+    return _Rule((_Level(0, Choice("eager", f"auto: {reason}")),))
+
+
+def _levels(kind: Kind, compiling: bool, device: gpu.Gpu) -> tuple[_Level, ...]:
+    """From how many tokens on the kernels are taken: as measured, or by the general threshold."""
+    steps = measurements.steps(kernel_cache.known(device).rows, kind, compiling, "measured here")
+    if not steps:
+        shipped = measurements.seeds(device.name).rows
+        steps = measurements.steps(shipped, kind, compiling, f"shipped for {device.name}")
+    found = [
+        _Level(step.tokens, Choice("triton" if step.faster else "eager", f"auto: {step.reason}"))
+        for step in reversed(steps)
+    ]
+    least = LEAST_TOKENS_IN_TRAINING if kind.training else LEAST_TOKENS
+    use = " in training" if kind.training else ""
+    if steps and not steps[0].faster:
+        return (*found, _Level(0, found[-1].choice))  # with fewer tokens still less
+    if steps:
+        least = min(least, steps[0].tokens)
+    large = Choice("triton", f"auto: not measured; from {least} tokens of all heads on{use}")
+    small = Choice("eager", f"auto: not measured, and under {least} tokens of all heads{use}")
+    return (*found, _Level(least, large), _Level(0, small))
+
+
+def check_mode() -> str:
+    """The word of the environment on the self-check: one of `CHECKS`.
 
     Raises:
-        KernelError: ``required``, with the cause.
+        ValueError: Something else.
     """
-    global _failure
+    if _check_from_environment not in CHECKS:
+        raise ValueError(
+            f"unknown {CHECK_VARIABLE} value {_check_from_environment!r}; "
+            f"choose from: {', '.join(CHECKS)}"
+        )
+    return _check_from_environment
+
+
+def _check(kind: Kind) -> None:
+    """Run the self-check for a kind of call, and keep the verdict."""
+    from . import self_check  # with the formulas, which need no choice
+
+    device = gpu.describe(kind.device_index)
+    try:
+        failed = self_check.failure(kind) or ""
+    except torch.OutOfMemoryError:  # says nothing against the kernels: another process may try
+        _failures[kind] = "no memory for the check of the kernels"
+        warnings.warn(
+            f"no memory to check the GPU kernels of {kind.label}, the formula runs instead",
+            Notice,
+            stacklevel=2,
+        )
+        return
+    except Exception as error:
+        failed = describe_error(error)
+    if failed:
+        _failures[kind] = f"kernels failed their check here: {failed}"
+        _warn_of_failure(kind, failed, device)
+    else:
+        _passed.add(kind)
+    kernel_cache.add(device, lambda known: known.checks.update({kind.label: failed}))
+
+
+def _warn_of_failure(kind: Kind, failed: str, device: gpu.Gpu) -> None:
+    warnings.warn(
+        f"the GPU kernels of {kind.label} failed their check on {device.name}, the formula runs "
+        f"instead: {failed}",
+        Notice,
+        stacklevel=2,
+    )
+
+
+def describe_error(error: Exception) -> str:
+    """The error of a kernel in a line: the innermost cause, whose last line says most."""
     cause = error
     while cause.__cause__ is not None and isinstance(cause.__cause__, Exception):
         cause = cause.__cause__
     lines = str(cause).strip().splitlines() or [""]
-    text = f"{type(cause).__name__}: {lines[-1]}"
+    return f"{type(cause).__name__}: {lines[-1]}"
+
+
+def report_failure(error: Exception, required: bool, work: Workload) -> None:
+    """A kernel did not compile or did not launch: say so, once for a kind of call.
+
+    Args:
+        error: What it raised.
+        required: Whether nothing else may run in its place.
+        work: The call. ``auto`` takes the formula for its kind from then on, and for no other.
+
+    Raises:
+        KernelError: ``required``, with the cause.
+    """
+    text = describe_error(error)
     if required:
         raise KernelError(f"the fused attention kernels failed: {text}") from error
-    if _failure is None:
-        _failure = text
-        warnings.warn(
-            f"the fused attention kernels failed, the formulas run instead: {text}", stacklevel=3
-        )
+    kinds = [work.kind._replace(training=training) for training in (False, True)]
+    if all(kind in _failures for kind in kinds):
+        return
+    for kind in kinds:
+        _failures[kind] = f"kernels failed: {text}"
+        for compiling in (False, True):
+            _rules.pop((kind, compiling), None)
+    warnings.warn(
+        f"the fused attention kernels failed for {work.mechanism}, {work.dtype}, head_dim "
+        f"{work.head_dim}; the formulas run instead: {text}",
+        stacklevel=3,
+    )

@@ -18,6 +18,7 @@ from .backend import KERNEL_DTYPES, report_failure
 from .backward import LinearGradients
 from .mechanisms import Mechanism
 from .terms import FlatTerms, Terms
+from .workload import Workload
 
 
 def _kernels(backend: str, q: Tensor) -> ModuleType | None:
@@ -67,7 +68,7 @@ def forward(
     except torch.OutOfMemoryError:
         raise  # says nothing against the kernels, and the formulas need more
     except Exception as error:
-        report_failure(error, required=backend == "triton")
+        report_failure(error, backend == "triton", Workload.of(q, mechanism.name, terms=terms))
     with eager.without_autocast(q):
         tokens = eager.prepare(q, k, v, mechanism, terms, own=True)
         out, state = eager.linear_attention_forward(tokens, mechanism)
@@ -97,7 +98,7 @@ def backward(
     except torch.OutOfMemoryError:
         raise  # says nothing against the kernels, and the formulas need more
     except Exception as error:
-        report_failure(error, required=backend == "triton")
+        report_failure(error, backend == "triton", Workload.of(q, mechanism.name, terms=terms))
     with eager.without_autocast(q):
         tokens = eager.prepare(q, k, v, mechanism, terms, own=False)
         grad_out = grad_out.transpose(1, 2).to(state.state.dtype)

@@ -12,10 +12,11 @@ from torch import Tensor
 from . import eager
 from .attention import check_terms, check_tokens, mask_of_lengths
 from .attention_state import LinearAttentionState
-from .backend import Workload, choose_backend
+from .backend import choose_backend
 from .mechanisms import Mechanism, get_mechanism
 from .rotary import RotaryTables
 from .terms import Terms
+from .workload import Workload
 
 
 def linear_attention_state(

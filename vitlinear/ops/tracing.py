@@ -44,6 +44,11 @@ def stands_for_many(grad: Tensor) -> bool:
     return torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
+def under_a_mode() -> bool:
+    """Whether something looks on at every operator: fake tensors, counters, tracers."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
 def is_watched(grad: Tensor | None = None) -> bool:
     """Whether somebody looks at each operator that runs: a compiler, a transform, a mode.
 

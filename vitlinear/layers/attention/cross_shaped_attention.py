@@ -7,12 +7,21 @@ from torch import Tensor, nn
 
 from vitlinear._timm import register_notrace_module
 
+from ..band import BANDED, LOCAL, Band, band_in_use, use_band
 from ..conv.depthwise_conv import DepthwiseConv
 from ..conv.dynamic_conv import shifted_sum
 from ..layout import split_axis
 from ..linear import Linear
 from ..padding_rule import SIZES
-from ..windows import equal_windows, from_windows, join_maps, to_windows, varies, window_padding
+from ..windows import (
+    equal_windows,
+    fixed_windows,
+    from_windows,
+    join_maps,
+    to_windows,
+    varies,
+    window_padding,
+)
 from .inline_attention import InjectiveAttention, mean_token
 from .softmax_attention import SoftmaxAttention
 
@@ -20,6 +29,8 @@ from .softmax_attention import SoftmaxAttention
 @register_notrace_module
 class WindowConv(DepthwiseConv):
     """A 3x3 `DepthwiseConv` of windows, whose compiled program serves any number of them."""
+
+    row_rule = LOCAL
 
     def forward(self, x: Tensor) -> Tensor:
         """[B * windows, height, width, C] -> the same shape."""
@@ -34,6 +45,8 @@ class WindowConv(DepthwiseConv):
 
 class Stripe(nn.Module):
     """Attention and LePE in the windows of a map; subclasses bring the attention."""
+
+    row_rule = BANDED
 
     def __init__(
         self,
@@ -67,8 +80,35 @@ class Stripe(nn.Module):
         Returns:
             [B, H, W, C].
         """
+        if not torch.jit.is_scripting():
+            band = band_in_use()
+            if band is not None:
+                return self.attend_band(band, qkv, source)
+        return self.attend_map(qkv, source, equal_windows(qkv.shape[1], self.limits[0]))
+
+    @torch.jit.ignore
+    def row_reach(self, height: int) -> int:
+        """Rows around that windows may need; 0 where one is as high as the map."""
+        count, length = equal_windows(height, self.limits[0])
+        return length - 1 if count > 1 else 0
+
+    @torch.jit.ignore
+    def attend_band(self, band: Band, qkv: Tensor, source: Tensor) -> Tensor:
+        """`forward` of a band: of windows as high as the map, or of those that it sees whole."""
+        band.check_rows(qkv.shape[1])
+        count, length = equal_windows(band.height, self.limits[0])
+        if count == 1:
+            return self.attend_map(qkv, source, (1, qkv.shape[1]))
+        first, last = band.whole_windows(length)
+        rows = fixed_windows(last - first, length)
+        with use_band(None):
+            x = self.attend_map(qkv[:, first:last], source[:, first:last], rows)
+        return band.back_in_band(x, first)
+
+    def attend_map(self, qkv: Tensor, source: Tensor, rows: tuple[int, int]) -> Tensor:
+        """`forward` in windows of this number and height."""
         B, H, W, _, C = qkv.shape
-        rows, cols = equal_windows(H, self.limits[0]), equal_windows(W, self.limits[1])
+        cols = equal_windows(W, self.limits[1])
         mask = window_padding(qkv, rows, cols, None)
         heads = self.attend.num_heads
         q, k, v = split_axis(to_windows(qkv, rows, cols), 3, [heads, C // heads]).unbind(2)
@@ -148,6 +188,12 @@ class SoftmaxStripe(Stripe):
         attend = SoftmaxAttention(num_heads, dim // num_heads, backend)
         super().__init__(dim, attend, limits, device, dtype)
 
+    @torch.jit.ignore
+    def row_gather(self, height: int) -> int:
+        """Channels of keys and values that a band needs of all rows."""
+        whole = equal_windows(height, self.limits[0])[0] == 1
+        return 2 * self.lepe.out_channels if whole else 0
+
     def attend_windows(
         self,
         q: Tensor,
@@ -175,6 +221,7 @@ class CrossShapedAttention(nn.Module):
     """
 
     padding_rule = SIZES
+    row_rule = LOCAL
 
     def __init__(
         self,

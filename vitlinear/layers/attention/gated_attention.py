@@ -12,6 +12,7 @@ from vitlinear._timm import register_notrace_module
 from vitlinear.ops import RotaryTables
 from vitlinear.ops.backend import check_backend
 
+from ..band import BANDED
 from ..conv.depthwise_conv import DepthwiseConv
 from ..heads import split_heads
 from ..linear import Linear
@@ -31,6 +32,7 @@ class GatedAttention(nn.Module):
     """
 
     padding_rule = MASK
+    row_rule = BANDED
 
     def __init__(
         self,
@@ -102,6 +104,11 @@ class GatedAttention(nn.Module):
         lepe = self.lepe(values).reshape(B, H * W, self.num_heads, self.head_dim)
         x = self.proj(self.combine(q, k, v, o, lepe, rotary, mask).reshape(B, H, W, C))
         return self.proj_drop(x)
+
+    @torch.jit.ignore
+    def row_gather(self, height: int) -> int:
+        """Channels of keys and values that a band needs of all rows: those of softmax attention."""
+        return 2 * self.num_heads * self.head_dim if self.attn_type == "softmax" else 0
 
     def combine(
         self,

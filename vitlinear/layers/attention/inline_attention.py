@@ -10,12 +10,20 @@ from vitlinear._timm import register_notrace_module
 from vitlinear.ops import accumulation_dtype
 from vitlinear.ops.backend import check_backend
 
+from ..band import BANDED, Band, band_in_use, use_band
 from ..conv.dynamic_conv import DynamicConv
 from ..heads import split_heads
 from ..layout import split_axis
 from ..linear import Linear
 from ..padding_rule import MASK, SIZES
-from ..windows import equal_windows, from_windows, join_maps, to_windows, window_padding
+from ..windows import (
+    equal_windows,
+    fixed_windows,
+    from_windows,
+    join_maps,
+    to_windows,
+    window_padding,
+)
 from .scriptable import scriptable_attention
 
 
@@ -27,6 +35,7 @@ class InjectiveAttention(nn.Module):
     """
 
     attn_type = "inline"
+    row_rule = BANDED
 
     def __init__(
         self,
@@ -98,13 +107,34 @@ class InjectiveAttention(nn.Module):
 
 
 def mean_token(x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
-    """Mean over the tokens of [B, N, C] that are no padding, [B, C]."""
+    """Mean over the tokens of [B, N, C] that are no padding, [B, C].
+
+    In a band, over those of all bands; NaN where it is not known yet, so that nothing uses it.
+    """
+    if not torch.jit.is_scripting():
+        band = band_in_use()
+        if band is not None:
+            return _mean_of_bands(band, x, key_padding_mask)
     if key_padding_mask is None:
         return x.mean(1)
     # A mean times a ratio near one: in half precision the sum itself might not be finite.
     padding = key_padding_mask.unsqueeze(-1)
     share = (~padding).to(accumulation_dtype(x.dtype)).mean(1).clamp(min=1.0 / x.shape[1])
     return (x.masked_fill(padding, 0).mean(1) / share).to(x.dtype)
+
+
+def _mean_of_bands(band: Band, x: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+    """`mean_token` of the tokens of all bands."""
+    own = band.own_tokens(x).to(accumulation_dtype(x.dtype))
+    count = own.new_full((x.shape[0], 1), own.shape[1])
+    if key_padding_mask is not None:
+        padding = band.own_tokens(key_padding_mask)
+        own = own.masked_fill(padding.unsqueeze(-1), 0)
+        count = (~padding).sum(1, keepdim=True).to(own.dtype)
+    total, count = band.merge(
+        (own.sum(1), count), lambda a, b: (a[0] + b[0], a[1] + b[1]), later=True
+    )
+    return (total / count.clamp(min=1)).to(x.dtype)
 
 
 class _ProjectedAttention(nn.Module):
@@ -160,6 +190,8 @@ class _ProjectedAttention(nn.Module):
 class InLineTokenAttention(_ProjectedAttention):
     """InLine attention on a row of tokens; arguments as `InjectiveAttention`, and proj_drop."""
 
+    row_rule = BANDED
+
     def forward(
         self, x: Tensor, height: int, width: int, key_padding_mask: Tensor | None = None
     ) -> Tensor:
@@ -180,6 +212,8 @@ class InLineTokenAttention(_ProjectedAttention):
 @register_notrace_module
 class InLineAttention(_ProjectedAttention):
     """InLine attention on a map, in windows with a state, a mean token and kernels each."""
+
+    row_rule = BANDED
 
     def __init__(
         self,
@@ -238,8 +272,32 @@ class InLineAttention(_ProjectedAttention):
 
     def attend_map(self, x: Tensor, key_padding_mask: Tensor | None) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
+        if not torch.jit.is_scripting():
+            band = band_in_use()
+            if band is not None and self.row_reach(band.height) > 0:
+                return self.attend_whole_windows(band, x)
         B, H, W = x.shape[0], x.shape[1], x.shape[2]
         rows, cols = equal_windows(H, self.window_size), equal_windows(W, self.window_size)
         mask = window_padding(x, rows, cols, key_padding_mask)
         x = self.attend_tokens(to_windows(x, rows, cols), rows[1], cols[1], mask)
         return from_windows(x, rows, cols, (B, H, W))
+
+    @torch.jit.ignore
+    def row_reach(self, height: int) -> int:
+        """Rows around that windows may need; 0 where one is as high as the map."""
+        count, length = equal_windows(height, self.window_size)
+        return length - 1 if count > 1 else 0
+
+    @torch.jit.ignore
+    def attend_whole_windows(self, band: Band, x: Tensor) -> Tensor:
+        """`attend_map` of the windows that a band sees whole."""
+        band.check_rows(x.shape[1])
+        length = equal_windows(band.height, self.window_size)[1]
+        first, last = band.whole_windows(length)
+        x = x[:, first:last]
+        B, H, W = x.shape[0], x.shape[1], x.shape[2]
+        rows, cols = fixed_windows(H, length), equal_windows(W, self.window_size)
+        mask = window_padding(x, rows, cols, None)
+        with use_band(None):
+            x = self.attend_tokens(to_windows(x, rows, cols), length, cols[1], mask)
+        return band.back_in_band(from_windows(x, rows, cols, (B, H, W)), first)

@@ -9,9 +9,11 @@ from vitlinear._timm import register_notrace_module
 from vitlinear.ops import accumulation_dtype, lrpe_tables
 from vitlinear.ops.backend import check_backend
 
+from ..band import BANDED
 from ..heads import split_heads
 from ..linear import Linear
 from ..padding_rule import MASK
+from ..positions.map_rotary import of_band, rows_of_map
 from ..rms_norm import HeadRmsNorm
 from .scriptable import scriptable_attention
 
@@ -30,6 +32,7 @@ class LightNetAttention(nn.Module):
 
     attn_type = "lightnet"
     padding_rule = MASK
+    row_rule = BANDED
 
     def __init__(
         self,
@@ -81,7 +84,11 @@ class LightNetAttention(nn.Module):
         """
         B, N, _ = x.shape
         q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).unbind(2)
-        rotary = lrpe_tables(height, width, self.head_dim, x.device, accumulation_dtype(x.dtype))
+        rotary = of_band(
+            lrpe_tables(
+                rows_of_map(height), width, self.head_dim, x.device, accumulation_dtype(x.dtype)
+            )
+        )
         gate = self.gate2(self.gate1(x)).sigmoid()
         out = scriptable_attention(
             q, k, v, "lightnet", rotary, key_padding_mask, backend=self.backend

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from vitlinear._timm import register_notrace_module
 from vitlinear.ops.backend import check_backend
 
+from ..band import BANDED
 from ..heads import split_heads
 from ..layout import split_axis
 from ..linear import Linear
@@ -25,6 +26,7 @@ class LinearAttention(nn.Module):
     """
 
     padding_rule = MASK
+    row_rule = BANDED
 
     def __init__(
         self,
@@ -74,6 +76,11 @@ class LinearAttention(nn.Module):
         """Initial value of the temperature; the projections have their own."""
         if self.temperature is not None:
             nn.init.constant_(self.temperature, self.head_dim**-0.5)
+
+    @torch.jit.ignore
+    def row_gather(self, height: int) -> int:
+        """Channels of keys and values that a band needs of all rows: those of softmax attention."""
+        return 2 * self.num_heads * self.head_dim if self.attn_type == "softmax" else 0
 
     def forward(
         self,

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from vitlinear._timm import register_notrace_module
 
+from ..band import BANDED, band_in_use, use_band
 from ..heads import split_heads
 from ..layout import split_axis
 from ..linear import Linear
@@ -26,6 +27,7 @@ class PaddedWindowAttention(nn.Module):
     """
 
     padding_rule = ZEROS
+    row_rule = BANDED
 
     def __init__(
         self,
@@ -70,6 +72,24 @@ class PaddedWindowAttention(nn.Module):
         Returns:
             [B, H, W, C].
         """
+        if torch.jit.is_scripting():
+            return self.attend_map(x)
+        else:  # noqa: RET505
+            band = band_in_use()
+            if band is None:
+                return self.attend_map(x)
+            band.check_rows(x.shape[1])
+            first, last = band.whole_windows(self.window_size)
+            with use_band(None):
+                return band.back_in_band(self.attend_map(x[:, first:last]), first)
+
+    @torch.jit.ignore
+    def row_reach(self, height: int) -> int:
+        """Rows around that windows may need."""
+        return self.window_size - 1
+
+    def attend_map(self, x: Tensor) -> Tensor:
+        """[B, H, W, C] -> [B, H, W, C]."""
         B, H, W, C = x.shape
         side, heads = self.window_size, self.attend.num_heads
         rows, cols = fixed_windows(H, side), fixed_windows(W, side)

@@ -8,6 +8,9 @@ from torch import Tensor
 from vitlinear.ops import RotaryTables, get_mechanism, linear_attention, softmax_attention
 from vitlinear.ops.eager import epilogue
 
+from ..band import band_in_use
+from .band_attention import band_attention
+
 
 def check_attn_type(attn_type: str) -> str:
     """Return a linear mechanism of `vitlinear.ops.MECHANISMS` or ``'softmax'``.
@@ -57,6 +60,11 @@ def scriptable_attention(
     if torch.jit.is_scripting():
         return _scripted_attention(
             q, k, v, attn_type, rotary, key_padding_mask, head_scale, lepe, gate
+        )
+    band = band_in_use()
+    if band is not None:
+        return band_attention(
+            band, q, k, v, attn_type, rotary, key_padding_mask, head_scale, lepe, gate
         )
     if attn_type == "softmax":
         out = softmax_attention(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vitlinear._timm import register_notrace_module
 from vitlinear.ops import accumulation_dtype
 
+from ..band import BANDED, Band, band_in_use, use_band
 from ..heads import split_heads
 from ..layout import split_axis
 from ..linear import Linear
@@ -40,6 +41,7 @@ class ShiftedWindowAttention(nn.Module):
     """
 
     padding_rule = SIZES
+    row_rule = BANDED
 
     def __init__(
         self,
@@ -107,16 +109,38 @@ class ShiftedWindowAttention(nn.Module):
 
     def attend_map(self, x: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
-        B, H, W, C = x.shape
-        side, heads = self.window_size, self.attend.num_heads
-        rows, cols = fixed_windows(H, side), fixed_windows(W, side)
-        # 1 // n is 1 for one window and 0 for more.
-        down, right = self.shift * (1 - 1 // rows[0]), self.shift * (1 - 1 // cols[0])
-        if self.square:
-            rows, cols, down = square_windows(H, W, side, self.shift > 0)
-            right = down
+        if not torch.jit.is_scripting():
+            band = band_in_use()
+            if band is not None:
+                return self.attend_whole_windows(band, x)
+        B, H, W = x.shape[0], x.shape[1], x.shape[2]
+        rows, cols, down, right = self.split(H, W)
         regions = window_regions((B, H, W), rows, cols, down, right, x.device)
-        x = to_windows(x, rows, cols, down, right)
+        x = self.attend_windows(to_windows(x, rows, cols, down, right), regions, rows[1])
+        return from_windows(x, rows, cols, (B, H, W), down, right)
+
+    def split(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int], int, int]:
+        """Windows along both sides of a map, and their shift down and to the right."""
+        side = self.window_size
+        if self.square:
+            rows, cols, shift = square_windows(height, width, side, self.shift > 0)
+            return rows, cols, shift, shift
+        rows, cols = fixed_windows(height, side), fixed_windows(width, side)
+        # 1 // n is 1 for one window and 0 for more.
+        return rows, cols, self.shift * (1 - 1 // rows[0]), self.shift * (1 - 1 // cols[0])
+
+    def attend_windows(self, x: Tensor, regions: Tensor | None, side: int) -> Tensor:
+        """Attend.
+
+        Args:
+            x: Windows, [B * windows, side * side, C].
+            regions: As `window_regions` gives them.
+            side: Of a window.
+
+        Returns:
+            In the shape of x.
+        """
+        heads, C = self.attend.num_heads, x.shape[2]
         q, k, v = split_axis(self.qkv(x), 2, [3, heads, C // heads]).unbind(2)
         # The bias is added to zero, or to what hides keys. Its module is called, not asked for it:
         # hooks run, and weights may be made for each call.
@@ -124,14 +148,43 @@ class ShiftedWindowAttention(nn.Module):
         if regions is not None:
             hidden = regions[:, None, :, None] != regions[:, None, None, :]
             logits = q.new_zeros(hidden.shape).masked_fill(hidden, -torch.inf)
-        if varies(rows[1]) or rows[1] != self.table_size:
+        if varies(side) or side != self.table_size:
             table = self.rel_pos.relative_position_bias_table
-            bias = logits + resized_biases(table, self.table_size, rows[1])
+            bias = logits + resized_biases(table, self.table_size, side)
         else:
             bias = self.rel_pos(logits)
         bias = bias.to(q.dtype)
-        x = self.proj_drop(self.proj(self.attend(q, k, v, bias)))
-        return from_windows(x, rows, cols, (B, H, W), down, right)
+        return self.proj_drop(self.proj(self.attend(q, k, v, bias)))
+
+    @torch.jit.ignore
+    def row_reach(self, height: int) -> int:
+        """Rows around that windows may need."""
+        return self.window_size - 1
+
+    @torch.jit.ignore
+    def attend_whole_windows(self, band: Band, x: Tensor) -> Tensor:
+        """`attend_map` of the windows that a band sees whole.
+
+        The shifted window that holds both ends of the map is two here, cut short: tokens of the two
+        ends do not see each other.
+        """
+        band.check_rows(x.shape[1])
+        (_, side), cols, down, right = self.split(band.height, x.shape[2])
+        first, last = band.whole_windows(side, down)
+        x = x[:, first:last]
+        above = side - down if down and band.start == 0 else 0
+        x = F.pad(x, [0, 0, 0, 0, above, 0])
+        B, H, W = x.shape[0], x.shape[1], x.shape[2]
+        rows = fixed_windows(H, side)
+        regions = window_regions((B, H, W), rows, cols, 0, right, x.device)
+        if above:
+            row = window_places(B, rows, cols, 0, right, x.device)[1]
+            regions = torch.zeros_like(row) if regions is None else regions
+            regions = regions.masked_fill(row < above, 4)
+        with use_band(None):
+            x = self.attend_windows(to_windows(x, rows, cols, 0, right), regions, side)
+        x = from_windows(x, rows, cols, (B, H, W), 0, right)
+        return band.back_in_band(x[:, above:], first)
 
 
 def resized_biases(table: Tensor, table_size: int, side: int) -> Tensor:

@@ -8,11 +8,15 @@ from torch import Tensor, nn
 
 from vitlinear.ops.backend import check_backend
 
+from ..band import BANDED, band_in_use
+from .band_attention import gather_keys
+
 
 class SoftmaxAttention(nn.Module):
     """softmax(q k^T / sqrt(D)) v on SDPA: no parameters, a place for reports to look at."""
 
     attn_type = "softmax"
+    row_rule = BANDED
 
     def __init__(self, num_heads: int, head_dim: int, backend: str = "auto") -> None:
         """Make the attention.
@@ -43,6 +47,13 @@ class SoftmaxAttention(nn.Module):
         Returns:
             [B, N, h * D].
         """
+        if not torch.jit.is_scripting():
+            band = band_in_use()
+            if band is not None:
+                # A mask is one of keys here, [B, 1, 1, N].
+                keys = None if mask is None else mask[:, 0, 0]
+                k, v, keys = gather_keys(band, k, v, keys)
+                mask = None if keys is None else keys[:, None, None]
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         # Two conditions, for TorchScript to leave out what it cannot read.
         if not torch.jit.is_scripting():  # noqa: SIM102

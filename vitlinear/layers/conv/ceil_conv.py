@@ -7,6 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..band import LOCAL
 from ..layout import known_layout
 
 
@@ -23,6 +24,8 @@ class CeilConv(nn.Conv2d):
     zeros. A subclass of `nn.Conv2d` for the reasons that `DepthwiseConv` gives. Adapters call its
     constructor for layers of low rank beside it.
     """
+
+    row_rule = LOCAL
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Make the convolution; arguments as `nn.Conv2d`.

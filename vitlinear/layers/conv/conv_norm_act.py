@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from ..band import LOCAL
 from ..plain import is_plain
 
 
@@ -15,6 +16,8 @@ class ConvNormAct(nn.Module):
     timm's module of this name has the activation inside of its norm, where the conversions to
     synchronised batch norm of torch and mmengine lose it without a word.
     """
+
+    row_rule = LOCAL
 
     def __init__(
         self,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vitlinear.ops.tracing import under_transforms
 
+from ..band import LOCAL
 from ..layout import known_layout
 from .conv_norm_act import ConvNormAct
 
@@ -40,6 +41,8 @@ class ConvStem(nn.Module):
 
     Half the width until the last; GELU after the first three, nothing after the last.
     """
+
+    row_rule = LOCAL
 
     def __init__(
         self,

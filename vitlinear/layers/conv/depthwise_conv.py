@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from vitlinear._timm import register_notrace_module
 from vitlinear.ops import cpu
 
+from ..band import LOCAL
 from ..layout import known_layout
 from ..padding_rule import ZEROS
 from ..plain import is_plain
@@ -23,6 +24,7 @@ class DepthwiseConv(nn.Conv2d):
     views: in memory the input is what PyTorch calls a channels_last image already.
     """
 
+    row_rule = LOCAL
     padding_rule = ZEROS
 
     def __init__(
@@ -64,6 +66,8 @@ class ResidualDepthwiseConv(DepthwiseConv):
 
     Where `vitlinear.ops.cpu` finds it faster, the sum is part of the kernel.
     """
+
+    row_rule = LOCAL
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""

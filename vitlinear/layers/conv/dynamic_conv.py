@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..band import LOCAL
+
 
 class TokenConv(nn.Conv1d):
     """A 1x1 convolution of single tokens, [B, C_in, 1] -> [B, C_out, 1]: one product of matrices.
@@ -13,6 +15,8 @@ class TokenConv(nn.Conv1d):
     Which convolution PyTorch takes depends on batch and size: each would be a compiled program.
     Arguments as `nn.Conv1d`.
     """
+
+    row_rule = LOCAL
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C_in, 1] -> [B, C_out, 1]."""
@@ -27,6 +31,8 @@ class DynamicConv(nn.Module):
     InLine attention (arXiv:2412.06590, section 4.3; widths and order as in the released
     checkpoints).
     """
+
+    row_rule = LOCAL
 
     def __init__(
         self,
@@ -47,6 +53,11 @@ class DynamicConv(nn.Module):
         self.fc1 = TokenConv(dim, dim, 1, groups=num_heads, device=device, dtype=dtype)
         self.act = nn.GELU()
         self.fc2 = TokenConv(dim, 9 * dim, 1, groups=num_heads, device=device, dtype=dtype)
+
+    @torch.jit.ignore
+    def row_reach(self, height: int) -> int:
+        """Rows above and below that the kernel needs."""
+        return 1
 
     def forward(self, x: Tensor, mean: Tensor) -> Tensor:
         """Convolve.

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from vitlinear._timm import register_notrace_module
 from vitlinear.ops import cpu
 
+from ..band import LOCAL
 from ..layout import known_layout
 from ..padding_rule import ZEROS
 from ..plain import is_plain
@@ -24,6 +25,7 @@ class HeadSharedConv(nn.Conv2d):
     its weight [D, 1, K, K], as `DepthwiseConv` is.
     """
 
+    row_rule = LOCAL
     padding_rule = ZEROS
 
     def __init__(

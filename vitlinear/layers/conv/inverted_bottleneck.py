@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vitlinear._timm import register_notrace_module
 
+from ..band import LOCAL
 from ..layout import known_layout
 from ..padding_rule import MASK_CHANNELS_FIRST
 from .conv_norm_act import ConvNormAct
@@ -57,6 +58,7 @@ class InvertedStem(nn.Module):
             that the authors have for detection and segmentation.
     """
 
+    row_rule = LOCAL
     padding_rule = MASK_CHANNELS_FIRST
 
     def __init__(
@@ -129,6 +131,7 @@ class InvertedDownsample(nn.Module):
             which is ReLU(bias), and else zero padding.
     """
 
+    row_rule = LOCAL
     padding_rule = MASK_CHANNELS_FIRST
 
     def __init__(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..band import LOCAL
 from .depthwise_conv import DepthwiseConv
 
 
@@ -13,6 +14,8 @@ class LocalConcentration(nn.Module):
 
     Source: L2ViT, arXiv:2501.16182.
     """
+
+    row_rule = LOCAL
 
     def __init__(
         self,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vitlinear._timm import register_notrace_module
 
+from ..band import BANDED, Band, band_in_use
 from ..layout import is_followed
 from ..padding_rule import SIZES
 from ..windows import join_maps
@@ -88,6 +89,7 @@ class AddTokenPositions(nn.Module):
     """Adds learned positions, which belong to the model, to a row of tokens."""
 
     padding_rule = SIZES
+    row_rule = BANDED
 
     def __init__(self, num_prefix_tokens: int) -> None:
         """Note how many tokens stand before those of the map; they have positions too."""
@@ -118,6 +120,10 @@ class AddTokenPositions(nn.Module):
             In the shape of x.
         """
         if valid_sizes is None:
+            if not torch.jit.is_scripting():
+                band = band_in_use()
+                if band is not None:
+                    return x + self.resized_band(band, pos_embed, grid_size, height, width)
             return x + self.resized(pos_embed, grid_size, height, width)
         prefix = self.num_prefix_tokens
         maps: list[Tensor] = []
@@ -148,6 +154,23 @@ class AddTokenPositions(nn.Module):
             num_prefix_tokens=self.num_prefix_tokens,
         )
 
+    @torch.jit.ignore
+    def resized_band(
+        self,
+        band: Band,
+        pos_embed: Tensor,
+        grid_size: tuple[int, int],
+        height: int,
+        width: int,
+    ) -> Tensor:
+        """`resized` for the rows of a band, and for the tokens before them."""
+        band.check_rows(height)
+        # In float32 whatever the type: no other way than to resize the whole map gives its digits.
+        whole = band.once(self, lambda: self.resized(pos_embed, grid_size, band.height, width))
+        before, tokens = whole.tensor_split([self.num_prefix_tokens], 1)
+        rows = tokens.unflatten(1, [band.height, width])[:, band.start : band.stop]
+        return torch.cat((before, rows.flatten(1, 2)), 1)
+
 
 # One step to torch.fx, as above.
 @register_notrace_module
@@ -155,6 +178,7 @@ class AddMapPositions(nn.Module):
     """Adds learned positions, which belong to the model, to a map."""
 
     padding_rule = SIZES
+    row_rule = BANDED
 
     def forward(
         self,
@@ -176,6 +200,10 @@ class AddMapPositions(nn.Module):
             In the shape of x.
         """
         if valid_sizes is None:
+            if not torch.jit.is_scripting():
+                band = band_in_use()
+                if band is not None:
+                    return x + self.resized_band(band, pos_embed, grid_size, x.shape[2])
             return x + self.resized(pos_embed, grid_size, x.shape[1], x.shape[2])
         maps: list[Tensor] = []
         for height, width in valid_sizes:
@@ -190,3 +218,23 @@ class AddMapPositions(nn.Module):
         Bilinear, as the released InLine-PVT does it.
         """
         return resized_positions(pos_embed, grid_size, height, width, "bilinear")
+
+    @torch.jit.ignore
+    def resized_band(
+        self, band: Band, pos_embed: Tensor, grid_size: tuple[int, int], width: int
+    ) -> Tensor:
+        """`resized` for the rows of a band, [1, rows, width, C]."""
+        rows, cols = grid_size
+        pos = pos_embed.reshape(1, rows, cols, -1)
+        # Places of the band in rows of the grid, as `F.interpolate` counts them.
+        place = torch.arange(band.start, band.stop, device=pos.device, dtype=pos.dtype)
+        place = ((place + 0.5) * (rows / band.height) - 0.5).clamp(min=0)
+        above = place.long().clamp(max=rows - 1)
+        share = (place - above).to(pos.dtype)[:, None, None]
+        pos = pos[:, above] * (1 - share) + pos[:, (above + 1).clamp(max=rows - 1)] * share
+        if width == cols:
+            return pos
+        pos = pos.permute(0, 3, 1, 2)
+        size = [pos.shape[2], width]
+        pos = F.interpolate(pos, size=size, mode="bilinear", align_corners=False)
+        return pos.permute(0, 2, 3, 1)

@@ -10,6 +10,7 @@ from vitlinear._timm import register_notrace_module
 from vitlinear.ops import accumulation_dtype
 from vitlinear.ops.eager import without_autocast
 
+from ..band import BANDED, LOCAL, Band, band_in_use
 from ..heads import split_heads
 from ..linear import Linear
 from ..padding_rule import ZEROS
@@ -30,6 +31,8 @@ class AxisTpe(nn.Module):
     Causal along the axis, as in the modules that the authors have published; whether their vision
     models are is not known.
     """
+
+    row_rule = LOCAL  # along the columns; along the rows `MdTpe` asks for `over_bands`
 
     def __init__(
         self,
@@ -84,6 +87,58 @@ class AxisTpe(nn.Module):
         x = x.reshape(x.shape[0], x.shape[1], x.shape[2], self.num_heads, self.head_dim)
         return self.norm(torch.einsum("hnm,blmhd->blnhd", kernel, x))
 
+    @torch.jit.ignore
+    def over_bands(self, band: Band, x: Tensor) -> Tensor:
+        """`forward` along the rows of a map, of those of a band.
+
+        What a band passes on to all rows below, or above, is a line of tokens: its sum with the
+        decay to its last row, or to its first one.
+
+        Args:
+            band: Without rows of its neighbours.
+            x: [B, lines, rows, C].
+
+        Returns:
+            [B, lines, rows, C].
+
+        Raises:
+            ValueError: The band has rows of its neighbours.
+        """
+        if (band.start, band.stop) != band.own:
+            raise ValueError("MD-TPE takes bands without rows of their neighbours")
+        dtype = accumulation_dtype(x.dtype)
+        with without_autocast(x):
+            y = x.to(dtype).unflatten(-1, [self.num_heads, self.head_dim])
+            rows = torch.arange(y.shape[2], device=x.device)
+            starts, stops = torch.tensor(band.cuts, device=x.device).T
+            out = torch.einsum("hnm,blmhd->blnhd", self.kernel(len(rows), dtype), y)
+            (sums,) = band.gather(2, self._decayed_sum(y, rows.flip(0)).unsqueeze(2))
+            above = stops <= band.start
+            carried = self._decayed_sum(sums[:, :, above], band.start - stops[above])
+            out = out + self._decayed(carried, rows + 1, dtype)
+            if self.bidirectional:
+                (sums,) = band.gather(2, self._decayed_sum(y, rows).unsqueeze(2))
+                below = starts >= band.stop
+                carried = self._decayed_sum(sums[:, :, below], starts[below] - band.stop)
+                out = out + self._decayed(carried, rows.flip(0) + 1, dtype)
+            y = self.norm(out)
+        return self.proj(y.to(x.dtype))
+
+    def _powers(self, distance: Tensor, dtype: torch.dtype) -> Tensor:
+        """lambda^distance, [n, h, 1]."""
+        log_decay = F.logsigmoid(self.log_decay.to(dtype))
+        return (distance[:, None, None] * log_decay[:, None]).exp()
+
+    def _decayed_sum(self, x: Tensor, distance: Tensor) -> Tensor:
+        """sum_n lambda^distance_n x_n, [B, lines, n, h, D] -> [B, lines, h, D]."""
+        return (self._powers(distance, x.dtype) * x).sum(2)
+
+    def _decayed(self, x: Tensor, distance: Tensor, dtype: torch.dtype) -> Tensor:
+        """(q . k) lambda^distance x, [B, lines, h, D] -> [B, lines, n, h, D]."""
+        q, k = self.query.to(dtype), self.key.to(dtype)
+        strength = (q * k).reshape(self.num_heads, -1).sum(1)[:, None]
+        return strength * self._powers(distance, dtype) * x.unsqueeze(2)
+
     def kernel(self, length: int, dtype: torch.dtype) -> Tensor:
         """The filters of all heads, [h, length, length]: from row n to the tokens m that it sees.
 
@@ -107,6 +162,7 @@ class MdTpe(nn.Module):
     """
 
     padding_rule = ZEROS
+    row_rule = BANDED
 
     def __init__(
         self,
@@ -123,5 +179,11 @@ class MdTpe(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
+        if not torch.jit.is_scripting():
+            band = band_in_use()
+            if band is not None:
+                band.check_rows(x.shape[1])
+                down = self.rows.over_bands(band, x.transpose(1, 2)).transpose(1, 2)
+                return down + self.cols(x)
         down = self.rows(x.transpose(1, 2)).transpose(1, 2)
         return down + self.cols(x)

@@ -167,14 +167,14 @@ def test_a_failing_kernel_says_so(monkeypatch):
     arguments = (q, k, v, "mala", *inputs.terms("mala").flatten())
     expected = library.linear_attention_op(*arguments)[0]
     monkeypatch.setattr(kernels, "forward", broken)
-    monkeypatch.setattr(backend, "_failure", None)
+    monkeypatch.setattr(backend, "_failures", {})
     with pytest.raises(ops.KernelError, match="ValueError: no registers left"):
         ops.linear_attention(q, k, v, mechanism="mala", rotary=inputs.rotary, backend="triton")
     with pytest.warns(UserWarning, match="the formulas run instead: ValueError: no registers"):
         out = library.linear_attention_op(*arguments, "auto")[0]
     assert torch.equal(out, expected)
-    choice = ops.choose_backend("auto", ops.Workload("cuda", torch.float32, 15, 8, "mala"))
-    assert choice.backend == "eager" and "no registers left" in choice.reason
+    assert {kind.mechanism for kind in backend._failures} == {"mala"}
+    assert all("no registers left" in reason for reason in backend._failures.values())
 
 
 @pytest.mark.parametrize("length", [49, 196, 784, 3136, 16384, 60800, 262144])

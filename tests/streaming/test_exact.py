@@ -1,0 +1,118 @@
+"""Streamed outputs are those of the model on the whole image, whatever the bands."""
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import vitlinear
+import vitlinear.errors
+from tests.pairwise import pairwise
+from vitlinear.models._contract import TimmBackbone
+from vitlinear.models._stages import StagedBackbone
+
+# Even, odd and uneven at every stride; smaller than a window; large enough for several windows of
+# every kind, shifted ones that hold both ends of the map among them.
+SIZES = [(96, 128), (203, 97), (33, 64), (230, 70), (5, 7)]
+MODELS = [
+    "test_inline_cswin",
+    "test_inline_deit",
+    "test_inline_pvt",
+    "test_inline_swin",
+    "test_l2vit",
+    "test_lightnet",
+    "test_linear_deit",
+    "test_mavit",
+    "test_mavit_linear",
+    "test_nalaformer",
+    "test_nalaformer_linear",
+    "test_ravlt",
+    "test_ravlt_linear",
+]
+OURS = sorted(
+    name
+    for name in timm.list_models("test_*")
+    if timm.models.model_entrypoint(name).__module__.startswith("vitlinear.")
+)
+
+
+def make(name: str, **kwargs: object) -> nn.Module:
+    """A model in double precision, with everything away from its initial value."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, **kwargs).double().eval()
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    return model
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    """The largest, over the largest value."""
+    assert a.shape == b.shape and a.dtype == b.dtype
+    return float((a - b).abs().max() / b.abs().max())
+
+
+@torch.no_grad()
+def check(model: nn.Module, size: tuple[int, int], **kwargs: object) -> None:
+    """Compare every output with that of the whole image."""
+    image = torch.randn(1, 3, *size, dtype=torch.float64)
+    maps = model.forward_intermediates(image, intermediates_only=True)
+    whole = {"logits": model(image), "features": model.forward_features(image)}
+    whole.update(enumerate(maps))
+    streamed = vitlinear.stream(model, image[0], output=list(whole), **kwargs)
+    assert {name: difference(streamed[name], x) for name, x in whole.items()} == pytest.approx(
+        dict.fromkeys(whole, 0), abs=1e-10
+    )
+
+
+@pairwise(name=MODELS, size=SIZES, band_rows=(1, 3, 8, 1000))
+def test_equals_the_whole_image(name, size, band_rows):
+    check(make(name), size, band_rows=band_rows)
+
+
+@pytest.mark.parametrize("name", [name for name in OURS if name not in MODELS])
+def test_other_models_are_exact_or_refused(name):
+    # Of a model that this file does not know yet, no wrong number comes either.
+    try:
+        check(make(name), (203, 97), band_rows=3)
+    except vitlinear.errors.UserError as error:
+        assert "bands of rows" in str(error) or "cannot stream" in str(error)
+
+
+@pytest.mark.parametrize("pool", ["max", "avgmax", ""])
+@pytest.mark.parametrize("name", ["test_ravlt_linear", "test_linear_deit"])
+def test_every_pooling(name, pool):
+    check(make(name, global_pool=pool), (97, 64), band_rows=2)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("kwargs", [{"bidirectional": True}, {"attn_backend": "library"}])
+def test_variants(kwargs):
+    check(make("test_lightnet", **kwargs), (203, 97), band_rows=3)
+
+
+def test_fused_model():
+    check(make("test_l2vit").fuse(), (97, 64), band_rows=2)
+
+
+def test_work_directory(tmp_path):
+    check(make("test_ravlt"), (203, 97), band_rows=3, workdir=tmp_path)
+    check(make("test_linear_deit"), (203, 97), band_rows=3, workdir=tmp_path / "deeper")
+
+
+@torch.no_grad()
+def test_single_precision():
+    model = make("test_mavit_linear").float()
+    image = torch.randn(1, 3, 160, 128)
+    assert difference(vitlinear.stream(model, image[0], band_rows=4), model(image)) < 1e-5
+
+
+def test_skeletons_are_known():
+    # A third skeleton would have steps of its own.
+    for name in OURS:
+        model = timm.create_model(name)
+        assert isinstance(model, TimmBackbone)
+        assert isinstance(model, StagedBackbone) or hasattr(model, "make_blocks")

@@ -1,0 +1,126 @@
+"""Attention of the tokens of a band to all tokens of the map.
+
+Linear attention merges what the bands bring to its state. Softmax attention gathers the keys and
+values of all.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitlinear.ops import RotaryTables, get_mechanism
+from vitlinear.ops.attention import check_terms, check_tokens, mask_of_lengths
+from vitlinear.ops.eager import (
+    Tokens,
+    accumulation_dtype,
+    epilogue,
+    prepare,
+    saturate,
+    table_of_heads,
+    without_autocast,
+)
+from vitlinear.ops.parts import merge_parts, merge_queries, part_of, query_part, read_part
+from vitlinear.ops.rotary import rotate
+from vitlinear.ops.terms import Terms
+
+from ..band import Band
+
+
+def band_attention(
+    band: Band,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_type: str,
+    rotary: RotaryTables | None = None,
+    key_padding_mask: Tensor | None = None,
+    head_scale: Tensor | None = None,
+    lepe: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> Tensor:
+    """(Attention(q, k, v) + lepe) * gate of a band; arguments as `scriptable_attention`.
+
+    Args:
+        band: Which the tokens, and the rows of the position tables, are of.
+        q: Queries, [B, n, h, D].
+        k: Keys.
+        v: Values.
+        attn_type: Mechanism, or ``'softmax'``.
+        rotary: Position tables of the rows of the band.
+        key_padding_mask: [B, n] bool.
+        head_scale: [h].
+        lepe: Like q.
+        gate: Like q.
+
+    Returns:
+        [B, n, h, D].
+    """
+    if attn_type == "softmax":
+        return epilogue(_softmax(band, q, k, v, rotary, key_padding_mask), lepe, gate)
+    mechanism = get_mechanism(attn_type)
+    terms = Terms(rotary, mask_of_lengths(key_padding_mask, q), head_scale, lepe, gate)
+    check_tokens(q, k, v)
+    check_terms(q, terms, mechanism.positions)
+    with without_autocast(q):
+        tokens = prepare(q, k, v, mechanism, terms, own=not torch.is_grad_enabled())
+        own = own_part(band, tokens)
+        query = None
+        if mechanism.has_global_query:
+            query = band.merge(query_part(own, mechanism), merge_queries)
+        part = band.merge(part_of(own, mechanism, query), merge_parts)
+        out = read_part(tokens, mechanism, part)
+        return saturate(out.transpose(1, 2), q.dtype).to(q.dtype)
+
+
+def own_part(band: Band, tokens: Tokens) -> Tokens:
+    """Of the tokens of a band, those of its own rows."""
+
+    def own(x: Tensor | None, axis: int) -> Tensor | None:
+        return None if x is None else band.own_tokens(x, axis)
+
+    part = tokens._replace(
+        q=own(tokens.q, 2),
+        k=own(tokens.k, 2),
+        v=own(tokens.v, 2),
+        table=own(tokens.table, -3),
+        valid=own(tokens.valid, 2),
+    )
+    assert part.k is not None
+    if part.valid is None:
+        return part._replace(num_valid=part.k.shape[2])
+    number = part.valid.sum(2, keepdim=True).clamp(min=1)
+    return part._replace(num_valid=number.to(part.k.dtype))
+
+
+def _softmax(
+    band: Band,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rotary: RotaryTables | None,
+    key_padding_mask: Tensor | None,
+) -> Tensor:
+    """softmax(R(q) R(k)^T / sqrt(D)) v, [B, n, h, D] -> [B, n, h, D]."""
+    if rotary is not None:
+        with without_autocast(q):
+            table = table_of_heads(rotary, "rotary", *q.shape[2:]).to(accumulation_dtype(q.dtype))
+            q, k = (
+                rotate(x.transpose(1, 2).to(table.dtype), table).to(x.dtype).transpose(1, 2)
+                for x in (q, k)
+            )
+    k, v, mask = gather_keys(band, k, v, key_padding_mask)
+    if mask is not None:
+        mask = ~mask[:, None, None]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def gather_keys(
+    band: Band, k: Tensor, v: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys and values [B, n, h, D] and a mask [B, n] of a band -> those of all bands."""
+    parts = (k, v) if mask is None else (k, v, mask)
+    k, v, *masks = band.gather(1, *(band.own_tokens(x) for x in parts))
+    return k, v, masks[0] if masks else None

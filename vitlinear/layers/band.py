@@ -1,0 +1,187 @@
+"""Rows of a map, as what a forward pass sees of an image that it does not see whole.
+
+Whoever cuts the rows of an image into bands (`vitlinear.streaming`: one band after the other) runs
+layers under a `Band`. A band holds its own rows and some of its neighbours', as many as the
+convolutions reach. Results of rows near a cut are wrong, and the caller drops them. Layers that
+look further than the rows around ask `band_in_use`: for the place of the band, and for what the
+other bands bring to a sum.
+
+Every layer says in the class that defines its ``forward`` how rows reach it, in the attribute
+``row_rule``:
+
+- `LOCAL`: it is made of its members and of steps on single places. What it needs of other rows is
+  what its members need.
+- `BANDED`: it asks `band_in_use` itself.
+
+A layer that needs rows above and below beyond those of its members gives their number by a method
+``row_reach(height)``; height is that of the whole map. One that gathers values of all rows, as
+softmax attention does its keys and values, gives their channels by ``row_gather(height)``. A layer
+without a rule is unknown, and is not run on bands. `vitlinear.streaming.reach` has the rules of the
+layers of PyTorch and timm.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch.nn.functional as F
+from torch import Tensor
+
+LOCAL = "local"
+BANDED = "banded"
+
+Parts = TypeVar("Parts", bound=tuple[Tensor, ...])
+
+
+class Band:
+    """The rows of a map that a forward pass sees; subclasses bring sums over all bands.
+
+    Attributes:
+        start: First row, in the numbers of the whole map.
+        stop: End of the rows.
+        own: Start and end of the rows that this band answers for. Those of all bands make up the
+            map, so that sums count each row once.
+        height: Rows of the whole map.
+        prefix: Tokens that stand before those of the map, such as a class token. All bands have
+            them; the first one answers for them.
+        cuts: Own rows of every band, from the top.
+    """
+
+    def __init__(
+        self,
+        start: int,
+        stop: int,
+        own: tuple[int, int],
+        height: int,
+        prefix: int = 0,
+        cuts: tuple[tuple[int, int], ...] = (),
+    ) -> None:
+        self.start = start
+        self.stop = stop
+        self.own = own
+        self.height = height
+        self.prefix = prefix
+        self.cuts = cuts or (own,)
+
+    def merge(
+        self, parts: Parts, combine: Callable[[Parts, Parts], Parts], later: bool = False
+    ) -> Parts:
+        """Combine the parts of all bands; each calls this with its own.
+
+        Args:
+            parts: Of the own rows.
+            combine: Makes one of two; the order in which it is called must not matter.
+            later: What the layer merges or gathers next does not depend on the result.
+        """
+        raise NotImplementedError
+
+    def gather(self, axis: int, *parts: Tensor) -> tuple[Tensor, ...]:
+        """Lay the parts of all bands side by side along an axis, from the top.
+
+        Args:
+            axis: The only one in which bands may differ.
+            *parts: Tensors of the own rows; each is gathered by itself.
+        """
+        raise NotImplementedError
+
+    def once(self, key: object, make: Callable[[], Tensor]) -> Tensor:
+        """Call ``make`` for the first band, and keep what it makes for the others.
+
+        Args:
+            key: What it is known by, such as the layer that asks.
+            make: Makes the same in every band.
+        """
+        raise NotImplementedError
+
+    def check_rows(self, rows: int) -> None:
+        """Check that a map is that of this band.
+
+        Raises:
+            ValueError: It has another number of rows.
+        """
+        if rows != self.stop - self.start:
+            raise ValueError(
+                f"a map of {rows} rows is not the band of {self.stop - self.start} that this "
+                "forward pass sees"
+            )
+
+    def own_tokens(self, x: Tensor, axis: int = 1) -> Tensor:
+        """Of tokens, in rows of equal length after the prefix, those of the own rows.
+
+        Args:
+            x: [..., prefix + rows * width, ...].
+            axis: That of the tokens.
+
+        Raises:
+            ValueError: The tokens are not those of this band.
+        """
+        width, rest = divmod(x.shape[axis] - self.prefix, self.stop - self.start)
+        if rest or width < 1:
+            raise ValueError(
+                f"{x.shape[axis]} tokens are not {self.prefix} and a band of "
+                f"{self.stop - self.start} rows"
+            )
+        first = self.prefix + (self.own[0] - self.start) * width
+        last = self.prefix + (self.own[1] - self.start) * width
+        if self.own[0] == 0:
+            first = 0
+        return x.narrow(axis, first, last - first)
+
+    def whole_windows(self, length: int, offset: int = 0) -> tuple[int, int]:
+        """The rows of this band that lie in windows which it sees whole.
+
+        Args:
+            length: Rows of a window. The first and the last one of the map may be cut short.
+            offset: Row at which a window begins, besides those a multiple of the length away.
+
+        Returns:
+            First row and end, in the numbers of the band; both 0 if there is none.
+        """
+        first = offset + math.ceil((self.start - offset) / length) * length
+        last = offset + (self.stop - offset) // length * length
+        if self.start == 0:
+            first = 0
+        if self.stop == self.height:
+            last = self.height
+        return (first - self.start, last - self.start) if first < last else (0, 0)
+
+    def back_in_band(self, x: Tensor, first: int) -> Tensor:
+        """A map [B, rows, W, C] of some rows as one of all rows of the band.
+
+        The others are NaN: that is what comes out if somebody uses them after all.
+
+        Args:
+            x: Map.
+            first: Number of its first row in the band.
+        """
+        after = self.stop - self.start - first - x.shape[1]
+        return F.pad(x, (0, 0, 0, 0, first, after), value=math.nan)
+
+
+class _Local(threading.local):
+    """The band of this thread's forward pass; not a `ContextVar`, which Dynamo cannot trace."""
+
+    band: Band | None = None
+
+
+_local = _Local()
+
+
+def band_in_use() -> Band | None:
+    """The band that this thread's forward pass runs under; None if it sees the whole map."""
+    return _local.band
+
+
+@contextmanager
+def use_band(band: Band | None) -> Iterator[None]:
+    """Run what stands inside under this band."""
+    before = _local.band
+    _local.band = band
+    try:
+        yield
+    finally:
+        _local.band = before

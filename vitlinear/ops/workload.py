@@ -1,0 +1,110 @@
+"""The tensors of a call, as far as the choice of its backend may depend on them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .terms import Terms
+
+
+class Kind(NamedTuple):
+    """Calls that the same kernels serve, whatever their size: one is trusted or not as a whole.
+
+    Attributes:
+        device: Type of the device.
+        device_index: Number of the device; None for the current one.
+        mechanism: Key in `MECHANISMS`.
+        dtype: Of q, k and v.
+        head_dim: D.
+        without_kernels: What of the call the kernels cannot do, in words; empty if nothing.
+        given: Which of `Terms` there are, in their order.
+        training: Whether a backward pass will follow.
+    """
+
+    device: str
+    device_index: int | None
+    mechanism: str
+    dtype: torch.dtype
+    head_dim: int
+    without_kernels: str
+    given: tuple[bool, ...]
+    training: bool
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """Names of the terms that there are."""
+        return tuple(name for name, there in zip(Terms._fields, self.given, strict=False) if there)
+
+    @property
+    def label(self) -> str:
+        """A name that does not depend on the device: ``rala bfloat16 64 rotary+gate training``."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        if self.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+            dtype += "-tf32"  # other products
+        terms = "+".join(self.terms) or "plain"
+        use = "training" if self.training else "inference"
+        return f"{self.mechanism} {dtype} {self.head_dim} {terms} {use}"
+
+
+class Workload(NamedTuple):
+    """One call.
+
+    Attributes:
+        device: Type of the device.
+        dtype: Of q, k and v.
+        length: N.
+        head_dim: D.
+        mechanism: Key in `MECHANISMS`.
+        without_kernels: What of the call the kernels cannot do, in words; empty if nothing.
+        batch: B.
+        heads: h.
+        device_index: Number of the device; None for the current one.
+        given: Which of `Terms` there are, in their order; empty for none.
+        training: Whether a backward pass will follow.
+    """
+
+    device: str
+    dtype: torch.dtype
+    length: int
+    head_dim: int
+    mechanism: str
+    without_kernels: str = ""
+    batch: int = 1
+    heads: int = 1
+    device_index: int | None = None
+    given: tuple[bool, ...] = ()
+    training: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        q: Tensor,
+        mechanism: str,
+        without_kernels: str = "",
+        terms: Terms | None = None,
+        training: bool = False,
+    ) -> Workload:
+        """The workload of a call with these queries, [B, N, h, D], and terms."""
+        batch, length, heads, dim = q.shape
+        device = q.device
+        given = () if terms is None else tuple([x is not None for x in terms])
+        return cls(
+            device.type, q.dtype, length, dim, mechanism, without_kernels, batch, heads,
+            device.index, given, training,
+        )  # fmt: skip
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of call: all of it that does not depend on the number of tokens."""
+        return Kind(
+            self.device, self.device_index, self.mechanism, self.dtype, self.head_dim,
+            self.without_kernels, self.given, self.training,
+        )  # fmt: skip
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all heads and samples, B N h."""
+        return self.batch * self.length * self.heads

@@ -1,0 +1,3 @@
+"""Images larger than memory: a model runs on bands of rows, with the results of the whole image."""
+
+from .stream import stream as stream

@@ -1,0 +1,118 @@
+"""How many rows of a step fit into memory: measured on small bands, then extrapolated."""
+
+from __future__ import annotations
+
+import os
+import re
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from vitlinear.errors import UserError
+
+# What libraries take for themselves inside of one operation is not seen, nor the rests that the
+# allocator keeps.
+MARGIN = 1.3
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def parse_memory(memory: int | str) -> int:
+    """Bytes of a number, or of a text such as ``4GiB`` or ``500MB`` (both count in 1024).
+
+    Raises:
+        UserError: It is no amount of memory.
+    """
+    if isinstance(memory, str):
+        found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([KMGT]?)(?:i?B)?\s*", memory, re.IGNORECASE)
+        if not found:
+            raise UserError(f"memory {memory!r} is no amount such as 4GiB or 500MiB")
+        memory = int(float(found[1]) * _UNITS[found[2].upper()])
+    if memory <= 0:
+        raise UserError(f"memory must be more than 0, got {memory}")
+    return memory
+
+
+def resident() -> int:
+    """Bytes that this process holds in memory; 0 where the system does not say."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return 0
+
+
+class _Peak(TorchDispatchMode):
+    """Counts the bytes of the tensors that are alive, each memory once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and x.layout is torch.strided:
+                self._count(x.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        place, size = storage._cdata, storage.nbytes()
+        if place in self._seen:
+            return
+        self._seen.add(place)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._free, place, size)
+
+    def _free(self, place: int, size: int) -> None:
+        self._seen.discard(place)
+        self.now -= size
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """The most bytes of tensors that are alive at once while something runs."""
+    with _Peak() as count:
+        run()
+    return count.peak
+
+
+def rows_that_fit(measure: Callable[[int], int], height: int, budget: int, name: str) -> int:
+    """The height of bands of a step.
+
+    Args:
+        measure: Bytes for a band of some own rows.
+        height: Rows of the map.
+        budget: Bytes that there are.
+        name: Of the step, for the message.
+
+    Raises:
+        UserError: Not even one row fits.
+    """
+    few = min(2, height)
+    low = int(measure(few) * MARGIN)
+    if few == height:
+        if low > budget:
+            raise _too_little(name, low, budget)
+        return height
+    many = min(few + 8, height)
+    high = int(measure(many) * MARGIN)
+    if low > budget:
+        raise _too_little(name, low, budget)
+    per_row = max((high - low) / (many - few), 1.0)
+    return max(min(few + int((budget - low) / per_row), height), 1)
+
+
+def _too_little(name: str, needed: int, budget: int) -> UserError:
+    return UserError(
+        f"{name} needs {needed / 2**20:.0f} MiB for its smallest band, and {budget / 2**20:.0f} "
+        "MiB are left of the memory that may be used; give more by memory="
+    )

@@ -1,0 +1,339 @@
+"""Runs the steps of a model over bands of rows."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from vitlinear.errors import UserError
+from vitlinear.layers.band import use_band
+
+from .maps import FileMap, RowMap
+from .memory import peak_bytes, resident, rows_that_fit
+from .reach import Rows
+from .record import Position, Record
+from .steps import Step
+from .sums import StreamedBand, Sums, Unknown
+
+Shape = tuple[int, int, int]
+Cuts = tuple[tuple[int, int], ...]
+
+
+class Readable(Protocol):
+    """A map, or an image, that is read by rows."""
+
+    shape: Shape
+    prefix: Tensor | None
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Rows as [1, stop - start, W, C]."""
+
+
+@dataclass
+class Plan:
+    """A step with the sizes of its maps.
+
+    Attributes:
+        step: The step.
+        before: Height, width and channels of its input.
+        after: Of its output.
+    """
+
+    step: Step
+    before: Shape
+    after: Shape
+
+    def rows_after(self, rows: int) -> int:
+        """Rows that some rows of the input become."""
+        if rows == self.before[0]:
+            return self.after[0]
+        for conv in self.step.convs:
+            # A convolution that leaves incomplete patches out pads with less; what comes of the
+            # end of a band is dropped anyway.
+            rows = -(-rows // conv.stride)
+        return rows
+
+
+def plan_steps(steps: list[Step], image: Shape, example: Tensor) -> list[Plan]:
+    """The sizes of all maps, by running strided steps on images of one column and of one row.
+
+    Args:
+        steps: Of the model.
+        image: Height, width and channels.
+        example: Whose type and device images have.
+    """
+    plans: list[Plan] = []
+    shape = image
+    for step in steps:
+        after = shape
+        if step.strided:
+            height, width, channels = shape
+            tall, _ = step.run(example.new_zeros(1, height, 1, channels), None)
+            wide, _ = step.run(example.new_zeros(1, 1, width, channels), None)
+            after = (tall.shape[1], wide.shape[2], wide.shape[3])
+        elif not plans or step.name == "final":
+            some, _ = step.run(example.new_zeros(1, 1, 1, shape[2]), None)
+            after = (*shape[:2], some.shape[3])
+        plans.append(Plan(step, shape, after))
+        shape = after
+    return plans
+
+
+def run_band(
+    plan: Plan, source: Readable, own: Rows, cuts: Cuts, sums: Sums, example: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """One band of a step: the own rows of the output, and the tokens before them.
+
+    Args:
+        plan: The step.
+        source: Its input.
+        own: Rows of the output.
+        cuts: Of all bands.
+        sums: Of the step.
+        example: Whose type and device the band gets.
+
+    Raises:
+        Unknown: It waits for a sum over all bands.
+    """
+    step = plan.step
+    needed = step.rows_needed(own, plan.before[0])
+    x = source.read(*needed).to(example.device, example.dtype)
+    start = needed.start // step.stride
+    rows = plan.rows_after(needed.stop - needed.start)
+    if needed.stop == plan.before[0]:
+        rows = plan.after[0] - start
+    prefix = source.prefix
+    band = StreamedBand(
+        sums,
+        start=start,
+        stop=start + rows,
+        own=(own.start, own.stop),
+        height=plan.after[0],
+        prefix=_prefix_of(step, prefix),
+        cuts=cuts,
+    )
+    with use_band(band if len(cuts) > 1 else None):
+        y, prefix = step.run(x, prefix)
+    expected = (1, rows, *plan.after[1:])
+    if tuple(y.shape) != expected:
+        raise UserError(
+            f"{step.name} gave a band of shape {tuple(y.shape)} where {expected} was expected; "
+            "streaming does not know what it does"
+        )
+    return y[:, own.start - start : own.stop - start], prefix
+
+
+def _prefix_of(step: Step, prefix: Tensor | None) -> int:
+    return 0 if prefix is None else prefix.shape[1]
+
+
+class Runner:
+    """Runs steps one after the other, and keeps the maps that are asked for."""
+
+    def __init__(
+        self,
+        example: Tensor,
+        memory: int,
+        folder: Path | None,
+        record: Record | None,
+        band_rows: int | None,
+        progress: bool,
+    ) -> None:
+        """Keep how to run.
+
+        Args:
+            example: Whose type and device bands get.
+            memory: Bytes that the process may hold.
+            folder: Where maps are kept in files; None to keep them in memory.
+            record: Of what was finished; None without a folder.
+            band_rows: Rows of the output in a band; None for as many as fit.
+            progress: Show a progress bar.
+        """
+        self.example = example
+        self.memory = memory
+        self.folder = folder
+        self.record = record
+        self.band_rows = band_rows
+        self.progress = progress
+
+    def make_map(self, number: int, shape: Shape, keep: bool = False) -> RowMap:
+        """A map for the output of a step."""
+        if self.folder is None:
+            return RowMap(shape, self.example.dtype)
+        return FileMap(shape, self.example.dtype, self.folder / f"map-{number}.bin", keep)
+
+    def choose_cuts(self, plan: Plan, gathered: int) -> Cuts:
+        """The rows of each band of a step.
+
+        Args:
+            plan: The step.
+            gathered: Bytes that the step keeps of all bands, as softmax attention does.
+        """
+        height = plan.after[0]
+        rows = self.band_rows
+        if rows is None:
+            rows = self._rows_that_fit(plan, gathered)
+        return tuple((a, min(a + rows, height)) for a in range(0, height, rows))
+
+    def _rows_that_fit(self, plan: Plan, gathered: int) -> int:
+        budget = self.memory - resident()
+        height = plan.after[0]
+
+        def measure(own: int) -> int:
+            start = (height - own) // 2
+            rows = Rows(start, start + own)
+            image = _Noise(plan.before, self.example)
+            sums = Sums()
+            cuts: Cuts = ((rows.start, rows.stop),)
+            return peak_bytes(lambda: run_band(plan, image, rows, cuts, sums, self.example))
+
+        rows = rows_that_fit(measure, height, budget, plan.step.name)
+        if rows < height and gathered:
+            if 2 * gathered > budget:
+                raise UserError(
+                    f"{plan.step.name} has softmax attention over the whole map, whose keys and "
+                    f"values need {2 * gathered / 2**30:.2f} GiB; {budget / 2**30:.2f} GiB are "
+                    "left: give more by memory=, or take a model that is linear in all stages"
+                )
+            rows = rows_that_fit(measure, height, budget - 2 * gathered, plan.step.name)
+        return rows
+
+    @torch.no_grad()
+    def run(self, plans: list[Plan], image: Readable, wanted: set[int]) -> dict[int, RowMap]:
+        """Run the steps.
+
+        Args:
+            plans: The steps.
+            image: What the first one reads.
+            wanted: Numbers of the steps whose output is kept; the last one among them.
+
+        Returns:
+            The maps by these numbers.
+
+        Raises:
+            UserError: Memory or disk do not suffice, or the image cannot be read.
+        """
+        kept: dict[int, RowMap] = {}
+        source: Readable = image
+        first = 0
+        position = Position() if self.record is None else self.record.load()
+        for number in sorted(position.finished):
+            made = self.make_map(number, plans[number].after, keep=True)
+            made.prefix = position.finished[number]
+            kept[number] = made
+            source, first = made, number + 1
+        bar = tqdm(total=len(plans), initial=first, disable=not self.progress, unit="step")
+        with bar:
+            for number in range(first, len(plans)):
+                plan = plans[number]
+                bar.set_postfix_str(plan.step.name)
+                source = self._run_step(number, plan, source, position, bar)
+                kept[number] = source
+                position.finished[number] = source.prefix
+                position.cuts, position.band, position.sums = (), 0, Sums()
+                position.prefix = None
+                # Files go when the record no longer names them.
+                old = [n for n in kept if n < number and n not in wanted]
+                for n in old:
+                    del position.finished[n]
+                self._note(position)
+                if self.record is not None:
+                    self.record.delete_sums()
+                for n in old:
+                    kept.pop(n).delete()
+                bar.update()
+        return kept
+
+    def _run_step(
+        self, number: int, plan: Plan, source: Readable, position: Position, bar: Any
+    ) -> RowMap:
+        again = bool(position.cuts)
+        target = self.make_map(number, plan.after, keep=again)
+        if not again:
+            position.cuts = self.choose_cuts(plan, gathered_bytes(plan, self.example))
+        cuts, sums = position.cuts, position.sums
+        while True:
+            for i in range(position.band, len(cuts)):
+                bar.set_postfix_str(f"{plan.step.name}, band {i + 1} of {len(cuts)}")
+                own = Rows(*cuts[i])
+                try:
+                    y, prefix = run_band(plan, source, own, cuts, sums, self.example)
+                except Unknown:
+                    pass
+                else:
+                    target.write(own.start, y)
+                    if position.prefix is None:
+                        position.prefix = prefix
+                    del y
+                position.band = i + 1
+                self._note(position)
+            if not sums.finish_pass():
+                target.prefix = position.prefix
+                return target
+            position.band = 0
+            if self.record is not None:
+                self.record.save_sums(position)
+                self.record.save(position)
+
+    def _note(self, position: Position) -> None:
+        if self.record is not None:
+            self.record.save(position)
+
+
+class _Noise:
+    """A map that is made when it is read, to measure on."""
+
+    def __init__(self, shape: Shape, example: Tensor) -> None:
+        self.shape = shape
+        self.prefix: Tensor | None = None
+        self._example = example
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """See `RowMap`."""
+        return torch.rand(
+            (1, stop - start, *self.shape[1:]),
+            dtype=self._example.dtype,
+            device=self._example.device,
+        )
+
+
+def gathered_bytes(plan: Plan, example: Tensor) -> int:
+    """Bytes of the keys and values that softmax attention over the whole map keeps in a step."""
+    height, width, _ = plan.after
+    layers: list[Any] = [x for module in plan.step.modules.values() for x in module.modules()]
+    channels = sum(layer.row_gather(height) for layer in layers if hasattr(layer, "row_gather"))
+    return height * width * channels * example.element_size()
+
+
+def pooled(source: Readable, rows: int, kind: str, example: Tensor) -> Tensor:
+    """The mean, maximum, or mean of both, over the places of a map, [1, C].
+
+    Args:
+        source: The map.
+        rows: Read at once.
+        kind: ``avg``, ``max`` or ``avgmax``.
+        example: Whose type and device the result gets.
+    """
+    height, width, channels = source.shape
+    dtype = torch.float64 if example.dtype == torch.float64 else torch.float32
+    total = torch.zeros(1, channels, dtype=dtype)
+    top = torch.full((1, channels), -math.inf, dtype=dtype)
+    for start in range(0, height, rows):
+        x = source.read(start, min(start + rows, height)).to("cpu", dtype)
+        total += x.sum((1, 2))
+        top = torch.maximum(top, x.amax((1, 2)))
+    mean = total / (height * width)
+    pools = {"avg": mean, "max": top, "avgmax": 0.5 * (mean + top)}
+    return pools[kind].to(example.device, example.dtype)
+
+
+def module_example(model: nn.Module) -> Tensor:
+    """A tensor of the type and on the device of a model's parameters."""
+    parameter = next(model.parameters())
+    return parameter.detach().new_empty(0)

@@ -1,0 +1,194 @@
+"""`vitlinear.stream`: the whole call."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitlinear.create import data_config
+from vitlinear.errors import UserError
+from vitlinear.files import make_folder
+from vitlinear.models._isotropic import IsotropicBackbone
+
+from .maps import RowMap
+from .memory import parse_memory
+from .record import Record
+from .run import Plan, Readable, Runner, module_example, plan_steps, pooled
+from .sources import ArraySource
+from .steps import check_head, steps_of
+
+Output = str | int
+
+
+def stream(
+    model: Any,
+    source: Any,
+    *,
+    output: Output | Sequence[Output] = "logits",
+    memory: int | str = "4GiB",
+    workdir: str | Path | None = None,
+    layout: str | None = None,
+    band_rows: int | None = None,
+    progress: bool = False,
+) -> Tensor | dict[Output, Tensor]:
+    """Run a model on an image that does not fit into memory, with the results of the whole image.
+
+    Each layer runs on one band of rows after the other. Results are those of ``model(image)`` but
+    for the order of sums.
+
+    Args:
+        model: A model of this package, in eval mode.
+        source: The image, [C, H, W] or [H, W, C]: a numpy array, a memory map, zarr, a tensor.
+            Integers are pixels, which are scaled and normalised as the model wants them; floating
+            point numbers are taken as they are.
+        output: ``'logits'``, as the model returns them; ``'features'``, as its `forward_features`;
+            a number i, the map i of its `forward_intermediates`; or several of these.
+        memory: Bytes that the process may hold in memory, itself included, such as ``'4GiB'``.
+        workdir: Folder for what is too large for memory; None to keep it in memory. The same call
+            goes on from where an earlier one with this folder was interrupted.
+        layout: ``'CHW'`` or ``'HWC'`` where the shape does not tell.
+        band_rows: Rows of the output that each layer makes at once; None for as many as fit.
+        progress: Show a progress bar.
+
+    Returns:
+        The output, or a dictionary of the outputs asked for. With a workdir, maps lie in its files
+        and are gone with them.
+
+    Raises:
+        UserError: The model has a layer that cannot be split into bands, memory or disk do not
+            suffice, or the image cannot be read; the message says which.
+    """
+    outputs = (output,) if isinstance(output, (str, int)) else tuple(output)
+    if band_rows is not None and band_rows < 1:
+        raise UserError(f"band_rows must be at least 1, got {band_rows}")
+    budget = parse_memory(memory)
+    with torch.no_grad():
+        steps = steps_of(model)
+        example = module_example(model)
+        image = Pixels(ArraySource(source, model.in_chans, layout), model, example)
+        if "logits" in outputs:
+            check_head(model)
+        plans = plan_steps(steps, image.shape, example)
+        numbers = {name: _number_of(name, plans, model) for name in outputs}
+        plans = plans[: max(numbers.values()) + 1]
+        folder = record = None
+        if workdir is not None:
+            folder = Path(workdir).expanduser()
+            make_folder(folder)
+            record = Record(folder, _description(model, image, outputs, band_rows))
+        runner = Runner(example, budget, folder, record, band_rows, progress)
+        maps = runner.run(plans, image, set(numbers.values()))
+        made = {
+            name: _assemble(name, maps[number], model, example) for name, number in numbers.items()
+        }
+    return made[outputs[0]] if isinstance(output, (str, int)) else made
+
+
+class Pixels:
+    """An image as the model takes it.
+
+    Attributes:
+        shape: Height, width and channels.
+        prefix: None: an image has no tokens before it.
+    """
+
+    prefix: Tensor | None = None
+
+    def __init__(self, source: ArraySource, model: Any, example: Tensor) -> None:
+        self.source = source
+        self.shape = source.shape
+        config = data_config(model, {})
+        dtype = torch.float64 if example.dtype == torch.float64 else torch.float32
+        self.mean = torch.tensor(config.mean, dtype=dtype)
+        self.std = torch.tensor(config.std, dtype=dtype)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Rows [1, stop - start, W, C]."""
+        rows = self.source.read(start, stop)
+        if rows.is_floating_point():
+            return rows
+        if rows.dtype == torch.bool:
+            raise UserError("the image holds truth values; give pixels")
+        scale = torch.iinfo(torch.uint8).max if rows.dtype == torch.uint8 else 65535
+        return (rows.to(self.mean.dtype) / scale - self.mean) / self.std
+
+
+def _number_of(output: Output, plans: list[Plan], model: Any) -> int:
+    """The step whose map an output is made of.
+
+    Raises:
+        UserError: There is no such output.
+    """
+    if output in ("logits", "features"):
+        return len(plans) - 1
+    found = [i for i, plan in enumerate(plans) if plan.step.level == output]
+    if isinstance(output, str) or not found:
+        levels = [plan.step.level for plan in plans if plan.step.level is not None]
+        raise UserError(
+            f"{type(model).__name__} has no output {output!r}; choose from: logits, features, "
+            f"{', '.join(map(str, levels))}"
+        )
+    return found[0]
+
+
+def _assemble(output: Output, made: RowMap, model: Any, example: Tensor) -> Tensor:
+    """An output in the shape that the model gives it."""
+    isotropic = isinstance(model, IsotropicBackbone)
+    if output == "logits":
+        return _logits(made, model, example)
+    x = made.whole()
+    if output == "features" and isotropic:
+        tokens = x.flatten(1, 2)
+        return tokens if made.prefix is None else torch.cat((made.prefix.to(x.device), tokens), 1)
+    return x.permute(0, 3, 1, 2)
+
+
+def _logits(made: Readable, model: Any, example: Tensor) -> Tensor:
+    isotropic = isinstance(model, IsotropicBackbone)
+    kind = model.global_pool if isotropic else model.head.global_pool.pool_type
+    rows = max(2**22 // (made.shape[1] * made.shape[2]), 1)
+    if not kind:
+        parts = []
+        for start in range(0, made.shape[0], rows):
+            x = made.read(start, min(start + rows, made.shape[0])).to(example.device)
+            if isotropic:
+                parts.append(model.forward_head(x.flatten(1, 2)))
+            else:
+                parts.append(model.forward_head(x.permute(0, 3, 1, 2)))
+        if made.prefix is not None:
+            parts.insert(0, model.forward_head(made.prefix))
+        return torch.cat(parts, 1 if isotropic else 2)
+    if not isotropic:
+        return model.forward_head(pooled(made, rows, kind, example)[:, :, None, None])
+    # One token for all of the map: whichever pooling the model has then gives this one.
+    if kind == "token":
+        place = made.read(0, 1)[:, 0, :1].to(example.device)
+    else:
+        place = pooled(made, rows, kind, example)[:, None]
+    tokens = place if made.prefix is None else torch.cat((made.prefix, place), 1)
+    return model.forward_head(tokens)
+
+
+def _description(
+    model: Any, image: Pixels, outputs: Sequence[Output], band_rows: int | None
+) -> dict[str, Any]:
+    """The things that tell a run from others, which must not go on from its records."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    height = image.shape[0]
+    for row in sorted({0, height // 3, height // 2, height - 1}):
+        digest.update(image.read(row, row + 1).contiguous().view(torch.uint8).numpy().data)
+    return {
+        "model": repr(model),
+        "content": digest.hexdigest(),
+        "shape": image.shape,
+        "outputs": [str(x) for x in outputs],
+        "band_rows": band_rows,
+    }
