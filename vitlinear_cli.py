@@ -27,6 +27,8 @@ COMMANDS = {
     "info": ("vitlinear.cards.info", "what is known of a model"),
     "configs": ("vitlinear.cli.configs", "the recipes and configs that come with it"),
     "convert": ("vitlinear.convert.command", "the authors' checkpoints to ours"),
+    "tune": ("vitlinear.tune.command", "check and time the GPU kernels, keep what is faster"),
+    "doctor": ("vitlinear.tune.doctor", "versions, devices, and what `auto` would do here"),
     "push": (
         "vitlinear.cards.push",
         "a trained model to the Hugging Face hub, or a folder of its form",

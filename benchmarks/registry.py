@@ -110,6 +110,8 @@ SHAPES = (
     Shape("one image of 4096 pixels, stride 8", "lightnet", 1, 512, 512, 2, 64),
     Shape("plain", "elu", 64, 56, 56, 1, 64),
     Shape("plain", "relu", 64, 56, 56, 1, 64),
+    Shape("pola_pvt_tiny stage 1", "pola", 64, 56, 56, 1, 64),
+    Shape("pola_swin_tiny stage 1", "pola", 64, 56, 56, 3, 32),
     Shape("h_vittt_tiny stage 1, one of its states", "identity", 64, 56, 56, 2, 32),
 )
 DRY_SHAPES = (
@@ -121,10 +123,12 @@ DRY_SHAPES = (
 Attention = Callable[..., Tensor]  # q, k, v and, with an epilogue, gate and lepe
 
 
-def tables(shape: Shape, device: torch.device) -> ops.RotaryTables:
+def tables(shape: Shape, device: torch.device) -> ops.RotaryTables | None:
     """Position tables of the mechanism's kind."""
-    cosine = ops.get_mechanism(shape.mechanism).positions == "cosine"
-    make = ops.lrpe_tables if cosine else ops.rotary_tables
+    positions = ops.get_mechanism(shape.mechanism).positions
+    if positions == "none":
+        return None
+    make = ops.lrpe_tables if positions == "cosine" else ops.rotary_tables
     return make(shape.height, shape.width, shape.dim, device)
 
 
@@ -139,8 +143,20 @@ def signs(x: Tensor) -> Tensor:
     return torch.cat((F.relu(x), F.relu(-x)), dim=-1)
 
 
-def features_transcribed(mechanism: str, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+def initial_powers(shape: Shape, device: torch.device) -> Tensor | None:
+    """Powers of a mechanism that learns them, as its models have them at first."""
+    if not ops.get_mechanism(shape.mechanism).takes_powers:
+        return None
+    return torch.full((shape.heads, shape.dim), 3.0, device=device)
+
+
+def features_transcribed(
+    mechanism: str, q: Tensor, k: Tensor, powers: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """phi(q) and phi(k), one call for each step."""
+    if powers is not None:
+        power = torch.cat((powers, powers), dim=-1)[:, None]
+        return signs(q) ** power, signs(k) ** power
     if mechanism in ("rala", "mala", "elu"):
         return F.elu(q) + 1, F.elu(k) + 1
     if mechanism in ("l2", "relu"):
@@ -154,18 +170,29 @@ def features_transcribed(mechanism: str, q: Tensor, k: Tensor) -> tuple[Tensor, 
     return q, k
 
 
-def transcription(shape: Shape, rotary: ops.RotaryTables, dtype: torch.dtype) -> Attention:
+def transcription(
+    shape: Shape,
+    rotary: ops.RotaryTables | None,
+    dtype: torch.dtype,
+    powers: Tensor | None = None,
+) -> Attention:
     """The mechanism step by step, one call for each, heads moved by copies, as scripts do.
 
     Written from the definitions in `vitlinear.ops.mechanisms`; sums are of the type of the inputs.
     """
     name, scale = shape.mechanism, shape.dim**-0.5
-    cos, sin = token_table(rotary).to(dtype).unbind(-1)
-    if name != "lightnet":  # an angle for each pair of channels, and each half of the features
+    if rotary is None:
+        cos, sin = torch.ones(()), torch.zeros(())
+    else:
+        cos, sin = token_table(rotary).to(dtype).unbind(-1)
+    if rotary is not None and name != "lightnet":
+        # An angle for each pair of channels, and each half of the features.
         halves = 2 if name == "nala" else 1
         cos, sin = (t.repeat_interleave(2, dim=-1).repeat(1, halves) for t in (cos, sin))
 
     def encode(x: Tensor) -> Tensor:
+        if rotary is None:
+            return x
         if name == "lightnet":
             return torch.cat((x * cos, x * sin), dim=-1)
         return rotate_transcribed(x, sin, cos)
@@ -175,7 +202,7 @@ def transcription(shape: Shape, rotary: ops.RotaryTables, dtype: torch.dtype) ->
     ) -> Tensor:
         q, k, v = (x.permute(0, 2, 1, 3).contiguous() for x in (q, k, v))
         n = q.shape[2]
-        q, k = features_transcribed(name, q, k)
+        q, k = features_transcribed(name, q, k, powers)
         if name == "rala":
             query = q.mean(dim=2, keepdim=True)
             weights = (scale * query) @ k.transpose(-1, -2)
@@ -186,7 +213,14 @@ def transcription(shape: Shape, rotary: ops.RotaryTables, dtype: torch.dtype) ->
             out = q @ (k.transpose(-1, -2) @ v)
         else:
             out = q @ ((k.transpose(-1, -2) * n**-0.5) @ (v * n**-0.5))
-        if name == "mala":
+        if name == "pola":
+            opposite = torch.cat(q.chunk(2, dim=-1)[::-1], dim=-1)
+            z_opposite = opposite @ k.mean(dim=2, keepdim=True).transpose(-1, -2)
+            state = (k.transpose(-1, -2) * n**-0.5) @ (v * n**-0.5)
+            half = v.shape[-1] // 2
+            first = q @ state[..., :half] / (z + 1e-6)
+            out = torch.cat((first, opposite @ state[..., half:] / (z_opposite + 1e-6)), dim=-1)
+        elif name == "mala":
             z = z * scale
             out = out * scale * (1 + 1 / (z + 1e-6)) - z * v.mean(dim=2, keepdim=True)
         elif name == "inline":
@@ -220,7 +254,7 @@ def softmax(backend: SDPBackend) -> Attention:
 
 def implementations(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Implementations to compare for a shape, by name."""
-    rotary = tables(shape, device)
+    rotary, powers = tables(shape, device), initial_powers(shape, device)
 
     def backend(name: str) -> Attention:
         def attend(
@@ -234,6 +268,7 @@ def implementations(shape: Shape, device: torch.device, dtype: torch.dtype) -> d
                 rotary=rotary,
                 lepe=lepe,
                 gate=gate,
+                powers=powers,
                 backend=name,
             )
 
@@ -242,7 +277,7 @@ def implementations(shape: Shape, device: torch.device, dtype: torch.dtype) -> d
     found: dict[str, Any] = {"triton": backend("triton"), "eager": backend("eager")}
     if shape.compare:
         found[COMPILED] = torch.compile(backend("eager"), dynamic=False)
-        found["transcription"] = transcription(shape, rotary, dtype)
+        found["transcription"] = transcription(shape, rotary, dtype, powers)
         kernels = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION")
         for name in kernels if device.type == "cuda" else ("MATH",):
             found[f"SDPA {name.lower()}"] = softmax(SDPBackend.__members__[name])

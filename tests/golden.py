@@ -115,9 +115,30 @@ def images(height: int, width: int) -> Tensor:
     return torch.from_numpy(np.random.RandomState(0).standard_normal((2, 3, height, width)))
 
 
+def family_of(name: str) -> str:
+    """The later family that a released model is of; empty for one of the first."""
+    return next((f for f in LATER_FAMILIES if _is_there(f) and name in variants(f)), "")
+
+
+def _is_there(family: str) -> bool:
+    return (FOLDER / f"{family}.json").exists()
+
+
+def _logits_file(name: str) -> Path:
+    return FOLDER / f"{family_of(name) or 'logits'}.npz"
+
+
+def logit_sizes(name: str) -> list[tuple[int, int]]:
+    """Sizes of the images that there are logits of a released model for."""
+    with np.load(_logits_file(name)) as archive:
+        keys = [key.split("/") for key in archive.files]
+    sizes = [key[1].split("x") for key in keys if key[0] == name and len(key) == 2]
+    return [(int(height), int(width)) for height, width in sizes]
+
+
 def logits(name: str, height: int, width: int) -> Tensor:
     """The first 64 logits of a released model."""
-    with np.load(FOLDER / "logits.npz") as archive:
+    with np.load(_logits_file(name)) as archive:
         return torch.from_numpy(archive[f"{name}/{height}x{width}"])
 
 

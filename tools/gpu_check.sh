@@ -60,7 +60,7 @@ run_tests() {
     local general="compile_fullgraph or cuda_graph or export or autocast"
     local mechanism pid pids=()
     rm -f "$folder"/tests_*.xml
-    for mechanism in rala mala inline nala l2 lightnet elu relu identity; do
+    for mechanism in rala mala inline nala l2 lightnet elu relu identity pola; do
         tests "$mechanism" 280 -k "([$mechanism] or -$mechanism]) and not ($alone)" &
         pids+=($!)
     done

@@ -21,7 +21,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import numpy as np  # noqa: E402
 import timm  # noqa: E402
 import torch  # noqa: E402
 
@@ -35,26 +34,25 @@ COUNTS = ROOT / "vitlinear" / "facts" / facts.COUNTS
 CARDS = ROOT / "model_cards"
 
 
-def golden_sizes(released: str | None) -> list[tuple[int, int]]:
-    """Input sizes at which there are outputs of a model of the authors'."""
-    with np.load(golden.FOLDER / "logits.npz") as archive:
-        keys = [key.partition("/") for key in archive.files]
-    sizes = [size.partition("x") for name, _, size in keys if name == released]
-    return [(int(height), int(width)) for height, _, width in sizes]
-
-
 def golden_weights(released: str) -> dict[str, torch.Tensor]:
     """Weights that those outputs were made with, under the authors' keys."""
     for path in sorted(golden.FOLDER.glob("*.json")):
         if released in (variants := json.loads(path.read_text())):
-            return golden.upstream_state_dict(variants[released]["state_dict"])
+            entries = variants[released]["state_dict"]
+            return golden.upstream_state_dict(entries, golden.family_of(released))
     raise KeyError(released)
+
+
+def golden_sizes(name: str) -> list[tuple[int, int]]:
+    """Input sizes at which there are outputs of the authors' model that this one is."""
+    released = facts.family_of(name).model(name).released
+    return golden.logit_sizes(released) if released else []
 
 
 def agreement(name: str) -> dict[str, float]:
     """Relative difference of a model's logits from the authors', in float64, by input size."""
     released = facts.family_of(name).model(name).released
-    sizes = golden_sizes(released)
+    sizes = golden_sizes(name)
     if not sizes:
         return {}
     assert released is not None
@@ -75,8 +73,7 @@ def is_current(name: str, entry: dict[str, Any]) -> bool:
     return (
         entry["input_size"] == list(registry.input_size(name))
         and entry["params"] == registry.num_parameters(registry.on_meta(name))
-        and entry.get("agreement", {}).keys()
-        == {f"{h}x{w}" for h, w in golden_sizes(facts.family_of(name).model(name).released)}
+        and entry.get("agreement", {}).keys() == {f"{h}x{w}" for h, w in golden_sizes(name)}
     )
 
 

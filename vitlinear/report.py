@@ -55,23 +55,28 @@ def _shape_of_queries(module: Any, x: Tensor) -> tuple[int, int, int, int]:
     return batch, prod(shape[: -2 if heads else -1]), module.num_heads, module.head_dim
 
 
-def backend_report(model: nn.Module, input_size: Sequence[int] | None = None) -> BackendReport:
-    """Tell which implementation every attention of a model would run, and why.
+class Attention(NamedTuple):
+    """One call of an attention, as a model makes it.
 
-    Nothing is computed: the model is traced on the meta device. What depends on whether a backward
-    pass follows is told for the mode that the model is in, training or evaluation.
-
-    Args:
-        model: A model of this package, on any device.
-        input_size: Shape of the images, [B, C, H, W]; one of the model's own size by default.
-
-    Returns:
-        One `AttentionCall` for each attention in the order of their calls; `print` shows a table.
-
-    Raises:
-        ValueError: The model has no attention of this package.
+    Attributes:
+        name: Path of the module.
+        requested: The backend that the module was made with.
+        shape: Of the queries, [B, N, h, D].
+        work: The call, on the model's device and in its mode; None where softmax runs on SDPA.
     """
-    attentions = {
+
+    name: str
+    requested: str
+    shape: tuple[int, int, int, int]
+    work: Workload | None
+
+
+def attention_calls(model: nn.Module, input_size: Sequence[int] | None = None) -> list[Attention]:
+    """List the attentions of a model in the order of their calls; see `backend_report`.
+
+    Nothing is computed: the model is traced on the meta device.
+    """
+    attentions: dict[str, Any] = {
         name: module
         for name, module in model.named_modules()
         if hasattr(module, "attn_type") and hasattr(module, "backend")
@@ -81,7 +86,7 @@ def backend_report(model: nn.Module, input_size: Sequence[int] | None = None) ->
     if input_size is None:
         height_width = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))[1:]
         input_size = (1, getattr(model, "in_chans", 3), *height_width)
-    calls: list[AttentionCall] = []
+    calls: list[Attention] = []
     running = ""
 
     def enter(name: str) -> Any:
@@ -90,18 +95,14 @@ def backend_report(model: nn.Module, input_size: Sequence[int] | None = None) ->
             running = name
             if module.attn_type == "softmax":
                 shape = _shape_of_queries(module, args[0])
-                calls.append(AttentionCall(name, "softmax", shape, "eager", "softmax runs on SDPA"))
+                calls.append(Attention(name, module.backend, shape, None))
 
         return record
 
     def observe(work: Workload) -> None:
-        here = work._replace(device=device.type, device_index=device.index, training=training)
-        try:
-            choice = choose_backend(attentions[running].backend, here, may_check=False)
-        except ValueError as error:
-            choice = Choice("none", str(error))
         shape = (work.batch, work.length, work.heads, work.head_dim)
-        calls.append(AttentionCall(running, work.mechanism, shape, *choice))
+        here = work._replace(device=device.type, device_index=device.index, training=training)
+        calls.append(Attention(running, attentions[running].backend, shape, here))
 
     handles = [m.register_forward_pre_hook(enter(name)) for name, m in attentions.items()]
     state: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -119,6 +120,35 @@ def backend_report(model: nn.Module, input_size: Sequence[int] | None = None) ->
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes.items():
-            module.training = training
-    return BackendReport(calls)
+        for module, mode in modes.items():
+            module.training = mode
+    return calls
+
+
+def backend_report(model: nn.Module, input_size: Sequence[int] | None = None) -> BackendReport:
+    """Tell which implementation every attention of a model would run, and why.
+
+    Nothing is computed: the model is traced on the meta device. What depends on whether a backward
+    pass follows is told for the mode that the model is in, training or evaluation.
+
+    Args:
+        model: A model of this package, on any device.
+        input_size: Shape of the images, [B, C, H, W]; one of the model's own size by default.
+
+    Returns:
+        One `AttentionCall` for each attention in the order of their calls; `print` shows a table.
+
+    Raises:
+        ValueError: The model has no attention of this package.
+    """
+    rows: list[AttentionCall] = []
+    for name, requested, shape, work in attention_calls(model, input_size):
+        if work is None:
+            rows.append(AttentionCall(name, "softmax", shape, "eager", "softmax runs on SDPA"))
+            continue
+        try:
+            choice = choose_backend(requested, work, may_check=False)
+        except ValueError as error:
+            choice = Choice("none", str(error))
+        rows.append(AttentionCall(name, work.mechanism, shape, *choice))
+    return BackendReport(rows)

@@ -19,6 +19,8 @@ from vitlinear.evaluation import predict, validate
 from vitlinear.export import command as export
 from vitlinear.train import compare_runs
 from vitlinear.train import run as train
+from vitlinear.tune import command as tune
+from vitlinear.tune import doctor
 
 # Each with a command line that parses.
 COMMANDS: dict[str, tuple[ModuleType, list[str]]] = {
@@ -28,6 +30,8 @@ COMMANDS: dict[str, tuple[ModuleType, list[str]]] = {
     "check-data": (check_data, []),
     "compare-runs": (compare_runs, ["run"]),
     "export": (export, ["test_ravlt", "out.onnx"]),
+    "tune": (tune, []),
+    "doctor": (doctor, []),
 }
 
 
@@ -115,7 +119,9 @@ def test_a_configuration_of_arguments_and_back() -> None:
         from_arguments(Outer, argparse.Namespace(count=1))
 
 
-@pytest.mark.parametrize("room", ["train", "data", "evaluation", "export", "dense/openmmlab"])
+@pytest.mark.parametrize(
+    "room", ["train", "data", "evaluation", "export", "tune", "dense/openmmlab"]
+)
 def test_no_function_takes_parsed_flags(room: str) -> None:
     files = sorted((Path(vitlinear.__file__).parent / room).rglob("*.py"))
     assert files

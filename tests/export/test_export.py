@@ -126,6 +126,7 @@ ONE_SIZE = ["--height", 64, "--width", 96]
         ("test_l2vit", SHALLOW),
         ("test_lightnet", ["--model-kwargs", "depth=1"]),
         ("test_mavit", [*ONE_SIZE, *SHALLOW]),
+        ("test_mila", SHALLOW),
         ("test_nalaformer", [*ONE_SIZE, *SHALLOW]),
         pytest.param("test_nalaformer", [*SHALLOW, *FROM_64], marks=pytest.mark.nightly),
         ("test_ravlt", SHALLOW),

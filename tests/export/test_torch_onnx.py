@@ -28,6 +28,7 @@ KINDS = {
     "test_lightnet": {"depth": 1},
     "test_linear_deit": {"depth": 1},
     "test_mavit": SHALLOW,
+    "test_mila": SHALLOW,
     "test_nalaformer": SHALLOW,
     "test_ravlt": SHALLOW,
 }

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.ops.inputs import ANY_LAYER
 from vitlinear import ops
 from vitlinear.layers import ConvMlp, ConvStem, DepthwiseConv, GatedAttention
 from vitlinear.ops import naive
@@ -51,7 +52,7 @@ def test_conv_stem_quarters_any_size(size):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("attn_type", [*ops.MECHANISMS, "softmax"])
+@pytest.mark.parametrize("attn_type", [*ANY_LAYER, "softmax"])
 @pytest.mark.parametrize("backend", ["eager", "library"])
 def test_gated_attention(attn_type, backend):
     dim, heads, height, width = 24, 3, 4, 5

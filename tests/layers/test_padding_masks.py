@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.ops.inputs import ANY_LAYER
 from vitlinear.layers import (
     CrossShapedAttention,
     GatedAttention,
@@ -47,7 +48,7 @@ def modes(layer: nn.Module) -> list[nn.Module]:
     return [layer, torch.jit.script(layer)]
 
 
-@pytest.mark.parametrize("attn_type", ["softmax", *MECHANISMS])
+@pytest.mark.parametrize("attn_type", ["softmax", *ANY_LAYER])
 @pytest.mark.parametrize("attention", [GatedAttention, NormGatedAttention])
 @torch.no_grad()
 def test_gated_attention(attention, attn_type):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounter
 
-from vitlinear import ops
+from tests.ops.inputs import ANY_LAYER
 from vitlinear.layers import LinearAttention, LocalConcentration, PaddedWindowAttention
 from vitlinear.layers.attention.cross_shaped_attention import CrossShapedAttention
 from vitlinear.layers.attention.shifted_window_attention import ShiftedWindowAttention
@@ -87,7 +87,7 @@ def test_window_attention_rejects_what_does_not_fit():
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("attn_type", ops.MECHANISMS)
+@pytest.mark.parametrize("attn_type", ANY_LAYER)
 @pytest.mark.parametrize("temperature", [False, True])
 @pytest.mark.parametrize("backend", ["eager", "library"])
 def test_linear_attention(attn_type, temperature, backend):

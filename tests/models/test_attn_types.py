@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 
+from tests.ops.inputs import ANY_LAYER
 from vitlinear import ops
 from vitlinear.layers import MapRotaryTables
 from vitlinear.report import backend_report
@@ -18,7 +19,7 @@ def make(name: str, attn_type: str, **kwargs) -> torch.nn.Module:
     return timm.create_model(name, num_classes=7, attn_types=(attn_type,) * 4, **kwargs).eval()
 
 
-@pytest.mark.parametrize("attn_type", [*ops.MECHANISMS, "softmax"])
+@pytest.mark.parametrize("attn_type", [*ANY_LAYER, "softmax"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_attention_trains(name, attn_type):
     """All attentions have the same parameters, but for the temperature of l2."""

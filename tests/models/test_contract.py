@@ -43,7 +43,14 @@ FEWER_BLOCKS = {
         ("test_inline_deit", "test_lightnet", "test_linear_deit", "test_vittt"), {"depth": 2}
     ),
     **dict.fromkeys(
-        ("test_h_vittt", "test_inline_pvt", "test_mavit", "test_nalaformer", "test_ravlt"),
+        (
+            "test_h_vittt",
+            "test_inline_pvt",
+            "test_mavit",
+            "test_mila",
+            "test_nalaformer",
+            "test_ravlt",
+        ),
         {"depths": (1, 1, 1, 1)},
     ),
     "test_l2vit": {"depths": (1, 1, 2, 1)},

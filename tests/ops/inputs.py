@@ -13,6 +13,8 @@ from vitlinear.ops import naive
 from vitlinear.ops.rotary import RotaryTables
 from vitlinear.ops.terms import Terms
 
+# Mechanisms that any layer can take: those without learned powers.
+ANY_LAYER = [name for name, row in ops.MECHANISMS.items() if not row.takes_powers]
 ATTENTIONS = (*ops.MECHANISMS, "softmax")
 BACKENDS = ("eager", "library")
 
@@ -30,11 +32,14 @@ class Inputs(NamedTuple):
     cosine: RotaryTables | None = None  # the tables of mechanisms with the cosine encoding
     head_scale: Tensor | None = None
     epilogue: tuple[str, ...] = ()  # which of gate and lepe there are
+    powers: Tensor | None = None  # of mechanisms that take them, where they are not as `powers_of`
 
     def tables(self, attention: str) -> RotaryTables | None:
         """Position tables of the kind that an attention takes."""
-        cosine = attention != "softmax" and ops.get_mechanism(attention).positions == "cosine"
-        return self.cosine if cosine else self.rotary
+        if attention == "softmax":
+            return self.rotary
+        positions = ops.get_mechanism(attention).positions
+        return {"rotary": self.rotary, "cosine": self.cosine, "none": None}[positions]
 
     def epilogue_terms(self, projection: Tensor | None = None) -> tuple[Tensor | None, ...]:
         """lepe and gate, or None: lepe with channels first, as from a convolution."""
@@ -47,7 +52,18 @@ class Inputs(NamedTuple):
     def terms(self, attention: str, projection: Tensor | None = None) -> Terms:
         """All that an attention is given besides q, k and v."""
         lepe, gate = self.epilogue_terms(projection)
-        return Terms(self.tables(attention), self.mask, self.head_scale, lepe, gate)
+        powers = None
+        if attention != "softmax" and ops.get_mechanism(attention).takes_powers:
+            powers = powers_of(self.projection) if self.powers is None else self.powers
+        return Terms(self.tables(attention), self.mask, self.head_scale, lepe, gate, powers)
+
+
+def powers_of(projection: Tensor) -> Tensor:
+    """Powers from 1 to 5, [h, D], which every type holds exactly."""
+    heads, dim = projection.shape[-2:]
+    dtype = torch.float64 if projection.dtype == torch.float64 else torch.float32
+    powers = torch.linspace(1, 5, heads * dim, dtype=dtype, device=projection.device)
+    return (8 * powers).round().view(heads, dim) / 8
 
 
 def make_inputs(

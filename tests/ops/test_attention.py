@@ -107,6 +107,7 @@ def test_inference_writes_to_no_input(attention, backend, mask, heads, epilogue,
 def test_inference_of_many_by_vmap(attention, batched):
     inputs = make_inputs(epilogue=("gate", "lepe"))
     lepe, gate = inputs.epilogue_terms()
+    powers = inputs.terms(attention).powers
     terms = [*inputs.projection.detach().unbind(2)[:3], lepe.detach(), gate.detach()]
 
     def run(term):
@@ -114,7 +115,7 @@ def test_inference_of_many_by_vmap(attention, batched):
         lepe, gate = epilogue
         return ops.linear_attention(
             q, k, v, mechanism=attention, rotary=inputs.tables(attention), lepe=lepe, gate=gate,
-            backend="eager",
+            powers=powers, backend="eager",
         )  # fmt: skip
 
     many = torch.stack((terms[batched], -terms[batched]))

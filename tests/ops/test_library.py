@@ -96,16 +96,18 @@ class Attention(nn.Module):
     def __init__(self, attention: str, backend: str) -> None:
         super().__init__()
         self.attention, self.backend = attention, backend
+        self.powers = nn.Parameter(torch.rand(2, 8) + 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         batch, height, width, _ = x.shape
         q, k, v = x.reshape(batch, height * width, 3, 2, 8).unbind(2)
         tables = ops.lrpe_tables if self.attention == "lightnet" else ops.rotary_tables
         rotary = tables(height, width, 8, x.device, torch.float32)
+        rotary, powers = (None, self.powers) if self.attention == "pola" else (rotary, None)
         if self.attention == "softmax":
             return ops.softmax_attention(q, k, v, rotary=rotary, backend=self.backend)
         return ops.linear_attention(
-            q, k, v, mechanism=self.attention, rotary=rotary, backend=self.backend
+            q, k, v, mechanism=self.attention, rotary=rotary, powers=powers, backend=self.backend
         )
 
 

@@ -21,7 +21,7 @@ def in_two_steps(mechanism: str, inputs: Inputs, backend: str) -> torch.Tensor:
     """The attention of `attend`, by a state and a read of it."""
     q, k, v, *_ = inputs.projection.unbind(2)
     terms = inputs.terms(mechanism)._asdict()
-    of_keys = {name: terms[name] for name in ("rotary", "key_padding_mask")}
+    of_keys = {name: terms[name] for name in ("rotary", "key_padding_mask", "powers")}
     state = ops.linear_attention_state(k, v, mechanism=mechanism, **of_keys, backend=backend)
     return ops.read_linear_attention_state(q, state, mechanism=mechanism, **terms, backend=backend)
 
@@ -65,7 +65,7 @@ def test_values_narrower_and_wider_than_queries(mechanism, backend, width):
 
     def two_steps():
         options = {"mechanism": mechanism, "rotary": terms.rotary, "backend": backend}
-        options["key_padding_mask"] = terms.key_padding_mask
+        options |= {"key_padding_mask": terms.key_padding_mask, "powers": terms.powers}
         state = ops.linear_attention_state(k, v, **options)
         return ops.read_linear_attention_state(q, state, **options)
 
@@ -137,7 +137,7 @@ def test_padding_alone(mechanism, backend, dtype):
     projection.requires_grad_()
     _, k, v, *_ = projection.unbind(2)
     terms = inputs.terms(mechanism)
-    options = {"rotary": terms.rotary, "key_padding_mask": inputs.mask}
+    options = {"rotary": terms.rotary, "key_padding_mask": inputs.mask, "powers": terms.powers}
     state = ops.linear_attention_state(k, v, mechanism=mechanism, **options, backend=backend)
     assert not state.state[0].any() and state.state[1].any()
     out = in_two_steps(mechanism, inputs._replace(projection=projection), backend)

@@ -16,7 +16,8 @@ from vitlinear import ops
 def test_transcription_is_the_definition(mechanism, epilogue):
     inputs = make_inputs(grid=(5, 7), dim=12, epilogue=epilogue)
     shape = registry.Shape("here", mechanism, 2, 5, 7, 2, 12)
-    attend = registry.transcription(shape, inputs.tables(mechanism), torch.float64)
+    terms = inputs.terms(mechanism)
+    attend = registry.transcription(shape, terms.rotary, torch.float64, terms.powers)
     parts = inputs.projection.unbind(2)
     out = attend(*(parts if epilogue else parts[:3]))
     (grad,) = torch.autograd.grad(out, inputs.projection, inputs.grad)

@@ -151,17 +151,21 @@ def _weights(family: Family) -> list[str]:
     dense = [row for row in files if row.task != "classification"]
     if dense:
         hub = f"https://huggingface.co/{dense[0].hub_id}"
+        place = f"in the [same repository]({hub})" if dense[0].hub_id else "as share links"
         lines += [
             _wrap(
-                f"Detectors and segmentors with these models as backbones, in the [same repository]"
-                f"({hub}). `vitlinear convert FILE OUT.pth` makes them fit mmdet 3 and "
-                "mmsegmentation 1. That was tested on files made in their layout; none of these "
-                "has been read here."
+                f"Detectors and segmentors with these models as backbones, {place}. "
+                "`vitlinear convert FILE OUT.pth` makes them fit mmdet 3 and mmsegmentation 1. That "
+                "was tested on files made in their layout; none of these has been read here."
             ),
             "",
         ]
         for task in dict.fromkeys(row.task for row in dense):
-            names = ", ".join(f"`{row.filename}`" for row in dense if row.task == task)
+            names = ", ".join(
+                f"`{row.filename}`" if row.filename else f"[{row.model}]({row.location})"
+                for row in dense
+                if row.task == task
+            )
             lines.append(_wrap(f"{task.partition(': ')[2]}: {names}", bullet=True))
         lines.append("")
     notes = [

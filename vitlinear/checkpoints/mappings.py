@@ -140,7 +140,11 @@ PYRAMID = KeyMapping(
     dropped=r"layers\.\d+\.RoPE\.angle",
 )
 
-_CONV_NORM = {"conv": "conv", "norm": "bn"}
+
+def _mila_stem(match: re.Match[str]) -> str:
+    """Convolutions 2 and 3 of the authors are two each; ours count on."""
+    layer = {"1": 1, "2.0": 2, "2.1": 3, "3.0": 4, "3.1": 5}[match[1]]
+    return f"stem.conv{layer}.{_CONV_NORM[match[2]]}."
 
 
 def _inverted_downsample(match: re.Match[str]) -> str:
@@ -149,9 +153,30 @@ def _inverted_downsample(match: re.Match[str]) -> str:
     return f"{layer}{_CONV_NORM[match[3]]}." if match[2] == "2" else layer
 
 
+_CONV_NORM = {"conv": "conv", "norm": "bn"}
 INVERTED_DOWNSAMPLE = (
     r"layers\.(\d+)\.downsample\.conv\.([012])\.(conv|norm)\.",
     _inverted_downsample,
+)
+
+MILA = KeyMapping(
+    name="mila",
+    marker=r"layers\.\d+\.blocks\.\d+\.act_proj\.",
+    renames=(
+        (r"patch_embed\.conv(1|[23]\.[01])\.(conv|norm)\.", _mila_stem),
+        INVERTED_DOWNSAMPLE,
+        (_BLOCK + r"cpe([12])\.", r"stages.\1.blocks.\2.pos\3."),
+        (_BLOCK + r"in_proj\.", r"stages.\1.blocks.\2.attn.in_proj."),
+        (_BLOCK + r"act_proj\.", r"stages.\1.blocks.\2.attn.gate_proj."),
+        (_BLOCK + r"dwc\.", r"stages.\1.blocks.\2.attn.dwconv."),
+        (_BLOCK + r"attn\.(qk|lepe)\.", r"stages.\1.blocks.\2.attn.attend.\3."),
+        (_BLOCK + r"out_proj\.", r"stages.\1.blocks.\2.attn.proj."),
+        (_BLOCK, r"stages.\1.blocks.\2."),
+        (r"norm\.", "final."),
+        (r"head\.", "head.fc."),
+    ),
+    # Made here for the size of the map.
+    dropped=r".*\.rotations",
 )
 
 _L2_BLOCK = r"stages\.(\d+)\.(\d+)\."
@@ -334,6 +359,7 @@ VITTT = KeyMapping(
 MAPPINGS: tuple[KeyMapping, ...] = (
     PYRAMID,
     L2VIT,
+    MILA,
     INLINE_DEIT,
     INLINE_PVT,
     INLINE_SWIN,

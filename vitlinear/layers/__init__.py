@@ -5,6 +5,7 @@ from .attention.gated_attention import GatedAttention, NormGatedAttention
 from .attention.inline_attention import InjectiveAttention, InLineAttention, InLineTokenAttention
 from .attention.lightnet_attention import LightNetAttention
 from .attention.linear_attention import LinearAttention
+from .attention.mila_attention import InputValueAttention, MilaAttention
 from .attention.padded_window_attention import PaddedWindowAttention
 from .attention.scriptable import check_attn_type, learns_temperature
 from .attention.shifted_window_attention import ShiftedWindowAttention
@@ -44,6 +45,7 @@ __all__ = [
     "InLineAttention",
     "InLineTokenAttention",
     "InjectiveAttention",
+    "InputValueAttention",
     "InvertedDownsample",
     "InvertedStem",
     "LightNetAttention",
@@ -53,6 +55,7 @@ __all__ = [
     "MapFullWidthRotaryTables",
     "MapRotaryTables",
     "MdTpe",
+    "MilaAttention",
     "Mlp",
     "NormGatedAttention",
     "PaddedWindowAttention",

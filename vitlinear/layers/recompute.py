@@ -16,7 +16,7 @@ program, which they optimise themselves.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial, wraps
 from typing import Any, NamedTuple
 
@@ -151,6 +151,13 @@ def _can_run_again(module: nn.Module) -> bool:
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by name."""
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def remaking(act: nn.Module, y: Tensor, x: Tensor) -> AbstractContextManager[None]:
+    """As `recomputing`, of y = act(x): where act is an activation that gives the same again."""
+    if can_recompute(y) and not _tensors(act) and _can_run_again(act):
+        return recomputing(y, act.forward, x)
+    return nullcontext()
 
 
 class _Chain:

@@ -26,6 +26,7 @@ def linear_attention(
     head_scale: Tensor | None = None,
     lepe: Tensor | None = None,
     gate: Tensor | None = None,
+    powers: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Attention whose cost grows linearly with the number of tokens.
@@ -55,6 +56,8 @@ def linear_attention(
         lepe: Added to the output, like v; the name is that of the locally-enhanced position
             encoding, a depthwise convolution of the values.
         gate: Multiplies the sum of output and lepe, like v.
+        powers: Powers of a feature map that learns them (``pola``), above 0, for each channel of
+            each head, [h, D], floating-point of any type.
         backend: ``auto``, ``eager``, ``library`` or ``triton``; see `vitlinear.ops.backend`.
 
     Returns:
@@ -75,18 +78,15 @@ def linear_attention(
         KernelError: The backend is ``triton`` and a kernel failed.
     """
     row = get_mechanism(mechanism)
-    terms = Terms(rotary, mask_of_lengths(key_padding_mask, q), head_scale, lepe, gate)
+    terms = Terms(rotary, mask_of_lengths(key_padding_mask, q), head_scale, lepe, gate, powers)
     check_tokens(q, k, v)
+    check_mechanism(q, row, powers, v.shape[-1])
     check_terms(q, terms, row.positions, v.shape[-1])
     training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     work = Workload.of(q, mechanism, without_kernels(q, v, row, terms), terms, training)
     chosen = choose_backend(backend, work).backend
     if chosen == "eager":
         return eager.linear_attention(q, k, v, row, terms)
-    if v.shape[-1] != q.shape[-1]:
-        raise NotImplementedError(
-            "the library backend has no values of another width than queries; use backend='eager'"
-        )
     if chosen == "triton":  # unless it was asked for by name, the formulas may stand in
         chosen = requested_backend(backend).backend
     if not torch.compiler.is_compiling() and autograd.takes(q, k, v, terms):
@@ -126,7 +126,9 @@ def softmax_attention(
 
 
 def without_kernels(q: Tensor, v: Tensor, mechanism: Mechanism, terms: Terms) -> str:
-    """What of a call the fused kernels cannot do, in words; empty if nothing."""
+    """The part of a call that the fused kernels cannot do, in words; empty if there is none."""
+    if mechanism.takes_powers:
+        return "learned powers"
     if v.shape[-1] != q.shape[-1]:
         return "values of another width than queries"
     if terms.rotary is None or mechanism.positions != "rotary":
@@ -148,7 +150,7 @@ def check_derivatives(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> None:
     Raises:
         NotImplementedError: They cannot, and would leave them out without a word.
     """
-    tokens = (q, k, v, terms.lepe, terms.gate)
+    tokens = (q, k, v, terms.lepe, terms.gate, terms.powers)
     if not torch.compiler.is_compiling() and any(
         x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tokens
     ):
@@ -189,6 +191,34 @@ def check_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:
     if not q.is_floating_point() or k.dtype != q.dtype or v.dtype != q.dtype:
         raise ValueError(
             f"q, k and v must have one floating-point type, got {q.dtype}, {k.dtype}, {v.dtype}"
+        )
+
+
+def check_mechanism(q: Tensor, mechanism: Mechanism, powers: Tensor | None, value_dim: int) -> None:
+    """Check what a mechanism asks of a call.
+
+    Args:
+        q: Queries or keys, [B, N, h, D], already checked.
+        mechanism: The row of the table.
+        powers: As in `linear_attention`.
+        value_dim: Channels of the values, Dv.
+
+    Raises:
+        ValueError: Something does not fit; the message names it.
+    """
+    name, shape = mechanism.name, q.shape[2:]
+    if mechanism.takes_powers != (powers is not None):
+        wants = f"needs powers, [h, D] = {tuple(shape)}" if powers is None else "takes no powers"
+        raise ValueError(f"mechanism {name!r} {wants}")
+    if powers is not None and (powers.shape != shape or not powers.is_floating_point()):
+        raise ValueError(
+            f"powers must be floating-point and [h, D] = {tuple(shape)}, "
+            f"got {tuple(powers.shape)} {powers.dtype}"
+        )
+    if mechanism.reads_opposite and value_dim % 2:
+        raise ValueError(
+            f"mechanism {name!r} reads the two halves of the values differently and needs an even "
+            f"number of channels, got {value_dim}"
         )
 
 
@@ -238,6 +268,8 @@ def check_tables(q: Tensor, rotary: RotaryTables, positions: str) -> None:
         ValueError: They do not; the message says why.
     """
     rows, cols = rotary
+    if positions == "none":
+        raise ValueError("this mechanism has no positions: rotary must be None")
     if not {rows.dtype, cols.dtype} <= {torch.float32, torch.float64}:
         raise ValueError(
             f"rotary tables must be float32 or float64, got {rows.dtype}, {cols.dtype}: "

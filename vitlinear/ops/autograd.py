@@ -24,13 +24,13 @@ _PLAIN = frozenset({Tensor, nn.Parameter, type(None)})
 
 def takes(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> bool:
     """Whether a call is plain; not to be asked by what is being compiled."""
-    rotary, mask, head_scale, lepe, gate = terms
+    rotary, mask, head_scale, lepe, gate, powers = terms
     rows, cols = (None, None) if rotary is None else rotary
     if tracing.is_watched() or q.device.type == "meta":
         return False
     given = {
         type(q), type(k), type(v), type(rows), type(cols), type(mask), type(head_scale),
-        type(lepe), type(gate),
+        type(lepe), type(gate), type(powers),
     }  # fmt: skip
     return given <= _PLAIN
 
@@ -65,21 +65,17 @@ class _LinearAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Gradients in the order of the arguments of `forward`."""
         # Read once: checkpointing gives them away.
-        q, k, v, rows, cols, mask, head_scale, lepe, gate, *saved = ctx.saved_tensors
-        terms = Terms.unflatten(rows, cols, mask, head_scale, lepe, gate)
-        state = LinearAttentionState(*saved)
+        q, k, v, *flat, state, norm, mean_v, query, logsumexp = ctx.saved_tensors
+        terms = Terms.unflatten(*flat)
+        saved = LinearAttentionState(state, norm, mean_v, query, logsumexp)
         if torch.is_grad_enabled() or type(grad_out) is not Tensor or tracing.is_watched(grad_out):
-            buffer, grad_scale, grad_lepe = torch.ops.vitlinear.linear_attention_backward(
-                grad_out, q, k, v, ctx.mechanism.name, *terms.flatten(), *state.flatten(),
-                ctx.backend,
-            )  # fmt: skip
-            found = execution.one_by_one(
-                buffer,
-                None if head_scale is None else grad_scale,
-                None if lepe is None or gate is None else grad_lepe,
+            returned = torch.ops.vitlinear.linear_attention_backward(
+                grad_out, q, k, v, ctx.mechanism.name, *flat, *saved.flatten(), ctx.backend
             )
+            memory = execution.GradientMemory.of_operator(returned, q, v, terms)
+            found = execution.one_by_one(memory)
         else:
-            found = execution.one_by_one(*execution.gradient_memory(q, terms))
-            execution.backward(grad_out, q, k, v, ctx.mechanism, terms, state, ctx.backend, found)
+            found = execution.one_by_one(execution.gradient_memory(q, v, terms))
+            execution.backward(grad_out, q, k, v, ctx.mechanism, terms, saved, ctx.backend, found)
         found = execution.with_lepe(found, grad_out, terms)
         return None, None, None, *found

@@ -99,9 +99,14 @@ _passed: set[Kind] = set()
 _observer: Callable[[Workload], None] | None = None
 
 
-def forget() -> None:
-    """Decide everything anew: after measurements, and between tests."""
+def decide_anew() -> None:
+    """Forget the choices, because something new was measured."""
     _rules.clear()
+
+
+def forget() -> None:
+    """Forget all that this process knows, as another would."""
+    decide_anew()
     _failures.clear()
     _passed.clear()
     kernel_cache.forget()
@@ -170,14 +175,14 @@ def choose_backend(
     elif choice.backend == "triton" and work is not None:
         if work.dtype == torch.float64:
             choice = Choice("eager", "the kernels have no float64")
-        elif obstacle := _obstacle(work):
+        elif obstacle := find_obstacle(work):
             raise ValueError(f"backend 'triton' ({choice.reason}) cannot run: {obstacle}")
     if choice.backend != "eager" and torch.onnx.is_in_onnx_export():
         choice = Choice("eager", "ONNX has no vitlinear operators")
     return choice
 
 
-def _obstacle(work: Workload | Kind) -> str | None:
+def find_obstacle(work: Workload | Kind) -> str | None:
     """The reason why the kernels cannot run a call; None if they can."""
     if not _has_triton:
         return "triton is not installed"
@@ -209,7 +214,7 @@ def _automatic(work: Workload | None, may_check: bool) -> Choice:
         return Choice("triton", f"{choice.reason}; to be checked at the first call")
     if gpu.is_capturing() or under_a_mode():
         return Choice("eager", "auto: kernels not checked yet, and not while calls are recorded")
-    _check(kind)
+    check_kernels(kind)
     return _make_rule(kind, compiling=False).choice(work.tokens)
 
 
@@ -238,7 +243,7 @@ def _make_rule(kind: Kind, compiling: bool) -> _Rule:
 
 
 def _decide(kind: Kind, compiling: bool) -> _Rule:
-    if obstacle := _obstacle(kind):
+    if obstacle := find_obstacle(kind):
         return _eager(obstacle)
     if failed := _failures.get(kind):
         return _eager(failed)
@@ -297,8 +302,16 @@ def check_mode() -> str:
     return _check_from_environment
 
 
-def _check(kind: Kind) -> None:
-    """Run the self-check for a kind of call, and keep the verdict."""
+def check_kernels(kind: Kind, warn: bool = True) -> str:
+    """Run the self-check for a kind of call, and keep the verdict.
+
+    Args:
+        kind: The kind of call.
+        warn: Whether to say so if the kernels are not used for it.
+
+    Returns:
+        Why the kernels are not used for it; empty if they passed.
+    """
     from . import self_check  # with the formulas, which need no choice
 
     device = gpu.describe(kind.device_index)
@@ -306,20 +319,23 @@ def _check(kind: Kind) -> None:
         failed = self_check.failure(kind) or ""
     except torch.OutOfMemoryError:  # says nothing against the kernels: another process may try
         _failures[kind] = "no memory for the check of the kernels"
-        warnings.warn(
-            f"no memory to check the GPU kernels of {kind.label}, the formula runs instead",
-            Notice,
-            stacklevel=2,
-        )
-        return
+        if warn:
+            warnings.warn(
+                f"no memory to check the GPU kernels of {kind.label}, the formula runs instead",
+                Notice,
+                stacklevel=2,
+            )
+        return "no memory"
     except Exception as error:
         failed = describe_error(error)
     if failed:
         _failures[kind] = f"kernels failed their check here: {failed}"
-        _warn_of_failure(kind, failed, device)
+        if warn:
+            _warn_of_failure(kind, failed, device)
     else:
         _passed.add(kind)
     kernel_cache.add(device, lambda known: known.checks.update({kind.label: failed}))
+    return failed
 
 
 def _warn_of_failure(kind: Kind, failed: str, device: gpu.Gpu) -> None:

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from .attention_state import LinearAttentionState
-from .eager import Tokens, global_query_logits, hide_padding, seen_keys
+from .eager import (
+    Tokens,
+    global_query_logits,
+    halves,
+    hide_padding,
+    opposite_norm,
+    opposite_state,
+    seen_keys,
+)
 from .features import FeatureMap
 from .mechanisms import Factor, Mechanism
 from .rotary import encode, rotate
@@ -28,10 +36,11 @@ class LinearGradients(NamedTuple):
     Attributes:
         q: [B, h, N, D].
         k: Likewise.
-        v: Likewise.
+        v: [B, h, N, Dv].
         head_scale: [h]; None without a head_scale.
-        lepe: Like q; None without a gate: it then is the gradient of the output.
-        gate: Like q; None without a gate.
+        lepe: Like v; None without a gate: it then is the gradient of the output.
+        gate: Like v; None without a gate.
+        powers: [h, D]; None without powers.
     """
 
     q: Tensor
@@ -40,6 +49,45 @@ class LinearGradients(NamedTuple):
     head_scale: Tensor | None
     lepe: Tensor | None
     gate: Tensor | None
+    powers: Tensor | None = None
+
+
+class ReadGradients(NamedTuple):
+    """Gradients of what a read takes.
+
+    Attributes:
+        features: Of phi(q), [B, h, N, F].
+        state: Like the state, as are the next two; None for what the mechanism has not.
+        norm: Of m.
+        mean_v: Of vbar.
+        head_scale: [h]; None without a head_scale.
+        lepe: As in `LinearGradients`.
+        gate: Likewise.
+    """
+
+    features: Tensor
+    state: Tensor
+    norm: Tensor | None
+    mean_v: Tensor | None
+    head_scale: Tensor | None
+    lepe: Tensor | None
+    gate: Tensor | None
+
+
+class KeyGradients(NamedTuple):
+    """Gradients of what a state is made of.
+
+    Attributes:
+        k: [B, h, N, D].
+        v: [B, h, N, Dv].
+        powers: [h, D]; None without powers.
+        query: Of the mean query, [B, h, 1, F]; None where no query weighs the keys.
+    """
+
+    k: Tensor
+    v: Tensor
+    powers: Tensor | None
+    query: Tensor | None
 
 
 def linear_attention_backward(
@@ -70,10 +118,42 @@ def linear_attention_backward(
     An epilogue (out_i + lepe_i) gate_i comes first; its outputs are computed anew::
 
         dgate_i = g_i (out_i + lepe_i)      dlepe_i = g_i gate_i, the g_i of all of the above
+
+    Of two reads, each has its half of g, its own a, z and dz, and its own S and m: those of the
+    second have their rows exchanged, and so are their gradients.
     """
-    q, k, v, table, valid, num_valid, head_scale, lepe, gate = tokens
-    assert q is not None and k is not None and v is not None
-    state, norm, mean_v, query, logsumexp = saved
+    assert tokens.q is not None
+    read = read_backward(grad_out, tokens, mechanism, saved)
+    of_keys = state_backward(tokens, mechanism, saved, read.state, read.norm, read.mean_v)
+    if of_keys.query is not None:
+        read.features.add_(of_keys.query / tokens.num_valid)
+    grad_q, powers = query_gradients(read.features, tokens, mechanism)
+    if powers is not None and of_keys.powers is not None:
+        powers = powers + of_keys.powers
+    return LinearGradients(
+        grad_q, of_keys.k, of_keys.v, read.head_scale, read.lepe, read.gate, powers
+    )
+
+
+def query_gradients(
+    grad_features: Tensor, tokens: Tokens, mechanism: Mechanism
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of queries and of powers from that of phi(q)."""
+    assert tokens.q is not None
+    grad_q, powers = mechanism.phi_q.pull_back(tokens.q, grad_features, tokens.powers)
+    if tokens.valid is not None:
+        grad_q.masked_fill_(~tokens.valid, 0)
+    return grad_q, None if powers is None else powers.sum((0, 2))
+
+
+def read_backward(
+    grad_out: Tensor, tokens: Tokens, mechanism: Mechanism, saved: LinearAttentionState
+) -> ReadGradients:
+    """The pass over queries of `linear_attention_backward`, but for phi itself."""
+    q, table, valid, num_valid = tokens.q, tokens.table, tokens.valid, tokens.num_valid
+    head_scale, lepe, gate = tokens.head_scale, tokens.lepe, tokens.gate
+    assert q is not None
+    state, norm, mean_v = saved.state, saved.norm, saved.mean_v
     scale = q.shape[-1] ** -0.5
     reads, positions = mechanism.reads, mechanism.positions
 
@@ -87,36 +167,74 @@ def linear_attention_backward(
     scaled = state if head_scale is None else state * head_scale
 
     # In-place below only on tensors made here: it is what keeps the peak under the formula's.
-    features = _own_features(mechanism.phi_q, q)
-    grad_q = encode(grad_out @ scaled.transpose(-1, -2), table, positions, inverse=True)
+    features = _own_features(mechanism.phi_q, q, tokens.powers)
     a: Factor = 1.0
     b: Factor = 0.0
-    grad_norm = grad_mean_v = None
-    if norm is not None:
-        z = features @ norm.transpose(-1, -2)
-        a, b = reads.factors(z, scale, num_valid)
-        slope_a, slope_b = reads.derivatives(z, scale, num_valid)
-        grad_z = slope_a * (features * grad_q).sum(-1, keepdim=True)
-        if mean_v is not None:
-            grad_z = grad_z + slope_b * (grad_out @ mean_v.transpose(-1, -2))
-            assert isinstance(b, Tensor)
-            grad_mean_v = b.transpose(-1, -2) @ grad_out
-        grad_q.mul_(a).addcmul_(grad_z, norm)
-        grad_norm = grad_z.transpose(-1, -2) @ features
-    encoded = encode(features.mul_(a), table, positions)
-    grad_state = encoded.transpose(-1, -2) @ grad_out
+    out = grad_norm = grad_mean_v = None
+    if mechanism.reads_opposite:
+        assert norm is not None
+        scaled, norms = opposite_state(scaled), opposite_norm(norm)
+        out = encode(features, table, positions) @ scaled
+        z = features @ norms.transpose(-1, -2)
+        a, _ = reads.factors(z, scale, num_valid)
+        slope_a, _ = reads.derivatives(z, scale, num_valid)
+        along = (halves(out) * halves(grad_out)).sum(-1)
+        grad_z = slope_a * along
+        out, grad_out = (_times(x, a) for x in (out, grad_out))
+        grad = encode(grad_out @ scaled.transpose(-1, -2), table, positions, inverse=True)
+        grad.add_(grad_z @ norms)
+        grad_norm, exchanged = (grad_z.transpose(-1, -2) @ features).split(1, dim=-2)
+        grad_norm = grad_norm + exchanged.roll(norm.shape[-1] // 2, dims=-1)
+        encoded = encode(features, table, positions)
+        grad_state = opposite_state(encoded.transpose(-1, -2) @ grad_out)
+    else:
+        grad = encode(grad_out @ scaled.transpose(-1, -2), table, positions, inverse=True)
+        if reads.uses_norm:
+            assert norm is not None
+            z = features @ norm.transpose(-1, -2)
+            a, b = reads.factors(z, scale, num_valid)
+            slope_a, slope_b = reads.derivatives(z, scale, num_valid)
+            grad_z = slope_a * (features * grad).sum(-1, keepdim=True)
+            if reads.uses_mean:
+                assert isinstance(b, Tensor) and mean_v is not None
+                grad_z = grad_z + slope_b * (grad_out @ mean_v.transpose(-1, -2))
+                grad_mean_v = b.transpose(-1, -2) @ grad_out
+            grad.mul_(a).addcmul_(grad_z, norm)
+            grad_norm = grad_z.transpose(-1, -2) @ features
+        encoded = encode(features.mul_(a), table, positions)
+        grad_state = encoded.transpose(-1, -2) @ grad_out
+        if grad_gate is not None:
+            out = encoded @ scaled
+            if mean_v is not None:
+                out.add_(b * mean_v)
     if grad_gate is not None:
-        out = encoded @ scaled
-        if mean_v is not None:
-            out.add_(b * mean_v)
+        assert out is not None
         grad_gate = grad_gate * (out if lepe is None else out.add_(lepe))
-    del features, encoded, grad_out
     grad_head_scale = None
     if head_scale is not None:
         grad_head_scale = (grad_state * state).sum((0, 2, 3))
         grad_state = grad_state * head_scale
+    return ReadGradients(
+        grad, grad_state, grad_norm, grad_mean_v, grad_head_scale, grad_lepe, grad_gate
+    )
 
-    features = _own_features(mechanism.phi_k, k)
+
+def state_backward(
+    tokens: Tokens,
+    mechanism: Mechanism,
+    saved: LinearAttentionState,
+    grad_state: Tensor,
+    grad_norm: Tensor | None,
+    grad_mean_v: Tensor | None,
+) -> KeyGradients:
+    """The pass over keys of `linear_attention_backward`."""
+    k, v, table, valid, num_valid = tokens.k, tokens.v, tokens.table, tokens.valid, tokens.num_valid
+    assert k is not None and v is not None
+    query, logsumexp = saved.query, saved.logsumexp
+    scale, positions = k.shape[-1] ** -0.5, mechanism.positions
+    grad_query = None
+
+    features = _own_features(mechanism.phi_k, k, tokens.powers)
     y = encode(v @ grad_state.transpose(-1, -2), table, positions, inverse=True)
     if grad_norm is not None:
         y.add_(grad_norm)
@@ -129,33 +247,38 @@ def linear_attention_backward(
         along = (features * y).sum(-1, keepdim=True)
         grad_logits = weight * (along - (weight * along).sum(2, keepdim=True))
         grad_query = scale * grad_logits.transpose(-1, -2) @ features
-        grad_q.add_(grad_query / num_valid)
-        grad_k = y.mul_(weight).addcmul_(grad_logits, scale * query)
+        grad_features = y.mul_(weight).addcmul_(grad_logits, scale * query)
         weighted = features.mul_(weight)
     elif mechanism.has_key_softmax:
         assert logsumexp is not None
         weighted = (hide_padding(features, valid) - logsumexp).exp()
-        grad_k = y.sub_((weighted * y).sum(2, keepdim=True)).mul_(weighted)
+        grad_features = y.sub_((weighted * y).sum(2, keepdim=True)).mul_(weighted)
     else:
         weight = (torch.ones_like(k[..., :1]) if valid is None else valid) / num_valid
-        grad_k = y.mul_(weight)
+        grad_features = y.mul_(weight)
         weighted = features.mul_(weight)
     grad_v = encode(weighted, table, positions) @ grad_state
     if grad_mean_v is not None:
         grad_v.add_(grad_mean_v / num_valid)
     del features, weighted
 
-    grad_q = mechanism.phi_q.vjp(q, grad_q)
-    grad_k = mechanism.phi_k.vjp(k, grad_k)
+    grad_k, powers = mechanism.phi_k.pull_back(k, grad_features, tokens.powers)
     if valid is not None:
-        for grad in (grad_q, grad_k, grad_v):
+        for grad in (grad_k, grad_v):
             grad.masked_fill_(~valid, 0)
-    return LinearGradients(grad_q, grad_k, grad_v, grad_head_scale, grad_lepe, grad_gate)
+    return KeyGradients(grad_k, grad_v, None if powers is None else powers.sum((0, 2)), grad_query)
 
 
-def _own_features(phi: FeatureMap, x: Tensor) -> Tensor:
+def _times(x: Tensor, factor: Factor) -> Tensor:
+    """The halves of what lies like values, each times a factor [..., 2] of its read."""
+    if not isinstance(factor, Tensor):
+        return x * factor
+    return (halves(x) * factor.unsqueeze(-1)).flatten(-2)
+
+
+def _own_features(phi: FeatureMap, x: Tensor, powers: Tensor | None) -> Tensor:
     """phi(x) in memory that nobody else holds."""
-    features = phi.function(x.contiguous())
+    features = phi(x.contiguous(), powers)
     return features.clone() if features is x else features
 
 

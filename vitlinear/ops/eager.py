@@ -93,6 +93,7 @@ class Tokens(NamedTuple):
     head_scale: Tensor | None = None  # tau, [h, 1, 1]
     lepe: Tensor | None = None  # [B, h, N, D], any strides, any type
     gate: Tensor | None = None  # likewise
+    powers: Tensor | None = None  # of feature maps, [h, 1, D]
 
 
 def prepare(
@@ -119,7 +120,7 @@ def prepare(
             three times faster on it, and `linear_attention_forward` may write to it; but autograd
             would keep the copies.
     """
-    rotary, key_padding_mask, head_scale, lepe, gate = terms
+    rotary, key_padding_mask, head_scale, lepe, gate, powers = terms
     given = k if q is None else q
     assert given is not None
     length, heads, head_dim = given.shape[1:]
@@ -127,6 +128,8 @@ def prepare(
     lepe, gate = (_epilogue_term(x, key_padding_mask) for x in (lepe, gate))
     if head_scale is not None:
         head_scale = head_scale.to(dtype)[:, None, None]
+    if powers is not None:
+        powers = widen(powers, dtype)[:, None, :]
     # A change of type makes a copy anyway: it might as well be contiguous.
     own = own or dtype != given.dtype
     q, k, v = (None if x is None else widen(x.transpose(1, 2), dtype) for x in (q, k, v))
@@ -139,12 +142,12 @@ def prepare(
     if table is not None and mechanism is not None and mechanism.phi_q.expansion > 1:
         table = torch.cat([table] * mechanism.phi_q.expansion, dim=-2)  # each D-wide part alike
     if key_padding_mask is None:
-        return Tokens(q, k, v, table, None, length, head_scale, lepe, gate)
+        return Tokens(q, k, v, table, None, length, head_scale, lepe, gate, powers)
     valid = ~key_padding_mask[:, None, :, None]
     # Whatever stands in padding, NaN included, must not reach a sum as 0 * NaN.
     q, k, v = (None if x is None else x.masked_fill(~valid, 0) for x in (q, k, v))
     num_valid = valid.sum(2, keepdim=True).clamp(min=1).to(dtype)
-    return Tokens(q, k, v, table, valid, num_valid, head_scale, lepe, gate)
+    return Tokens(q, k, v, table, valid, num_valid, head_scale, lepe, gate, powers)
 
 
 def table_of_heads(tables: RotaryTables, positions: str, heads: int, head_dim: int) -> Tensor:
@@ -211,7 +214,7 @@ def attention_state(
     reads = mechanism.reads
     # Contiguous after phi, not before: phi then keeps the view that it was given, and no matrix
     # product below makes, and keeps, a copy of its own.
-    k_features = mechanism.phi_k.function(k).contiguous()
+    k_features = mechanism.phi_k(k, tokens.powers).contiguous()
     if not keeps_nothing():
         v = v.contiguous()
 
@@ -239,6 +242,25 @@ def attention_state(
     return LinearAttentionState(state, norm, mean_v, query, logsumexp)
 
 
+def opposite_state(state: Tensor) -> Tensor:
+    """The state [..., F, Dv] that phi(q) reads where phi(-q) is to read the second half of values.
+
+    Those columns have the halves of their rows exchanged. It is its own inverse and transpose.
+    """
+    first, second = state.chunk(2, dim=-1)
+    return torch.cat((first, second.roll(state.shape[-2] // 2, dims=-2)), dim=-1)
+
+
+def opposite_norm(norm: Tensor) -> Tensor:
+    """m as phi(q) reads it for itself and for phi(-q), [..., 1, F] -> [..., 2, F]."""
+    return torch.cat((norm, norm.roll(norm.shape[-1] // 2, dims=-1)), dim=-2)
+
+
+def halves(x: Tensor) -> Tensor:
+    """Channels of values by the read that they belong to, [..., Dv] -> [..., 2, Dv / 2]."""
+    return x.unflatten(-1, (2, -1))
+
+
 def read_state(
     q_features: Tensor, state: LinearAttentionState, tokens: Tokens, mechanism: Mechanism
 ) -> Tensor:
@@ -253,16 +275,24 @@ def read_state(
     q, valid = tokens.q, tokens.valid
     assert q is not None
     scaled = state.state if tokens.head_scale is None else state.state * tokens.head_scale
+    after = None
     b: Factor = 0.0
+    if mechanism.reads_opposite:
+        scaled = opposite_state(scaled)
     if mechanism.reads.uses_norm:
         assert state.norm is not None
-        z = q_features @ state.norm.transpose(-1, -2)
+        norm = opposite_norm(state.norm) if mechanism.reads_opposite else state.norm
+        z = q_features @ norm.transpose(-1, -2)
         a, b = mechanism.reads.factors(z, q.shape[-1] ** -0.5, tokens.num_valid)
-        if isinstance(a, Tensor):
-            q_features = cpu.times(q_features, a)
-        else:
+        if not isinstance(a, Tensor):
             scaled = scaled * a
+        elif mechanism.reads_opposite:
+            after = a  # each half of the output has a factor of its own
+        else:
+            q_features = cpu.times(q_features, a)
     out = cpu.matmul(encode(q_features, tokens.table, mechanism.positions, own=True), scaled)
+    if after is not None:
+        out = cpu.times(halves(out), after.unsqueeze(-1)).flatten(-2)
     if mechanism.reads.uses_mean:
         assert isinstance(b, Tensor) and state.mean_v is not None
         out = cpu.add_product(out, b, state.mean_v)
@@ -288,7 +318,7 @@ def linear_attention_forward(
         Output [B, h, N, Dv] in the accumulation type, epilogue and all, and the state.
     """
     assert tokens.q is not None
-    q_features = mechanism.phi_q.function(tokens.q).contiguous()
+    q_features = mechanism.phi_q(tokens.q, tokens.powers).contiguous()
     query = mean_query(q_features, tokens) if mechanism.has_global_query else None
     state = attention_state(tokens, mechanism, query)
     return read_state(q_features, state, tokens, mechanism), state
@@ -318,7 +348,7 @@ def read_linear_attention_state(
     with without_autocast(q):
         tokens = prepare(q, None, None, mechanism, terms, own=not torch.is_grad_enabled())
         assert tokens.q is not None
-        q_features = mechanism.phi_q.function(tokens.q).contiguous()
+        q_features = mechanism.phi_q(tokens.q, tokens.powers).contiguous()
         out = read_state(q_features, state, tokens, mechanism)
         return saturate(out.transpose(1, 2), q.dtype).to(q.dtype)
 

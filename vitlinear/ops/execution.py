@@ -7,6 +7,7 @@ The argument ``backend`` is theirs: ``library``, ``triton`` or ``auto``.
 from __future__ import annotations
 
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -103,42 +104,75 @@ def backward(
         tokens = eager.prepare(q, k, v, mechanism, terms, own=False)
         grad_out = grad_out.transpose(1, 2).to(state.state.dtype)
         found = formulas.linear_attention_backward(grad_out, tokens, mechanism, state)
-    if memory.head_scale is not None and found.head_scale is not None:
-        memory.head_scale.copy_(found.head_scale)
+    for name in ("head_scale", "powers"):
+        into, grad = getattr(memory, name), getattr(found, name)
+        if into is not None:
+            into.copy_(eager.saturate(grad, into.dtype))
     for name in ("q", "k", "v", "lepe", "gate"):
         into, grad = getattr(memory, name), getattr(found, name)
         if into is not None:
             into.copy_(eager.saturate(grad.transpose(1, 2), q.dtype))
 
 
-def gradient_memory(
-    q: Tensor, terms: Terms | FlatTerms
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Fresh memory for gradients: of q, k, v and the gate in one buffer, of tau, of lepe.
+class GradientMemory(NamedTuple):
+    """Memory for gradients; None where there is nothing to compute.
 
-    The buffer is [B, N, 3, h, D], or with a gate [B, N, 4, h, D], laid out like the projection that
-    q, k, v and the gate mostly are slices of. The others are None where there is nothing to
-    compute: without a gate the gradient of lepe is that of the output.
+    Attributes:
+        buffer: [B, N, 3, h, D] of q, k and v, or with a gate [B, N, 4, h, D], laid out like the
+            projection that they mostly are slices of; q and k alone where values have another
+            width.
+        head_scale: [h].
+        lepe: Like v; without a gate the gradient of lepe is that of the output.
+        values: v, and the gate if there is one, where they do not fit the buffer,
+            [B, N, 1 or 2, h, Dv].
+        powers: [h, D].
     """
+
+    buffer: Tensor
+    head_scale: Tensor | None
+    lepe: Tensor | None
+    values: Tensor | None
+    powers: Tensor | None
+
+    @classmethod
+    def of_operator(
+        cls, returned: tuple[Tensor, ...], q: Tensor, v: Tensor, terms: Terms
+    ) -> GradientMemory:
+        """The memory that the registered operator returns, with empty tensors for None."""
+        buffer, scale, lepe, values, powers = returned
+        return cls(
+            buffer,
+            None if terms.head_scale is None else scale,
+            None if terms.lepe is None or terms.gate is None else lepe,
+            None if v.shape[-1] == q.shape[-1] else values,
+            None if terms.powers is None else powers,
+        )
+
+
+def gradient_memory(q: Tensor, v: Tensor, terms: Terms | FlatTerms) -> GradientMemory:
+    """Fresh memory for the gradients of a call."""
     batch, length, heads, dim = q.shape
-    gate, head_scale = terms.gate, terms.head_scale
-    return (
-        q.new_empty((batch, length, 3 if gate is None else 4, heads, dim)),
+    gate, head_scale, powers = terms.gate, terms.head_scale, terms.powers
+    like_values, alike = 1 if gate is None else 2, v.shape[-1] == dim
+    return GradientMemory(
+        q.new_empty((batch, length, 2 + like_values if alike else 2, heads, dim)),
         None if head_scale is None else torch.empty_like(head_scale),
-        None
-        if gate is None or terms.lepe is None
-        else torch.empty_like(q, memory_format=torch.contiguous_format),
+        None if gate is None or terms.lepe is None else q.new_empty(v.shape),
+        None if alike else q.new_empty((batch, length, like_values, heads, v.shape[-1])),
+        None if powers is None else q.new_empty(powers.shape, dtype=powers.dtype),
     )
 
 
-def one_by_one(
-    grads: Tensor, grad_scale: Tensor | None, grad_lepe: Tensor | None
-) -> LinearGradients:
-    """Name what `gradient_memory` returns: [B, N, h, D], but for the gradient of tau."""
-    grad_q, grad_k, grad_v, *grad_gate = grads.unbind(2)
+def one_by_one(memory: GradientMemory) -> LinearGradients:
+    """Name what is in the memory: [B, N, h, D], but for the gradients of tau and powers."""
+    parts = [*memory.buffer.unbind(2)]
+    if memory.values is not None:
+        parts += memory.values.unbind(2)
+    grad_q, grad_k, grad_v, *gate = parts
     return LinearGradients(
-        grad_q, grad_k, grad_v, grad_scale, grad_lepe, grad_gate[0] if grad_gate else None
-    )
+        grad_q, grad_k, grad_v, memory.head_scale, memory.lepe, gate[0] if gate else None,
+        memory.powers,
+    )  # fmt: skip
 
 
 def with_lepe(found: LinearGradients, grad_out: Tensor, terms: Terms) -> LinearGradients:

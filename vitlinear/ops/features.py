@@ -23,14 +23,31 @@ class FeatureMap:
     """A feature map phi.
 
     Attributes:
-        function: x [..., D] -> phi(x) [..., F].
-        vjp: x [..., D] and the gradient of phi(x) [..., F] -> gradient of x [..., D].
+        function: x [..., D] -> phi(x) [..., F]; with powers, x and powers -> phi(x).
+        vjp: x [..., D] and the gradient of phi(x) [..., F] -> gradient of x [..., D]; with powers,
+            x, the gradient and powers -> gradients of x and, for each x, of its power [..., D].
         expansion: F / D.
+        takes_powers: Whether there are powers, one for each channel, in a shape that broadcasts to
+            that of x.
     """
 
-    function: Callable[[Tensor], Tensor]
-    vjp: Callable[[Tensor, Tensor], Tensor]
+    function: Callable[..., Tensor]
+    vjp: Callable[..., Any]
     expansion: int = 1
+    takes_powers: bool = False
+
+    def __call__(self, x: Tensor, powers: Tensor | None = None) -> Tensor:
+        """phi(x); powers count where the map takes them."""
+        return self.function(x, powers) if self.takes_powers else self.function(x)
+
+    def pull_back(
+        self, x: Tensor, grad: Tensor, powers: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Gradients of x and, for each x, of its power, from that of phi(x)."""
+        if not self.takes_powers:
+            return self.vjp(x, grad), None
+        of_x, of_powers = self.vjp(x, grad, powers)
+        return of_x, of_powers
 
 
 class _EluPlusOne(torch.autograd.Function):
@@ -147,6 +164,86 @@ def _cubed_key_vjp(x: Tensor, grad: Tensor) -> Tensor:
     return _join_signs(x, grad)[1] * (3 * x * x)
 
 
+def _largest_feature(dtype: torch.dtype) -> float:
+    """Where learned powers saturate, so that products of two features and values fit the type.
+
+    float32: 3e14, which the 5th power of 790 reaches.
+    """
+    return float(torch.finfo(dtype).max) ** 0.375
+
+
+def _plain_signed_powers(x: Tensor, powers: Tensor) -> Tensor:
+    bound, base = _largest_feature(x.dtype) ** powers.reciprocal(), x.abs()
+    if torch.is_grad_enabled():  # in compiled programs; what saturates has no slope
+        inside = base <= bound
+        base = torch.where(inside, base, bound.detach())
+        powers = torch.where(inside, powers, powers.detach())
+    else:
+        base = torch.minimum(base, bound)
+    return cpu.split_signs(x, _power(base, powers))
+
+
+def _signed_powers_vjp(x: Tensor, grad: Tensor, powers: Tensor) -> tuple[Tensor, Tensor]:
+    magnitude = x.abs()
+    bound = _largest_feature(x.dtype) ** powers.reciprocal()
+    magnitude = torch.where(magnitude <= bound, magnitude, 0.0)  # no slope where it saturates
+    grad_magnitude, grad_signed = _join_signs(x, grad)
+    less = _power(magnitude, powers - 1)
+    log = torch.where(magnitude > 0, magnitude, 1.0).log()
+    return grad_signed * powers * less, grad_magnitude * (magnitude * less * log)
+
+
+class _SignedPowers(torch.autograd.Function):
+    """`signed_powers`, keeping x and the powers alone."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, powers: Tensor) -> Tensor:
+        with torch.no_grad():
+            return _plain_signed_powers(x, powers)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x, powers = ctx.saved_tensors
+        of_x, of_powers = _signed_powers_vjp(x, grad, powers)
+        return of_x, of_powers.sum_to_size(powers.shape)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, of_powers: Tensor) -> Tensor:  # type: ignore[override]
+        x, powers = ctx.saved_tensors
+        ones = torch.ones_like(torch.cat((x, x), dim=-1))
+        by_x, by_power = _signed_powers_vjp(x, ones, powers)
+        change = torch.zeros_like(x)
+        if tangent is not None:
+            change = change + by_x * tangent
+        if of_powers is not None:
+            change = change + by_power * of_powers
+        return torch.cat((change * (x > 0), change * (x < 0)), dim=-1)
+
+
+def signed_powers(x: Tensor, powers: Tensor) -> Tensor:
+    """Features of PolaFormer (arXiv:2501.15061), [..., D] -> [..., 2 D].
+
+    [relu(x)^p; relu(-x)^p] with p > 0, elementwise; phi(-x) is phi(x) with its halves exchanged.
+    Features of 0 are 0, as are their derivatives, by x and by p. Above 3e14 in float32 features
+    stay there.
+
+    Args:
+        x: [..., h, N, D], or another shape that that of the powers broadcasts to.
+        powers: p, such as [h, 1, D].
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        out: Tensor = _SignedPowers.apply(x, powers)
+        return out
+    return _plain_signed_powers(x, powers)
+
+
 FEATURE_MAPS = {
     "elu+1": FeatureMap(elu_plus_one, _elu_plus_one_vjp),
     "relu": FeatureMap(torch.relu, _relu_vjp),
@@ -154,4 +251,5 @@ FEATURE_MAPS = {
     "silu": FeatureMap(F.silu, _silu_vjp),
     "norm-aware": FeatureMap(norm_aware_query, _norm_aware_query_vjp, expansion=2),
     "cubed": FeatureMap(cubed_key, _cubed_key_vjp, expansion=2),
+    "signed-powers": FeatureMap(signed_powers, _signed_powers_vjp, expansion=2, takes_powers=True),
 }

@@ -24,9 +24,14 @@ nala       norm-aware, cubed   rotary      1               1 / (z + eps)      0
 l2         ReLU                rotary      1               1 / max(z, 100/N)  0
 lightnet   SiLU, identity      cosine      token softmax   1                  0
 identity   identity            rotary      1               1                  0
+pola       signed powers       none        1               1 / (z + eps)      0
 =========  ==================  ==========  ==============  =================  ======
 
 Rotary positions are the caller's choice for every row that names them.
+
+``pola`` reads the second half of the values by phi_q(-q_i), in a and b too. Its phi(-x) is phi(x)
+with halves exchanged: the second read takes the same features, and the state and m with their
+halves exchanged.
 """
 
 from __future__ import annotations
@@ -139,9 +144,11 @@ class Mechanism:
             times N; a weight for each token and channel.
         read_out: Key in `READ_OUTS`: a and b.
         positions: What R does with position tables: ``'rotary'`` turns neighbouring channels,
-            ``'cosine'`` puts [x cos; x sin] for x.
+            ``'cosine'`` puts [x cos; x sin] for x; ``'none'`` takes no tables.
         learns_temperature: Whether layers learn tau, one for each head, as the mechanism's paper
             does.
+        reads_opposite: Whether phi_q(-q) reads the second half of the values, and phi_q(q) the
+            first alone. Asks for a feature map for which phi(-x) is phi(x) with halves exchanged.
     """
 
     name: str
@@ -151,6 +158,11 @@ class Mechanism:
     read_out: str = "normalised"
     positions: str = "rotary"
     learns_temperature: bool = False
+    reads_opposite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.reads_opposite and self.reads.uses_mean:
+            raise ValueError(f"{self.name!r}: two reads of one state have no mean value")
 
     @property
     def phi_q(self) -> FeatureMap:
@@ -161,6 +173,16 @@ class Mechanism:
     def phi_k(self) -> FeatureMap:
         """The feature map of keys."""
         return FEATURE_MAPS[self.key_map]
+
+    @property
+    def takes_powers(self) -> bool:
+        """Whether feature maps take powers from the caller."""
+        return self.phi_q.takes_powers or self.phi_k.takes_powers
+
+    @property
+    def read_count(self) -> int:
+        """Reads of one state: two where the halves of the values have one each."""
+        return 2 if self.reads_opposite else 1
 
     @property
     def reads(self) -> ReadOut:
@@ -212,6 +234,8 @@ MECHANISMS = {
         # Plain normalised linear attention (Katharopoulos et al., ICML 2020, arXiv:2006.16236).
         Mechanism("elu", "elu+1", "elu+1"),
         Mechanism("relu", "relu", "relu"),
+        # Polarity-aware linear attention (PolaFormer, ICLR 2025, arXiv:2501.15061).
+        Mechanism("pola", "signed-powers", "signed-powers", positions="none", reads_opposite=True),
         # No more than the state, out_i = q_i S: the inner model of a test-time training layer.
         Mechanism("identity", "identity", "identity", read_out="constant"),
     )

@@ -65,11 +65,15 @@ def linear_attention_weights(
     rotary: RotaryTables | None = None,
     key_padding_mask: Tensor | None = None,
     head_scale: Tensor | None = None,
+    powers: Tensor | None = None,
 ) -> Tensor:
-    """The matrix A of a linear attention, for which out = A v, as [B, h, N, N]."""
+    """The matrix A of a linear attention, for which out = A v, as [B, h, N, N].
+
+    Of a mechanism with two reads it is that of the first, which the first half of v takes.
+    """
     row = get_mechanism(mechanism)
     scale = q.shape[-1] ** -0.5
-    q_features, k_features = row.phi_q.function(q), row.phi_k.function(k)
+    q_features, k_features = row.phi_q(q, powers), row.phi_k(k, powers)
     valid = torch.ones(q.shape[:2], dtype=torch.bool, device=q.device)
     if key_padding_mask is not None:
         valid = ~key_padding_mask
@@ -114,10 +118,20 @@ def linear_attention(
     head_scale: Tensor | None = None,
     lepe: Tensor | None = None,
     gate: Tensor | None = None,
+    powers: Tensor | None = None,
 ) -> Tensor:
     """Linear attention by its definition; see `vitlinear.ops.linear_attention`."""
-    weights = linear_attention_weights(q, k, mechanism, rotary, key_padding_mask, head_scale)
-    out = torch.einsum("bhnm,bmhd->bnhd", weights, v)
+    reads = [(q, v)]
+    if get_mechanism(mechanism).reads_opposite:
+        first, second = v.chunk(2, dim=-1)
+        reads = [(q, first), (-q, second)]
+    outs = []
+    for query, values in reads:
+        weights = linear_attention_weights(
+            query, k, mechanism, rotary, key_padding_mask, head_scale, powers
+        )
+        outs.append(torch.einsum("bhnm,bmhd->bnhd", weights, values))
+    out = torch.cat(outs, dim=-1)
     if lepe is not None:
         out = out + lepe
     if gate is not None:

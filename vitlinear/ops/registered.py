@@ -43,11 +43,12 @@ def linear_attention_op(
     head_scale: Tensor | None = None,
     lepe: Tensor | None = None,
     gate: Tensor | None = None,
+    powers: Tensor | None = None,
     backend: str = "library",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output [B, N, h, D], and the five tensors of a flattened `LinearAttentionState`."""
     row = get_mechanism(mechanism)
-    terms = Terms.unflatten(rows, cols, key_padding_mask, head_scale, lepe, gate)
+    terms = Terms.unflatten(rows, cols, key_padding_mask, head_scale, lepe, gate, powers)
     out, state = execution.forward(q, k, v, row, terms, backend, separate=True)
     return out, *state.flatten()
 
@@ -57,10 +58,11 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, mechanism: str, rows: Tensor | None = None, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, _, heads, dim = q.shape
+    values = v.shape[-1]
     row = get_mechanism(mechanism)
     features = row.feature_dim(dim)
     state_dim = row.state_dim(dim, rows is not None)
-    state = q.new_empty(batch, heads, state_dim, dim, dtype=eager.accumulation_dtype(q.dtype))
+    state = q.new_empty(batch, heads, state_dim, values, dtype=eager.accumulation_dtype(q.dtype))
 
     def like(exists: bool, width: int) -> Tensor | None:
         return state.new_empty(batch, heads, 1, width) if exists else None
@@ -68,7 +70,7 @@ def _(
     saved = LinearAttentionState(
         state,
         norm=like(row.reads.uses_norm, features),
-        mean_v=like(row.reads.uses_mean, dim),
+        mean_v=like(row.reads.uses_mean, values),
         query=like(row.has_global_query, features),
         logsumexp=like(row.has_key_softmax, 1 if row.has_global_query else features),
     )
@@ -88,37 +90,35 @@ def linear_attention_backward_op(
     head_scale: Tensor | None,
     lepe: Tensor | None,
     gate: Tensor | None,
+    powers: Tensor | None,
     state: Tensor,
     norm: Tensor,
     mean_v: Tensor,
     query: Tensor,
     logsumexp: Tensor,
     backend: str = "library",
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and the gate in one buffer, of head_scale, and of lepe.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and the gate in one or two buffers, of head_scale, lepe, and powers.
 
     As `execution.gradient_memory` has them, and empty for None. An operator may not return views of
     one another, so slicing the buffer is left to the autograd formula.
     """
     row = get_mechanism(mechanism)
-    terms = Terms.unflatten(rows, cols, key_padding_mask, head_scale, lepe, gate)
+    terms = Terms.unflatten(rows, cols, key_padding_mask, head_scale, lepe, gate, powers)
     saved = LinearAttentionState.unflatten(state, norm, mean_v, query, logsumexp)
-    memory = execution.gradient_memory(q, terms)
-    into = execution.one_by_one(*memory)
+    memory = execution.gradient_memory(q, v, terms)
+    into = execution.one_by_one(memory)
     execution.backward(grad_out, q, k, v, row, terms, saved, backend, into)
-    return _returned(q, state, memory)
+    return _returned(state, memory)
 
 
-def _returned(
-    q: Tensor, state: Tensor, memory: tuple[Tensor, Tensor | None, Tensor | None]
-) -> tuple[Tensor, Tensor, Tensor]:
+Returned = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _returned(state: Tensor, memory: execution.GradientMemory) -> Returned:
     """Memory of gradients as the operator returns it."""
-    grads, grad_scale, grad_lepe = memory
-    return (
-        grads,
-        state.new_empty(0) if grad_scale is None else grad_scale,
-        q.new_empty(0) if grad_lepe is None else grad_lepe,
-    )
+    buffer, scale, lepe, values, powers = (state.new_empty(0) if x is None else x for x in memory)
+    return buffer, scale, lepe, values, powers
 
 
 @linear_attention_backward_op.register_fake
@@ -134,11 +134,12 @@ def _(
     head_scale: Tensor | None,
     lepe: Tensor | None,
     gate: Tensor | None,
+    powers: Tensor | None,
     state: Tensor,
     *others: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    terms = Terms.unflatten(rows, cols, key_padding_mask, head_scale, lepe, gate)
-    return _returned(q, state, execution.gradient_memory(q, terms))
+) -> Returned:
+    terms = Terms.unflatten(rows, cols, key_padding_mask, head_scale, lepe, gate, powers)
+    return _returned(state, execution.gradient_memory(q, v, terms))
 
 
 @custom_op("vitlinear::softmax_attention", mutates_args=())
@@ -209,16 +210,14 @@ def _linear_gradients(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | 
     # Read once: checkpointing gives them away.
     q, k, v, *flat, state, norm, mean_v, query, logsumexp = ctx.saved_tensors
     terms = Terms.unflatten(*flat)
-    grads, grad_scale, grad_lepe = torch.ops.vitlinear.linear_attention_backward(
+    returned = torch.ops.vitlinear.linear_attention_backward(
         grad_out, q, k, v, ctx.mechanism, *flat, state, norm, mean_v, query, logsumexp, ctx.backend
     )
-    found = execution.one_by_one(
-        grads,
-        None if terms.head_scale is None else grad_scale,
-        None if terms.lepe is None or terms.gate is None else grad_lepe,
-    )
+    found = execution.one_by_one(execution.GradientMemory.of_operator(returned, q, v, terms))
     found = execution.with_lepe(found, grad_out, terms)
-    of_terms = FlatTerms(head_scale=found.head_scale, lepe=found.lepe, gate=found.gate)
+    of_terms = FlatTerms(
+        head_scale=found.head_scale, lepe=found.lepe, gate=found.gate, powers=found.powers
+    )
     return found.q, found.k, found.v, None, *of_terms, None
 
 
@@ -246,26 +245,29 @@ def linear_attention_flops(
     """State, read-out and normaliser; logits of the key weights where there are any."""
     batch, length, heads, dim = q_shape
     row = get_mechanism(mechanism)
-    vectors = (row.reads.uses_norm + row.has_global_query) * row.feature_dim(dim)
-    matrices = 2 * row.state_dim(dim, rows is not None) * dim
+    vectors = (row.reads.uses_norm * row.read_count + row.has_global_query) * row.feature_dim(dim)
+    matrices = 2 * row.state_dim(dim, rows is not None) * v_shape[-1]
     return 2 * batch * length * heads * (matrices + vectors)
 
 
 @register_flop_formula(torch.ops.vitlinear.linear_attention_backward)
 def linear_attention_backward_flops(
     grad_shape: Any, q_shape: Any, k_shape: Any, v_shape: Any, mechanism: str, rows: Any,
-    cols: Any, key_padding_mask: Any, head_scale: Any, lepe: Any, gate: Any,
+    cols: Any, key_padding_mask: Any, head_scale: Any, lepe: Any, gate: Any, powers: Any,
     *args: Any, **kwargs: Any,
 ) -> int:  # fmt: skip
     """Four products of N x F with F x D, and the vectors of normaliser, mean and key weights.
 
-    With a gate one product more, for the outputs that its gradient takes.
+    With a gate one product more, for the outputs that its gradient takes; two reads take it anyway.
     """
     batch, length, heads, dim = q_shape
-    row = get_mechanism(mechanism)
+    row, values = get_mechanism(mechanism), v_shape[-1]
     vectors = 2 * (row.reads.uses_norm + row.has_global_query) * row.feature_dim(dim)
-    vectors += 2 * row.reads.uses_mean * dim
-    matrices = (4 + (gate is not None)) * row.state_dim(dim, rows is not None) * dim
+    vectors += 2 * row.reads.uses_mean * values
+    again = gate is not None or row.reads_opposite
+    if row.reads_opposite:  # normalisers and their gradients, as products of two columns
+        vectors = 6 * row.feature_dim(dim)
+    matrices = (4 + again) * row.state_dim(dim, rows is not None) * values
     return 2 * batch * length * heads * (matrices + vectors)
 
 

@@ -50,7 +50,7 @@ def failure(kind: Kind) -> str | None:
 def _compare(kind: Kind, grid: tuple[int, int]) -> str | None:
     """The first result on a grid that errs too much, in words."""
     row = get_mechanism(kind.mechanism)
-    q, k, v, grad, terms = _inputs(kind, row, grid)
+    q, k, v, grad, terms = _inputs(kind, grid)
     with eager.without_autocast(q):
         found = _run(_kernels(), q, k, v, row, terms, grad, kind.training)
         plain = _formula(q, k, v, row, terms, grad, kind.training)
@@ -72,33 +72,54 @@ def _kernels() -> Any:
     return triton
 
 
-def _inputs(
-    kind: Kind, row: Mechanism, grid: tuple[int, int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Terms]:
+def _inputs(kind: Kind, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor, Terms]:
     """Queries, keys, values, a gradient of the output, and terms, laid out as models have them."""
     generator = torch.Generator("cpu").manual_seed(0)
-    device = torch.device(
-        kind.device if kind.device_index is None else f"{kind.device}:{kind.device_index}"
-    )
     length, dim = grid[0] * grid[1], kind.head_dim
+    shape = (BATCH, length, 6, HEADS, dim)
+    values = torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
+    q, k, v, gate, lepe, grad = values.to(device_of(kind), kind.dtype).unbind(2)
+    terms = make_terms(kind, *grid, BATCH, HEADS)
+    if terms.lepe is not None:
+        terms = terms._replace(lepe=lepe)
+    if terms.gate is not None:
+        terms = terms._replace(gate=gate)
+    return q, k, v, grad, terms
 
-    def normal(*shape: int) -> Tensor:
-        values = torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
-        return values.to(device=device, dtype=kind.dtype)
 
-    q, k, v, gate, lepe, grad = normal(BATCH, length, 6, HEADS, dim).unbind(2)
-    mask = torch.zeros(BATCH, length, dtype=torch.bool, device="cpu")
-    mask[0, length // 2 :] = True
-    mask[1, 2] = True
-    make = lrpe_tables if row.positions == "cosine" else rotary_tables
+def device_of(kind: Kind) -> torch.device:
+    """The device of calls of a kind."""
+    number = "" if kind.device_index is None else f":{kind.device_index}"
+    return torch.device(kind.device + number)
+
+
+def make_terms(kind: Kind, height: int, width: int, batch: int, heads: int) -> Terms:
+    """Terms of a kind of call for a grid of tokens; lepe and gate are ones."""
+    device, dim, length = device_of(kind), kind.head_dim, height * width
+    cosine = get_mechanism(kind.mechanism).positions == "cosine"
+    tables = lrpe_tables if cosine else rotary_tables
+
+    def mask() -> Tensor:
+        padding = torch.zeros(batch, length, dtype=torch.bool, device="cpu")
+        padding[0, length // 2 :] = True
+        padding[-1, length // 3] = True
+        return padding.to(device)
+
+    def scale() -> Tensor:
+        return torch.linspace(-1.5, 0.75, heads, dtype=torch.float32, device=device)
+
+    def ones() -> Tensor:
+        return torch.ones(batch, length, heads, dim, dtype=kind.dtype, device=device)
+
     made: dict[str, Callable[[], Any]] = {
-        "rotary": lambda: make(*grid, dim, device),
-        "key_padding_mask": lambda: mask.to(device),
-        "head_scale": lambda: torch.tensor([-1.5, 0.75], dtype=torch.float32, device=device),
-        "lepe": lambda: lepe,
-        "gate": lambda: gate,
+        "rotary": lambda: tables(height, width, dim, device),
+        "key_padding_mask": mask,
+        "head_scale": scale,
+        "powers": lambda: torch.linspace(1, 3, heads * dim, device=device).view(heads, dim),
+        "lepe": ones,
+        "gate": ones,
     }
-    return q, k, v, grad, Terms(**{name: made[name]() for name in kind.terms})
+    return Terms(**{name: made[name]() for name in kind.terms})
 
 
 def _doubled(terms: Terms) -> Terms:

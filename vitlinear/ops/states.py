@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import eager
-from .attention import check_terms, check_tokens, mask_of_lengths
+from .attention import check_mechanism, check_terms, check_tokens, mask_of_lengths
 from .attention_state import LinearAttentionState
 from .backend import choose_backend
 from .mechanisms import Mechanism, get_mechanism
@@ -26,6 +26,7 @@ def linear_attention_state(
     mechanism: str = "elu",
     rotary: RotaryTables | None = None,
     key_padding_mask: Tensor | None = None,
+    powers: Tensor | None = None,
     backend: str = "auto",
 ) -> LinearAttentionState:
     """The state of a linear attention: sums over keys and values.
@@ -41,6 +42,7 @@ def linear_attention_state(
         mechanism: Key in `vitlinear.ops.MECHANISMS`.
         rotary: Position tables of the keys.
         key_padding_mask: Tokens that count nowhere, as for `vitlinear.ops.linear_attention`.
+        powers: Powers of a feature map that learns them, [h, D].
         backend: ``auto`` or ``eager``; see `vitlinear.ops.backend`.
 
     Returns:
@@ -56,8 +58,9 @@ def linear_attention_state(
         raise ValueError(
             f"{mechanism!r} weighs keys by their mean query and has no state without queries"
         )
-    terms = Terms(rotary, mask_of_lengths(key_padding_mask, k))
+    terms = Terms(rotary, mask_of_lengths(key_padding_mask, k), powers=powers)
     check_tokens(k, k, v)
+    check_mechanism(k, row, powers, v.shape[-1])
     check_terms(k, terms, row.positions)
     run_eagerly(backend, k, mechanism)
     return eager.linear_attention_state(k, v, row, terms)
@@ -73,6 +76,7 @@ def read_linear_attention_state(
     head_scale: Tensor | None = None,
     lepe: Tensor | None = None,
     gate: Tensor | None = None,
+    powers: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Outputs of queries that read a state.
@@ -92,6 +96,7 @@ def read_linear_attention_state(
         head_scale: tau, [h], a factor of S.
         lepe: Added to the output, [B, N, h, Dv].
         gate: Multiplies the sum of output and lepe, like it.
+        powers: Powers of a feature map that learns them, [h, D].
         backend: ``auto`` or ``eager``; see `vitlinear.ops.backend`.
 
     Returns:
@@ -102,9 +107,10 @@ def read_linear_attention_state(
         NotImplementedError: The backend has no states.
     """
     row = get_mechanism(mechanism)
-    terms = Terms(rotary, mask_of_lengths(key_padding_mask, q), head_scale, lepe, gate)
+    terms = Terms(rotary, mask_of_lengths(key_padding_mask, q), head_scale, lepe, gate, powers)
     check_tokens(q, q, q)
     check_state(q, state, row, rotary is not None)
+    check_mechanism(q, row, powers, state.state.shape[-1])
     check_terms(q, terms, row.positions, state.state.shape[-1])
     run_eagerly(backend, q, mechanism)
     return eager.read_linear_attention_state(q, state, row, terms)

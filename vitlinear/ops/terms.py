@@ -22,8 +22,9 @@ class FlatTerms(NamedTuple):
         cols: Table of its columns, [W, g, 2]; None without positions.
         key_padding_mask: As in `Terms`, like the rest.
         head_scale: [h].
-        lepe: [B, N, h, D].
-        gate: [B, N, h, D].
+        lepe: [B, N, h, Dv].
+        gate: [B, N, h, Dv].
+        powers: [h, D].
     """
 
     rows: Tensor | None = None
@@ -32,6 +33,7 @@ class FlatTerms(NamedTuple):
     head_scale: Tensor | None = None
     lepe: Tensor | None = None
     gate: Tensor | None = None
+    powers: Tensor | None = None
 
 
 class Terms(NamedTuple):
@@ -41,8 +43,9 @@ class Terms(NamedTuple):
         rotary: Position tables of the H x W grid of tokens.
         key_padding_mask: [B, N] bool, True for padding.
         head_scale: tau, a factor of the state for each head, [h].
-        lepe: Added to the output, [B, N, h, D].
-        gate: Multiplies the sum of output and lepe, [B, N, h, D].
+        lepe: Added to the output, [B, N, h, Dv].
+        gate: Multiplies the sum of output and lepe, [B, N, h, Dv].
+        powers: Of a feature map that learns them, [h, D].
     """
 
     rotary: RotaryTables | None = None
@@ -50,6 +53,7 @@ class Terms(NamedTuple):
     head_scale: Tensor | None = None
     lepe: Tensor | None = None
     gate: Tensor | None = None
+    powers: Tensor | None = None
 
     def flatten(self) -> FlatTerms:
         """The same with the position tables as two tensors."""

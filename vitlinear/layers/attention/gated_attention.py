@@ -135,7 +135,16 @@ class GatedAttention(nn.Module):
     ) -> Tensor:
         """(Attention(q, k, v) + lepe) * gate, [B, N, h, D] -> [B, N, h, D]."""
         return scriptable_attention(
-            q, k, v, self.attn_type, rotary, mask, self.temperature, lepe, gate, self.backend
+            q,
+            k,
+            v,
+            self.attn_type,
+            rotary,
+            mask,
+            self.temperature,
+            lepe,
+            gate,
+            backend=self.backend,
         )
 
 

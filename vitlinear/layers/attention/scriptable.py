@@ -16,10 +16,10 @@ def check_attn_type(attn_type: str) -> str:
     """Return a linear mechanism of `vitlinear.ops.MECHANISMS` or ``'softmax'``.
 
     Raises:
-        ValueError: It is neither.
+        ValueError: It is neither; or it is a mechanism whose powers a layer of its own learns.
     """
-    if attn_type != "softmax":
-        get_mechanism(attn_type)
+    if attn_type != "softmax" and get_mechanism(attn_type).takes_powers:
+        raise ValueError(f"{attn_type!r} learns powers, which only layers of its own family have")
     return attn_type
 
 
@@ -38,6 +38,7 @@ def scriptable_attention(
     head_scale: Tensor | None = None,
     lepe: Tensor | None = None,
     gate: Tensor | None = None,
+    powers: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """(Attention(q, k, v) + lepe) * gate, of what is given, [B, N, h, D] -> [B, N, h, D].
@@ -55,11 +56,12 @@ def scriptable_attention(
         head_scale: [h]; softmax attention has no use for it.
         lepe: Added to the attention, like q.
         gate: Multiplies the sum, like q.
+        powers: Of a feature map that learns them, [h, D].
         backend: One of `vitlinear.ops.BACKENDS`.
     """
     if torch.jit.is_scripting():
         return _scripted_attention(
-            q, k, v, attn_type, rotary, key_padding_mask, head_scale, lepe, gate
+            q, k, v, attn_type, rotary, key_padding_mask, head_scale, lepe, gate, powers
         )
     band = band_in_use()
     if band is not None:
@@ -73,7 +75,7 @@ def scriptable_attention(
         return epilogue(out, lepe, gate)
     return linear_attention(
         q, k, v, mechanism=attn_type, rotary=rotary, key_padding_mask=key_padding_mask,
-        head_scale=head_scale, lepe=lepe, gate=gate, backend=backend,
+        head_scale=head_scale, lepe=lepe, gate=gate, powers=powers, backend=backend,
     )  # fmt: skip
 
 
@@ -87,6 +89,7 @@ def _scripted_attention(
     head_scale: Tensor | None,
     lepe: Tensor | None,
     gate: Tensor | None,
+    powers: Tensor | None,
 ) -> Tensor:
     """`scriptable_attention` in TorchScript, of registered operators alone."""
     rows: Tensor | None = None
@@ -95,7 +98,7 @@ def _scripted_attention(
         rows, cols = rotary
     if attn_type != "softmax":
         return torch.ops.vitlinear.linear_attention(
-            q, k, v, attn_type, rows, cols, key_padding_mask, head_scale, lepe, gate
+            q, k, v, attn_type, rows, cols, key_padding_mask, head_scale, lepe, gate, powers
         )[0]
     out = torch.ops.vitlinear.softmax_attention(q, k, v, rows, cols, key_padding_mask)[0]
     out = out if lepe is None else lepe + out

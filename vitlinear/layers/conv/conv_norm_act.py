@@ -72,7 +72,8 @@ class ConvNormAct(nn.Module):
             and not (conv.training or bn.training)
         ):
             return self
+        had_bias = conv.bias is not None
         conv = fuse_conv_bn_eval(conv, bn)
-        if self.conv.bias is None:  # of which the new one would take whether it learns
+        if not had_bias and conv.bias is not None:  # then it is frozen, as made of nothing learned
             conv.bias.requires_grad_(bn.bias.requires_grad)
         return conv if is_plain(self.act, nn.Identity) else nn.Sequential(conv, self.act)

@@ -1,0 +1,138 @@
+"""`vitlinear tune` and `vitlinear doctor` on a stand-in for a GPU."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from tests.ops.triton.stand_in import NAME, install, out_of_memory, out_of_resources
+from vitlinear import ops
+from vitlinear.ops import backend, kernel_cache, measurements, self_check
+from vitlinear.tune import calls, measure
+
+# The least that the interpreter runs: every mechanism would take minutes.
+TOKENS = 15
+MECHANISMS = ("mala", "elu")
+
+
+@pytest.fixture
+def device(monkeypatch, tmp_path):
+    """A stand-in on which launches take a millisecond, and everything else of PyTorch four."""
+    stand_in = install(monkeypatch, tmp_path)
+    stand_in.seconds["eager"] = 4e-3
+
+    def median_ms(run) -> float:
+        before, launches = stand_in.clock, len(stand_in.launched)
+        run()
+        if len(stand_in.launched) == launches:
+            stand_in.clock += stand_in.seconds["eager"]
+        return 1e3 * (stand_in.clock - before)
+
+    monkeypatch.setattr(measure, "median_ms", median_ms)
+    monkeypatch.setattr(measure, "COPIED", 2**10)
+    monkeypatch.setattr(calls, "STAGES", ((TOKENS, 2),))
+    monkeypatch.setattr(calls, "HEAD_DIM", 8)
+    monkeypatch.setattr("vitlinear.tune.command.MECHANISMS", MECHANISMS)
+    of_mechanisms = calls.of_mechanisms
+    monkeypatch.setattr(
+        calls,
+        "of_mechanisms",
+        lambda batch, dtype, device, names=MECHANISMS: of_mechanisms(batch, dtype, device, names),
+    )
+    yield stand_in
+    backend.forget()
+
+
+FLAGS = ("--device", "cpu", "--dtype", "float32", "--batch-size", 2, "--no-compiled")
+GIVEN = tuple(term == "rotary" for term in ("rotary", "mask", "scale", "lepe", "gate"))
+
+
+def choice(mechanism: str = "mala", training: bool = False) -> ops.Choice:
+    work = ops.Workload("cpu", torch.float32, TOKENS, 8, mechanism, "", 2, 2, None, GIVEN, training)
+    return ops.choose_backend("auto", work, may_check=False)
+
+
+def test_what_is_faster_is_kept(device, command, tmp_path):
+    file = tmp_path / "seeds.json"
+    result = command("tune", *FLAGS, "--export", file)
+    assert result.code == 0, result.err
+    lines = result.out.splitlines()
+    assert lines[0] == "checked 4 kinds of call: 4 right"
+    assert f"{NAME}, copy" in lines[2]
+    assert [line.split()[-1] for line in lines[5:9]] == ["triton"] * 4
+    assert "mala       2 x 15 x 2 x 8  rotary  inference  1.000" in lines[5]
+    assert choice() == (
+        "triton",
+        "auto: 4 times the speed of eager at 2 x 15 x 2, measured here",
+    )
+    # what was written can ship
+    content = json.loads(file.read_text())
+    assert content["gpu"]["name"] == NAME and len(content["rows"]) == 4
+    assert measurements.Measurement.of(content["rows"][0]).speedup(False) == pytest.approx(4)
+    # a second run replaces
+    device.seconds["forward_kernel"] = 8e-3
+    assert command("tune", *FLAGS).code == 0
+    assert len(kernel_cache.known(device.gpu).rows) == 4
+    assert choice() == (
+        "eager",
+        "auto: 0.5 times the speed of eager at 2 x 15 x 2, measured here",
+    )
+
+
+def test_wrong_kernels_are_not_timed(device, command):
+    device.wrong.add(ops.get_mechanism("mala").read_out)
+    result = command("tune", *FLAGS)
+    assert result.code == 0 and not result.err
+    assert "checked 4 kinds of call: 2 right" in result.out
+    assert "  mala float32 8 rotary training: error of the output 1.0e-02" in result.out
+    rows = [line for line in result.out.splitlines() if line.startswith("mala")]
+    assert len(rows) == 2 and all("failed its check" in row for row in rows)
+    assert choice().backend == "eager" and choice("elu").backend == "triton"
+    assert {row.mechanism for row in kernel_cache.known(device.gpu).rows} == {"elu"}
+    told = command("doctor", "--device", "cpu").out
+    assert "kinds of call: 2 passed their check, 2 failed" in told
+    assert "failed: mala float32 8 rotary inference: error of the output" in told
+
+
+@pytest.mark.parametrize(
+    "error, said", [(out_of_memory(), "out of memory"), (out_of_resources(), "OutOfResources")]
+)
+def test_what_does_not_fit_has_no_row(device, command, monkeypatch, error, said):
+    """The check is small; the calls are not."""
+    monkeypatch.setattr(self_check, "failure", lambda kind: None)
+    device.failing["forward_kernel"] = error
+    result = command("tune", *FLAGS)
+    assert result.code == 0
+    assert result.out.count(said) == 4 and not kernel_cache.known(device.gpu).rows
+
+
+def test_a_model_is_timed_at_its_own_shapes(device, command, monkeypatch):
+    monkeypatch.setattr(self_check, "failure", lambda kind: None)
+    result = command("tune", "test_mavit", "--sizes", 32, 64, *FLAGS)
+    assert result.code == 0, result.err
+    rows = [line.split("  ") for line in result.out.splitlines() if line.startswith("mala")]
+    assert {row[0] for row in rows} == {"mala"} and len(rows) >= 4
+    found = kernel_cache.known(device.gpu).rows
+    assert {row.terms for row in found} == {("rotary", "lepe", "gate")}
+    assert {row.batch for row in found} == {2, 1}, "four times the pixels"
+    told = command("doctor", "test_mavit", "--size", 32, "--batch-size", 2, "--device", "cpu").out
+    assert "2 calls" not in told and "measured here" in told
+
+
+def test_doctor(device, command):
+    told = command("doctor", "--device", "cpu").out
+    assert "takes the kernels where they are faster: 0 calls measured here, 0 shipped" in told
+    assert "from 64 tokens of all heads and samples on, in training from 32" in told
+    assert "(not there yet)" in told and "kinds of call: 0 passed" in told
+
+
+def test_old_devices_are_refused(device, command):
+    device.gpu = device.gpu._replace(capability=(7, 5), name="Old")
+    result = command("tune", *FLAGS)
+    assert result.code == 2
+    assert result.err == (
+        "error: the kernels cannot run here: they need compute capability 8.0, and Old has 7.5\n"
+    )
+    assert "takes eager: they need compute capability" in command("doctor", "--device", "cpu").out

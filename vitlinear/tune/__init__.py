@@ -1,0 +1,1 @@
+"""The kernels on this machine, checked and timed by a command; another says how things stand."""

@@ -1,0 +1,155 @@
+"""The time of one attention call on the kernels, on the formula, and on the compiled formula."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitlinear.ops import Workload, get_mechanism, linear_attention
+from vitlinear.ops.backend import describe_error
+from vitlinear.ops.measurements import Measurement
+from vitlinear.ops.self_check import device_of, make_terms
+
+COPIED = 2**28  # bytes of the tensor that the bandwidth is measured with
+
+
+def median_ms(run: Callable[[], object]) -> float:
+    """Median time of a call on the GPU in milliseconds, with a cold L2 cache."""
+    from triton.testing import do_bench
+
+    return float(do_bench(run, warmup=10, rep=50, return_mode="median"))
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second that a copy on the device reads and writes."""
+    source = torch.zeros(COPIED, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * COPIED / (1e-3 * median_ms(lambda: target.copy_(source)))
+
+
+def least_bytes(work: Workload) -> int:
+    """Bytes that any implementation of a call moves: each input and each result once.
+
+    With one query for all keys (RALA) the queries, and in backward the gradient of the output or
+    of the queries, are needed twice.
+    """
+    terms = work.kind.terms
+    tensors = 4 + get_mechanism(work.mechanism).has_global_query
+    tensors += ("lepe" in terms) + ("gate" in terms)
+    if work.training:
+        tensors += 7 + get_mechanism(work.mechanism).has_global_query
+        if "gate" in terms:  # itself, its gradient, and lepe with its own
+            tensors += 2 + 2 * ("lepe" in terms)
+    size = torch.finfo(work.dtype).bits // 8
+    return tensors * work.tokens * work.head_dim * size
+
+
+@dataclass(frozen=True)
+class Timed:
+    """The times of a call in milliseconds; None with the reason where there is none.
+
+    Attributes:
+        work: The call.
+        milliseconds: By ``triton``, ``eager`` and ``compiled``.
+        errors: Why one of these has no time.
+    """
+
+    work: Workload
+    milliseconds: dict[str, float]
+    errors: dict[str, str]
+
+    def measurement(self) -> Measurement | None:
+        """The row to keep; None where there is nothing to compare."""
+        if not {"triton", "eager"} <= self.milliseconds.keys():
+            return None
+        work, kind = self.work, self.work.kind
+        return Measurement(
+            work.mechanism,
+            str(work.dtype).removeprefix("torch."),
+            work.head_dim,
+            kind.terms,
+            work.training,
+            work.batch,
+            work.length,
+            work.heads,
+            self.milliseconds["triton"],
+            self.milliseconds["eager"],
+            self.milliseconds.get("compiled"),
+        )
+
+    def share(self, bandwidth: float) -> float | None:
+        """Fraction of the copy bandwidth at which the kernels move the least bytes."""
+        if "triton" not in self.milliseconds:
+            return None
+        return least_bytes(self.work) / (1e-3 * self.milliseconds["triton"]) / bandwidth
+
+
+def time_call(work: Workload, implementations: tuple[str, ...]) -> Timed:
+    """Time a call.
+
+    Args:
+        work: The call, with its device.
+        implementations: Of ``triton``, ``eager`` and ``compiled``.
+    """
+    timed = Timed(work, {}, {})
+    for name in implementations:
+        try:
+            timed.milliseconds[name] = median_ms(_step(work, name))
+        except torch.OutOfMemoryError:
+            timed.errors[name] = "out of memory"
+        except Exception as error:  # a kernel that cannot run this is a result
+            timed.errors[name] = describe_error(error)
+        if name == "compiled":
+            torch.compiler.reset()
+        if work.device == "cuda":
+            torch.cuda.empty_cache()
+    return timed
+
+
+def _step(work: Workload, name: str) -> Callable[[], object]:
+    """A forward pass, in training with a backward pass, on slices of one projection."""
+    device = device_of(work.kind)
+    shape = (work.batch, work.length, 4, work.heads, work.head_dim)
+    projection = torch.randn(shape, dtype=work.dtype, device=device)
+    projection.requires_grad_(work.training)
+    terms = make_terms(work.kind, *_grid(work.length), work.batch, work.heads)
+    lepe = terms.lepe
+    if lepe is not None:
+        lepe = lepe.clone().requires_grad_(work.training)
+    backend = "triton" if name == "triton" else "eager"
+
+    def attend(projection: Tensor, lepe: Tensor | None) -> Tensor:
+        q, k, v, gate = projection.unbind(2)
+        options: dict[str, Any] = {**terms._asdict(), "lepe": lepe}
+        options["gate"] = None if terms.gate is None else gate
+        return linear_attention(q, k, v, mechanism=work.mechanism, **options, backend=backend)
+
+    call: Any = torch.compile(attend, dynamic=False) if name == "compiled" else attend
+    if not work.training:
+
+        def forward() -> Tensor:
+            with torch.no_grad():
+                return call(projection, lepe)
+
+        forward()  # compiles, and says what is wrong
+        return forward
+    grad = torch.randn_like(projection[:, :, 0].contiguous())
+    leaves = [projection] if lepe is None else [projection, lepe]
+
+    def both() -> object:
+        return torch.autograd.grad(call(projection, lepe), leaves, grad)
+
+    both()
+    return both
+
+
+def _grid(length: int) -> tuple[int, int]:
+    """The grid of so many tokens that is nearest to a square."""
+    height = int(length**0.5)
+    while length % height:
+        height -= 1
+    return height, length // height
