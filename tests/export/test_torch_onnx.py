@@ -31,6 +31,8 @@ KINDS = {
     "test_mila": SHALLOW,
     "test_nalaformer": SHALLOW,
     "test_ravlt": SHALLOW,
+    "test_vittt": {"depth": 1},
+    "test_h_vittt": SHALLOW,
 }
 SIZES = [(1, 3, 64, 64), (2, 3, 64, 144), (3, 3, 97, 65), (1, 3, 33, 160)]
 
