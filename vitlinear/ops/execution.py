@@ -36,6 +36,11 @@ def _kernels(backend: str, q: Tensor) -> ModuleType | None:
     return _triton
 
 
+def _work(q: Tensor, v: Tensor, mechanism: Mechanism, terms: Terms) -> Workload:
+    """The call, for a failure to be told of."""
+    return Workload.of(q, mechanism.name, terms=terms, value_dim=v.shape[-1])
+
+
 def to_layout(x: Tensor, like: Tensor) -> Tensor:
     """[B, h, N, D] in the accumulation type -> contiguous [B, N, h, D] in the input type."""
     # A copy is forced because an operator may not return a view of what it was given, and with
@@ -74,7 +79,7 @@ def forward(
     except torch.OutOfMemoryError:
         raise  # says nothing against the kernels, and the formulas need more
     except Exception as error:
-        report_failure(error, backend == "triton", Workload.of(q, mechanism.name, terms=terms))
+        report_failure(error, backend == "triton", _work(q, v, mechanism, terms))
     with eager.without_autocast(q):
         tokens = eager.prepare(q, k, v, mechanism, terms, own=True)
         out, state = eager.linear_attention_forward(tokens, mechanism)
@@ -104,7 +109,7 @@ def backward(
     except torch.OutOfMemoryError:
         raise  # says nothing against the kernels, and the formulas need more
     except Exception as error:
-        report_failure(error, backend == "triton", Workload.of(q, mechanism.name, terms=terms))
+        report_failure(error, backend == "triton", _work(q, v, mechanism, terms))
     with eager.without_autocast(q):
         tokens = eager.prepare(q, k, v, mechanism, terms, own=False)
         grad_out = grad_out.transpose(1, 2).to(state.state.dtype)
