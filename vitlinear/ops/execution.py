@@ -159,13 +159,23 @@ class GradientMemory(NamedTuple):
         )
 
 
-def gradient_memory(q: Tensor, v: Tensor, terms: Terms | FlatTerms) -> GradientMemory:
-    """Fresh memory for the gradients of a call."""
+def gradient_memory(
+    q: Tensor, v: Tensor, terms: Terms | FlatTerms, slices: int = 0
+) -> GradientMemory:
+    """Fresh memory for the gradients of a call.
+
+    Args:
+        q: Queries.
+        v: Values.
+        terms: All that the attention is given besides.
+        slices: Number of slices of the projection, where that is known. Those that are not the
+            attention's stay free in the buffer.
+    """
     batch, length, heads, dim = q.shape
     gate, head_scale, powers = terms.gate, terms.head_scale, terms.powers
-    like_values, alike = 1 if gate is None else 2, v.shape[-1] == dim
+    like_values, alike = 1 if gate is None else 2, v.shape[-1] == dim and slices != 2
     return GradientMemory(
-        q.new_empty((batch, length, 2 + like_values if alike else 2, heads, dim)),
+        q.new_empty((batch, length, max(2 + like_values if alike else 2, slices), heads, dim)),
         None if head_scale is None else torch.empty_like(head_scale),
         None if gate is None or terms.lepe is None else q.new_empty(v.shape),
         None if alike else q.new_empty((batch, length, like_values, heads, v.shape[-1])),
