@@ -71,9 +71,9 @@ def test_goes_on_at_the_last_finished_band(name, image, tmp_path, monkeypatch):
 
 
 def test_work_directory_of_another_run(model, image, tmp_path):
-    vitlinear.stream(model, image, band_rows=3, workdir=tmp_path)
+    vitlinear.stream(model, image, output=1, band_rows=3, workdir=tmp_path)
     with pytest.raises(UserError, match="another call of stream"):
-        vitlinear.stream(model, image[:, :96], band_rows=3, workdir=tmp_path)
+        vitlinear.stream(model, image[:, :96], output=1, band_rows=3, workdir=tmp_path)
 
 
 def test_record_that_is_no_record(model, image, tmp_path):
