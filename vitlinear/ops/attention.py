@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -77,23 +79,67 @@ def linear_attention(
         NotImplementedError: A derivative that the registered operators do not have.
         KernelError: The backend is ``triton`` and a kernel failed.
     """
-    row = get_mechanism(mechanism)
     terms = Terms(rotary, mask_of_lengths(key_padding_mask, q), head_scale, lepe, gate, powers)
-    check_tokens(q, k, v)
-    check_mechanism(q, row, powers, v.shape[-1])
-    check_terms(q, terms, row.positions, v.shape[-1])
-    training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    work = Workload.of(q, mechanism, without_kernels(q, v, row, terms), terms, training)
-    chosen = choose_backend(backend, work).backend
+    plain = not torch.compiler.is_compiling() and autograd.takes(q, k, v, terms)
+    call = (known if plain else examined)(q, k, v, mechanism, terms)
+    chosen = choose_backend(backend, call.work).backend
     if chosen == "eager":
-        return eager.linear_attention(q, k, v, row, terms)
-    if chosen == "triton":  # unless it was asked for by name, the formulas may stand in
+        return eager.linear_attention(q, k, v, call.row, terms)
+    if chosen != backend:  # unless kernels were asked for by name, the formulas may stand in
         chosen = requested_backend(backend).backend
-    if not torch.compiler.is_compiling() and autograd.takes(q, k, v, terms):
+    if plain:
         check_tables_gradient(terms)
-        return autograd.linear_attention(q, k, v, row, terms, chosen)
+        return autograd.linear_attention(q, k, v, call.row, terms, chosen)
     check_derivatives(q, k, v, terms)
     return torch.ops.vitlinear.linear_attention(q, k, v, mechanism, *terms.flatten(), chosen)[0]
+
+
+class Examined(NamedTuple):
+    """A call whose shapes and types fit.
+
+    Attributes:
+        row: The mechanism.
+        work: What the choice of the backend may depend on.
+    """
+
+    row: Mechanism
+    work: Workload
+
+
+def examined(q: Tensor, k: Tensor, v: Tensor, mechanism: str, terms: Terms) -> Examined:
+    """Look at a call.
+
+    Raises:
+        ValueError: Something does not fit; the message names it.
+    """
+    row = get_mechanism(mechanism)
+    check_tokens(q, k, v)
+    check_mechanism(q, row, terms.powers, v.shape[-1])
+    check_terms(q, terms, row.positions, v.shape[-1])
+    without = without_kernels(q, v, row, terms)
+    return Examined(row, Workload.of(q, mechanism, without, terms, is_training(q, k, v)))
+
+
+def is_training(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether a backward pass will follow."""
+    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+
+
+_known: dict[tuple[Any, ...], Examined] = {}
+_MOST_KNOWN = 4096
+
+
+def known(q: Tensor, k: Tensor, v: Tensor, mechanism: str, terms: Terms) -> Examined:
+    """As `examined`, which looks but once at calls that are alike."""
+    tensors = (q, k, v, *terms.flatten())
+    seen = tuple([None if x is None else (x.shape, x.dtype) for x in tensors])
+    key = (mechanism, q.device, is_training(q, k, v), seen)
+    call = _known.get(key)
+    if call is None:
+        if len(_known) >= _MOST_KNOWN:  # sizes that never come again
+            _known.clear()
+        call = _known[key] = examined(q, k, v, mechanism, terms)
+    return call
 
 
 def softmax_attention(

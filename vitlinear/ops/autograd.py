@@ -24,15 +24,9 @@ _PLAIN = frozenset({Tensor, nn.Parameter, type(None)})
 
 def takes(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> bool:
     """Whether a call is plain; not to be asked by what is being compiled."""
-    rotary, mask, head_scale, lepe, gate, powers = terms
-    rows, cols = (None, None) if rotary is None else rotary
     if tracing.is_watched() or q.device.type == "meta":
         return False
-    given = {
-        type(q), type(k), type(v), type(rows), type(cols), type(mask), type(head_scale),
-        type(lepe), type(gate), type(powers),
-    }  # fmt: skip
-    return given <= _PLAIN
+    return _PLAIN.issuperset(map(type, (q, k, v, *terms.flatten())))
 
 
 def linear_attention(

@@ -21,14 +21,19 @@ from .mechanisms import Mechanism
 from .terms import FlatTerms, Terms
 from .workload import Workload
 
+_triton: ModuleType | None = None
+
 
 def _kernels(backend: str, q: Tensor) -> ModuleType | None:
     """The fused kernels, where they are wanted and take this type."""
+    global _triton
     if backend == "library" or q.dtype not in KERNEL_DTYPES:
         return None
-    from . import triton  # loads Triton itself
+    if _triton is None:
+        from . import triton  # loads Triton itself
 
-    return triton
+        _triton = triton
+    return _triton
 
 
 def to_layout(x: Tensor, like: Tensor) -> Tensor:

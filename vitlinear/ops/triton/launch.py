@@ -102,27 +102,36 @@ class Launch:
             kind: What else the choice of a configuration may depend on.
             **constants: Compile-time arguments besides the plan.
         """
-        self._start = kernel[grid]
+        self._kernel = kernel
         self._plan = plan
-        self._constants = constants
+        self._constants = {"grid": grid, "warmup": False, **constants}
         self._key = (kernel.__name__, plan, *kind, tuple(constants.items()))
+        self._names = {fixed: tuning.name(self._key, plan, fixed) for fixed in (False, True)}
         self._options: dict[tuning.Config, dict[str, Any]] = {}
 
-    def __call__(self, *args: Any) -> None:
-        """Run the kernel on tensors and sizes."""
+    def __call__(self, fixed: bool, *args: Any) -> None:
+        """Run the kernel.
 
-        def run(config: tuning.Config) -> None:
-            options = self._options.get(config)
-            if options is None:
-                options = self._options[config] = {
-                    "plan": replace(self._plan, block_tokens=config.block_tokens),
-                    "num_warps": config.num_warps,
-                    "num_stages": config.num_stages,
-                    **self._constants,
-                }
-            self._start(*args, **options)
+        Args:
+            fixed: `tuning.is_fixed`, asked once for all launches of a call.
+            *args: Tensors and sizes.
+        """
+        config = tuning.chosen(self._names[fixed])
+        if config is None:
+            tuning.run(self._key, self._plan, lambda config: self._run(config, args))
+        else:
+            self._run(config, args)
 
-        tuning.run(self._key, self._plan, run)
+    def _run(self, config: tuning.Config, args: tuple[Any, ...]) -> None:
+        options = self._options.get(config)
+        if options is None:
+            options = self._options[config] = {
+                "plan": replace(self._plan, block_tokens=config.block_tokens),
+                "num_warps": config.num_warps,
+                "num_stages": config.num_stages,
+                **self._constants,
+            }
+        self._kernel.run(*args, **options)
 
 
 class Slice:
@@ -167,8 +176,10 @@ class Slice:
             backward.query_kernel, wide, again, kind, with_sums=False, with_grads=True
         )
         tiles = -(-plan.rows * plan.value_dim // MERGE_BLOCK)
-        self._merge = forward_kernels.merge_kernel[(call.slots, tiles)]
-        self._merge_options = {"block": MERGE_BLOCK, "plan": plan, "num_warps": 4}
+        self._merge_options = {
+            "grid": (call.slots, tiles), "warmup": False,
+            "block": MERGE_BLOCK, "plan": plan, "num_warps": 4,
+        }  # fmt: skip
         self._splits = call.summing.splits
 
     def merge(
@@ -179,7 +190,7 @@ class Slice:
         statistics: Tensor | None = None,
     ) -> None:
         """Merge the slots of all splits; with statistics, as averages under a softmax."""
-        self._merge(
+        forward_kernels.merge_kernel.run(
             parts, statistic_parts, sums, statistics, self._splits,
             softmax=statistics is not None, **self._merge_options,
         )  # fmt: skip
@@ -197,6 +208,7 @@ class Call:
     """A kind of call: its sizes, its plan, its launches, and how its memory is laid out.
 
     Attributes:
+        whole: Whether there is but one slice.
         summing: The cut of passes that leave a state for each split.
         wide: The cut of those that do not.
         slices: The launches.
@@ -224,9 +236,9 @@ class Call:
         # Powers of eight, not the size itself: another resolution is seldom another key.
         self.kind = (dtype, device, (self.slots * self.length).bit_length() // 3)
         self.merging = self.summing.splits > 1
-        whole = plan.value_dim == dim
+        self.whole = plan.value_dim == dim
         self.slices = [
-            Slice(self, None if whole else channels, part) for channels, part in plan.slices()
+            Slice(self, None if self.whole else channels, part) for channels, part in plan.slices()
         ]
         self._lay_out(mechanism)
 
@@ -252,7 +264,8 @@ class Call:
                 *of_each(wide, shapes=(None if one_kernel else query,)),
                 *of_each(summing, shapes=parts),
                 *of_each(summing, shapes=(logsumexp if self.merging else None,)),
-            ]
+            ],
+            flat=self.whole,
         )
         scales = slots if one_kernel and plan.has_scale else None
         if one_kernel:
@@ -264,7 +277,8 @@ class Call:
                 *of_each(summing, shapes=parts),
                 *of_each(wide, shapes=(logsumexp, query)),
                 scales,
-            ]
+            ],
+            flat=self.whole and not plan.has_scale,
         )
 
 
@@ -351,16 +365,17 @@ def forward(
     kept: list[Any] = call.kept.separate(q) if separate else call.kept.carve(q)
     state = LinearAttentionState(*kept)
     if out.numel():
-        extras = Extras.of(terms)
+        extras, fixed = Extras.of(terms), tuning.is_fixed()
         with on_device(q):
             for part in call.slices:
-                _forward(call, part, q, k, v, terms, extras, out, state)
+                _forward(call, part, fixed, q, k, v, terms, extras, out, state)
     return out, state
 
 
 def _forward(
     call: Call,
     part: Slice,
+    fixed: bool,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -380,7 +395,7 @@ def _forward(
     sums = part.of_sums(state_at, norm, mean)
     if part.one_kernel:
         part.forward(
-            queries, keys, values, into, epilogue, tables, mask, counts, head_scale,
+            fixed, queries, keys, values, into, epilogue, tables, mask, counts, head_scale,
             sums, query, logsumexp, length, width, heads, call.wide.chunk, scale,
         )  # fmt: skip
         return
@@ -392,15 +407,15 @@ def _forward(
         if call.merging:
             parts, statistic_parts = part.of_sums(*some), statistics
     if query is not None:
-        part.mean_query(queries, mask, counts, query_parts, length, heads, wide.chunk, scale)
+        part.mean_query(fixed, queries, mask, counts, query_parts, length, heads, wide.chunk, scale)
     part.state(
-        keys, values, tables, mask, counts, query_parts, query, parts, statistic_parts,
+        fixed, keys, values, tables, mask, counts, query_parts, query, parts, statistic_parts,
         length, width, heads, summing.chunk, wide.splits, scale,
     )  # fmt: skip
     if call.merging:
         part.merge(parts, sums, statistic_parts, logsumexp)
     part.read(
-        queries, into, epilogue, tables, mask, counts, head_scale, sums,
+        fixed, queries, into, epilogue, tables, mask, counts, head_scale, sums,
         length, width, heads, wide.chunk, scale,
     )  # fmt: skip
 
@@ -434,10 +449,10 @@ def backward(
     call = prepared(q, mechanism, terms)
     shares: list[Tensor] = []
     if q.numel():
-        extras = Extras.of(terms)
+        extras, fixed = Extras.of(terms), tuning.is_fixed()
         with on_device(q):
             for part in call.slices:
-                share = _backward(call, part, grad_out, q, k, v, terms, extras, state, grads)
+                share = _backward(call, part, fixed, grad_out, q, k, v, terms, extras, state, grads)
                 shares += [] if share is None else [share]
     if grads.head_scale is not None:
         grads.head_scale.copy_(sum(shares[1:], shares[0]) if shares else torch.zeros(()))
@@ -446,6 +461,7 @@ def backward(
 def _backward(
     call: Call,
     part: Slice,
+    fixed: bool,
     grad_out: Tensor,
     q: Tensor,
     k: Tensor,
@@ -472,7 +488,7 @@ def _backward(
     *some, mean_parts, query_parts, scales = scratch
     if part.one_kernel:
         part.backward(
-            given, strided(q), keys, values, strided(grads.q), *into_keys,
+            fixed, given, strided(q), keys, values, strided(grads.q), *into_keys,
             epilogue, grad_epilogue, *options, scales, sums, query, logsumexp,
             length, width, heads, call.wide.chunk, scale,
         )  # fmt: skip
@@ -482,21 +498,21 @@ def _backward(
     grad_sums = part.of_sums(*some[:3])
     parts = part.of_sums(*some[3:]) if call.merging else grad_sums
     queries = (strided(q), strided(grads.q), epilogue, grad_epilogue, *options, sums)
-    part.query(given, *queries, None, parts, length, width, heads, summing.chunk, 1, scale)
+    part.query(fixed, given, *queries, None, parts, length, width, heads, summing.chunk, 1, scale)
     if call.merging:
         part.merge(parts, grad_sums)
     if logsumexp is not None:
         part.key_mean(
-            keys, values, *options, query, logsumexp, grad_sums, mean_parts,
+            fixed, keys, values, *options, query, logsumexp, grad_sums, mean_parts,
             length, width, heads, wide.chunk, scale,
         )  # fmt: skip
     part.key(
-        keys, values, *into_keys, *options, query, logsumexp, grad_sums,
+        fixed, keys, values, *into_keys, *options, query, logsumexp, grad_sums,
         mean_parts, query_parts, length, width, heads, wide.chunk, wide.splits, scale,
     )  # fmt: skip
     if query is not None:  # what the gate and the gradient of the output have made already
         part.query_again(
-            given if grad_lepe is None else grad_lepe, *queries, query_parts, parts,
+            fixed, given if grad_lepe is None else grad_lepe, *queries, query_parts, parts,
             length, width, heads, wide.chunk, wide.splits, scale,
         )  # fmt: skip
     if head_scale is None:

@@ -63,6 +63,16 @@ def is_fixed() -> bool:
     )
 
 
+def name(key: object, plan: Plan, fixed: bool) -> object:
+    """The name that a choice goes by: a measurement counts only where measuring is allowed."""
+    return ("fixed", key) if fixed or plan.adds else key
+
+
+def chosen(name: object) -> Config | None:
+    """The configuration that `run` would take, if there is one already."""
+    return _chosen.get(name)
+
+
 def run(key: object, plan: Plan, call: Callable[[Config], None]) -> None:
     """Run a kernel in the configuration for this key; measure if it is the first time.
 
@@ -76,17 +86,15 @@ def run(key: object, plan: Plan, call: Callable[[Config], None]) -> None:
     Raises:
         OutOfResources: Not even the smallest configuration fits the device.
     """
-    # A measurement counts only where measuring is allowed.
-    measures = not plan.adds and not is_fixed()
-    name = key if measures else ("fixed", key)
-    config = _chosen.get(name)
+    goes_by = name(key, plan, is_fixed())
+    config = _chosen.get(goes_by)
     if config is not None:
         call(config)
         return
     configs = candidates(plan)
-    if measures:
-        _chosen[name] = _measured(configs, call)
-        call(_chosen[name])
+    if goes_by is key:
+        _chosen[goes_by] = _measured(configs, call)
+        call(_chosen[goes_by])
         return
     for config in configs:
         try:
@@ -95,7 +103,7 @@ def run(key: object, plan: Plan, call: Callable[[Config], None]) -> None:
             if config == configs[-1]:
                 raise
         else:
-            _chosen[name] = config
+            _chosen[goes_by] = config
             return
 
 

@@ -1,0 +1,214 @@
+"""Measures what Python and PyTorch take before the kernels of an attention have been launched.
+
+    python benchmarks/host_cost.py --json benchmarks/results/host_cost_intel.json
+
+Launches do nothing, so this needs no GPU: time runs from the call of `linear_attention` to its
+return, forward, and backward from that of `torch.autograd.grad`. It is the least of many calls.
+What Triton itself takes for a launch, and the driver, is not in it.
+
+Each time is compared with that of an empty autograd function: it takes the same tensors, keeps them
+for backward, allocates as many tensors of the same sizes, and launches nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout
+
+from benchmarks.attention import commit, machine  # noqa: E402
+from vitlinear import ops  # noqa: E402
+from vitlinear.ops import backend  # noqa: E402
+
+# Cut into splits on a GPU of `PROCESSORS`: more launches than small maps have.
+BATCH, SIDE, HEADS, DIM = 2, 28, 2, 64
+PROCESSORS = 132
+
+
+class Cost(NamedTuple):
+    """Microseconds of one attention, forward or backward.
+
+    Attributes:
+        mechanism: Key in `vitlinear.ops.MECHANISMS`.
+        step: ``forward`` or ``backward``.
+        launches: Kernels that are launched.
+        ours: Microseconds.
+        empty: Those of the empty function.
+    """
+
+    mechanism: str
+    step: str
+    launches: int
+    ours: float
+    empty: float
+
+    @property
+    def ratio(self) -> float:
+        """Ours over the empty function's."""
+        return self.ours / self.empty
+
+
+@contextmanager
+def without_launches() -> Iterator[list[str]]:
+    """Inside, kernels take CPU tensors and do nothing; yields the names of those launched."""
+    from triton.runtime.jit import JITFunction
+
+    from vitlinear.ops.triton import launch, tuning
+
+    launched: list[str] = []
+
+    def nothing(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        launched.append(self.__name__)
+
+    with ExitStack() as stack:
+        for owner, name, value in (
+            (JITFunction, "run", nothing),
+            (backend, "_interpreting", True),
+            (launch, "processors", lambda device: PROCESSORS),
+            (launch, "_prepared", {}),
+            (tuning, "is_fixed", lambda: True),
+            (tuning, "_chosen", {}),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, value))
+        yield launched
+
+
+class Empty(torch.autograd.Function):
+    """Allocates and keeps tensors, and computes nothing."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, sizes: tuple[list[int], list[int]], others: tuple[Tensor, ...], *tensors: Tensor
+    ) -> Tensor:
+        """An output like the first tensor; numbers of float32 for forward and backward besides."""
+        memory = [torch.empty(size, dtype=torch.float32) for size in sizes[0]]
+        ctx.save_for_backward(*tensors, *others, *memory)
+        ctx.sizes, ctx.count = sizes[1], len(tensors)
+        return torch.empty_like(tensors[0], memory_format=torch.contiguous_format)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """Gradients of the tensors."""
+        saved = ctx.saved_tensors
+        for size in ctx.sizes:
+            torch.empty(size, dtype=torch.float32)
+        form = torch.contiguous_format
+        return None, None, *(torch.empty_like(x, memory_format=form) for x in saved[: ctx.count])
+
+
+class Subject:
+    """One mechanism with its epilogue, and the empty function beside it."""
+
+    def __init__(self, mechanism: str, launched: list[str]) -> None:
+        """Make the tensors; inside of `without_launches`."""
+        self.mechanism, self.launched = mechanism, launched
+        row = ops.get_mechanism(mechanism)
+        tables = ops.lrpe_tables if row.positions == "cosine" else ops.rotary_tables
+        self.rotary = tables(SIDE, SIDE, DIM)
+        projection = torch.zeros(BATCH, SIDE**2, 5, HEADS, DIM, dtype=torch.bfloat16)
+        self.leaves = [x.requires_grad_() for x in projection.unbind(2)]
+        self.grad = torch.zeros(self.leaves[0].shape, dtype=torch.bfloat16)
+        self.sizes = self._sizes()
+
+    def _sizes(self) -> tuple[list[int], list[int]]:
+        """Numbers of float32 of every tensor that the launches of a call are given besides."""
+        from vitlinear.ops.triton import memory
+
+        found: list[list[int]] = []
+        carve = memory.Layout.carve
+
+        def counted(layout: memory.Layout, like: Tensor) -> list[Tensor | None]:
+            tensors = carve(layout, like)
+            found[-1].extend(x.numel() for x in tensors if x is not None)
+            return tensors
+
+        with mock.patch.object(memory.Layout, "carve", counted):
+            found.append([])
+            out = self.call()
+            found.append([])
+            self.differentiate(out)
+        return found[0], found[1]
+
+    def call(self) -> Tensor:
+        """Our forward pass."""
+        q, k, v, gate, lepe = self.leaves
+        return ops.linear_attention(
+            q, k, v, mechanism=self.mechanism, rotary=self.rotary, lepe=lepe, gate=gate,
+            backend="triton",
+        )  # fmt: skip
+
+    def empty(self) -> Tensor:
+        """The empty forward pass."""
+        return Empty.apply(self.sizes, self.rotary, *self.leaves)
+
+    def differentiate(self, out: Tensor) -> None:
+        """The backward pass of either."""
+        torch.autograd.grad(out, self.leaves, self.grad)
+
+    def costs(self, calls: int) -> tuple[Cost, Cost]:
+        """The least that forward and backward took in so many calls, by turns."""
+        least: dict[tuple[str, str], float] = {}
+        launches = dict.fromkeys(("forward", "backward"), 0)
+
+        def timed(who: str, step: str, run: Callable[[], Any]) -> Any:
+            self.launched.clear()
+            start = time.perf_counter()
+            result = run()
+            took = 1e6 * (time.perf_counter() - start)
+            least[who, step] = min(took, least.get((who, step), took))
+            launches[step] = max(launches[step], len(self.launched))
+            return result
+
+        for _ in range(calls):
+            for who, run in (("ours", self.call), ("empty", self.empty)):
+                out = timed(who, "forward", run)
+                timed(who, "backward", lambda out=out: self.differentiate(out))
+        forward, backward = (
+            Cost(self.mechanism, step, launches[step], least["ours", step], least["empty", step])
+            for step in ("forward", "backward")
+        )
+        return forward, backward
+
+
+def main() -> None:
+    """Print a table and write one file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--calls", type=int, default=3000)
+    parser.add_argument("--json", type=Path, help="write the numbers there")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    with without_launches() as launched:
+        costs = [
+            cost for name in ops.MECHANISMS for cost in Subject(name, launched).costs(args.calls)
+        ]
+    print("| mechanism | step | launches | us | us, empty function | ratio |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for cost in costs:
+        print(
+            f"| {cost.mechanism} | {cost.step} | {cost.launches} | {cost.ours:.0f} | "
+            f"{cost.empty:.0f} | {cost.ratio:.2f} |"
+        )
+    if args.json:
+        record = {
+            "command": " ".join(["python", "benchmarks/host_cost.py", *sys.argv[1:]]),
+            "machine": machine(),
+            "commit": commit(),
+            "torch": torch.__version__,
+            "rows": [cost._asdict() for cost in costs],
+        }
+        args.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
