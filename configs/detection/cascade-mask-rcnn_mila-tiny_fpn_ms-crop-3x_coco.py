@@ -1,5 +1,5 @@
-# MILA (MLLA), Cascade Mask R-CNN 3x. Nothing of the kind is published: every hyper-parameter here is
-# ours, that of the authors' Mask R-CNN 3x, github.com/LeapLabTHU/MLLA at 66b6d29.
+# MILA (MLLA), Cascade Mask R-CNN 3x. Nothing of the kind is published: every hyper-parameter here
+# is ours, that of the authors' Mask R-CNN 3x, github.com/LeapLabTHU/MLLA at 66b6d29.
 # Weight decay: the authors exempt names that hold `norm`, among which are, there, the batch norms
 # of stem and downsampling: `bn` is what those are called here.
 # The weights are behind share links: give a file with --cfg-options
