@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.golden import relative_error
-from tests.ops.inputs import Inputs, make_inputs, oracle
+from tests.ops.inputs import BACKENDS, Inputs, attend, make_inputs, oracle
 from vitlinear import ops
 from vitlinear.ops import naive
 
 MECHANISMS = [name for name, row in ops.MECHANISMS.items() if not row.has_global_query]
-BACKENDS = ("eager",)
 
 each_mechanism = pytest.mark.parametrize("mechanism", MECHANISMS)
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -144,6 +144,82 @@ def test_padding_alone(mechanism, backend, dtype):
     (grad,) = torch.autograd.grad(out, projection, inputs.grad)
     assert not out[0].any() and not grad[0].any()
     assert out.isfinite().all() and grad.isfinite().all()
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+@pytest.mark.parametrize("mask", [False, True])
+def test_opcheck(mechanism, mask):
+    inputs = make_inputs(dtype=torch.float32, mask=mask, epilogue=("gate", "lepe"))
+    q, k, v, *_ = inputs.projection.unbind(2)
+    terms = inputs.terms(mechanism).flatten()
+    arguments = (k, v, mechanism, *terms[:3], terms.powers)
+    operators = torch.ops.vitlinear
+    torch.library.opcheck(operators.linear_attention_state.default, arguments)
+    state = operators.linear_attention_state(*arguments)
+    given = ops.LinearAttentionState.unflatten(*(x.detach() for x in state))[:3]
+    arguments = (q, *(None if x is None else x.requires_grad_() for x in given), mechanism, *terms)
+    torch.library.opcheck(operators.read_linear_attention_state.default, arguments)
+
+
+@each_mechanism
+def test_gradients_of_a_state_itself(mechanism):
+    """Of all that it holds, the logsumexp of a softmax over keys included."""
+    inputs = make_inputs(mask=True)
+    _, k, v, *_ = inputs.projection.unbind(2)
+    terms = inputs.terms(mechanism)
+    grads = {}
+    for backend in BACKENDS:
+        state = ops.linear_attention_state(
+            k, v, mechanism=mechanism, rotary=terms.rotary, key_padding_mask=inputs.mask,
+            powers=terms.powers, backend=backend,
+        )  # fmt: skip
+        loss = sum((x.sin() * x).sum() for x in state if x is not None)
+        (grads[backend],) = torch.autograd.grad(loss, inputs.projection, retain_graph=True)
+    assert relative_error(grads["library"], grads["eager"]) < 1e-12
+
+
+@each_mechanism
+@pytest.mark.parametrize("epilogue", [(), ("lepe",), ("gate", "lepe")], ids=str)
+def test_flop_formulas_count_what_runs(mechanism, epilogue):
+    inputs = make_inputs(grid=(6, 7), epilogue=epilogue)
+    counts = {}
+    for backend in BACKENDS:
+        with FlopCounterMode(display=False) as counter:
+            out = in_two_steps(mechanism, inputs, backend)
+        counts[backend] = counter.get_total_flops()
+    assert counts["library"] == counts["eager"] > 0
+    with FlopCounterMode(display=False) as backward:
+        torch.autograd.grad(out, inputs.projection, inputs.grad)
+    once = attend(mechanism, inputs, "library")
+    with FlopCounterMode(display=False) as whole:
+        torch.autograd.grad(once, inputs.projection, inputs.grad)
+    assert backward.get_total_flops() == whole.get_total_flops() > 0
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("mechanism", ["identity", "mala", "pola"])
+@each_backend
+def test_compile_fullgraph(mechanism, backend):
+    torch._dynamo.reset()
+    inputs = make_inputs(grid=(4, 6), mask=True)
+    compiled = torch.compile(in_two_steps, backend="aot_eager", fullgraph=True)
+    out = compiled(mechanism, inputs, backend)
+    (grad,) = torch.autograd.grad(out, inputs.projection, inputs.grad)
+    expected_out, expected_grad = oracle(mechanism, inputs)
+    assert relative_error(out, expected_out) < 1e-12
+    assert relative_error(grad, expected_grad) < 1e-12
+
+
+def test_library_refuses_what_it_has_not():
+    x = torch.randn(1, 4, 2, 8)
+    with pytest.raises(ValueError, match="states by themselves|needs a GPU"):
+        ops.linear_attention_state(x, x, mechanism="identity", backend="triton")
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(
+            lambda k: ops.linear_attention_state(k, x, mechanism="identity", backend="library")[0],
+            (x,),
+            (x,),
+        )
 
 
 def test_a_mean_query_needs_queries():

@@ -217,6 +217,8 @@ def released_decay(released: str) -> tuple[set[str], set[str]]:
     )
     buffers_end = tuple(buffers.split())
     listed = ("pos_embed", "cls_token", "relative_position_bias_table")
+    if released.startswith("pola_"):  # lists no other names
+        listed = ("relative_position_bias_table",)
     entries = next(
         json.loads(path.read_text())[released]["state_dict"]
         for path in golden.FOLDER.glob("*.json")

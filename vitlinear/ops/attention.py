@@ -90,7 +90,7 @@ def linear_attention(
     if plain:
         check_tables_gradient(terms)
         return autograd.linear_attention(q, k, v, call.row, terms, chosen)
-    check_derivatives(q, k, v, terms)
+    check_derivatives(terms, q, k, v)
     return torch.ops.vitlinear.linear_attention(q, k, v, mechanism, *terms.flatten(), chosen)[0]
 
 
@@ -166,7 +166,7 @@ def softmax_attention(
     check_terms(q, terms)
     if choose_backend(backend).backend != "library":
         return eager.softmax_attention(q, k, v, terms)
-    check_derivatives(q, k, v, terms)
+    check_derivatives(terms, q, k, v)
     rows, cols, mask, *_ = terms.flatten()
     return torch.ops.vitlinear.softmax_attention(q, k, v, rows, cols, mask)[0]
 
@@ -190,13 +190,17 @@ def mask_of_lengths(mask: Tensor | None, q: Tensor) -> Tensor | None:
     return torch.arange(q.shape[1], device=mask.device) >= mask.unsqueeze(1)
 
 
-def check_derivatives(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> None:
+def check_derivatives(terms: Terms, *others: Tensor | None) -> None:
     """Check that the registered operators can give the derivatives that are asked for.
+
+    Args:
+        terms: Those of the call.
+        others: The other tensors that it has a derivative by.
 
     Raises:
         NotImplementedError: They cannot, and would leave them out without a word.
     """
-    tokens = (q, k, v, terms.lepe, terms.gate, terms.powers)
+    tokens = (*others, *terms[2:])
     if not torch.compiler.is_compiling() and any(
         x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tokens
     ):

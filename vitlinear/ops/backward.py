@@ -226,8 +226,9 @@ def state_backward(
     grad_state: Tensor,
     grad_norm: Tensor | None,
     grad_mean_v: Tensor | None,
+    grad_logsumexp: Tensor | None = None,
 ) -> KeyGradients:
-    """The pass over keys of `linear_attention_backward`."""
+    """The pass over keys of `linear_attention_backward`; the logsumexp may have a gradient too."""
     k, v, table, valid, num_valid = tokens.k, tokens.v, tokens.table, tokens.valid, tokens.num_valid
     assert k is not None and v is not None
     query, logsumexp = saved.query, saved.logsumexp
@@ -252,7 +253,10 @@ def state_backward(
     elif mechanism.has_key_softmax:
         assert logsumexp is not None
         weighted = (hide_padding(features, valid) - logsumexp).exp()
-        grad_features = y.sub_((weighted * y).sum(2, keepdim=True)).mul_(weighted)
+        subtracted = (weighted * y).sum(2, keepdim=True)
+        if grad_logsumexp is not None:
+            subtracted = subtracted - grad_logsumexp
+        grad_features = y.sub_(subtracted).mul_(weighted)
     else:
         weight = (torch.ones_like(k[..., :1]) if valid is None else valid) / num_valid
         grad_features = y.mul_(weight)

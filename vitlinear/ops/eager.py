@@ -300,6 +300,13 @@ def read_state(
     return out if valid is None else out.masked_fill(~valid, 0)
 
 
+def read(tokens: Tokens, state: LinearAttentionState, mechanism: Mechanism) -> Tensor:
+    """Outputs of queries that read a state, [B, h, N, Dv] in the accumulation type."""
+    assert tokens.q is not None
+    q_features = mechanism.phi_q(tokens.q, tokens.powers).contiguous()
+    return read_state(q_features, state, tokens, mechanism)
+
+
 def linear_attention_forward(
     tokens: Tokens, mechanism: Mechanism
 ) -> tuple[Tensor, LinearAttentionState]:
@@ -347,9 +354,7 @@ def read_linear_attention_state(
     """A read of a given state; see `vitlinear.ops.read_linear_attention_state`."""
     with without_autocast(q):
         tokens = prepare(q, None, None, mechanism, terms, own=not torch.is_grad_enabled())
-        assert tokens.q is not None
-        q_features = mechanism.phi_q(tokens.q, tokens.powers).contiguous()
-        out = read_state(q_features, state, tokens, mechanism)
+        out = read(tokens, state, mechanism)
         return saturate(out.transpose(1, 2), q.dtype).to(q.dtype)
 
 

@@ -28,6 +28,7 @@ from torch.utils.flop_counter import register_flop_formula
 from . import backward, eager, execution
 from .attention_state import LinearAttentionState
 from .mechanisms import get_mechanism
+from .registered_states import empty_state
 from .terms import FlatTerms, Terms
 
 
@@ -57,23 +58,7 @@ def linear_attention_op(
 def _(
     q: Tensor, k: Tensor, v: Tensor, mechanism: str, rows: Tensor | None = None, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    batch, _, heads, dim = q.shape
-    values = v.shape[-1]
-    row = get_mechanism(mechanism)
-    features = row.feature_dim(dim)
-    state_dim = row.state_dim(dim, rows is not None)
-    state = q.new_empty(batch, heads, state_dim, values, dtype=eager.accumulation_dtype(q.dtype))
-
-    def like(exists: bool, width: int) -> Tensor | None:
-        return state.new_empty(batch, heads, 1, width) if exists else None
-
-    saved = LinearAttentionState(
-        state,
-        norm=like(row.reads.uses_norm, features),
-        mean_v=like(row.reads.uses_mean, values),
-        query=like(row.has_global_query, features),
-        logsumexp=like(row.has_key_softmax, 1 if row.has_global_query else features),
-    )
+    saved = empty_state(q, v, mechanism, rows is not None)
     return q.new_empty(v.shape), *saved.flatten()
 
 

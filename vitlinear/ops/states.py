@@ -7,10 +7,18 @@ derivatives flow through the state.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from . import eager
-from .attention import check_mechanism, check_terms, check_tokens, mask_of_lengths
+from . import registered_states as registered_states  # registers torch.ops.vitlinear.*
+from .attention import (
+    check_derivatives,
+    check_mechanism,
+    check_terms,
+    check_tokens,
+    mask_of_lengths,
+)
 from .attention_state import LinearAttentionState
 from .backend import choose_backend
 from .mechanisms import Mechanism, get_mechanism
@@ -43,7 +51,7 @@ def linear_attention_state(
         rotary: Position tables of the keys.
         key_padding_mask: Tokens that count nowhere, as for `vitlinear.ops.linear_attention`.
         powers: Powers of a feature map that learns them, [h, D].
-        backend: ``auto`` or ``eager``; see `vitlinear.ops.backend`.
+        backend: ``auto``, ``eager`` or ``library``; see `vitlinear.ops.backend`.
 
     Returns:
         S, [B, h, F, Dv]; m and vbar where the mechanism reads them. float32, float64 for float64.
@@ -51,7 +59,7 @@ def linear_attention_state(
     Raises:
         ValueError: Shapes or types do not fit, a name is unknown, or the mechanism weighs keys by a
             query.
-        NotImplementedError: The backend has no states.
+        NotImplementedError: A derivative that the registered operators do not have.
     """
     row = get_mechanism(mechanism)
     if row.has_global_query:
@@ -62,8 +70,12 @@ def linear_attention_state(
     check_tokens(k, k, v)
     check_mechanism(k, row, powers, v.shape[-1])
     check_terms(k, terms, row.positions)
-    run_eagerly(backend, k, mechanism)
-    return eager.linear_attention_state(k, v, row, terms)
+    if not runs_as_operator(backend, k, mechanism):
+        return eager.linear_attention_state(k, v, row, terms)
+    check_derivatives(terms, k, v)
+    rows, cols, mask, *_ = terms.flatten()
+    flat = torch.ops.vitlinear.linear_attention_state(k, v, mechanism, rows, cols, mask, powers)
+    return LinearAttentionState.unflatten(*flat)
 
 
 def read_linear_attention_state(
@@ -97,14 +109,14 @@ def read_linear_attention_state(
         lepe: Added to the output, [B, N, h, Dv].
         gate: Multiplies the sum of output and lepe, like it.
         powers: Powers of a feature map that learns them, [h, D].
-        backend: ``auto`` or ``eager``; see `vitlinear.ops.backend`.
+        backend: ``auto``, ``eager`` or ``library``; see `vitlinear.ops.backend`.
 
     Returns:
         [B, N, h, Dv] in the type of q. What float16 cannot hold saturates.
 
     Raises:
         ValueError: Shapes or types do not fit, or a name is unknown.
-        NotImplementedError: The backend has no states.
+        NotImplementedError: A derivative that the registered operators do not have.
     """
     row = get_mechanism(mechanism)
     terms = Terms(rotary, mask_of_lengths(key_padding_mask, q), head_scale, lepe, gate, powers)
@@ -112,22 +124,24 @@ def read_linear_attention_state(
     check_state(q, state, row, rotary is not None)
     check_mechanism(q, row, powers, state.state.shape[-1])
     check_terms(q, terms, row.positions, state.state.shape[-1])
-    run_eagerly(backend, q, mechanism)
-    return eager.read_linear_attention_state(q, state, row, terms)
+    if not runs_as_operator(backend, q, mechanism):
+        return eager.read_linear_attention_state(q, state, row, terms)
+    given = (state.state, state.norm, state.mean_v)
+    check_derivatives(terms, q, *given)
+    out: Tensor = torch.ops.vitlinear.read_linear_attention_state(
+        q, *given, mechanism, *terms.flatten()
+    )
+    return out
 
 
-def run_eagerly(backend: str, x: Tensor, mechanism: str) -> None:
-    """Check that a backend has states.
+def runs_as_operator(backend: str, x: Tensor, mechanism: str) -> bool:
+    """Whether the registered operators run a call, or plain PyTorch does.
 
     Raises:
-        NotImplementedError: It has none.
-        ValueError: It is unknown, or cannot run here.
+        ValueError: The backend is unknown, or is ``triton``, which has no states by themselves.
     """
-    chosen = choose_backend(backend, Workload.of(x, mechanism, "states alone"))
-    if chosen.backend != "eager":
-        raise NotImplementedError(
-            f"backend {chosen.backend!r} ({chosen.reason}) has no states; use backend='eager'"
-        )
+    work = Workload.of(x, mechanism, "states by themselves")
+    return choose_backend(backend, work).backend != "eager"
 
 
 def check_state(

@@ -9,6 +9,7 @@ from vitlinear._timm import register_notrace_module
 from vitlinear.ops import RotaryTables
 from vitlinear.ops.backend import check_backend
 
+from ..band import BANDED, LOCAL
 from ..conv.depthwise_conv import DepthwiseConv
 from ..heads import split_heads
 from ..linear import Linear
@@ -29,6 +30,7 @@ class InputValueAttention(nn.Module):
 
     attn_type = "elu"
     padding_rule = MASK
+    row_rule = BANDED
 
     def __init__(
         self,
@@ -100,6 +102,7 @@ class MilaAttention(nn.Module):
     """
 
     padding_rule = MASK
+    row_rule = LOCAL
 
     def __init__(
         self,

@@ -315,7 +315,7 @@ class Extras(NamedTuple):
         tables, width = None, 1
         if terms.rotary is not None:
             rows, cols = terms.rotary
-            tables, width = (rows.float().contiguous(), cols.float().contiguous()), cols.shape[0]
+            tables, width = (aligned(rows.float()), aligned(cols.float())), cols.shape[0]
         mask = counts = None
         padding = terms.key_padding_mask
         if padding is not None:
@@ -323,6 +323,12 @@ class Extras(NamedTuple):
             counts = (~padding).sum(1, dtype=torch.float32)
         tau = terms.head_scale
         return cls(tables, mask, counts, None if tau is None else tau.contiguous(), width)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x in contiguous memory that begins at a multiple of 16 bytes, as all of PyTorch's does."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
 
 
 def on_device(x: Tensor) -> AbstractContextManager[Any]:
