@@ -44,13 +44,8 @@ FEWER_BLOCKS = {
     ),
     **dict.fromkeys(
         (
-            "test_h_vittt",
-            "test_inline_pvt",
-            "test_mavit",
-            "test_mila",
-            "test_nalaformer",
-            "test_pola_pvt",
-            "test_ravlt",
+            *("test_h_vittt", "test_inline_pvt", "test_mavit", "test_mila", "test_nalaformer"),
+            *("test_pola_pvt", "test_ravlt"),
         ),
         {"depths": (1, 1, 1, 1)},
     ),

@@ -111,7 +111,8 @@ class TttAttention(nn.Module):
         q, k, v = qkv.unbind(2)
         k = turned(k, rotary)  # once, for the two that take it
         first = torch.cat((self.w1, self.w2), dim=2).unsqueeze(0)
-        first = first.to(accumulation_dtype(k.dtype))
+        # For each sample: a batch of one would ask torch.export whether there are more.
+        first = first.to(accumulation_dtype(k.dtype)).expand(k.shape[0], -1, -1, -1)
         reads = scriptable_read(k, first, None, None, self.backend)
         # With heads before tokens, as products of matrices want them.
         values = inner_values(v.transpose(1, 2), reads.transpose(1, 2)).transpose(1, 2)
