@@ -12,7 +12,7 @@ from vitlinear import ops
 from vitlinear.layers.attention.ttt_attention import TttAttention
 from vitlinear.ops import naive
 
-BACKENDS = pytest.mark.parametrize("backend", ["eager"])
+BACKENDS = pytest.mark.parametrize("backend", ["eager", "library"])
 
 
 @pytest.fixture(autouse=True)

@@ -28,7 +28,7 @@ RELEASED = {
 }
 SMALLEST = ("vittt_t", "h_vittt_t")
 OUTPUTS = functools.cache(golden.outputs)
-BACKENDS = ("eager",)
+BACKENDS = ("eager", "library")
 
 
 @functools.cache

@@ -8,12 +8,10 @@ from torch import Tensor
 from vitlinear.ops import (
     LinearAttentionState,
     RotaryTables,
-    accumulation_dtype,
     cpu,
     linear_attention_state,
     read_linear_attention_state,
 )
-from vitlinear.ops.eager import saturate
 from vitlinear.ops.rotary import is_full_width, rotate, token_table
 
 
@@ -25,19 +23,16 @@ def scriptable_state(
     Args:
         k: Keys, [B, N, h, D], turned already.
         v: Values, [B, N, h, Dv].
-        key_padding_mask: [B, N] bool, True for padding, where k and v are finite.
+        key_padding_mask: [B, N] bool, True for padding.
         backend: One of `vitlinear.ops.BACKENDS`.
 
     Returns:
         [B, h, D, Dv], float32, or float64 for float64.
     """
     if torch.jit.is_scripting():
-        dtype = accumulation_dtype(k.dtype)
-        k, v = k.transpose(1, 2).to(dtype), v.transpose(1, 2).to(dtype)
-        if key_padding_mask is None:
-            return (k.transpose(2, 3) @ v) / k.shape[2]
-        valid = (~key_padding_mask)[:, None, :, None]
-        return (k.transpose(2, 3) @ (v * valid)) / valid.sum(2, keepdim=True).clamp(min=1)
+        return torch.ops.vitlinear.linear_attention_state(
+            k, v, "identity", None, None, key_padding_mask, None
+        )[0]
     else:  # noqa: RET505  TorchScript leaves out the branch not taken, but not what follows it
         return linear_attention_state(
             k, v, mechanism="identity", key_padding_mask=key_padding_mask, backend=backend
@@ -64,10 +59,13 @@ def scriptable_read(
         [B, N, h, Dv].
     """
     if torch.jit.is_scripting():
-        out = (turned(q, rotary).transpose(1, 2).to(state.dtype) @ state).transpose(1, 2)
-        if key_padding_mask is not None:
-            out = out.masked_fill(key_padding_mask[:, :, None, None], 0)
-        return saturate(out, q.dtype).to(q.dtype)
+        rows: Tensor | None = None
+        cols: Tensor | None = None
+        if rotary is not None:
+            rows, cols = rotary
+        return torch.ops.vitlinear.read_linear_attention_state(
+            q, state, None, None, "identity", rows, cols, key_padding_mask, None, None, None, None
+        )
     else:  # noqa: RET505
         return read_linear_attention_state(
             q, LinearAttentionState(state), mechanism="identity", rotary=rotary,
