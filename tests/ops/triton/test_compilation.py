@@ -72,15 +72,22 @@ def kernels(monkeypatch):
 
 
 def call(
-    mechanism, grid, dtype=torch.bfloat16, dim=32, heads=2, mask=False, rotary=True, epilogue=True
-):
+    mechanism, grid, dtype=torch.bfloat16, dim=32, heads=2, mask=False, rotary=True, epilogue=True,
+    full_width=False,
+):  # fmt: skip
     """A forward and a backward pass."""
     row, length = ops.get_mechanism(mechanism), grid[0] * grid[1]
     qkv = torch.zeros(2, length, 5, heads, dim, dtype=dtype)
     q, k, v, gate, lepe = qkv.unbind(2)
     tables = ops.lrpe_tables if row.positions == "cosine" else ops.rotary_tables
+    rotary = rotary and row.positions != "none"
+    rotary = tables(*grid, dim) if rotary else None
+    if full_width:
+        rotary = ops.full_width_rotary_tables(*grid, heads * dim)
+    powers = torch.ones(heads, dim) if row.takes_powers else None
     terms = Terms(
-        rotary=tables(*grid, dim) if rotary else None,
+        rotary=rotary,
+        powers=powers,
         key_padding_mask=torch.zeros(2, length, dtype=torch.bool) if mask else None,
         head_scale=torch.ones(heads) if mask else None,
         lepe=lepe if epilogue else None,
@@ -95,6 +102,7 @@ def call(
         head_scale=torch.ones(heads) if mask else None,
         lepe=grad_lepe if epilogue else None,
         gate=grad_gate if epilogue else None,
+        powers=powers,
     )
     launch.backward(out, q, k, v, row, terms, state, grads)
 
@@ -130,6 +138,17 @@ def in_turn(*axes, keep):
         (*(axis[i] for axis, i in zip(axes, place, strict=False)), *rest[sum(place) % len(rest)])
         for place in places
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grid", [SHORT, LONG], ids=["one kernel", "splits"])
+def test_full_width_positions_compile(grid, compiled):
+    """Once for all stages of a pyramid, which have other numbers of heads."""
+    call("elu", grid, full_width=True)
+    del compiled[:]
+    for heads in (4, 10, 16):
+        call("elu", grid, heads=heads, full_width=True)
+    assert not compiled
 
 
 @pytest.mark.slow
