@@ -142,13 +142,13 @@ def in_turn(*axes, keep):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("grid", [SHORT, LONG], ids=["one kernel", "splits"])
-def test_full_width_positions_compile(grid, compiled):
+def test_full_width_positions_compile(grid, kernels):
     """Once for all stages of a pyramid, which have other numbers of heads."""
     call("elu", grid, full_width=True)
-    del compiled[:]
+    del kernels[:]
     for heads in (4, 10, 16):
         call("elu", grid, heads=heads, full_width=True)
-    assert not compiled
+    assert not kernels
 
 
 @pytest.mark.slow
@@ -169,7 +169,11 @@ def test_every_mechanism_compiles(mechanism, dtype, rotary, grid, kernels):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mechanism", "dim", "dtype"),
-    in_turn(["rala", "mala", "nala", "lightnet"], [8, 20, 48, 64, 128], DTYPES, keep=2),
+    [
+        *in_turn(["rala", "mala", "nala", "lightnet"], [8, 20, 48, 64, 128], DTYPES, keep=2),
+        pytest.param("pola", 64, torch.bfloat16, marks=pytest.mark.nightly),
+        pytest.param("pola", 128, torch.float32, marks=pytest.mark.nightly),
+    ],
     ids=str,
 )
 def test_every_head_size_compiles(mechanism, dim, dtype, kernels):

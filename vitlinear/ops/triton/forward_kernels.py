@@ -178,8 +178,8 @@ def read_state(q, out, epilogue, state, norm, mean, span, plan: tl.constexpr):
             z = tl.sum(features * norm[None, :], 1)
             of_state, of_mean = read_factors(z, scale, count, plan)
             if plan.reads_opposite:
-                z = tl.sum(features * opposite[None, :], 1)
-                second, _ = read_factors(z, scale, count, plan)
+                z_opposite = tl.sum(features * opposite[None, :], 1)
+                second, _of_mean = read_factors(z_opposite, scale, count, plan)
                 value *= by_half(of_state, second, plan)
             else:
                 value *= of_state[:, None]
