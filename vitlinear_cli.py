@@ -21,6 +21,7 @@ COMMANDS = {
     "train": ("vitlinear.train.run", "train a classifier"),
     "validate": ("vitlinear.evaluation.validate", "accuracy and loss of a checkpoint or model"),
     "predict": ("vitlinear.cli.predict_task", "classes of image files; boxes, masks, label maps"),
+    "stream": ("vitlinear.evaluation.stream_image", "a model on an image larger than memory"),
     "compare-runs": ("vitlinear.train.compare_runs", "several training runs: curves and a table"),
     "check-data": ("vitlinear.data.check_data", "unreadable and odd images, classes, sizes"),
     "list": ("vitlinear.cards.list_models", "the models, one a line"),

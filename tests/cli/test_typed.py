@@ -15,7 +15,7 @@ import vitlinear
 from vitlinear.cli.flags import from_arguments, values_by_flag
 from vitlinear.cli.parser import Parser
 from vitlinear.data import check_data
-from vitlinear.evaluation import predict, validate
+from vitlinear.evaluation import predict, stream_image, validate
 from vitlinear.export import command as export
 from vitlinear.train import compare_runs
 from vitlinear.train import run as train
@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[ModuleType, list[str]]] = {
     "train": (train, []),
     "validate": (validate, []),
     "predict": (predict, ["image.png"]),
+    "stream": (stream_image, ["test_ravlt", "image.npy", "--output", "map.npy"]),
     "check-data": (check_data, []),
     "compare-runs": (compare_runs, ["run"]),
     "export": (export, ["test_ravlt", "out.onnx"]),

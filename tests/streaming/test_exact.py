@@ -24,6 +24,7 @@ MODELS = [
     "test_linear_deit",
     "test_mavit",
     "test_mavit_linear",
+    "test_mila",
     "test_nalaformer",
     "test_nalaformer_linear",
     "test_ravlt",

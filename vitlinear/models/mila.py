@@ -29,6 +29,7 @@ from vitlinear.layers import (
     ResidualDepthwiseConv,
     recomputes,
 )
+from vitlinear.layers.band import LOCAL
 from vitlinear.ops import RotaryTables
 
 from ._build import build_model
@@ -42,6 +43,8 @@ EPS = 1e-5  # of every norm, as released
 
 class MilaBlock(Block):
     """Attention and feed-forward network, each after a positional convolution and a norm."""
+
+    row_rule = LOCAL
 
     def __init__(
         self,

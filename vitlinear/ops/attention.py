@@ -116,8 +116,8 @@ def examined(q: Tensor, k: Tensor, v: Tensor, mechanism: str, terms: Terms) -> E
     check_tokens(q, k, v)
     check_mechanism(q, row, terms.powers, v.shape[-1])
     check_terms(q, terms, row.positions, v.shape[-1])
-    work = Workload.of(q, mechanism, terms=terms, training=is_training(q, k, v))
-    return Examined(row, work)
+    training = is_training(q, k, v)
+    return Examined(row, Workload.of(q, mechanism, "", terms, training, v.shape[-1]))
 
 
 def is_training(q: Tensor, k: Tensor, v: Tensor) -> bool:

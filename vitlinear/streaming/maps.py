@@ -17,6 +17,8 @@ from torch import Tensor
 
 from vitlinear.errors import UserError
 
+from .memory import amount
+
 
 class RowMap:
     """A map in memory.
@@ -89,10 +91,10 @@ class FileMap(RowMap):
         return file
 
     def _refused(self, error: OSError) -> UserError:
-        size = self.nbytes / 2**30
         return UserError(
-            f"cannot keep a map of {size:.2f} GiB in {self.path}: {error.strerror or error}; "
-            "what was finished stays, and the same call goes on from there"
+            f"cannot keep a map of {amount(self.nbytes)} in {self.path}: "
+            f"{error.strerror or error}; what was finished stays, and the same call goes on from "
+            "there"
         )
 
     def _place(self, rows: int) -> int:

@@ -38,6 +38,13 @@ def parse_memory(memory: int | str) -> int:
     return memory
 
 
+def amount(size: int) -> str:
+    """Bytes in words."""
+    size = max(size, 0)
+    unit, factor = next((u, f) for u, f in reversed(_UNITS.items()) if size >= f or f == 1)
+    return f"{size / factor:.3g} {unit}iB" if unit else f"{size} bytes"
+
+
 def resident() -> int:
     """Bytes that this process holds in memory; 0 where the system does not say."""
     try:
@@ -113,6 +120,6 @@ def rows_that_fit(measure: Callable[[int], int], height: int, budget: int, name:
 
 def _too_little(name: str, needed: int, budget: int) -> UserError:
     return UserError(
-        f"{name} needs {needed / 2**20:.0f} MiB for its smallest band, and {budget / 2**20:.0f} "
-        "MiB are left of the memory that may be used; give more by memory="
+        f"{name} needs {amount(needed)} for its smallest band, and {amount(budget)} are left of "
+        "the memory that may be used: give more by memory="
     )

@@ -120,6 +120,11 @@ class Record:
         }
         write_atomically(self.path, lambda file: torch.save(content, file))
 
+    def delete(self) -> None:
+        """Take the record away, when there is nothing to go on from any more."""
+        self.path.unlink(missing_ok=True)
+        self.delete_sums()
+
     def delete_sums(self) -> None:
         """Take the sums of a finished step away."""
         for path in self.folder.glob("sums-*.pt"):

@@ -15,7 +15,7 @@ from vitlinear.errors import UserError
 from vitlinear.layers.band import use_band
 
 from .maps import FileMap, RowMap
-from .memory import peak_bytes, resident, rows_that_fit
+from .memory import amount, peak_bytes, resident, rows_that_fit
 from .reach import Rows
 from .record import Position, Record
 from .steps import Step
@@ -181,8 +181,35 @@ class Runner:
             rows = self._rows_that_fit(plan, gathered)
         return tuple((a, min(a + rows, height)) for a in range(0, height, rows))
 
+    def check_maps(self, plans: list[Plan], wanted: set[int]) -> None:
+        """Check that the maps between steps fit into memory, where they are kept there.
+
+        Raises:
+            UserError: They do not.
+        """
+        if self.folder is not None:
+            return
+        kept, needed = 0, 0
+        for number, plan in enumerate(plans):
+            before = self.nbytes(plan.before) if number and number - 1 not in wanted else 0
+            needed = max(needed, kept + before + self.nbytes(plan.after))
+            if number in wanted:
+                kept += self.nbytes(plan.after)
+        left = self.memory - resident()
+        if needed > left:
+            raise UserError(
+                f"the maps between layers need {amount(needed)} of memory, and {amount(left)} are "
+                "left of what may be used: give workdir= to keep them on disk, or more by memory="
+            )
+
+    def nbytes(self, shape: Shape) -> int:
+        """Bytes of a map."""
+        return math.prod(shape) * self.example.element_size()
+
     def _rows_that_fit(self, plan: Plan, gathered: int) -> int:
         budget = self.memory - resident()
+        if self.folder is None:
+            budget -= self.nbytes(plan.after)  # which is not there before it is written
         height = plan.after[0]
 
         def measure(own: int) -> int:
@@ -198,8 +225,8 @@ class Runner:
             if 2 * gathered > budget:
                 raise UserError(
                     f"{plan.step.name} has softmax attention over the whole map, whose keys and "
-                    f"values need {2 * gathered / 2**30:.2f} GiB; {budget / 2**30:.2f} GiB are "
-                    "left: give more by memory=, or take a model that is linear in all stages"
+                    f"values need {amount(2 * gathered)}; {amount(budget)} are left: give more by "
+                    "memory=, or take a model that is linear in all stages"
                 )
             rows = rows_that_fit(measure, height, budget - 2 * gathered, plan.step.name)
         return rows
@@ -219,6 +246,7 @@ class Runner:
         Raises:
             UserError: Memory or disk do not suffice, or the image cannot be read.
         """
+        self.check_maps(plans, wanted)
         kept: dict[int, RowMap] = {}
         source: Readable = image
         first = 0
@@ -254,9 +282,9 @@ class Runner:
         self, number: int, plan: Plan, source: Readable, position: Position, bar: Any
     ) -> RowMap:
         again = bool(position.cuts)
-        target = self.make_map(number, plan.after, keep=again)
         if not again:
             position.cuts = self.choose_cuts(plan, gathered_bytes(plan, self.example))
+        target = self.make_map(number, plan.after, keep=again)
         cuts, sums = position.cuts, position.sums
         while True:
             for i in range(position.band, len(cuts)):

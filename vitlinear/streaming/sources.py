@@ -1,7 +1,14 @@
-"""Images of any kind, read by rows."""
+"""Images of any kind, read by rows: arrays, slides, rasters, and files of these.
+
+A kind is told by what it can do, so that no library is imported that the image does not bring.
+"""
 
 from __future__ import annotations
 
+import math
+import warnings
+from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,34 +17,91 @@ from torch import Tensor
 
 from vitlinear.errors import UserError, one_line
 
+from .libraries import load_library
 
-class ArraySource:
-    """An array: numpy, a memory map, zarr, or whatever is sliced alike; a tensor.
+
+class ImageSource(ABC):
+    """An image that is read by rows.
 
     Attributes:
         shape: Height, width and channels.
-        prefix: None: an image has no tokens before it.
+        row_block: Rows that are stored together, such as the height of tiles.
     """
 
-    prefix: Tensor | None = None
+    shape: tuple[int, int, int]
+    row_block = 1
+
+    def __init__(self) -> None:
+        self._blocks: dict[int, Tensor] = {}
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Rows [1, stop - start, W, C], as they are.
+
+        Raises:
+            UserError: They cannot be read, or are not all there.
+        """
+        if self.row_block == 1:
+            return self._checked(start, stop).unsqueeze(0)
+        # Neighbouring bands share blocks: those of the last one are kept.
+        size = self.row_block
+        numbers = range(start // size, -(-stop // size))
+        blocks = {
+            n: self._blocks[n]
+            if n in self._blocks
+            else self._checked(n * size, min((n + 1) * size, self.shape[0]))
+            for n in numbers
+        }
+        self._blocks = blocks
+        rows = torch.cat(list(blocks.values()))
+        first = numbers.start * size
+        return rows[start - first : stop - first].unsqueeze(0)
+
+    def _checked(self, start: int, stop: int) -> Tensor:
+        try:
+            rows = self.rows(start, stop)
+        except Exception as error:
+            raise UserError(
+                f"cannot read rows {start} to {stop} of the image: {one_line(error)}; what was "
+                "finished stays"
+            ) from error
+        if tuple(rows.shape) != (stop - start, *self.shape[1:]):
+            raise UserError(
+                f"the image is truncated: rows {start} to {stop} came as {tuple(rows.shape)}; what "
+                "was finished stays"
+            )
+        return rows
+
+    @abstractmethod
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows [stop - start, W, C]; any exception says that they cannot be read."""
+
+
+class ArraySource(ImageSource):
+    """An array: numpy, a memory map, zarr, or whatever is sliced alike; a tensor."""
 
     def __init__(self, array: Any, channels: int, layout: str | None) -> None:
         """Look at the array.
 
         Args:
-            array: [C, H, W] or [H, W, C].
+            array: [C, H, W] or [H, W, C]; [H, W] of an image of one channel.
             channels: C.
             layout: ``'CHW'`` or ``'HWC'``; None to tell by the number of channels.
 
         Raises:
             UserError: The shape does not fit, or fits both ways.
         """
+        super().__init__()
         shape = tuple(int(n) for n in array.shape)
+        self.flat = len(shape) == 2 and channels == 1 and layout is None
+        if self.flat:
+            shape = (*shape, 1)
         fitting = [
             name
             for name, axis in (("CHW", 0), ("HWC", 2))
             if len(shape) == 3 and shape[axis] == channels and layout in (None, name)
         ]
+        if self.flat:
+            fitting = ["HWC"]
         if not fitting:
             raise UserError(
                 f"the model takes images of {channels} channels, [{channels}, H, W] or "
@@ -54,34 +118,176 @@ class ArraySource:
         if height * width == 0:
             raise UserError(f"the image has no pixel: its shape is {shape}")
         self.shape = (height, width, channels)
+        chunks = getattr(array, "chunks", None)
+        if chunks:
+            self.row_block = int(chunks[1 if self.channels_first else 0])
 
-    def read(self, start: int, stop: int) -> Tensor:
-        """Rows [1, stop - start, W, C], as they are.
+    def rows(self, start: int, stop: int) -> Tensor:
+        """See `ImageSource`."""
+        part = self.array[:, start:stop] if self.channels_first else self.array[start:stop]
+        rows = part if isinstance(part, Tensor) else as_tensor(part)
+        if self.flat:
+            rows = rows.unsqueeze(-1)
+        return rows.permute(1, 2, 0) if self.channels_first else rows
+
+
+class SlideSource(ImageSource):
+    """A slide of tiffslide or openslide, or whatever has their `read_region`."""
+
+    def __init__(self, slide: Any, channels: int, level: int) -> None:
+        """Look at the slide.
+
+        Args:
+            slide: Has `level_dimensions`, `level_downsamples` and `read_region`.
+            channels: Of the model: 3.
+            level: Of the pyramid; 0 has all pixels.
 
         Raises:
-            UserError: They cannot be read, or are not all there.
+            UserError: There is no such level, or the model takes other images.
         """
-        try:
-            part = self.array[:, start:stop] if self.channels_first else self.array[start:stop]
-            rows = part if isinstance(part, Tensor) else torch.from_numpy(_native(part))
-        except Exception as error:
+        super().__init__()
+        levels = len(slide.level_dimensions)
+        if not 0 <= level < levels:
+            raise UserError(f"the slide has no level {level}: it has levels 0 to {levels - 1}")
+        if channels != 3:
+            raise UserError(f"a slide has 3 channels, and the model takes {channels}")
+        width, height = slide.level_dimensions[level]
+        self.slide = slide
+        self.level = level
+        self.shape = (height, width, 3)
+        self.row_block = 256
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """See `ImageSource`; transparent pixels are white, as viewers show them."""
+        # Places are counted at level 0.
+        top = round(start * self.slide.level_downsamples[self.level])
+        size = (self.shape[1], stop - start)
+        pixels = np.asarray(self.slide.read_region((0, top), self.level, size))
+        if pixels.shape[-1] == 4:
+            clear = pixels[..., 3:] == 0
+            pixels = np.where(clear, np.uint8(255), pixels[..., :3])
+        return as_tensor(pixels)
+
+
+class RasterSource(ImageSource):
+    """A raster of rasterio, or whatever has its `read(window=...)`."""
+
+    def __init__(self, raster: Any, channels: int) -> None:
+        """Look at the raster.
+
+        Args:
+            raster: Has `count`, `height`, `width` and `read`.
+            channels: Of the model; the first ones of the raster are taken.
+
+        Raises:
+            UserError: The raster has too few.
+        """
+        super().__init__()
+        if raster.count < channels:
             raise UserError(
-                f"cannot read rows {start} to {stop} of the image: {one_line(error)}; what was "
-                "finished stays"
-            ) from error
-        if self.channels_first:
-            rows = rows.permute(1, 2, 0)
-        if tuple(rows.shape) != (stop - start, *self.shape[1:]):
-            raise UserError(
-                f"the image is truncated: rows {start} to {stop} came as {tuple(rows.shape)}; what "
-                "was finished stays"
+                f"the raster has {raster.count} bands, and the model takes {channels} channels"
             )
-        return rows.unsqueeze(0)
+        self.raster = raster
+        self.shape = (raster.height, raster.width, channels)
+        blocks = getattr(raster, "block_shapes", None)
+        self.row_block = int(blocks[0][0]) if blocks else 1
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """See `ImageSource`."""
+        height, width, channels = self.shape
+        window = ((start, stop), (0, width))
+        pixels = self.raster.read(list(range(1, channels + 1)), window=window)
+        return as_tensor(pixels).permute(1, 2, 0)
 
 
-def _native(part: Any) -> np.ndarray:
-    """A numpy array of a type that PyTorch knows."""
+def open_source(
+    source: Any, channels: int, layout: str | None = None, level: int = 0
+) -> ImageSource:
+    """An image of any kind.
+
+    Args:
+        source: An array, a slide, a raster, or the path of a file of these.
+        channels: Of the images that the model takes.
+        layout: Of an array.
+        level: Of a pyramid.
+
+    Raises:
+        UserError: It is none of these, does not fit the model, or needs a library that is missing.
+    """
+    if isinstance(source, (str, Path)):
+        source = open_file(Path(source).expanduser(), level)
+    if hasattr(source, "read_region") and hasattr(source, "level_dimensions"):
+        return SlideSource(source, channels, level)
+    if hasattr(source, "read") and hasattr(source, "count") and hasattr(source, "height"):
+        return RasterSource(source, channels)
+    if hasattr(source, "shape") and hasattr(source, "__getitem__"):
+        return ArraySource(source, channels, layout)
+    raise UserError(
+        f"cannot read an image from {type(source).__name__}: give an array, a slide (tiffslide, "
+        "openslide), a raster (rasterio), or the path of a file"
+    )
+
+
+def open_file(path: Path, level: int) -> Any:
+    """An array or a raster of a file.
+
+    Args:
+        path: ``.npy``, a ``.zarr`` folder, or a TIFF: of any kind with tifffile, one with places on
+            the earth with rasterio where that is installed.
+        level: Of a pyramid.
+
+    Raises:
+        UserError: There is no such file, its kind is not known, or a library is missing.
+    """
+    if not path.exists():
+        raise UserError(f"there is no image {path}")
+    kind = path.suffix.lower()
+    try:
+        if kind == ".npy":
+            return np.load(path, mmap_mode="r")
+        if kind == ".zarr":
+            return load_library("zarr", "wsi").open(str(path), mode="r")
+        if kind in (".tif", ".tiff") and level == 0:
+            raster = _raster_on_earth(path)
+            if raster is not None:
+                return raster
+        if kind in (".tif", ".tiff", ".svs", ".ndpi", ".scn", ".bif", ".qptiff"):
+            zarr = load_library("zarr", "wsi")
+            store = load_library("tifffile", "wsi").imread(path, aszarr=True, level=level)
+            return zarr.open(store, mode="r")
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"cannot read {path}: {one_line(error)}") from error
+    raise UserError(
+        f"cannot read {path}: rows of {kind or 'such'} files cannot be read by themselves; give a "
+        ".npy, .zarr or TIFF file, or an array"
+    )
+
+
+def _raster_on_earth(path: Path) -> Any:
+    """A raster of rasterio, if that is installed and the file has a place on the earth."""
+    try:
+        import rasterio
+    except ImportError:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+        raster = rasterio.open(path)
+    return raster if raster.crs is not None else None
+
+
+def as_tensor(part: Any) -> Tensor:
+    """A tensor of whatever numpy can read; unsigned integers of 16 bits become those of 32."""
     array = np.asarray(part)
     if array.dtype == np.uint16:
         array = array.astype(np.int32)
-    return np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="), copy=False))
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    if any(stride < 0 for stride in array.strides) or not array.flags.writeable:
+        array = array.copy()
+    return torch.from_numpy(array)
+
+
+def levels_of(shape: tuple[int, int], smallest: int = 512) -> int:
+    """Levels of a pyramid whose last one has no side longer than this."""
+    return 1 + max(math.ceil(math.log2(max(shape) / smallest)), 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from .maps import RowMap
 from .memory import parse_memory
 from .record import Record
 from .run import Plan, Readable, Runner, module_example, plan_steps, pooled
-from .sources import ArraySource
+from .sinks import check_sink, write_map
+from .sources import ImageSource, RasterSource, open_source
 from .steps import check_head, steps_of
 
 Output = str | int
@@ -28,14 +30,19 @@ Output = str | int
 def stream(
     model: Any,
     source: Any,
+    sink: Any = None,
     *,
     output: Output | Sequence[Output] = "logits",
     memory: int | str = "4GiB",
     workdir: str | Path | None = None,
     layout: str | None = None,
+    level: int = 0,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     band_rows: int | None = None,
+    overwrite: bool = False,
     progress: bool = False,
-) -> Tensor | dict[Output, Tensor]:
+) -> Any:
     """Run a model on an image that does not fit into memory, with the results of the whole image.
 
     Each layer runs on one band of rows after the other. Results are those of ``model(image)`` but
@@ -43,34 +50,46 @@ def stream(
 
     Args:
         model: A model of this package, in eval mode.
-        source: The image, [C, H, W] or [H, W, C]: a numpy array, a memory map, zarr, a tensor.
-            Integers are pixels, which are scaled and normalised as the model wants them; floating
-            point numbers are taken as they are.
+        source: The image: an array [C, H, W] or [H, W, C], such as a numpy array, a memory map,
+            zarr, a tensor; a slide of tiffslide or openslide; a raster of rasterio; or the path of
+            a ``.npy``, ``.zarr`` or TIFF file. Integers are pixels, which are scaled and normalised
+            as the model wants them; floating point numbers are taken as they are.
+        sink: Where the map of the output goes: an array [C, h, w], or the path of a ``.npy``,
+            ``.zarr`` or TIFF file; for several outputs a dictionary of these by output. None to
+            return it.
         output: ``'logits'``, as the model returns them; ``'features'``, as its `forward_features`;
             a number i, the map i of its `forward_intermediates`; or several of these.
         memory: Bytes that the process may hold in memory, itself included, such as ``'4GiB'``.
         workdir: Folder for what is too large for memory; None to keep it in memory. The same call
             goes on from where an earlier one with this folder was interrupted.
         layout: ``'CHW'`` or ``'HWC'`` where the shape does not tell.
+        level: Of a pyramid; 0 has all pixels.
+        mean: Of the channels of pixels, from 0 to 1; by default the model's.
+        std: Likewise.
         band_rows: Rows of the output that each layer makes at once; None for as many as fit.
+        overwrite: Replace files that are to be written.
         progress: Show a progress bar.
 
     Returns:
-        The output, or a dictionary of the outputs asked for. With a workdir, maps lie in its files
-        and are gone with them.
+        The output, or a dictionary of the outputs asked for; of one that has a sink, the sink. With
+        a workdir, maps lie in its files and are gone with them; where every map has a sink, the
+        files are removed.
 
     Raises:
         UserError: The model has a layer that cannot be split into bands, memory or disk do not
             suffice, or the image cannot be read; the message says which.
     """
     outputs = (output,) if isinstance(output, (str, int)) else tuple(output)
+    sinks = sink if isinstance(sink, dict) else {} if sink is None else {outputs[0]: sink}
+    check_sinks(sinks, outputs, overwrite)
     if band_rows is not None and band_rows < 1:
         raise UserError(f"band_rows must be at least 1, got {band_rows}")
     budget = parse_memory(memory)
     with torch.no_grad():
         steps = steps_of(model)
         example = module_example(model)
-        image = Pixels(ArraySource(source, model.in_chans, layout), model, example)
+        opened = open_source(source, model.in_chans, layout, level)
+        image = Pixels(opened, model, example, mean, std)
         if "logits" in outputs:
             check_head(model)
         plans = plan_steps(steps, image.shape, example)
@@ -83,10 +102,41 @@ def stream(
             record = Record(folder, _description(model, image, outputs, band_rows))
         runner = Runner(example, budget, folder, record, band_rows, progress)
         maps = runner.run(plans, image, set(numbers.values()))
-        made = {
-            name: _assemble(name, maps[number], model, example) for name, number in numbers.items()
-        }
+        made: dict[Output, Any] = {}
+        for name, number in numbers.items():
+            if name in sinks:
+                raster = opened.raster if isinstance(opened, RasterSource) else None
+                write_map(maps[number], sinks[name], raster, _stride(plans[: number + 1]))
+                made[name] = sinks[name]
+            else:
+                made[name] = _assemble(name, maps[number], model, example)
+        if record is not None and all(name in sinks or name == "logits" for name in outputs):
+            record.delete()
+            for finished in maps.values():
+                finished.delete()
     return made[outputs[0]] if isinstance(output, (str, int)) else made
+
+
+def check_sinks(sinks: dict[Output, Any], outputs: Sequence[Output], overwrite: bool) -> None:
+    """Check the places for maps before anything runs.
+
+    Raises:
+        UserError: One belongs to no output, or cannot be written.
+    """
+    for name, place in sinks.items():
+        if name not in outputs:
+            raise UserError(f"there is a sink for {name!r}, which is no output that was asked for")
+        if name == "logits":
+            raise UserError(
+                "logits are returned: a sink takes a map; ask for output='features', or the number "
+                "of a map"
+            )
+        check_sink(place, overwrite)
+
+
+def _stride(plans: Sequence[Plan]) -> int:
+    """Pixels of the image in a row of the map that some steps make."""
+    return math.prod(plan.step.stride for plan in plans)
 
 
 class Pixels:
@@ -99,10 +149,18 @@ class Pixels:
 
     prefix: Tensor | None = None
 
-    def __init__(self, source: ArraySource, model: Any, example: Tensor) -> None:
+    def __init__(
+        self,
+        source: ImageSource,
+        model: Any,
+        example: Tensor,
+        mean: Sequence[float] | None,
+        std: Sequence[float] | None,
+    ) -> None:
         self.source = source
         self.shape = source.shape
-        config = data_config(model, {})
+        given = {"mean": mean, "std": std}
+        config = data_config(model, {k: tuple(v) for k, v in given.items() if v is not None})
         dtype = torch.float64 if example.dtype == torch.float64 else torch.float32
         self.mean = torch.tensor(config.mean, dtype=dtype)
         self.std = torch.tensor(config.std, dtype=dtype)

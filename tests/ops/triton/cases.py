@@ -7,6 +7,8 @@ from torch import Tensor
 
 from tests.ops.inputs import Inputs, attend, double, oracle
 
+# One rounding to the type: what even an exact kernel may add.
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2e-3, torch.float16: 3e-4}
 GRIDS = {1: (1, 1), 17: (1, 17), 49: (7, 7), 63: (7, 9), 65: (5, 13), 196: (14, 14)}
 
 
@@ -56,6 +58,22 @@ def error(actual: Tensor, expected: Tensor) -> float:
     actual, expected = actual.detach().double(), expected.detach().double()
     floor = 0.1 * expected.numel() ** 0.5
     return float((actual - expected).norm() / expected.norm().clamp(min=floor))
+
+
+def check_exactness(mechanism, inputs, layout="projection"):
+    """Twice the error of the eager formula at most, of the output and of each gradient."""
+    expected = reference(mechanism, inputs)
+    eager = attend(mechanism, inputs, "eager")
+    eager = (eager, torch.autograd.grad(eager, inputs.projection, inputs.grad)[0])
+    fused = run(mechanism, inputs, layout)
+    rounding = ROUNDING[inputs.projection.dtype]
+    names = ("output", "grad_q", "grad_k", "grad_v", "grad_gate", "grad_lepe")
+    parts = 5 if inputs.epilogue else 3
+    split = [(out, *grad.unbind(2)[:parts]) for out, grad in (fused, eager, expected)]
+    for name, actual, plain, exact in zip(names[: parts + 1], *split, strict=True):
+        assert actual.isfinite().all(), name
+        found, allowed = error(actual, exact), 2 * error(plain, exact) + rounding
+        assert found <= allowed, f"{name}: error {found:.2e}, allowed {allowed:.2e}"
 
 
 def many_splits(monkeypatch) -> None:

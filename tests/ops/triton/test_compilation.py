@@ -33,27 +33,45 @@ pytestmark = [
 ]
 
 
-class Hopper:
-    """A driver for a GPU that is not there."""
+HOPPER = GPUTarget("cuda", 90, 32)
+OTHERS = [
+    GPUTarget("cuda", 80, 32),
+    GPUTarget("cuda", 100, 32),
+    GPUTarget("hip", "gfx90a", 64),
+    GPUTarget("hip", "gfx942", 64),
+]
+
+
+class Absent:
+    """A driver for a GPU that is not there; each has a number, by which Triton keeps kernels."""
+
+    def __init__(self, target):
+        self.target = target
 
     def get_current_device(self):
-        return 0
+        return [HOPPER, *OTHERS].index(self.target)
 
     def get_current_stream(self, device):
         return 0
 
     def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
+        return self.target
 
 
 @pytest.fixture
-def kernels(monkeypatch):
+def target():
+    """The GPU that is compiled for: Hopper."""
+    return HOPPER
+
+
+@pytest.fixture
+def kernels(monkeypatch, target):
     """The kernels that a call compiled, by name and in order; none of them runs."""
     kernels = []
     compile_and_launch = JITFunction.run
 
     def only_compile(self, *args, grid, warmup, **options):
-        cache = self.device_caches[0][0]
+        cache = self.device_caches[driver.active.get_current_device()][0]
         before = len(cache)
         kernel = compile_and_launch(self, *args, grid=grid, warmup=True, **options)
         if kernel.metadata.shared > SHARED_MEMORY:
@@ -66,7 +84,7 @@ def kernels(monkeypatch):
     monkeypatch.setattr(launch, "processors", lambda device: 132)
     monkeypatch.setattr(launch, "_prepared", {})
     monkeypatch.setattr(tuning, "_chosen", {})
-    driver.set_active(Hopper())
+    driver.set_active(Absent(target))
     yield kernels
     driver.set_active(None)  # to be found anew; there is none
 
@@ -163,6 +181,21 @@ def test_every_mechanism_compiles(mechanism, dtype, rotary, grid, kernels):
         for name, kernel in kernels:
             dropping = re.findall(r"\b(?:max|min)\.(?:ftz\.)?f\d+", kernel.asm["ptx"])
             assert not dropping, f"{name} takes a number where an operand is NaN"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("target", "dtype"),
+    in_turn(OTHERS, [torch.float16, torch.bfloat16], keep=1),
+    ids=str,
+)
+def test_other_gpus(target, dtype, kernels):
+    """To the binary: Triton brings the assemblers of both makers along."""
+    for mechanism in ["mala", "nala"] if dtype == torch.float16 else ["rala"]:
+        call(mechanism, LONG, dtype)
+    assert kernels
+    for name, kernel in kernels:
+        assert kernel.asm["hsaco" if target.backend == "hip" else "cubin"], name
 
 
 @pytest.mark.process

@@ -14,14 +14,12 @@ import torch.utils.checkpoint
 pytest.importorskip("triton")
 
 from tests.ops.inputs import Inputs, attend, make_inputs, operator_arguments  # noqa: E402
-from tests.ops.triton.cases import error, reference, run  # noqa: E402
+from tests.ops.triton.cases import ROUNDING, check_exactness, error, reference, run  # noqa: E402
 from vitlinear import ops  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
 each_mechanism = pytest.mark.parametrize("mechanism", list(ops.MECHANISMS))
-# One rounding to the type: what even an exact kernel may add.
-ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2e-3, torch.float16: 3e-4}
 each_dtype = pytest.mark.parametrize("dtype", list(ROUNDING), ids=str)
 HALF = torch.bfloat16
 
@@ -55,39 +53,23 @@ def many_tokens(mechanism, side, dtype=HALF, batch=1, heads=1, dim=64, seed=0) -
     )
 
 
-def check(mechanism, inputs, layout="projection"):
-    """Twice the error of the eager formula at most, of the output and of each gradient."""
-    expected = reference(mechanism, inputs)
-    eager = attend(mechanism, inputs, "eager")
-    eager = (eager, torch.autograd.grad(eager, inputs.projection, inputs.grad)[0])
-    fused = run(mechanism, inputs, layout)
-    rounding = ROUNDING[inputs.projection.dtype]
-    names = ("output", "grad_q", "grad_k", "grad_v", "grad_gate", "grad_lepe")
-    parts = 5 if inputs.epilogue else 3
-    split = [(out, *grad.unbind(2)[:parts]) for out, grad in (fused, eager, expected)]
-    for name, actual, plain, exact in zip(names[: parts + 1], *split, strict=True):
-        assert actual.isfinite().all(), name
-        found, allowed = error(actual, exact), 2 * error(plain, exact) + rounding
-        assert found <= allowed, f"{name}: error {found:.2e}, allowed {allowed:.2e}"
-
-
 @each_mechanism
 @each_dtype
 def test_as_exact_as_eager(mechanism, dtype):
-    check(mechanism, on_gpu(make_inputs(grid=(14, 14), dim=32, dtype=dtype)))
+    check_exactness(mechanism, on_gpu(make_inputs(grid=(14, 14), dim=32, dtype=dtype)))
 
 
 @each_mechanism
 @pytest.mark.parametrize("dim", [8, 20, 64, 128])
 def test_head_sizes(mechanism, dim):
-    check(mechanism, on_gpu(make_inputs(grid=(7, 9), dim=dim, dtype=HALF)))
+    check_exactness(mechanism, on_gpu(make_inputs(grid=(7, 9), dim=dim, dtype=HALF)))
 
 
 @each_mechanism
 @pytest.mark.parametrize("side", [56, 512])
 def test_many_tokens(mechanism, side):
     """Through splits and their merging, up to 2^18 tokens."""
-    check(mechanism, many_tokens(mechanism, side))
+    check_exactness(mechanism, many_tokens(mechanism, side))
 
 
 @each_mechanism
@@ -96,7 +78,9 @@ def test_mask_and_head_scale(mechanism, side):
     inputs = many_tokens(mechanism, side, torch.float32, batch=3, dim=32)
     mask = torch.rand(3, side * side, device="cuda") < 0.3
     mask[1] = True
-    check(mechanism, inputs._replace(mask=mask, head_scale=torch.tensor([-1.5], device="cuda")))
+    check_exactness(
+        mechanism, inputs._replace(mask=mask, head_scale=torch.tensor([-1.5], device="cuda"))
+    )
 
 
 @each_mechanism
@@ -104,13 +88,13 @@ def test_mask_and_head_scale(mechanism, side):
 def test_epilogue(mechanism, grid):
     """(out + lepe) * gate, lepe with channels first, and the gradients of both."""
     options = {"dtype": HALF, "mask": True, "epilogue": ("lepe", "gate")}
-    check(mechanism, on_gpu(make_inputs(grid=grid, dim=32, **options)))
+    check_exactness(mechanism, on_gpu(make_inputs(grid=grid, dim=32, **options)))
 
 
 @each_mechanism
 @pytest.mark.parametrize("layout", ["channels first", "heads first"])
 def test_layouts_and_strided_gradients(mechanism, layout):
-    check(mechanism, on_gpu(make_inputs(grid=(9, 11), dim=32, dtype=HALF)), layout)
+    check_exactness(mechanism, on_gpu(make_inputs(grid=(9, 11), dim=32, dtype=HALF)), layout)
 
 
 @each_mechanism

@@ -9,12 +9,13 @@ from vitlinear._timm import register_notrace_module
 from vitlinear.ops import RotaryTables
 from vitlinear.ops.backend import check_backend
 
+from ..band import BANDED, LOCAL
 from ..conv.depthwise_conv import DepthwiseConv
 from ..heads import split_heads
 from ..linear import Linear
 from ..padding_rule import MASK
 from ..recompute import remaking, run_recomputing
-from .scriptable import scriptable_attention
+from .scriptable import scriptable_attention, unpack
 
 
 # One step to torch.fx, as `GatedAttention`.
@@ -29,6 +30,7 @@ class InputValueAttention(nn.Module):
 
     attn_type = "elu"
     padding_rule = MASK
+    row_rule = BANDED
 
     def __init__(
         self,
@@ -80,7 +82,7 @@ class InputValueAttention(nn.Module):
         if key_padding_mask is not None:
             u = u.masked_fill(key_padding_mask.unsqueeze(-1), 0)
             mask = key_padding_mask.flatten(1)
-        q, k = self.qk(u).reshape(B, H * W, 2, h, D).unbind(2)
+        q, k = unpack(self.qk(u).reshape(B, H * W, 2, h, D))
         v = u.reshape(B, H * W, h, D)
         lepe = self.lepe(u).reshape(B, H * W, h, D)
         gate = gate.reshape(B, H * W, h, D)
@@ -100,6 +102,7 @@ class MilaAttention(nn.Module):
     """
 
     padding_rule = MASK
+    row_rule = LOCAL
 
     def __init__(
         self,

@@ -195,7 +195,9 @@ def key_mean(k, v, query, statistic, grad_state, grad_norm, span, plan: tl.const
         )
         if plan.key_weights == "global_query":
             along = tl.sum(features * y, 1)[:, None]
-            total += tl.sum(tl.sum(weights * along, 1), 0)
+            # Not a sum over the one column, at which Triton's compiler for Blackwell fails.
+            tokens: tl.constexpr = plan.block_tokens
+            total += tl.sum(tl.reshape(weights * along, (tokens,)), 0)
         else:
             total += tl.sum(weights * y, 0)
     return total

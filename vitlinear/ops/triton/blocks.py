@@ -303,10 +303,13 @@ def load_positions(tables, h, n, width, inside, plan: tl.constexpr):
             entry = lane
             own = lane < 2 * plan.table_entries
         # One load from either table: two, each with half of its lanes masked, take twice the
-        # traffic and twice the shared memory.
-        row_at = rows + (n // width)[:, None] * of_axis + entry[None, :]
-        col_at = cols + (n % width)[:, None] * of_axis + (entry - of_axis)[None, :]
-        at = tl.where((entry < of_axis)[None, :], row_at, col_at)
+        # traffic and twice the shared memory. Offsets are chosen, from one of the tables to the
+        # other, because AMD's compiler chooses between no pointers. Both begin at a multiple of 16
+        # bytes, which the compiler cannot see in a difference.
+        apart = tl.multiple_of((cols.to(tl.int64) - rows.to(tl.int64)) // 4, 4)
+        row_at = (n // width)[:, None] * of_axis + entry[None, :]
+        col_at = (n % width)[:, None] * of_axis + (entry - of_axis)[None, :]
+        at = rows + tl.where((entry < of_axis)[None, :], row_at, apart + col_at)
         table = tl.load(at, mask=inside[:, None] & own[None, :], other=0.0)
         pairs: tl.constexpr = plan.block_table // 2
         return tl.split(tl.reshape(table, (table.shape[0], pairs, 2)))

@@ -327,8 +327,7 @@ class Extras(NamedTuple):
         tables, width = None, 1
         if terms.rotary is not None:
             rows, cols = terms.rotary
-            entries = 2 * rows.shape[1]
-            tables = (rows.float().contiguous(), cols.float().contiguous(), entries)
+            tables = (aligned(rows.float()), aligned(cols.float()), 2 * rows.shape[1])
             width = cols.shape[0]
         mask = counts = None
         padding = terms.key_padding_mask
@@ -351,6 +350,12 @@ class Shares(NamedTuple):
 
     head_scale: Tensor | None = None
     powers: Tensor | None = None
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x in contiguous memory that begins at a multiple of 16 bytes, as all of PyTorch's does."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
 
 
 def on_device(x: Tensor) -> AbstractContextManager[Any]:

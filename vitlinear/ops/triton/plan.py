@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import make_backend
+from triton.runtime import driver
 
 from ..mechanisms import Mechanism
 from ..terms import Terms
@@ -14,7 +17,8 @@ from .blocks import INTERPRETING
 
 # Operands of the matrix products: those that sum over tokens, those that read the state. Rounding
 # to bfloat16 averages out in a sum over tokens; that of a read would be seen. float16 has not the
-# range: rotation and the cubed keys of nala leave it.
+# range: rotation and the cubed keys of nala leave it. Where a compiler takes no TF32, as for most
+# GPUs of AMD, products are in full float32: matrix cores have those there.
 PRECISIONS = {
     torch.bfloat16: ("bf16", "tf32"),
     torch.float16: ("tf32", "tf32"),
@@ -153,6 +157,19 @@ def lanes(channels: int) -> int:
     return max(16, 1 << (channels - 1).bit_length())
 
 
+@lru_cache
+def precisions_of(target: GPUTarget) -> frozenset[str]:
+    """Precisions of products in float32 that Triton's compiler takes for a GPU."""
+    return frozenset(make_backend(target).parse_options({}).allowed_dot_input_precisions)
+
+
+def _for_target(precision: str) -> str:
+    """A precision of `PRECISIONS`, or the next better one for the GPU in use."""
+    if precision == "tf32" and precision not in precisions_of(driver.active.get_current_target()):
+        return "ieee"
+    return precision
+
+
 def make_plan(
     mechanism: Mechanism,
     dtype: torch.dtype,
@@ -167,6 +184,7 @@ def make_plan(
         sums = reads = "ieee"
     elif dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
         sums = reads = "tf32"
+    sums, reads = _for_target(sums), _for_target(reads)
     tables = terms.rotary
     rows = mechanism.state_dim(lanes(head_dim), tables is not None)
     slices = -(-rows * lanes(values) // LARGEST_STATE)

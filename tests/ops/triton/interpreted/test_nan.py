@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
-from triton.runtime.interpreter import InterpreterBuilder
 
 from tests.ops.inputs import attend, make_inputs
 from tests.ops.triton.cases import many_splits, run
+from tests.ops.triton.gpu_arithmetic import maximum_of_a_gpu
 from tests.pairwise import pairwise
 from vitlinear import ops
 
@@ -16,15 +15,8 @@ PLACES = {"query": 0, "key": 1, "value": 2, "gate": 3, "lepe": 4, "gradient": No
 
 
 @pytest.fixture(autouse=True)
-def maximum_of_a_gpu(monkeypatch):
-    """The larger or smaller operand, as a GPU has it: NaN only if both are.
-
-    The interpreter's own takes NaN, and so shows no kernel that swallows it.
-    """
-    for name, function in (("create_maxnumf", np.fmax), ("create_minnumf", np.fmin)):
-        monkeypatch.setattr(
-            InterpreterBuilder, name, lambda self, a, b, f=function: self.binary_op(a, b, f)
-        )
+def maximum(monkeypatch):
+    maximum_of_a_gpu(monkeypatch)
 
 
 @pairwise(

@@ -1,0 +1,107 @@
+"""Bands are as high as the memory allows, and no higher."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+import vitlinear
+from vitlinear.errors import UserError
+from vitlinear.streaming import memory, run
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return timm.create_model("test_ravlt_linear").eval()
+
+
+@pytest.fixture(scope="module")
+def image():
+    return np.random.default_rng(0).standard_normal((3, 400, 96)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("4GiB", 2**32), ("500 MB", 500 * 2**20), ("1.5k", 1536), ("7", 7), (9, 9)],
+)
+def test_amounts(text, number):
+    assert memory.parse_memory(text) == number
+
+
+@pytest.mark.parametrize("text", ["much", "-3GiB", "4 GiB more", 0, "0"])
+def test_no_amounts(text):
+    with pytest.raises(UserError, match="memory"):
+        memory.parse_memory(text)
+
+
+def test_peak_is_that_of_living_tensors():
+    def steps():
+        x = torch.zeros(1000)
+        y = x.view(10, 100) + 1  # a view is no memory
+        del x
+        z = F.conv2d(y[None, None], torch.ones(1, 1, 1, 1))
+        return z.sum()
+
+    assert 8000 <= memory.peak_bytes(steps) < 8200
+
+
+def test_bands_keep_to_the_budget(model, image, monkeypatch):
+    budget, peaks, heights = 2 * 2**20, [], []
+    monkeypatch.setattr(run, "resident", lambda: 0)
+    whole = run.run_band
+
+    def counted(plan, source, own, cuts, sums, example):
+        made = []
+
+        def once():
+            try:
+                made.append(whole(plan, source, own, cuts, sums, example))
+            except BaseException as error:
+                made.append(error)
+
+        peaks.append(memory.peak_bytes(once))
+        if isinstance(made[0], BaseException):
+            raise made[0]
+        heights.append(own.stop - own.start)
+        return made[0]
+
+    expected = vitlinear.stream(model, image)
+    # The maps are not counted here: those of this image would not fit.
+    monkeypatch.setattr(run.Runner, "check_maps", lambda self, plans, wanted: None)
+    monkeypatch.setattr(run.Runner, "nbytes", lambda self, shape: 0)
+    monkeypatch.setattr(run, "rows_that_fit", _rows_with(whole))
+    monkeypatch.setattr(run, "run_band", counted)
+    result = vitlinear.stream(model, image, memory=budget)
+    assert torch.allclose(result, expected, atol=1e-5)
+    assert max(peaks) <= budget
+    assert len(set(heights)) > 2  # each step has bands of its own
+
+
+def _rows_with(run_band):
+    """`rows_that_fit` that does not go through what counts bands."""
+
+    def rows_that_fit(measure, height, budget, name):
+        counting, run.run_band = run.run_band, run_band
+        try:
+            return memory.rows_that_fit(measure, height, budget, name)
+        finally:
+            run.run_band = counting
+
+    return rows_that_fit
+
+
+def test_too_little_memory_is_said(model, image, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "resident", lambda: 0)
+    with pytest.raises(UserError, match="maps between layers need .* give workdir="):
+        vitlinear.stream(model, image, memory="400KiB")
+    with pytest.raises(UserError, match="stem needs .* KiB for its smallest band"):
+        vitlinear.stream(model, image, memory="100KiB", workdir=tmp_path)
+
+
+def test_softmax_says_how_much_it_needs(image, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "resident", lambda: 0)
+    model = timm.create_model("test_ravlt", attn_types=("softmax",) * 4).eval()
+    with pytest.raises(UserError, match="softmax attention over the whole map, whose keys"):
+        vitlinear.stream(model, image, memory=800 * 2**10, workdir=tmp_path)

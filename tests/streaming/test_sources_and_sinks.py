@@ -1,0 +1,235 @@
+"""Images of every kind give the same rows, and maps come out the same in every kind of file."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+import vitlinear
+from vitlinear.errors import UserError
+from vitlinear.streaming.sources import open_source
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (300, 70, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return timm.create_model("test_ravlt_linear").eval()
+
+
+@pytest.fixture(scope="module")
+def features(model):
+    return vitlinear.stream(model, PIXELS, output=1)
+
+
+class Slide:
+    """What tiffslide and openslide have in common, with a transparent corner."""
+
+    level_dimensions = ((70, 300), (35, 150))
+    level_downsamples = (1.0, 2.0)
+
+    def read_region(self, location, level, size):
+        step = int(self.level_downsamples[level])
+        x, y = (n // step for n in location)
+        rgb = PIXELS[::step, ::step][y : y + size[1], x : x + size[0]]
+        alpha = np.full((*rgb.shape[:2], 1), 255, np.uint8)
+        if y == 0:
+            alpha[0, 0] = 0
+        return np.concatenate((rgb, alpha), -1)
+
+
+class Raster:
+    """The part of rasterio's datasets that is used."""
+
+    count, height, width = 4, 300, 70
+    block_shapes = ((128, 70),) * 4
+
+    def read(self, bands, window):
+        (top, bottom), (left, right) = window
+        return np.stack([PIXELS[top:bottom, left:right, band - 1] for band in bands])
+
+
+def test_pixels_are_normalised_as_the_model_wants_them(model, features):
+    mean, std = (torch.tensor(model.pretrained_cfg[key]) for key in ("mean", "std"))
+    image = (torch.from_numpy(PIXELS) / 255 - mean) / std
+    with torch.no_grad():
+        expected = model.forward_intermediates(
+            image.permute(2, 0, 1)[None].contiguous(), indices=[1], intermediates_only=True
+        )[0]
+    assert torch.allclose(features, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        PIXELS.transpose(2, 0, 1),
+        torch.from_numpy(PIXELS),
+        PIXELS.astype(np.uint16) * 257,
+        PIXELS[:, ::-1].copy()[:, ::-1],
+        Raster(),
+    ],
+    ids=["channels_first", "tensor", "uint16", "negative_strides", "raster"],
+)
+def test_kinds_of_images(source, model, features):
+    streamed = vitlinear.stream(model, source, output=1, band_rows=7)
+    assert torch.allclose(streamed, features, atol=1e-5)
+
+
+def test_slides(model):
+    whole = PIXELS.copy()
+    whole[0, 0] = 255  # transparent pixels are white
+    expected = vitlinear.stream(model, whole, output=1)
+    assert torch.allclose(vitlinear.stream(model, Slide(), output=1, band_rows=7), expected)
+    expected = vitlinear.stream(model, whole[::2, ::2], output=1)
+    streamed = vitlinear.stream(model, Slide(), output=1, band_rows=7, level=1)
+    assert torch.allclose(streamed, expected, atol=1e-5)
+
+
+def test_rows_that_are_stored_together_are_read_once():
+    calls = []
+
+    class Chunked:
+        shape, chunks = PIXELS.shape, (100, 70, 3)
+
+        def __getitem__(self, key):
+            calls.append((key.start, key.stop))
+            return PIXELS[key]
+
+    source = open_source(Chunked(), 3)
+    for start in range(0, 300, 20):
+        rows = source.read(max(start - 5, 0), min(start + 25, 300))
+        assert np.array_equal(rows[0], PIXELS[max(start - 5, 0) : start + 25])
+    assert calls == [(0, 100), (100, 200), (200, 300)]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (np.zeros((4, 8, 8)), "images of 3 channels"),
+        (np.zeros((3, 8, 3)), "could be CHW or HWC"),
+        (np.zeros((3, 0, 8)), "no pixel"),
+        (np.zeros((3, 8, 8), bool), "truth values"),
+        ("nowhere.npy", "no image nowhere.npy"),
+        (7, "cannot read an image from int"),
+    ],
+)
+def test_sources_that_do_not_fit(source, message, model):
+    with pytest.raises(UserError, match=message):
+        vitlinear.stream(model, source)
+
+
+def test_files_of_unknown_kind(model, tmp_path):
+    path = tmp_path / "image.png"
+    path.write_bytes(b"")
+    with pytest.raises(UserError, match="rows of .png files"):
+        vitlinear.stream(model, path)
+    (tmp_path / "broken.npy").write_bytes(b"\x93NUM")
+    with pytest.raises(UserError, match="cannot read .*broken.npy"):
+        vitlinear.stream(model, tmp_path / "broken.npy")
+
+
+def test_arrays_take_the_map(model, features):
+    sink = np.zeros(features.shape[1:], np.float32)
+    assert vitlinear.stream(model, PIXELS, sink, output=1) is sink
+    assert np.array_equal(sink, features[0])
+    with pytest.raises(UserError, match="the array for it"):
+        vitlinear.stream(model, PIXELS, sink[:, :-1], output=1)
+
+
+def test_npy(model, features, tmp_path):
+    image, path, workdir = tmp_path / "image.npy", tmp_path / "map.npy", tmp_path / "work"
+    np.save(image, PIXELS)
+    vitlinear.stream(model, image, {1: path}, output=[1, "logits"], workdir=workdir)
+    assert np.array_equal(np.load(path), features[0])
+    assert not any(workdir.iterdir())  # nothing to go on from
+    with pytest.raises(UserError, match="it exists"):
+        vitlinear.stream(model, image, path, output=1)
+    vitlinear.stream(model, image, path, output=1, overwrite=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["image.npy", "map.npy", "work"]
+
+
+@pytest.mark.parametrize(
+    ("sink", "output", "message"),
+    [
+        ("map.png", 1, "maps are written as"),
+        ("nowhere/map.npy", 1, "its folder does not exist"),
+        ("map.npy", "logits", "logits are returned"),
+        ({2: "map.npy"}, 1, "no output that was asked for"),
+        (7, 1, "cannot write a map to int"),
+    ],
+)
+def test_sinks_that_do_not_fit(sink, output, message, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        vitlinear.stream(model, PIXELS, sink, output=output)
+    assert not any(tmp_path.iterdir())
+
+
+def test_missing_libraries_are_named(model, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "zarr", None)
+    with pytest.raises(UserError, match=r"needs zarr.*pip install 'vitlinear\[wsi\]'"):
+        vitlinear.stream(model, PIXELS, tmp_path / "map.zarr", output=1)
+
+
+def test_zarr(model, features, tmp_path):
+    zarr = pytest.importorskip("zarr")
+    zarr.save(str(tmp_path / "image.zarr"), PIXELS)
+    for _ in range(2):
+        vitlinear.stream(
+            model, tmp_path / "image.zarr", tmp_path / "map.zarr", output=1, overwrite=True
+        )
+    assert np.array_equal(zarr.open(str(tmp_path / "map.zarr"), mode="r")[:], features[0])
+
+
+def test_tiff_with_a_pyramid(model, tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    pytest.importorskip("zarr")
+    pixels = np.random.default_rng(0).integers(0, 256, (900, 2300, 3), dtype=np.uint8)
+    tifffile.imwrite(tmp_path / "image.tif", pixels, tile=(256, 256), photometric="rgb")
+    expected = vitlinear.stream(model, pixels, output=0)[0]
+    vitlinear.stream(model, tmp_path / "image.tif", tmp_path / "map.tif", output=0)
+    with tifffile.TiffFile(tmp_path / "map.tif") as file:
+        levels = file.series[0].levels
+        assert [level.shape for level in levels] == [(225, 575, 24), (113, 288, 24)]
+        assert np.array_equal(levels[0].asarray(), expected.permute(1, 2, 0))
+        mean = levels[0].asarray()[:2, :2].mean((0, 1))
+        assert np.allclose(levels[1].asarray()[0, 0], mean, atol=1e-6)
+
+
+def test_slide_library(model, tmp_path):
+    tiffslide = pytest.importorskip("tiffslide")
+    tifffile = pytest.importorskip("tifffile")
+    tifffile.imwrite(tmp_path / "slide.tif", PIXELS, tile=(64, 64), photometric="rgb")
+    streamed = vitlinear.stream(model, tiffslide.TiffSlide(tmp_path / "slide.tif"), output=1)
+    assert torch.equal(streamed, vitlinear.stream(model, PIXELS, output=1))
+
+
+def test_geotiff_keeps_its_place_on_the_earth(model, features, tmp_path):
+    rasterio = pytest.importorskip("rasterio")
+    transform = rasterio.transform.from_origin(500000, 4600000, 10, 10)
+    profile = {"driver": "GTiff", "dtype": "uint8", "count": 3, "height": 300, "width": 70}
+    profile |= {"crs": "EPSG:32633", "transform": transform}
+    with rasterio.open(tmp_path / "scene.tif", "w", **profile) as file:
+        file.write(PIXELS.transpose(2, 0, 1))
+    vitlinear.stream(model, tmp_path / "scene.tif", tmp_path / "map.tif", output=1)
+    with rasterio.open(tmp_path / "map.tif") as file:
+        assert file.crs == "EPSG:32633"
+        assert file.transform == transform * transform.scale(8, 8)
+        assert np.array_equal(file.read(), features[0])
+
+
+def test_command(command, tmp_path, features, model):
+    from safetensors.torch import save_file
+
+    np.save(tmp_path / "image.npy", PIXELS)
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    arguments = ("stream", "test_ravlt_linear", tmp_path / "image.npy", "--map", 1)
+    arguments += ("--checkpoint", tmp_path / "weights.safetensors", "--output")
+    result = command(*arguments, tmp_path / "map.npy")
+    assert result.code == 0, result.err
+    assert np.array_equal(np.load(tmp_path / "map.npy"), features[0])
+    result = command(*arguments, tmp_path / "image.npy")
+    assert result.code == 2 and "the command reads it" in result.err
+    result = command("stream", "test_ravlt_linear", tmp_path / "image.npy", "--output", "x.npy")
+    assert result.code == 2 and "no weights" in result.err

@@ -1,0 +1,112 @@
+"""The ``stream`` command: a model on an image larger than memory."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vitlinear.cli.device import choose_device
+from vitlinear.cli.flags import COUNT, NATURAL, from_arguments
+from vitlinear.cli.model_flags import (
+    InputConfig,
+    ModelConfig,
+    add_checkpoint_flag,
+    add_input_flags,
+    add_model_flags,
+)
+from vitlinear.cli.parser import Parser
+from vitlinear.errors import UserError
+from vitlinear.files import check_no_input
+from vitlinear.streaming import stream
+
+from .load_or_build import load_or_build
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """Model, image and result of ``stream``."""
+
+    name: str
+    source: str
+    checkpoint: str | None
+    model: ModelConfig
+    input: InputConfig
+    output: str
+    map: str
+    level: int
+    layout: str | None
+    memory: str
+    workdir: str | None
+    band_rows: int | None
+    overwrite: bool
+    device: str | None
+
+
+def parse_arguments(argv: Sequence[str] | None, prog: str = "vitlinear stream") -> StreamConfig:
+    """Parses flags."""
+    parser = Parser(
+        prog=prog,
+        description="Write the features of an image that does not fit into memory. They are those "
+        "of the whole image, not of tiles.",
+    )
+    parser.add_argument("name", metavar="MODEL", help="name, with a tag or without")
+    parser.add_argument("source", metavar="SOURCE", help="image: .npy, .zarr, TIFF, a slide")
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="FILE", help="the map: .npy, .zarr, .tif or .tiff"
+    )
+    parser.add_argument(
+        "--map",
+        default="features",
+        metavar="MAP",
+        help="features, after the last norm, or the number of a map of forward_intermediates",
+    )
+    add_checkpoint_flag(parser)
+    add_model_flags(parser, default=None)
+    add_input_flags(parser)
+    group = parser.group("image")
+    group.add_argument("--level", type=NATURAL, default=0, metavar="N", help="of a pyramid")
+    group.add_argument("--layout", choices=("CHW", "HWC"), default=None, help="of an array")
+    group = parser.group("run")
+    group.add_argument("--memory", default="4GiB", metavar="SIZE", help="that it may take")
+    group.add_argument(
+        "--workdir",
+        default=None,
+        metavar="DIR",
+        help="keeps maps on disk, and what the same command needs to go on after an interruption",
+    )
+    group.add_argument(
+        "--band-rows", type=COUNT, default=None, metavar="N", help="default: what fits"
+    )
+    group.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
+    group.add_argument("--device", default=None, metavar="DEV", help="default: cuda, if there is")
+    return from_arguments(StreamConfig, parser.parse_args(argv))
+
+
+def main(argv: Sequence[str] | None, prog: str = "vitlinear stream") -> None:
+    """Runs the command."""
+    config = parse_arguments(argv, prog)
+    if config.model.model not in (None, config.name):
+        raise UserError(f"two models: {config.name} and --model {config.model.model}; give one")
+    check_no_input(config.output, (config.source, config.checkpoint))
+    device = choose_device(config.device)
+    named = ModelConfig(
+        config.name, config.model.model_kwargs, config.model.num_classes, config.model.pretrained
+    )
+    model, _, preprocessing = load_or_build(config.checkpoint, named, config.input)
+    if not config.checkpoint and not config.model.pretrained:
+        raise UserError("no weights: give --checkpoint FILE, or --pretrained")
+    stream(
+        model.to(device),
+        Path(config.source),
+        config.output,
+        output=int(config.map) if config.map.isdigit() else config.map,
+        memory=config.memory,
+        workdir=config.workdir,
+        layout=config.layout,
+        level=config.level,
+        mean=preprocessing.mean,
+        std=preprocessing.std,
+        band_rows=config.band_rows,
+        overwrite=config.overwrite,
+        progress=True,
+    )
+    print(f"wrote {config.output}")
