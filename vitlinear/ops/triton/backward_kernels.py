@@ -50,31 +50,68 @@ from .blocks import (
     zero_block,
     zeros,
 )
-from .forward_kernels import RUN_TIME, load_sums, program, store_sums
+from .forward_kernels import (
+    RUN_TIME,
+    load_sums,
+    opposite_norm,
+    outputs,
+    program,
+    store_sums,
+)
+
+
+@triton.jit
+def epilogue_pass(
+    q, grad_out, epilogue, grad_epilogue, state, norm, mean, span, plan: tl.constexpr
+):  # fmt: skip
+    """Gradients of lepe and gate of a span, for which outputs are computed anew.
+
+    A loop of its own before `query_pass`: in one loop both take more registers than a program has.
+    What that one reads again is in the cache by then. The state has tau in it, and is the one
+    that two reads take.
+    """
+    lepe, gate = epilogue
+    grad_lepe, grad_gate = grad_epilogue
+    tables, mask, place, powers = span
+    b, h, first, last, width, count, _, scale = place
+    opposite = opposite_norm(norm, plan)
+    for start in steps(first, last, plan.block_tokens):
+        n = start + tl.arange(0, plan.block_tokens)
+        inside = n < last
+        valid = valid_tokens(mask, b, n, inside, plan)
+        cos, sin = load_positions(tables, h, n, width, inside, plan)
+        x = load_tokens(q, b, h, n, valid, plan)
+        g = load_values(grad_out, b, h, n, valid, plan)
+        if plan.has_lepe:
+            added = load_values(lepe, b, h, n, valid, plan)
+            grad = g * load_values(gate, b, h, n, valid, plan)
+            store_values(grad_lepe, grad, b, h, n, inside, valid, plan)
+        features = phi_q(x, powers, plan)
+        encoded = encode(features, cos, sin, False, plan)
+        value = outputs(features, encoded, state, norm, opposite, mean, scale, count, plan)
+        if plan.has_lepe:
+            value += added
+        store_values(grad_gate, g * value, b, h, n, inside, valid, plan)
 
 
 @triton.jit
 def query_pass(
-    q, grad_out, grad_q, epilogue, grad_epilogue, state, norm, mean, grad_query, span,
+    q, grad_out, grad_q, gate, state, norm, mean, grad_query, span,
     sums: tl.constexpr, grads: tl.constexpr, plan: tl.constexpr,
 ):  # fmt: skip
     """G, dm and dvbar of a span (``sums``), and the gradients of its queries (``grads``).
 
-    With the sums go the gradients of the epilogue, for which outputs are computed anew. The state
-    has tau in it, and is the one that two reads take; ``grad_query`` is what every valid query gets
-    through their mean. With the gradients goes the span's share of those of powers.
+    The state has tau in it, and is the one that two reads take; ``grad_query`` is what every valid
+    query gets through their mean. With the gradients goes the span's share of those of powers.
     """
-    lepe, gate = epilogue
-    grad_lepe, grad_gate = grad_epilogue
     tables, mask, place, powers = span
     b, h, first, last, width, count, _, scale = place
     grad_state = zero_block(plan.block_rows, plan.block_values)
     grad_norm = zeros(plan.block_features)
     grad_mean = zeros(plan.block_values)
     grad_powers = zeros(plan.block_dim)
-    if plan.reads_opposite:
-        opposite = opposite_vector(norm, plan)
-        grad_opposite = zeros(plan.block_features)
+    opposite = opposite_norm(norm, plan)
+    grad_opposite = zeros(plan.block_features)
     transposed = tl.trans(state)
     for start in steps(first, last, plan.block_tokens):
         n = start + tl.arange(0, plan.block_tokens)
@@ -83,7 +120,6 @@ def query_pass(
         cos, sin = load_positions(tables, h, n, width, inside, plan)
         x = load_tokens(q, b, h, n, valid, plan)
         g = load_values(grad_out, b, h, n, valid, plan)
-        grad_outer = g
         if plan.has_gate:
             g *= load_values(gate, b, h, n, valid, plan)
         features = phi_q(x, powers, plan)
@@ -102,7 +138,6 @@ def query_pass(
             grad_z_opposite = second_slope * tl.sum(tl.where(second, along, 0.0), 1)
             factor = by_half(first_factor, second_factor, plan)
             of_values = g * factor
-            value *= factor
             grad = encode(read_product(of_values, transposed, plan), cos, sin, True, plan)
             grad += norm[None, :] * grad_z[:, None]
             grad += opposite[None, :] * grad_z_opposite[:, None]
@@ -128,15 +163,6 @@ def query_pass(
             if not plan.reads_opposite:
                 encoded = encode(weighted, cos, sin, False, plan)
             grad_state = sum_product(encoded, of_values, grad_state, plan)
-            if plan.has_gate:
-                if not plan.reads_opposite:
-                    value = read_product(encoded, state, plan)
-                if plan.uses_mean:
-                    value += of_mean[:, None] * mean[None, :]
-                if plan.has_lepe:
-                    value += load_values(lepe, b, h, n, valid, plan)
-                    store_values(grad_lepe, g, b, h, n, inside, valid, plan)
-                store_values(grad_gate, grad_outer * value, b, h, n, inside, valid, plan)
         if grads:
             grad, of_powers = phi_q_vjp(x, grad + grad_query[None, :], powers, plan)
             store_gradients(grad_q, grad, b, h, n, inside, valid, plan)
@@ -274,8 +300,11 @@ def backward_kernel(
     tau = load_scale(head_scale, h, plan)
     grad_query = zeros(plan.block_features)
     read = opposite_state(state * tau, plan)
+    _, gate = epilogue
+    if plan.has_gate:
+        epilogue_pass(q, grad_out, epilogue, grad_epilogue, read, norm, mean, span, plan)
     grad_state, grad_norm, grad_mean, of_queries = query_pass(
-        q, grad_out, grad_q, epilogue, grad_epilogue, read, norm, mean, grad_query, span,
+        q, grad_out, grad_q, gate, read, norm, mean, grad_query, span,
         True, plan.key_weights != "global_query", plan,
     )  # fmt: skip
     if plan.has_scale:
@@ -290,8 +319,8 @@ def backward_kernel(
     )  # fmt: skip
     if plan.key_weights == "global_query":
         _, _, _, of_queries = query_pass(
-            q, grad_out, grad_q, epilogue, grad_epilogue, read, norm, mean,
-            grad_query / count, span, False, True, plan,
+            q, grad_out, grad_q, gate, read, norm, mean, grad_query / count, span,
+            False, True, plan,
         )  # fmt: skip
     store_power_gradients(grad_powers, slot, of_queries + of_keys, plan)
 
@@ -312,9 +341,11 @@ def query_kernel(
     if not with_sums:
         grad_query = sum_of_parts(grad_query_parts, slot, slots, splits, plan) / count
     state = opposite_state(state * load_scale(head_scale, h, plan), plan)
+    _, gate = epilogue
+    if with_sums and plan.has_gate:
+        epilogue_pass(q, grad_out, epilogue, grad_epilogue, state, norm, mean, span, plan)
     grad_state, grad_norm, grad_mean, grad_powers = query_pass(
-        q, grad_out, grad_q, epilogue, grad_epilogue, state, norm, mean, grad_query, span,
-        with_sums, with_grads, plan,
+        q, grad_out, grad_q, gate, state, norm, mean, grad_query, span, with_sums, with_grads, plan
     )  # fmt: skip
     if with_sums:
         store_sums(grad_sums, split * slots + slot, grad_state, grad_norm, grad_mean, plan)

@@ -160,35 +160,58 @@ def _of_rows(x, plan: tl.constexpr):
 
 
 @triton.jit
+def opposite_norm(norm, plan: tl.constexpr):
+    """m as the second read takes it; nothing where there is one read."""
+    if plan.reads_opposite:
+        return opposite_vector(norm, plan)
+    else:
+        return 0.0
+
+
+@triton.jit
+def outputs(features, encoded, state, norm, opposite, mean, scale, count, plan: tl.constexpr):
+    """Outputs of a block of queries without the epilogue; the state has tau in it."""
+    value = read_product(encoded, state, plan)
+    if plan.uses_norm:
+        z = tl.sum(features * norm[None, :], 1)
+        of_state, of_mean = read_factors(z, scale, count, plan)
+        if plan.reads_opposite:
+            z_opposite = tl.sum(features * opposite[None, :], 1)
+            second, _of_mean = read_factors(z_opposite, scale, count, plan)
+            value *= by_half(of_state, second, plan)
+        else:
+            value *= of_state[:, None]
+        if plan.uses_mean:
+            value += of_mean[:, None] * mean[None, :]
+    return value
+
+
+@triton.jit
 def read_state(q, out, epilogue, state, norm, mean, span, plan: tl.constexpr):
     """Outputs of a span; the state has tau in it, and is the one that two reads take."""
     lepe, gate = epilogue
     tables, mask, place, powers = span
     b, h, first, last, width, count, _, scale = place
-    if plan.reads_opposite:
-        opposite = opposite_vector(norm, plan)
+    opposite = opposite_norm(norm, plan)
     for start in steps(first, last, plan.block_tokens):
         n = start + tl.arange(0, plan.block_tokens)
         inside = n < last
         valid = valid_tokens(mask, b, n, inside, plan)
         cos, sin = load_positions(tables, h, n, width, inside, plan)
-        features = phi_q(load_tokens(q, b, h, n, valid, plan), powers, plan)
-        value = read_product(encode(features, cos, sin, False, plan), state, plan)
-        if plan.uses_norm:
-            z = tl.sum(features * norm[None, :], 1)
-            of_state, of_mean = read_factors(z, scale, count, plan)
-            if plan.reads_opposite:
-                z_opposite = tl.sum(features * opposite[None, :], 1)
-                second, _of_mean = read_factors(z_opposite, scale, count, plan)
-                value *= by_half(of_state, second, plan)
-            else:
-                value *= of_state[:, None]
-            if plan.uses_mean:
-                value += of_mean[:, None] * mean[None, :]
+        x = load_tokens(q, b, h, n, valid, plan)
+        # All loads of a block come first: one wait for memory, not one before and one after the
+        # product.
         if plan.has_lepe:
-            value += load_values(lepe, b, h, n, valid, plan)
+            added = load_values(lepe, b, h, n, valid, plan)
         if plan.has_gate:
-            value *= load_values(gate, b, h, n, valid, plan)
+            factor = load_values(gate, b, h, n, valid, plan)
+        features = phi_q(x, powers, plan)
+        encoded = encode(features, cos, sin, False, plan)
+        value = outputs(features, encoded, state, norm, opposite, mean, scale, count, plan)
+        if plan.has_lepe:
+            value += added
+        if plan.has_gate:
+            value *= factor
         store_values(out, value, b, h, n, inside, valid, plan)
 
 
