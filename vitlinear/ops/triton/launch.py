@@ -308,7 +308,7 @@ def prepared(q: Tensor, v: Tensor, mechanism: Mechanism, terms: Terms) -> Call:
 
 
 class Extras(NamedTuple):
-    """What kernels take of the terms besides the epilogue, and the width of the grid.
+    """Terms besides the epilogue as kernels take them, and the width of the grid.
 
     Behind the position tables stands how many numbers a position has in one of them, for heads that
     stand side by side.
