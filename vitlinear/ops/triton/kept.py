@@ -17,13 +17,13 @@ ENVIRONMENT_VARIABLE = "VITLINEAR_AUTOTUNE"
 _noted: dict[str, list[int]] | None = None
 
 
-def label(key: Sequence[Any]) -> str:
+def label(key: Any) -> str:
     """A name for a kernel and its plan that does not depend on the device or the process."""
     parts = [part for part in key if not isinstance(part, torch.device)]
     return f"{parts[0]} {hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
 
 
-def find(key: Sequence[Any]) -> list[int] | None:
+def find(key: Any) -> list[int] | None:
     """Block of tokens, warps and stages for a key of `tuning`; None if nothing is kept.
 
     ``VITLINEAR_AUTOTUNE=0`` does without.
@@ -39,7 +39,7 @@ def find(key: Sequence[Any]) -> list[int] | None:
     )
 
 
-def note(key: Sequence[Any], config: Sequence[int]) -> None:
+def note(key: Any, config: Sequence[int]) -> None:
     """Take down what was measured, where somebody wants to know."""
     if _noted is not None:
         _noted[label(key)] = [*config]
