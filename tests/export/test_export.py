@@ -133,6 +133,8 @@ ONE_SIZE = ["--height", 64, "--width", 96]
         pytest.param("test_pola_pvt", SHALLOW, marks=pytest.mark.nightly),
         ("test_pola_swin", ONE_SIZE),
         ("test_ravlt", SHALLOW),
+        ("test_vittt", ["--model-kwargs", "depth=1"]),
+        ("test_h_vittt", SHALLOW),
     ],
 )
 def test_onnx_in_half_precision(name, flags, command, tmp_path):

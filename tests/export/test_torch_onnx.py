@@ -33,6 +33,8 @@ KINDS = {
     "test_pola_pvt": SHALLOW,
     "test_pola_swin": {"depths": (2, 1, 2, 1), "pola_window_size": 6, "window_size": 3},
     "test_ravlt": SHALLOW,
+    "test_vittt": {"depth": 1},
+    "test_h_vittt": SHALLOW,
 }
 SIZES = [(1, 3, 64, 64), (2, 3, 64, 144), (3, 3, 97, 65), (1, 3, 33, 160)]
 

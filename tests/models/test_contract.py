@@ -39,10 +39,12 @@ PROGRAMS = [name for name in TEST_MODELS if not name.endswith("_linear")]
 each_program = pytest.mark.parametrize("name", PROGRAMS)
 # For the same reason compilers get one block of each kind where the model repeats them.
 FEWER_BLOCKS = {
-    **dict.fromkeys(("test_inline_deit", "test_lightnet", "test_linear_deit"), {"depth": 2}),
+    **dict.fromkeys(
+        ("test_inline_deit", "test_lightnet", "test_linear_deit", "test_vittt"), {"depth": 2}
+    ),
     **dict.fromkeys(
         (
-            *("test_inline_pvt", "test_mavit", "test_mila", "test_nalaformer"),
+            *("test_h_vittt", "test_inline_pvt", "test_mavit", "test_mila", "test_nalaformer"),
             *("test_pola_pvt", "test_ravlt"),
         ),
         {"depths": (1, 1, 1, 1)},

@@ -156,8 +156,8 @@ def _weights(family: Family) -> list[str]:
         lines += [
             _wrap(
                 f"Detectors and segmentors with these models as backbones, {place}. "
-                "`vitlinear convert FILE OUT.pth` makes them fit mmdet 3 and mmsegmentation 1. That "
-                "was tested on files made in their layout; none of these has been read here."
+                "`vitlinear convert FILE OUT.pth` makes them fit mmdet 3 and mmsegmentation 1. "
+                "That was tested on files made in their layout; none of these has been read here."
             ),
             "",
         ]
