@@ -2,10 +2,10 @@
 PYTHON ?= python3
 BIN := $(or $(VITLINEAR_VENV),.venv)/bin
 
-.PHONY: help venv test quick nightly newest oldest peer lint format types imports demo ci clean
+.PHONY: help venv test quick nightly newest oldest peer lint format types imports gpu-cache demo ci clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 10
 
 venv:  ## make .venv with everything the tests need
 	$(PYTHON) tools/run_tests.py --version
@@ -41,6 +41,9 @@ types: venv  ## mypy on the rooms and files that pyproject.toml lists
 
 imports: venv  ## which room may import which: the contracts of pyproject.toml
 	$(BIN)/lint-imports --no-cache
+
+gpu-cache:  ## compile the kernels for a GPU that is not there; PYTHON is that of its machine (3.12)
+	$(PYTHON) tools/gpu_cache.py make output/gpu_cache.tar.xz $(ARGS)
 
 demo:  ## train, evaluate and predict on digits
 	$(PYTHON) tools/quickstart.py

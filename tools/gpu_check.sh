@@ -1,16 +1,26 @@
 #!/usr/bin/env bash
-# The whole GPU side in one go: the tests marked gpu, then attention and whole models measured, in
-# under nine minutes. Needs torch, triton, timm and pytest in the Python that $PYTHON names, and
-# nothing installed of this repository.
+# The whole GPU side in one go, in under nine minutes, what matters most first:
+#   first      versions; every mechanism right or wrong, in seconds; the time of each kernel in the
+#              calls that a bar is set for
+#   tests      capture, bit-equal repeats and offsets beyond 2^32; then every test marked gpu
+#   attention  attention measured against everything that it is compared with
+#   models     whole models measured
+#   memory     a few tiny calls under compute-sanitizer, where it is installed
+# Needs torch, triton, timm and pytest in the Python that $PYTHON names, and nothing installed of
+# this repository. Each step is ended by SIGINT, so that reports are written whatever the time.
 #
-#     tools/gpu_check.sh [FOLDER]              # writes FOLDER/gpu.json, FOLDER/models.json, *.txt
-#     tools/gpu_check.sh --only models         # or tests, or attention: one part has all the time
+#     tools/gpu_check.sh [FOLDER]              # writes FOLDER/first.jsonl, *.json, *.txt, *.xml
+#     tools/gpu_check.sh --only models         # one of the parts has all the time
 #     tools/gpu_check.sh --dry-run [FOLDER]    # no GPU: tiny shapes, in Triton's interpreter
+#
+# GPU_CACHE names an archive of compiled kernels (`make gpu-cache`); output/gpu_cache.tar.xz is taken
+# if it is there.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+all="first tests attention models memory"
 dry=()
-parts="tests attention models"
+parts=$all
 while [[ ${1:-} == --* ]]; do
     case $1 in
     --dry-run)
@@ -19,8 +29,8 @@ while [[ ${1:-} == --* ]]; do
         ;;
     --only)
         parts=${2:-}
-        if [[ ! $parts =~ ^(tests|attention|models)$ ]]; then
-            echo "gpu_check: --only takes tests, attention or models, not '$parts'" >&2
+        if [[ -z $parts || $parts == *" "* || " $all " != *" $parts "* ]]; then
+            echo "gpu_check: --only takes one of: $all; not '$parts'" >&2
             exit 2
         fi
         shift
@@ -35,6 +45,7 @@ done
 folder=${1:-output/gpu_check}
 python=${PYTHON:-python3}
 budget=${GPU_CHECK_SECONDS:-520}
+cache=${GPU_CACHE:-output/gpu_cache.tar.xz}
 mkdir -p "$folder"
 export PYTHONPATH=$PWD PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS=1
 # Trying every configuration of every kernel takes longer than all else.
@@ -43,31 +54,58 @@ status=0
 
 wanted() { [[ " $parts " == *" $1 "* ]]; }
 
+# run NAME SECONDS COMMAND...: ends the command in time, so that it can still write its report.
+run() {
+    local name=$1 seconds=$2
+    shift 2
+    timeout -s INT -k 10 "$seconds" "$@" >"$folder/$name.txt" 2>&1
+}
+
 # Without the settings in pyproject.toml, which name plugins that need not be there.
 tests() {
     local name=$1 limit=$2
     shift 2
-    timeout "$limit" "$python" -m pytest -c /dev/null --rootdir . --import-mode=importlib -q \
-        -p no:cacheprovider -W ignore::pytest.PytestUnknownMarkWarning -m gpu \
-        --junit-xml "$folder/tests_$name.xml" tests/ops/triton/test_gpu.py "$@" \
-        >"$folder/tests_$name.txt" 2>&1
+    run "tests_$name" "$limit" "$python" -m pytest -c /dev/null --rootdir . -v \
+        --import-mode=importlib -p no:cacheprovider -W ignore::pytest.PytestUnknownMarkWarning \
+        -m gpu --junit-xml "$folder/tests_$name.xml" tests/ops/triton/test_gpu.py "$@"
+}
+
+# Versions and correctness take seconds with a cache of compiled kernels, so they have no limit of
+# their own; the bars follow.
+run_first() {
+    local seconds=$((budget < 150 ? budget : 150))
+    if [[ ${#dry[@]} == 0 && -e $cache ]]; then
+        export TRITON_CACHE_DIR=$PWD/$folder/triton_cache
+        "$python" tools/gpu_cache.py unpack "$cache" "$TRITON_CACHE_DIR" || status=1
+    fi
+    run first "$seconds" "$python" benchmarks/first_contact.py "${dry[@]}" \
+        --output "$folder/first.jsonl" --seconds $((seconds - 15)) || status=1
+    cat "$folder/first.txt"
 }
 
 # Compiling takes most of the time, and as many cores as there are processes: one a mechanism.
-# What needs much memory, or the device to itself, follows alone.
+# What needs much memory, or the device to itself, goes alone.
 run_tests() {
-    local alone="more_than_8_gib or workspace or measured_configurations or resolution"
-    local general="compile_fullgraph or cuda_graph or export or autocast"
-    local mechanism pid pids=()
+    local contract="cuda_graph or bit_equal or more_than_8_gib"
+    local alone="workspace or measured_configurations or resolution"
+    local general="compile_fullgraph or export or autocast"
+    local left mechanism mechanisms pid pids=()
     rm -f "$folder"/tests_*.xml
-    for mechanism in rala mala inline nala l2 lightnet elu relu identity pola; do
-        tests "$mechanism" 280 -k "([$mechanism] or -$mechanism]) and not ($alone)" &
+    tests contract 60 -k "$contract" || status=1
+    tail -n 1 "$folder/tests_contract.txt"
+    left=$((budget - SECONDS))
+    if wanted attention; then left=$((left / 2)); fi
+    left=$((left > 60 ? left : 60))
+    mechanisms=$("$python" -c "from vitlinear import ops; print(*ops.MECHANISMS)") || exit 1
+    for mechanism in $mechanisms; do
+        tests "$mechanism" "$left" \
+            -k "([$mechanism] or -$mechanism] or [$mechanism-) and not ($alone or $contract)" &
         pids+=($!)
     done
-    tests general 280 -k "$general" &
+    tests general "$left" -k "$general" &
     pids+=($!)
     for pid in "${pids[@]}"; do wait "$pid" || status=1; done
-    tests alone 120 -k "$alone" || status=1
+    tests alone 60 -k "$alone" || status=1
     tail -qn 1 "$folder"/tests_*.txt
 }
 
@@ -77,12 +115,28 @@ measure() {
     local name=$1 script=$2 seconds=$3
     shift 3
     seconds=$((seconds > 30 ? seconds : 30))
-    timeout $((seconds + 15)) "$python" "benchmarks/$script" "${dry[@]}" \
-        --output "$folder/$name.json" --seconds $((seconds - 15)) "$@" \
-        >"$folder/$name.txt" 2>&1 || status=1
+    run "$name" $((seconds + 15)) "$python" "benchmarks/$script" "${dry[@]}" \
+        --output "$folder/$name.json" --seconds $((seconds - 15)) "$@" || status=1
     cat "$folder/$name.txt"
 }
 
+# A program under it is many times slower: a few tests of tiny sizes.
+run_memory() {
+    local seconds=$((budget - SECONDS))
+    if ! command -v compute-sanitizer >/dev/null; then
+        echo "gpu_check: no compute-sanitizer, memory is not checked"
+    elif ((seconds < 60)); then
+        echo "gpu_check: no time left to check memory"
+    else
+        run memory "$seconds" compute-sanitizer --tool memcheck --error-exitcode 1 \
+            "$python" -m pytest -c /dev/null --rootdir . -v --import-mode=importlib \
+            -p no:cacheprovider -W ignore::pytest.PytestUnknownMarkWarning -m gpu \
+            tests/ops/triton/test_gpu.py -k "head_sizes and 8" || status=1
+        tail -n 3 "$folder/memory.txt"
+    fi
+}
+
+if wanted first; then run_first; fi
 if wanted tests; then run_tests; fi
 if wanted attention; then
     left=$((budget - SECONDS))
@@ -92,5 +146,6 @@ if wanted attention; then
     measure gpu gpu.py "$left" --tests "${recorded[@]}"
 fi
 if wanted models; then measure models gpu_models.py $((budget - SECONDS)); fi
+if wanted memory && [[ ${#dry[@]} == 0 ]]; then run_memory; fi
 echo "gpu_check: $SECONDS s, exit status $status"
 exit "$status"

@@ -17,7 +17,8 @@ from torch import nn
 
 from tests import golden
 from tests.dense.openmmlab import packages
-from vitlinear.checkpoints.mappings import PYRAMID
+from vitlinear.checkpoints.mappings import H_VITTT, PYRAMID
+from vitlinear.facts import family_of
 
 pytestmark = packages()
 
@@ -116,6 +117,7 @@ def test_model_as_published(name):
     assert backbone.get("out_norms", False) == (facts["norm_eps"] is not None)
     assert backbone.get("out_norm_eps", 1e-6) == (facts["norm_eps"] or 1e-6)
     assert (backbone.frozen_stages, backbone.norm_eval) == (-1, False)
+    assert backbone.get("grad_checkpointing", False) == facts.get("checkpointing", False)
     assert c.get("sync_bn") == ("torch" if facts["sync_bn"] else None)
     assert c.get("find_unused_parameters", False) == facts.get("unused", False)
 
@@ -243,22 +245,29 @@ def undecayed(name: str) -> tuple[set[str], nn.Module]:
 
 
 def exempt_by_authors(model: str, every_norm: bool) -> set[str]:
-    """Our names of what the rules of RALA and MALA leave undecayed in a detector's backbone."""
-    family = {"ravlt": "rala", "mavit": "mala"}[model.partition("_")[0]]
-    released = f"{family.upper() if family == 'mala' else 'RAVLT'}_{model[-1].upper()}"
+    """Our names of what the authors' rules leave undecayed in a detector's backbone."""
+    family = family_of(model)
+    released, mapping = family.models[model].released, PYRAMID
+    if family.name == "vittt":
+        mapping = H_VITTT
     names = {f"backbone.norms.{i}.{part}" for i in range(4) for part in ("weight", "bias")}
-    for key, *_ in golden.variants(family)[released]["state_dict"]:
-        if key.endswith(("running_mean", "running_var", "num_batches_tracked")):
+    for key, *_ in golden.variants(family.name)[released]["state_dict"]:
+        if key.endswith(("running_mean", "running_var", "num_batches_tracked", "rotations")):
             continue
         stem_norm = key.startswith("patch_embed.proj.") and int(key.split(".")[2]) % 3 == 1
         if "norm" in key or (every_norm and stem_norm):
-            names.add(f"backbone.model.{PYRAMID.rename(key)}")
+            names.add(f"backbone.model.{mapping.rename(key)}")
     # Of the classifier, which detectors do not have.
     return {key for key in names if not key.startswith("backbone.model.final.")}
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in sorted(PUBLISHED) if ("ravlt-s" in name or "mavit-b" in name)]
+    "name",
+    [
+        name
+        for name in sorted(PUBLISHED)
+        if any(model in name for model in ("ravlt-s", "mavit-b", "h-vittt-tiny"))
+    ],
 )
 def test_weight_decay_reaches_what_it_does_upstream(name):
     free, model = undecayed(name)
@@ -279,7 +288,14 @@ def test_weight_decay_reaches_what_it_does_upstream(name):
     assert bool(heads) == ("cascade" in name or facts["task"] == "segmentation")
 
 
-@pytest.mark.parametrize("name", [name for name in sorted(PUBLISHED) if "-tiny" in name])
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name, facts in sorted(PUBLISHED.items())
+        if "-tiny" in name and facts["undecayed"] != "names"
+    ],
+)
 def test_weight_decay_elsewhere(name):
     free, model = undecayed(name)
     rule = PUBLISHED[name]["undecayed"]
@@ -409,6 +425,11 @@ def table_rows() -> dict[str, list[str]]:
     return rows
 
 
+def auxiliary_params(channels: int) -> int:
+    """Of the auxiliary head of UperNet: 3x3 convolution, batch norm, 1x1 convolution with bias."""
+    return 9 * channels * 256 + 2 * 256 + 256 * 150 + 150
+
+
 def test_size_and_cost_as_published():
     rows = table_rows()
     assert set(rows) == set(PUBLISHED)
@@ -423,10 +444,12 @@ def test_size_and_cost_as_published():
         if "params" not in facts:
             continue
         params, macs = float(rows[name][1]), float(rows[name][3])
+        if facts["source"] == "vittt" and name.startswith("upernet"):
+            params -= auxiliary_params(PUBLISHED[name]["channels"][2]) / 1e6
         assert (
             abs(params / facts["params"] - 1) <= TOLERANCE["params"]
             or abs(params - facts["params"]) <= 0.5  # printed in whole millions
         ), name
         assert abs(macs / facts["macs"] - 1) <= TOLERANCE["macs"], name
         compared += 1
-    assert compared == 21
+    assert compared >= 21

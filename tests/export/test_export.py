@@ -129,7 +129,12 @@ ONE_SIZE = ["--height", 64, "--width", 96]
         ("test_mila", SHALLOW),
         ("test_nalaformer", [*ONE_SIZE, *SHALLOW]),
         pytest.param("test_nalaformer", [*SHALLOW, *FROM_64], marks=pytest.mark.nightly),
+        ("test_pola_pvt", [*ONE_SIZE, *SHALLOW]),
+        pytest.param("test_pola_pvt", SHALLOW, marks=pytest.mark.nightly),
+        ("test_pola_swin", ONE_SIZE),
         ("test_ravlt", SHALLOW),
+        ("test_vittt", ["--model-kwargs", "depth=1"]),
+        ("test_h_vittt", SHALLOW),
     ],
 )
 def test_onnx_in_half_precision(name, flags, command, tmp_path):

@@ -30,7 +30,11 @@ KINDS = {
     "test_mavit": SHALLOW,
     "test_mila": SHALLOW,
     "test_nalaformer": SHALLOW,
+    "test_pola_pvt": SHALLOW,
+    "test_pola_swin": {"depths": (2, 1, 2, 1), "pola_window_size": 6, "window_size": 3},
     "test_ravlt": SHALLOW,
+    "test_vittt": {"depth": 1},
+    "test_h_vittt": SHALLOW,
 }
 SIZES = [(1, 3, 64, 64), (2, 3, 64, 144), (3, 3, 97, 65), (1, 3, 33, 160)]
 
@@ -53,7 +57,7 @@ def check(model, path, sizes):
 
 
 # Of the pyramids one in every run, of InLine's hosts two: what ties a program to a batch is alike.
-NIGHTLY = ("test_inline_cswin", "test_inline_pvt", "test_mavit", "test_ravlt")
+NIGHTLY = ("test_inline_cswin", "test_inline_pvt", "test_mavit", "test_pola_pvt", "test_ravlt")
 
 
 @pytest.mark.slow

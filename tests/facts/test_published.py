@@ -45,9 +45,14 @@ def test_nothing_else_is_wired():
 
 
 def test_rows_are_well_formed():
-    places = [(row.hub_id, row.filename, row.url) for row in PUBLISHED]
+    # A folder whose files have no known names stands for the weights of several models.
+    places = [
+        (row.hub_id, row.filename, row.url)
+        for row in PUBLISHED
+        if not (row.url or "").endswith("/tree/main")
+    ]
     assert len(set(places)) == len(places)
-    assert len({(row.model, row.tag, row.task) for row in PUBLISHED}) == len(places)
+    assert len({(row.model, row.tag, row.task) for row in PUBLISHED}) == len(PUBLISHED)
     for row in PUBLISHED:
         assert bool(row.hub_id) != bool(row.url), row
         assert row.source and row.license, row

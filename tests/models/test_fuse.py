@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import timm
 import torch
@@ -15,7 +17,8 @@ TEST_MODELS = [
     for name in timm.list_models("test_*")
     if timm.model_entrypoint(name).__module__.startswith("vitlinear.")
 ]
-FOLDS = [n for n in TEST_MODELS if "inline" not in n and "deit" not in n and "lightnet" not in n]
+# The others have no modules that fuse() could do without.
+FOLDS = [n for n in TEST_MODELS if not re.search("inline|deit|lightnet|pola", n)]
 
 
 def trained(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -55,7 +58,9 @@ def test_same_outputs_in_single_precision(name):
 def test_nothing_is_left_to_fold(name):
     model = trained(name).fuse()
     concentrations = sum(isinstance(m, LocalConcentration) for m in model.modules())
-    assert sum(isinstance(m, nn.BatchNorm2d) for m in model.modules()) == concentrations
+    # Behind the last stage one of its own has no convolution before it.
+    alone = isinstance(getattr(model, "final", None), nn.BatchNorm2d)
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in model.modules()) == concentrations + alone
     assert not any(isinstance(m, LayerScale | ResidualDepthwiseConv) for m in model.modules())
 
 
@@ -65,7 +70,8 @@ def test_reparameterize_model_of_timm(name):
     model = trained(name)
     images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     fused = timm.utils.reparameterize_model(model)
-    assert len(list(fused.modules())) < len(list(model.modules()))
+    before, after = ([type(m) for m in x.modules()] for x in (model, fused))
+    assert after != before and len(after) <= len(before)
     torch.testing.assert_close(fused(images), model(images), rtol=1e-11, atol=1e-11)
 
 

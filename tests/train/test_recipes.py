@@ -49,15 +49,15 @@ FACTS = {
 CHECKED = """
     aa amp amp_dtype aug_repeats batch_size clip_grad color_jitter cooldown_epochs crop_mode
     crop_pct cutmix drop_path epochs grad_accum_steps img_size initial_model interpolation lr
-    lr_base lr_base_all lr_base_scale lr_base_size min_lr mixup mixup_mode mixup_prob
-    mixup_switch_prob model model_ema model_ema_base_size model_ema_decay num_classes opt
+    lr_base lr_base_all lr_base_scale lr_base_size mesa mesa_start_epoch min_lr mixup mixup_mode
+    mixup_prob mixup_switch_prob model model_ema model_ema_base_size model_ema_decay num_classes opt
     opt_betas opt_eps recipe_batch_size recount remode reprob sched sched_on_updates smoothing
     sync_bn train_interpolation warmup_epochs warmup_lr warmup_prefix weight_decay
     weight_decay_1d
 """
 SMALLEST = """
     ravlt_t mavit_t nalaformer_xt inline_deit_tiny inline_pvt_tiny inline_swin_tiny
-    inline_cswin_tiny l2vit_tiny
+    inline_cswin_tiny l2vit_tiny vittt_tiny h_vittt_tiny
 """
 ALL = os.environ.get("VITLINEAR_RECIPES") == "all"
 
@@ -135,7 +135,7 @@ def resolved(name: str) -> dict[str, Any]:
         "epochs": epochs,
         "lr": [rate(0), peaks.pop(), rate(epochs)],
         "drop_path": round(
-            max(m.drop_prob for m in model.modules() if isinstance(m, DropPath)), 6
+            max((m.drop_prob for m in model.modules() if isinstance(m, DropPath)), default=0.0), 6
         ),
         "aa": args.aa,
         "color_jitter": args.color_jitter,
@@ -154,6 +154,9 @@ def resolved(name: str) -> dict[str, Any]:
         "sync_bn": args.sync_bn,
         "amp": args.amp_dtype if args.amp else None,
         "ema": ema_decay(config.average, images) if args.model_ema else None,
+        "mesa": (
+            [args.mesa, args.mesa_start_epoch, args.mesa_temperature] if args.mesa else None
+        ),
         "evaluation": [
             side, int(side / data.crop_pct), data.crop_mode, data.interpolation,
         ],
@@ -209,10 +212,13 @@ def test_readme_lists_every_recipe() -> None:
 def released_decay(released: str) -> tuple[set[str], set[str]]:
     """Our names of what the released scripts decay, and of what they do not, by their shapes."""
     buffers = (
-        "running_mean running_var num_batches_tracked RoPE.angle relative_position_index attn_mask"
+        "running_mean running_var num_batches_tracked RoPE.angle relative_position_index attn_mask "
+        "rotations"
     )
     buffers_end = tuple(buffers.split())
     listed = ("pos_embed", "cls_token", "relative_position_bias_table")
+    if released.startswith("pola_"):  # lists no other names
+        listed = ("relative_position_bias_table",)
     entries = next(
         json.loads(path.read_text())[released]["state_dict"]
         for path in golden.FOLDER.glob("*.json")

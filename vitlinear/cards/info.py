@@ -50,7 +50,9 @@ def describe(model: str, count_parameters: bool = True) -> dict[str, Any]:
         and {
             "parameters_m": published.params,
             "multiply_adds_g": published.macs,
-            "multiply_adds_count": convention(published.macs, counted) if counted else None,
+            "multiply_adds_count": convention(published.macs, counted)
+            if counted and published.macs
+            else None,
             "imagenet_1k_top1": {
                 key: value for key, value in published.top1.items() if tag in ("", key)
             },
@@ -127,21 +129,16 @@ def _details(model: dict[str, Any]) -> list[tuple[str, str]]:
         kind = published["multiply_adds_count"]
         which = {"neither": "nearer than 3% to neither total nor projections", None: "not compared"}
         text = which.get(kind, f"which counts {kind}")
-        lines += [
-            (
-                "published",
-                f"{published['parameters_m']}M parameters, {published['multiply_adds_g']} GMACs "
-                f"({text})",
-            ),
-            *(
-                (
-                    "",
-                    f"{value} ImageNet-1K top-1 ({base}.{tag}), not measured here",
-                )
-                for tag, value in published["imagenet_1k_top1"].items()
-            ),
-            ("", f"source: {published['source']}"),
+        params, published_macs = published["parameters_m"], published["multiply_adds_g"]
+        costs = [f"{params}M parameters"] if params else []
+        costs += [f"{published_macs} GMACs ({text})"] if published_macs else []
+        figures = [", ".join(costs)] if costs else []
+        figures += [
+            f"{value} ImageNet-1K top-1 ({base}.{tag}), not measured here"
+            for tag, value in published["imagenet_1k_top1"].items()
         ]
+        figures.append(f"source: {published['source']}")
+        lines += [("" if i else "published", text) for i, text in enumerate(figures)]
     for size, value in (model["agreement_with_released_code"] or {}).items():
         lines.append(("measured", f"logits at {size} within {value:.0e} of the authors' code's"))
     for row in model["weights"]:

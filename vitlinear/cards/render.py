@@ -90,18 +90,19 @@ def _variants(family: Family) -> list[str]:
         facts, counted = family.model(name), counts()[name]
         published = facts.published
         _, height, width = counted["input_size"]
+        params, macs = (published.params, published.macs) if published else (None, None)
         rows.append(
             (
                 f"`{name}`",
                 facts.attention,
                 mega(counted["params"]),
-                f"{published.params}M" if published else "",
+                f"{params}M" if params else "",
                 f"{height}x{width}",
                 giga(counted["total"]),
                 giga(counted["projections"]),
                 giga(counted["attention"]),
-                f"{published.macs}" if published else "",
-                convention(published.macs, counted) if published else "",
+                f"{macs}" if macs else "",
+                convention(macs, counted) if macs else "",
                 top1(facts),
             )
         )
@@ -155,8 +156,8 @@ def _weights(family: Family) -> list[str]:
         lines += [
             _wrap(
                 f"Detectors and segmentors with these models as backbones, {place}. "
-                "`vitlinear convert FILE OUT.pth` makes them fit mmdet 3 and mmsegmentation 1. That "
-                "was tested on files made in their layout; none of these has been read here."
+                "`vitlinear convert FILE OUT.pth` makes them fit mmdet 3 and mmsegmentation 1. "
+                "That was tested on files made in their layout; none of these has been read here."
             ),
             "",
         ]

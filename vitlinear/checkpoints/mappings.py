@@ -328,6 +328,34 @@ INLINE_CSWIN = KeyMapping(
     ),
 )
 
+
+def _h_vittt_stem(match: re.Match[str]) -> str:
+    """The authors count the convolutions of the stem from 0."""
+    return f"stem.conv{int(match[1]) + 1}.{_CONV_NORM[match[2]]}."
+
+
+H_VITTT = KeyMapping(
+    name="h-vittt",
+    marker=r"layers\.\d+\.blocks\.\d+\.attn\.w3$",
+    renames=(
+        (r"patch_embed\.conv\.(\d)\.(conv|norm)\.", _h_vittt_stem),
+        INVERTED_DOWNSAMPLE,
+        (_BLOCK + r"cpe\.", r"stages.\1.blocks.\2.pos."),
+        (_BLOCK + r"mlp\.dwc\.", r"stages.\1.blocks.\2.mlp.dwconv."),
+        (_BLOCK, r"stages.\1.blocks.\2."),
+        (r"norm\.", "final."),
+        (r"head\.", "head.fc."),
+    ),
+    # Made here for the size of the map. Detectors have others, which are never used.
+    dropped=r".*\.rotations",
+)
+
+VITTT = KeyMapping(
+    name="vittt",
+    marker=r"blocks\.\d+\.cpe\.",
+    renames=((r"(blocks\.\d+\.)cpe\.", r"\1pos."),),
+)
+
 MAPPINGS: tuple[KeyMapping, ...] = (
     PYRAMID,
     L2VIT,
@@ -336,6 +364,8 @@ MAPPINGS: tuple[KeyMapping, ...] = (
     INLINE_PVT,
     INLINE_SWIN,
     INLINE_CSWIN,
+    H_VITTT,
+    VITTT,
     POLA_PVT,
     POLA_SWIN,
 )

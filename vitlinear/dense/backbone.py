@@ -138,7 +138,8 @@ class MultiScaleBackbone(nn.Module):
         """Images [B, in_chans, H, W] -> maps [B, C_i, H_i, W_i], H_i = ceil(H / reduction).
 
         A model of one resolution rounds up to its patches first, so that its finer maps may have
-        more rows and columns than that; InLine-PVT leaves incomplete patches out, as released.
+        more rows and columns than that; InLine-PVT and Pola-PVT leave incomplete patches out,
+        as released.
 
         Args:
             images: Normalised as the model wants it.

@@ -100,7 +100,8 @@ def mask_padding(detector: nn.Module) -> nn.Module:
 
     What remains different: batch norms in training, group norms (FCOS has them in its heads), and
     the losses count padding; RoI pooling of boxes at the edge of an image that are thinner than
-    one place of their map; P6 and P7 of InLine-PVT, which rounds down, may end a place earlier.
+    one place of their map; P6 and P7 of InLine-PVT and Pola-PVT, which round down, may end a place
+    earlier.
 
     Args:
         detector: One of torchvision's, on an `fpn_backbone`. It gets another transform, and hooks

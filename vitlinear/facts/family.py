@@ -18,16 +18,16 @@ class PublishedFigures:
     """The figures published of one model.
 
     Attributes:
-        params: Millions.
-        macs: 1e9 multiply-adds, in the publication's own convention.
         top1: ImageNet-1K accuracy in percent, by tag of the weights.
         source: Where it was read.
+        params: Millions; None if not stated.
+        macs: 1e9 multiply-adds, in the publication's own convention; likewise.
     """
 
-    params: float
-    macs: float
     top1: Mapping[str, float]
     source: str
+    params: float | None = None
+    macs: float | None = None
 
     @property
     def secondary(self) -> bool:
@@ -101,10 +101,10 @@ def _model(name: str, row: Mapping[str, Any], sources: Mapping[str, str]) -> Mod
         released=row.get("released"),
         published=published
         and PublishedFigures(
-            params=published["params"],
-            macs=published["macs"],
             top1=published["top1"],
             source=sources[published["source"]].strip(),
+            params=published.get("params"),
+            macs=published.get("macs"),
         ),
     )
 

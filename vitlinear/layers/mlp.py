@@ -14,7 +14,10 @@ from .recompute import run_recomputing
 
 
 class ConvMlp(nn.Module):
-    """Feed-forward network fc2(y + dw3(y)), y = GELU(fc1(x)), dw3 a depthwise convolution."""
+    """Feed-forward network fc2(y + dw3(y)), y = GELU(fc1(x)), dw3 a depthwise convolution.
+
+    ViT³ (arXiv:2512.01643) has a second GELU after the sum: fc2(GELU(y + dw3(y))).
+    """
 
     row_rule = LOCAL
 
@@ -23,6 +26,7 @@ class ConvMlp(nn.Module):
         dim: int,
         hidden_dim: int,
         drop: float = 0.0,
+        second_act: bool = False,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -32,6 +36,7 @@ class ConvMlp(nn.Module):
             dim: Channels in and out.
             hidden_dim: Channels in between.
             drop: Dropout rate of the output.
+            second_act: Put the GELU after the convolution too.
             device: Where the parameters live.
             dtype: Type of the parameters.
         """
@@ -39,6 +44,7 @@ class ConvMlp(nn.Module):
         self.fc1: nn.Module = Linear(dim, hidden_dim, device=device, dtype=dtype)
         self.act: nn.Module = nn.GELU()
         self.dwconv = ResidualDepthwiseConv(hidden_dim, 3, device=device, dtype=dtype)
+        self.act2 = nn.GELU() if second_act else None
         self.fc2 = Linear(hidden_dim, dim, device=device, dtype=dtype)
         self.drop = nn.Dropout(drop)
 
@@ -46,9 +52,12 @@ class ConvMlp(nn.Module):
         """[B, H, W, C] -> [B, H, W, C]."""
         x = self.fc1(x)
         if torch.jit.is_scripting():
-            x = self.fc2(self.dwconv(self.act(x)))
-        else:
+            x = self.dwconv(self.act(x))
+            x = self.fc2(x if self.act2 is None else self.act2(x))
+        elif self.act2 is None:
             x = run_recomputing((self.act, self.dwconv, self.fc2), x)
+        else:
+            x = run_recomputing((self.act, self.dwconv, self.act2, self.fc2), x)
         return self.drop(x)
 
     @torch.jit.ignore

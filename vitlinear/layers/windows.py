@@ -78,7 +78,9 @@ def shorter_side(height: int, width: int, limit: int) -> int:
     else:  # noqa: RET505
         if is_followed(height):
             return _least_of_tensors(height, width, limit)
-        return opaque(torch.sym_min(limit, torch.sym_min(height, width)))
+        # Python's own would ask which one is less, and tie a program to the answer.
+        limit = torch.sym_min(height, limit) if varies(height) else min(height, limit)
+        return opaque(torch.sym_min(width, limit) if varies(width) else min(width, limit))
 
 
 def _least_of_tensors(height: Any, width: Any, limit: int) -> Any:

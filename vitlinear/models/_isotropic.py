@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import (
     DropPath,
     PatchEmbed,
@@ -21,8 +22,8 @@ from timm.layers import (
 )
 from torch import Tensor, nn
 
-from vitlinear._timm import feature_take_indices
-from vitlinear.layers import AddTokenPositions, check_images
+from vitlinear._timm import feature_take_indices, register_notrace_module
+from vitlinear.layers import AddTokenPositions, check_images, known_layout
 from vitlinear.layers.band import LOCAL
 
 from ._build import imagenet_cfg
@@ -76,10 +77,27 @@ class TokenBlock(Block):
         return x
 
 
+# One step to torch.fx, which cannot follow choices that look at shapes.
+@register_notrace_module
+class FloorPatchEmbed(PatchEmbed):
+    """Patches that leave out what is beyond the last whole one; arguments as `PatchEmbed`.
+
+    Images smaller than a patch are padded with zeros to one.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, in_chans, H, W] -> [B, floor(H / patch_size), floor(W / patch_size), C]."""
+        height, width = self.patch_size[0], self.patch_size[1]
+        if x.shape[2] < height or x.shape[3] < width:
+            x = F.pad(x, [0, max(width - x.shape[3], 0), 0, max(height - x.shape[2], 0)])
+        return self.norm(self.proj(known_layout(x)).permute(0, 2, 3, 1))
+
+
 class IsotropicBackbone(TimmBackbone):
     """Patches, blocks, norm and classifier; takes images of any size, square or not.
 
-    Images are padded with zeros to whole patches, to the right and below. Learned positions are
+    Images are padded with zeros to whole patches, to the right and below; models with `rounds_down`
+    leave incomplete patches out instead. Learned positions are
     resized to the grid of the image; at the size that they were learned at they are added as they
     are.
 
@@ -140,7 +158,8 @@ class IsotropicBackbone(TimmBackbone):
         self.global_pool = global_pool
         self.set_features("blocks", [embed_dim] * depth, [patch_size] * depth)
 
-        self.patch_embed = PatchEmbed(
+        patch_layer = FloorPatchEmbed if self.rounds_down else PatchEmbed
+        self.patch_embed = patch_layer(
             img_size,
             patch_size,
             in_chans,
@@ -169,6 +188,7 @@ class IsotropicBackbone(TimmBackbone):
         mlp: Callable[[], nn.Module],
         norm_layer: Callable[..., nn.Module],
         drop_path_rate: float,
+        block: type[TokenBlock] = TokenBlock,
         **dd: Any,
     ) -> None:
         """Set `blocks` and `norm`; the last step of a constructor.
@@ -178,11 +198,12 @@ class IsotropicBackbone(TimmBackbone):
             mlp: Makes its feed-forward network.
             norm_layer: Takes ``dim``, ``device`` and ``dtype``.
             drop_path_rate: Stochastic depth rate of the last block, growing linearly from 0.
+            block: Class of the blocks.
             **dd: Where the parameters live, and their type.
         """
         rates = calculate_drop_path_rates(drop_path_rate, len(self.feature_info))
         self.blocks = nn.ModuleList(
-            TokenBlock(self.embed_dim, attn(), mlp(), norm_layer, rate, **dd) for rate in rates
+            block(self.embed_dim, attn(), mlp(), norm_layer, rate, **dd) for rate in rates
         )
         self.norm = norm_layer(self.embed_dim, **dd)
         self.init_weights(needs_reset=False)

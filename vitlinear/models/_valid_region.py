@@ -37,7 +37,8 @@ class ValidRegion:
         Args:
             image_size: Height and width of the padded images.
             valid_sizes: Height and width of each image.
-            rounds_down: Maps up to stride 32 leave incomplete patches out, if there is another.
+            rounds_down: Maps leave incomplete patches out, if there is another: those of stages up
+                to stride 32, those of models of one resolution at the side of their patches.
             patch_size: Side of the patches of models of one resolution.
         """
         self.image_size = image_size
@@ -66,7 +67,7 @@ class ValidRegion:
     def _along(self, side: int, image_side: int, valid: tuple[int, ...]) -> list[int]:
         if side >= image_side:  # the images, or the images as the model itself pads them further
             return list(valid)
-        patches, *valid_patches = (-(-n // self.patch_size) for n in (image_side, *valid))
+        patches, *valid_patches = (self._patches(n) for n in (image_side, *valid))
         if side > patches and side % patches == 0:
             return [n * (side // patches) for n in valid_patches]
         halvings = next((i for i in range(16) if self._halved(patches, i) == side), None)
@@ -74,8 +75,14 @@ class ValidRegion:
             raise ValueError(f"no map of images of {image_side} pixels has a side of {side}")
         return [self._halved(n, halvings) for n in valid_patches]
 
+    def _patches(self, length: int) -> int:
+        if self.rounds_down:
+            return max(length // self.patch_size, 1)
+        return -(-length // self.patch_size)
+
     def _halved(self, length: int, times: int) -> int:
-        if self.rounds_down:  # up to stride 32: what necks make of the last map rounds up
+        # Up to stride 32: what necks make of the last map rounds up.
+        if self.rounds_down and self.patch_size == 1:
             length, times = max(length >> min(times, 5), 1), max(times - 5, 0)
         return -(-length >> times)
 

@@ -117,7 +117,8 @@ def examined(q: Tensor, k: Tensor, v: Tensor, mechanism: str, terms: Terms) -> E
     check_mechanism(q, row, terms.powers, v.shape[-1])
     check_terms(q, terms, row.positions, v.shape[-1])
     without = without_kernels(q, v, row, terms)
-    return Examined(row, Workload.of(q, mechanism, without, terms, is_training(q, k, v)))
+    training = is_training(q, k, v)
+    return Examined(row, Workload.of(q, mechanism, without, terms, training, v.shape[-1]))
 
 
 def is_training(q: Tensor, k: Tensor, v: Tensor) -> bool:

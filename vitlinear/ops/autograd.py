@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import execution, tracing
+from . import execution, packed, tracing
 from .attention_state import LinearAttentionState
 from .mechanisms import Mechanism
 from .terms import Terms
@@ -53,6 +53,7 @@ class _LinearAttention(torch.autograd.Function):
         out, state = execution.forward(q, k, v, mechanism, terms, backend)
         ctx.save_for_backward(q, k, v, *terms.flatten(), *state)
         ctx.mechanism, ctx.backend = mechanism, backend
+        ctx.slices = packed.common_slices(q, k, v, terms.gate)
         return out
 
     @staticmethod
@@ -69,7 +70,12 @@ class _LinearAttention(torch.autograd.Function):
             memory = execution.GradientMemory.of_operator(returned, q, v, terms)
             found = execution.one_by_one(memory)
         else:
-            found = execution.one_by_one(execution.gradient_memory(q, v, terms))
+            slices = ctx.slices
+            memory = execution.gradient_memory(q, v, terms, slices[0].number if slices else 0)
+            found = execution.one_by_one(memory)
+            if terms.gate is None:  # a slice of the buffer that is somebody else's
+                found = found._replace(gate=None)
             execution.backward(grad_out, q, k, v, ctx.mechanism, terms, saved, ctx.backend, found)
+            packed.mark(memory.buffer, slices, (found.q, found.k, found.v, found.gate))
         found = execution.with_lepe(found, grad_out, terms)
         return None, None, None, *found

@@ -46,8 +46,7 @@ def saturate(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Bound a result that will be cast: float16 then holds its largest number, not infinity."""
     if dtype != torch.float16:
         return x
-    limit = torch.finfo(dtype).max
-    return x.clamp(-limit, limit)
+    return x.clamp(-65504.0, 65504.0)  # in numbers, for TorchScript
 
 
 class _SaturatingGradient(torch.autograd.Function):

@@ -36,6 +36,11 @@ def _kernels(backend: str, q: Tensor) -> ModuleType | None:
     return _triton
 
 
+def _work(q: Tensor, v: Tensor, mechanism: Mechanism, terms: Terms) -> Workload:
+    """The call, for a failure to be told of."""
+    return Workload.of(q, mechanism.name, terms=terms, value_dim=v.shape[-1])
+
+
 def to_layout(x: Tensor, like: Tensor) -> Tensor:
     """[B, h, N, D] in the accumulation type -> contiguous [B, N, h, D] in the input type."""
     # A copy is forced because an operator may not return a view of what it was given, and with
@@ -74,7 +79,7 @@ def forward(
     except torch.OutOfMemoryError:
         raise  # says nothing against the kernels, and the formulas need more
     except Exception as error:
-        report_failure(error, backend == "triton", Workload.of(q, mechanism.name, terms=terms))
+        report_failure(error, backend == "triton", _work(q, v, mechanism, terms))
     with eager.without_autocast(q):
         tokens = eager.prepare(q, k, v, mechanism, terms, own=True)
         out, state = eager.linear_attention_forward(tokens, mechanism)
@@ -104,7 +109,7 @@ def backward(
     except torch.OutOfMemoryError:
         raise  # says nothing against the kernels, and the formulas need more
     except Exception as error:
-        report_failure(error, backend == "triton", Workload.of(q, mechanism.name, terms=terms))
+        report_failure(error, backend == "triton", _work(q, v, mechanism, terms))
     with eager.without_autocast(q):
         tokens = eager.prepare(q, k, v, mechanism, terms, own=False)
         grad_out = grad_out.transpose(1, 2).to(state.state.dtype)
@@ -154,13 +159,23 @@ class GradientMemory(NamedTuple):
         )
 
 
-def gradient_memory(q: Tensor, v: Tensor, terms: Terms | FlatTerms) -> GradientMemory:
-    """Fresh memory for the gradients of a call."""
+def gradient_memory(
+    q: Tensor, v: Tensor, terms: Terms | FlatTerms, slices: int = 0
+) -> GradientMemory:
+    """Fresh memory for the gradients of a call.
+
+    Args:
+        q: Queries.
+        v: Values.
+        terms: All that the attention is given besides.
+        slices: Number of slices of the projection, where that is known. Those that are not the
+            attention's stay free in the buffer.
+    """
     batch, length, heads, dim = q.shape
     gate, head_scale, powers = terms.gate, terms.head_scale, terms.powers
-    like_values, alike = 1 if gate is None else 2, v.shape[-1] == dim
+    like_values, alike = 1 if gate is None else 2, v.shape[-1] == dim and slices != 2
     return GradientMemory(
-        q.new_empty((batch, length, 2 + like_values if alike else 2, heads, dim)),
+        q.new_empty((batch, length, max(2 + like_values if alike else 2, slices), heads, dim)),
         None if head_scale is None else torch.empty_like(head_scale),
         None if gate is None or terms.lepe is None else q.new_empty(v.shape),
         None if alike else q.new_empty((batch, length, like_values, heads, v.shape[-1])),

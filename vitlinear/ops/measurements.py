@@ -34,6 +34,8 @@ class Measurement(NamedTuple):
         triton_ms: Of the kernels.
         eager_ms: Of the eager formula.
         compiled_ms: Of the eager formula under `torch.compile`; None if it was not measured.
+        value_dim: Channels of a value; 0 for D.
+        full_width: Whether rotary tables turned all heads side by side.
     """
 
     mechanism: str
@@ -47,6 +49,8 @@ class Measurement(NamedTuple):
     triton_ms: float
     eager_ms: float
     compiled_ms: float | None = None
+    value_dim: int = 0
+    full_width: bool = False
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Measurement:
@@ -75,12 +79,12 @@ class Measurement(NamedTuple):
 
     def is_of(self, kind: Kind) -> bool:
         """Whether it is about calls of this kind."""
-        return (self.mechanism, self.dtype, self.head_dim, self.terms, self.training) == (
-            kind.mechanism,
-            str(kind.dtype).removeprefix("torch."),
-            kind.head_dim,
-            kind.terms,
-            kind.training,
+        same = self.mechanism, self.head_dim, self.terms, self.training
+        widths = self.value_dim, self.full_width
+        return (
+            same == (kind.mechanism, kind.head_dim, kind.terms, kind.training)
+            and widths == (kind.value_dim, kind.full_width)
+            and self.dtype == str(kind.dtype).removeprefix("torch.")
         )
 
 

@@ -1,7 +1,7 @@
 """States that are returned and states that are given, as registered operators.
 
-``linear_attention_state`` and ``read_linear_attention_state`` of ``torch.ops.vitlinear`` are the two
-steps of `vitlinear.ops.states`, with closed-form gradients: each keeps its inputs alone, and
+``linear_attention_state`` and ``read_linear_attention_state`` of ``torch.ops.vitlinear`` are the
+two steps of `vitlinear.ops.states`, with closed-form gradients: each keeps its inputs alone, and
 differentiates through an operator of its own. What `registered` says of its operators holds for
 these too.
 """

@@ -11,7 +11,7 @@ Nothing of it reaches the caller: no autograd, no random state, no hooks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch import Tensor
 from . import backward, eager
 from .backward import LinearGradients
 from .mechanisms import Mechanism, get_mechanism
-from .rotary import RotaryTables, lrpe_tables, rotary_tables
+from .rotary import RotaryTables, full_width_rotary_tables, lrpe_tables, rotary_tables
 from .terms import Terms
 from .workload import Kind
 
@@ -39,31 +39,48 @@ def failure(kind: Kind) -> str | None:
         torch.OutOfMemoryError: The device has no memory for it now.
         Exception: A kernel does not compile or launch.
     """
-    with torch.no_grad():
-        for grid in GRIDS:
-            worst = _compare(kind, grid)
-            if worst is not None:
-                return worst
+    for grid in GRIDS:
+        for found in compare(kind, grid):
+            if not found.error <= found.allowed:  # NaN errs as well
+                return (
+                    f"error of the {found.name} {found.error:.1e} at {grid[0] * grid[1]} tokens, "
+                    f"allowed {found.allowed:.1e}"
+                )
     return None
 
 
-def _compare(kind: Kind, grid: tuple[int, int]) -> str | None:
-    """The first result on a grid that errs too much, in words."""
+class Deviation(NamedTuple):
+    """The error of one result, relative to its norm, and the error that it may have."""
+
+    name: str
+    error: float
+    allowed: float
+
+
+def compare(kind: Kind, grid: tuple[int, int]) -> list[Deviation]:
+    """Compare the output and, in training, each gradient on a grid of tokens; as `failure`."""
     row = get_mechanism(kind.mechanism)
     q, k, v, grad, terms = _inputs(kind, grid)
-    with eager.without_autocast(q):
+    with torch.no_grad(), eager.without_autocast(q):
         found = _run(_kernels(), q, k, v, row, terms, grad, kind.training)
         plain = _formula(q, k, v, row, terms, grad, kind.training)
         q, k, v, grad = (x.double() for x in (q, k, v, grad))
         exact = _formula(q, k, v, row, _doubled(terms), grad, kind.training)
-    for name, value in exact.items():
-        error = _error(found[name], value)
-        allowed = 2 * _error(plain[name], value) + ROUNDING[kind.dtype]
-        if not error <= allowed:  # NaN errs as well
-            return f"error of the {name} {error:.1e} at {grid[0] * grid[1]} tokens, " + (
-                f"allowed {allowed:.1e}"
-            )
-    return None
+    return [
+        Deviation(
+            name,
+            _error(found[name], value),
+            2 * _error(plain[name], value) + ROUNDING[kind.dtype],
+        )
+        for name, value in exact.items()
+    ]
+
+
+def run_kernels(kind: Kind, grid: tuple[int, int]) -> Result:
+    """Run the kernels of a kind of call on a grid of tokens: output and gradients by name."""
+    q, k, v, grad, terms = _inputs(kind, grid)
+    with torch.no_grad():
+        return _run(_kernels(), q, k, v, get_mechanism(kind.mechanism), terms, grad, kind.training)
 
 
 def _kernels() -> Any:
@@ -76,9 +93,17 @@ def _inputs(kind: Kind, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, 
     """Queries, keys, values, a gradient of the output, and terms, laid out as models have them."""
     generator = torch.Generator("cpu").manual_seed(0)
     length, dim = grid[0] * grid[1], kind.head_dim
-    shape = (BATCH, length, 6, HEADS, dim)
-    values = torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
-    q, k, v, gate, lepe, grad = values.to(device_of(kind), kind.dtype).unbind(2)
+
+    def normal(slices: int, width: int) -> tuple[Tensor, ...]:
+        shape = (BATCH, length, slices, HEADS, width)
+        values = torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
+        return values.to(device_of(kind), kind.dtype).unbind(2)
+
+    if kind.value_dim:
+        q, k = normal(2, dim)
+        v, gate, lepe, grad = normal(4, kind.value_dim)
+    else:
+        q, k, v, gate, lepe, grad = normal(6, dim)
     terms = make_terms(kind, *grid, BATCH, HEADS)
     if terms.lepe is not None:
         terms = terms._replace(lepe=lepe)
@@ -97,7 +122,8 @@ def make_terms(kind: Kind, height: int, width: int, batch: int, heads: int) -> T
     """Terms of a kind of call for a grid of tokens; lepe and gate are ones."""
     device, dim, length = device_of(kind), kind.head_dim, height * width
     cosine = get_mechanism(kind.mechanism).positions == "cosine"
-    tables = lrpe_tables if cosine else rotary_tables
+    wide = full_width_rotary_tables if kind.full_width else rotary_tables
+    tables = lrpe_tables if cosine else wide
 
     def mask() -> Tensor:
         padding = torch.zeros(batch, length, dtype=torch.bool, device="cpu")
@@ -109,10 +135,12 @@ def make_terms(kind: Kind, height: int, width: int, batch: int, heads: int) -> T
         return torch.linspace(-1.5, 0.75, heads, dtype=torch.float32, device=device)
 
     def ones() -> Tensor:
-        return torch.ones(batch, length, heads, dim, dtype=kind.dtype, device=device)
+        return torch.ones(
+            batch, length, heads, kind.value_dim or dim, dtype=kind.dtype, device=device
+        )
 
     made: dict[str, Callable[[], Any]] = {
-        "rotary": lambda: tables(height, width, dim, device),
+        "rotary": lambda: tables(height, width, dim * (heads if kind.full_width else 1), device),
         "key_padding_mask": mask,
         "head_scale": scale,
         "powers": lambda: torch.linspace(1, 3, heads * dim, device=device).view(heads, dim),
@@ -141,15 +169,26 @@ def _run(
     out, state = kernels.forward(q, k, v, row, terms)
     if not training:
         return {"output": out}
+
+    def memory(*like: Tensor) -> tuple[Tensor, ...]:
+        """Slices of one buffer, NaN until something is written."""
+        shape = (*q.shape[:2], len(like), *like[0].shape[2:])
+        return torch.full(shape, torch.nan, dtype=q.dtype, device=q.device).unbind(2)
+
     gated = terms.gate is not None
-    memory = torch.full((*q.shape[:2], 4, *q.shape[2:]), torch.nan, dtype=q.dtype, device=q.device)
+    values = (v, v) if gated else (v,)
+    if v.shape == q.shape:
+        grad_q, grad_k, grad_v, *grad_gate = memory(q, k, *values)
+    else:
+        (grad_q, grad_k), (grad_v, *grad_gate) = memory(q, k), memory(*values)
     grads = LinearGradients(
-        memory[:, :, 0],
-        memory[:, :, 1],
-        memory[:, :, 2],
+        grad_q,
+        grad_k,
+        grad_v,
         head_scale=None if terms.head_scale is None else torch.empty_like(terms.head_scale),
-        lepe=torch.empty_like(q) if gated and terms.lepe is not None else None,
-        gate=memory[:, :, 3] if gated else None,
+        lepe=torch.empty_like(v) if gated and terms.lepe is not None else None,
+        gate=grad_gate[0] if gated else None,
+        powers=None if terms.powers is None else torch.empty_like(terms.powers),
     )
     kernels.backward(grad, q, k, v, row, terms, state, grads)
     return {"output": out, **dict(_named(grads))}

@@ -165,7 +165,7 @@ def check_state(
         x = getattr(state, name)
         if x is None:
             raise ValueError(f"{mechanism.name!r} needs {name} in the state, and there is none")
-        if x.dim() != 4 or x.shape[0] not in (1, batch) or x.shape[1:] != (heads, *shape):
+        if x.dim() != 4 or x.shape[0] not in (batch, 1) or x.shape[1:] != (heads, *shape):
             expected = ", ".join(str(size) for size in (batch, heads, *shape))
             raise ValueError(
                 f"{name} of the state must be [{expected}] for q of shape {tuple(q.shape)} and "

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .mechanisms import get_mechanism
+from .rotary import is_full_width
 from .terms import Terms
 
 
@@ -22,6 +24,8 @@ class Kind(NamedTuple):
         without_kernels: What of the call the kernels cannot do, in words; empty if nothing.
         given: Which of `Terms` there are, in their order.
         training: Whether a backward pass will follow.
+        value_dim: Channels of a value; 0 for D.
+        full_width: Whether rotary tables turn all heads side by side.
     """
 
     device: str
@@ -32,6 +36,8 @@ class Kind(NamedTuple):
     without_kernels: str
     given: tuple[bool, ...]
     training: bool
+    value_dim: int = 0
+    full_width: bool = False
 
     @property
     def terms(self) -> tuple[str, ...]:
@@ -44,7 +50,11 @@ class Kind(NamedTuple):
         dtype = str(self.dtype).removeprefix("torch.")
         if self.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
             dtype += "-tf32"  # other products
+        if self.value_dim:
+            dtype += f" values-{self.value_dim}"
         terms = "+".join(self.terms) or "plain"
+        if self.full_width:
+            terms = terms.replace("rotary", "full-width-rotary")
         use = "training" if self.training else "inference"
         return f"{self.mechanism} {dtype} {self.head_dim} {terms} {use}"
 
@@ -64,6 +74,8 @@ class Workload(NamedTuple):
         device_index: Number of the device; None for the current one.
         given: Which of `Terms` there are, in their order; empty for none.
         training: Whether a backward pass will follow.
+        value_dim: Channels of a value; 0 for D.
+        full_width: Whether rotary tables turn all heads side by side.
     """
 
     device: str
@@ -77,6 +89,8 @@ class Workload(NamedTuple):
     device_index: int | None = None
     given: tuple[bool, ...] = ()
     training: bool = False
+    value_dim: int = 0
+    full_width: bool = False
 
     @classmethod
     def of(
@@ -86,14 +100,23 @@ class Workload(NamedTuple):
         without_kernels: str = "",
         terms: Terms | None = None,
         training: bool = False,
+        value_dim: int = 0,
     ) -> Workload:
-        """The workload of a call with these queries, [B, N, h, D], and terms."""
+        """The workload of a call with these queries, [B, N, h, D], terms, and width of values."""
         batch, length, heads, dim = q.shape
         device = q.device
-        given = () if terms is None else tuple([x is not None for x in terms])
+        given: tuple[bool, ...] = ()
+        tables = None
+        if terms is not None:
+            given, tables = tuple([x is not None for x in terms]), terms.rotary
+        full_width = (
+            tables is not None
+            and get_mechanism(mechanism).positions == "rotary"
+            and is_full_width(tables, heads, dim)
+        )
         return cls(
             device.type, q.dtype, length, dim, mechanism, without_kernels, batch, heads,
-            device.index, given, training,
+            device.index, given, training, 0 if value_dim == dim else value_dim, full_width,
         )  # fmt: skip
 
     @property
@@ -101,7 +124,7 @@ class Workload(NamedTuple):
         """The kind of call: all of it that does not depend on the number of tokens."""
         return Kind(
             self.device, self.device_index, self.mechanism, self.dtype, self.head_dim,
-            self.without_kernels, self.given, self.training,
+            self.without_kernels, self.given, self.training, self.value_dim, self.full_width,
         )  # fmt: skip
 
     @property

@@ -8,8 +8,11 @@ import torch
 
 from vitlinear.create import build_model
 from vitlinear.errors import UserError
-from vitlinear.ops import MECHANISMS, Workload
+from vitlinear.ops import MECHANISMS, Workload, get_mechanism
+from vitlinear.ops.attention import examined
+from vitlinear.ops.self_check import make_terms
 from vitlinear.ops.terms import Terms
+from vitlinear.ops.workload import Kind
 from vitlinear.report import attention_calls
 
 # Tokens of a map, and heads, of three stages of a pyramid at 224 pixels.
@@ -49,13 +52,30 @@ def of_mechanisms(
     batch: int, dtype: torch.dtype, device: torch.device, names: Iterable[str] = MECHANISMS
 ) -> list[Workload]:
     """A call of every mechanism in three stages of a pyramid, with position tables."""
-    given = tuple(term == "rotary" for term in Terms._fields)
     calls = [
-        Workload("cuda", dtype, length, HEAD_DIM, name, "", batch, heads, None, given)
+        of_mechanism(name, (batch, length, heads, HEAD_DIM), dtype, ("rotary",))
         for name in names
         for length, heads in STAGES
     ]
     return list(_on(calls, device))
+
+
+def of_mechanism(
+    mechanism: str, shape: tuple[int, int, int, int], dtype: torch.dtype, terms: Iterable[str]
+) -> Workload:
+    """A call with queries [B, N, h, D], and what the mechanism takes of these terms.
+
+    Powers are always given where there is room for them.
+    """
+    row = get_mechanism(mechanism)
+    names = {*terms, "powers"} - ({"powers"} if not row.takes_powers else set())
+    if row.positions == "none":
+        names.discard("rotary")
+    batch, length, heads, dim = shape
+    given = tuple(name in names for name in Terms._fields)
+    kind = Kind("meta", None, mechanism, dtype, dim, "", given, training=False)
+    q = torch.empty(shape, dtype=dtype, device="meta")
+    return examined(q, q, q, mechanism, make_terms(kind, 1, length, batch, heads)).work
 
 
 def _on(calls: Iterable[Workload], device: torch.device) -> Iterator[Workload]:

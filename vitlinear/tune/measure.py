@@ -79,6 +79,8 @@ class Timed:
             self.milliseconds["triton"],
             self.milliseconds["eager"],
             self.milliseconds.get("compiled"),
+            work.value_dim,
+            work.full_width,
         )
 
     def share(self, bandwidth: float) -> float | None:
@@ -111,21 +113,34 @@ def time_call(work: Workload, implementations: tuple[str, ...]) -> Timed:
 
 
 def _step(work: Workload, name: str) -> Callable[[], object]:
-    """A forward pass, in training with a backward pass, on slices of one projection."""
-    device = device_of(work.kind)
-    shape = (work.batch, work.length, 4, work.heads, work.head_dim)
-    projection = torch.randn(shape, dtype=work.dtype, device=device)
-    projection.requires_grad_(work.training)
+    """A forward pass, in training with a backward pass.
+
+    Queries, keys, values and the gate are slices of one projection, unless values have another
+    width; lepe, as from a convolution, and weights have memory of their own.
+    """
     terms = make_terms(work.kind, *_grid(work.length), work.batch, work.heads)
-    lepe = terms.lepe
-    if lepe is not None:
-        lepe = lepe.clone().requires_grad_(work.training)
+    gated, width = terms.gate is not None, work.value_dim or work.head_dim
+
+    def normal(slices: int, channels: int) -> Tensor:
+        shape = (work.batch, work.length, slices, work.heads, channels)
+        values = torch.randn(shape, dtype=work.dtype, device=device_of(work.kind))
+        return values.requires_grad_(work.training)
+
+    if width == work.head_dim:
+        projections = [normal(3 + gated, width)]
+    else:
+        projections = [normal(2, work.head_dim), normal(1 + gated, width)]
+    learnt = {
+        key: value.requires_grad_(work.training)
+        for key in ("lepe", "head_scale", "powers")
+        if isinstance(value := getattr(terms, key, None), Tensor)
+    }
     backend = "triton" if name == "triton" else "eager"
 
-    def attend(projection: Tensor, lepe: Tensor | None) -> Tensor:
-        q, k, v, gate = projection.unbind(2)
-        options: dict[str, Any] = {**terms._asdict(), "lepe": lepe}
-        options["gate"] = None if terms.gate is None else gate
+    def attend(projections: list[Tensor], learnt: dict[str, Tensor]) -> Tensor:
+        q, k, v, *gate = [x for projection in projections for x in projection.unbind(2)]
+        options: dict[str, Any] = {**terms._asdict(), **learnt}
+        options["gate"] = gate[0] if gate else None
         return linear_attention(q, k, v, mechanism=work.mechanism, **options, backend=backend)
 
     call: Any = torch.compile(attend, dynamic=False) if name == "compiled" else attend
@@ -133,15 +148,15 @@ def _step(work: Workload, name: str) -> Callable[[], object]:
 
         def forward() -> Tensor:
             with torch.no_grad():
-                return call(projection, lepe)
+                return call(projections, learnt)
 
         forward()  # compiles, and says what is wrong
         return forward
-    grad = torch.randn_like(projection[:, :, 0].contiguous())
-    leaves = [projection] if lepe is None else [projection, lepe]
+    leaves = [*projections, *learnt.values()]
+    grad = torch.randn_like(call(projections, learnt))
 
     def both() -> object:
-        return torch.autograd.grad(call(projection, lepe), leaves, grad)
+        return torch.autograd.grad(call(projections, learnt), leaves, grad)
 
     both()
     return both

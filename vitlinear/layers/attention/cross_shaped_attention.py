@@ -23,6 +23,7 @@ from ..windows import (
     window_padding,
 )
 from .inline_attention import InjectiveAttention, mean_token
+from .scriptable import unpack
 from .softmax_attention import SoftmaxAttention
 
 
@@ -111,9 +112,10 @@ class Stripe(nn.Module):
         cols = equal_windows(W, self.limits[1])
         mask = window_padding(qkv, rows, cols, None)
         heads = self.attend.num_heads
-        q, k, v = split_axis(to_windows(qkv, rows, cols), 3, [heads, C // heads]).unbind(2)
-        x = self.attend_windows(q, k, v, source, rows, cols, mask)
-        x = x + self.lepe(split_axis(v.flatten(2), 1, [rows[1], cols[1]])).flatten(1, 2)
+        qkv = split_axis(to_windows(qkv, rows, cols), 3, [heads, C // heads])
+        q, k, v, values = unpack(qkv)
+        x = self.attend_windows(q, k, v, values, source, rows, cols, mask)
+        x = x + self.lepe(split_axis(values.flatten(2), 1, [rows[1], cols[1]])).flatten(1, 2)
         return from_windows(x, rows, cols, (B, H, W))
 
     def attend_windows(
@@ -121,6 +123,7 @@ class Stripe(nn.Module):
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        values: Tensor,
         source: Tensor,
         rows: tuple[int, int],
         cols: tuple[int, int],
@@ -132,6 +135,7 @@ class Stripe(nn.Module):
             q: Queries of windows, [B * windows, N, h, D]; k and v likewise.
             k: Keys.
             v: Values.
+            values: The same again, for what looks at them beside the attention.
             source: As given to `forward`.
             rows: Number and height of windows along the first side.
             cols: Number and width of windows along the second.
@@ -163,6 +167,7 @@ class InjectiveStripe(Stripe):
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        values: Tensor,
         source: Tensor,
         rows: tuple[int, int],
         cols: tuple[int, int],
@@ -170,7 +175,7 @@ class InjectiveStripe(Stripe):
     ) -> Tensor:
         """See `Stripe`."""
         mean = mean_token(to_windows(source, rows, cols), mask)
-        return self.attend(q, k, v, mean, rows[1], cols[1], mask)
+        return self.attend(q, k, v, values, mean, rows[1], cols[1], mask)
 
 
 class SoftmaxStripe(Stripe):
@@ -199,6 +204,7 @@ class SoftmaxStripe(Stripe):
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        values: Tensor,
         source: Tensor,
         rows: tuple[int, int],
         cols: tuple[int, int],

@@ -17,7 +17,7 @@ from ..conv.depthwise_conv import DepthwiseConv
 from ..heads import split_heads
 from ..linear import Linear
 from ..padding_rule import MASK
-from .scriptable import check_attn_type, learns_temperature, scriptable_attention
+from .scriptable import check_attn_type, learns_temperature, scriptable_attention, unpack
 
 
 # One step to torch.fx, which cannot follow checks and choices that look at shapes. As a module, not
@@ -95,8 +95,8 @@ class GatedAttention(nn.Module):
         """
         B, H, W, C = x.shape
         qkvo = self.qkvo(x).reshape(B, H * W, 4, self.num_heads, self.head_dim)
-        q, k, v, o = qkvo.unbind(2)
-        values = v.reshape(B, H, W, C)
+        q, k, v, o, values = unpack(qkvo)
+        values = values.reshape(B, H, W, C)
         mask: Tensor | None = None
         if key_padding_mask is not None:
             values = values.masked_fill(key_padding_mask.unsqueeze(-1), 0)

@@ -24,7 +24,7 @@ from ..windows import (
     to_windows,
     window_padding,
 )
-from .scriptable import scriptable_attention
+from .scriptable import scriptable_attention, unpack
 
 
 class InjectiveAttention(nn.Module):
@@ -71,6 +71,7 @@ class InjectiveAttention(nn.Module):
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        values: Tensor,
         mean: Tensor,
         height: int,
         width: int,
@@ -82,6 +83,7 @@ class InjectiveAttention(nn.Module):
             q: Queries, [B, N, h, D], any strides; N = num_prefix_tokens + height * width.
             k: Keys, like q.
             v: Values, like q.
+            values: The same again, for the local term.
             mean: Mean of the tokens that the kernels come from, [B, C].
             height: Of the map.
             width: Of the map.
@@ -90,9 +92,8 @@ class InjectiveAttention(nn.Module):
         Returns:
             [B, N, C].
         """
-        values = v
         if key_padding_mask is not None:
-            values = v.masked_fill(key_padding_mask[:, :, None, None], 0)
+            values = values.masked_fill(key_padding_mask[:, :, None, None], 0)
         prefix = self.num_prefix_tokens
         values = split_axis(values[:, prefix:].flatten(2), 1, [height, width])
         local = self.local(values, mean).flatten(1, 2)
@@ -179,9 +180,9 @@ class _ProjectedAttention(nn.Module):
     ) -> Tensor:
         """[B, num_prefix_tokens + height * width, C] -> the same shape."""
         heads = [3, self.attend.num_heads, self.attend.head_dim]
-        q, k, v = split_axis(self.qkv(x), 2, heads).unbind(2)
+        q, k, v, values = unpack(split_axis(self.qkv(x), 2, heads))
         mean = mean_token(x, key_padding_mask)
-        x = self.attend(q, k, v, mean, height, width, key_padding_mask)
+        x = self.attend(q, k, v, values, mean, height, width, key_padding_mask)
         return self.proj_drop(self.proj(x))
 
 

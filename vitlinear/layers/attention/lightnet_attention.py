@@ -15,7 +15,7 @@ from ..linear import Linear
 from ..padding_rule import MASK
 from ..positions.map_rotary import of_band, rows_of_map
 from ..rms_norm import HeadRmsNorm
-from .scriptable import scriptable_attention
+from .scriptable import scriptable_attention, unpack
 
 
 # One step to torch.fx, as `GatedAttention`.
@@ -83,7 +83,7 @@ class LightNetAttention(nn.Module):
             The same shape.
         """
         B, N, _ = x.shape
-        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).unbind(2)
+        q, k, v, _ = unpack(self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim))
         rotary = of_band(
             lrpe_tables(
                 rows_of_map(height), width, self.head_dim, x.device, accumulation_dtype(x.dtype)

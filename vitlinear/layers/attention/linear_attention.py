@@ -13,7 +13,7 @@ from ..heads import split_heads
 from ..layout import split_axis
 from ..linear import Linear
 from ..padding_rule import MASK
-from .scriptable import check_attn_type, scriptable_attention
+from .scriptable import check_attn_type, scriptable_attention, unpack
 
 
 # One step to torch.fx, for the reasons that `GatedAttention` gives.
@@ -102,7 +102,7 @@ class LinearAttention(nn.Module):
             In the shape of x.
         """
         qkv = split_axis(self.qkv(x).flatten(1, -2), 2, [3, self.num_heads, self.head_dim])
-        q, k, v = qkv.unbind(2)
+        q, k, v, _ = unpack(qkv)
         mask = key_padding_mask
         if mask is not None:
             mask = mask.flatten(1)

@@ -15,7 +15,7 @@ from ..heads import split_heads
 from ..linear import Linear
 from ..padding_rule import MASK
 from ..recompute import remaking, run_recomputing
-from .scriptable import scriptable_attention
+from .scriptable import scriptable_attention, unpack
 
 
 # One step to torch.fx, as `GatedAttention`.
@@ -82,7 +82,7 @@ class InputValueAttention(nn.Module):
         if key_padding_mask is not None:
             u = u.masked_fill(key_padding_mask.unsqueeze(-1), 0)
             mask = key_padding_mask.flatten(1)
-        q, k = self.qk(u).reshape(B, H * W, 2, h, D).unbind(2)
+        q, k = unpack(self.qk(u).reshape(B, H * W, 2, h, D))
         v = u.reshape(B, H * W, h, D)
         lepe = self.lepe(u).reshape(B, H * W, h, D)
         gate = gate.reshape(B, H * W, h, D)

@@ -13,6 +13,7 @@ from ..layout import split_axis
 from ..linear import Linear
 from ..padding_rule import ZEROS
 from ..windows import fixed_windows, from_windows, to_windows
+from .scriptable import unpack
 from .softmax_attention import SoftmaxAttention
 
 
@@ -94,6 +95,6 @@ class PaddedWindowAttention(nn.Module):
         side, heads = self.window_size, self.attend.num_heads
         rows, cols = fixed_windows(H, side), fixed_windows(W, side)
         x = to_windows(x, rows, cols)
-        q, k, v = split_axis(self.qkv(x), 2, [3, heads, C // heads]).unbind(2)
+        q, k, v, _ = unpack(split_axis(self.qkv(x), 2, [3, heads, C // heads]))
         x = from_windows(self.attend(q, k, v), rows, cols, (B, H, W))
         return self.proj_drop(self.proj(x))

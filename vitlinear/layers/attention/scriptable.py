@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vitlinear.ops import RotaryTables, get_mechanism, linear_attention, softmax_attention
+from vitlinear.ops import RotaryTables, get_mechanism, linear_attention, packed, softmax_attention
 from vitlinear.ops.eager import epilogue
 
 from ..band import band_in_use
@@ -26,6 +26,21 @@ def check_attn_type(attn_type: str) -> str:
 def learns_temperature(attn_type: str) -> bool:
     """Whether layers learn tau, the factor of the state; see `vitlinear.ops.Mechanism`."""
     return attn_type != "softmax" and get_mechanism(attn_type).learns_temperature
+
+
+def unpack(projection: Tensor) -> list[Tensor]:
+    """Slices of a projection [B, N, P, h, D], and the values once more; see `ops.packed.unpack`.
+
+    From three slices on the values come a second time, for whatever looks at them beside the
+    attention. Layers take the slices from here, not by ``unbind``, whose backward pass would copy
+    all of their gradients.
+    """
+    if torch.jit.is_scripting():
+        parts: list[Tensor] = list(projection.unbind(2))
+        if len(parts) > 2:
+            parts.append(parts[2])
+        return parts
+    return list(packed.unpack(projection))
 
 
 def scriptable_attention(

@@ -25,6 +25,7 @@ from ..windows import (
     varies,
     window_places,
 )
+from .scriptable import unpack
 from .softmax_attention import SoftmaxAttention
 
 
@@ -141,7 +142,7 @@ class ShiftedWindowAttention(nn.Module):
             In the shape of x.
         """
         heads, C = self.attend.num_heads, x.shape[2]
-        q, k, v = split_axis(self.qkv(x), 2, [3, heads, C // heads]).unbind(2)
+        q, k, v, _ = unpack(split_axis(self.qkv(x), 2, [3, heads, C // heads]))
         # The bias is added to zero, or to what hides keys. Its module is called, not asked for it:
         # hooks run, and weights may be made for each call.
         logits = q.new_zeros(1)

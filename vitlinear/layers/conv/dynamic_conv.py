@@ -71,8 +71,22 @@ class DynamicConv(nn.Module):
         """
         kernel = self.fc2(self.act(self.fc1(mean.unsqueeze(2))))
         kernel = kernel.reshape(x.shape[0], x.shape[3], 9)
-        if torch.jit.is_scripting():
-            return grouped_conv(x, kernel)
+        return conv_per_sample(x, kernel)
+
+
+def conv_per_sample(x: Tensor, kernel: Tensor) -> Tensor:
+    """3x3 depthwise convolution with a kernel for each sample and channel, zero padding.
+
+    Args:
+        x: [B, H, W, C], any strides.
+        kernel: [B, C, 9], row by row.
+
+    Returns:
+        [B, H, W, C].
+    """
+    if torch.jit.is_scripting():
+        return grouped_conv(x, kernel)
+    else:  # noqa: RET505  TorchScript leaves out the branch not taken, but not what follows it
         # A convolution of no groups is an error; a batch of no samples is not.
         if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export() or x.shape[0] == 0:
             return shifted_sum(x, kernel)

@@ -12,6 +12,8 @@ from tests.ops.inputs import Inputs, make_inputs
 from tests.ops.triton.stand_in import StandIn, install, out_of_memory, out_of_resources
 from vitlinear import ops
 from vitlinear.ops import backend, gpu, kernel_cache, self_check
+from vitlinear.ops.terms import Terms
+from vitlinear.tune.calls import of_mechanism
 
 DIM = 8
 
@@ -35,7 +37,7 @@ def call(tokens: int = 8) -> Inputs:
 
 
 def work(mechanism: str = "mala", length: int = 32, training: bool = False) -> ops.Workload:
-    given = (False,) * 5
+    given = (False,) * len(Terms._fields)
     return ops.Workload(
         "cpu", torch.float32, length, DIM, mechanism, "", 2, 2, None, given, training
     )
@@ -281,14 +283,13 @@ def test_environment_is_checked(monkeypatch, device):
 @pytest.mark.parametrize("training", [False, True])
 def test_every_mechanism_passes(training):
     """With all terms, in the interpreter, where kernels multiply in float32."""
-    from vitlinear.ops.workload import Kind
-
     grids, self_check.GRIDS = self_check.GRIDS, ((3, 4),)
     try:
         for mechanism in ops.MECHANISMS:
-            given = (True,) * 5
-            kind = Kind("cpu", None, mechanism, torch.float32, DIM, "", given, training)
-            assert self_check.failure(kind) is None, mechanism
+            terms = ("rotary", "key_padding_mask", "head_scale", "lepe", "gate")
+            call = of_mechanism(mechanism, (1, 1, 1, DIM), torch.float32, terms)
+            kind = call._replace(device="cpu", device_index=None, training=training).kind
+            assert kind.without_kernels or self_check.failure(kind) is None, mechanism
     finally:
         self_check.GRIDS = grids
 

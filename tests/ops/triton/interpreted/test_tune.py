@@ -10,6 +10,7 @@ import torch
 from tests.ops.triton.stand_in import NAME, install, out_of_memory, out_of_resources
 from vitlinear import ops
 from vitlinear.ops import backend, kernel_cache, measurements, self_check
+from vitlinear.ops.terms import Terms
 from vitlinear.tune import calls, measure
 
 # The least that the interpreter runs: every mechanism would take minutes.
@@ -46,7 +47,7 @@ def device(monkeypatch, tmp_path):
 
 
 FLAGS = ("--device", "cpu", "--dtype", "float32", "--batch-size", 2, "--no-compiled")
-GIVEN = tuple(term == "rotary" for term in ("rotary", "mask", "scale", "lepe", "gate"))
+GIVEN = tuple(term == "rotary" for term in Terms._fields)
 
 
 def choice(mechanism: str = "mala", training: bool = False) -> ops.Choice:

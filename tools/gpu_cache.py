@@ -1,0 +1,290 @@
+"""Kernels compiled before there is a GPU: as Triton's own cache, packed to be carried along.
+
+    python3.12 tools/gpu_cache.py make output/gpu_cache.tar.xz        # needs torch, triton, gcc
+    python3.12 tools/gpu_cache.py unpack output/gpu_cache.tar.xz FOLDER    # TRITON_CACHE_DIR
+    python3.12 tools/gpu_cache.py verify FOLDER        # compiles nothing if everything is there
+
+Triton finds a kernel by a hash of its source, of itself (libtriton.so is another for each Python)
+and of the target. So ``make`` has to run under the Python and the Triton of the machine with the
+GPU, from the same sources of the kernels; the archive says which. It makes the calls of
+`benchmarks/first_contact.py` and the tests for a GPU that is not there (sm_90 by default), builds
+the launchers that Triton would compile with gcc, and stops at an archive larger than 64 MiB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout
+
+MOST = 64 * 2**20  # bytes of the archive
+GROUP = "__grp__"  # a file that lists the files of a kernel by their paths
+ABOUT = "about.json"
+PARTS = ("first", "tests")
+SOURCES = Path(__file__).resolve().parent.parent / "vitlinear" / "ops" / "triton"
+
+
+class Wanted(NamedTuple):
+    """The kernels that are wanted.
+
+    Attributes:
+        target: Compute capability, two digits.
+        processors: Of the GPU: they decide how calls are cut.
+        parts: Of the calls: those of first_contact.py, and those of the tests.
+        mechanisms: Keys in `MECHANISMS`; None for all.
+    """
+
+    target: int
+    processors: int
+    parts: tuple[str, ...]
+    mechanisms: list[str] | None
+
+
+def main() -> None:
+    """Runs the command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    make_flags = commands.add_parser("make", help="compile and pack")
+    make_flags.add_argument("archive", type=Path)
+    unpack_flags = commands.add_parser("unpack", help="put an archive where Triton finds it")
+    unpack_flags.add_argument("archive", type=Path)
+    unpack_flags.add_argument("folder", type=Path)
+    verify_flags = commands.add_parser("verify", help="make the calls again and count")
+    verify_flags.add_argument("folder", type=Path)
+    for flags in (make_flags, verify_flags):
+        flags.add_argument("--target", type=int, default=90, help="compute capability")
+        flags.add_argument("--processors", type=int, default=132, help="of the GPU")
+        flags.add_argument("--only", choices=PARTS, default=None, help="of the calls")
+        flags.add_argument("--mechanisms", nargs="+", default=None, metavar="M", help="these alone")
+    args = parser.parse_args()
+    if args.command == "unpack":
+        unpack(args.archive, args.folder)
+        return
+    wanted = Wanted(
+        args.target, args.processors, PARTS if args.only is None else (args.only,), args.mechanisms
+    )
+    if args.command == "make":
+        make(args.archive, wanted)
+    else:
+        verify(args.folder, wanted)
+
+
+def make(archive: Path, wanted: Wanted) -> None:
+    """Compile for a target and pack what came of it."""
+    if archive.parent != Path() and not archive.parent.is_dir():
+        archive.parent.mkdir(parents=True)
+    with tempfile.TemporaryDirectory() as folder:
+        cache = Path(folder) / "cache"
+        found, compiled = compile_calls(cache, wanted)
+        about = {**environment(), "target": f"sm_{wanted.target}", "number": found + compiled}
+        (cache / ABOUT).write_text(json.dumps(about) + "\n")
+        unfinished = archive.with_name(f".{archive.name}.partial")
+        try:
+            with tarfile.open(unfinished, "w:xz") as tar:
+                for path in sorted(cache.rglob("*")):
+                    if path.is_file():
+                        tar.add(path, path.relative_to(cache))
+            size = unfinished.stat().st_size
+            if size > MOST:
+                sys.exit(f"error: {size / 2**20:.0f} MiB packed are more than {MOST >> 20} MiB")
+            unfinished.replace(archive)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    print(f"{compiled} kernels, {size / 2**20:.1f} MiB in {archive}: {json.dumps(about)}")
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpack, with the paths that Triton wants to find inside of the files."""
+    folder = folder.resolve()
+    try:
+        with tarfile.open(archive) as tar:
+            tar.extractall(folder, filter="data")
+    except (OSError, tarfile.TarError) as error:
+        sys.exit(f"error: cannot unpack {archive}: {error}")
+    for path in folder.glob(f"*/{GROUP}*"):
+        content = json.loads(path.read_text())
+        names = content["child_paths"]
+        content["child_paths"] = {name: str(path.parent / name) for name in names}
+        path.write_text(json.dumps(content))
+    about, here = json.loads((folder / ABOUT).read_text()), environment()
+    differs = [f"{key} {here[key]}, not {about[key]}" for key in here if here[key] != about[key]]
+    print(f"{about['number']} kernels for {about['target']} in {folder}")
+    if differs:
+        print(f"note: made elsewhere, Triton may not find them: {'; '.join(differs)}")
+
+
+def verify(folder: Path, wanted: Wanted) -> None:
+    """Make the calls over an unpacked cache; exit status 1 if anything had to be compiled."""
+    found, compiled = compile_calls(folder.resolve(), wanted)
+    print(f"{found} kernels found, {compiled} compiled")
+    sys.exit(1 if compiled or not found else 0)
+
+
+def environment() -> dict[str, str]:
+    """All that Triton's keys depend on besides the target."""
+    import triton
+
+    sources = hashlib.sha256()
+    for path in sorted(SOURCES.glob("*.py")):
+        sources.update(path.read_bytes())
+    python = ".".join(platform.python_version_tuple()[:2])
+    return {"python": python, "triton": triton.__version__, "kernels": sources.hexdigest()[:12]}
+
+
+def compile_calls(cache: Path, wanted: Wanted) -> tuple[int, int]:
+    """Make all calls for a GPU that is not there; kernels found in the cache, and compiled."""
+    cache.mkdir(parents=True, exist_ok=True)
+    os.environ["TRITON_CACHE_DIR"] = str(cache)
+    os.environ["TRITON_STORE_BINARY_ONLY"] = "1"
+    os.environ["VITLINEAR_AUTOTUNE"] = "0"
+    if os.environ.get("TRITON_INTERPRET", "0") != "0":
+        sys.exit("error: TRITON_INTERPRET is set, and interpreted kernels are not compiled")
+    from benchmarks.first_contact import CacheCount
+
+    count = CacheCount()
+    count.listen()
+    with no_gpu(wanted):
+        for call in calls(wanted):
+            call()
+    return count.found, count.compiled
+
+
+def calls(wanted: Wanted) -> Iterator[Callable[[], Any]]:
+    """The calls whose kernels are wanted."""
+    import torch
+
+    from benchmarks import first_contact, registry
+    from vitlinear import ops
+    from vitlinear.ops import self_check
+
+    cpu = torch.device("cpu")
+    names = ops.MECHANISMS if wanted.mechanisms is None else wanted.mechanisms
+    barred = first_contact.barred_shapes(dry=False)
+    if "first" in wanted.parts:
+        for check in first_contact.checks("cpu", dry=False):
+            if check.kind.mechanism in names and not check.kind.without_kernels:
+                yield partial(self_check.run_kernels, check.kind, check.grid)
+        shapes = barred
+    if "tests" in wanted.parts:
+        yield from _tests(names)
+        shapes = registry.SHAPES if "first" in wanted.parts else registry.SHAPES[len(barred) :]
+    for shape in shapes:
+        if shape.mechanism in names:
+            yield first_contact.attention(shape, cpu, torch.bfloat16, compiled_only=True)
+
+
+def _tests(names: Iterable[str]) -> Iterator[Callable[[], Any]]:
+    """The kinds of call of tests/ops/triton/test_gpu.py, but for odd sizes."""
+    import torch
+
+    from tests.ops.inputs import make_inputs
+    from tests.ops.triton.cases import run
+
+    half = torch.bfloat16
+    for mechanism in names:
+        for grid, dim, options in (
+            *(((14, 14), 32, {"dtype": dtype}) for dtype in (torch.float32, half, torch.float16)),
+            *(((7, 9), dim, {"dtype": half}) for dim in (8, 20, 64, 128)),
+            *(((56, 56), 64, {"dtype": dtype, "heads": 1, "batch": 1}) for dtype in (half,)),
+            *(
+                (grid, 32, {"dtype": half, "mask": True, "epilogue": ("lepe", "gate")})
+                for grid in ((9, 11), (40, 41))
+            ),
+        ):
+            inputs: Any = make_inputs(grid=grid, dim=dim, **options)
+            yield partial(run, mechanism, inputs)
+
+
+@contextmanager
+def no_gpu(wanted: Wanted) -> Iterator[None]:
+    """Let calls on tensors of the CPU compile for a GPU, up to the launch."""
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia import driver as nvidia
+    from triton.runtime import build, driver
+    from triton.runtime.errors import OutOfResources
+    from triton.runtime.jit import JITFunction
+
+    from vitlinear.ops import backend
+    from vitlinear.ops.triton import launch, tuning
+
+    class Driver:
+        """A driver for a GPU that is not there."""
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", wanted.target, 32)
+
+    limits = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}  # KiB of shared memory a block may have
+    most = 1024 * limits.get(wanted.target, 99)
+    compile_and_launch, before = JITFunction.run, _patched_names(backend, launch, build, nvidia)
+    launchers: set[str] = set()
+
+    def only_compile(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = compile_and_launch(self, *args, grid=grid, warmup=True, **options)
+        if kernel.metadata.shared > most:
+            raise OutOfResources(kernel.metadata.shared, most, "shared memory")
+        if kernel.hash not in launchers:
+            launchers.add(kernel.hash)
+            nvidia.CudaLauncher(kernel.src, kernel.metadata)
+        return kernel
+
+    JITFunction.run = only_compile
+    backend.find_obstacle = lambda work: None
+    launch.processors = lambda device: wanted.processors
+    tuning._chosen.clear()
+    with tempfile.TemporaryDirectory() as stubs:
+        # What launchers are linked with is on the machine with the GPU; here, its name is enough.
+        stub = Path(stubs) / "libcuda.so.1"
+        (Path(stubs) / "empty.c").write_text("")
+        subprocess.run(
+            ["gcc", "-shared", f"-Wl,-soname,{stub.name}", "-o", stub, f"{stubs}/empty.c"],
+            check=True,
+        )
+        nvidia.library_dirs = lambda: [stubs]
+        build._load_module_from_path = lambda name, path: _Unloaded()
+        driver.set_active(Driver())
+        try:
+            nvidia.CudaUtils()
+            yield
+        finally:
+            driver.set_active(None)
+            JITFunction.run = compile_and_launch
+            for (module, name), value in before.items():
+                setattr(module, name, value)
+
+
+class _Unloaded:
+    """A module that was compiled and is not loaded: it has whatever is asked of it."""
+
+    def __getattr__(self, name: str) -> Any:
+        return None
+
+
+def _patched_names(backend: Any, launch: Any, build: Any, nvidia: Any) -> dict[Any, Any]:
+    names = (
+        (backend, "find_obstacle"), (launch, "processors"), (build, "_load_module_from_path"),
+        (nvidia, "library_dirs"),
+    )  # fmt: skip
+    return {(module, name): getattr(module, name) for module, name in names}
+
+
+if __name__ == "__main__":
+    main()
