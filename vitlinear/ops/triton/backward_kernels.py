@@ -48,17 +48,51 @@ from .forward_kernels import RUN_TIME, load_sums, program, store_sums
 
 
 @triton.jit
+def epilogue_pass(
+    q, grad_out, epilogue, grad_epilogue, state, norm, mean, span, plan: tl.constexpr
+):  # fmt: skip
+    """Gradients of lepe and gate of a span, for which outputs are computed anew.
+
+    A loop of its own before `query_pass`: in one loop both take more registers than a program has.
+    What that one reads again is in the cache by then. The state has tau in it.
+    """
+    lepe, gate = epilogue
+    grad_lepe, grad_gate = grad_epilogue
+    tables, mask, place = span
+    b, h, first, last, width, count, _, scale = place
+    for start in steps(first, last, plan.block_tokens):
+        n = start + tl.arange(0, plan.block_tokens)
+        inside = n < last
+        valid = valid_tokens(mask, b, n, inside, plan)
+        cos, sin = load_positions(tables, n, width, inside, plan)
+        x = load_tokens(q, b, h, n, valid, plan)
+        g = load_values(grad_out, b, h, n, valid, plan)
+        if plan.has_lepe:
+            added = load_values(lepe, b, h, n, valid, plan)
+            grad = g * load_values(gate, b, h, n, valid, plan)
+            store_values(grad_lepe, grad, b, h, n, inside, valid, plan)
+        features = phi_q(x, plan)
+        value = read_product(encode(features, cos, sin, False, plan), state, plan)
+        if plan.uses_norm:
+            z = tl.sum(features * norm[None, :], 1)
+            of_state, of_mean = read_factors(z, scale, count, plan)
+            value *= of_state[:, None]
+            if plan.uses_mean:
+                value += of_mean[:, None] * mean[None, :]
+        if plan.has_lepe:
+            value += added
+        store_values(grad_gate, g * value, b, h, n, inside, valid, plan)
+
+
+@triton.jit
 def query_pass(
-    q, grad_out, grad_q, epilogue, grad_epilogue, state, norm, mean, grad_query, span,
+    q, grad_out, grad_q, gate, state, norm, mean, grad_query, span,
     sums: tl.constexpr, grads: tl.constexpr, plan: tl.constexpr,
 ):  # fmt: skip
     """G, dm and dvbar of a span (``sums``), and the gradients of its queries (``grads``).
 
-    With the sums go the gradients of the epilogue, for which outputs are computed anew. The state
-    has tau in it; ``grad_query`` is what every valid query gets through their mean.
+    The state has tau in it; ``grad_query`` is what every valid query gets through their mean.
     """
-    lepe, gate = epilogue
-    grad_lepe, grad_gate = grad_epilogue
     tables, mask, place = span
     b, h, first, last, width, count, _, scale = place
     grad_state = zero_block(plan.block_rows, plan.block_values)
@@ -72,7 +106,6 @@ def query_pass(
         cos, sin = load_positions(tables, n, width, inside, plan)
         x = load_tokens(q, b, h, n, valid, plan)
         g = load_values(grad_out, b, h, n, valid, plan)
-        grad_outer = g
         if plan.has_gate:
             g *= load_values(gate, b, h, n, valid, plan)
         features = phi_q(x, plan)
@@ -94,14 +127,6 @@ def query_pass(
         if sums:
             encoded = encode(weighted, cos, sin, False, plan)
             grad_state = sum_product(encoded, g, grad_state, plan)
-            if plan.has_gate:
-                value = read_product(encoded, state, plan)
-                if plan.uses_mean:
-                    value += of_mean[:, None] * mean[None, :]
-                if plan.has_lepe:
-                    value += load_values(lepe, b, h, n, valid, plan)
-                    store_values(grad_lepe, g, b, h, n, inside, valid, plan)
-                store_values(grad_gate, grad_outer * value, b, h, n, inside, valid, plan)
         if grads:
             grad = phi_q_vjp(x, grad + grad_query[None, :], plan)
             store_gradients(grad_q, grad, b, h, n, inside, valid, plan)
@@ -227,8 +252,13 @@ def backward_kernel(
     query, statistic = load_softmax(query_at, statistics, slot, plan)
     tau = load_scale(head_scale, h, plan)
     grad_query = zeros(plan.block_features)
+    _, gate = epilogue
+    if plan.has_gate:
+        epilogue_pass(
+            q, grad_out, epilogue, grad_epilogue, state * tau, norm, mean, span, plan
+        )  # fmt: skip
     grad_state, grad_norm, grad_mean = query_pass(
-        q, grad_out, grad_q, epilogue, grad_epilogue, state * tau, norm, mean, grad_query, span,
+        q, grad_out, grad_q, gate, state * tau, norm, mean, grad_query, span,
         True, plan.key_weights != "global_query", plan,
     )  # fmt: skip
     if plan.has_scale:
@@ -243,8 +273,8 @@ def backward_kernel(
     )  # fmt: skip
     if plan.key_weights == "global_query":
         query_pass(
-            q, grad_out, grad_q, epilogue, grad_epilogue, state * tau, norm, mean,
-            grad_query / count, span, False, True, plan,
+            q, grad_out, grad_q, gate, state * tau, norm, mean, grad_query / count, span,
+            False, True, plan,
         )  # fmt: skip
 
 
@@ -264,9 +294,11 @@ def query_kernel(
     if not with_sums:
         grad_query = sum_of_parts(grad_query_parts, slot, slots, splits, plan) / count
     state = state * load_scale(head_scale, h, plan)
+    _, gate = epilogue
+    if with_sums and plan.has_gate:
+        epilogue_pass(q, grad_out, epilogue, grad_epilogue, state, norm, mean, span, plan)
     grad_state, grad_norm, grad_mean = query_pass(
-        q, grad_out, grad_q, epilogue, grad_epilogue, state, norm, mean, grad_query, span,
-        with_sums, with_grads, plan,
+        q, grad_out, grad_q, gate, state, norm, mean, grad_query, span, with_sums, with_grads, plan
     )  # fmt: skip
     if with_sums:
         store_sums(grad_sums, split * slots + slot, grad_state, grad_norm, grad_mean, plan)

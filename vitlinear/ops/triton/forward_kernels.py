@@ -166,7 +166,14 @@ def read_state(q, out, epilogue, state, norm, mean, span, plan: tl.constexpr):
         inside = n < last
         valid = valid_tokens(mask, b, n, inside, plan)
         cos, sin = load_positions(tables, n, width, inside, plan)
-        features = phi_q(load_tokens(q, b, h, n, valid, plan), plan)
+        x = load_tokens(q, b, h, n, valid, plan)
+        # All loads of a block come first: one wait for memory, not one before and one after the
+        # product.
+        if plan.has_lepe:
+            added = load_values(lepe, b, h, n, valid, plan)
+        if plan.has_gate:
+            factor = load_values(gate, b, h, n, valid, plan)
+        features = phi_q(x, plan)
         value = read_product(encode(features, cos, sin, False, plan), state, plan)
         if plan.uses_norm:
             z = tl.sum(features * norm[None, :], 1)
@@ -175,9 +182,9 @@ def read_state(q, out, epilogue, state, norm, mean, span, plan: tl.constexpr):
             if plan.uses_mean:
                 value += of_mean[:, None] * mean[None, :]
         if plan.has_lepe:
-            value += load_values(lepe, b, h, n, valid, plan)
+            value += added
         if plan.has_gate:
-            value *= load_values(gate, b, h, n, valid, plan)
+            value *= factor
         store_values(out, value, b, h, n, inside, valid, plan)
 
 
