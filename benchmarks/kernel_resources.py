@@ -27,6 +27,7 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
 
 from vitlinear import ops
@@ -99,6 +100,9 @@ def only_compiling(capability: int) -> Iterator[list[tuple[Any, Any, dict[str, A
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **options)
+        most = PROCESSORS[capability].shared - 1024  # of one program
+        if kernel.metadata.shared > most:  # as a launch would; the next configuration is tried
+            raise OutOfResources(kernel.metadata.shared, most, "shared memory")
         done.append((self.fn, kernel, options))
         return kernel
 
@@ -129,6 +133,7 @@ def call(kind: Kind, grid: tuple[int, int]) -> None:
         head_scale=torch.ones(heads) if scale else None,
         lepe=lepe if "lepe" in kind.terms else None,
         gate=gate if has_gate else None,
+        powers=torch.ones(heads, kind.head_dim) if "powers" in kind.terms else None,
     )
     out, state = launch.forward(q, k, v, row, terms)
     grad_q, grad_k, grad_v, grad_gate, grad_lepe = torch.zeros_like(qkv).unbind(2)
@@ -139,6 +144,7 @@ def call(kind: Kind, grid: tuple[int, int]) -> None:
         head_scale=torch.ones(heads) if scale else None,
         lepe=grad_lepe if has_gate and terms.lepe is not None else None,
         gate=grad_gate if has_gate else None,
+        powers=None if terms.powers is None else torch.zeros_like(terms.powers),
     )
     launch.backward(out, q, k, v, row, terms, state, grads)
 
@@ -249,7 +255,12 @@ def published() -> dict[Kind, list[tuple[int, int]]]:
 def programs(kind: Kind, length: int, heads: int, capability: int) -> dict[str, Any]:
     """Programs of a call on one image: of the passes that leave sums, and of the others."""
     row = ops.get_mechanism(kind.mechanism)
-    given = Terms(*(torch.empty(0) if term in kind.terms else None for term in Terms._fields))  # type: ignore[arg-type]
+    tables = ops.lrpe_tables if row.positions == "cosine" else ops.rotary_tables
+    given = Terms(
+        *(torch.empty(0) if term in kind.terms else None for term in Terms._fields)  # type: ignore[arg-type]
+    )
+    if "rotary" in kind.terms:
+        given = given._replace(rotary=tables(1, 1, kind.head_dim))
     with only_compiling(capability):
         plan = launch.make_plan(row, torch.bfloat16, kind.head_dim, given)
         cuts = launch.cuts(plan, heads, length, ITEM_SIZE, torch.device("cuda"))

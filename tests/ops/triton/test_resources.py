@@ -1,4 +1,4 @@
-"""The committed table of what kernels take of a GPU is that of the kernels, and names what spills."""
+"""The committed table of what kernels take of a GPU: as compiled, and nothing else spills."""
 
 from __future__ import annotations
 
@@ -13,8 +13,37 @@ from benchmarks import kernel_resources as resources  # noqa: E402
 from vitlinear.ops.triton import INTERPRETING  # noqa: E402
 
 RECORD = json.loads(resources.RESULTS.read_text(encoding="utf-8"))
-KINDS = sorted({(row["mechanism"], row["head_dim"], tuple(row["terms"])) for row in RECORD["kernels"]})
+
+
+def call_of(row):
+    return row["mechanism"], row["head_dim"], tuple(row["terms"])
+
+
+KINDS = sorted({call_of(row) for row in RECORD["kernels"]})
 ALWAYS = {("mala", 64, 90), ("l2", 32, 80)}
+# (mechanism, D, kernel, compute capability) of kernels that keep too much for their registers
+SPILLING = {
+    ("mala", 64, "backward", 80),
+    ("mala", 64, "query", 80),
+    ("mala", 96, "query", 80),
+    ("mala", 96, "query", 90),
+    ("nala", 32, "query", 80),
+    ("nala", 64, "backward", 80),
+    ("nala", 64, "backward", 90),
+    ("nala", 64, "query", 80),
+    ("nala", 96, "query", 80),
+    ("nala", 96, "query", 90),
+    ("pola", 32, "backward", 80),
+    ("pola", 32, "backward", 90),
+    ("pola", 32, "query", 80),
+    ("pola", 64, "backward", 80),
+    ("pola", 64, "backward", 90),
+    ("pola", 64, "query", 80),
+    ("pola", 64, "query", 90),
+    ("rala", 64, "backward", 80),
+    ("rala", 96, "query", 80),
+    ("rala", 96, "query", 90),
+}
 HELD = ("kernel", "spilled_bytes", "programs_per_processor")
 
 
@@ -44,10 +73,7 @@ def held(rows):
 )
 def test_the_table_is_that_of_the_kernels(kind, capability):
     rows = [
-        row
-        for row in RECORD["kernels"]
-        if (row["mechanism"], row["head_dim"], tuple(row["terms"]), row["capability"])
-        == (*kind, capability)
+        row for row in RECORD["kernels"] if call_of(row) == kind and row["capability"] == capability
     ]
     assert held(resources.measure(kind, capability)) == held(rows)
 
