@@ -29,6 +29,8 @@ MODELS = [
     "test_nalaformer_linear",
     "test_ravlt",
     "test_ravlt_linear",
+    "test_h_vittt",
+    "test_vittt",
 ]
 OURS = sorted(
     name
