@@ -94,9 +94,11 @@ class Scale(nn.Module):
 class ConvBn(nn.Module):
     """Convolution and batch norm."""
 
-    def __init__(self, in_chans: int, out_chans: int, kernel: int, stride: int = 1) -> None:
+    def __init__(
+        self, in_chans: int, out_chans: int, kernel: int, stride: int = 1, bias: bool = True
+    ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_chans, out_chans, kernel, stride, kernel // 2)
+        self.conv = nn.Conv2d(in_chans, out_chans, kernel, stride, kernel // 2, bias=bias)
         self.bn = nn.BatchNorm2d(out_chans)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -226,24 +228,36 @@ def check_transcribed(name: str) -> str:
         UserError: There is none of it.
     """
     base = name.removesuffix(SUFFIX)
-    if not base.startswith(("ravlt_", "mavit_", "test_ravlt", "test_mavit")):
-        raise UserError(f"{name}: only ravlt_* and mavit_* are transcribed, e.g. ravlt_s{SUFFIX}")
+    if not base.removeprefix("test_").startswith(("ravlt", "mavit", "mila")):
+        raise UserError(
+            f"{name}: only ravlt_*, mavit_* and mila_* are transcribed, e.g. ravlt_s{SUFFIX}"
+        )
     return base
 
 
-def transcribe(model: nn.Module) -> Transcription:
-    """The transcription of a model of ours, with its weights and statistics, in its mode.
+def _transcription(model: nn.Module) -> nn.Module:
+    """The transcription of a model, with weights of its own."""
+    from .transcription_mila import MILA, MilaTranscription  # which is made of parts of this file
 
-    Raises:
-        TypeError: The model is no pyramid of RALA or MALA, or its layers attend otherwise.
-    """
+    if isinstance(model, MILA):
+        return MilaTranscription(model)
     blocks = [block for stage in getattr(model, "stages", ()) for block in stage.blocks]
     if not isinstance(model, LinearPyramid) or not all(
         type(block) is PyramidBlock and block.attn.attn_type in ATTENTIONS for block in blocks
     ):
         raise TypeError(f"no transcription of {type(model).__name__}")
+    return Transcription(model)
+
+
+def transcribe(model: nn.Module) -> nn.Module:
+    """The transcription of a model of ours, with its weights and statistics, in its mode.
+
+    Raises:
+        TypeError: The model is no MILA and no pyramid of RALA or MALA, or its layers attend
+            otherwise.
+    """
     like = next(model.parameters())
-    made = Transcription(model).to(like.device, like.dtype).train(model.training)
+    made = _transcription(model).to(like.device, like.dtype).train(model.training)
     # Ours are linear layers where the definition has 1x1 convolutions.
     shapes = {name: value.shape for name, value in made.state_dict().items()}
     state = {name: value.reshape(shapes[name]) for name, value in model.state_dict().items()}

@@ -9,7 +9,7 @@ from tests.golden import relative_error
 from vitlinear.errors import UserError
 
 
-@pytest.mark.parametrize("name", ["test_ravlt", "test_ravlt_linear", "test_mavit"])
+@pytest.mark.parametrize("name", ["test_ravlt", "test_ravlt_linear", "test_mavit", "test_mila"])
 def test_transcription_is_the_model(name):
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=7).double()

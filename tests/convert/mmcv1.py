@@ -12,9 +12,14 @@ from torch import Tensor
 from tests import golden
 
 # What follows the stages in a classifier, by family; its backbones for detection end before.
-AFTER_STAGES = {"rala": ("proj.", "norm.", "head."), "l2vit": ("norm.", "head.")}
-AFTER_STAGES["mala"] = AFTER_STAGES["rala"]
-OUTPUT_NORM = {"rala": "extra_norms.{}.norm", "mala": "extra_norms.{}.norm", "l2vit": "norm{}"}
+AFTER_STAGES = {
+    **dict.fromkeys(("rala", "mala"), ("proj.", "norm.", "head.")),
+    **dict.fromkeys(("l2vit", "mlla"), ("norm.", "head.")),
+}
+OUTPUT_NORM = {
+    **dict.fromkeys(("rala", "mala"), "extra_norms.{}.norm"),
+    **dict.fromkeys(("l2vit", "mlla"), "norm{}"),
+}
 
 CONFIG = """model = dict(
     type='{detector}',

@@ -17,7 +17,7 @@ from torch import nn
 
 from tests import golden
 from tests.dense.openmmlab import packages
-from vitlinear.checkpoints.mappings import H_VITTT, PYRAMID
+from vitlinear.checkpoints.mappings import H_VITTT, MILA, PYRAMID
 from vitlinear.facts import family_of
 
 pytestmark = packages()
@@ -247,11 +247,12 @@ def undecayed(name: str) -> tuple[set[str], nn.Module]:
 def exempt_by_authors(model: str, every_norm: bool) -> set[str]:
     """Our names of what the authors' rules leave undecayed in a detector's backbone."""
     family = family_of(model)
-    released, mapping = family.models[model].released, PYRAMID
-    if family.name == "vittt":
-        mapping = H_VITTT
+    released = family.models[model].released
+    mapping = {"vittt": H_VITTT, "mila": MILA}.get(family.name, PYRAMID)
     names = {f"backbone.norms.{i}.{part}" for i in range(4) for part in ("weight", "bias")}
-    for key, *_ in golden.variants(family.name)[released]["state_dict"]:
+    for key, *_ in golden.variants(golden.family_of(released) or family.name)[released][
+        "state_dict"
+    ]:
         if key.endswith(("running_mean", "running_var", "num_batches_tracked", "rotations")):
             continue
         stem_norm = key.startswith("patch_embed.proj.") and int(key.split(".")[2]) % 3 == 1
@@ -266,7 +267,7 @@ def exempt_by_authors(model: str, every_norm: bool) -> set[str]:
     [
         name
         for name in sorted(PUBLISHED)
-        if any(model in name for model in ("ravlt-s", "mavit-b", "h-vittt-tiny"))
+        if any(model in name for model in ("ravlt-s", "mavit-b", "h-vittt-tiny", "mila-tiny"))
     ],
 )
 def test_weight_decay_reaches_what_it_does_upstream(name):

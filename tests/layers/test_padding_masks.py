@@ -15,10 +15,11 @@ from vitlinear.layers import (
     InLineTokenAttention,
     LightNetAttention,
     LinearAttention,
+    MilaAttention,
     NormGatedAttention,
     ShiftedWindowAttention,
 )
-from vitlinear.ops import MECHANISMS, lrpe_tables, rotary_tables
+from vitlinear.ops import MECHANISMS, full_width_rotary_tables, lrpe_tables, rotary_tables
 
 DIM, HEADS = 32, 2
 FULL = (9, 7)
@@ -60,6 +61,21 @@ def test_gated_attention(attention, attn_type):
         return make(height, width, DIM // HEADS, x.device, torch.float64)
 
     for layer in modes(attention(DIM, HEADS, attn_type)):
+        out = layer(x, tables(*FULL), masks(SIZES))
+        for y, row, (height, width) in zip(x, out, SIZES, strict=True):
+            alone = layer(y[None, :height, :width], tables(height, width))[0]
+            torch.testing.assert_close(row[:height, :width], alone, rtol=1e-9, atol=1e-11)
+
+
+@torch.no_grad()
+def test_mila_attention():
+    """Its convolution and its values find zeros in padding."""
+    x = maps()
+
+    def tables(height, width):
+        return full_width_rotary_tables(height, width, DIM, x.device, torch.float64)
+
+    for layer in modes(MilaAttention(DIM, HEADS)):
         out = layer(x, tables(*FULL), masks(SIZES))
         for y, row, (height, width) in zip(x, out, SIZES, strict=True):
             alone = layer(y[None, :height, :width], tables(height, width))[0]

@@ -30,7 +30,7 @@ def gradients(model, x, amp=False):
     return torch.autograd.grad(out.float().square().sum(), list(model.parameters()))
 
 
-@pytest.mark.parametrize("name", ["test_ravlt", "test_mavit", "test_nalaformer"])
+@pytest.mark.parametrize("name", ["test_ravlt", "test_mavit", "test_mila", "test_nalaformer"])
 def test_gradients_are_bit_for_bit_the_same(name, keeping_all):
     model = timm.create_model(name, drop_path_rate=0.2, proj_drop_rate=0.1).train()
     x = torch.randn(2, 3, 64, 96)

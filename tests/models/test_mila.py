@@ -163,6 +163,27 @@ def test_forms_of_classifier_and_detector():
         assert all(torch.equal(a, b) for a, b in zip(*maps, strict=True)) == equal
 
 
+@pytest.mark.parametrize("sides", [(66, 90), (75, 61), (64, 96)])
+def test_maps_of_a_padded_batch(sides):
+    """Equal to those of the image alone, where both get zeros on odd maps; gradients likewise."""
+    backbone = MultiScaleBackbone("test_mila", out_norms=True).double().eval()
+    for parameter in backbone.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    image = torch.randn(1, 3, *sides, dtype=torch.float64)
+    other = torch.randn(3, 90, 102, dtype=torch.float64)
+    batch = other.new_full((2, *other.shape), torch.nan)
+    batch[0, :, : sides[0], : sides[1]], batch[1] = image[0], other
+    alone, together = backbone(image), backbone(batch, [sides, other.shape[1:]])
+    for x, row in zip(alone, together, strict=True):
+        height, width = x.shape[2:]
+        assert golden.relative_error(row[0, :, :height, :width], x[0]) < 1e-12
+        assert not row[0, :, height:].any() and not row[0, :, :, width:].any()
+    wanted = list(backbone.model.parameters())
+    grads = [torch.autograd.grad(sum(x[0].square().sum() for x in maps), wanted)
+             for maps in (alone, together)]  # fmt: skip
+    torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("released", RELEASED)
 def test_parameters_and_keys_of_every_variant(released):
     name, count = RELEASED[released]

@@ -59,8 +59,8 @@ class MultiScaleBackbone(nn.Module):
             model: Name in timm's registry, with or without a tag.
             out_indices: Maps to give, ascending, or a single one; 0 is the finest.
             out_norms: Put each map through a layer norm of its own, over channels; so the authors
-                of RALA, MALA and L2ViT do for detection and segmentation.
-            out_norm_eps: Of those norms: 1e-6 in RALA and MALA, 1e-5 in L2ViT.
+                of RALA, MALA, L2ViT and MILA do for detection and segmentation.
+            out_norm_eps: Of those norms: 1e-6 in RALA and MALA, 1e-5 in L2ViT and MILA.
             frozen_stages: -1 trains everything; 0 freezes all that comes before the stages, n
                 also the first n stages (blocks, in models of one resolution). What is frozen stays
                 in eval mode, with its running statistics. The pyramid and `norms` are trained.

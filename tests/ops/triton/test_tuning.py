@@ -24,27 +24,53 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """As far as `is_fixed` looks."""
     monkeypatch.setattr(tuning, "INTERPRETING", False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.delenv(tuning.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setenv(tuning.ENVIRONMENT_VARIABLE, "1")
     monkeypatch.setattr(tuning, "_chosen", {})
     # tests of the operators run with it on, for its poisoned memory
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
 
 
-def test_nothing_is_measured_when_told_so(on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_measured_unless_told_so(
+    on_a_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert not tuning.is_fixed()
     with monkeypatch.context() as patch:
         patch.setenv(tuning.ENVIRONMENT_VARIABLE, "0")
         assert tuning.is_fixed()
     with monkeypatch.context() as patch:
-        patch.setattr(tuning, "INTERPRETING", True)
+        patch.delenv(tuning.ENVIRONMENT_VARIABLE)
         assert tuning.is_fixed()
     with monkeypatch.context() as patch:
-        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        patch.setattr(tuning, "INTERPRETING", True)
         assert tuning.is_fixed()
     with monkeypatch.context() as patch:
         patch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
         assert tuning.is_fixed()
     assert not tuning.is_fixed()
+
+
+def test_a_capture_takes_what_was_measured(on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, *_ = tuning.candidates(PLAN)
+    launched: list[Config] = []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(tuning, "do_bench", lambda call, **_: pytest.fail("measured"))
+    tuning.run("a", PLAN, launched.append)
+    assert launched == [first]
+    tuning._chosen["a"] = second
+    tuning.run("a", PLAN, launched.append)
+    assert launched == [first, second]
+
+
+def test_no_memory_to_measure_with(on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[Config] = []
+
+    def fails(call: Callable[[], None], **_: object) -> float:
+        raise torch.OutOfMemoryError("tried to allocate 256 MiB")
+
+    monkeypatch.setattr(tuning, "do_bench", fails)
+    tuning.run("a", PLAN, launched.append)
+    tuning.run("a", PLAN, launched.append)
+    assert launched == [tuning.candidates(PLAN)[0]] * 3  # before the measurement, after it, again
 
 
 def test_the_fastest_is_measured_once_for_a_key(

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from triton.runtime.errors import OutOfResources
 from triton.testing import do_bench
 
+from . import kept
 from .blocks import INTERPRETING
 from .plan import Plan
 
-ENVIRONMENT_VARIABLE = "VITLINEAR_AUTOTUNE"
+ENVIRONMENT_VARIABLE = kept.ENVIRONMENT_VARIABLE
 
 
 class Config(NamedTuple):
@@ -36,8 +37,10 @@ _chosen: dict[object, Config] = {}
 def candidates(plan: Plan) -> list[Config]:
     """Configurations worth trying, the fixed one first, smaller ones last.
 
-    A state of 128 x 64 or more takes the registers of eight warps; products in full float32 run
-    without tensor cores and want small blocks.
+    Three stages load a block while the one before is computed; two load nothing ahead. The fixed
+    choice is the largest at which no kernel of a published model spills registers
+    (benchmarks/accounts/kernels.md). A state of 128 x 64 or more takes the registers of eight
+    warps; products in full float32 run without tensor cores and want small blocks.
     """
     if INTERPRETING:
         return [Config(32, 4, 1)]
@@ -45,21 +48,23 @@ def candidates(plan: Plan) -> list[Config]:
     if "ieee" in (plan.sums, plan.reads):
         sizes = [(32, 8, 1), (16, 8, 1)] if wide else [(32, 4, 2), (64, 8, 1), (16, 4, 1)]
     elif wide:
-        sizes = [(64, 8, 2), (32, 8, 2), (32, 8, 1), (16, 8, 1)]
+        sizes = [(32, 8, 3), (64, 8, 3), (64, 8, 2), (32, 8, 1), (16, 8, 1)]
     elif plan.block_rows * plan.block_values <= 32 * 32:
-        sizes = [(64, 4, 2), (128, 4, 2), (128, 8, 2), (32, 4, 1)]
+        sizes = [(32, 4, 3), (64, 4, 3), (64, 8, 3), (128, 8, 2), (32, 4, 1)]
     else:
-        sizes = [(64, 8, 2), (64, 4, 2), (128, 8, 2), (32, 4, 2), (16, 4, 1)]
+        sizes = [(32, 8, 3), (64, 8, 3), (32, 4, 3), (64, 8, 2), (128, 8, 2), (16, 4, 1)]
     return [Config(*size) for size in sizes]
 
 
 def is_fixed() -> bool:
-    """Whether nothing is measured, so that block sizes depend on the plan alone."""
+    """Whether block sizes depend on the plan alone: unless a user asks for measured ones.
+
+    Measuring compiles each kernel several times, which takes longer than many programs run.
+    """
     return (
         INTERPRETING
-        or os.environ.get(ENVIRONMENT_VARIABLE) == "0"
+        or os.environ.get(ENVIRONMENT_VARIABLE) != "1"
         or torch.are_deterministic_algorithms_enabled()
-        or torch.cuda.is_current_stream_capturing()
     )
 
 
@@ -76,6 +81,9 @@ def chosen(name: object) -> Config | None:
 def run(key: object, plan: Plan, call: Callable[[Config], None]) -> None:
     """Run a kernel in the configuration for this key; measure if it is the first time.
 
+    Nothing is measured while a graph is captured: a capture takes what was measured before it, or
+    else the fixed choice.
+
     Args:
         key: What the choice may depend on; never the number of tokens itself, or each resolution
             would be measured anew.
@@ -90,21 +98,40 @@ def run(key: object, plan: Plan, call: Callable[[Config], None]) -> None:
     config = _chosen.get(goes_by)
     if config is not None:
         call(config)
-        return
+    elif goes_by is not key or torch.cuda.is_current_stream_capturing():
+        _run_fixed(key, plan, call)
+    else:
+        try:
+            config = _chosen[key] = _measured(candidates(plan), call)
+        except torch.OutOfMemoryError:  # for the measurement: the kernel itself takes no memory
+            _chosen[key] = _run_fixed(key, plan, call)
+        else:
+            kept.note(key, config)
+            call(config)
+
+
+def _ready(key: Any, plan: Plan) -> list[Config]:
+    """Configurations in the order in which they are tried: first what an earlier run measured."""
+    measured = kept.find(key)
     configs = candidates(plan)
-    if goes_by is key:
-        _chosen[goes_by] = _measured(configs, call)
-        call(_chosen[goes_by])
-        return
-    for config in configs:
+    return configs if measured is None else [Config(*measured), *configs]
+
+
+def _run_fixed(key: object, plan: Plan, call: Callable[[Config], None]) -> Config:
+    """Run the first configuration that fits the device, and return it."""
+    known = _chosen.get(("fixed", key))
+    configs = _ready(key, plan) if known is None else [known]
+    for config in configs[:-1]:
         try:
             call(config)
         except OutOfResources:
-            if config == configs[-1]:
-                raise
-        else:
-            _chosen[goes_by] = config
-            return
+            continue
+        break
+    else:
+        config = configs[-1]
+        call(config)
+    _chosen["fixed", key] = config
+    return config
 
 
 def _measured(configs: list[Config], call: Callable[[Config], None]) -> Config:
