@@ -81,7 +81,7 @@ def scriptable_attention(
     band = band_in_use()
     if band is not None:
         return band_attention(
-            band, q, k, v, attn_type, rotary, key_padding_mask, head_scale, lepe, gate
+            band, q, k, v, attn_type, rotary, key_padding_mask, head_scale, lepe, gate, powers
         )
     if attn_type == "softmax":
         out = softmax_attention(
