@@ -21,11 +21,13 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 all="first tests attention models memory"
 dry=()
 parts=$all
+budget=${GPU_CHECK_SECONDS:-520}
 while [[ ${1:-} == --* ]]; do
     case $1 in
     --dry-run)
         dry=(--dry-run)
         export TRITON_INTERPRET=1
+        budget=${GPU_CHECK_SECONDS:-3600} # it is not about time
         ;;
     --only)
         parts=${2:-}
@@ -44,7 +46,6 @@ while [[ ${1:-} == --* ]]; do
 done
 folder=${1:-output/gpu_check}
 python=${PYTHON:-python3}
-budget=${GPU_CHECK_SECONDS:-520}
 cache=${GPU_CACHE:-output/gpu_cache.tar.xz}
 mkdir -p "$folder"
 export PYTHONPATH=$PWD PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS=1
@@ -54,11 +55,12 @@ status=0
 
 wanted() { [[ " $parts " == *" $1 "* ]]; }
 
-# run NAME SECONDS COMMAND...: ends the command in time, so that it can still write its report.
+# run NAME SECONDS COMMAND...: ends the command in time, so that it can still write its report. What
+# bash starts in the background would ignore the signal, and so would Python.
 run() {
     local name=$1 seconds=$2
     shift 2
-    timeout -s INT -k 10 "$seconds" "$@" >"$folder/$name.txt" 2>&1
+    env --default-signal=INT timeout -s INT -k 10 "$seconds" "$@" >"$folder/$name.txt" 2>&1
 }
 
 # Without the settings in pyproject.toml, which name plugins that need not be there.
@@ -91,8 +93,9 @@ run_tests() {
     local general="compile_fullgraph or export or autocast"
     local left mechanism mechanisms pid pids=()
     rm -f "$folder"/tests_*.xml
-    tests contract 60 -k "$contract" || status=1
+    tests contract $((budget < 520 ? 60 : budget / 8)) -k "$contract" || status=1
     tail -n 1 "$folder/tests_contract.txt"
+    if [[ ${#dry[@]} != 0 ]]; then return; fi # all of them would be skipped, as these were
     left=$((budget - SECONDS))
     if wanted attention; then left=$((left / 2)); fi
     left=$((left > 60 ? left : 60))

@@ -1,4 +1,4 @@
-"""What comes before the kernels stays near what an empty autograd function takes."""
+"""The time before the kernels stays near that of an empty autograd function."""
 
 import pytest
 

@@ -56,9 +56,9 @@ def is_watched(grad: Tensor | None = None) -> bool:
         grad: In a backward pass, a gradient that it was given.
     """
     return (
-        under_a_mode()
+        torch.compiler.is_compiling()
+        or under_a_mode()
         or torch._C._len_torch_function_stack() > 0
-        or torch.compiler.is_compiling()
         or wants_common_operators()
         or (grad is not None and stands_for_many(grad))
     )

@@ -82,9 +82,14 @@ def main(argv: Sequence[str] | None, prog: str = "vitlinear tune") -> None:
     works = _works(config, dtype, device)
     failed = _check(works, dtype, device)
     bandwidth = measure.copy_bandwidth(device)
-    timed = _time(works, failed, config.compiled)
+    timed, blocks = _time(works, failed, config.compiled)
     rows = [row for each in timed if (row := each.measurement()) is not None]
-    path = kernel_cache.add(here, lambda known: _replace(known.rows, rows))
+
+    def learn(known: kernel_cache.Known) -> None:
+        _replace(known.rows, rows)
+        known.blocks.update(blocks)
+
+    path = kernel_cache.add(here, learn)
     backend.decide_anew()
     print(f"\n{here.name}, copy {bandwidth / 1e12:.3g} TB/s\n")
     print(table(timed, bandwidth))
@@ -134,11 +139,13 @@ def _check(works: Iterable[Workload], dtype: torch.dtype, device: torch.device) 
 
 def _time(
     works: Sequence[Workload], failed: dict[Kind, str], compiled: bool
-) -> list[measure.Timed]:
-    """Time each call on everything that may run it."""
+) -> tuple[list[measure.Timed], dict[str, list[int]]]:
+    """Time each call on everything that may run it; the fastest block sizes of the kernels too."""
+    from vitlinear.ops.triton import kept  # loads Triton itself
+
     names = ("eager", "compiled") if compiled else ("eager",)
     timed: list[measure.Timed] = []
-    with tqdm(works, desc="time", leave=False, disable=None) as bar:
+    with kept.measuring() as blocks, tqdm(works, desc="time", leave=False, disable=None) as bar:
         for work in bar:
             bar.set_postfix_str(f"{work.kind.label}, {work.length} tokens")
             # What is wrong is not timed, lest it be taken.
@@ -147,7 +154,7 @@ def _time(
             if work.kind in failed:
                 each.errors["triton"] = "failed its check"
             timed.append(each)
-    return timed
+    return timed, blocks
 
 
 def _replace(rows: list[Measurement], new: Iterable[Measurement]) -> None:

@@ -301,7 +301,7 @@ def prepared(q: Tensor, mechanism: Mechanism, terms: Terms) -> Call:
 
 
 class Extras(NamedTuple):
-    """What kernels take of the terms besides the epilogue, and the width of the grid."""
+    """Terms besides the epilogue as kernels take them, and the width of the grid."""
 
     tables: tuple[Tensor, Tensor] | None
     mask: tuple[Any, ...] | None

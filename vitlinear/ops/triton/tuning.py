@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from triton.runtime.errors import OutOfResources
 from triton.testing import do_bench
 
+from . import kept
 from .blocks import INTERPRETING
 from .plan import Plan
 
-ENVIRONMENT_VARIABLE = "VITLINEAR_AUTOTUNE"
+ENVIRONMENT_VARIABLE = kept.ENVIRONMENT_VARIABLE
 
 
 class Config(NamedTuple):
@@ -105,13 +106,21 @@ def run(key: object, plan: Plan, call: Callable[[Config], None]) -> None:
         except torch.OutOfMemoryError:  # for the measurement: the kernel itself takes no memory
             _chosen[key] = _run_fixed(key, plan, call)
         else:
+            kept.note(key, config)
             call(config)
+
+
+def _ready(key: Any, plan: Plan) -> list[Config]:
+    """Configurations in the order in which they are tried: first what an earlier run measured."""
+    measured = kept.find(key)
+    configs = candidates(plan)
+    return configs if measured is None else [Config(*measured), *configs]
 
 
 def _run_fixed(key: object, plan: Plan, call: Callable[[Config], None]) -> Config:
     """Run the first configuration that fits the device, and return it."""
     known = _chosen.get(("fixed", key))
-    configs = candidates(plan) if known is None else [known]
+    configs = _ready(key, plan) if known is None else [known]
     for config in configs[:-1]:
         try:
             call(config)

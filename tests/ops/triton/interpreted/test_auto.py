@@ -280,15 +280,14 @@ def test_environment_is_checked(monkeypatch, device):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("training", [False, True])
-def test_every_mechanism_passes(training):
+def test_every_mechanism_passes():
     """With all terms, in the interpreter, where kernels multiply in float32."""
-    grids, self_check.GRIDS = self_check.GRIDS, ((3, 4),)
+    grids, self_check.GRIDS = self_check.GRIDS, ((2, 3),)
     try:
         for mechanism in ops.MECHANISMS:
             terms = ("rotary", "key_padding_mask", "head_scale", "lepe", "gate")
             call = of_mechanism(mechanism, (1, 1, 1, DIM), torch.float32, terms)
-            kind = call._replace(device="cpu", device_index=None, training=training).kind
+            kind = call._replace(device="cpu", device_index=None, training=True).kind
             assert kind.without_kernels or self_check.failure(kind) is None, mechanism
     finally:
         self_check.GRIDS = grids
