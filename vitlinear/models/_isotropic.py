@@ -85,6 +85,8 @@ class FloorPatchEmbed(PatchEmbed):
     Images smaller than a patch are padded with zeros to one.
     """
 
+    row_rule = LOCAL
+
     def forward(self, x: Tensor) -> Tensor:
         """[B, in_chans, H, W] -> [B, floor(H / patch_size), floor(W / patch_size), C]."""
         height, width = self.patch_size[0], self.patch_size[1]

@@ -32,6 +32,7 @@ from vitlinear.layers import (
     recomputes,
 )
 from vitlinear.layers.attention.ttt_attention import TttAttention
+from vitlinear.layers.band import LOCAL
 from vitlinear.layers.layout import split_axis
 from vitlinear.ops import RotaryTables
 
@@ -45,6 +46,8 @@ __all__ = ["HViTTT", "ViTTT"]
 
 class PositionedTokenBlock(TokenBlock):
     """Positional convolution on the grid, then attention and feed-forward network on maps."""
+
+    row_rule = LOCAL
 
     def __init__(
         self,
@@ -157,6 +160,8 @@ class ViTTT(IsotropicBackbone):
 
 class HViTTTBlock(Block):
     """Positional convolution, attention and feed-forward network, each with its residual."""
+
+    row_rule = LOCAL
 
     def __init__(
         self,

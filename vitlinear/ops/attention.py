@@ -12,7 +12,7 @@ from . import autograd, eager
 from . import registered as registered  # registers torch.ops.vitlinear.*
 from .backend import choose_backend, requested_backend
 from .mechanisms import Mechanism, get_mechanism
-from .rotary import RotaryTables, is_full_width
+from .rotary import RotaryTables
 from .terms import Terms
 from .workload import Workload
 
@@ -67,7 +67,8 @@ def linear_attention(
 
         Finite, as are the gradients, for values up to 1e3 with queries and keys up to 1e4; where
         rotation does not meet a normaliser of zero, up to 1e12 (1e10 for ``nala``, which cubes its
-        keys). What float16 cannot hold saturates.
+        keys). What float16 cannot hold saturates, and so do features of ``pola`` above 3e14 in
+        float32.
 
         Finite is not small: ``relu`` with rotary tables and few tokens can meet queries that have
         no key in common, whose normaliser is 0 while the rotated sum is not (seen with 4 tokens:
@@ -116,9 +117,8 @@ def examined(q: Tensor, k: Tensor, v: Tensor, mechanism: str, terms: Terms) -> E
     check_tokens(q, k, v)
     check_mechanism(q, row, terms.powers, v.shape[-1])
     check_terms(q, terms, row.positions, v.shape[-1])
-    without = without_kernels(q, v, row, terms)
     training = is_training(q, k, v)
-    return Examined(row, Workload.of(q, mechanism, without, terms, training, v.shape[-1]))
+    return Examined(row, Workload.of(q, mechanism, "", terms, training, v.shape[-1]))
 
 
 def is_training(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -170,18 +170,6 @@ def softmax_attention(
     check_derivatives(terms, q, k, v)
     rows, cols, mask, *_ = terms.flatten()
     return torch.ops.vitlinear.softmax_attention(q, k, v, rows, cols, mask)[0]
-
-
-def without_kernels(q: Tensor, v: Tensor, mechanism: Mechanism, terms: Terms) -> str:
-    """The part of a call that the fused kernels cannot do, in words; empty if there is none."""
-    if mechanism.takes_powers:
-        return "learned powers"
-    if v.shape[-1] != q.shape[-1]:
-        return "values of another width than queries"
-    if terms.rotary is None or mechanism.positions != "rotary":
-        return ""
-    full_width = is_full_width(terms.rotary, q.shape[2], q.shape[3])
-    return "rotary tables of the full width" if full_width else ""
 
 
 def mask_of_lengths(mask: Tensor | None, q: Tensor) -> Tensor | None:

@@ -185,12 +185,13 @@ def _plain_signed_powers(x: Tensor, powers: Tensor) -> Tensor:
 
 def _signed_powers_vjp(x: Tensor, grad: Tensor, powers: Tensor) -> tuple[Tensor, Tensor]:
     magnitude = x.abs()
-    bound = _largest_feature(x.dtype) ** powers.reciprocal()
-    magnitude = torch.where(magnitude <= bound, magnitude, 0.0)  # no slope where it saturates
+    flat = (magnitude == 0) | (magnitude > _largest_feature(x.dtype) ** powers.reciprocal())
+    magnitude = magnitude.masked_fill(flat, 1)  # NaN is neither
     grad_magnitude, grad_signed = _join_signs(x, grad)
-    less = _power(magnitude, powers - 1)
-    log = torch.where(magnitude > 0, magnitude, 1.0).log()
-    return grad_signed * powers * less, grad_magnitude * (magnitude * less * log)
+    less = magnitude ** (powers - 1)
+    of_x = grad_signed * (powers * less)
+    of_powers = grad_magnitude * (magnitude * less * magnitude.log())
+    return of_x.masked_fill(flat, 0), of_powers.masked_fill(flat, 0)
 
 
 class _SignedPowers(torch.autograd.Function):

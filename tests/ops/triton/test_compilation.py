@@ -90,15 +90,22 @@ def kernels(monkeypatch, target):
 
 
 def call(
-    mechanism, grid, dtype=torch.bfloat16, dim=32, heads=2, mask=False, rotary=True, epilogue=True
-):
+    mechanism, grid, dtype=torch.bfloat16, dim=32, heads=2, mask=False, rotary=True, epilogue=True,
+    full_width=False,
+):  # fmt: skip
     """A forward and a backward pass."""
     row, length = ops.get_mechanism(mechanism), grid[0] * grid[1]
     qkv = torch.zeros(2, length, 5, heads, dim, dtype=dtype)
     q, k, v, gate, lepe = qkv.unbind(2)
     tables = ops.lrpe_tables if row.positions == "cosine" else ops.rotary_tables
+    rotary = rotary and row.positions != "none"
+    rotary = tables(*grid, dim) if rotary else None
+    if full_width:
+        rotary = ops.full_width_rotary_tables(*grid, heads * dim)
+    powers = torch.ones(heads, dim) if row.takes_powers else None
     terms = Terms(
-        rotary=tables(*grid, dim) if rotary else None,
+        rotary=rotary,
+        powers=powers,
         key_padding_mask=torch.zeros(2, length, dtype=torch.bool) if mask else None,
         head_scale=torch.ones(heads) if mask else None,
         lepe=lepe if epilogue else None,
@@ -113,6 +120,7 @@ def call(
         head_scale=torch.ones(heads) if mask else None,
         lepe=grad_lepe if epilogue else None,
         gate=grad_gate if epilogue else None,
+        powers=powers,
     )
     launch.backward(out, q, k, v, row, terms, state, grads)
 
@@ -151,6 +159,17 @@ def in_turn(*axes, keep):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("grid", [SHORT, LONG], ids=["one kernel", "splits"])
+def test_full_width_positions_compile(grid, kernels):
+    """Once for all stages of a pyramid, which have other numbers of heads."""
+    call("elu", grid, full_width=True)
+    del kernels[:]
+    for heads in (4, 10, 16):
+        call("elu", grid, heads=heads, full_width=True)
+    assert not kernels
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mechanism", "dtype", "rotary", "grid"),
     in_turn(list(ops.MECHANISMS), DTYPES, [False, True], [SHORT, LONG], keep=2),
@@ -183,7 +202,11 @@ def test_other_gpus(target, dtype, kernels):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mechanism", "dim", "dtype"),
-    in_turn(["rala", "mala", "nala", "lightnet"], [8, 20, 48, 64, 128], DTYPES, keep=2),
+    [
+        *in_turn(["rala", "mala", "nala", "lightnet"], [8, 20, 48, 64, 128], DTYPES, keep=2),
+        pytest.param("pola", 64, torch.bfloat16, marks=pytest.mark.nightly),
+        pytest.param("pola", 128, torch.float32, marks=pytest.mark.nightly),
+    ],
     ids=str,
 )
 def test_every_head_size_compiles(mechanism, dim, dtype, kernels):

@@ -14,6 +14,9 @@ from vitlinear.ops import (
 )
 from vitlinear.ops.rotary import is_full_width, rotate, token_table
 
+from ..band import band_in_use
+from .band_attention import band_state
+
 
 def scriptable_state(
     k: Tensor, v: Tensor, key_padding_mask: Tensor | None = None, backend: str = "auto"
@@ -34,6 +37,9 @@ def scriptable_state(
             k, v, "identity", None, None, key_padding_mask, None
         )[0]
     else:  # noqa: RET505  TorchScript leaves out the branch not taken, but not what follows it
+        band = band_in_use()
+        if band is not None:
+            return band_state(band, k, v, key_padding_mask)
         return linear_attention_state(
             k, v, mechanism="identity", key_padding_mask=key_padding_mask, backend=backend
         ).state

@@ -12,11 +12,13 @@ from vitlinear.ops import RotaryTables, accumulation_dtype
 from vitlinear.ops.backend import check_backend
 from vitlinear.ops.inner_step import gated, inner_values, stepped
 
+from ..band import BANDED, Band, band_in_use
 from ..conv.dynamic_conv import conv_per_sample
 from ..heads import split_heads
 from ..layout import split_axis
 from ..linear import Linear
 from ..padding_rule import MASK
+from .band_attention import merge_sums
 from .scriptable_state import scriptable_read, scriptable_state, turned
 
 
@@ -34,6 +36,7 @@ class TttAttention(nn.Module):
 
     attn_type = "identity"
     padding_rule = MASK
+    row_rule = BANDED
 
     def __init__(
         self,
@@ -126,6 +129,11 @@ class TttAttention(nn.Module):
             qkv = qkv.masked_fill(key_padding_mask.unsqueeze(-1), 0)
         q, k, v = qkv.chunk(3, dim=3)
         dtype = accumulation_dtype(q.dtype)
+        if not torch.jit.is_scripting():
+            band = band_in_use()
+            if band is not None:
+                state = self.state_of_bands(band, k.to(dtype), v.to(dtype), key_padding_mask)
+                return conv_per_sample(q, stepped(self.w3.flatten(1), state, 2))
         sums = tap_sums(k.to(dtype), v.to(dtype))
         if key_padding_mask is None:
             state = sums / (q.shape[1] * q.shape[2])
@@ -133,6 +141,28 @@ class TttAttention(nn.Module):
             count = (~key_padding_mask).sum([1, 2]).clamp(min=1).to(dtype)
             state = sums / count[:, None, None]
         return conv_per_sample(q, stepped(self.w3.flatten(1), state, 2))
+
+    @torch.jit.ignore
+    def row_reach(self, height: int) -> int:
+        """Rows above and below that the convolution needs."""
+        return 1
+
+    @torch.jit.ignore
+    def state_of_bands(
+        self, band: Band, k: Tensor, v: Tensor, key_padding_mask: Tensor | None
+    ) -> Tensor:
+        """`tap_sums` over the tokens of all bands divided by their number, [B, D, 9].
+
+        The keys of the rows around a band are there; its own values count.
+        """
+        band.check_rows(v.shape[1])
+        own = torch.zeros_like(v[:, :, :, :1])
+        own[:, band.own[0] - band.start : band.own[1] - band.start] = 1
+        if key_padding_mask is not None:
+            own = own.masked_fill(key_padding_mask.unsqueeze(-1), 0)
+        number = own.sum((1, 2, 3)).reshape(-1, 1, 1)
+        total, number = band.merge((tap_sums(k, v * own), number), merge_sums)
+        return total / number.clamp(min=1)
 
 
 def tap_sums(k: Tensor, v: Tensor) -> Tensor:

@@ -16,13 +16,17 @@ import triton
 import triton.language as tl
 
 from .blocks import (
+    by_half,
     encode,
     load_positions,
+    load_powers,
     load_scale,
     load_statistic,
     load_tokens,
     load_values,
     load_vector,
+    opposite_state,
+    opposite_vector,
     phi_k,
     phi_k_vjp,
     phi_q,
@@ -30,10 +34,12 @@ from .blocks import (
     read_factors,
     read_product,
     read_slopes,
+    second_half,
     seen_tokens,
     smaller,
     steps,
     store_gradients,
+    store_power_gradients,
     store_statistic,
     store_values,
     store_vector,
@@ -44,7 +50,14 @@ from .blocks import (
     zero_block,
     zeros,
 )
-from .forward_kernels import RUN_TIME, load_sums, program, store_sums
+from .forward_kernels import (
+    RUN_TIME,
+    load_sums,
+    opposite_norm,
+    outputs,
+    program,
+    store_sums,
+)
 
 
 @triton.jit
@@ -54,31 +67,28 @@ def epilogue_pass(
     """Gradients of lepe and gate of a span, for which outputs are computed anew.
 
     A loop of its own before `query_pass`: in one loop both take more registers than a program has.
-    What that one reads again is in the cache by then. The state has tau in it.
+    What that one reads again is in the cache by then. The state has tau in it, and is the one
+    that two reads take.
     """
     lepe, gate = epilogue
     grad_lepe, grad_gate = grad_epilogue
-    tables, mask, place = span
+    tables, mask, place, powers = span
     b, h, first, last, width, count, _, scale = place
+    opposite = opposite_norm(norm, plan)
     for start in steps(first, last, plan.block_tokens):
         n = start + tl.arange(0, plan.block_tokens)
         inside = n < last
         valid = valid_tokens(mask, b, n, inside, plan)
-        cos, sin = load_positions(tables, n, width, inside, plan)
+        cos, sin = load_positions(tables, h, n, width, inside, plan)
         x = load_tokens(q, b, h, n, valid, plan)
         g = load_values(grad_out, b, h, n, valid, plan)
         if plan.has_lepe:
             added = load_values(lepe, b, h, n, valid, plan)
             grad = g * load_values(gate, b, h, n, valid, plan)
             store_values(grad_lepe, grad, b, h, n, inside, valid, plan)
-        features = phi_q(x, plan)
-        value = read_product(encode(features, cos, sin, False, plan), state, plan)
-        if plan.uses_norm:
-            z = tl.sum(features * norm[None, :], 1)
-            of_state, of_mean = read_factors(z, scale, count, plan)
-            value *= of_state[:, None]
-            if plan.uses_mean:
-                value += of_mean[:, None] * mean[None, :]
+        features = phi_q(x, powers, plan)
+        encoded = encode(features, cos, sin, False, plan)
+        value = outputs(features, encoded, state, norm, opposite, mean, scale, count, plan)
         if plan.has_lepe:
             value += added
         store_values(grad_gate, g * value, b, h, n, inside, valid, plan)
@@ -91,27 +101,52 @@ def query_pass(
 ):  # fmt: skip
     """G, dm and dvbar of a span (``sums``), and the gradients of its queries (``grads``).
 
-    The state has tau in it; ``grad_query`` is what every valid query gets through their mean.
+    The state has tau in it, and is the one that two reads take; ``grad_query`` is what every valid
+    query gets through their mean. With the gradients goes the span's share of those of powers.
     """
-    tables, mask, place = span
+    tables, mask, place, powers = span
     b, h, first, last, width, count, _, scale = place
     grad_state = zero_block(plan.block_rows, plan.block_values)
     grad_norm = zeros(plan.block_features)
     grad_mean = zeros(plan.block_values)
+    grad_powers = zeros(plan.block_dim)
+    opposite = opposite_norm(norm, plan)
+    grad_opposite = zeros(plan.block_features)
     transposed = tl.trans(state)
     for start in steps(first, last, plan.block_tokens):
         n = start + tl.arange(0, plan.block_tokens)
         inside = n < last
         valid = valid_tokens(mask, b, n, inside, plan)
-        cos, sin = load_positions(tables, n, width, inside, plan)
+        cos, sin = load_positions(tables, h, n, width, inside, plan)
         x = load_tokens(q, b, h, n, valid, plan)
         g = load_values(grad_out, b, h, n, valid, plan)
         if plan.has_gate:
             g *= load_values(gate, b, h, n, valid, plan)
-        features = phi_q(x, plan)
-        u = encode(read_product(g, transposed, plan), cos, sin, True, plan)
-        weighted, grad = features, u
-        if plan.uses_norm:
+        features = phi_q(x, powers, plan)
+        of_values = g  # what the state sees of the gradient of the output
+        if plan.reads_opposite:
+            encoded = encode(features, cos, sin, False, plan)
+            value = read_product(encoded, state, plan)
+            z = tl.sum(features * norm[None, :], 1)
+            z_opposite = tl.sum(features * opposite[None, :], 1)
+            first_factor, _of_mean = read_factors(z, scale, count, plan)
+            second_factor, _of_mean = read_factors(z_opposite, scale, count, plan)
+            first_slope, _of_mean = read_slopes(z, scale, count, plan)
+            second_slope, _of_mean = read_slopes(z_opposite, scale, count, plan)
+            along, second = value * g, second_half(plan)[None, :]
+            grad_z = first_slope * tl.sum(tl.where(second, 0.0, along), 1)
+            grad_z_opposite = second_slope * tl.sum(tl.where(second, along, 0.0), 1)
+            factor = by_half(first_factor, second_factor, plan)
+            of_values = g * factor
+            grad = encode(read_product(of_values, transposed, plan), cos, sin, True, plan)
+            grad += norm[None, :] * grad_z[:, None]
+            grad += opposite[None, :] * grad_z_opposite[:, None]
+            grad_norm += tl.sum(features * grad_z[:, None], 0)
+            grad_opposite += tl.sum(features * grad_z_opposite[:, None], 0)
+        else:
+            u = encode(read_product(g, transposed, plan), cos, sin, True, plan)
+            weighted, grad = features, u
+        if plan.uses_norm and not plan.reads_opposite:
             z = tl.sum(features * norm[None, :], 1)
             of_state, of_mean = read_factors(z, scale, count, plan)
             slope_state, slope_mean = read_slopes(z, scale, count, plan)
@@ -125,12 +160,17 @@ def query_pass(
             grad = u * of_state[:, None] + norm[None, :] * grad_z[:, None]
             grad_norm += tl.sum(features * grad_z[:, None], 0)
         if sums:
-            encoded = encode(weighted, cos, sin, False, plan)
-            grad_state = sum_product(encoded, g, grad_state, plan)
+            if not plan.reads_opposite:
+                encoded = encode(weighted, cos, sin, False, plan)
+            grad_state = sum_product(encoded, of_values, grad_state, plan)
         if grads:
-            grad = phi_q_vjp(x, grad + grad_query[None, :], plan)
+            grad, of_powers = phi_q_vjp(x, grad + grad_query[None, :], powers, plan)
             store_gradients(grad_q, grad, b, h, n, inside, valid, plan)
-    return grad_state, grad_norm, grad_mean
+            if plan.has_powers:
+                grad_powers += tl.sum(of_powers, 0)
+    if plan.reads_opposite:
+        grad_norm += opposite_vector(grad_opposite, plan)
+    return opposite_state(grad_state, plan), grad_norm, grad_mean, grad_powers
 
 
 @triton.jit
@@ -140,14 +180,14 @@ def key_terms(k, v, n, query, statistic, transposed, grad_norm, span, plan: tl.c
     Returns:
         Features, weights c and y; valid tokens, their positions, keys.
     """
-    tables, mask, place = span
+    tables, mask, place, powers = span
     b, h, _, last, width, count, empty, scale = place
     inside = n < last
     valid = valid_tokens(mask, b, n, inside, plan)
-    cos, sin = load_positions(tables, n, width, inside, plan)
+    cos, sin = load_positions(tables, h, n, width, inside, plan)
     x = load_tokens(k, b, h, n, valid, plan)
     values = load_values(v, b, h, n, valid, plan)
-    features = phi_k(x, plan)
+    features = phi_k(x, powers, plan)
     y = encode(read_product(values, transposed, plan), cos, sin, True, plan)
     y += grad_norm[None, :]
     # Never above one, though the logits of huge keys may round otherwise than in the forward pass.
@@ -170,7 +210,7 @@ def key_mean(k, v, query, statistic, grad_state, grad_norm, span, plan: tl.const
 
     That is sum_j c_j phi(k_j) . y_j, or the same of each feature.
     """
-    _, _, place = span
+    _, _, place, powers = span
     _, _, first, last, _, count, _, _ = place
     total = count * 0.0 if plan.key_weights == "global_query" else zeros(plan.block_features)
     transposed = tl.trans(grad_state)
@@ -194,10 +234,15 @@ def key_pass(
     k, v, grad_k, grad_v, query, statistic, grad_state, grad_norm, grad_mean, subtracted, span,
     plan: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a span's keys and values; returns its share of that of the mean query."""
-    _, _, place = span
+    """Gradients of a span's keys and values.
+
+    Returns:
+        Its share of the gradients of the mean query and of powers.
+    """
+    _, _, place, powers = span
     b, h, first, last, _, count, _, scale = place
     grad_query = zeros(plan.block_features)
+    grad_powers = zeros(plan.block_dim)
     transposed = tl.trans(grad_state)
     for start in steps(first, last, plan.block_tokens):
         n = start + tl.arange(0, plan.block_tokens)
@@ -216,14 +261,16 @@ def key_pass(
         else:
             grad = y * weights
             weighted = features * weights
-        grad = phi_k_vjp(x, grad, plan)
+        grad, of_powers = phi_k_vjp(x, grad, powers, plan)
         store_gradients(grad_k, grad, b, h, n, n < last, valid, plan)
+        if plan.has_powers:
+            grad_powers += tl.sum(of_powers, 0)
         encoded = encode(weighted, cos, sin, False, plan)
         grad = read_product(encoded, grad_state, plan)
         if plan.uses_mean:
             grad += grad_mean[None, :] / count
         store_values(grad_v, grad, b, h, n, n < last, valid, plan)
-    return grad_query
+    return grad_query, grad_powers
 
 
 @triton.jit
@@ -241,24 +288,23 @@ def load_softmax(query_at, statistics, slot, plan: tl.constexpr):
 @triton.jit(do_not_specialize=RUN_TIME)
 def backward_kernel(
     grad_out, q, k, v, grad_q, grad_k, grad_v, epilogue, grad_epilogue, tables, mask, counts,
-    head_scale, grad_scale, sums, query_at, statistics, length, width, heads, chunk, scale,
-    plan: tl.constexpr,
+    powers, head_scale, grad_scale, grad_powers, sums, query_at, statistics,
+    length, width, heads, chunk, scale, plan: tl.constexpr,
 ):  # fmt: skip
     """Everything for one head of one sample."""
     slot, h, _, place = program(counts, length, width, heads, chunk, scale, plan)
     _, _, _, _, _, count, _, _ = place
-    span = (tables, mask, place)
+    span = (tables, mask, place, load_powers(powers, h, plan))
     state, norm, mean = load_sums(sums, slot, plan)
     query, statistic = load_softmax(query_at, statistics, slot, plan)
     tau = load_scale(head_scale, h, plan)
     grad_query = zeros(plan.block_features)
+    read = opposite_state(state * tau, plan)
     _, gate = epilogue
     if plan.has_gate:
-        epilogue_pass(
-            q, grad_out, epilogue, grad_epilogue, state * tau, norm, mean, span, plan
-        )  # fmt: skip
-    grad_state, grad_norm, grad_mean = query_pass(
-        q, grad_out, grad_q, gate, state * tau, norm, mean, grad_query, span,
+        epilogue_pass(q, grad_out, epilogue, grad_epilogue, read, norm, mean, span, plan)
+    grad_state, grad_norm, grad_mean, of_queries = query_pass(
+        q, grad_out, grad_q, gate, read, norm, mean, grad_query, span,
         True, plan.key_weights != "global_query", plan,
     )  # fmt: skip
     if plan.has_scale:
@@ -267,51 +313,54 @@ def backward_kernel(
     subtracted = 0.0
     if plan.key_weights != "uniform":
         subtracted = key_mean(k, v, query, statistic, grad_state, grad_norm, span, plan)
-    grad_query = key_pass(
+    grad_query, of_keys = key_pass(
         k, v, grad_k, grad_v, query, statistic, grad_state, grad_norm, grad_mean, subtracted, span,
         plan,
     )  # fmt: skip
     if plan.key_weights == "global_query":
-        query_pass(
-            q, grad_out, grad_q, gate, state * tau, norm, mean, grad_query / count, span,
+        _, _, _, of_queries = query_pass(
+            q, grad_out, grad_q, gate, read, norm, mean, grad_query / count, span,
             False, True, plan,
         )  # fmt: skip
+    store_power_gradients(grad_powers, slot, of_queries + of_keys, plan)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def query_kernel(
-    grad_out, q, grad_q, epilogue, grad_epilogue, tables, mask, counts, head_scale, sums,
-    grad_query_parts, grad_sums, length, width, heads, chunk, splits, scale,
+    grad_out, q, grad_q, epilogue, grad_epilogue, tables, mask, counts, powers, head_scale, sums,
+    grad_query_parts, grad_sums, power_parts, length, width, heads, chunk, splits, scale,
     with_sums: tl.constexpr, with_grads: tl.constexpr, plan: tl.constexpr,
 ):  # fmt: skip
     """The pass over the queries of a split: sums into a slot of its own, gradients, or both."""
     slot, h, split, place = program(counts, length, width, heads, chunk, scale, plan)
     _, _, _, _, _, count, _, _ = place
-    span = (tables, mask, place)
+    span = (tables, mask, place, load_powers(powers, h, plan))
     slots = tl.num_programs(0)
     state, norm, mean = load_sums(sums, slot, plan)
     grad_query = zeros(plan.block_features)
     if not with_sums:
         grad_query = sum_of_parts(grad_query_parts, slot, slots, splits, plan) / count
-    state = state * load_scale(head_scale, h, plan)
+    state = opposite_state(state * load_scale(head_scale, h, plan), plan)
     _, gate = epilogue
     if with_sums and plan.has_gate:
         epilogue_pass(q, grad_out, epilogue, grad_epilogue, state, norm, mean, span, plan)
-    grad_state, grad_norm, grad_mean = query_pass(
+    grad_state, grad_norm, grad_mean, grad_powers = query_pass(
         q, grad_out, grad_q, gate, state, norm, mean, grad_query, span, with_sums, with_grads, plan
     )  # fmt: skip
     if with_sums:
         store_sums(grad_sums, split * slots + slot, grad_state, grad_norm, grad_mean, plan)
+    if with_grads:
+        store_power_gradients(power_parts, split * slots + slot, grad_powers, plan)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def key_mean_kernel(
-    k, v, tables, mask, counts, head_scale, query_at, statistics, grad_sums, mean_parts,
+    k, v, tables, mask, counts, powers, head_scale, query_at, statistics, grad_sums, mean_parts,
     length, width, heads, chunk, scale, plan: tl.constexpr,
 ):  # fmt: skip
     """The share of a split in what the gradient of a softmax over keys subtracts."""
     slot, h, split, place = program(counts, length, width, heads, chunk, scale, plan)
-    span = (tables, mask, place)
+    span = (tables, mask, place, load_powers(powers, h, plan))
     query, statistic = load_softmax(query_at, statistics, slot, plan)
     grad_state, grad_norm, _ = load_sums(grad_sums, slot, plan)
     grad_state = grad_state * load_scale(head_scale, h, plan)
@@ -321,12 +370,13 @@ def key_mean_kernel(
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def key_kernel(
-    k, v, grad_k, grad_v, tables, mask, counts, head_scale, query_at, statistics, grad_sums,
-    mean_parts, grad_query_parts, length, width, heads, chunk, splits, scale, plan: tl.constexpr,
+    k, v, grad_k, grad_v, tables, mask, counts, powers, head_scale, query_at, statistics, grad_sums,
+    mean_parts, grad_query_parts, power_parts, length, width, heads, chunk, splits, scale,
+    plan: tl.constexpr,
 ):  # fmt: skip
     """The pass over the keys of a split."""
     slot, h, split, place = program(counts, length, width, heads, chunk, scale, plan)
-    span = (tables, mask, place)
+    span = (tables, mask, place, load_powers(powers, h, plan))
     slots = tl.num_programs(0)
     query, statistic = load_softmax(query_at, statistics, slot, plan)
     grad_state, grad_norm, grad_mean = load_sums(grad_sums, slot, plan)
@@ -337,9 +387,10 @@ def key_kernel(
             subtracted += load_statistic(mean_parts, other * slots + slot, plan)
     elif plan.key_weights == "token_softmax":
         subtracted = sum_of_parts(mean_parts, slot, slots, splits, plan)
-    grad_query = key_pass(
+    grad_query, grad_powers = key_pass(
         k, v, grad_k, grad_v, query, statistic, grad_state, grad_norm, grad_mean, subtracted, span,
         plan,
     )  # fmt: skip
+    store_power_gradients(power_parts, split * slots + slot, grad_powers, plan)
     if plan.key_weights == "global_query":
         store_vector(grad_query_parts, split * slots + slot, grad_query, plan)

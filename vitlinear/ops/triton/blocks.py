@@ -98,7 +98,7 @@ def state_lanes(plan: tl.constexpr):
     part = tl.arange(0, plan.block_rows) // plan.block_dim
     row = channel * 2 + part if plan.positions == "cosine" else part * plan.head_dim + channel
     column, in_head = value_lanes(plan)
-    return row[:, None] * plan.head_dim + column[None, :], exists[:, None] & in_head[None, :]
+    return row[:, None] * plan.values + column[None, :], exists[:, None] & in_head[None, :]
 
 
 @triton.jit
@@ -119,28 +119,28 @@ def store_vector(start, slot, x, plan: tl.constexpr):
 def load_channels(start, slot, plan: tl.constexpr):
     """A vector of channels of values from its slot."""
     channel, exists = value_lanes(plan)
-    return tl.load(start + slot * plan.head_dim + channel, mask=exists, other=0.0)
+    return tl.load(start + slot * plan.values + channel, mask=exists, other=0.0)
 
 
 @triton.jit
 def store_channels(start, slot, x, plan: tl.constexpr):
     """Store a vector of channels of values in its slot."""
     channel, exists = value_lanes(plan)
-    tl.store(start + slot * plan.head_dim + channel, x, mask=exists)
+    tl.store(start + slot * plan.values + channel, x, mask=exists)
 
 
 @triton.jit
 def load_state(start, slot, plan: tl.constexpr):
     """A state from its slot."""
     at, exists = state_lanes(plan)
-    return tl.load(start + slot * plan.rows * plan.head_dim + at, mask=exists, other=0.0)
+    return tl.load(start + slot * plan.rows * plan.values + at, mask=exists, other=0.0)
 
 
 @triton.jit
 def store_state(start, slot, x, plan: tl.constexpr):
     """Store a state in its slot."""
     at, exists = state_lanes(plan)
-    tl.store(start + slot * plan.rows * plan.head_dim + at, x, mask=exists)
+    tl.store(start + slot * plan.rows * plan.values + at, x, mask=exists)
 
 
 @triton.jit
@@ -266,16 +266,42 @@ def seen_tokens(valid, inside, empty, plan: tl.constexpr):
 
 
 @triton.jit
-def load_positions(tables, n, width, inside, plan: tl.constexpr):
+def load_powers(powers, h, plan: tl.constexpr):
+    """Powers of a head's channels, 1 in lanes beyond them; 0 where feature maps take none."""
+    if plan.has_powers:
+        channel, in_head = channel_lanes(plan.block_dim, plan)
+        at = powers + h * plan.head_dim + channel
+        return tl.load(at, mask=in_head, other=1.0).to(tl.float32)
+    else:
+        return 0.0
+
+
+@triton.jit
+def store_power_gradients(parts, slot, x, plan: tl.constexpr):
+    """Store the gradient of a head's powers in its slot, where there are any."""
+    if plan.has_powers:
+        channel, in_head = channel_lanes(plan.block_dim, plan)
+        tl.store(parts + slot * plan.head_dim + channel, x, mask=in_head)
+
+
+@triton.jit
+def load_positions(tables, h, n, width, inside, plan: tl.constexpr):
     """Cosines and sines of the tokens' angles, one for each pair or each channel."""
     if plan.positions == "none":
         return 0.0, 0.0
     else:
-        rows, cols = tables
+        rows, cols, entries = tables
         # An axis table has the cosine and the sine of an angle side by side, all angles of a
         # position in a row: read together, they need a quarter of the load instructions.
-        entry = tl.arange(0, plan.block_table)
-        of_axis: tl.constexpr = plan.table_entries
+        lane = tl.arange(0, plan.block_table)
+        if plan.full_width:  # of heads side by side, each has its own part of a row
+            of_axis = entries
+            entry = h * plan.head_dim + lane
+            own = lane < plan.head_dim
+        else:
+            of_axis = plan.table_entries
+            entry = lane
+            own = lane < 2 * plan.table_entries
         # One load from either table: two, each with half of its lanes masked, take twice the
         # traffic and twice the shared memory. Offsets are chosen, from one of the tables to the
         # other, because AMD's compiler chooses between no pointers. Both begin at a multiple of 16
@@ -284,8 +310,7 @@ def load_positions(tables, n, width, inside, plan: tl.constexpr):
         row_at = (n // width)[:, None] * of_axis + entry[None, :]
         col_at = (n % width)[:, None] * of_axis + (entry - of_axis)[None, :]
         at = rows + tl.where((entry < of_axis)[None, :], row_at, apart + col_at)
-        exists = inside[:, None] & (entry < 2 * of_axis)[None, :]
-        table = tl.load(at, mask=exists, other=0.0)
+        table = tl.load(at, mask=inside[:, None] & own[None, :], other=0.0)
         pairs: tl.constexpr = plan.block_table // 2
         return tl.split(tl.reshape(table, (table.shape[0], pairs, 2)))
 
@@ -302,6 +327,45 @@ def halves(x, plan: tl.constexpr):
     """The inverse of `beside`."""
     width: tl.constexpr = plan.block_dim
     return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, width)), (0, 2, 1)))
+
+
+@triton.jit
+def second_half(plan: tl.constexpr):
+    """Which lanes of values belong to the second half of the channels."""
+    channel, _ = value_lanes(plan)
+    return channel + plan.first_value >= plan.values // 2
+
+
+@triton.jit
+def _exchanged_rows(state, plan: tl.constexpr):
+    """A state with the halves of its rows exchanged."""
+    half: tl.constexpr = plan.block_rows // 2
+    width: tl.constexpr = plan.block_values
+    a, b = tl.split(tl.permute(tl.reshape(state, (2, half, width)), (1, 2, 0)))
+    return tl.reshape(tl.permute(tl.join(b, a), (2, 0, 1)), (plan.block_rows, width))
+
+
+@triton.jit
+def opposite_state(state, plan: tl.constexpr):
+    """See `eager.opposite_state`; the state itself where there is one read."""
+    if plan.reads_opposite:
+        return tl.where(second_half(plan)[None, :], _exchanged_rows(state, plan), state)
+    else:
+        return state
+
+
+@triton.jit
+def opposite_vector(x, plan: tl.constexpr):
+    """A vector of features with its halves exchanged."""
+    a, b = tl.split(tl.permute(tl.reshape(x, (2, plan.block_dim)), (1, 0)))
+    width: tl.constexpr = plan.block_features
+    return tl.reshape(tl.permute(tl.join(b, a), (1, 0)), (width,))
+
+
+@triton.jit
+def by_half(first, second, plan: tl.constexpr):
+    """Factors of tokens, one for each half of the values: [tokens, block_values]."""
+    return tl.where(second_half(plan)[None, :], second[:, None], first[:, None])
 
 
 @triton.jit
@@ -399,7 +463,13 @@ def _join_signs(x, grad, plan: tl.constexpr):
 
 
 @triton.jit
-def _feature_map(x, name: tl.constexpr, plan: tl.constexpr):
+def _power_bound(powers):
+    """The largest |x| whose power does not saturate; see `features._largest_feature`."""
+    return tl.exp2(48.0 / powers)  # float32's largest number to the power of 3/8
+
+
+@triton.jit
+def _feature_map(x, powers, name: tl.constexpr, plan: tl.constexpr):
     """The feature map of a name, [tokens, block_dim] -> [tokens, block_features]."""
     if name == "elu+1":
         _, exists = channel_lanes(plan.block_dim, plan)
@@ -411,12 +481,28 @@ def _feature_map(x, name: tl.constexpr, plan: tl.constexpr):
         return x * tl.sigmoid(x)
     elif name == "cubed":
         return _split_signs(x, tl.abs(x * x * x), plan)
+    elif name == "signed-powers":
+        base = smaller(tl.abs(x), _power_bound(powers)[None, :])
+        return _split_signs(x, _power(base, powers[None, :]), plan)
     elif name == "norm-aware":
         norm, _, u = _direction(x)
         return _split_signs(u, _power(tl.abs(u), 3.0 * (0.5 + _tanh(norm))), plan)
     else:
         tl.static_assert(name == "identity")
         return x
+
+
+@triton.jit
+def _signed_powers_vjp(x, grad, powers, plan: tl.constexpr):
+    """Gradients of x and, for each x, of its power; see `features._signed_powers_vjp`."""
+    magnitude = tl.abs(x)
+    flat = (magnitude == 0) | (magnitude > _power_bound(powers)[None, :])
+    log = tl.log2(tl.where(flat, 1.0, magnitude))
+    less = tl.exp2((powers - 1.0)[None, :] * log)
+    grad_magnitude, grad_signed = _join_signs(x, grad, plan)
+    of_x = grad_signed * (powers[None, :] * less)
+    of_powers = grad_magnitude * (magnitude * less * (log * 0.6931471805599453))
+    return tl.where(flat, 0.0, of_x), tl.where(flat, 0.0, of_powers)
 
 
 @triton.jit
@@ -450,31 +536,40 @@ def _feature_map_vjp(x, grad, name: tl.constexpr, plan: tl.constexpr):
 
 
 @triton.jit
-def phi_q(x, plan: tl.constexpr):
+def phi_q(x, powers, plan: tl.constexpr):
     """Features of queries."""
     name: tl.constexpr = plan.query_map
-    return _feature_map(x, name, plan)
+    return _feature_map(x, powers, name, plan)
 
 
 @triton.jit
-def phi_k(x, plan: tl.constexpr):
+def phi_k(x, powers, plan: tl.constexpr):
     """Features of keys."""
     name: tl.constexpr = plan.key_map
-    return _feature_map(x, name, plan)
+    return _feature_map(x, powers, name, plan)
 
 
 @triton.jit
-def phi_q_vjp(x, grad, plan: tl.constexpr):
-    """Gradient of queries from that of their features."""
+def _pull_back(x, grad, powers, name: tl.constexpr, plan: tl.constexpr):
+    """Gradients of x and, for each x, of its power, from that of phi(x)."""
+    if name == "signed-powers":
+        return _signed_powers_vjp(x, grad, powers, plan)
+    else:
+        return _feature_map_vjp(x, grad, name, plan), 0.0
+
+
+@triton.jit
+def phi_q_vjp(x, grad, powers, plan: tl.constexpr):
+    """Gradients of queries and powers from that of the features of queries."""
     name: tl.constexpr = plan.query_map
-    return _feature_map_vjp(x, grad, name, plan)
+    return _pull_back(x, grad, powers, name, plan)
 
 
 @triton.jit
-def phi_k_vjp(x, grad, plan: tl.constexpr):
-    """Gradient of keys from that of their features."""
+def phi_k_vjp(x, grad, powers, plan: tl.constexpr):
+    """Gradients of keys and powers from that of the features of keys."""
     name: tl.constexpr = plan.key_map
-    return _feature_map_vjp(x, grad, name, plan)
+    return _pull_back(x, grad, powers, name, plan)
 
 
 @triton.jit

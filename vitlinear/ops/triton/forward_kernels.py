@@ -12,16 +12,20 @@ import triton.language as tl
 
 from .blocks import (
     beside,
+    by_half,
     count_tokens,
     encode,
     larger,
     load_channels,
     load_positions,
+    load_powers,
     load_scale,
     load_state,
     load_tokens,
     load_values,
     load_vector,
+    opposite_state,
+    opposite_vector,
     phi_k,
     phi_q,
     read_factors,
@@ -69,13 +73,13 @@ def program(counts, length, width, heads, chunk, scale, plan: tl.constexpr):
 @triton.jit
 def mean_query(q, span, plan: tl.constexpr):
     """Share of a span in the mean of phi(q) over the valid tokens, [features]."""
-    _, mask, place = span
+    _, mask, place, powers = span
     b, h, first, last, _, count, _, _ = place
     total = zeros(plan.block_features)
     for start in steps(first, last, plan.block_tokens):
         n = start + tl.arange(0, plan.block_tokens)
         valid = valid_tokens(mask, b, n, n < last, plan)
-        features = phi_q(load_tokens(q, b, h, n, valid, plan), plan)
+        features = phi_q(load_tokens(q, b, h, n, valid, plan), powers, plan)
         total += tl.sum(tl.where(valid[:, None], features, 0.0), 0)
     return total / count
 
@@ -87,7 +91,7 @@ def key_sums(k, v, query, span, plan: tl.constexpr):
     With a softmax over keys, state and normaliser are averages under the softmax of this span, as
     in online softmax; without, the span's share of the means over all tokens.
     """
-    tables, mask, place = span
+    tables, mask, place, powers = span
     b, h, first, last, width, count, empty, scale = place
     weight = 1.0 / count
     state = zero_block(plan.block_rows, plan.block_values)
@@ -99,8 +103,8 @@ def key_sums(k, v, query, span, plan: tl.constexpr):
         n = start + tl.arange(0, plan.block_tokens)
         inside = n < last
         valid = valid_tokens(mask, b, n, inside, plan)
-        cos, sin = load_positions(tables, n, width, inside, plan)
-        features = phi_k(load_tokens(k, b, h, n, valid, plan), plan)
+        cos, sin = load_positions(tables, h, n, width, inside, plan)
+        features = phi_k(load_tokens(k, b, h, n, valid, plan), powers, plan)
         values = load_values(v, b, h, n, valid, plan)
         seen = seen_tokens(valid, inside, empty, plan)
         if plan.key_weights == "uniform":
@@ -156,16 +160,44 @@ def _of_rows(x, plan: tl.constexpr):
 
 
 @triton.jit
+def opposite_norm(norm, plan: tl.constexpr):
+    """m as the second read takes it; nothing where there is one read."""
+    if plan.reads_opposite:
+        return opposite_vector(norm, plan)
+    else:
+        return 0.0
+
+
+@triton.jit
+def outputs(features, encoded, state, norm, opposite, mean, scale, count, plan: tl.constexpr):
+    """Outputs of a block of queries without the epilogue; the state has tau in it."""
+    value = read_product(encoded, state, plan)
+    if plan.uses_norm:
+        z = tl.sum(features * norm[None, :], 1)
+        of_state, of_mean = read_factors(z, scale, count, plan)
+        if plan.reads_opposite:
+            z_opposite = tl.sum(features * opposite[None, :], 1)
+            second, _of_mean = read_factors(z_opposite, scale, count, plan)
+            value *= by_half(of_state, second, plan)
+        else:
+            value *= of_state[:, None]
+        if plan.uses_mean:
+            value += of_mean[:, None] * mean[None, :]
+    return value
+
+
+@triton.jit
 def read_state(q, out, epilogue, state, norm, mean, span, plan: tl.constexpr):
-    """Outputs of a span; the state has tau in it."""
+    """Outputs of a span; the state has tau in it, and is the one that two reads take."""
     lepe, gate = epilogue
-    tables, mask, place = span
+    tables, mask, place, powers = span
     b, h, first, last, width, count, _, scale = place
+    opposite = opposite_norm(norm, plan)
     for start in steps(first, last, plan.block_tokens):
         n = start + tl.arange(0, plan.block_tokens)
         inside = n < last
         valid = valid_tokens(mask, b, n, inside, plan)
-        cos, sin = load_positions(tables, n, width, inside, plan)
+        cos, sin = load_positions(tables, h, n, width, inside, plan)
         x = load_tokens(q, b, h, n, valid, plan)
         # All loads of a block come first: one wait for memory, not one before and one after the
         # product.
@@ -173,14 +205,9 @@ def read_state(q, out, epilogue, state, norm, mean, span, plan: tl.constexpr):
             added = load_values(lepe, b, h, n, valid, plan)
         if plan.has_gate:
             factor = load_values(gate, b, h, n, valid, plan)
-        features = phi_q(x, plan)
-        value = read_product(encode(features, cos, sin, False, plan), state, plan)
-        if plan.uses_norm:
-            z = tl.sum(features * norm[None, :], 1)
-            of_state, of_mean = read_factors(z, scale, count, plan)
-            value *= of_state[:, None]
-            if plan.uses_mean:
-                value += of_mean[:, None] * mean[None, :]
+        features = phi_q(x, powers, plan)
+        encoded = encode(features, cos, sin, False, plan)
+        value = outputs(features, encoded, state, norm, opposite, mean, scale, count, plan)
         if plan.has_lepe:
             value += added
         if plan.has_gate:
@@ -214,12 +241,12 @@ def load_sums(sums, slot, plan: tl.constexpr):
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def forward_kernel(
-    q, k, v, out, epilogue, tables, mask, counts, head_scale, sums, query_at, statistics,
+    q, k, v, out, epilogue, tables, mask, counts, powers, head_scale, sums, query_at, statistics,
     length, width, heads, chunk, scale, plan: tl.constexpr,
 ):  # fmt: skip
     """Everything for one head of one sample."""
     slot, h, _, place = program(counts, length, width, heads, chunk, scale, plan)
-    span = (tables, mask, place)
+    span = (tables, mask, place, load_powers(powers, h, plan))
     query = zeros(plan.block_features)
     if plan.key_weights == "global_query":
         query = mean_query(q, span, plan)
@@ -228,28 +255,28 @@ def forward_kernel(
     store_sums(sums, slot, state, norm, mean, plan)
     if plan.key_weights != "uniform":
         store_statistic(statistics, slot, statistic, plan)
-    state = state * load_scale(head_scale, h, plan)
+    state = opposite_state(state * load_scale(head_scale, h, plan), plan)
     read_state(q, out, epilogue, state, norm, mean, span, plan)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def mean_query_kernel(
-    q, mask, counts, parts, length, heads, chunk, scale, plan: tl.constexpr
+    q, mask, counts, powers, parts, length, heads, chunk, scale, plan: tl.constexpr
 ):  # fmt: skip
     """The share of a split in the mean query."""
-    slot, _, split, place = program(counts, length, 1, heads, chunk, scale, plan)
-    span = (None, mask, place)
+    slot, h, split, place = program(counts, length, 1, heads, chunk, scale, plan)
+    span = (None, mask, place, load_powers(powers, h, plan))
     store_vector(parts, split * tl.num_programs(0) + slot, mean_query(q, span, plan), plan)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def state_kernel(
-    k, v, tables, mask, counts, query_parts, query_at, sums, statistics,
+    k, v, tables, mask, counts, powers, query_parts, query_at, sums, statistics,
     length, width, heads, chunk, splits, scale, plan: tl.constexpr,
 ):  # fmt: skip
     """The sums over the keys of a split."""
-    slot, _, split, place = program(counts, length, width, heads, chunk, scale, plan)
-    span = (tables, mask, place)
+    slot, h, split, place = program(counts, length, width, heads, chunk, scale, plan)
+    span = (tables, mask, place, load_powers(powers, h, plan))
     slots = tl.num_programs(0)
     query = zeros(plan.block_features)
     if plan.key_weights == "global_query":
@@ -265,14 +292,14 @@ def state_kernel(
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def read_kernel(
-    q, out, epilogue, tables, mask, counts, head_scale, sums,
+    q, out, epilogue, tables, mask, counts, powers, head_scale, sums,
     length, width, heads, chunk, scale, plan: tl.constexpr,
 ):  # fmt: skip
     """The outputs of a split."""
     slot, h, _, place = program(counts, length, width, heads, chunk, scale, plan)
-    span = (tables, mask, place)
+    span = (tables, mask, place, load_powers(powers, h, plan))
     state, norm, mean = load_sums(sums, slot, plan)
-    state = state * load_scale(head_scale, h, plan)
+    state = opposite_state(state * load_scale(head_scale, h, plan), plan)
     read_state(q, out, epilogue, state, norm, mean, span, plan)
 
 
@@ -324,12 +351,12 @@ def merge_kernel(
     slots = tl.num_programs(0)
     state_parts, _, _ = parts
     state_at, _, _ = sums
-    size: tl.constexpr = plan.rows * plan.head_dim
+    size: tl.constexpr = plan.rows * plan.values
     width: tl.constexpr = plan.statistics
 
     entry = tile * block + tl.arange(0, block)
     row = entry // plan.value_dim
-    at = row * plan.head_dim + entry % plan.value_dim
+    at = row * plan.values + entry % plan.value_dim
     exists = row < plan.rows
     if softmax:
         row = row // (plan.rows // plan.features) if width > 1 else row * 0
@@ -369,5 +396,5 @@ def _merge_vectors(
         store_vector(norm_at, slot, norm, plan)
     if plan.uses_mean:
         channel, in_head = value_lanes(plan)
-        mean = _merged(mean_parts, channel, in_head, slot, slots, splits, plan.head_dim)
+        mean = _merged(mean_parts, channel, in_head, slot, slots, splits, plan.values)
         store_channels(mean_at, slot, mean, plan)

@@ -75,8 +75,8 @@ def cuts(
     wide = min(wanted, length // SHORTEST_SPLIT)
     summing = wide
     if length >= LONG:
-        inputs = 4 * length * plan.head_dim * itemsize
-        state = 4 * (plan.rows * plan.head_dim + plan.features + plan.head_dim)
+        inputs = 2 * length * (plan.head_dim + plan.values) * itemsize
+        state = 4 * (plan.rows * plan.values + plan.features + plan.values)
         # One of the states is the merged one.
         summing = min(summing, int(WORKSPACE * inputs) // state - 1)
     return cut(length, summing), cut(length, wide)
@@ -217,7 +217,8 @@ class Call:
             logsumexp.
         backward_scratch: Memory of the gradients of state, normaliser and mean value; the same of
             each split; of each split's means under a softmax, and of its gradients of the mean
-            query; of each sample's gradients of tau.
+            query; of each sample's gradients of tau; of the gradients of powers, of each split of
+            the queries and of the keys.
     """
 
     def __init__(
@@ -236,7 +237,7 @@ class Call:
         # Powers of eight, not the size itself: another resolution is seldom another key.
         self.kind = (dtype, device, (self.slots * self.length).bit_length() // 3)
         self.merging = self.summing.splits > 1
-        self.whole = plan.value_dim == dim
+        self.whole = plan.value_dim == plan.values
         self.slices = [
             Slice(self, None if self.whole else channels, part) for channels, part in plan.slices()
         ]
@@ -245,9 +246,9 @@ class Call:
     def _lay_out(self, mechanism: Mechanism) -> None:
         plan, slots = self.plan, (self.batch, self.heads)
         state = (
-            (plan.rows, plan.head_dim),
+            (plan.rows, plan.values),
             (1, plan.features) if plan.uses_norm else None,
-            (1, plan.head_dim) if plan.uses_mean else None,
+            (1, plan.values) if plan.uses_mean else None,
         )
         query = (1, plan.features) if mechanism.has_global_query else None
         logsumexp = (1, plan.statistics) if plan.statistics else None
@@ -268,8 +269,10 @@ class Call:
             flat=self.whole,
         )
         scales = slots if one_kernel and plan.has_scale else None
+        powers = (plan.head_dim,) if plan.has_powers else None
         if one_kernel:
-            self.backward_scratch = Layout([None] * 8 + [scales])
+            of_powers = of_each(1, shapes=(powers,))
+            self.backward_scratch = Layout([*[None] * 8, scales, *of_powers, None])
             return
         self.backward_scratch = Layout(
             [
@@ -277,35 +280,44 @@ class Call:
                 *of_each(summing, shapes=parts),
                 *of_each(wide, shapes=(logsumexp, query)),
                 scales,
+                *of_each(wide if query else summing, shapes=(powers,)),
+                *of_each(wide, shapes=(powers,)),
             ],
-            flat=self.whole and not plan.has_scale,
+            flat=self.whole and not plan.has_scale and not plan.has_powers,
         )
 
 
 _prepared: dict[tuple[Any, ...], Call] = {}
 
 
-def prepared(q: Tensor, mechanism: Mechanism, terms: Terms) -> Call:
+def prepared(q: Tensor, v: Tensor, mechanism: Mechanism, terms: Terms) -> Call:
     """The prepared call of this kind, made when it is the first."""
     # `make_plan` looks at the setting of products in float32.
     precision = torch.get_float32_matmul_precision() if q.dtype == torch.float32 else None
     given = tuple([x is not None for x in terms])
-    key = (mechanism.name, q.shape, q.dtype, q.device, given, precision)
+    # Of the width of the tables it depends whether they turn the heads side by side.
+    angles = None if terms.rotary is None else terms.rotary.rows.shape[1]
+    key = (mechanism.name, q.shape, v.shape[-1], q.dtype, q.device, given, angles, precision)
     call = _prepared.get(key)
     if call is None:
         if len(_prepared) >= MOST_PREPARED:  # sizes that never come again
             _prepared.clear()
-        plan = make_plan(mechanism, q.dtype, q.shape[-1], terms)
+        plan = make_plan(mechanism, q.dtype, q.shape[-1], terms, v.shape[-1])
         call = _prepared[key] = Call(mechanism, q.shape, q.dtype, q.device, plan)
     return call
 
 
 class Extras(NamedTuple):
-    """Terms besides the epilogue as kernels take them, and the width of the grid."""
+    """Terms besides the epilogue as kernels take them, and the width of the grid.
 
-    tables: tuple[Tensor, Tensor] | None
+    Behind the position tables stands how many numbers a position has in one of them, for heads that
+    stand side by side.
+    """
+
+    tables: tuple[Tensor, Tensor, int] | None
     mask: tuple[Any, ...] | None
     counts: Tensor | None
+    powers: Tensor | None
     head_scale: Tensor | None
     width: int
 
@@ -315,14 +327,29 @@ class Extras(NamedTuple):
         tables, width = None, 1
         if terms.rotary is not None:
             rows, cols = terms.rotary
-            tables, width = (aligned(rows.float()), aligned(cols.float())), cols.shape[0]
+            tables = (aligned(rows.float()), aligned(cols.float()), 2 * rows.shape[1])
+            width = cols.shape[0]
         mask = counts = None
         padding = terms.key_padding_mask
         if padding is not None:
             mask = (padding.view(torch.uint8), *padding.stride())
             counts = (~padding).sum(1, dtype=torch.float32)
-        tau = terms.head_scale
-        return cls(tables, mask, counts, None if tau is None else tau.contiguous(), width)
+        tau, powers = (
+            None if x is None else x.contiguous() for x in (terms.head_scale, terms.powers)
+        )
+        return cls(tables, mask, counts, powers, tau, width)
+
+
+class Shares(NamedTuple):
+    """A slice's shares of the gradients that are sums over all channels of the values.
+
+    Attributes:
+        head_scale: Of tau, [h]; None without one.
+        powers: [h, D]; None without them.
+    """
+
+    head_scale: Tensor | None = None
+    powers: Tensor | None = None
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -366,7 +393,7 @@ def forward(
     Returns:
         Output [B, N, h, D], contiguous, and the state, in contiguous float32 tensors.
     """
-    call = prepared(q, mechanism, terms)
+    call = prepared(q, v, mechanism, terms)
     out = torch.empty_like(v, memory_format=torch.contiguous_format)
     kept: list[Any] = call.kept.separate(q) if separate else call.kept.carve(q)
     state = LinearAttentionState(*kept)
@@ -391,7 +418,7 @@ def _forward(
     state: LinearAttentionState,
 ) -> None:
     """Launch the forward kernels for a slice of the values."""
-    tables, mask, counts, head_scale, width = extras
+    tables, mask, counts, powers, head_scale, width = extras
     length, heads, scale = call.length, call.heads, call.scale
     queries, keys, values, into = (
         strided(q), strided(k), strided(part.of(v)), strided(part.of(out)),
@@ -401,7 +428,7 @@ def _forward(
     sums = part.of_sums(state_at, norm, mean)
     if part.one_kernel:
         part.forward(
-            fixed, queries, keys, values, into, epilogue, tables, mask, counts, head_scale,
+            fixed, queries, keys, values, into, epilogue, tables, mask, counts, powers, head_scale,
             sums, query, logsumexp, length, width, heads, call.wide.chunk, scale,
         )  # fmt: skip
         return
@@ -413,15 +440,17 @@ def _forward(
         if call.merging:
             parts, statistic_parts = part.of_sums(*some), statistics
     if query is not None:
-        part.mean_query(fixed, queries, mask, counts, query_parts, length, heads, wide.chunk, scale)
+        part.mean_query(
+            fixed, queries, mask, counts, powers, query_parts, length, heads, wide.chunk, scale
+        )
     part.state(
-        fixed, keys, values, tables, mask, counts, query_parts, query, parts, statistic_parts,
-        length, width, heads, summing.chunk, wide.splits, scale,
+        fixed, keys, values, tables, mask, counts, powers, query_parts, query, parts,
+        statistic_parts, length, width, heads, summing.chunk, wide.splits, scale,
     )  # fmt: skip
     if call.merging:
         part.merge(parts, sums, statistic_parts, logsumexp)
     part.read(
-        fixed, queries, into, epilogue, tables, mask, counts, head_scale, sums,
+        fixed, queries, into, epilogue, tables, mask, counts, powers, head_scale, sums,
         length, width, heads, wide.chunk, scale,
     )  # fmt: skip
 
@@ -452,16 +481,18 @@ def backward(
     """
     if terms.gate is None:
         terms = terms._replace(lepe=None)  # a sum has no gradient to compute
-    call = prepared(q, mechanism, terms)
-    shares: list[Tensor] = []
+    call = prepared(q, v, mechanism, terms)
+    shares: list[Shares] = []
     if q.numel():
         extras, fixed = Extras.of(terms), tuning.is_fixed()
         with on_device(q):
             for part in call.slices:
                 share = _backward(call, part, fixed, grad_out, q, k, v, terms, extras, state, grads)
-                shares += [] if share is None else [share]
-    if grads.head_scale is not None:
-        grads.head_scale.copy_(sum(shares[1:], shares[0]) if shares else torch.zeros(()))
+                shares.append(share)
+    for into, name in ((grads.head_scale, "head_scale"), (grads.powers, "powers")):
+        if into is not None:
+            found = [getattr(share, name) for share in shares]
+            into.copy_(sum(found[1:], found[0]) if found else torch.zeros(()))
 
 
 def _backward(
@@ -476,11 +507,11 @@ def _backward(
     extras: Extras,
     state: LinearAttentionState,
     grads: LinearGradients,
-) -> Tensor | None:
-    """Launch the backward kernels for a slice of the values; its share of that of tau, [h]."""
-    tables, mask, counts, head_scale, width = extras
+) -> Shares:
+    """Launch the backward kernels for a slice of the values."""
+    tables, mask, counts, powers, head_scale, width = extras
     length, heads, scale = call.length, call.heads, call.scale
-    options = (tables, mask, counts, head_scale)
+    options = (tables, mask, counts, powers, head_scale)
     given, keys, values = strided(part.of(grad_out)), strided(k), strided(part.of(v))
     epilogue = (strided(part.of(terms.lepe)), strided(part.of(terms.gate)))
     grad_lepe = strided(part.of(grads.lepe))
@@ -488,23 +519,29 @@ def _backward(
     into_keys = (strided(grads.k), strided(part.of(grads.v)))
     query, logsumexp = state.query, state.logsumexp
     sums = part.of_sums(state.state, state.norm, state.mean_v)
-    scratch: list[Any] = [None] * 9
+    scratch: list[Any] = [None] * 11
     if call.backward_scratch.size:
         scratch = call.backward_scratch.carve(q)
-    *some, mean_parts, query_parts, scales = scratch
+    *some, mean_parts, query_parts, scales, of_queries, of_keys = scratch
     if part.one_kernel:
         part.backward(
             fixed, given, strided(q), keys, values, strided(grads.q), *into_keys,
-            epilogue, grad_epilogue, *options, scales, sums, query, logsumexp,
+            epilogue, grad_epilogue, *options, scales, of_queries, sums, query, logsumexp,
             length, width, heads, call.wide.chunk, scale,
         )  # fmt: skip
-        return None if scales is None else scales.sum(0)
+        return Shares(
+            None if scales is None else scales.sum(0),
+            None if of_queries is None else of_queries.sum((0, 1)),
+        )
 
     wide, summing = call.wide, call.summing
     grad_sums = part.of_sums(*some[:3])
     parts = part.of_sums(*some[3:]) if call.merging else grad_sums
     queries = (strided(q), strided(grads.q), epilogue, grad_epilogue, *options, sums)
-    part.query(fixed, given, *queries, None, parts, length, width, heads, summing.chunk, 1, scale)
+    part.query(
+        fixed, given, *queries, None, parts, None if query is not None else of_queries,
+        length, width, heads, summing.chunk, 1, scale,
+    )  # fmt: skip
     if call.merging:
         part.merge(parts, grad_sums)
     if logsumexp is not None:
@@ -514,15 +551,18 @@ def _backward(
         )  # fmt: skip
     part.key(
         fixed, keys, values, *into_keys, *options, query, logsumexp, grad_sums,
-        mean_parts, query_parts, length, width, heads, wide.chunk, wide.splits, scale,
+        mean_parts, query_parts, of_keys, length, width, heads, wide.chunk, wide.splits, scale,
     )  # fmt: skip
     if query is not None:  # what the gate and the gradient of the output have made already
         part.query_again(
             fixed, given if grad_lepe is None else grad_lepe, *queries, query_parts, parts,
-            length, width, heads, wide.chunk, wide.splits, scale,
+            of_queries, length, width, heads, wide.chunk, wide.splits, scale,
         )  # fmt: skip
-    if head_scale is None:
-        return None
-    grad_state = grad_sums[0]
-    assert grad_state is not None and sums[0] is not None
-    return (grad_state * sums[0]).sum((0, 2, 3))
+    shares = Shares()
+    if head_scale is not None:
+        grad_state = grad_sums[0]
+        assert grad_state is not None and sums[0] is not None
+        shares = shares._replace(head_scale=(grad_state * sums[0]).sum((0, 2, 3)))
+    if of_queries is not None:
+        shares = shares._replace(powers=of_queries.sum((0, 1)) + of_keys.sum((0, 1)))
+    return shares

@@ -42,13 +42,18 @@ class Plan:
         uses_mean: Whether the read-out needs the mean value.
         expansion: Feature width over head_dim.
         head_dim: D.
-        value_dim: Channels of the values that a kernel works on: D, or a slice of them.
+        values: Dv, channels of the values and of the state.
+        value_dim: Those of them that a kernel works on: all, or a slice.
         has_mask: Whether there is a padding mask.
         has_scale: Whether there is a tau.
         has_lepe: Whether the epilogue adds something.
         has_gate: Whether the epilogue multiplies by something.
         sums: Precision of products that sum over tokens.
         reads: Precision of products with a state.
+        has_powers: Whether feature maps take powers.
+        reads_opposite: Whether the halves of the values have a read each, as in `Mechanism`.
+        full_width: Whether position tables turn all heads side by side as one vector.
+        first_value: The first channel of the slice.
         adds: Whether gradients of queries and keys are added to those of slices before.
         block_tokens: Tokens that a program holds at once.
     """
@@ -62,6 +67,7 @@ class Plan:
     uses_mean: bool
     expansion: int
     head_dim: int
+    values: int
     value_dim: int
     has_mask: bool
     has_scale: bool
@@ -69,6 +75,10 @@ class Plan:
     has_gate: bool
     sums: str
     reads: str
+    has_powers: bool = False
+    reads_opposite: bool = False
+    full_width: bool = False
+    first_value: int = 0
     adds: bool = False
     block_tokens: int = 0  # decided by `tuning`
 
@@ -118,7 +128,7 @@ class Plan:
     @property
     def fits_one_kernel(self) -> bool:
         """Whether a program has the registers for states and tokens of both passes at once."""
-        return self.block_rows * self.block_values <= 128 * 64 and self.value_dim == self.head_dim
+        return self.block_rows * self.block_values <= 128 * 64 and self.value_dim == self.values
 
     @property
     def table_entries(self) -> int:
@@ -136,9 +146,10 @@ class Plan:
         A state larger than a program can hold is computed in slices of columns: channels of the
         values meet only in the gradients of queries and keys, which are sums over the slices.
         """
-        for first in range(0, self.head_dim, self.value_dim):
-            last = min(first + self.value_dim, self.head_dim)
-            yield slice(first, last), replace(self, value_dim=last - first, adds=first > 0)
+        for first in range(0, self.values, self.value_dim):
+            last = min(first + self.value_dim, self.values)
+            part = replace(self, value_dim=last - first, first_value=first, adds=first > 0)
+            yield slice(first, last), part
 
 
 def lanes(channels: int) -> int:
@@ -159,32 +170,45 @@ def _for_target(precision: str) -> str:
     return precision
 
 
-def make_plan(mechanism: Mechanism, dtype: torch.dtype, head_dim: int, terms: Terms) -> Plan:
-    """The plan for a call, without what `tuning` decides."""
+def make_plan(
+    mechanism: Mechanism,
+    dtype: torch.dtype,
+    head_dim: int,
+    terms: Terms,
+    values: int | None = None,
+) -> Plan:
+    """The plan for a call, without what `tuning` decides; ``values`` is Dv, D if it is None."""
+    values = head_dim if values is None else values
     sums, reads = PRECISIONS[dtype]
     if INTERPRETING:  # which multiplies in float32 whatever it is told, bfloat16 wrongly
         sums = reads = "ieee"
     elif dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
         sums = reads = "tf32"
     sums, reads = _for_target(sums), _for_target(reads)
-    rotary = terms.rotary is not None
-    rows = mechanism.state_dim(lanes(head_dim), rotary)
-    slices = -(-rows * lanes(head_dim) // LARGEST_STATE)
+    tables = terms.rotary
+    rows = mechanism.state_dim(lanes(head_dim), tables is not None)
+    slices = -(-rows * lanes(values) // LARGEST_STATE)
     return Plan(
         query_map=mechanism.query_map,
         key_map=mechanism.key_map,
         key_weights=mechanism.key_weights,
         read_out=mechanism.read_out,
-        positions=mechanism.positions if rotary else "none",
+        positions="none" if tables is None else mechanism.positions,
         uses_norm=mechanism.reads.uses_norm,
         uses_mean=mechanism.reads.uses_mean,
         expansion=mechanism.phi_q.expansion,
         head_dim=head_dim,
-        value_dim=-(-head_dim // slices),
+        values=values,
+        value_dim=-(-values // slices),
         has_mask=terms.key_padding_mask is not None,
         has_scale=terms.head_scale is not None,
         has_lepe=terms.lepe is not None,
         has_gate=terms.gate is not None,
         sums=sums,
         reads=reads,
+        has_powers=mechanism.takes_powers,
+        reads_opposite=mechanism.reads_opposite,
+        full_width=tables is not None
+        and mechanism.positions == "rotary"
+        and 4 * tables.rows.shape[1] != head_dim,
     )

@@ -124,7 +124,7 @@ def test_half_an_epilogue(mechanism, term, layout, monkeypatch):
         assert error(grad[:, :, part], expected[1][:, :, part]) < 3e-6
 
 
-@pytest.mark.parametrize("mechanism", ["nala", "lightnet", "inline"])
+@pytest.mark.parametrize("mechanism", ["nala", "lightnet", "inline", "pola"])
 @pytest.mark.parametrize("splits", [False, True], ids=["whole", "splits"])
 def test_states_in_slices(mechanism, splits, monkeypatch):
     """Slices of unequal width, as large states of wide heads are computed in."""
