@@ -13,8 +13,9 @@ from vitlinear.models._stages import StagedBackbone
 
 # Even, odd and uneven at every stride; smaller than a window; large enough for several windows of
 # every kind, shifted ones that hold both ends of the map among them.
-SIZES = [(96, 128), (203, 97), (33, 64), (230, 70), (5, 7)]
+SIZES = [(96, 128), (203, 97), (33, 64), (176, 104), (5, 7)]
 MODELS = [
+    "test_h_vittt",
     "test_inline_cswin",
     "test_inline_deit",
     "test_inline_pvt",
@@ -27,9 +28,10 @@ MODELS = [
     "test_mila",
     "test_nalaformer",
     "test_nalaformer_linear",
+    "test_pola_pvt",
+    "test_pola_swin",
     "test_ravlt",
     "test_ravlt_linear",
-    "test_h_vittt",
     "test_vittt",
 ]
 OURS = sorted(

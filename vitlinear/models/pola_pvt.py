@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vitlinear._timm import register_notrace_module
 from vitlinear.facts import pretrained_source
 from vitlinear.layers.attention.pola_attention import PolaAttention
+from vitlinear.layers.band import LOCAL
 
 from ._build import build_model
 from ._hosts import HostBlock, PositionedPatchEmbed
@@ -35,6 +36,8 @@ class UnappliedNorm(LayerNorm2d):
     Its parameters are counted, saved and loaded. Their gradient is zero, so that training in
     parallel, which waits for one of each parameter, does not wait in vain.
     """
+
+    row_rule = LOCAL
 
     unapplied = True
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .attention_state import LinearAttentionState
-from .eager import Tokens, attention_state, mean_query, read_state
+from .eager import Tokens, attention_state, mean_query, read
 from .mechanisms import Mechanism
 
 
@@ -65,7 +65,7 @@ def _number_of(tokens: Tokens) -> Tensor:
 def query_part(tokens: Tokens, mechanism: Mechanism) -> QueryPart:
     """The mean query of some tokens, from `prepare`."""
     assert tokens.q is not None
-    features = mechanism.phi_q.function(tokens.q)
+    features = mechanism.phi_q(tokens.q, tokens.powers)
     return QueryPart(_number_of(tokens), mean_query(features, tokens))
 
 
@@ -126,8 +126,6 @@ def read_part(tokens: Tokens, mechanism: Mechanism, part: Part) -> Tensor:
         mechanism: The row of the table.
         part: Of all tokens.
     """
-    assert tokens.q is not None
-    features = mechanism.phi_q.function(tokens.q).contiguous()
     number, *state = part
     tokens = tokens._replace(num_valid=number.clamp(min=1))
-    return read_state(features, LinearAttentionState.unflatten(*state), tokens, mechanism)
+    return read(tokens, LinearAttentionState.unflatten(*state), mechanism)

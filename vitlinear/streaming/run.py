@@ -15,7 +15,7 @@ from vitlinear.errors import UserError
 from vitlinear.layers.band import use_band
 
 from .maps import FileMap, RowMap
-from .memory import amount, peak_bytes, resident, rows_that_fit
+from .memory import amount, give_back_memory, peak_bytes, resident, rows_that_fit
 from .reach import Rows
 from .record import Position, Record
 from .steps import Step
@@ -149,14 +149,15 @@ class Runner:
 
         Args:
             example: Whose type and device bands get.
-            memory: Bytes that the process may hold.
+            memory: Bytes that the process may hold, what it holds already among them.
             folder: Where maps are kept in files; None to keep them in memory.
             record: Of what was finished; None without a folder.
             band_rows: Rows of the output in a band; None for as many as fit.
             progress: Show a progress bar.
         """
         self.example = example
-        self.memory = memory
+        # Counted once: what bands have freed the allocator keeps for the next ones.
+        self.memory = memory - resident()
         self.folder = folder
         self.record = record
         self.band_rows = band_rows
@@ -168,17 +169,18 @@ class Runner:
             return RowMap(shape, self.example.dtype)
         return FileMap(shape, self.example.dtype, self.folder / f"map-{number}.bin", keep)
 
-    def choose_cuts(self, plan: Plan, gathered: int) -> Cuts:
+    def choose_cuts(self, plan: Plan, gathered: int, held: int) -> Cuts:
         """The rows of each band of a step.
 
         Args:
             plan: The step.
             gathered: Bytes that the step keeps of all bands, as softmax attention does.
+            held: Bytes of the maps that are in memory meanwhile.
         """
         height = plan.after[0]
         rows = self.band_rows
         if rows is None:
-            rows = self._rows_that_fit(plan, gathered)
+            rows = self._rows_that_fit(plan, gathered, held)
         return tuple((a, min(a + rows, height)) for a in range(0, height, rows))
 
     def check_maps(self, plans: list[Plan], wanted: set[int]) -> None:
@@ -195,10 +197,10 @@ class Runner:
             needed = max(needed, kept + before + self.nbytes(plan.after))
             if number in wanted:
                 kept += self.nbytes(plan.after)
-        left = self.memory - resident()
-        if needed > left:
+        if needed > self.memory:
             raise UserError(
-                f"the maps between layers need {amount(needed)} of memory, and {amount(left)} are "
+                f"the maps between layers need {amount(needed)} of memory, and "
+                f"{amount(self.memory)} are "
                 "left of what may be used: give workdir= to keep them on disk, or more by memory="
             )
 
@@ -206,10 +208,8 @@ class Runner:
         """Bytes of a map."""
         return math.prod(shape) * self.example.element_size()
 
-    def _rows_that_fit(self, plan: Plan, gathered: int) -> int:
-        budget = self.memory - resident()
-        if self.folder is None:
-            budget -= self.nbytes(plan.after)  # which is not there before it is written
+    def _rows_that_fit(self, plan: Plan, gathered: int, held: int) -> int:
+        budget = self.memory - held
         height = plan.after[0]
 
         def measure(own: int) -> int:
@@ -261,7 +261,7 @@ class Runner:
             for number in range(first, len(plans)):
                 plan = plans[number]
                 bar.set_postfix_str(plan.step.name)
-                source = self._run_step(number, plan, source, position, bar)
+                source = self._run_step(number, plan, source, position, kept, bar)
                 kept[number] = source
                 position.finished[number] = source.prefix
                 position.cuts, position.band, position.sums = (), 0, Sums()
@@ -275,15 +275,26 @@ class Runner:
                     self.record.delete_sums()
                 for n in old:
                     kept.pop(n).delete()
+                give_back_memory()
                 bar.update()
         return kept
 
     def _run_step(
-        self, number: int, plan: Plan, source: Readable, position: Position, bar: Any
+        self,
+        number: int,
+        plan: Plan,
+        source: Readable,
+        position: Position,
+        kept: dict[int, RowMap],
+        bar: Any,
     ) -> RowMap:
         again = bool(position.cuts)
         if not again:
-            position.cuts = self.choose_cuts(plan, gathered_bytes(plan, self.example))
+            held = 0
+            if self.folder is None:
+                held = sum(made.nbytes for made in kept.values()) + self.nbytes(plan.after)
+            gathered = gathered_bytes(plan, self.example)
+            position.cuts = self.choose_cuts(plan, gathered, held)
         target = self.make_map(number, plan.after, keep=again)
         cuts, sums = position.cuts, position.sums
         while True:

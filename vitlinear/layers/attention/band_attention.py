@@ -39,6 +39,7 @@ def band_attention(
     head_scale: Tensor | None = None,
     lepe: Tensor | None = None,
     gate: Tensor | None = None,
+    powers: Tensor | None = None,
 ) -> Tensor:
     """(Attention(q, k, v) + lepe) * gate of a band; arguments as `scriptable_attention`.
 
@@ -53,6 +54,7 @@ def band_attention(
         head_scale: [h].
         lepe: Like q.
         gate: Like q.
+        powers: [h, D].
 
     Returns:
         [B, n, h, D].
@@ -60,7 +62,7 @@ def band_attention(
     if attn_type == "softmax":
         return epilogue(_softmax(band, q, k, v, rotary, key_padding_mask), lepe, gate)
     mechanism = get_mechanism(attn_type)
-    terms = Terms(rotary, mask_of_lengths(key_padding_mask, q), head_scale, lepe, gate)
+    terms = Terms(rotary, mask_of_lengths(key_padding_mask, q), head_scale, lepe, gate, powers)
     check_tokens(q, k, v)
     check_terms(q, terms, mechanism.positions)
     with without_autocast(q):
@@ -124,3 +126,31 @@ def gather_keys(
     parts = (k, v) if mask is None else (k, v, mask)
     k, v, *masks = band.gather(1, *(band.own_tokens(x) for x in parts))
     return k, v, masks[0] if masks else None
+
+
+def merge_sums(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """A sum and the number of its terms, of two parts."""
+    return a[0] + b[0], a[1] + b[1]
+
+
+def band_state(band: Band, k: Tensor, v: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+    """Mean of k v^T over the tokens of all bands; see `scriptable_state`.
+
+    NaN where it is not known yet: no other sum of a layer may depend on it.
+
+    Args:
+        band: Which the tokens are of.
+        k: Keys, [B, n, h, D].
+        v: Values, [B, n, h, Dv].
+        key_padding_mask: [B, n] bool.
+    """
+    dtype = accumulation_dtype(k.dtype)
+    with without_autocast(k):
+        k, v = (band.own_tokens(x).transpose(1, 2).to(dtype) for x in (k, v))
+        number = k.new_full((k.shape[0], 1, 1, 1), k.shape[2])
+        if key_padding_mask is not None:
+            valid = ~band.own_tokens(key_padding_mask)
+            k = k.masked_fill(~valid[:, None, :, None], 0)
+            number = valid.sum(1).to(dtype).reshape(number.shape)
+        total, number = band.merge((k.transpose(-1, -2) @ v, number), merge_sums, later=True)
+    return total / number.clamp(min=1)

@@ -24,6 +24,7 @@ from ..windows import (
     to_windows,
     window_padding,
 )
+from .band_attention import merge_sums
 from .scriptable import scriptable_attention, unpack
 
 
@@ -132,9 +133,7 @@ def _mean_of_bands(band: Band, x: Tensor, key_padding_mask: Tensor | None) -> Te
         padding = band.own_tokens(key_padding_mask)
         own = own.masked_fill(padding.unsqueeze(-1), 0)
         count = (~padding).sum(1, keepdim=True).to(own.dtype)
-    total, count = band.merge(
-        (own.sum(1), count), lambda a, b: (a[0] + b[0], a[1] + b[1]), later=True
-    )
+    total, count = band.merge((own.sum(1), count), merge_sums, later=True)
     return (total / count.clamp(min=1)).to(x.dtype)
 
 

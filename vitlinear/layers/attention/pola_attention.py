@@ -12,6 +12,7 @@ from vitlinear._timm import register_notrace_module
 from vitlinear.ops import accumulation_dtype
 from vitlinear.ops.backend import check_backend
 
+from ..band import BANDED, Band, band_in_use, use_band
 from ..conv.head_shared_conv import HeadSharedConv
 from ..fold import is_product, shared_copy
 from ..heads import split_heads
@@ -21,7 +22,14 @@ from ..padding_rule import SIZES
 from ..plain import is_plain
 from ..positions.learned import resized_positions
 from ..recompute import recomputing
-from ..windows import from_windows, join_maps, square_windows, to_windows, window_padding
+from ..windows import (
+    fixed_windows,
+    from_windows,
+    join_maps,
+    square_windows,
+    to_windows,
+    window_padding,
+)
 from .scriptable import scriptable_attention
 
 
@@ -55,6 +63,7 @@ class PolarityAttention(nn.Module):
     """
 
     attn_type = "pola"
+    row_rule = BANDED
 
     def __init__(
         self,
@@ -150,6 +159,7 @@ class PolaAttention(nn.Module):
     """
 
     padding_rule = SIZES
+    row_rule = BANDED
 
     def __init__(
         self,
@@ -232,6 +242,10 @@ class PolaAttention(nn.Module):
         """[B, H, W, C] -> [B, H, W, C]."""
         B, H, W = x.shape[0], x.shape[1], x.shape[2]
         mask = key_padding_mask
+        if not torch.jit.is_scripting():
+            band = band_in_use()
+            if band is not None:
+                return self.attend_band(band, x)
         if self.window_size == 0:
             if mask is not None:
                 mask = mask.flatten(1)
@@ -243,6 +257,94 @@ class PolaAttention(nn.Module):
         height, width = rows[1], cols[1]
         x = self.attend_tokens(x, self.positions(height, width), height, width, mask)
         return from_windows(x, rows, cols, (B, H, W), shift, shift)
+
+    @torch.jit.ignore
+    def row_reach(self, height: int) -> int:
+        """Rows around that windows may need."""
+        return max(self.window_size - 1, 0)
+
+    @torch.jit.ignore
+    def attend_band(self, band: Band, x: Tensor) -> Tensor:
+        """`attend_map` of a band."""
+        band.check_rows(x.shape[1])
+        H, W = x.shape[1], x.shape[2]
+        if self.window_size > 0:
+            return self.attend_whole_windows(band, x)
+        positions = band.once(self, lambda: self.positions(band.height, W))
+        positions = positions[:, band.start : band.stop]
+        return split_axis(self.attend_tokens(x.flatten(1, 2), positions, H, W, None), 1, [H, W])
+
+    @torch.jit.ignore
+    def attend_whole_windows(self, band: Band, x: Tensor) -> Tensor:
+        """`attend_map` of the windows that a band sees whole.
+
+        The cyclic shift makes one row of windows of both ends of the map. All bands get their rows.
+        """
+        (count, side), cols, shift = square_windows(
+            band.height, x.shape[2], self.window_size, self.shift
+        )
+        if shift == 0:
+            first, last = band.whole_windows(side)
+            mask = torch.zeros(x.shape[0], last - first, x.shape[2], dtype=torch.bool)
+            with use_band(None):
+                y = self.attend_rows(x[:, first:last], mask.to(x.device), side, cols, shift)
+            return band.back_in_band(y, first)
+        end = (count - 1) * side + shift  # of the last row of windows but that of both ends
+
+        def part(start: int, stop: int, own: bool) -> tuple[int, int]:
+            """Rows of this band within a range, in its numbers."""
+            low, high = band.own if own else (band.start, band.stop)
+            low, high = max(start, low), min(stop, high)
+            return (low - band.start, high - band.start) if low < high else (0, 0)
+
+        ends = [slice(*part(0, shift, True)), slice(*part(end, band.height, True))]
+        top, bottom = band.gather(1, x[:, ends[0]], x[:, ends[1]])
+        first = shift + -(-(max(band.start, shift) - shift) // side) * side
+        last = shift + (band.stop - shift) // side * side
+        if band.stop == band.height:  # with a window that the end of the map cuts short
+            last = band.height
+        last = max(first, min(last, end))
+        middle = x[:, first - band.start : last - band.start] if last > first else x[:, :0]
+        beyond = (first - last) % side, side - top.shape[1] - bottom.shape[1]
+        between, behind = (x.new_zeros(x.shape[0], n, *x.shape[2:]) for n in beyond)
+        rows = torch.cat((middle, between, bottom, behind, top), 1)
+        mask = torch.zeros(rows.shape[:3], dtype=torch.bool, device=x.device)
+        place = middle.shape[1] + beyond[0]
+        mask[:, middle.shape[1] : place] = True
+        mask[:, place + bottom.shape[1] : place + bottom.shape[1] + beyond[1]] = True
+        with use_band(None):
+            y = self.attend_rows(rows, mask, side, cols, shift)
+        out = torch.full_like(x, torch.nan)
+        if last > first:
+            out[:, first - band.start : last - band.start] = y[:, : middle.shape[1]]
+        a, b = part(end, band.height, False)
+        if a < b:
+            place += band.start + a - end
+            out[:, a:b] = y[:, place : place + b - a]
+        a, b = part(0, shift, False)
+        if a < b:
+            place = y.shape[1] - shift + band.start + a
+            out[:, a:b] = y[:, place : place + b - a]
+        return out
+
+    def attend_rows(
+        self, x: Tensor, mask: Tensor, side: int, cols: tuple[int, int], right: int
+    ) -> Tensor:
+        """Attend in rows of windows that begin with a map, [B, H, W, C] -> [B, H, W, C].
+
+        Args:
+            x: The map.
+            mask: [B, H, W] bool, True for padding.
+            side: Of windows.
+            cols: Number and width of windows along the second side.
+            right: Columns by which windows are shifted.
+        """
+        B, H, W = x.shape[0], x.shape[1], x.shape[2]
+        rows = fixed_windows(H, side)
+        padding = window_padding(x, rows, cols, mask, 0, right)
+        x = to_windows(x, rows, cols, 0, right)
+        x = self.attend_tokens(x, self.positions(side, cols[1]), side, cols[1], padding)
+        return from_windows(x, rows, cols, (B, H, W), 0, right)
 
     def attend_valid(self, x: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]; each map to its part that is no padding, all at once."""

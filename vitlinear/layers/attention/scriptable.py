@@ -32,8 +32,8 @@ def unpack(projection: Tensor) -> list[Tensor]:
     """Slices of a projection [B, N, P, h, D], and the values once more; see `ops.packed.unpack`.
 
     From three slices on the values come a second time, for whatever looks at them beside the
-    attention. Layers take the slices from here, not by ``unbind``, whose backward pass would copy
-    all of their gradients.
+    attention. Layers take the slices from here, not by ``unbind``, whose backward pass copies all
+    of their gradients together.
     """
     if torch.jit.is_scripting():
         parts: list[Tensor] = list(projection.unbind(2))
@@ -81,7 +81,7 @@ def scriptable_attention(
     band = band_in_use()
     if band is not None:
         return band_attention(
-            band, q, k, v, attn_type, rotary, key_padding_mask, head_scale, lepe, gate
+            band, q, k, v, attn_type, rotary, key_padding_mask, head_scale, lepe, gate, powers
         )
     if attn_type == "softmax":
         out = softmax_attention(

@@ -9,16 +9,13 @@ from vitlinear.ops import (
     LinearAttentionState,
     RotaryTables,
     cpu,
-    get_mechanism,
     linear_attention_state,
     read_linear_attention_state,
 )
-from vitlinear.ops.eager import prepare, without_autocast
-from vitlinear.ops.parts import merge_parts, part_of
 from vitlinear.ops.rotary import is_full_width, rotate, token_table
-from vitlinear.ops.terms import Terms
 
-from ..band import Band, band_in_use
+from ..band import band_in_use
+from .band_attention import band_state
 
 
 def scriptable_state(
@@ -42,22 +39,10 @@ def scriptable_state(
     else:  # noqa: RET505  TorchScript leaves out the branch not taken, but not what follows it
         band = band_in_use()
         if band is not None:
-            return _state_of_bands(band, k, v, key_padding_mask)
+            return band_state(band, k, v, key_padding_mask)
         return linear_attention_state(
             k, v, mechanism="identity", key_padding_mask=key_padding_mask, backend=backend
         ).state
-
-
-def _state_of_bands(band: Band, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """`scriptable_state` of the tokens of all bands; NaN where it is not known yet."""
-    if mask is not None:
-        mask = band.own_tokens(mask)
-    row = get_mechanism("identity")
-    with without_autocast(k):
-        own = prepare(
-            None, band.own_tokens(k), band.own_tokens(v), row, Terms(None, mask), own=False
-        )
-        return band.merge(part_of(own, row, None), merge_parts, later=True).state
 
 
 def scriptable_read(

@@ -18,6 +18,7 @@ from ..heads import split_heads
 from ..layout import split_axis
 from ..linear import Linear
 from ..padding_rule import MASK
+from .band_attention import merge_sums
 from .scriptable_state import scriptable_read, scriptable_state, turned
 
 
@@ -77,11 +78,6 @@ class TttAttention(nn.Module):
         for weight in (self.w1, self.w2, self.w3):
             trunc_normal_(weight, std=0.02)
 
-    @torch.jit.ignore
-    def row_reach(self, height: int) -> int:
-        """Rows above and below that the kernel, and its gradient, need."""
-        return 1
-
     def forward(
         self,
         x: Tensor,
@@ -133,41 +129,40 @@ class TttAttention(nn.Module):
             qkv = qkv.masked_fill(key_padding_mask.unsqueeze(-1), 0)
         q, k, v = qkv.chunk(3, dim=3)
         dtype = accumulation_dtype(q.dtype)
-        state = mean_taps(k.to(dtype), v.to(dtype), key_padding_mask)
+        if not torch.jit.is_scripting():
+            band = band_in_use()
+            if band is not None:
+                state = self.state_of_bands(band, k.to(dtype), v.to(dtype), key_padding_mask)
+                return conv_per_sample(q, stepped(self.w3.flatten(1), state, 2))
+        sums = tap_sums(k.to(dtype), v.to(dtype))
+        if key_padding_mask is None:
+            state = sums / (q.shape[1] * q.shape[2])
+        else:
+            count = (~key_padding_mask).sum([1, 2]).clamp(min=1).to(dtype)
+            state = sums / count[:, None, None]
         return conv_per_sample(q, stepped(self.w3.flatten(1), state, 2))
 
+    @torch.jit.ignore
+    def row_reach(self, height: int) -> int:
+        """Rows above and below that the convolution needs."""
+        return 1
 
-def mean_taps(k: Tensor, v: Tensor, key_padding_mask: Tensor | None) -> Tensor:
-    """`tap_sums` over the number of tokens that are no padding, in a band over those of all bands.
+    @torch.jit.ignore
+    def state_of_bands(
+        self, band: Band, k: Tensor, v: Tensor, key_padding_mask: Tensor | None
+    ) -> Tensor:
+        """`tap_sums` over the tokens of all bands divided by their number, [B, D, 9].
 
-    Args:
-        k: [B, H, W, D], zero in padding.
-        v: Likewise.
-        key_padding_mask: [B, H, W] bool.
-    """
-    if not torch.jit.is_scripting():
-        band = band_in_use()
-        if band is not None:
-            return _taps_of_bands(band, k, v, key_padding_mask)
-    if key_padding_mask is None:
-        return tap_sums(k, v) / (k.shape[1] * k.shape[2])
-    count = (~key_padding_mask).sum([1, 2]).clamp(min=1).to(k.dtype)
-    return tap_sums(k, v) / count[:, None, None]
-
-
-def _taps_of_bands(band: Band, k: Tensor, v: Tensor, key_padding_mask: Tensor | None) -> Tensor:
-    """`mean_taps` of the values of a band's own rows, and of those of the others."""
-    band.check_rows(v.shape[1])
-    row = torch.arange(band.start, band.stop, device=v.device)
-    others = ((row < band.own[0]) | (row >= band.own[1]))[:, None]
-    values = v.masked_fill(others.unsqueeze(-1), 0)
-    counted = (~others).expand(*v.shape[:3])
-    if key_padding_mask is not None:
-        counted = counted & ~key_padding_mask
-    count = counted.sum([1, 2]).to(k.dtype)
-    parts = (tap_sums(k, values), count)
-    total, count = band.merge(parts, lambda a, b: (a[0] + b[0], a[1] + b[1]))
-    return total / count.clamp(min=1)[:, None, None]
+        The keys of the rows around a band are there; its own values count.
+        """
+        band.check_rows(v.shape[1])
+        own = torch.zeros_like(v[:, :, :, :1])
+        own[:, band.own[0] - band.start : band.own[1] - band.start] = 1
+        if key_padding_mask is not None:
+            own = own.masked_fill(key_padding_mask.unsqueeze(-1), 0)
+        number = own.sum((1, 2, 3)).reshape(-1, 1, 1)
+        total, number = band.merge((tap_sums(k, v * own), number), merge_sums)
+        return total / number.clamp(min=1)
 
 
 def tap_sums(k: Tensor, v: Tensor) -> Tensor:
