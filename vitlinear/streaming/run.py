@@ -15,7 +15,7 @@ from vitlinear.errors import UserError
 from vitlinear.layers.band import use_band
 
 from .maps import FileMap, RowMap
-from .memory import amount, give_back_memory, peak_bytes, resident, rows_that_fit
+from .memory import RESERVE, amount, give_back_memory, peak_bytes, resident, rows_that_fit
 from .reach import Rows
 from .record import Position, Record
 from .steps import Step
@@ -157,7 +157,7 @@ class Runner:
         """
         self.example = example
         # Counted once: what bands have freed the allocator keeps for the next ones.
-        self.memory = memory - resident()
+        self.memory = memory - resident() - RESERVE
         self.folder = folder
         self.record = record
         self.band_rows = band_rows
@@ -361,13 +361,13 @@ def pooled(source: Readable, rows: int, kind: str, example: Tensor) -> Tensor:
     """
     height, width, channels = source.shape
     dtype = torch.float64 if example.dtype == torch.float64 else torch.float32
-    total = torch.zeros(1, channels, dtype=dtype)
+    total = torch.zeros(1, channels, dtype=torch.float64)
     top = torch.full((1, channels), -math.inf, dtype=dtype)
     for start in range(0, height, rows):
         x = source.read(start, min(start + rows, height)).to("cpu", dtype)
-        total += x.sum((1, 2))
+        total += x.sum((1, 2), dtype=torch.float64)
         top = torch.maximum(top, x.amax((1, 2)))
-    mean = total / (height * width)
+    mean = (total / (height * width)).to(dtype)
     pools = {"avg": mean, "max": top, "avgmax": 0.5 * (mean + top)}
     return pools[kind].to(example.device, example.dtype)
 
