@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -118,7 +119,8 @@ def run_band(
         prefix=_prefix_of(step, prefix),
         cuts=cuts,
     )
-    with use_band(band if len(cuts) > 1 else None):
+    # A band of all rows is the map itself, with whatever is faster for that.
+    with use_band(None if own.stop - own.start == plan.after[0] else band):
         y, prefix = step.run(x, prefix)
     expected = (1, rows, *plan.after[1:])
     if tuple(y.shape) != expected:
@@ -275,7 +277,6 @@ class Runner:
                     self.record.delete_sums()
                 for n in old:
                     kept.pop(n).delete()
-                give_back_memory()
                 bar.update()
         return kept
 
@@ -303,13 +304,15 @@ class Runner:
                 own = Rows(*cuts[i])
                 try:
                     y, prefix = run_band(plan, source, own, cuts, sums, self.example)
-                except Unknown:
-                    pass
+                except Unknown as stopped:
+                    # The frames that were left hold the tensors of the band.
+                    traceback.clear_frames(stopped.__traceback__)
                 else:
                     target.write(own.start, y)
                     if position.prefix is None:
                         position.prefix = prefix
                     del y
+                give_back_memory()
                 position.band = i + 1
                 self._note(position)
             if not sums.finish_pass():
