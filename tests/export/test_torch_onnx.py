@@ -57,7 +57,10 @@ def check(model, path, sizes):
 
 
 # Of the pyramids one in every run, of InLine's hosts two: what ties a program to a batch is alike.
-NIGHTLY = ("test_inline_cswin", "test_inline_pvt", "test_mavit", "test_pola_pvt", "test_ravlt")
+NIGHTLY = (
+    *("test_inline_cswin", "test_inline_pvt", "test_mavit"),
+    *("test_pola_pvt", "test_pola_swin", "test_ravlt"),
+)
 
 
 @pytest.mark.slow

@@ -50,6 +50,7 @@ FEWER_BLOCKS = {
         {"depths": (1, 1, 1, 1)},
     ),
     "test_l2vit": {"depths": (1, 1, 2, 1)},
+    "test_pola_swin": {"depths": (2, 1, 1, 1)},
 }
 
 

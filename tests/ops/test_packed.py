@@ -147,7 +147,7 @@ def test_kernels_copy_nothing():
     with without_launches() as launched:
         step()
         names = counted(step)
-    assert launched and not names["aten::stack"] and not names["aten::copy_"]
+    assert launched and not {"aten::stack", "aten::cat", "aten::copy_"} & names.keys()
 
 
 @pytest.mark.compile

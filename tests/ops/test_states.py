@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.golden import relative_error
-from tests.ops.inputs import BACKENDS, Inputs, attend, make_inputs, oracle
+from tests.ops.inputs import BACKENDS, Inputs, attend, double, make_inputs, oracle
 from vitlinear import ops
 from vitlinear.ops import naive
 
@@ -220,6 +220,41 @@ def test_library_refuses_what_it_has_not():
             (x,),
             (x,),
         )
+
+
+@each_mechanism
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("case", ["zeros", "one token", "huge", "many tokens"])
+def test_finite(mechanism, backend, dtype, case):
+    """States of half precision are sums in float32: many tokens do not make them vanish."""
+    grid = {"one token": (1, 1), "many tokens": (90, 100)}.get(case, (5, 6))
+    inputs = make_inputs(grid=grid, dtype=dtype, batch=1, heads=1)
+    projection = inputs.projection.detach()
+    if case == "zeros":
+        projection.zero_()
+    elif case == "huge":
+        projection[:, :, :2] *= 1e4
+        projection[:, :, 2] *= 300
+    projection.requires_grad_()
+    out = in_two_steps(mechanism, inputs._replace(projection=projection), backend)
+    (grad,) = torch.autograd.grad(out, projection, inputs.grad)
+    assert out.isfinite().all() and grad.isfinite().all()
+    if case == "zeros":
+        assert not out.any()
+    if case == "many tokens":
+        tokens = inputs._replace(projection=projection)
+        exact = attend(mechanism, in_float64(tokens), "eager")
+        assert relative_error(out, exact) < {torch.bfloat16: 1e-2}.get(dtype, 2e-3)
+
+
+def in_float64(inputs: Inputs) -> Inputs:
+    """The same numbers in float64."""
+    return inputs._replace(
+        projection=inputs.projection.detach().double(),
+        rotary=double(inputs.rotary),
+        cosine=double(inputs.cosine),
+    )
 
 
 def test_a_mean_query_needs_queries():

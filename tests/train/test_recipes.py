@@ -57,7 +57,7 @@ CHECKED = """
 """
 SMALLEST = """
     ravlt_t mavit_t nalaformer_xt inline_deit_tiny inline_pvt_tiny inline_swin_tiny
-    inline_cswin_tiny l2vit_tiny vittt_tiny h_vittt_tiny mila_tiny
+    inline_cswin_tiny l2vit_tiny vittt_tiny h_vittt_tiny mila_tiny pola_pvt_tiny pola_swin_tiny
 """
 ALL = os.environ.get("VITLINEAR_RECIPES") == "all"
 

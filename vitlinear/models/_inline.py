@@ -1,4 +1,4 @@
-"""What the hosts of InLine attention share: their configuration.
+"""Configuration that the hosts of InLine attention share.
 
 InLine (`Bridging the Divide: Reconsidering Softmax and Linear Attention`, NeurIPS 2024)
 - paper: https://arxiv.org/abs/2412.06590

@@ -1,4 +1,4 @@
-"""What the hosts of PolaFormer's attention share: their configuration.
+"""Configuration that the hosts of PolaFormer's attention share.
 
 `PolaFormer: Polarity-aware Linear Attention for Vision Transformers` (ICLR 2025)
 - paper: https://arxiv.org/abs/2501.15061

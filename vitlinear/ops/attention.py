@@ -67,7 +67,8 @@ def linear_attention(
 
         Finite, as are the gradients, for values up to 1e3 with queries and keys up to 1e4; where
         rotation does not meet a normaliser of zero, up to 1e12 (1e10 for ``nala``, which cubes its
-        keys). What float16 cannot hold saturates.
+        keys). What float16 cannot hold saturates, and so do features of ``pola`` above 3e14 in
+        float32.
 
         Finite is not small: ``relu`` with rotary tables and few tokens can meet queries that have
         no key in common, whose normaliser is 0 while the rotated sum is not (seen with 4 tokens:

@@ -3,7 +3,8 @@
 ``projection.unbind(2)`` stacks the gradients of its slices: every one is written, read and written
 once more. The backward pass of `linear_attention` writes them into one buffer that is laid out like
 the projection, and here that buffer is handed on as it is. What else has looked at a slice is added
-in place.
+in place. Gradients that no such pass has made, those of the eager formula and of softmax attention,
+are joined as they would be after ``unbind``.
 """
 
 from __future__ import annotations
@@ -117,10 +118,12 @@ class _Unpack(torch.autograd.Function):
         if torch.is_grad_enabled() or any(
             type(grad) is not Tensor or tracing.is_watched(grad) for grad in given
         ):
-            return _stacked(parts, beside, given[0]), None
+            return _joined(parts, beside, given[0]), None
         marked: list[Gradient | None] = [getattr(part, _GRADIENT, None) for part in parts]
         buffers = [x.buffer for x in marked if x is not None and x.of.projection is ctx.stands_for]
-        buffer = buffers[0] if buffers else given[0].new_empty(ctx.shape)
+        if not buffers:
+            return _joined(parts, beside, given[0]), None
+        buffer = buffers[0]
         for place, part in enumerate(parts):
             into, more = buffer.select(2, place), beside if place == 2 else None
             mark = marked[place]
@@ -138,8 +141,9 @@ class _Unpack(torch.autograd.Function):
         return buffer, None
 
 
-def _stacked(parts: list[Tensor | None], beside: Tensor | None, like: Tensor) -> Tensor:
-    """The gradient by common operators, which have derivatives of their own."""
+def _joined(parts: list[Tensor | None], beside: Tensor | None, like: Tensor) -> Tensor:
+    """The gradient where there is no buffer, by common operators, which have derivatives."""
     if beside is not None:
         parts[2] = beside if parts[2] is None else parts[2] + beside
-    return torch.stack([torch.zeros_like(like) if x is None else x for x in parts], 2)
+    slices = [torch.zeros_like(like) if x is None else x for x in parts]
+    return torch.cat([x.unsqueeze(2) for x in slices], 2)

@@ -59,6 +59,43 @@ def test_as_exact_as_eager(mechanism, dtype):
     check_exactness(mechanism, on_gpu(make_inputs(grid=(14, 14), dim=32, dtype=dtype)))
 
 
+@pytest.mark.parametrize("mechanism", ["elu", "rala"])
+@pytest.mark.parametrize("heads", [2, 3])
+@pytest.mark.parametrize("grid", [(9, 11), (40, 41)], ids=["one kernel", "splits"])
+def test_full_width_positions(mechanism, heads, grid):
+    inputs = make_inputs(grid=grid, heads=heads, dim=32, dtype=HALF)
+    inputs = inputs._replace(rotary=ops.full_width_rotary_tables(*grid, heads * 32))
+    check_exactness(mechanism, on_gpu(inputs))
+
+
+@pytest.mark.parametrize("mechanism", ["identity", "pola"])
+@pytest.mark.parametrize("width", [16, 128])
+@pytest.mark.parametrize("side", [9, 56])
+def test_values_of_another_width(mechanism, width, side):
+    """And the gradients of powers, where there are any."""
+    inputs = many_tokens(mechanism, side, torch.float32, batch=2, heads=2, dim=32)
+    q, k, *_ = inputs.projection.detach().unbind(2)
+    generator = torch.Generator("cuda").manual_seed(1)
+    shape = (*q.shape[:3], width)
+    v, grad = torch.randn(2, *shape, generator=generator, device="cuda").unbind(0)
+    powers = inputs.terms(mechanism).powers
+    given = [x for x in (q, k, v, powers) if x is not None]
+
+    def call(backend, dtype):
+        q, k, v, *rest = (x.detach().to(dtype).requires_grad_() for x in given)
+        out = ops.linear_attention(
+            q, k, v, mechanism=mechanism, powers=rest[0] if rest else None, backend=backend
+        )
+        return out, *torch.autograd.grad(out, (q, k, v, *rest), grad.to(dtype))
+
+    exact, plain, fused = (
+        call(*how)
+        for how in (("eager", torch.float64), ("eager", torch.float32), ("triton", torch.float32))
+    )
+    for actual, formula, expected in zip(fused, plain, exact, strict=True):
+        assert error(actual, expected) <= 2 * error(formula, expected) + 1e-6
+
+
 @each_mechanism
 @pytest.mark.parametrize("dim", [8, 20, 64, 128])
 def test_head_sizes(mechanism, dim):
