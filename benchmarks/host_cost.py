@@ -127,9 +127,12 @@ class Subject:
         self.mechanism, self.launched = mechanism, launched
         row = ops.get_mechanism(mechanism)
         tables = ops.lrpe_tables if row.positions == "cosine" else ops.rotary_tables
-        self.rotary = tables(SIDE, SIDE, DIM)
+        self.rotary = None if row.positions == "none" else tables(SIDE, SIDE, DIM)
+        self.powers = torch.ones(HEADS, DIM, requires_grad=True) if row.takes_powers else None
         projection = torch.zeros(BATCH, SIDE**2, 5, HEADS, DIM, dtype=torch.bfloat16)
         self.leaves = [x.requires_grad_() for x in projection.unbind(2)]
+        if self.powers is not None:
+            self.leaves.append(self.powers)
         self.grad = torch.zeros(self.leaves[0].shape, dtype=torch.bfloat16)
         self.sizes = self._sizes()
 
@@ -154,15 +157,15 @@ class Subject:
 
     def call(self) -> Tensor:
         """Our forward pass."""
-        q, k, v, gate, lepe = self.leaves
+        q, k, v, gate, lepe = self.leaves[:5]
         return ops.linear_attention(
             q, k, v, mechanism=self.mechanism, rotary=self.rotary, lepe=lepe, gate=gate,
-            backend="triton",
+            powers=self.powers, backend="triton",
         )  # fmt: skip
 
     def empty(self) -> Tensor:
         """The empty forward pass."""
-        return Empty.apply(self.sizes, self.rotary, *self.leaves)
+        return Empty.apply(self.sizes, self.rotary or (), *self.leaves)
 
     def differentiate(self, out: Tensor) -> None:
         """The backward pass of either."""
@@ -202,10 +205,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with without_launches() as launched:
         costs = [
-            cost
-            for name, row in ops.MECHANISMS.items()
-            if not row.takes_powers  # no kernels yet
-            for cost in Subject(name, launched).costs(args.calls)
+            cost for name in ops.MECHANISMS for cost in Subject(name, launched).costs(args.calls)
         ]
     print("| mechanism | step | launches | us | us, empty function | ratio |")
     print("| --- | --- | --- | --- | --- | --- |")

@@ -319,7 +319,7 @@ def render(record: dict[str, Any]) -> str:
 
 
 def traffic(kind: Kind, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What a call in splits moves, against the least."""
+    """Tensors that a call in splits moves, against the least."""
     backward = ("query", "key_mean", "key", "query again")
     moved = {row["kernel"]: row["tensors"] for row in rows}
     least_forward, least_backward = least(kind)

@@ -87,9 +87,9 @@ def make(archive: Path, wanted: Wanted) -> None:
     if archive.parent != Path() and not archive.parent.is_dir():
         archive.parent.mkdir(parents=True)
     with tempfile.TemporaryDirectory() as folder:
-        cache = Path(folder) / "cache"
+        cache, made_of = Path(folder) / "cache", environment()
         found, compiled = compile_calls(cache, wanted)
-        about = {**environment(), "target": f"sm_{wanted.target}", "number": found + compiled}
+        about = {**made_of, "target": f"sm_{wanted.target}", "number": found + compiled}
         (cache / ABOUT).write_text(json.dumps(about) + "\n")
         unfinished = archive.with_name(f".{archive.name}.partial")
         try:

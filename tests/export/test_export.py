@@ -113,28 +113,34 @@ FROM_64 = ["--height", "64:4096", "--width", "64:4096"]  # NaLaFormer's bound, s
 ONE_SIZE = ["--height", 64, "--width", 96]
 
 
+# In every run: positions that are learned, windows, and a pyramid of any size.
+HALF_PRECISION = [
+    ("test_linear_deit", []),
+    ("test_inline_swin", ONE_SIZE),
+    ("test_ravlt", SHALLOW),
+]
+HALF_PRECISION_BY_NIGHT = [
+    ("test_inline_deit", ["--model-kwargs", "depth=1"]),
+    ("test_inline_pvt", SHALLOW),
+    ("test_inline_cswin", ONE_SIZE),
+    ("test_l2vit", SHALLOW),
+    ("test_lightnet", ["--model-kwargs", "depth=1"]),
+    ("test_mavit", [*ONE_SIZE, *SHALLOW]),
+    ("test_mila", SHALLOW),
+    ("test_nalaformer", [*SHALLOW, *FROM_64]),
+    ("test_pola_pvt", SHALLOW),
+    ("test_pola_swin", ONE_SIZE),
+    ("test_vittt", ["--model-kwargs", "depth=1"]),
+    ("test_h_vittt", SHALLOW),
+]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name, flags",
     [
-        ("test_linear_deit", []),
-        ("test_inline_deit", ["--model-kwargs", "depth=1"]),
-        ("test_inline_pvt", [*ONE_SIZE, *SHALLOW]),
-        pytest.param("test_inline_pvt", SHALLOW, marks=pytest.mark.nightly),
-        ("test_inline_swin", ONE_SIZE),
-        ("test_inline_cswin", ONE_SIZE),
-        ("test_l2vit", SHALLOW),
-        ("test_lightnet", ["--model-kwargs", "depth=1"]),
-        ("test_mavit", [*ONE_SIZE, *SHALLOW]),
-        ("test_mila", SHALLOW),
-        ("test_nalaformer", [*ONE_SIZE, *SHALLOW]),
-        pytest.param("test_nalaformer", [*SHALLOW, *FROM_64], marks=pytest.mark.nightly),
-        ("test_pola_pvt", [*ONE_SIZE, *SHALLOW]),
-        pytest.param("test_pola_pvt", SHALLOW, marks=pytest.mark.nightly),
-        ("test_pola_swin", ONE_SIZE),
-        ("test_ravlt", SHALLOW),
-        ("test_vittt", ["--model-kwargs", "depth=1"]),
-        ("test_h_vittt", SHALLOW),
+        *HALF_PRECISION,
+        *(pytest.param(*case, marks=pytest.mark.nightly) for case in HALF_PRECISION_BY_NIGHT),
     ],
 )
 def test_onnx_in_half_precision(name, flags, command, tmp_path):

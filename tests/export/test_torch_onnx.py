@@ -56,17 +56,15 @@ def check(model, path, sizes):
         assert (logits - expected).norm() <= 1e-4 * expected.norm(), size
 
 
-# Of the pyramids one in every run, of InLine's hosts two: what ties a program to a batch is alike.
-NIGHTLY = (
-    *("test_inline_cswin", "test_inline_pvt", "test_mavit"),
-    *("test_pola_pvt", "test_pola_swin", "test_ravlt"),
-)
+# Of windows, of rows of tokens and of pyramids one in every run: what ties a program to a batch is
+# alike.
+EVERY_RUN = ("test_inline_swin", "test_lightnet", "test_nalaformer")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(k, marks=[pytest.mark.nightly] if k in NIGHTLY else []) for k in KINDS],
+    [pytest.param(k, marks=() if k in EVERY_RUN else pytest.mark.nightly) for k in KINDS],
 )
 def test_one_image_stands_for_a_batch(name, tmp_path):
     pytest.importorskip("onnxscript")

@@ -140,7 +140,7 @@ def test_norms_of_zero(kind, dtype, backend):
 
 @BACKENDS
 def test_autocast_keeps_the_step_in_single_precision(backend):
-    """What float16 holds no more adds up: 4096 tokens of products of 3e-5."""
+    """Products that float16 no longer holds add up: 4096 tokens of products of 3e-5."""
     layer = make(8, 1, backend=backend).float()
     x = torch.randn(1, 64, 64, 8)
     nn.init.normal_(layer.qkv.weight, std=0.002)

@@ -36,7 +36,13 @@ each_model = pytest.mark.parametrize(
 )
 # The siblings that are linear throughout run the same code: slow compilers see it once.
 PROGRAMS = [name for name in TEST_MODELS if not name.endswith("_linear")]
+# Of those, one of each kind of step in every run of the slowest tests; the others in nightly runs.
+EVERY_RUN = ("test_h_vittt", "test_inline_deit", "test_l2vit", "test_pola_pvt", "test_ravlt")
 each_program = pytest.mark.parametrize("name", PROGRAMS)
+each_program_by_night = pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in EVERY_RUN else pytest.mark.nightly) for n in PROGRAMS],
+)
 # For the same reason compilers get one block of each kind where the model repeats them.
 FEWER_BLOCKS = {
     **dict.fromkeys(
@@ -254,7 +260,14 @@ def test_copies(name):
 
 @pytest.mark.compile
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in PROGRAMS if n not in ADAPTIVE_WINDOWS])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=() if n in EVERY_RUN else pytest.mark.nightly)
+        for n in PROGRAMS
+        if n not in ADAPTIVE_WINDOWS
+    ],
+)
 def test_compiled_once_for_all_sizes(name):
     torch._dynamo.reset()
     counter = CompileCounter()
@@ -325,7 +338,7 @@ def test_fx_is_bit_equal(name, backend):
 
 
 @pytest.mark.slow
-@each_program
+@each_program_by_night
 def test_export_any_size(name):
     """With registered operators; the formula is exported to ONNX below."""
     model = make_program(name, attn_backend="library")

@@ -24,7 +24,7 @@ def features(model):
 
 
 class Slide:
-    """What tiffslide and openslide have in common, with a transparent corner."""
+    """The interface that tiffslide and openslide share, with a transparent corner."""
 
     level_dimensions = ((70, 300), (35, 150))
     level_downsamples = (1.0, 2.0)

@@ -143,7 +143,9 @@ def make_terms(kind: Kind, height: int, width: int, batch: int, heads: int) -> T
         "rotary": lambda: tables(height, width, dim * (heads if kind.full_width else 1), device),
         "key_padding_mask": mask,
         "head_scale": scale,
-        "powers": lambda: torch.linspace(1, 3, heads * dim, device=device).view(heads, dim),
+        "powers": lambda: torch.linspace(
+            1, 3, heads * dim, dtype=torch.float32, device=device
+        ).view(heads, dim),
         "lepe": ones,
         "gate": ones,
     }

@@ -1,4 +1,4 @@
-"""What the arithmetic of a GPU does otherwise than the interpreter's, for the interpreter."""
+"""The arithmetic of a GPU where it differs from the interpreter's, for the interpreter."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from vitlinear.ops.triton.plan import Plan  # noqa: E402
 from vitlinear.ops.triton.tuning import Config  # noqa: E402
 
 PLAN = Plan(
-    "elu", "elu", "uniform", "divided", "none", True, False, 1, 64, 64,
+    "elu", "elu", "uniform", "divided", "none", True, False, 1, 64, 64, 64,
     has_mask=False, has_scale=False, has_lepe=False, has_gate=False, sums="bf16", reads="tf32",
 )  # fmt: skip
 

@@ -32,8 +32,8 @@ def unpack(projection: Tensor) -> list[Tensor]:
     """Slices of a projection [B, N, P, h, D], and the values once more; see `ops.packed.unpack`.
 
     From three slices on the values come a second time, for whatever looks at them beside the
-    attention. Layers take the slices from here, not by ``unbind``, whose backward pass copies all of
-    their gradients together.
+    attention. Layers take the slices from here, not by ``unbind``, whose backward pass copies all
+    of their gradients together.
     """
     if torch.jit.is_scripting():
         parts: list[Tensor] = list(projection.unbind(2))
