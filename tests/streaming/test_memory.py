@@ -49,7 +49,7 @@ def test_peak_is_that_of_living_tensors():
 
 def test_bands_keep_to_the_budget(model, image, monkeypatch):
     budget, peaks, heights = 2 * 2**20, [], []
-    monkeypatch.setattr(run, "resident", lambda: 0)
+    monkeypatch.setattr(run, "resident", lambda: -run.RESERVE)
     whole = run.run_band
 
     def counted(plan, source, own, cuts, sums, example):
@@ -93,7 +93,7 @@ def _rows_with(run_band):
 
 
 def test_too_little_memory_is_said(model, image, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "resident", lambda: 0)
+    monkeypatch.setattr(run, "resident", lambda: -run.RESERVE)
     with pytest.raises(UserError, match="maps between layers need .* give workdir="):
         vitlinear.stream(model, image, memory="400KiB")
     with pytest.raises(UserError, match="stem needs .* KiB for its smallest band"):
@@ -101,7 +101,7 @@ def test_too_little_memory_is_said(model, image, tmp_path, monkeypatch):
 
 
 def test_softmax_says_how_much_it_needs(image, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "resident", lambda: 0)
+    monkeypatch.setattr(run, "resident", lambda: -run.RESERVE)
     model = timm.create_model("test_ravlt", attn_types=("softmax",) * 4).eval()
     with pytest.raises(UserError, match="softmax attention over the whole map, whose keys"):
         vitlinear.stream(model, image, memory=800 * 2**10, workdir=tmp_path)

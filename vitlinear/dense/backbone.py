@@ -26,8 +26,8 @@ class MultiScaleBackbone(nn.Module):
     """A model without its classifier; gives the maps of its stages.
 
     Models of four stages give what the stages put out, at strides 4, 8, 16 and 32. Models of one
-    resolution (LinearDeiT, InLine-DeiT, LightNet) give the maps of a `SimpleFeaturePyramid` on
-    what their last block puts out, without the final norm, at the same strides. Other models of
+    resolution (LinearDeiT, InLine-DeiT, LightNet, ViT³) give the maps of a `SimpleFeaturePyramid`
+    on what their last block puts out, without the final norm, at the same strides. Other models of
     timm with ``forward_intermediates`` work likewise; their levels are those that timm names.
 
     What no map needs is removed, so that training leaves no parameter without a gradient.

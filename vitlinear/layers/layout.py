@@ -19,6 +19,20 @@ def known_layout(x: Tensor) -> Tensor:
         return x.contiguous() if torch.onnx.is_in_onnx_export() else x
 
 
+def known_strides(x: Tensor) -> Tensor:
+    """The tensor itself; while torch.export makes a program, one in contiguous memory of its own.
+
+    Of what flatten makes of a map whose sides are rounded down, torch.export takes a stride for the
+    least of two numbers. It cannot prove which one that is, and refuses a range of sizes.
+    """
+    if torch.jit.is_scripting():
+        return x
+    else:  # noqa: RET505
+        if not torch.compiler.is_exporting():
+            return x
+        return x.clone(memory_format=torch.contiguous_format)
+
+
 def is_followed(size: int) -> bool:
     """Whether the older exporter to ONNX traces this size, a tensor then, for any other as well.
 

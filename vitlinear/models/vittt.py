@@ -33,7 +33,7 @@ from vitlinear.layers import (
 )
 from vitlinear.layers.attention.ttt_attention import TttAttention
 from vitlinear.layers.band import LOCAL
-from vitlinear.layers.layout import split_axis
+from vitlinear.layers.layout import known_strides, split_axis
 from vitlinear.ops import RotaryTables
 
 from ._build import build_model
@@ -65,7 +65,7 @@ class PositionedTokenBlock(TokenBlock):
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
         """[B, height * width, C] -> the same shape."""
-        x = self.pos(split_axis(x, 1, [height, width]))
+        x = self.pos(split_axis(known_strides(x), 1, [height, width]))
         x = x + self.drop_path1(self.normed_attention(x))
         x = x + self.drop_path2(self.normed_mlp(x))
         return x.flatten(1, 2)

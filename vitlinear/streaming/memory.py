@@ -19,7 +19,8 @@ from vitlinear.errors import UserError
 
 # What libraries take for themselves inside of one operation is not seen, nor the rests that the
 # allocator keeps.
-MARGIN = 1.3
+MARGIN = 1.5
+RESERVE = 64 * 2**20  # bytes that libraries take when they first run
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 

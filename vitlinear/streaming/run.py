@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +16,7 @@ from vitlinear.errors import UserError
 from vitlinear.layers.band import use_band
 
 from .maps import FileMap, RowMap
-from .memory import amount, give_back_memory, peak_bytes, resident, rows_that_fit
+from .memory import RESERVE, amount, give_back_memory, peak_bytes, resident, rows_that_fit
 from .reach import Rows
 from .record import Position, Record
 from .steps import Step
@@ -118,7 +119,8 @@ def run_band(
         prefix=_prefix_of(step, prefix),
         cuts=cuts,
     )
-    with use_band(band if len(cuts) > 1 else None):
+    # A band of all rows is the map itself, with whatever is faster for that.
+    with use_band(None if own.stop - own.start == plan.after[0] else band):
         y, prefix = step.run(x, prefix)
     expected = (1, rows, *plan.after[1:])
     if tuple(y.shape) != expected:
@@ -157,7 +159,7 @@ class Runner:
         """
         self.example = example
         # Counted once: what bands have freed the allocator keeps for the next ones.
-        self.memory = memory - resident()
+        self.memory = memory - resident() - RESERVE
         self.folder = folder
         self.record = record
         self.band_rows = band_rows
@@ -275,7 +277,6 @@ class Runner:
                     self.record.delete_sums()
                 for n in old:
                     kept.pop(n).delete()
-                give_back_memory()
                 bar.update()
         return kept
 
@@ -303,13 +304,15 @@ class Runner:
                 own = Rows(*cuts[i])
                 try:
                     y, prefix = run_band(plan, source, own, cuts, sums, self.example)
-                except Unknown:
-                    pass
+                except Unknown as stopped:
+                    # The frames that were left hold the tensors of the band.
+                    traceback.clear_frames(stopped.__traceback__)
                 else:
                     target.write(own.start, y)
                     if position.prefix is None:
                         position.prefix = prefix
                     del y
+                give_back_memory()
                 position.band = i + 1
                 self._note(position)
             if not sums.finish_pass():
@@ -361,13 +364,13 @@ def pooled(source: Readable, rows: int, kind: str, example: Tensor) -> Tensor:
     """
     height, width, channels = source.shape
     dtype = torch.float64 if example.dtype == torch.float64 else torch.float32
-    total = torch.zeros(1, channels, dtype=dtype)
+    total = torch.zeros(1, channels, dtype=torch.float64)
     top = torch.full((1, channels), -math.inf, dtype=dtype)
     for start in range(0, height, rows):
         x = source.read(start, min(start + rows, height)).to("cpu", dtype)
-        total += x.sum((1, 2))
+        total += x.sum((1, 2), dtype=torch.float64)
         top = torch.maximum(top, x.amax((1, 2)))
-    mean = total / (height * width)
+    mean = (total / (height * width)).to(dtype)
     pools = {"avg": mean, "max": top, "avgmax": 0.5 * (mean + top)}
     return pools[kind].to(example.device, example.dtype)
 

@@ -10,6 +10,7 @@ from tests.ops.inputs import attend, make_inputs, operator_arguments, oracle
 from tests.ops.triton.cases import many_splits, run
 from tests.pairwise import pairwise
 from vitlinear import ops
+from vitlinear.ops import packed
 from vitlinear.ops import registered as library
 from vitlinear.ops import triton as kernels
 from vitlinear.ops.terms import Terms
@@ -139,6 +140,29 @@ def test_compile_fullgraph():
     (grad,) = torch.autograd.grad(out, inputs.projection, inputs.grad)
     for a, b in zip((out, grad), run("mala", inputs), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("number", [3, 4])
+@pytest.mark.parametrize("mechanism", ["rala", "mala"])
+def test_packed_projection(mechanism, number, monkeypatch):
+    """Gradients of kernels in one buffer, with that of LePE added, and a slice that is free."""
+    many_splits(monkeypatch)
+    tables = ops.rotary_tables(5, 13, 8)
+    torch.manual_seed(0)
+    projection = torch.randn(2, 65, 4, 2, 8, requires_grad=True)
+
+    def run(x: torch.Tensor, backend: str) -> torch.Tensor:
+        q, k, v, gate, values = packed.unpack(x)
+        out = ops.linear_attention(
+            q, k, v, mechanism=mechanism, lepe=values.cos(),
+            rotary=ops.RotaryTables(*(table.to(x.dtype) for table in tables)),
+            gate=gate if number == 4 else None, backend=backend,
+        )  # fmt: skip
+        (grad,) = torch.autograd.grad((out * gate).sin().sum(), x)
+        return grad
+
+    expected = run(projection.detach().double().requires_grad_(), "eager")
+    assert relative_error(run(projection, "triton"), expected) < 1e-5
 
 
 def test_float64_and_empty_batches():
