@@ -17,6 +17,7 @@ from vitlinear.errors import UserError
 from vitlinear.models._pyramid import LinearPyramid, PyramidBlock
 
 SUFFIX = "@transcription"
+TRANSCRIBED = ("ravlt_", "mavit_", "mila_", "h_vittt_", "pola_pvt_")  # beginnings of names
 
 
 def rotation(height: int, width: int, dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -228,19 +229,25 @@ def check_transcribed(name: str) -> str:
         UserError: There is none of it.
     """
     base = name.removesuffix(SUFFIX)
-    if not base.removeprefix("test_").startswith(("ravlt", "mavit", "mila")):
-        raise UserError(
-            f"{name}: only ravlt_*, mavit_* and mila_* are transcribed, e.g. ravlt_s{SUFFIX}"
-        )
+    if not f"{base.removeprefix('test_')}_".startswith(TRANSCRIBED):
+        names = ", ".join(f"{prefix}*" for prefix in TRANSCRIBED)
+        raise UserError(f"{name}: only {names} are transcribed, e.g. ravlt_s{SUFFIX}")
     return base
 
 
 def _transcription(model: nn.Module) -> nn.Module:
     """The transcription of a model, with weights of its own."""
-    from .transcription_mila import MILA, MilaTranscription  # which is made of parts of this file
+    # Made of parts of this file.
+    from .transcription_mila import MILA, MilaTranscription
+    from .transcription_pola import PolaPVT, PolaPVTTranscription
+    from .transcription_vittt import HViTTT, HViTTTTranscription
 
     if isinstance(model, MILA):
         return MilaTranscription(model)
+    if isinstance(model, PolaPVT):
+        return PolaPVTTranscription(model)
+    if isinstance(model, HViTTT):
+        return HViTTTTranscription(model)
     blocks = [block for stage in getattr(model, "stages", ()) for block in stage.blocks]
     if not isinstance(model, LinearPyramid) or not all(
         type(block) is PyramidBlock and block.attn.attn_type in ATTENTIONS for block in blocks
@@ -253,8 +260,7 @@ def transcribe(model: nn.Module) -> nn.Module:
     """The transcription of a model of ours, with its weights and statistics, in its mode.
 
     Raises:
-        TypeError: The model is no MILA and no pyramid of RALA or MALA, or its layers attend
-            otherwise.
+        TypeError: There is none of this model.
     """
     like = next(model.parameters())
     made = _transcription(model).to(like.device, like.dtype).train(model.training)

@@ -9,7 +9,10 @@ from tests.golden import relative_error
 from vitlinear.errors import UserError
 
 
-@pytest.mark.parametrize("name", ["test_ravlt", "test_ravlt_linear", "test_mavit", "test_mila"])
+@pytest.mark.parametrize(
+    "name",
+    ["test_ravlt", "test_ravlt_linear", "test_mavit", "test_mila", "test_h_vittt", "test_pola_pvt"],
+)
 def test_transcription_is_the_model(name):
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=7).double()
@@ -18,7 +21,7 @@ def test_transcription_is_the_model(name):
     for training in (False, True):
         model.train(training)
         theirs = transcribe(model)
-        first = (model.stem.conv1.conv.weight, theirs.stem["conv1"].conv.weight)
+        first = (next(x.stem.parameters()) for x in (model, theirs))
         out = model(images), theirs(images)
         grads = (
             torch.autograd.grad(logits.square().sum(), weight)[0]
