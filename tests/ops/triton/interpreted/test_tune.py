@@ -51,7 +51,7 @@ GIVEN = tuple(term == "rotary" for term in Terms._fields)
 
 
 def choice(mechanism: str = "mala", training: bool = False) -> ops.Choice:
-    work = ops.Workload("cpu", torch.float32, TOKENS, 8, mechanism, "", 2, 2, None, GIVEN, training)
+    work = ops.Workload("cpu", torch.float32, TOKENS, 8, mechanism, 2, 2, None, GIVEN, training)
     return ops.choose_backend("auto", work, may_check=False)
 
 
