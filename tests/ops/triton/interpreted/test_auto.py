@@ -79,6 +79,26 @@ def test_a_kind_of_call_is_checked_once(device, monkeypatch):
     assert len(checked) == 2
 
 
+def test_states_are_checked_as_their_attention(device):
+    def two_steps(tokens):
+        q, k, v, _ = call(tokens).projection.detach().unbind(2)
+        state = ops.linear_attention_state(k, v, mechanism="mala")
+        return ops.read_linear_attention_state(q, state, mechanism="mala")
+
+    two_steps(8)
+    assert not device.launched, "too few tokens"
+    out = two_steps(32)
+    assert device.launched == ["forward_kernel", "state_kernel", "read_kernel"]
+    torch.testing.assert_close(out, attend(call(32), backend="eager"))
+    device.wrong.add("magnitude-aware")
+    backend.forget()
+    kernel_cache.add(device.gpu, lambda known: known.checks.clear())
+    del device.launched[:]
+    with pytest.warns(UserWarning, match="mala float32 8 plain inference failed their check"):
+        torch.testing.assert_close(two_steps(32), out)
+    assert device.launched == ["forward_kernel"]
+
+
 def test_a_check_in_training_is_one_of_inference_too(device):
     inputs = call(32)
     q, k, v, _ = inputs.projection.unbind(2)

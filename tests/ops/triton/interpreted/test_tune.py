@@ -123,6 +123,16 @@ def test_a_model_is_timed_at_its_own_shapes(device, command, monkeypatch):
     assert "2 calls" not in told and "measured here" in told
 
 
+def test_a_model_of_states_is_timed_as_attention(device, command, monkeypatch):
+    monkeypatch.setattr(self_check, "failure", lambda kind: None)
+    result = command("tune", "test_vittt", "--sizes", 32, *FLAGS)
+    assert result.code == 0, result.err
+    rows = kernel_cache.known(device.gpu).rows
+    assert {row.mechanism for row in rows} == {"identity"}
+    told = command("doctor", "test_vittt", "--size", 32, "--batch-size", 2, "--device", "cpu").out
+    assert "measured here" in told
+
+
 def test_doctor(device, command):
     told = command("doctor", "--device", "cpu").out
     assert "takes the kernels where they are faster: 0 calls measured here, 0 shipped" in told
