@@ -2,7 +2,8 @@
 
 Both functions take q, k, v and the terms of the epilogue as [B, N, h, D] with any strides. The
 scratch memory of a call is splits of a state for each head, merged in their order: as many splits
-as fill the device, and for long sequences at most a hundredth of the inputs.
+as fill the device, and for long sequences at most a hundredth of the inputs or two states for each
+processor, 4.5 MB on H100 for D = 64.
 
 Everything that does not depend on the tensors themselves is decided once for a kind of call and
 kept (`prepared`): on a GPU the kernels of a small map take less time than Python would otherwise
@@ -27,10 +28,11 @@ from .memory import Layout
 from .plan import Plan, make_plan
 
 PROGRAMS_PER_PROCESSOR = 4
-SHORTEST_SPLIT = 256  # tokens; below, one program does everything
+SHORTEST_SPLIT = 128  # tokens; below, one program does everything
 LONG = 16384  # tokens from which on the workspace is bounded by the inputs
-WORKSPACE = 0.01  # of the inputs
-CHUNK_MULTIPLE = 128  # the largest block: a split ends where a block does
+WORKSPACE = 0.01  # of the inputs, or
+STATES_PER_PROCESSOR = 2  # if that is more: a small batch of long maps must fill the device
+CHUNK_MULTIPLE = 32  # the block of the fixed choice: a split ends where a block does
 MERGE_BLOCK = 1024
 MOST_PREPARED = 1024  # kinds of call that are kept
 
@@ -78,7 +80,9 @@ def cuts(
         inputs = 2 * length * (plan.head_dim + plan.values) * itemsize
         state = 4 * (plan.rows * plan.values + plan.features + plan.values)
         # One of the states is the merged one.
-        summing = min(summing, int(WORKSPACE * inputs) // state - 1)
+        of_inputs = int(WORKSPACE * inputs) // state - 1
+        filling = -(-STATES_PER_PROCESSOR * processors(device) // max(slots, 1))
+        summing = min(summing, max(of_inputs, filling))
     return cut(length, summing), cut(length, wide)
 
 

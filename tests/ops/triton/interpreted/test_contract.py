@@ -205,7 +205,9 @@ def test_a_failing_kernel_says_so(monkeypatch):
 @pytest.mark.parametrize("slots", [1, 2, 8, 64, 4096])
 @pytest.mark.parametrize("mechanism", ["mala", "nala", "lightnet"])
 def test_workspace_is_bounded(length, slots, mechanism, monkeypatch):
-    """By what fills the device, and from 16384 tokens on by a hundredth of the inputs."""
+    """By what fills the device; from 16384 tokens on by a hundredth of the inputs, or two states a
+    processor and two for each head of a sample.
+    """
     monkeypatch.setattr(launch, "processors", lambda device: 132)
     row = ops.get_mechanism(mechanism)
     terms = Terms(ops.rotary_tables(1, 1, 64))
@@ -215,5 +217,9 @@ def test_workspace_is_bounded(length, slots, mechanism, monkeypatch):
         assert cut.chunk * cut.splits >= length > cut.chunk * (cut.splits - 1)
         assert cut.splits * slots <= 4 * 132 + slots
     if length >= 16384 and summing.splits > 1:
-        states = (summing.splits + 1) * (plan.rows * 64 + plan.features + 64) * 4
-        assert states <= 0.01 * 4 * length * 64 * 2
+        state = (plan.rows * 64 + plan.features + 64) * 4
+        inputs = 4 * slots * length * 64 * 2
+        states = slots * (summing.splits + 1) * state
+        assert states <= max(0.01 * inputs, (2 * 132 + 2 * slots) * state)
+    if slots * length >= 60800 and length >= 3136:
+        assert summing.splits * slots >= 1.8 * 132, "nearly two programs for each processor"

@@ -1,0 +1,361 @@
+"""A table of what every GPU kernel takes of a GPU, from the compiled code alone: no GPU is needed.
+
+For each kind of call of the published models, in bfloat16, and each kernel that it runs on:
+registers and spills, shared memory, programs that share a processor, loads that are in flight while
+a block is computed, what a token moves against the least possible, programs against processors.
+
+    python benchmarks/kernel_resources.py    # writes benchmarks/results/kernels_sm80_sm90.json
+
+and the table in benchmarks/accounts/kernels.md. Compiling takes minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.errors import OutOfResources
+from triton.runtime.jit import JITFunction
+
+from vitlinear import ops
+from vitlinear.ops.backward import LinearGradients
+from vitlinear.ops.terms import Terms
+from vitlinear.ops.triton import launch, tuning
+
+ROOT = Path(__file__).resolve().parent
+RESULTS = ROOT / "results" / "kernels_sm80_sm90.json"
+ACCOUNT = ROOT / "accounts" / "kernels.md"
+TABLE_BEGINS, TABLE_ENDS = "<!-- table begins -->", "<!-- table ends -->"
+SHORT, LONG = (14, 14), (56, 56)  # one kernel, and splits
+ITEM_SIZE = 2  # bytes of bfloat16
+
+
+class Processor(NamedTuple):
+    """Limits of a streaming multiprocessor (CUDA's programming guide, compute capabilities).
+
+    Attributes:
+        count: How many the GPU has: A100 and H100 (SXM).
+        shared: Bytes of shared memory.
+        warps: Warps that it holds.
+        registers: Registers.
+    """
+
+    count: int
+    shared: int
+    warps: int = 64
+    registers: int = 65536
+
+
+PROCESSORS = {80: Processor(108, 164 * 1024), 90: Processor(132, 228 * 1024)}
+
+
+class Kind(NamedTuple):
+    """A kind of call.
+
+    Attributes:
+        mechanism: Key in `MECHANISMS`.
+        head_dim: D.
+        terms: Names of the `Terms` that it is given.
+    """
+
+    mechanism: str
+    head_dim: int
+    terms: tuple[str, ...]
+
+
+class _Absent:
+    """A driver for a GPU that is not there; Triton keeps kernels by the device's number."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+
+@contextmanager
+def only_compiling(capability: int) -> Iterator[list[tuple[Any, Any, dict[str, Any]]]]:
+    """Calls compile kernels and start none; yields (function, kernel, options) of each."""
+    done: list[tuple[Any, Any, dict[str, Any]]] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        most = PROCESSORS[capability].shared - 1024  # of one program
+        if kernel.metadata.shared > most:  # as a launch would; the next configuration is tried
+            raise OutOfResources(kernel.metadata.shared, most, "shared memory")
+        done.append((self.fn, kernel, options))
+        return kernel
+
+    count = PROCESSORS[capability].count
+    with (
+        mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(launch, "processors", lambda device: count),
+        mock.patch.object(launch, "_prepared", {}),
+        mock.patch.object(tuning, "_chosen", {}),
+        mock.patch.object(tuning, "is_fixed", lambda: True),
+    ):
+        driver.set_active(_Absent(capability))
+        try:
+            yield done
+        finally:
+            driver.set_active(None)  # to be found anew
+
+
+def call(kind: Kind, grid: tuple[int, int]) -> None:
+    """A forward and a backward pass of a kind of call, on zeros."""
+    row, length, heads = ops.get_mechanism(kind.mechanism), grid[0] * grid[1], 2
+    qkv = torch.zeros(2, length, 5, heads, kind.head_dim, dtype=torch.bfloat16)
+    q, k, v, gate, lepe = qkv.unbind(2)
+    tables = ops.lrpe_tables if row.positions == "cosine" else ops.rotary_tables
+    scale, has_gate = "head_scale" in kind.terms, "gate" in kind.terms
+    terms = Terms(
+        rotary=tables(*grid, kind.head_dim) if "rotary" in kind.terms else None,
+        head_scale=torch.ones(heads) if scale else None,
+        lepe=lepe if "lepe" in kind.terms else None,
+        gate=gate if has_gate else None,
+        powers=torch.ones(heads, kind.head_dim) if "powers" in kind.terms else None,
+    )
+    out, state = launch.forward(q, k, v, row, terms)
+    grad_q, grad_k, grad_v, grad_gate, grad_lepe = torch.zeros_like(qkv).unbind(2)
+    grads = LinearGradients(
+        grad_q,
+        grad_k,
+        grad_v,
+        head_scale=torch.ones(heads) if scale else None,
+        lepe=grad_lepe if has_gate and terms.lepe is not None else None,
+        gate=grad_gate if has_gate else None,
+        powers=None if terms.powers is None else torch.zeros_like(terms.powers),
+    )
+    launch.backward(out, q, k, v, row, terms, state, grads)
+
+
+def resources(kernel: Any, capability: int, warps: int) -> dict[str, Any]:
+    """Registers and spilled bytes of a thread, shared memory, programs a processor, loads ahead."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    (registers,), (stack,) = (re.findall(rf"{x}:(\d+)", usage) for x in ("REG", "STACK"))
+    processor = PROCESSORS[capability]
+    # A warp takes its registers in units of 256; a program takes 1 KiB of shared memory more.
+    of_warp = -(-int(registers) * 32 // 256) * 256
+    by_registers = processor.registers // of_warp // warps
+    by_shared = processor.shared // (kernel.metadata.shared + 1024)
+    waits = [int(n) for n in re.findall(r"cp\.async\.wait_group\s+(\d+)", kernel.asm["ptx"])]
+    return {
+        "registers": int(registers),
+        "spilled_bytes": int(stack),
+        "shared_bytes": kernel.metadata.shared,
+        "programs_per_processor": min(by_registers, by_shared, processor.warps // warps, 32),
+        "loads_in_flight": max(waits, default=0),
+    }
+
+
+def measure(
+    kind: Kind, capability: int, grids: Sequence[tuple[int, int]] = (SHORT, LONG)
+) -> list[Any]:
+    """A row for each kernel that a kind of call runs on, on GPUs of a capability."""
+    rows: dict[str, dict[str, Any]] = {}
+    with only_compiling(capability) as done:
+        for grid in grids:
+            call(kind, grid)
+    for function, kernel, options in done:
+        name = function.__name__.removesuffix("_kernel")
+        if name == "merge":
+            continue  # sums of splits, no tokens
+        if options.get("with_sums") is False:
+            name = "query again"
+        config = {
+            "block_tokens": options["plan"].block_tokens,
+            "num_warps": options["num_warps"],
+            "num_stages": options["num_stages"],
+        }
+        rows[name] = {
+            "mechanism": kind.mechanism,
+            "head_dim": kind.head_dim,
+            "terms": list(kind.terms),
+            "capability": capability,
+            "kernel": name,
+            **config,
+            **resources(kernel, capability, options["num_warps"]),
+            "tensors": tensors(name, kind),
+        }
+    return list(rows.values())
+
+
+def least(kind: Kind) -> tuple[int, int]:
+    """Tensors [B, N, h, D] that a forward and a backward pass move if each goes once."""
+    lepe, gate = "lepe" in kind.terms, "gate" in kind.terms
+    return 4 + lepe + gate, 7 + 2 * gate + 2 * (lepe and gate)
+
+
+def tensors(kernel: str, kind: Kind) -> int:
+    """Tensors [B, N, h, D] that a kernel moves; what it reads again is in the cache by then."""
+    one_query = ops.get_mechanism(kind.mechanism).has_global_query
+    forward, backward = least(kind)
+    return {
+        "forward": forward,
+        "backward": backward,
+        "mean_query": 1,
+        "state": 2,
+        "read": forward - 2,
+        "query": backward - 4 - one_query,
+        "key_mean": 2,
+        "key": 4,
+        "query again": 3,
+    }[kernel]
+
+
+def published() -> dict[Kind, list[tuple[int, int]]]:
+    """The kinds of call of the published models, and (tokens, heads) of each of their calls."""
+    import timm
+
+    from vitlinear.report import attention_calls
+
+    found: dict[Kind, set[tuple[int, int]]] = {}
+    for name in timm.list_models():
+        module = timm.models.model_entrypoint(name).__module__
+        if not module.startswith("vitlinear.") or name.startswith("test_"):
+            continue
+        with torch.device("meta"):
+            model = timm.create_model(name)
+        for attention in attention_calls(model):
+            work = attention.work
+            if work is None or work.without_kernels or work.mechanism == "identity":
+                continue  # what the kernels do not compute
+            given = zip(Terms._fields, work.given, strict=True)
+            kind = Kind(
+                work.mechanism, work.head_dim, tuple(term for term, there in given if there)
+            )
+            found.setdefault(kind, set()).add((work.length, work.heads))
+    return {kind: sorted(found[kind]) for kind in sorted(found)}
+
+
+def programs(kind: Kind, length: int, heads: int, capability: int) -> dict[str, Any]:
+    """Programs of a call on one image: of the passes that leave sums, and of the others."""
+    row = ops.get_mechanism(kind.mechanism)
+    tables = ops.lrpe_tables if row.positions == "cosine" else ops.rotary_tables
+    given = Terms(
+        *(torch.empty(0) if term in kind.terms else None for term in Terms._fields)  # type: ignore[arg-type]
+    )
+    if "rotary" in kind.terms:
+        given = given._replace(rotary=tables(1, 1, kind.head_dim))
+    with only_compiling(capability):
+        plan = launch.make_plan(row, torch.bfloat16, kind.head_dim, given)
+        cuts = launch.cuts(plan, heads, length, ITEM_SIZE, torch.device("cuda"))
+    summing, wide = (cut.splits * heads for cut in cuts)
+    return {
+        "mechanism": kind.mechanism,
+        "head_dim": kind.head_dim,
+        "capability": capability,
+        "tokens": length,
+        "heads": heads,
+        "programs_summing": summing,
+        "programs": wide,
+        "processors": PROCESSORS[capability].count,
+    }
+
+
+def render(record: dict[str, Any]) -> str:
+    """The tables of the account."""
+    lines = [
+        "| mechanism, D, terms | kernel | GPU | block, warps, stages | registers | spilled, bytes "
+        "| shared, KiB | programs a processor | loads ahead | tensors |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in record["kernels"]:
+        call = ", ".join([row["mechanism"], str(row["head_dim"]), *row["terms"]])
+        config = f"{row['block_tokens']}, {row['num_warps']}, {row['num_stages']}"
+        lines.append(
+            f"| {call} | {row['kernel']} | sm_{row['capability']} | {config} | {row['registers']} "
+            f"| {row['spilled_bytes']} | {row['shared_bytes'] / 1024:.0f} "
+            f"| {row['programs_per_processor']} | {row['loads_in_flight']} | {row['tensors']} |"
+        )
+    lines += [
+        "",
+        "| mechanism, D | forward, tensors moved / least | backward, tensors moved / least |",
+        "| --- | --- | --- |",
+    ]
+    for row in record["traffic"]:
+        moved = [
+            f"{row[f'{way}_moved']} / {row[f'{way}_least']}" for way in ("forward", "backward")
+        ]
+        lines.append(f"| {row['mechanism']}, {row['head_dim']} | {moved[0]} | {moved[1]} |")
+    lines += [
+        "",
+        "| mechanism, D | tokens, heads | GPU | programs with sums / processors "
+        "| other programs / processors |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in record["grids"]:
+        count = row["processors"]
+        lines.append(
+            f"| {row['mechanism']}, {row['head_dim']} | {row['tokens']}, {row['heads']} "
+            f"| sm_{row['capability']} | {row['programs_summing']} / {count} "
+            f"| {row['programs']} / {count} |"
+        )
+    return "\n".join(lines)
+
+
+def traffic(kind: Kind, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Tensors that a call in splits moves, against the least."""
+    backward = ("query", "key_mean", "key", "query again")
+    moved = {row["kernel"]: row["tensors"] for row in rows}
+    least_forward, least_backward = least(kind)
+    return {
+        "mechanism": kind.mechanism,
+        "head_dim": kind.head_dim,
+        "forward_moved": sum(moved.get(name, 0) for name in ("mean_query", "state", "read")),
+        "forward_least": least_forward,
+        "backward_moved": sum(moved.get(name, 0) for name in backward),
+        "backward_least": least_backward,
+    }
+
+
+def main() -> None:
+    """Compile, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--render", action="store_true", help="only write the table anew")
+    if not parser.parse_args().render:
+        record: dict[str, Any] = {"triton": triton.__version__, "dtype": "bfloat16"}
+        record |= {"kernels": [], "traffic": [], "grids": []}
+        for kind, shapes in published().items():
+            for capability in PROCESSORS:
+                rows = measure(kind, capability)
+                record["kernels"] += rows
+                for row in rows:
+                    print(*row.values(), flush=True)
+                largest = max(shapes, key=lambda shape: shape[0])
+                record["grids"] += [programs(kind, *largest, capability)]
+            record["traffic"] += [traffic(kind, rows)]
+        RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    text = ACCOUNT.read_text(encoding="utf-8")
+    before, _, rest = text.partition(TABLE_BEGINS)
+    _, _, after = rest.partition(TABLE_ENDS)
+    table = render(json.loads(RESULTS.read_text(encoding="utf-8")))
+    ACCOUNT.write_text(f"{before}{TABLE_BEGINS}\n{table}\n{TABLE_ENDS}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

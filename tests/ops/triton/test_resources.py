@@ -1,0 +1,92 @@
+"""The committed table of what kernels take of a GPU: as compiled, and nothing else spills."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from benchmarks import kernel_resources as resources  # noqa: E402
+from vitlinear.ops.triton import INTERPRETING  # noqa: E402
+
+RECORD = json.loads(resources.RESULTS.read_text(encoding="utf-8"))
+
+
+def call_of(row):
+    return row["mechanism"], row["head_dim"], tuple(row["terms"])
+
+
+KINDS = sorted({call_of(row) for row in RECORD["kernels"]})
+ALWAYS = {("mala", 64, 90), ("l2", 32, 80)}
+# (mechanism, D, kernel, compute capability) of kernels that keep too much for their registers
+SPILLING = {
+    ("mala", 64, "backward", 80),
+    ("mala", 64, "query", 80),
+    ("mala", 96, "query", 80),
+    ("mala", 96, "query", 90),
+    ("nala", 32, "query", 80),
+    ("nala", 64, "backward", 80),
+    ("nala", 64, "backward", 90),
+    ("nala", 64, "query", 80),
+    ("nala", 96, "query", 80),
+    ("nala", 96, "query", 90),
+    ("pola", 32, "backward", 80),
+    ("pola", 32, "backward", 90),
+    ("pola", 32, "query", 80),
+    ("pola", 64, "backward", 80),
+    ("pola", 64, "backward", 90),
+    ("pola", 64, "query", 80),
+    ("pola", 64, "query", 90),
+    ("rala", 64, "backward", 80),
+    ("rala", 96, "query", 80),
+    ("rala", 96, "query", 90),
+}
+HELD = ("kernel", "spilled_bytes", "programs_per_processor")
+
+
+def held(rows):
+    return sorted(tuple(row[name] for name in HELD) for row in rows)
+
+
+@pytest.mark.process
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETING, reason="needs Triton's compiler")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="compiles for a GPU that is not there")
+@pytest.mark.skipif(
+    resources.triton.__version__ != RECORD["triton"], reason="another compiler, other code"
+)
+@pytest.mark.parametrize(
+    ("kind", "capability"),
+    [
+        pytest.param(
+            resources.Kind(*kind),
+            capability,
+            marks=() if (*kind[:2], capability) in ALWAYS else pytest.mark.nightly,
+            id=f"{kind[0]}-{kind[1]}-sm_{capability}",
+        )
+        for kind in KINDS
+        for capability in resources.PROCESSORS
+    ],
+)
+def test_the_table_is_that_of_the_kernels(kind, capability):
+    rows = [
+        row for row in RECORD["kernels"] if call_of(row) == kind and row["capability"] == capability
+    ]
+    assert held(resources.measure(kind, capability)) == held(rows)
+
+
+def test_no_kernel_spills_but_those_that_are_named():
+    spilling = {
+        (row["mechanism"], row["head_dim"], row["kernel"], row["capability"])
+        for row in RECORD["kernels"]
+        if row["spilled_bytes"]
+    }
+    assert spilling == SPILLING
+
+
+def test_the_account_shows_the_record():
+    text = resources.ACCOUNT.read_text(encoding="utf-8")
+    assert resources.render(RECORD) in text
