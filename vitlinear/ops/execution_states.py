@@ -29,7 +29,7 @@ def _by_kernels(
     mechanism: Mechanism,
     terms: Terms,
 ) -> T | None:
-    """What ``run`` makes of the kernels; None where they are not wanted, or fail.
+    """Let ``run`` take the kernels, and return its result; None where they are not wanted, or fail.
 
     Raises:
         KernelError: The backend is ``triton`` and a kernel failed.
