@@ -242,8 +242,8 @@ def published() -> dict[Kind, list[tuple[int, int]]]:
             model = timm.create_model(name)
         for attention in attention_calls(model):
             work = attention.work
-            if work is None or work.without_kernels or work.mechanism == "identity":
-                continue  # what the kernels do not compute
+            if work is None or work.mechanism == "identity":
+                continue  # softmax, and states by themselves, which other launches make
             given = zip(Terms._fields, work.given, strict=True)
             kind = Kind(
                 work.mechanism, work.head_dim, tuple(term for term, there in given if there)

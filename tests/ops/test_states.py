@@ -212,8 +212,6 @@ def test_compile_fullgraph(mechanism, backend):
 
 def test_library_refuses_what_it_has_not():
     x = torch.randn(1, 4, 2, 8)
-    with pytest.raises(ValueError, match="states by themselves|needs a GPU"):
-        ops.linear_attention_state(x, x, mechanism="identity", backend="triton")
     with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
         torch.func.jvp(
             lambda k: ops.linear_attention_state(k, x, mechanism="identity", backend="library")[0],

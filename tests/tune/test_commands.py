@@ -57,7 +57,7 @@ def test_doctor_without_a_gpu(command, monkeypatch, tmp_path):
 def test_bytes_of_a_call():
     """As the rows of the benchmark count them: 4 and 7 tensors, with an epilogue 6 and 11."""
     given = (False,) * 5
-    work = Workload("cuda", torch.bfloat16, 100, 64, "mala", "", 2, 3, None, given)
+    work = Workload("cuda", torch.bfloat16, 100, 64, "mala", 2, 3, None, given)
     tensor = 2 * 100 * 3 * 64 * 2
     rala, epilogue = work._replace(mechanism="rala"), (False, False, False, True, True)
     assert measure.least_bytes(work) == 4 * tensor

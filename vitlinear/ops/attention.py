@@ -118,7 +118,7 @@ def examined(q: Tensor, k: Tensor, v: Tensor, mechanism: str, terms: Terms) -> E
     check_mechanism(q, row, terms.powers, v.shape[-1])
     check_terms(q, terms, row.positions, v.shape[-1])
     training = is_training(q, k, v)
-    return Examined(row, Workload.of(q, mechanism, "", terms, training, v.shape[-1]))
+    return Examined(row, Workload.of(q, mechanism, terms, training, v.shape[-1]))
 
 
 def is_training(q: Tensor, k: Tensor, v: Tensor) -> bool:

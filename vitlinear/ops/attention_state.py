@@ -36,3 +36,41 @@ class LinearAttentionState(NamedTuple):
     def unflatten(cls, state: Tensor, *others: Tensor) -> LinearAttentionState:
         """The state that `flatten` made these of."""
         return cls(state, *(x if x.dim() == state.dim() else None for x in others))
+
+
+class StateGradients(NamedTuple):
+    """Gradients of what a state is made of.
+
+    Attributes:
+        k: [B, N, h, D].
+        v: [B, N, h, Dv].
+        powers: [h, D]; None without powers.
+    """
+
+    k: Tensor
+    v: Tensor
+    powers: Tensor | None
+
+
+class GivenGradients(NamedTuple):
+    """Gradients of what a read is given; None for what is not there.
+
+    Attributes:
+        q: [B, N, h, D].
+        state: One for each sample, as are the next two.
+        norm: Of m.
+        mean_v: Of vbar.
+        head_scale: [h].
+        lepe: Like the output; None without a gate: it then is the gradient of the output.
+        gate: Like the output.
+        powers: [h, D].
+    """
+
+    q: Tensor
+    state: Tensor
+    norm: Tensor | None
+    mean_v: Tensor | None
+    head_scale: Tensor | None
+    lepe: Tensor | None
+    gate: Tensor | None
+    powers: Tensor | None

@@ -192,8 +192,6 @@ def find_obstacle(work: Workload | Kind) -> str | None:
         return f"it has no kernels for {work.dtype}"
     if work.head_dim > KERNEL_HEAD_DIM:
         return f"it holds heads of up to {KERNEL_HEAD_DIM} channels, not {work.head_dim}"
-    if work.without_kernels:
-        return f"it has no kernels for {work.without_kernels}"
     return None
 
 

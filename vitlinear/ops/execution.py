@@ -24,7 +24,7 @@ from .workload import Workload
 _triton: ModuleType | None = None
 
 
-def _kernels(backend: str, q: Tensor) -> ModuleType | None:
+def kernels_for(backend: str, q: Tensor) -> ModuleType | None:
     """The fused kernels, where they are wanted and take this type."""
     global _triton
     if backend == "library" or q.dtype not in KERNEL_DTYPES:
@@ -73,7 +73,7 @@ def forward(
         KernelError: The backend is ``triton`` and a kernel failed.
     """
     try:
-        if kernels := _kernels(backend, q):
+        if kernels := kernels_for(backend, q):
             out, state = kernels.forward(q, k, v, mechanism, terms, separate)
             return out, state
     except torch.OutOfMemoryError:
@@ -103,7 +103,7 @@ def backward(
         KernelError: The backend is ``triton`` and a kernel failed.
     """
     try:
-        if kernels := _kernels(backend, q):
+        if kernels := kernels_for(backend, q):
             kernels.backward(grad_out, q, k, v, mechanism, terms, state, memory)
             return
     except torch.OutOfMemoryError:

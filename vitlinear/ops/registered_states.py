@@ -3,7 +3,7 @@
 ``linear_attention_state`` and ``read_linear_attention_state`` of ``torch.ops.vitlinear`` are the
 two steps of `vitlinear.ops.states`, with closed-form gradients: each keeps its inputs alone, and
 differentiates through an operator of its own. What `registered` says of its operators holds for
-these too.
+these too, of the argument ``backend`` as well.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
-from . import backward, eager
+from . import eager, execution_states
 from .attention_state import LinearAttentionState
-from .execution import to_layout
 from .mechanisms import get_mechanism
 from .terms import Terms
 
@@ -33,13 +32,12 @@ def linear_attention_state_op(
     cols: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
     powers: Tensor | None = None,
+    backend: str = "library",
 ) -> FlatState:
     """The five tensors of a flattened `LinearAttentionState`."""
     row = get_mechanism(mechanism)
     terms = Terms.unflatten(rows, cols, key_padding_mask, None, None, None, powers)
-    with eager.without_autocast(k):
-        tokens = eager.prepare(None, k, v, row, terms, own=True)
-        return eager.attention_state(tokens, row).flatten()
+    return execution_states.state_forward(k, v, row, terms, backend).flatten()
 
 
 @linear_attention_state_op.register_fake
@@ -48,9 +46,7 @@ def _(
     v: Tensor,
     mechanism: str,
     rows: Tensor | None = None,
-    cols: Tensor | None = None,
-    key_padding_mask: Tensor | None = None,
-    powers: Tensor | None = None,
+    *_: Any,
 ) -> FlatState:
     return empty_state(k, v, mechanism, rows is not None).flatten()
 
@@ -88,6 +84,7 @@ def linear_attention_state_backward_op(
     key_padding_mask: Tensor | None,
     powers: Tensor | None,
     logsumexp: Tensor,
+    backend: str = "library",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of k, v and powers; empty for what is not there, as the gradients of the state."""
     row = get_mechanism(mechanism)
@@ -96,12 +93,8 @@ def linear_attention_state_backward_op(
         grad_state, grad_norm, grad_mean_v, grad_state.new_empty(0), grad_logsumexp
     )
     saved = LinearAttentionState.unflatten(grad_state, *[grad_state.new_empty(0)] * 3, logsumexp)
-    with eager.without_autocast(k):
-        tokens = eager.prepare(None, k, v, row, terms, own=False)
-        found = backward.state_backward(
-            tokens, row, saved, grads.state, grads.norm, grads.mean_v, grads.logsumexp
-        )
-    return to_layout(found.k, k), to_layout(found.v, v), _like(found.powers, powers, k)
+    found = execution_states.state_backward(grads, k, v, row, terms, saved.logsumexp, backend)
+    return found.k, found.v, _like(found.powers, powers, k)
 
 
 @linear_attention_state_backward_op.register_fake
@@ -118,6 +111,7 @@ def _(
     key_padding_mask: Tensor | None,
     powers: Tensor | None,
     logsumexp: Tensor,
+    backend: str = "library",
 ) -> tuple[Tensor, Tensor, Tensor]:
     return k.new_empty(k.shape), v.new_empty(v.shape), _empty_like(powers, k)
 
@@ -136,14 +130,13 @@ def read_linear_attention_state_op(
     lepe: Tensor | None = None,
     gate: Tensor | None = None,
     powers: Tensor | None = None,
+    backend: str = "library",
 ) -> Tensor:
     """Output [B, N, h, Dv] of queries that read a state."""
     row = get_mechanism(mechanism)
     terms = Terms.unflatten(rows, cols, key_padding_mask, head_scale, lepe, gate, powers)
-    with eager.without_autocast(q):
-        tokens = eager.prepare(q, None, None, row, terms, own=True)
-        out = eager.read(tokens, LinearAttentionState(state, norm, mean_v), row)
-    return to_layout(out, q)
+    given = LinearAttentionState(state, norm, mean_v)
+    return execution_states.read_forward(q, given, row, terms, backend)
 
 
 @read_linear_attention_state_op.register_fake
@@ -166,6 +159,7 @@ def read_linear_attention_state_backward_op(
     lepe: Tensor | None,
     gate: Tensor | None,
     powers: Tensor | None,
+    backend: str = "library",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, the state, m, vbar, tau, lepe, gate and powers; empty for what is not there.
 
@@ -174,21 +168,16 @@ def read_linear_attention_state_backward_op(
     row = get_mechanism(mechanism)
     terms = Terms.unflatten(rows, cols, key_padding_mask, head_scale, lepe, gate, powers)
     given = LinearAttentionState(state, norm, mean_v)
-    with eager.without_autocast(q):
-        tokens = eager.prepare(q, None, None, row, terms, own=False)
-        grad_out = grad_out.transpose(1, 2).to(state.dtype)
-        found = backward.read_backward(grad_out, tokens, row, given)
-        grad_q, of_powers = backward.query_gradients(found.features, tokens, row)
-    separate = lepe is not None and gate is not None
+    found = execution_states.read_backward(grad_out, q, given, row, terms, backend)
     return (
-        to_layout(grad_q, q),
+        found.q,
         _like(found.state, state, q),
         _like(found.norm, norm, q),
         _like(found.mean_v, mean_v, q),
         _like(found.head_scale, head_scale, q),
-        to_layout(found.lepe, q) if separate and found.lepe is not None else q.new_empty(0),
-        q.new_empty(0) if found.gate is None else to_layout(found.gate, q),
-        _like(of_powers, powers, q),
+        q.new_empty(0) if found.lepe is None else found.lepe,
+        q.new_empty(0) if found.gate is None else found.gate,
+        _like(found.powers, powers, q),
     )
 
 
@@ -207,6 +196,7 @@ def _(
     lepe: Tensor | None,
     gate: Tensor | None,
     powers: Tensor | None,
+    backend: str = "library",
 ) -> tuple[Tensor, ...]:
     separate = lepe if gate is not None else None
     others = (state, norm, mean_v, head_scale, separate, gate, powers)
@@ -232,7 +222,7 @@ def _like(grad: Tensor | None, x: Tensor | None, q: Tensor) -> Tensor:
 
 
 def _save_state(ctx: Any, inputs: tuple[Any, ...], output: FlatState) -> None:
-    k, v, ctx.mechanism, *terms = inputs
+    k, v, ctx.mechanism, *terms, ctx.backend = inputs
     ctx.save_for_backward(k, v, *terms, output[-1])
 
 
@@ -242,13 +232,14 @@ def _state_gradients(
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     k, v, *terms, logsumexp = ctx.saved_tensors
     grad_k, grad_v, of_powers = torch.ops.vitlinear.linear_attention_state_backward(
-        grad_state, grad_norm, grad_mean_v, grad_logsumexp, k, v, ctx.mechanism, *terms, logsumexp
-    )
-    return grad_k, grad_v, None, None, None, None, None if terms[-1] is None else of_powers
+        grad_state, grad_norm, grad_mean_v, grad_logsumexp, k, v, ctx.mechanism, *terms, logsumexp,
+        ctx.backend,
+    )  # fmt: skip
+    return grad_k, grad_v, None, None, None, None, None if terms[-1] is None else of_powers, None
 
 
 def _save_read(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    q, state, norm, mean_v, ctx.mechanism, *terms = inputs
+    q, state, norm, mean_v, ctx.mechanism, *terms, ctx.backend = inputs
     ctx.save_for_backward(q, state, norm, mean_v, *terms)
 
 
@@ -256,7 +247,7 @@ def _read_gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     q, state, norm, mean_v, *terms = ctx.saved_tensors
     _, _, mask, head_scale, lepe, gate, powers = terms
     grad_q, *grads = torch.ops.vitlinear.read_linear_attention_state_backward(
-        grad_out, q, state, norm, mean_v, ctx.mechanism, *terms
+        grad_out, q, state, norm, mean_v, ctx.mechanism, *terms, ctx.backend
     )
     inputs = (state, norm, mean_v, head_scale, lepe, gate, powers)
     grads = [None if x is None else grad for x, grad in zip(inputs, grads, strict=True)]
@@ -266,7 +257,7 @@ def _read_gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         grad_lepe = grad_out if hidden is None else grad_out.masked_fill(hidden, 0)
     return (
         grad_q, grad_state, grad_norm, grad_mean_v, None, None, None, None,
-        grad_scale, grad_lepe, grad_gate, grad_powers,
+        grad_scale, grad_lepe, grad_gate, grad_powers, None,
     )  # fmt: skip
 
 

@@ -17,10 +17,11 @@ from .attention import (
     check_mechanism,
     check_terms,
     check_tokens,
+    is_training,
     mask_of_lengths,
 )
 from .attention_state import LinearAttentionState
-from .backend import choose_backend
+from .backend import choose_backend, requested_backend
 from .mechanisms import Mechanism, get_mechanism
 from .rotary import RotaryTables
 from .terms import Terms
@@ -51,7 +52,7 @@ def linear_attention_state(
         rotary: Position tables of the keys.
         key_padding_mask: Tokens that count nowhere, as for `vitlinear.ops.linear_attention`.
         powers: Powers of a feature map that learns them, [h, D].
-        backend: ``auto``, ``eager`` or ``library``; see `vitlinear.ops.backend`.
+        backend: ``auto``, ``eager``, ``library`` or ``triton``; see `vitlinear.ops.backend`.
 
     Returns:
         S, [B, h, F, Dv]; m and vbar where the mechanism reads them. float32, float64 for float64.
@@ -60,6 +61,7 @@ def linear_attention_state(
         ValueError: Shapes or types do not fit, a name is unknown, or the mechanism weighs keys by a
             query.
         NotImplementedError: A derivative that the registered operators do not have.
+        KernelError: The backend is ``triton`` and a kernel failed.
     """
     row = get_mechanism(mechanism)
     if row.has_global_query:
@@ -70,11 +72,14 @@ def linear_attention_state(
     check_tokens(k, k, v)
     check_mechanism(k, row, powers, v.shape[-1])
     check_terms(k, terms, row.positions)
-    if not runs_as_operator(backend, k, mechanism):
+    chosen = runs_on(backend, k, mechanism, terms, v.shape[-1], is_training(k, k, v))
+    if chosen == "eager":
         return eager.linear_attention_state(k, v, row, terms)
     check_derivatives(terms, k, v)
     rows, cols, mask, *_ = terms.flatten()
-    flat = torch.ops.vitlinear.linear_attention_state(k, v, mechanism, rows, cols, mask, powers)
+    flat = torch.ops.vitlinear.linear_attention_state(
+        k, v, mechanism, rows, cols, mask, powers, chosen
+    )
     return LinearAttentionState.unflatten(*flat)
 
 
@@ -109,7 +114,7 @@ def read_linear_attention_state(
         lepe: Added to the output, [B, N, h, Dv].
         gate: Multiplies the sum of output and lepe, like it.
         powers: Powers of a feature map that learns them, [h, D].
-        backend: ``auto``, ``eager`` or ``library``; see `vitlinear.ops.backend`.
+        backend: ``auto``, ``eager``, ``library`` or ``triton``; see `vitlinear.ops.backend`.
 
     Returns:
         [B, N, h, Dv] in the type of q. What float16 cannot hold saturates.
@@ -117,6 +122,7 @@ def read_linear_attention_state(
     Raises:
         ValueError: Shapes or types do not fit, or a name is unknown.
         NotImplementedError: A derivative that the registered operators do not have.
+        KernelError: The backend is ``triton`` and a kernel failed.
     """
     row = get_mechanism(mechanism)
     terms = Terms(rotary, mask_of_lengths(key_padding_mask, q), head_scale, lepe, gate, powers)
@@ -124,24 +130,34 @@ def read_linear_attention_state(
     check_state(q, state, row, rotary is not None)
     check_mechanism(q, row, powers, state.state.shape[-1])
     check_terms(q, terms, row.positions, state.state.shape[-1])
-    if not runs_as_operator(backend, q, mechanism):
-        return eager.read_linear_attention_state(q, state, row, terms)
     given = (state.state, state.norm, state.mean_v)
+    training = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (q, *given)
+    )
+    chosen = runs_on(backend, q, mechanism, terms, state.state.shape[-1], training)
+    if chosen == "eager":
+        return eager.read_linear_attention_state(q, state, row, terms)
     check_derivatives(terms, q, *given)
     out: Tensor = torch.ops.vitlinear.read_linear_attention_state(
-        q, *given, mechanism, *terms.flatten()
+        q, *given, mechanism, *terms.flatten(), chosen
     )
     return out
 
 
-def runs_as_operator(backend: str, x: Tensor, mechanism: str) -> bool:
-    """Whether the registered operators run a call, or plain PyTorch does.
+def runs_on(
+    backend: str, x: Tensor, mechanism: str, terms: Terms, value_dim: int, training: bool
+) -> str:
+    """``eager``, or the backend that the registered operators are to be given.
+
+    ``auto`` decides as for the attention that has these terms: its kernels are the same.
 
     Raises:
-        ValueError: The backend is unknown, or is ``triton``, which has no states by themselves.
+        ValueError: The backend is unknown, or is ``triton`` and cannot run the call.
     """
-    work = Workload.of(x, mechanism, "states by themselves")
-    return choose_backend(backend, work).backend != "eager"
+    work = Workload.of(x, mechanism, terms, training, value_dim)
+    chosen = choose_backend(backend, work).backend
+    # Unless kernels were asked for by name, the formulas may stand in.
+    return chosen if chosen in ("eager", backend) else requested_backend(backend).backend
 
 
 def check_state(

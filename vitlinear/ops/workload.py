@@ -21,7 +21,6 @@ class Kind(NamedTuple):
         mechanism: Key in `MECHANISMS`.
         dtype: Of q, k and v.
         head_dim: D.
-        without_kernels: What of the call the kernels cannot do, in words; empty if nothing.
         given: Which of `Terms` there are, in their order.
         training: Whether a backward pass will follow.
         value_dim: Channels of a value; 0 for D.
@@ -33,7 +32,6 @@ class Kind(NamedTuple):
     mechanism: str
     dtype: torch.dtype
     head_dim: int
-    without_kernels: str
     given: tuple[bool, ...]
     training: bool
     value_dim: int = 0
@@ -68,7 +66,6 @@ class Workload(NamedTuple):
         length: N.
         head_dim: D.
         mechanism: Key in `MECHANISMS`.
-        without_kernels: What of the call the kernels cannot do, in words; empty if nothing.
         batch: B.
         heads: h.
         device_index: Number of the device; None for the current one.
@@ -83,7 +80,6 @@ class Workload(NamedTuple):
     length: int
     head_dim: int
     mechanism: str
-    without_kernels: str = ""
     batch: int = 1
     heads: int = 1
     device_index: int | None = None
@@ -97,7 +93,6 @@ class Workload(NamedTuple):
         cls,
         q: Tensor,
         mechanism: str,
-        without_kernels: str = "",
         terms: Terms | None = None,
         training: bool = False,
         value_dim: int = 0,
@@ -115,7 +110,7 @@ class Workload(NamedTuple):
             and is_full_width(tables, heads, dim)
         )
         return cls(
-            device.type, q.dtype, length, dim, mechanism, without_kernels, batch, heads,
+            device.type, q.dtype, length, dim, mechanism, batch, heads,
             device.index, given, training, 0 if value_dim == dim else value_dim, full_width,
         )  # fmt: skip
 
@@ -124,7 +119,7 @@ class Workload(NamedTuple):
         """The kind of call: all of it that does not depend on the number of tokens."""
         return Kind(
             self.device, self.device_index, self.mechanism, self.dtype, self.head_dim,
-            self.without_kernels, self.given, self.training, self.value_dim, self.full_width,
+            self.given, self.training, self.value_dim, self.full_width,
         )  # fmt: skip
 
     @property

@@ -73,7 +73,7 @@ def of_mechanism(
         names.discard("rotary")
     batch, length, heads, dim = shape
     given = tuple(name in names for name in Terms._fields)
-    kind = Kind("meta", None, mechanism, dtype, dim, "", given, training=False)
+    kind = Kind("meta", None, mechanism, dtype, dim, given, training=False)
     q = torch.empty(shape, dtype=dtype, device="meta")
     return examined(q, q, q, mechanism, make_terms(kind, 1, length, batch, heads)).work
 

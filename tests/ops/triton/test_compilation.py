@@ -21,7 +21,7 @@ from tests.ops.triton.cases import GRIDS  # noqa: E402
 from vitlinear import ops  # noqa: E402
 from vitlinear.ops.backward import LinearGradients  # noqa: E402
 from vitlinear.ops.terms import Terms  # noqa: E402
-from vitlinear.ops.triton import INTERPRETING, launch, tuning  # noqa: E402
+from vitlinear.ops.triton import INTERPRETING, launch, state_launch, tuning  # noqa: E402
 
 SHARED_MEMORY = 227 * 1024  # bytes that a block may have on Hopper
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -156,6 +156,24 @@ def in_turn(*axes, keep):
         (*(axis[i] for axis, i in zip(axes, place, strict=False)), *rest[sum(place) % len(rest)])
         for place in places
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mechanism", ["identity", "rala"])
+def test_states_compile(mechanism, kernels):
+    """By themselves, as for ViT³; no other kernels than those of a long sequence."""
+    row, terms = ops.get_mechanism(mechanism), Terms(ops.full_width_rotary_tables(*LONG, 64))
+    q, k = torch.zeros(2, 2, 40000, 2, 32, dtype=torch.bfloat16)
+    v = torch.zeros(2, 40000, 2, 64, dtype=torch.bfloat16)
+    given = ops.LinearAttentionState(torch.zeros(2, 2, 32, 64), torch.zeros(2, 2, 1, 32))
+    out = state_launch.read_forward(q, given, row, terms)
+    state_launch.read_backward(out, q, given, row, terms)
+    names = ["read_kernel", "query_kernel", "merge_kernel"]
+    if not row.has_global_query:
+        state = state_launch.state_forward(k, v, row, Terms())
+        state_launch.state_backward(state, k, v, row, Terms(), None)
+        names += ["state_kernel", "merge_kernel", "key_kernel"]
+    assert [name for name, _ in kernels] == names
 
 
 @pytest.mark.slow

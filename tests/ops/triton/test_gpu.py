@@ -96,6 +96,60 @@ def test_values_of_another_width(mechanism, width, side):
         assert error(actual, expected) <= 2 * error(formula, expected) + 1e-6
 
 
+@pytest.mark.parametrize("mechanism", ["identity", "mala", "pola", "lightnet"])
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+@pytest.mark.parametrize("side", [9, 56])
+def test_states(mechanism, dtype, side):
+    """A state that is returned and a read of it, as exact as by eager."""
+    inputs = many_tokens(mechanism, side, dtype, batch=2, heads=2, dim=32)
+    powers = inputs.terms(mechanism).powers
+
+    def call(backend, convert):
+        q, k, v, _ = (convert(x.detach()).requires_grad_() for x in inputs.projection.unbind(2))
+        tables = inputs.tables(mechanism)
+        options = {
+            "rotary": tables and ops.RotaryTables(*map(convert, tables)),
+            "powers": None if powers is None else convert(powers),
+        }
+        state = ops.linear_attention_state(k, v, mechanism=mechanism, **options, backend=backend)
+        out = ops.read_linear_attention_state(
+            q, state, mechanism=mechanism, **options, backend=backend
+        )
+        return out, *torch.autograd.grad(out, (q, k, v), convert(inputs.grad))
+
+    def same(x):
+        return x
+
+    exact = call("eager", torch.Tensor.double)
+    for actual, formula, expected in zip(
+        call("triton", same), call("eager", same), exact, strict=True
+    ):
+        assert error(actual, expected) <= 2 * error(formula, expected) + ROUNDING[dtype]
+
+
+def test_states_of_vittt():
+    """Two reads of a learned state and a state, of values twice as wide as queries, by `auto`."""
+    from vitlinear.layers.attention.ttt_attention import TttAttention
+
+    torch.manual_seed(0)
+    layers = [TttAttention(64, 2, backend=name).cuda() for name in ("triton", "eager", "auto")]
+    for layer in layers[1:]:
+        layer.load_state_dict(layers[0].state_dict())
+    layers[1].double()
+    x, grad = torch.randn(2, 2, 56, 56, 64, device="cuda")
+    results = []
+    for layer in layers:
+        dtype = layer.w1.dtype
+        leaf = x.to(dtype).requires_grad_()
+        tables = ops.full_width_rotary_tables(56, 56, 64, torch.device("cuda"), dtype)
+        out = layer(leaf, tables)
+        results.append(
+            [out, *torch.autograd.grad(out, (leaf, *layer.parameters()), grad.to(dtype))]
+        )
+    for fused, exact, automatic in zip(*results, strict=True):
+        assert error(fused, exact) < 1e-5 and error(automatic, exact) < 1e-5
+
+
 @each_mechanism
 @pytest.mark.parametrize("dim", [8, 20, 64, 128])
 def test_head_sizes(mechanism, dim):

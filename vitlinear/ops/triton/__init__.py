@@ -5,5 +5,14 @@ Imported when a kernel is to run, never by `import vitlinear`.
 
 from .blocks import INTERPRETING
 from .launch import backward, forward
+from .state_launch import read_backward, read_forward, state_backward, state_forward
 
-__all__ = ["INTERPRETING", "backward", "forward"]
+__all__ = [
+    "INTERPRETING",
+    "backward",
+    "forward",
+    "read_backward",
+    "read_forward",
+    "state_backward",
+    "state_forward",
+]

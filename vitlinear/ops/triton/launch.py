@@ -153,6 +153,7 @@ class Slice:
         query: backward, the pass over the queries,
         key_mean: the mean that the gradient of a softmax subtracts, if there is one,
         key: the pass over the keys,
+        query_of_read: the pass over queries that read a state which is given,
         query_again: and the gradients of queries whose mean weighs the keys.
     """
 
@@ -171,6 +172,11 @@ class Slice:
         self.query = Launch(
             backward.query_kernel, summing, plan, kind, with_sums=True, with_grads=not one_query
         )
+        self.query_of_read = self.query
+        if one_query:
+            self.query_of_read = Launch(
+                backward.query_kernel, summing, plan, kind, with_sums=True, with_grads=True
+            )
         self.key_mean = Launch(backward.key_mean_kernel, wide, plan, kind)
         self.key = Launch(backward.key_kernel, wide, plan, kind)
         again = plan

@@ -38,9 +38,7 @@ def call(tokens: int = 8) -> Inputs:
 
 def work(mechanism: str = "mala", length: int = 32, training: bool = False) -> ops.Workload:
     given = (False,) * len(Terms._fields)
-    return ops.Workload(
-        "cpu", torch.float32, length, DIM, mechanism, "", 2, 2, None, given, training
-    )
+    return ops.Workload("cpu", torch.float32, length, DIM, mechanism, 2, 2, None, given, training)
 
 
 def choice(**which) -> ops.Choice:
@@ -79,6 +77,26 @@ def test_a_kind_of_call_is_checked_once(device, monkeypatch):
     exact = attend(call(32), backend="eager")
     torch.testing.assert_close(attend(call(32)), 1.01 * exact)
     assert len(checked) == 2
+
+
+def test_states_are_checked_as_their_attention(device):
+    def two_steps(tokens):
+        q, k, v, _ = call(tokens).projection.detach().unbind(2)
+        state = ops.linear_attention_state(k, v, mechanism="mala")
+        return ops.read_linear_attention_state(q, state, mechanism="mala")
+
+    two_steps(8)
+    assert not device.launched, "too few tokens"
+    out = two_steps(32)
+    assert device.launched == ["forward_kernel", "state_kernel", "read_kernel"]
+    torch.testing.assert_close(out, attend(call(32), backend="eager"))
+    device.wrong.add("magnitude-aware")
+    backend.forget()
+    kernel_cache.add(device.gpu, lambda known: known.checks.clear())
+    del device.launched[:]
+    with pytest.warns(UserWarning, match="mala float32 8 plain inference failed their check"):
+        torch.testing.assert_close(two_steps(32), out)
+    assert device.launched == ["forward_kernel"]
 
 
 def test_a_check_in_training_is_one_of_inference_too(device):
@@ -288,7 +306,7 @@ def test_every_mechanism_passes():
             terms = ("rotary", "key_padding_mask", "head_scale", "lepe", "gate")
             call = of_mechanism(mechanism, (1, 1, 1, DIM), torch.float32, terms)
             kind = call._replace(device="cpu", device_index=None, training=True).kind
-            assert kind.without_kernels or self_check.failure(kind) is None, mechanism
+            assert self_check.failure(kind) is None, mechanism
     finally:
         self_check.GRIDS = grids
 

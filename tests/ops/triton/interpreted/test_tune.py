@@ -51,7 +51,7 @@ GIVEN = tuple(term == "rotary" for term in Terms._fields)
 
 
 def choice(mechanism: str = "mala", training: bool = False) -> ops.Choice:
-    work = ops.Workload("cpu", torch.float32, TOKENS, 8, mechanism, "", 2, 2, None, GIVEN, training)
+    work = ops.Workload("cpu", torch.float32, TOKENS, 8, mechanism, 2, 2, None, GIVEN, training)
     return ops.choose_backend("auto", work, may_check=False)
 
 
@@ -121,6 +121,16 @@ def test_a_model_is_timed_at_its_own_shapes(device, command, monkeypatch):
     assert {row.batch for row in found} == {2, 1}, "four times the pixels"
     told = command("doctor", "test_mavit", "--size", 32, "--batch-size", 2, "--device", "cpu").out
     assert "2 calls" not in told and "measured here" in told
+
+
+def test_a_model_of_states_is_timed_as_attention(device, command, monkeypatch):
+    monkeypatch.setattr(self_check, "failure", lambda kind: None)
+    result = command("tune", "test_vittt", "--sizes", 32, *FLAGS)
+    assert result.code == 0, result.err
+    rows = kernel_cache.known(device.gpu).rows
+    assert {row.mechanism for row in rows} == {"identity"}
+    told = command("doctor", "test_vittt", "--size", 32, "--batch-size", 2, "--device", "cpu").out
+    assert "measured here" in told
 
 
 def test_doctor(device, command):

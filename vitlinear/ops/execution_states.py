@@ -1,0 +1,140 @@
+"""States and reads of them by the fused kernels or by the formulas; as `execution`, no autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from . import backward as formulas
+from . import eager
+from .attention_state import GivenGradients, LinearAttentionState, StateGradients
+from .backend import report_failure
+from .execution import kernels_for, to_layout
+from .mechanisms import Mechanism
+from .terms import Terms
+from .workload import Workload
+
+T = TypeVar("T")
+
+
+def _by_kernels(
+    run: Callable[[ModuleType], T],
+    backend: str,
+    x: Tensor,
+    value_dim: int,
+    mechanism: Mechanism,
+    terms: Terms,
+) -> T | None:
+    """Let ``run`` take the kernels, and return its result; None where they are not wanted, or fail.
+
+    Raises:
+        KernelError: The backend is ``triton`` and a kernel failed.
+    """
+    try:
+        if kernels := kernels_for(backend, x):
+            return run(kernels)
+    except torch.OutOfMemoryError:
+        raise  # says nothing against the kernels, and the formulas need more
+    except Exception as error:
+        work = Workload.of(x, mechanism.name, terms=terms, value_dim=value_dim)
+        report_failure(error, backend == "triton", work)
+    return None
+
+
+def state_forward(
+    k: Tensor, v: Tensor, mechanism: Mechanism, terms: Terms, backend: str
+) -> LinearAttentionState:
+    """The state of keys and values, [B, N, h, D] and [B, N, h, Dv]."""
+    state: LinearAttentionState | None = _by_kernels(
+        lambda kernels: kernels.state_forward(k, v, mechanism, terms),
+        backend, k, v.shape[-1], mechanism, terms,
+    )  # fmt: skip
+    if state is not None:
+        return state
+    with eager.without_autocast(k):
+        tokens = eager.prepare(None, k, v, mechanism, terms, own=True)
+        return eager.attention_state(tokens, mechanism)
+
+
+def state_backward(
+    grads: LinearAttentionState,
+    k: Tensor,
+    v: Tensor,
+    mechanism: Mechanism,
+    terms: Terms,
+    logsumexp: Tensor | None,
+    backend: str,
+) -> StateGradients:
+    """Gradients of keys, values and powers from those of the state, and its logsumexp."""
+    found: StateGradients | None = _by_kernels(
+        lambda kernels: kernels.state_backward(grads, k, v, mechanism, terms, logsumexp),
+        backend, k, v.shape[-1], mechanism, terms,
+    )  # fmt: skip
+    if found is not None:
+        return found
+    saved = LinearAttentionState(grads.state, logsumexp=logsumexp)
+    with eager.without_autocast(k):
+        tokens = eager.prepare(None, k, v, mechanism, terms, own=False)
+        of_keys = formulas.state_backward(
+            tokens, mechanism, saved, grads.state, grads.norm, grads.mean_v, grads.logsumexp
+        )
+    return StateGradients(to_layout(of_keys.k, k), to_layout(of_keys.v, v), of_keys.powers)
+
+
+def read_forward(
+    q: Tensor, state: LinearAttentionState, mechanism: Mechanism, terms: Terms, backend: str
+) -> Tensor:
+    """Outputs [B, N, h, Dv] of queries that read a state; samples may share it."""
+    out: Tensor | None = _by_kernels(
+        lambda kernels: kernels.read_forward(q, for_each_sample(state, q), mechanism, terms),
+        backend, q, state.state.shape[-1], mechanism, terms,
+    )  # fmt: skip
+    if out is not None:
+        return out
+    with eager.without_autocast(q):
+        tokens = eager.prepare(q, None, None, mechanism, terms, own=True)
+        return to_layout(eager.read(tokens, state, mechanism), q)
+
+
+def read_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    state: LinearAttentionState,
+    mechanism: Mechanism,
+    terms: Terms,
+    backend: str,
+) -> GivenGradients:
+    """Gradients of all that a read is given."""
+    given: GivenGradients | None = _by_kernels(
+        lambda kernels: kernels.read_backward(
+            grad_out, q, for_each_sample(state, q), mechanism, terms
+        ),
+        backend, q, state.state.shape[-1], mechanism, terms,
+    )  # fmt: skip
+    if given is not None:
+        return given
+    with eager.without_autocast(q):
+        tokens = eager.prepare(q, None, None, mechanism, terms, own=False)
+        grad_out = grad_out.transpose(1, 2).to(state.state.dtype)
+        found = formulas.read_backward(grad_out, tokens, mechanism, state)
+        grad_q, powers = formulas.query_gradients(found.features, tokens, mechanism)
+    lepe, gate = (
+        None if x is None or terms.gate is None else to_layout(x, q)
+        for x in (found.lepe, found.gate)
+    )
+    return GivenGradients(
+        to_layout(grad_q, q), found.state, found.norm, found.mean_v, found.head_scale, lepe, gate,
+        powers,
+    )  # fmt: skip
+
+
+def for_each_sample(state: LinearAttentionState, q: Tensor) -> LinearAttentionState:
+    """A state with an entry for each sample of the queries."""
+    batch = q.shape[0]
+    state_, norm, mean_v = (None if x is None else x.expand(batch, -1, -1, -1) for x in state[:3])
+    assert state_ is not None
+    return LinearAttentionState(state_, norm, mean_v)

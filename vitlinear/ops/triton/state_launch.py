@@ -1,0 +1,181 @@
+"""Launches for a state by itself and for a read by itself, forward and backward.
+
+The kernels are those that `launch` runs one after the other where no single one does everything.
+Tokens are [B, N, h, D] with any strides, states contiguous with one entry for each sample.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..attention_state import GivenGradients, LinearAttentionState, StateGradients
+from ..mechanisms import Mechanism
+from ..terms import Terms
+from . import tuning
+from .launch import Extras, Sums, aligned, on_device, prepared, strided
+
+
+def state_forward(k: Tensor, v: Tensor, mechanism: Mechanism, terms: Terms) -> LinearAttentionState:
+    """The state of keys and values, each tensor of it in memory of its own."""
+    call = prepared(k, v, mechanism, terms)
+    kept: list[Any] = call.kept.separate(k)
+    state = LinearAttentionState(*kept)
+    if not v.numel():
+        return state
+    tables, mask, counts, powers, _, width = Extras.of(terms)
+    fixed, splits = tuning.is_fixed(), call.summing.splits
+    sums, parts = state[:3], _of_splits(splits, state) if call.merging else state
+    with on_device(k):
+        for part in call.slices:
+            into = part.of_sums(*parts[:3])
+            part.state(
+                fixed, strided(k), strided(part.of(v)), tables, mask, counts, powers, None, None,
+                into, parts.logsumexp, call.length, width, call.heads, call.summing.chunk, splits,
+                call.scale,
+            )  # fmt: skip
+            if call.merging:
+                part.merge(into, part.of_sums(*sums), parts.logsumexp, state.logsumexp)
+    return state
+
+
+def state_backward(
+    grads: LinearAttentionState,
+    k: Tensor,
+    v: Tensor,
+    mechanism: Mechanism,
+    terms: Terms,
+    logsumexp: Tensor | None,
+) -> StateGradients:
+    """Gradients of keys, values and powers.
+
+    Args:
+        grads: Of all that the state holds.
+        k: Keys, as in the forward pass.
+        v: Values, as in the forward pass.
+        mechanism: The row of the table.
+        terms: As in the forward pass.
+        logsumexp: From the forward pass; None without a softmax over keys.
+    """
+    call = prepared(k, v, mechanism, terms)
+    grad_k, grad_v = k.new_empty(k.shape), v.new_empty(v.shape)
+    powers, shares = _of_powers(k, terms, call.wide.splits)
+    if not v.numel():
+        return StateGradients(grad_k, grad_v, powers)
+    extras, fixed = Extras.of(terms), tuning.is_fixed()
+    options = (extras.tables, extras.mask, extras.counts, extras.powers, None)
+    state, norm, mean = _aligned(grads, mechanism)
+    means = None if logsumexp is None else _split(call.wide.splits, logsumexp)
+    sizes = (call.length, extras.width, call.heads, call.wide.chunk)
+    with on_device(k):
+        for number, part in enumerate(call.slices):
+            if number == 1 and norm is not None:
+                norm = torch.zeros_like(norm)  # once, not with each slice of the values
+            sums, keys, values = part.of_sums(state, norm, mean), strided(k), strided(part.of(v))
+            if means is not None:
+                part.key_mean(
+                    fixed, keys, values, *options, None, logsumexp, sums, means, *sizes, call.scale
+                )
+                if number == 0 and grads.logsumexp is not None:
+                    means[0].sub_(grads.logsumexp)
+            part.key(
+                fixed, keys, values, strided(grad_k), strided(part.of(grad_v)), *options, None,
+                logsumexp, sums, means, None, shares, *sizes, call.wide.splits, call.scale,
+            )  # fmt: skip
+            if powers is not None and shares is not None:
+                powers += shares.sum((0, 1))
+    return StateGradients(grad_k, grad_v, powers)
+
+
+def read_forward(
+    q: Tensor, state: LinearAttentionState, mechanism: Mechanism, terms: Terms
+) -> Tensor:
+    """Outputs of queries that read a state, contiguous."""
+    out = q.new_empty((*q.shape[:3], state.state.shape[-1]))
+    call = prepared(q, out, mechanism, terms)
+    if not out.numel():
+        return out
+    extras, fixed, sums = Extras.of(terms), tuning.is_fixed(), _aligned(state, mechanism)
+    with on_device(q):
+        for part in call.slices:
+            epilogue = (strided(part.of(terms.lepe)), strided(part.of(terms.gate)))
+            part.read(
+                fixed, strided(q), strided(part.of(out)), epilogue, *extras[:5],
+                part.of_sums(*sums), call.length, extras.width, call.heads, call.wide.chunk,
+                call.scale,
+            )  # fmt: skip
+    return out
+
+
+def read_backward(
+    grad_out: Tensor, q: Tensor, state: LinearAttentionState, mechanism: Mechanism, terms: Terms
+) -> GivenGradients:
+    """Gradients of all that a read is given; ``grad_out`` has any strides."""
+    if terms.gate is None:
+        terms = terms._replace(lepe=None)  # a sum has no gradient to compute
+    call = prepared(q, grad_out, mechanism, terms)
+    sums, splits = _aligned(state, mechanism), call.summing.splits
+    powers, shares = _of_powers(q, terms, splits)
+    state_, norm, mean = (None if x is None else torch.zeros_like(x) for x in sums)
+    scale, lepe, gate = (
+        None if x is None else x.new_empty(x.shape)
+        for x in (terms.head_scale, terms.lepe, terms.gate)
+    )
+    assert state_ is not None
+    grads = GivenGradients(q.new_empty(q.shape), state_, norm, mean, scale, lepe, gate, powers)
+    if not grad_out.numel():
+        return grads if scale is None else grads._replace(head_scale=torch.zeros_like(scale))
+    extras, fixed = Extras.of(terms), tuning.is_fixed()
+    norm = None if grads.norm is None else torch.empty_like(grads.norm)
+    found = LinearAttentionState(grads.state, norm, grads.mean_v)
+    parts = _of_splits(splits, found) if call.merging else found
+    with on_device(q):
+        for part in call.slices:
+            given, into = strided(part.of(grad_out)), part.of_sums(*parts[:3])
+            epilogue, grad_epilogue = (
+                (strided(part.of(x.lepe)), strided(part.of(x.gate))) for x in (terms, grads)
+            )
+            part.query_of_read(
+                fixed, given, strided(q), strided(grads.q), epilogue, grad_epilogue, *extras[:5],
+                part.of_sums(*sums), None, into, shares, call.length, extras.width, call.heads,
+                call.summing.chunk, 1, call.scale,
+            )  # fmt: skip
+            if call.merging:
+                part.merge(into, part.of_sums(*found[:3]))
+            for total, share in ((grads.norm, norm), (powers, shares)):
+                if total is not None and share is not None:
+                    total += share.sum((0, 1)) if share is shares else share
+    if terms.head_scale is not None:
+        grads = grads._replace(head_scale=(grads.state * state.state).sum((0, 2, 3)))
+        grads.state.mul_(terms.head_scale[:, None, None])
+    return grads
+
+
+def _split(splits: int, x: Tensor) -> Tensor:
+    """Memory for what each split leaves of a tensor."""
+    return x.new_empty((splits, *x.shape))
+
+
+def _of_splits(splits: int, state: LinearAttentionState) -> LinearAttentionState:
+    """Memory for the sums of each split."""
+    some: list[Any] = [None if x is None else _split(splits, x) for x in state]
+    return LinearAttentionState(*some)
+
+
+def _aligned(state: LinearAttentionState, mechanism: Mechanism) -> Sums:
+    """State, normaliser and mean value as kernels take them, as far as the mechanism reads them."""
+    reads = mechanism.reads
+    norm = aligned(state.norm) if state.norm is not None and reads.uses_norm else None
+    mean = aligned(state.mean_v) if state.mean_v is not None and reads.uses_mean else None
+    return aligned(state.state), norm, mean
+
+
+def _of_powers(x: Tensor, terms: Terms, splits: int) -> tuple[Tensor | None, Tensor | None]:
+    """Zeros for the gradient of powers, and memory for the shares of splits and samples."""
+    if terms.powers is None:
+        return None, None
+    batch, _, heads, dim = x.shape
+    zeros = x.new_zeros((heads, dim), dtype=torch.float32)
+    return zeros, zeros.new_empty((splits, batch, heads, dim))
