@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitlinear.checkpoints.read import CheckpointError, read_saved
 from vitlinear.errors import UserError
 from vitlinear.files import write_atomically
 
@@ -62,14 +63,9 @@ class Record:
         Raises:
             UserError: The folder belongs to another run.
         """
-        try:
-            content = torch.load(self.path, weights_only=True)
-        except FileNotFoundError:
+        if not self.path.exists():
             return Position()
-        except Exception as error:
-            raise UserError(f"cannot read {self.path}: delete the folder, or give another") from (
-                error
-            )
+        content = self._read(self.path)
         if content["run"] != self.run:
             if _without_boot(content["run"]) == _without_boot(self.run):
                 return Position()
@@ -79,11 +75,18 @@ class Record:
             )
         sums = Sums()
         if content["known"]:
-            sums.known = torch.load(self._sums(content["known"]), weights_only=True)
+            sums.known = self._read(self._sums(content["known"]))
         sums.pending = content["pending"]
         return Position(
             content["finished"], content["cuts"], content["band"], sums, content["prefix"]
         )
+
+    def _read(self, path: Path) -> Any:
+        """What a file of the record holds."""
+        try:
+            return read_saved(path, mmap=False)  # it is written anew while its tensors are in use
+        except CheckpointError as error:
+            raise UserError(f"cannot read {path}: delete the folder, or give another") from error
 
     def _sums(self, number: int) -> Path:
         """The file of the sums that are known after this many of them."""
