@@ -18,7 +18,7 @@ _LOCAL_LAYERS = {
     nn.Dropout, nn.GELU, nn.Identity, nn.LayerNorm, nn.Linear, nn.ReLU,
     nn.RMSNorm, nn.Sequential, nn.Sigmoid, nn.SiLU, nn.SyncBatchNorm, timm.layers.DropPath,
     timm.layers.LayerNorm, timm.layers.LayerNorm2d, timm.layers.LayerScale,
-    timm.layers.LayerScale2d, timm.layers.PatchEmbed, timm.layers.RelPosBias,
+    timm.layers.LayerScale2d, timm.layers.PatchEmbed,
 }  # fmt: skip
 
 

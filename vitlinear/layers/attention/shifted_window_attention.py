@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vitlinear._timm import register_notrace_module
 from vitlinear.ops import accumulation_dtype
 
-from ..band import BANDED, Band, band_in_use, use_band
+from ..band import BANDED, LOCAL, Band, band_in_use, use_band
 from ..heads import split_heads
 from ..layout import split_axis
 from ..linear import Linear
@@ -27,6 +27,28 @@ from ..windows import (
 )
 from .scriptable import unpack
 from .softmax_attention import SoftmaxAttention
+
+
+class WindowBias(RelPosBias):
+    """A bias for each pair of places of a square window, resized for windows of other sides."""
+
+    row_rule = LOCAL
+
+    def __init__(
+        self,
+        side: int,
+        num_heads: int,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__((side, side), num_heads, device=device, dtype=dtype)
+        self.side = side
+
+    def forward(self, logits: Tensor, side: int) -> Tensor:
+        """Add the biases of windows of a side to logits [B, h, N, N] or [1], N = side^2."""
+        if varies(side) or side != self.side:
+            return logits + resized_biases(self.relative_position_bias_table, self.side, side)
+        return logits + self.get_bias()
 
 
 # One step to torch.fx, as `GatedAttention`.
@@ -82,11 +104,9 @@ class ShiftedWindowAttention(nn.Module):
         self.window_size = window_size
         self.shift = window_size // 2 if shift else 0
         self.square = square
-        self.table_size = table_size or window_size
         self.attend = SoftmaxAttention(num_heads, split_heads(dim, num_heads), backend)
         self.qkv = Linear(dim, 3 * dim, device=device, dtype=dtype)
-        table = (self.table_size, self.table_size)
-        self.rel_pos = RelPosBias(table, num_heads, device=device, dtype=dtype)
+        self.rel_pos = WindowBias(table_size or window_size, num_heads, device=device, dtype=dtype)
         self.proj = Linear(dim, dim, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
 
@@ -149,12 +169,7 @@ class ShiftedWindowAttention(nn.Module):
         if regions is not None:
             hidden = regions[:, None, :, None] != regions[:, None, None, :]
             logits = q.new_zeros(hidden.shape).masked_fill(hidden, -torch.inf)
-        if varies(side) or side != self.table_size:
-            table = self.rel_pos.relative_position_bias_table
-            bias = logits + resized_biases(table, self.table_size, side)
-        else:
-            bias = self.rel_pos(logits)
-        bias = bias.to(q.dtype)
+        bias = self.rel_pos(logits, side).to(q.dtype)
         return self.proj_drop(self.proj(self.attend(q, k, v, bias)))
 
     @torch.jit.ignore
