@@ -44,11 +44,17 @@ class WindowBias(RelPosBias):
         super().__init__((side, side), num_heads, device=device, dtype=dtype)
         self.side = side
 
-    def forward(self, logits: Tensor, side: int) -> Tensor:
-        """Add the biases of windows of a side to logits [B, h, N, N] or [1], N = side^2."""
-        if varies(side) or side != self.side:
-            return logits + resized_biases(self.relative_position_bias_table, self.side, side)
-        return logits + self.get_bias()
+    def forward(self, attn: Tensor, shared_rel_pos: Tensor | None = None, side: int = 0) -> Tensor:
+        """Add the biases of windows to logits [B, h, N, N], or to [1].
+
+        Args:
+            attn: The logits.
+            shared_rel_pos: Unused; timm's callers may give it.
+            side: Of the windows, N = side^2; 0 for that of the table.
+        """
+        if varies(side) or (side != 0 and side != self.side):
+            return attn + resized_biases(self.relative_position_bias_table, self.side, side)
+        return attn + self.get_bias()
 
 
 # One step to torch.fx, as `GatedAttention`.
@@ -169,7 +175,7 @@ class ShiftedWindowAttention(nn.Module):
         if regions is not None:
             hidden = regions[:, None, :, None] != regions[:, None, None, :]
             logits = q.new_zeros(hidden.shape).masked_fill(hidden, -torch.inf)
-        bias = self.rel_pos(logits, side).to(q.dtype)
+        bias = self.rel_pos(logits, None, side).to(q.dtype)
         return self.proj_drop(self.proj(self.attend(q, k, v, bias)))
 
     @torch.jit.ignore
