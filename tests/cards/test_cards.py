@@ -28,6 +28,7 @@ def test_no_other_cards():
     assert cards == {family.name for family in MADE}
 
 
+@pytest.mark.slow
 def test_counts_are_of_these_models():
     """Parameters, input sizes and golden outputs; `test_count` counts again."""
     assert make_cards.update_counts(None, check=True) == []
@@ -87,8 +88,18 @@ def test_check_fails_on_stale_counts(monkeypatch, tmp_path):
     assert target.read_text() != text  # nothing was written
 
 
+AGREEING = [name for name, entry in counts().items() if "agreement" in entry]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n, entry in counts().items() if "agreement" in entry])
+@pytest.mark.parametrize(
+    "name",
+    # The tests of each family compare the same outputs in every run.
+    [
+        pytest.param(name, marks=pytest.mark.nightly if i % 4 else ())
+        for i, name in enumerate(AGREEING)
+    ],
+)
 def test_agreement(name):
     """The differences on the card, to the power of ten that it prints."""
     for size, difference in make_cards.agreement(name).items():

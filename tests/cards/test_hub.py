@@ -80,6 +80,7 @@ def test_card_on_the_hub(hub):
     assert f'timm.create_model("hf-hub:{REPO}", pretrained=True)' in text
 
 
+@pytest.mark.slow
 def test_a_card_for_every_model():
     """Licence and paper are those of the family's card."""
     by_paper = {f"arxiv:{family.paper['arxiv']}": family for family in families().values()}

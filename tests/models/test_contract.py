@@ -285,7 +285,7 @@ def test_compiled_once_for_all_sizes(name):
 def test_checkpointed_training_compiles_for_any_size(name):
     """Numbers that Dynamo takes for inputs, as constants of a module, fail inside such parts."""
     torch._dynamo.reset()
-    model = make(name).train()
+    model = make_program(name).train()
     expected = deepcopy(model)
     model.set_grad_checkpointing()
     # Not a backend that runs Dynamo's graph as it is: with torch 2.14 a batch norm there counts its
@@ -319,8 +319,12 @@ def test_rotary_tables_stay_exact_in_half_precision():
 @pytest.mark.compile
 @pytest.mark.parametrize(
     "name, backend",
-    # With the formula every model is compiled above too, for all sizes at once.
-    [(n, "library") for n in PROGRAMS] + [(n, "eager") for n in ADAPTIVE_WINDOWS],
+    # With the formula models are compiled above too, for all sizes at once.
+    [
+        pytest.param(n, backend, marks=() if n in EVERY_RUN else pytest.mark.nightly)
+        for n, backend in [(n, "library") for n in PROGRAMS]
+        + [(n, "eager") for n in ADAPTIVE_WINDOWS]
+    ],
 )
 def test_compile_fullgraph(name, backend):
     model, x = make_program(name, attn_backend=backend), torch.randn(2, 3, 64, 96)

@@ -142,8 +142,10 @@ def test_another_resolution_compiles_nothing(kernels):
     assert not kernels
 
 
-def in_turn(*axes, keep):
+def in_turn(*axes, keep, every):
     """Cases of the product of the axes: the first ``keep`` in full, the others one value a case.
+
+    One of ``every`` so many is for every run, the rest for the night.
 
     Over all cases the others take every combination. A case takes seconds to compile, and Triton's
     cache is empty after each change of a kernel; VITLINEAR_COMPILE=all asks for the whole product.
@@ -153,7 +155,11 @@ def in_turn(*axes, keep):
     rest = list(itertools.product(*axes[keep:]))
     places = itertools.product(*(range(len(axis)) for axis in axes[:keep]))
     return [
-        (*(axis[i] for axis, i in zip(axes, place, strict=False)), *rest[sum(place) % len(rest)])
+        pytest.param(
+            *(axis[i] for axis, i in zip(axes, place, strict=False)),
+            *rest[sum(place) % len(rest)],
+            marks=pytest.mark.nightly if sum(place) % every else (),
+        )
         for place in places
     ]
 
@@ -190,7 +196,7 @@ def test_full_width_positions_compile(grid, kernels):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mechanism", "dtype", "rotary", "grid"),
-    in_turn(list(ops.MECHANISMS), DTYPES, [False, True], [SHORT, LONG], keep=2),
+    in_turn(list(ops.MECHANISMS), DTYPES, [False, True], [SHORT, LONG], keep=2, every=2),
     ids=str,
 )
 def test_every_mechanism_compiles(mechanism, dtype, rotary, grid, kernels):
@@ -221,7 +227,9 @@ def test_other_gpus(target, dtype, kernels):
 @pytest.mark.parametrize(
     ("mechanism", "dim", "dtype"),
     [
-        *in_turn(["rala", "mala", "nala", "lightnet"], [8, 20, 48, 64, 128], DTYPES, keep=2),
+        *in_turn(
+            ["rala", "mala", "nala", "lightnet"], [8, 20, 48, 64, 128], DTYPES, keep=2, every=4
+        ),
         pytest.param("pola", 64, torch.bfloat16, marks=pytest.mark.nightly),
         pytest.param("pola", 128, torch.float32, marks=pytest.mark.nightly),
     ],

@@ -89,7 +89,9 @@ def test_without_positions(mechanism):
 
 
 @each_mechanism
-@pytest.mark.parametrize("layout", ["channels first", "heads first"])
+@pytest.mark.parametrize(
+    "layout", ["channels first", pytest.param("heads first", marks=pytest.mark.nightly)]
+)
 def test_layouts(mechanism, layout):
     check(mechanism, make_inputs(grid=(3, 11), dim=12, dtype=torch.float32), layout)
 
