@@ -121,13 +121,13 @@ def test_windows_of_every_size(loaded):
     attentions = [block.attn for stage in model.stages for block in stage.blocks]
     grids = [attn.grid_size for attn in attentions if isinstance(attn, PolaAttention)]
     assert grids == [(96, 96)] * 2 + [(48, 48)] * 2
-    assert {attn.table_size for attn in attentions[4:]} == {12}
+    assert {attn.rel_pos.side for attn in attentions[4:]} == {12}
     assert [attn.shift for attn in attentions[:4]] == [False, True] * 2
     assert [attn.shift for attn in attentions[4:]] == [0, 6] * 10
     model = timm.create_model("pola_swin_tiny", img_size=(96, 160), device="meta")
     attentions = [block.attn for stage in model.stages for block in stage.blocks]
     assert [attn.grid_size[0] for attn in attentions[:4]] == [24, 24, 12, 12]
-    assert [attn.table_size for attn in attentions[4:]] == [6] * 6 + [3] * 2
+    assert [attn.rel_pos.side for attn in attentions[4:]] == [6] * 6 + [3] * 2
 
 
 @pytest.mark.parametrize("name", HOSTS)
