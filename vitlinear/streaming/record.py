@@ -82,7 +82,7 @@ class Record:
         )
 
     def _read(self, path: Path) -> Any:
-        """What a file of the record holds."""
+        """Content of a file of the record."""
         try:
             return read_saved(path, mmap=False)  # it is written anew while its tensors are in use
         except CheckpointError as error:
