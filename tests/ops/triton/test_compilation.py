@@ -142,7 +142,7 @@ def test_another_resolution_compiles_nothing(kernels):
     assert not kernels
 
 
-def in_turn(*axes, keep, every):
+def in_turn(*axes, keep, every=1):
     """Cases of the product of the axes: the first ``keep`` in full, the others one value a case.
 
     One of ``every`` so many is for every run, the rest for the night.
