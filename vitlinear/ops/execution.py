@@ -6,8 +6,9 @@ The argument ``backend`` is theirs: ``library``, ``triton`` or ``auto``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from .backward import LinearGradients
 from .mechanisms import Mechanism
 from .terms import FlatTerms, Terms
 from .workload import Workload
+
+T = TypeVar("T")
 
 _triton: ModuleType | None = None
 
@@ -36,9 +39,36 @@ def kernels_for(backend: str, q: Tensor) -> ModuleType | None:
     return _triton
 
 
-def _work(q: Tensor, v: Tensor, mechanism: Mechanism, terms: Terms) -> Workload:
-    """The call, for a failure to be told of."""
-    return Workload.of(q, mechanism.name, terms=terms, value_dim=v.shape[-1])
+def by_kernels(
+    run: Callable[[ModuleType], T],
+    backend: str,
+    x: Tensor,
+    value_dim: int,
+    mechanism: Mechanism,
+    terms: Terms,
+) -> T | None:
+    """Let ``run`` take the kernels, and return its result; None where they are not wanted, or fail.
+
+    Args:
+        run: Calls a function of `triton`; its result is not None.
+        backend: As above.
+        x: Queries or keys, [B, N, h, D].
+        value_dim: Channels of the values.
+        mechanism: The row of the table.
+        terms: All that the attention is given besides.
+
+    Raises:
+        KernelError: The backend is ``triton`` and a kernel failed.
+    """
+    try:
+        if kernels := kernels_for(backend, x):
+            return run(kernels)
+    except torch.OutOfMemoryError:
+        raise  # says nothing against the kernels, and the formulas need more
+    except Exception as error:
+        work = Workload.of(x, mechanism.name, terms=terms, value_dim=value_dim)
+        report_failure(error, backend == "triton", work)
+    return None
 
 
 def to_layout(x: Tensor, like: Tensor) -> Tensor:
@@ -72,14 +102,12 @@ def forward(
     Raises:
         KernelError: The backend is ``triton`` and a kernel failed.
     """
-    try:
-        if kernels := kernels_for(backend, q):
-            out, state = kernels.forward(q, k, v, mechanism, terms, separate)
-            return out, state
-    except torch.OutOfMemoryError:
-        raise  # says nothing against the kernels, and the formulas need more
-    except Exception as error:
-        report_failure(error, backend == "triton", _work(q, v, mechanism, terms))
+    found: tuple[Tensor, LinearAttentionState] | None = by_kernels(
+        lambda kernels: kernels.forward(q, k, v, mechanism, terms, separate),
+        backend, q, v.shape[-1], mechanism, terms,
+    )  # fmt: skip
+    if found is not None:
+        return found
     with eager.without_autocast(q):
         tokens = eager.prepare(q, k, v, mechanism, terms, own=True)
         out, state = eager.linear_attention_forward(tokens, mechanism)
@@ -102,14 +130,13 @@ def backward(
     Raises:
         KernelError: The backend is ``triton`` and a kernel failed.
     """
-    try:
-        if kernels := kernels_for(backend, q):
-            kernels.backward(grad_out, q, k, v, mechanism, terms, state, memory)
-            return
-    except torch.OutOfMemoryError:
-        raise  # says nothing against the kernels, and the formulas need more
-    except Exception as error:
-        report_failure(error, backend == "triton", _work(q, v, mechanism, terms))
+
+    def run(kernels: ModuleType) -> bool:
+        kernels.backward(grad_out, q, k, v, mechanism, terms, state, memory)
+        return True
+
+    if by_kernels(run, backend, q, v.shape[-1], mechanism, terms):
+        return
     with eager.without_autocast(q):
         tokens = eager.prepare(q, k, v, mechanism, terms, own=False)
         grad_out = grad_out.transpose(1, 2).to(state.state.dtype)

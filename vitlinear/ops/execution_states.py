@@ -2,54 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import ModuleType
-from typing import TypeVar
-
-import torch
 from torch import Tensor
 
 from . import backward as formulas
 from . import eager
 from .attention_state import GivenGradients, LinearAttentionState, StateGradients
-from .backend import report_failure
-from .execution import kernels_for, to_layout
+from .execution import by_kernels, to_layout
 from .mechanisms import Mechanism
 from .terms import Terms
-from .workload import Workload
-
-T = TypeVar("T")
-
-
-def _by_kernels(
-    run: Callable[[ModuleType], T],
-    backend: str,
-    x: Tensor,
-    value_dim: int,
-    mechanism: Mechanism,
-    terms: Terms,
-) -> T | None:
-    """Let ``run`` take the kernels, and return its result; None where they are not wanted, or fail.
-
-    Raises:
-        KernelError: The backend is ``triton`` and a kernel failed.
-    """
-    try:
-        if kernels := kernels_for(backend, x):
-            return run(kernels)
-    except torch.OutOfMemoryError:
-        raise  # says nothing against the kernels, and the formulas need more
-    except Exception as error:
-        work = Workload.of(x, mechanism.name, terms=terms, value_dim=value_dim)
-        report_failure(error, backend == "triton", work)
-    return None
 
 
 def state_forward(
     k: Tensor, v: Tensor, mechanism: Mechanism, terms: Terms, backend: str
 ) -> LinearAttentionState:
     """The state of keys and values, [B, N, h, D] and [B, N, h, Dv]."""
-    state: LinearAttentionState | None = _by_kernels(
+    state: LinearAttentionState | None = by_kernels(
         lambda kernels: kernels.state_forward(k, v, mechanism, terms),
         backend, k, v.shape[-1], mechanism, terms,
     )  # fmt: skip
@@ -70,7 +37,7 @@ def state_backward(
     backend: str,
 ) -> StateGradients:
     """Gradients of keys, values and powers from those of the state, and its logsumexp."""
-    found: StateGradients | None = _by_kernels(
+    found: StateGradients | None = by_kernels(
         lambda kernels: kernels.state_backward(grads, k, v, mechanism, terms, logsumexp),
         backend, k, v.shape[-1], mechanism, terms,
     )  # fmt: skip
@@ -89,7 +56,7 @@ def read_forward(
     q: Tensor, state: LinearAttentionState, mechanism: Mechanism, terms: Terms, backend: str
 ) -> Tensor:
     """Outputs [B, N, h, Dv] of queries that read a state; samples may share it."""
-    out: Tensor | None = _by_kernels(
+    out: Tensor | None = by_kernels(
         lambda kernels: kernels.read_forward(q, for_each_sample(state, q), mechanism, terms),
         backend, q, state.state.shape[-1], mechanism, terms,
     )  # fmt: skip
@@ -109,7 +76,7 @@ def read_backward(
     backend: str,
 ) -> GivenGradients:
     """Gradients of all that a read is given."""
-    given: GivenGradients | None = _by_kernels(
+    given: GivenGradients | None = by_kernels(
         lambda kernels: kernels.read_backward(
             grad_out, q, for_each_sample(state, q), mechanism, terms
         ),
