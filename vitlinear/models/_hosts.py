@@ -6,11 +6,12 @@ No `from __future__ import annotations` in files of models: torch.fx copies the 
 `forward` into the code it generates, and TorchScript cannot read them there as strings.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerNorm, LayerNorm2d, trunc_normal_
+from timm.layers import DropPath, LayerNorm, LayerNorm2d, to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
 from vitlinear._timm import register_notrace_module
@@ -142,6 +143,32 @@ class PositionedPatchEmbed(nn.Module):
             x = F.pad(x, [0, max(side - W, 0), 0, max(side - H, 0)])
         x = self.norm(self.conv(x)).permute(0, 2, 3, 1)
         return self.add_positions(x, self.pos_embed, self.grid_size).permute(0, 3, 1, 2)
+
+
+def pvt_grid_size(img_size: int | tuple[int, int], stage: int) -> tuple[int, int]:
+    """Rows and columns of the map of a stage of PVT, for images of a size; 1 at least."""
+    side = 4 * 2**stage
+    height, width = to_2tuple(img_size)
+    return max(height // side, 1), max(width // side, 1)
+
+
+def pvt_patch_embed(
+    stage: int,
+    img_size: int | tuple[int, int],
+    in_chans: int,
+    embed_dims: Sequence[int],
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> PositionedPatchEmbed:
+    """Make the patches that a stage of PVT begins with; those of the first one are of the image."""
+    return PositionedPatchEmbed(
+        in_chans if stage == 0 else embed_dims[stage - 1],
+        embed_dims[stage],
+        patch_size=4 if stage == 0 else 2,
+        grid_size=pvt_grid_size(img_size, stage),
+        device=device,
+        dtype=dtype,
+    )
 
 
 class MapMerging(nn.Module):

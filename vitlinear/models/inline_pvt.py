@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import to_2tuple
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
@@ -19,7 +18,7 @@ from vitlinear.facts import pretrained_source
 from vitlinear.layers.attention.inline_attention import InLineAttention
 
 from ._build import build_model
-from ._hosts import HostBlock, PositionedPatchEmbed
+from ._hosts import HostBlock, pvt_patch_embed
 from ._inline import inline_cfg
 from ._stages import StagedBackbone, four_each
 
@@ -74,17 +73,9 @@ class InLinePVT(StagedBackbone):
         super().__init__(in_chans, num_classes, global_pool, drop_rate)
         four_each(embed_dims=embed_dims, depths=depths, num_heads=num_heads, mlp_ratios=mlp_ratios)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        height, width = to_2tuple(img_size)
 
         def patch_embed(i: int) -> nn.Module:
-            side = 4 * 2**i
-            return PositionedPatchEmbed(
-                in_chans if i == 0 else embed_dims[i - 1],
-                embed_dims[i],
-                patch_size=4 if i == 0 else 2,
-                grid_size=(max(height // side, 1), max(width // side, 1)),
-                **dd,
-            )
+            return pvt_patch_embed(i, img_size, in_chans, embed_dims, **dd)
 
         def block(i: int, j: int, drop_path: float) -> HostBlock:
             attn = InLineAttention(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import LayerNorm2d, to_2tuple
+from timm.layers import LayerNorm2d
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -21,7 +21,7 @@ from vitlinear.layers.attention.pola_attention import PolaAttention
 from vitlinear.layers.band import LOCAL
 
 from ._build import build_model
-from ._hosts import HostBlock, PositionedPatchEmbed
+from ._hosts import HostBlock, pvt_grid_size, pvt_patch_embed
 from ._pola import pola_cfg
 from ._stages import StagedBackbone, four_each
 
@@ -102,26 +102,15 @@ class PolaPVT(StagedBackbone):
         super().__init__(in_chans, num_classes, global_pool, drop_rate)
         four_each(embed_dims=embed_dims, depths=depths, num_heads=num_heads, mlp_ratios=mlp_ratios)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        height, width = to_2tuple(img_size)
-
-        def grid_size(i: int) -> tuple[int, int]:
-            side = 4 * 2**i
-            return max(height // side, 1), max(width // side, 1)
 
         def patch_embed(i: int) -> nn.Module:
-            return PositionedPatchEmbed(
-                in_chans if i == 0 else embed_dims[i - 1],
-                embed_dims[i],
-                patch_size=4 if i == 0 else 2,
-                grid_size=grid_size(i),
-                **dd,
-            )
+            return pvt_patch_embed(i, img_size, in_chans, embed_dims, **dd)
 
         def block(i: int, j: int, drop_path: float) -> HostBlock:
             attn = PolaAttention(
                 embed_dims[i],
                 num_heads[i],
-                grid_size(i),
+                pvt_grid_size(img_size, i),
                 proj_drop=proj_drop_rate,
                 backend=attn_backend,
                 **dd,
