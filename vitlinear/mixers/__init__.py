@@ -15,8 +15,9 @@ from . import saga as saga
 from . import taylor as taylor
 from . import transnormer as transnormer
 from . import vssd as vssd
-from .attention import MixerAttention, create_attention
+from .attention import MixerAttention, attention_of_spec, create_attention
 from .description import AttentionDescription, Option
+from .gated import GatedMixerAttention
 from .grid import Grid
 from .mixer import Mixer
 from .registry import (
@@ -32,10 +33,12 @@ from .registry import (
 __all__ = [
     "AttentionDescription",
     "AttentionSpec",
+    "GatedMixerAttention",
     "Grid",
     "Mixer",
     "MixerAttention",
     "Option",
+    "attention_of_spec",
     "create_attention",
     "describe_attention",
     "find_mixer",

@@ -65,7 +65,7 @@ class Flowformer(Mixer):
         conserved_in, conserved_out = flow(f, g / outgoing), flow(g, f / incoming)
         if self.clamp:
             conserved_out = conserved_out.clamp(-1.0, 1.0)
-        count = grid.count(q)
+        count = grid.number(q)
         values = v * (count * grid.token_softmax(conserved_out))
         return attend_features(
             f * (count * conserved_in.sigmoid() / incoming), g, values, grid,

@@ -155,7 +155,8 @@ class Mhla(Mixer):
             backend=self.backend,
         )  # fmt: skip
         # Means of blocks as sums: their sizes differ.
-        count = (~absent).sum(1).to(q.dtype) / grid.length
+        count = (~absent).sum(1).to(q.dtype).unflatten(0, (len(q), -1))
+        count = (count / count.sum(1, keepdim=True).clamp(min=1)).flatten()
         weights = self.weights(grid, q.dtype)
 
         def mixed(x: Tensor | None) -> Tensor:

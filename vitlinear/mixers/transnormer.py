@@ -227,7 +227,7 @@ class TransNormer(Mixer):
         if self.decay == "none":
             out = attend_features(q, k, v, grid, normalise=False, backend=self.backend)
         else:
-            out = self.decayed(q, k, v, grid) / grid.count(q)
+            out = self.decayed(q, k, v, grid) / grid.number(q)
         return self.gated(rms_norm(out.flatten(2)), extra).reshape(v.shape)
 
     def decayed(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> Tensor:

@@ -142,7 +142,7 @@ class EfficientVim(Mixer):
     def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, extra: Tensor | None) -> Tensor:
         """The formula; see `Mixer.mix`."""
         assert extra is not None
-        weights = grid.token_softmax(extra.to(q.dtype).reshape(k.shape)) * grid.count(q)
+        weights = grid.token_softmax(extra.to(q.dtype).reshape(k.shape)) * grid.number(q)
         mask = grid.key_padding_mask
         state = scriptable_state(weights * k, v, mask, self.backend)
         a, z = (state @ self.state_in.to(state.dtype)).chunk(2, dim=-1)
