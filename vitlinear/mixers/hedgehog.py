@@ -56,6 +56,11 @@ class Hedgehog(Mixer):
       flash-linear-attention.
     """
 
+    query_weight: Tensor
+    key_weight: Tensor
+    query_bias: Tensor | None
+    key_bias: Tensor | None
+
     def __init__(
         self,
         dim: int,
@@ -89,7 +94,7 @@ class Hedgehog(Mixer):
         """The formula; see `Mixer.mix`."""
         q = heads_matrix(q, self.query_weight)
         k = heads_matrix(k, self.key_weight)
-        if self.query_bias is not None:
+        if self.query_bias is not None and self.key_bias is not None:
             q, k = q + self.query_bias.to(q.dtype), k + self.key_bias.to(k.dtype)
         q, k = self.features(q, (3,)), self.features(grid.hide(k), (1, 3))
         return attend_features(q, k, v, grid, backend=self.backend)
@@ -118,7 +123,7 @@ class Hedgehog(Mixer):
         heads = (q.shape[2], -1, -1)
         q = torch.einsum("bnhd,hde->bnhe", q, self.query_weight.expand(heads))
         k = torch.einsum("bnhd,hde->bnhe", k, self.key_weight.expand(heads))
-        if self.query_bias is not None:
+        if self.query_bias is not None and self.key_bias is not None:
             q, k = q + self.query_bias, k + self.key_bias
         if self.map == "exp":
             # The operator adds 1e-6 to a normaliser whose greatest features are 1.

@@ -25,13 +25,13 @@ class Blocks(NamedTuple):
     """Blocks of the tokens of a grid: a square of them on the map, and one of those before it.
 
     Attributes:
-        index: Tokens of each block, [B or 1, M, T].
+        members: Tokens of each block, [B or 1, M, T].
         present: Which of those there are, likewise, bool.
         block: Block of each token, [B or 1, N].
         place: Its place in the block, likewise.
     """
 
-    index: Tensor
+    members: Tensor
     present: Tensor
     block: Tensor
     place: Tensor
@@ -39,11 +39,11 @@ class Blocks(NamedTuple):
     def cut(self, x: Tensor) -> Tensor:
         """Tokens [B, N, h, D] -> [B M, T, h, D]."""
         batch = torch.arange(len(x), device=x.device)[:, None, None]
-        return x[batch, self.index].flatten(0, 1)
+        return x[batch, self.members].flatten(0, 1)
 
     def join(self, x: Tensor) -> Tensor:
         """The inverse of `cut`."""
-        x = x.unflatten(0, (-1, self.index.shape[1]))
+        x = x.unflatten(0, (-1, self.members.shape[1]))
         batch = torch.arange(len(x), device=x.device)[:, None]
         return x[batch, self.block, self.place]
 

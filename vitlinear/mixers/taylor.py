@@ -66,6 +66,9 @@ class _Narrow(Mixer):
         width: Those channels, d'.
     """
 
+    to_q: Tensor | None
+    to_k: Tensor | None
+
     def __init__(
         self,
         dim: int,
@@ -93,13 +96,13 @@ class _Narrow(Mixer):
 
     def narrowed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys of d' channels, each scaled by d'^-1/4."""
-        if self.to_q is not None:
+        if self.to_q is not None and self.to_k is not None:
             q, k = heads_matrix(q, self.to_q), heads_matrix(k, self.to_k)
         return q * self.width**-0.25, k * self.width**-0.25
 
     def narrowed_definition(self, q: Tensor, k: Tensor) -> Tensor:
         """x = s q . k of all pairs of tokens, [B, h, N, N]."""
-        if self.to_q is not None:
+        if self.to_q is not None and self.to_k is not None:
             q = torch.einsum("bnhd,hde->bnhe", q, self.to_q)
             k = torch.einsum("bnhd,hde->bnhe", k, self.to_k)
         return torch.einsum("bnhd,bmhd->bhnm", q, k) * self.width**-0.5

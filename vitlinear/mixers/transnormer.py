@@ -209,7 +209,7 @@ class TransNormer(Mixer):
         super().__init__(dim, num_heads, backend=backend, device=device, dtype=dtype)
         self.decay = decay
         self.silu_values = silu_values
-        self.gate = None
+        self.gate: nn.Sequential | None = None
         if gate:
             first = Linear(dim, self.head_dim, bias=False, device=device, dtype=dtype)
             second = Linear(self.head_dim, dim, bias=False, device=device, dtype=dtype)
@@ -261,7 +261,5 @@ class TransNormer(Mixer):
         out = out.flatten(2)
         out = out / (out.square().mean(-1, keepdim=True) + RMS_EPS).sqrt()
         if self.gate is not None:
-            assert x is not None
-            first, second = self.gate
-            out = out * (x @ first.weight.T @ second.weight.T).sigmoid()
+            out = out * self.gate(x).sigmoid()
         return out.reshape(v.shape)

@@ -117,6 +117,9 @@ class EfficientVim(Mixer):
     input. d is 1 for each head at first.
     """
 
+    state_in: Tensor
+    state_out: Tensor
+
     def __init__(
         self,
         dim: int,
