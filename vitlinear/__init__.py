@@ -5,13 +5,22 @@ Importing the package registers every model with timm::
     import timm, vitlinear
     model = timm.create_model("ravlt_s")
     mine = vitlinear.load("output/run/best.safetensors")  # as it was trained
+    layer = vitlinear.create_attention("mala", dim=192, num_heads=3)
 """
 
 from vitlinear import models as models
 from vitlinear.checkpoints.load import load
+from vitlinear.mixers import create_attention, describe_attention, list_attentions
 from vitlinear.report import backend_report
 from vitlinear.streaming import stream
 
-__all__ = ["backend_report", "load", "stream"]
+__all__ = [
+    "backend_report",
+    "create_attention",
+    "describe_attention",
+    "list_attentions",
+    "load",
+    "stream",
+]
 
 __version__ = "0.1.0"

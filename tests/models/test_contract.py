@@ -464,7 +464,7 @@ def test_no_image_and_no_pixel(name):
 
 BAD_OPTIONS = {
     "must have four entries": {"depths": (1, 1)},
-    "unknown attention mechanism 'quadratic'": {"attn_types": ("quadratic",) * 4},
+    "unknown attention 'quadratic'": {"attn_types": ("quadratic",) * 4},
     "heads of a multiple of 4 channels": {"num_heads": (5, 2, 2, 3)},
     "unknown backend 'cuda'": {"attn_backend": "cuda"},
     "dim 24 does not divide into 0 heads": {"num_heads": (0, 2, 2, 3)},
