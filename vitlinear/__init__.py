@@ -9,9 +9,10 @@ Importing the package registers every model with timm::
 
 from vitlinear import models as models
 from vitlinear.checkpoints.load import load
+from vitlinear.replacement import replace_attention
 from vitlinear.report import backend_report
 from vitlinear.streaming import stream
 
-__all__ = ["backend_report", "load", "stream"]
+__all__ = ["backend_report", "load", "replace_attention", "stream"]
 
 __version__ = "0.1.0"
