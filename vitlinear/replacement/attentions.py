@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import apply_rot_embed_cat
+from timm.layers import apply_rot_embed_cat, to_2tuple
 from torch import Tensor, nn
 
 from vitlinear._timm import (
@@ -23,7 +23,7 @@ from vitlinear._timm import (
     SwinAttention,
     register_notrace_module,
 )
-from vitlinear.layers.attention.scriptable import scriptable_attention
+from vitlinear.layers.attention.scriptable import scriptable_attention, unpack
 from vitlinear.layers.layout import split_axis
 from vitlinear.mixers import Grid, Mixer
 from vitlinear.mixers.attention import mixed, position_tables
@@ -63,7 +63,7 @@ class ReplacedAttention(nn.Module):
         self.num_heads: int = old.num_heads
         self.num_kv_groups: int = getattr(old, "num_kv_groups", 1)
         self.head_dim = mixer.head_dim
-        self.qkv: nn.Module | None = old.qkv
+        self.qkv: nn.Linear | None = old.qkv
         self.q_proj: nn.Module | None = getattr(old, "q_proj", None)
         self.k_proj: nn.Module | None = getattr(old, "k_proj", None)
         self.v_proj: nn.Module | None = getattr(old, "v_proj", None)
@@ -71,9 +71,9 @@ class ReplacedAttention(nn.Module):
         self.v_bias: nn.Parameter | None = getattr(old, "v_bias", None)
         self.q_norm: nn.Module = _kept(old, "q_norm", "qk_norm" in keep)
         self.k_norm: nn.Module = _kept(old, "k_norm", "qk_norm" in keep)
-        self.mixer = mixer
+        self.mixer: Any = mixer
         self.norm: nn.Module = _kept(old, "norm", "norm" in keep)
-        self.gate: nn.Module | None = getattr(old, "gate", None) if "gate" in keep else None
+        self.gate: nn.Linear | None = getattr(old, "gate", None) if "gate" in keep else None
         self.proj: nn.Module = old.proj
         self.proj_drop: nn.Module = old.proj_drop
         # Tokens before those that the model's own rotary positions turn; -1 if it has none.
@@ -83,7 +83,7 @@ class ReplacedAttention(nn.Module):
         self.rope_of_mixer = rope
         self.token_map = token_map
         self.map_from = num_prefix_tokens
-        self.row: str = mixer.row if isinstance(mixer, OperatorMixer) else ""
+        self.row = _row(mixer)
         self.train(old.training)
 
     def reset_parameters(self) -> None:
@@ -93,7 +93,7 @@ class ReplacedAttention(nn.Module):
             nn.init.zeros_(self.v_bias)
 
     def __prepare_scriptable__(self) -> ReplacedAttention:
-        """What TorchScript compiles: this module.
+        """This module, for TorchScript to compile.
 
         Raises:
             ValueError: It cannot be compiled; one line says why.
@@ -128,34 +128,34 @@ class ReplacedAttention(nn.Module):
         Returns:
             [B, N, C_out].
         """
-        q, k, v = self.project(x)
+        q, k, v = self.project(x, rope)
+        return self.finish(self.mix(q, k, v, x, mask, height, width), x)
+
+    def project(self, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of tokens [B, N, C], [B, N, h, D] each.
+
+        Args:
+            x: The tokens.
+            rope: timm's sines and cosines, as its attentions take them.
+        """
+        q, k, v = self.heads(x)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None and self.turned_from >= 0:
             q, k = self.turn(q, rope).type_as(v), self.turn(k, rope).type_as(v)
         if self.num_kv_groups > 1:
             k = k.repeat_interleave(self.num_kv_groups, dim=2)
             v = v.repeat_interleave(self.num_kv_groups, dim=2)
-        if torch.jit.is_scripting():
-            out = scriptable_attention(
-                q, k, v, self.row, None, mask, self.mixer.head_scale(), None, None,
-                self.mixer.powers(),
-            )  # fmt: skip
-        else:
-            out = self.mix(q, k, v, self.grid(x, height, width, mask), x)
-        out = self.norm(out.flatten(2))
-        if self.gate is not None:
-            out = out * self.gate(x).sigmoid()
-        return self.proj_drop(self.proj(out))
+        return q, k, v
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, N, C] -> queries [B, N, h, D], keys and values, maybe of fewer heads."""
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The projections of tokens [B, N, C] by heads; keys and values may have fewer of them."""
         if self.qkv is not None:
             if self.q_bias is not None and self.v_bias is not None:
                 bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
                 qkv = F.linear(x, self.qkv.weight, bias)
             else:
                 qkv = self.qkv(x)
-            q, k, v = split_axis(qkv, 2, [3, self.num_heads, self.head_dim]).unbind(2)
+            q, k, v, _ = unpack(split_axis(qkv, 2, [3, self.num_heads, self.head_dim]))
             return q, k, v
         assert self.q_proj is not None and self.k_proj is not None and self.v_proj is not None
         key_heads = self.num_heads // self.num_kv_groups
@@ -172,22 +172,49 @@ class ReplacedAttention(nn.Module):
         rest = apply_rot_embed_cat(rest, rope, half=self.rotate_half)
         return torch.cat((first, rest), dim=2).transpose(1, 2)
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, x: Tensor) -> Tensor:
-        """Values mixed by the mixer, [B, N, h, D]."""
+    def mix(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        x: Tensor,
+        mask: Tensor | None,
+        height: int,
+        width: int,
+    ) -> Tensor:
+        """Values mixed by the mixer, [B, N, h, D]; arguments as `attend`."""
+        if torch.jit.is_scripting():
+            scale, powers = self.mixer.head_scale(), self.mixer.powers()
+            return scriptable_attention(q, k, v, self.row, None, mask, scale, None, None, powers)
+        if mask is not None:
+            x = x.masked_fill(mask.unsqueeze(-1), 0)
+        grid = self.grid(x, height, width, mask)
         if self.rope_of_mixer:
             grid = grid._replace(rotary=position_tables(self.mixer, grid.height, grid.width, q))
         return mixed(self.mixer, q, k, v, grid, x)
 
     def grid(self, x: Tensor, height: int, width: int, mask: Tensor | None) -> Grid:
         """Where tokens [B, N, C] stand; in one row, where the mixer does not need to know."""
-        prefix = 0
-        if height == 0:
-            if self.token_map is None:
-                height, width = 1, x.shape[1]
-            else:
-                height, width = self.token_map.size()
-                prefix = self.map_from
-        return Grid(height, width, prefix, None, mask)
+        if height:
+            return Grid(height, width, 0, None, mask)
+        if self.token_map is None:
+            return Grid(1, x.shape[1], 0, None, mask)
+        height, width = self.token_map.size()
+        return Grid(height, width, self.map_from, None, mask)
+
+    def finish(self, out: Tensor, x: Tensor) -> Tensor:
+        """Mixed values [B, N, h, D] of tokens [B, N, C], through the rest of the layer."""
+        out = self.norm(out.flatten(2))
+        if self.gate is not None:
+            out = out * self.gate(x).sigmoid()
+        return self.proj_drop(self.proj(out))
+
+
+def _row(mixer: Mixer) -> str:
+    """The row of the operator that a mixer is, without anything around it; or nothing."""
+    if isinstance(mixer, OperatorMixer) and type(mixer).forward is OperatorMixer.forward:
+        return mixer.row
+    return ""
 
 
 def _kept(old: Any, name: str, keep: bool) -> nn.Module:
@@ -209,7 +236,9 @@ def keys_left_out(attn_mask: Tensor | None, x: Tensor, is_causal: bool) -> Tenso
         ValueError: The mask says more than that; one line says what.
     """
     if is_causal:
-        raise ValueError("a replaced attention has no causal form: call the model without is_causal")
+        raise ValueError(
+            "a replaced attention has no causal form: call the model without is_causal"
+        )
     if attn_mask is None:
         return None
     shape = attn_mask.shape
@@ -299,7 +328,7 @@ class ReplacedMapAttention(ReplacedAttention):
     def __init__(self, old: Any, mixer: Mixer, keep: set[str], **kwargs: Any) -> None:
         """Take over an attention; arguments as `ReplacedAttention`."""
         super().__init__(old, mixer, keep, **kwargs)
-        self.rope: nn.Module | None = getattr(old, "rope", None) if "rope" in keep else None
+        self.rope: Any = getattr(old, "rope", None) if "rope" in keep else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
@@ -318,18 +347,15 @@ class ReplacedWindowAttention(ReplacedAttention):
     not see each other. Each is mixed apart, the rest of the window being padding.
     """
 
-    REGIONS = 4
-
     def __init__(self, old: Any, mixer: Mixer, keep: set[str], **kwargs: Any) -> None:
         """Take over an attention; arguments as `ReplacedAttention`."""
         super().__init__(old, mixer, keep, **kwargs)
-        self.window_size: tuple[int, int] = tuple(old.window_size)
+        self.window_size: tuple[int, int] = to_2tuple(old.window_size)
         self.masked = "mask" in keep
 
     def set_window_size(self, window_size: int | tuple[int, int]) -> None:
         """Tell the size of the windows."""
-        both = (window_size, window_size) if isinstance(window_size, int) else tuple(window_size)
-        self.window_size = both
+        self.window_size = to_2tuple(window_size)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attend in windows.
@@ -344,16 +370,16 @@ class ReplacedWindowAttention(ReplacedAttention):
         height, width = self.window_size
         if mask is None or not self.masked:
             return self.attend(x, None, None, height, width)
-        windows = mask.shape[0]
-        regions = regions_of(mask).repeat(x.shape[0] // windows, 1)
-        out = x
-        for region in range(self.REGIONS):
+        regions = regions_of(mask).repeat(x.shape[0] // mask.shape[0], 1)
+        q, k, v = self.project(x)
+        out = torch.zeros_like(v)
+        for region in range(4):
             outside = regions != region
             # A window without this region is not hidden whole: nothing of it is taken.
             hidden = outside & torch.logical_not(outside.all(dim=1, keepdim=True))
-            of_region = self.attend(x, None, hidden, height, width)
-            out = torch.where(outside.unsqueeze(-1), out, of_region)
-        return out
+            of_region = self.mix(q, k, v, x, hidden, height, width)
+            out = torch.where(outside[:, :, None, None], out, of_region)
+        return self.finish(out, x)
 
 
 def regions_of(mask: Tensor) -> Tensor:

@@ -66,7 +66,9 @@ def is_attention(module: nn.Module) -> bool:
         return True
     if not cls.__module__.startswith("timm.") or "Pool" in cls.__name__:
         return False
-    named = cls.__name__ in _REASONS or cls.__name__.endswith(("Attention", "Attn", "Attention2d"))
+    if cls.__name__ in _REASONS:
+        return True
+    named = cls.__name__.endswith(("Attention", "Attn", "Attention2d"))
     return named and isinstance(getattr(module, "num_heads", None), int)
 
 

@@ -47,8 +47,8 @@ def replaced_attention(
     """
     if not base:
         raise ValueError(
-            f"{ARCHITECTURE} needs base=NAME and replacements=[...], as vitlinear.replace_attention "
-            "records them"
+            f"{ARCHITECTURE} needs base=NAME and replacements=[...], as "
+            "vitlinear.replace_attention records them"
         )
     name, tag = split_model_name_tag(base)
     if not is_model(name) or name == ARCHITECTURE:
@@ -72,7 +72,8 @@ def replaced_attention(
     model = build_model_with_cfg(
         build, name, pretrained and own_weights, feature_cfg=feature_cfg, **kwargs
     )
-    for module in (model, getattr(model, "model", None)):
+    module: Any
+    for module in model.modules():  # a wrapper, and the model in it
         cfg = getattr(module, "pretrained_cfg", None)
         if isinstance(cfg, dict):
             module.pretrained_cfg = module.default_cfg = {**cfg, "architecture": ARCHITECTURE}

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from vitlinear._timm import NaFlexVit, SwinAttention, SamAttention, update_model_args
+from vitlinear._timm import NaFlexVit, SamAttention, SwinAttention, update_model_args
 from vitlinear.errors import did_you_mean
 from vitlinear.mixers import describe_attention, make_mixer
 from vitlinear.mixers.attention import check_rope
@@ -129,7 +129,7 @@ def _kept_parts(keep: Iterable[str] | None) -> set[str]:
 def _replacement(
     place: Place, name: str, keep: set[str], rope: bool, options: dict[str, Any]
 ) -> tuple[ReplacedAttention, tuple[str, ...]]:
-    """What takes the place of an attention, and the parts that it is without.
+    """An attention in the place of another, and the parts that it is without.
 
     Raises:
         _Refused: The attention has to stay.

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Replacement(NamedTuple):
-    """What became of one attention of a model.
+    """One attention of a model: replaced, or refused and why.
 
     Attributes:
         block: Number of its block, in timm's order.
