@@ -4,8 +4,9 @@ Each file below that holds mixers registers them when it is imported here.
 """
 
 from . import families as families
-from .attention import MixerAttention, create_attention
+from .attention import MixerAttention, attention_of_spec, create_attention
 from .description import AttentionDescription, Option
+from .gated import GatedMixerAttention
 from .grid import Grid
 from .mixer import Mixer
 from .registry import (
@@ -21,10 +22,12 @@ from .registry import (
 __all__ = [
     "AttentionDescription",
     "AttentionSpec",
+    "GatedMixerAttention",
     "Grid",
     "Mixer",
     "MixerAttention",
     "Option",
+    "attention_of_spec",
     "create_attention",
     "describe_attention",
     "find_mixer",

@@ -60,6 +60,11 @@ class Mixer(nn.Module):
         self.backend = check_backend(backend)
         self.attn_type = self.description.name
 
+    @classmethod
+    def kind_of_tables(cls) -> str:
+        """Kind of the position tables that are made for it: `positions`, if it turns by them."""
+        return cls.positions if cls.description.turns == "inside" else "rotary"
+
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, x: Tensor | None = None
     ) -> Tensor:
