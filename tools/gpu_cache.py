@@ -187,25 +187,77 @@ def calls(wanted: Wanted) -> Iterator[Callable[[], Any]]:
 
 
 def _tests(names: Iterable[str]) -> Iterator[Callable[[], Any]]:
-    """The kinds of call of tests/ops/triton/test_gpu.py, but for odd sizes."""
+    """The kinds of call of tests/ops/triton/test_gpu.py."""
     import torch
 
     from tests.ops.inputs import make_inputs
     from tests.ops.triton.cases import run
+    from vitlinear import ops
 
     half = torch.bfloat16
+    types = (torch.float32, half, torch.float16)
+    alone = {"heads": 1, "batch": 1}  # as `many_tokens` there makes them
+    epilogue = {"dtype": half, "mask": True, "epilogue": ("lepe", "gate")}
     for mechanism in names:
         for grid, dim, options in (
-            *(((14, 14), 32, {"dtype": dtype}) for dtype in (torch.float32, half, torch.float16)),
+            *(((14, 14), 32, {"dtype": dtype}) for dtype in types),
             *(((7, 9), dim, {"dtype": half}) for dim in (8, 20, 64, 128)),
-            *(((56, 56), 64, {"dtype": dtype, "heads": 1, "batch": 1}) for dtype in (half,)),
-            *(
-                (grid, 32, {"dtype": half, "mask": True, "epilogue": ("lepe", "gate")})
-                for grid in ((9, 11), (40, 41))
-            ),
+            *(((40, 40), 32, {"dtype": dtype, **alone}) for dtype in types),
+            ((56, 56), 64, {"dtype": half, **alone}),
+            *((grid, 32, epilogue) for grid in ((9, 11), (40, 41))),
         ):
             inputs: Any = make_inputs(grid=grid, dim=dim, **options)
             yield partial(run, mechanism, inputs)
+        for layout in ("channels first", "heads first"):
+            yield partial(run, mechanism, make_inputs(grid=(9, 11), dim=32, dtype=half), layout)
+        for side in (8, 56):
+            inputs = make_inputs(
+                grid=(side, side), dim=32, dtype=torch.float32, mask=True, batch=3, heads=1
+            )
+            yield partial(run, mechanism, inputs._replace(head_scale=torch.tensor([-1.5])))
+        if mechanism in ("elu", "rala"):
+            for grid in ((9, 11), (40, 41)):
+                inputs = make_inputs(grid=grid, dim=32, dtype=half)
+                tables = ops.full_width_rotary_tables(*grid, 64)
+                yield partial(run, mechanism, inputs._replace(rotary=tables))
+        if mechanism in ("identity", "mala", "pola", "lightnet"):
+            for dtype in (torch.float32, half):
+                for side in (9, 56):
+                    inputs = make_inputs(grid=(side, side), dim=32, dtype=dtype)
+                    yield partial(_states, mechanism, inputs)
+        if mechanism in ("identity", "pola"):
+            for width in (16, 128):
+                for side in (9, 56):
+                    inputs = make_inputs(grid=(side, side), dim=32, dtype=torch.float32)
+                    yield partial(_other_width, mechanism, inputs, width)
+
+
+def _states(mechanism: str, inputs: Any) -> None:
+    """A state that is returned and a read of it, forward and backward."""
+    import torch
+
+    from vitlinear import ops
+
+    q, k, v = (x.detach().requires_grad_() for x in inputs.projection.unbind(2)[:3])
+    terms = inputs.terms(mechanism)
+    options = {"rotary": terms.rotary, "powers": terms.powers, "backend": "triton"}
+    state = ops.linear_attention_state(k, v, mechanism=mechanism, **options)
+    out = ops.read_linear_attention_state(q, state, mechanism=mechanism, **options)
+    torch.autograd.grad(out, (q, k, v), inputs.grad)
+
+
+def _other_width(mechanism: str, inputs: Any, width: int) -> None:
+    """Values of another width than queries and keys."""
+    import torch
+
+    from vitlinear import ops
+
+    q, k = (x.detach().requires_grad_() for x in inputs.projection.unbind(2)[:2])
+    v = torch.zeros(*q.shape[:3], width, dtype=q.dtype, requires_grad=True)
+    powers = inputs.terms(mechanism).powers
+    given = [q, k, v, *([] if powers is None else [powers.requires_grad_()])]
+    out = ops.linear_attention(q, k, v, mechanism=mechanism, powers=powers, backend="triton")
+    torch.autograd.grad(out, given, torch.zeros_like(out))
 
 
 @contextmanager

@@ -80,7 +80,7 @@ def many_splits(monkeypatch) -> None:
     """Cut even the short sequences of tests, into splits of 32 tokens."""
     from vitlinear.ops.triton import launch
 
-    monkeypatch.setattr(launch, "SHORTEST_SPLIT", 16)
-    monkeypatch.setattr(launch, "CHUNK_MULTIPLE", 32)
+    monkeypatch.setattr(launch, "SHORTEST_CUT", 17)
+    monkeypatch.setattr(launch, "SHORTEST_SPLIT", 32)
     monkeypatch.setattr(launch, "processors", lambda device: 64)
     monkeypatch.setattr(launch, "_prepared", {})

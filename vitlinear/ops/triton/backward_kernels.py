@@ -17,6 +17,7 @@ import triton.language as tl
 
 from .blocks import (
     by_half,
+    computed_once,
     encode,
     load_positions,
     load_powers,
@@ -43,7 +44,6 @@ from .blocks import (
     store_statistic,
     store_values,
     store_vector,
-    sum_of_parts,
     sum_product,
     valid_tokens,
     vector_lanes,
@@ -86,7 +86,7 @@ def epilogue_pass(
             added = load_values(lepe, b, h, n, valid, plan)
             grad = g * load_values(gate, b, h, n, valid, plan)
             store_values(grad_lepe, grad, b, h, n, inside, valid, plan)
-        features = phi_q(x, powers, plan)
+        features = computed_once(phi_q(x, powers, plan), valid)
         encoded = encode(features, cos, sin, False, plan)
         value = outputs(features, encoded, state, norm, opposite, mean, scale, count, plan)
         if plan.has_lepe:
@@ -103,7 +103,34 @@ def query_pass(
 
     The state has tau in it, and is the one that two reads take; ``grad_query`` is what every valid
     query gets through their mean. With the gradients goes the span's share of those of powers.
+
+    One loop keeps the state and its gradient at once; two, where those are too large, each keep
+    one of them. What the second reads again is in the cache by then.
     """
+    if sums and plan.query_loops == 2 and (grads or plan.uses_norm):
+        _, grad_norm, grad_mean, grad_powers = _query_loop(
+            q, grad_out, grad_q, gate, state, norm, mean, grad_query, span,
+            False, grads, True, plan,
+        )  # fmt: skip
+        grad_state, _, _, _ = _query_loop(
+            q, grad_out, grad_q, gate, state, norm, mean, grad_query, span,
+            True, False, False, plan,
+        )  # fmt: skip
+    else:
+        grad_state, grad_norm, grad_mean, grad_powers = _query_loop(
+            q, grad_out, grad_q, gate, state, norm, mean, grad_query, span,
+            sums, grads, sums, plan,
+        )  # fmt: skip
+    return opposite_state(grad_state, plan), grad_norm, grad_mean, grad_powers
+
+
+@triton.jit
+def _query_loop(
+    q, grad_out, grad_q, gate, state, norm, mean, grad_query, span,
+    of_state: tl.constexpr, of_queries: tl.constexpr, of_vectors: tl.constexpr,
+    plan: tl.constexpr,
+):  # fmt: skip
+    """A loop of `query_pass`: G, gradients of queries, dm and dvbar, those that are asked for."""
     tables, mask, place, powers = span
     b, h, first, last, width, count, _, scale = place
     grad_state = zero_block(plan.block_rows, plan.block_values)
@@ -113,6 +140,7 @@ def query_pass(
     opposite = opposite_norm(norm, plan)
     grad_opposite = zeros(plan.block_features)
     transposed = tl.trans(state)
+    with_slopes: tl.constexpr = of_queries or (of_vectors and plan.uses_norm)
     for start in steps(first, last, plan.block_tokens):
         n = start + tl.arange(0, plan.block_tokens)
         inside = n < last
@@ -122,55 +150,58 @@ def query_pass(
         g = load_values(grad_out, b, h, n, valid, plan)
         if plan.has_gate:
             g *= load_values(gate, b, h, n, valid, plan)
-        features = phi_q(x, powers, plan)
-        of_values = g  # what the state sees of the gradient of the output
+        if plan.block_values > 64:
+            g = computed_once(g, valid)
+        features = computed_once(phi_q(x, powers, plan), valid)
+        weighted, of_values = features, g  # what the state sees of the gradient of the output
+        if plan.uses_norm:
+            z = tl.sum(features * norm[None, :], 1)
+            factor, factor_of_mean = read_factors(z, scale, count, plan)
+            slope, slope_of_mean = read_slopes(z, scale, count, plan)
         if plan.reads_opposite:
-            encoded = encode(features, cos, sin, False, plan)
-            value = read_product(encoded, state, plan)
-            z = tl.sum(features * norm[None, :], 1)
             z_opposite = tl.sum(features * opposite[None, :], 1)
-            first_factor, _of_mean = read_factors(z, scale, count, plan)
             second_factor, _of_mean = read_factors(z_opposite, scale, count, plan)
-            first_slope, _of_mean = read_slopes(z, scale, count, plan)
-            second_slope, _of_mean = read_slopes(z_opposite, scale, count, plan)
-            along, second = value * g, second_half(plan)[None, :]
-            grad_z = first_slope * tl.sum(tl.where(second, 0.0, along), 1)
-            grad_z_opposite = second_slope * tl.sum(tl.where(second, along, 0.0), 1)
-            factor = by_half(first_factor, second_factor, plan)
-            of_values = g * factor
-            grad = encode(read_product(of_values, transposed, plan), cos, sin, True, plan)
-            grad += norm[None, :] * grad_z[:, None]
-            grad += opposite[None, :] * grad_z_opposite[:, None]
-            grad_norm += tl.sum(features * grad_z[:, None], 0)
-            grad_opposite += tl.sum(features * grad_z_opposite[:, None], 0)
-        else:
-            u = encode(read_product(g, transposed, plan), cos, sin, True, plan)
-            weighted, grad = features, u
-        if plan.uses_norm and not plan.reads_opposite:
-            z = tl.sum(features * norm[None, :], 1)
-            of_state, of_mean = read_factors(z, scale, count, plan)
-            slope_state, slope_mean = read_slopes(z, scale, count, plan)
-            grad_z = tl.zeros_like(z)
-            if plan.read_out != "injective":  # whose factor of the state is a constant
-                grad_z = slope_state * tl.sum(features * u, 1)
-            if plan.uses_mean:
-                grad_z += slope_mean * tl.sum(g * mean[None, :], 1)
-                grad_mean += tl.sum(g * of_mean[:, None], 0)
-            weighted = features * of_state[:, None]
-            grad = u * of_state[:, None] + norm[None, :] * grad_z[:, None]
-            grad_norm += tl.sum(features * grad_z[:, None], 0)
-        if sums:
-            if not plan.reads_opposite:
-                encoded = encode(weighted, cos, sin, False, plan)
+            of_values = g * by_half(factor, second_factor, plan)
+        if with_slopes:
+            u = encode(read_product(of_values, transposed, plan), cos, sin, True, plan)
+            grad = u
+        if plan.reads_opposite:
+            if with_slopes:
+                second_slope, _of_mean = read_slopes(z_opposite, scale, count, plan)
+                encoded = encode(features, cos, sin, False, plan)
+                along = read_product(encoded, state, plan) * g
+                second = second_half(plan)[None, :]
+                grad_z = slope * tl.sum(tl.where(second, 0.0, along), 1)
+                grad_z_opposite = second_slope * tl.sum(tl.where(second, along, 0.0), 1)
+                grad += norm[None, :] * grad_z[:, None]
+                grad += opposite[None, :] * grad_z_opposite[:, None]
+                if of_vectors:
+                    grad_norm += tl.sum(features * grad_z[:, None], 0)
+                    grad_opposite += tl.sum(features * grad_z_opposite[:, None], 0)
+        elif plan.uses_norm:
+            weighted = features * factor[:, None]
+            if with_slopes:
+                grad_z = tl.zeros_like(z)
+                if plan.read_out != "injective":  # whose factor of the state is a constant
+                    grad_z = slope * tl.sum(features * u, 1)
+                if plan.uses_mean:
+                    grad_z += slope_of_mean * tl.sum(g * mean[None, :], 1)
+                grad = u * factor[:, None] + norm[None, :] * grad_z[:, None]
+                if of_vectors:
+                    grad_norm += tl.sum(features * grad_z[:, None], 0)
+                    if plan.uses_mean:
+                        grad_mean += tl.sum(g * factor_of_mean[:, None], 0)
+        if of_state:
+            encoded = encode(weighted, cos, sin, False, plan)
             grad_state = sum_product(encoded, of_values, grad_state, plan)
-        if grads:
+        if of_queries:
             grad, of_powers = phi_q_vjp(x, grad + grad_query[None, :], powers, plan)
             store_gradients(grad_q, grad, b, h, n, inside, valid, plan)
             if plan.has_powers:
                 grad_powers += tl.sum(of_powers, 0)
     if plan.reads_opposite:
         grad_norm += opposite_vector(grad_opposite, plan)
-    return opposite_state(grad_state, plan), grad_norm, grad_mean, grad_powers
+    return grad_state, grad_norm, grad_mean, grad_powers
 
 
 @triton.jit
@@ -187,7 +218,7 @@ def key_terms(k, v, n, query, statistic, transposed, grad_norm, span, plan: tl.c
     cos, sin = load_positions(tables, h, n, width, inside, plan)
     x = load_tokens(k, b, h, n, valid, plan)
     values = load_values(v, b, h, n, valid, plan)
-    features = phi_k(x, powers, plan)
+    features = computed_once(phi_k(x, powers, plan), valid)
     y = encode(read_product(values, transposed, plan), cos, sin, True, plan)
     y += grad_norm[None, :]
     # Never above one, though the logits of huge keys may round otherwise than in the forward pass.
@@ -328,7 +359,7 @@ def backward_kernel(
 @triton.jit(do_not_specialize=RUN_TIME)
 def query_kernel(
     grad_out, q, grad_q, epilogue, grad_epilogue, tables, mask, counts, powers, head_scale, sums,
-    grad_query_parts, grad_sums, power_parts, length, width, heads, chunk, splits, scale,
+    grad_query_at, grad_sums, power_parts, length, width, heads, chunk, scale,
     with_sums: tl.constexpr, with_grads: tl.constexpr, plan: tl.constexpr,
 ):  # fmt: skip
     """The pass over the queries of a split: sums into a slot of its own, gradients, or both."""
@@ -339,7 +370,7 @@ def query_kernel(
     state, norm, mean = load_sums(sums, slot, plan)
     grad_query = zeros(plan.block_features)
     if not with_sums:
-        grad_query = sum_of_parts(grad_query_parts, slot, slots, splits, plan) / count
+        grad_query = load_vector(grad_query_at, slot, plan) / count
     state = opposite_state(state * load_scale(head_scale, h, plan), plan)
     _, gate = epilogue
     if with_sums and plan.has_gate:
@@ -371,8 +402,7 @@ def key_mean_kernel(
 @triton.jit(do_not_specialize=RUN_TIME)
 def key_kernel(
     k, v, grad_k, grad_v, tables, mask, counts, powers, head_scale, query_at, statistics, grad_sums,
-    mean_parts, grad_query_parts, power_parts, length, width, heads, chunk, splits, scale,
-    plan: tl.constexpr,
+    mean_at, grad_query_parts, power_parts, length, width, heads, chunk, scale, plan: tl.constexpr,
 ):  # fmt: skip
     """The pass over the keys of a split."""
     slot, h, split, place = program(counts, length, width, heads, chunk, scale, plan)
@@ -382,11 +412,8 @@ def key_kernel(
     grad_state, grad_norm, grad_mean = load_sums(grad_sums, slot, plan)
     grad_state = grad_state * load_scale(head_scale, h, plan)
     subtracted = 0.0
-    if plan.key_weights == "global_query":
-        for other in steps(0, splits, 1):
-            subtracted += load_statistic(mean_parts, other * slots + slot, plan)
-    elif plan.key_weights == "token_softmax":
-        subtracted = sum_of_parts(mean_parts, slot, slots, splits, plan)
+    if plan.key_weights != "uniform":
+        subtracted = load_statistic(mean_at, slot, plan)
     grad_query, grad_powers = key_pass(
         k, v, grad_k, grad_v, query, statistic, grad_state, grad_norm, grad_mean, subtracted, span,
         plan,

@@ -171,15 +171,6 @@ def load_scale(head_scale, h, plan: tl.constexpr):
 
 
 @triton.jit
-def sum_of_parts(parts, slot, slots, splits, plan: tl.constexpr):
-    """The sum over all splits of a vector of features, in their order."""
-    total = zeros(plan.block_features)
-    for split in steps(0, splits, 1):
-        total += load_vector(parts, split * slots + slot, plan)
-    return total
-
-
-@triton.jit
 def _token_pointers(x, b, h, n, inside, channel, exists):
     """Addresses of tokens of a strided [B, N, h, D] tensor, and which of them exist.
 
@@ -389,6 +380,17 @@ def encode(features, cos, sin, inverse: tl.constexpr, plan: tl.constexpr):
             return beside(features * cos, features * sin, plan)
     else:
         return features
+
+
+@triton.jit
+def computed_once(x, valid):
+    """x, an operand of a product, zeros for padding.
+
+    What comes from memory entry by entry, Triton's compiler computes anew in each warp that
+    multiplies with it, in the layout of the operand: eight times the work, in more registers than
+    there are. It does not look behind a mask that is made of indices.
+    """
+    return tl.where(valid[:, None], x, 0.0)
 
 
 @triton.jit

@@ -13,6 +13,7 @@ import triton.language as tl
 from .blocks import (
     beside,
     by_half,
+    computed_once,
     count_tokens,
     encode,
     larger,
@@ -37,7 +38,6 @@ from .blocks import (
     store_statistic,
     store_values,
     store_vector,
-    sum_of_parts,
     sum_product,
     valid_tokens,
     value_lanes,
@@ -205,7 +205,7 @@ def read_state(q, out, epilogue, state, norm, mean, span, plan: tl.constexpr):
             added = load_values(lepe, b, h, n, valid, plan)
         if plan.has_gate:
             factor = load_values(gate, b, h, n, valid, plan)
-        features = phi_q(x, powers, plan)
+        features = computed_once(phi_q(x, powers, plan), valid)
         encoded = encode(features, cos, sin, False, plan)
         value = outputs(features, encoded, state, norm, opposite, mean, scale, count, plan)
         if plan.has_lepe:
@@ -271,8 +271,8 @@ def mean_query_kernel(
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def state_kernel(
-    k, v, tables, mask, counts, powers, query_parts, query_at, sums, statistics,
-    length, width, heads, chunk, splits, scale, plan: tl.constexpr,
+    k, v, tables, mask, counts, powers, query_at, sums, statistics,
+    length, width, heads, chunk, scale, plan: tl.constexpr,
 ):  # fmt: skip
     """The sums over the keys of a split."""
     slot, h, split, place = program(counts, length, width, heads, chunk, scale, plan)
@@ -280,9 +280,7 @@ def state_kernel(
     slots = tl.num_programs(0)
     query = zeros(plan.block_features)
     if plan.key_weights == "global_query":
-        query = sum_of_parts(query_parts, slot, slots, splits, plan)
-        if split == 0:
-            store_vector(query_at, slot, query, plan)
+        query = load_vector(query_at, slot, plan)
     state, norm, mean, statistic = key_sums(k, v, query, span, plan)
     slot = split * slots + slot
     store_sums(sums, slot, state, norm, mean, plan)
@@ -305,11 +303,13 @@ def read_kernel(
 
 @triton.jit
 def _merged(parts, at, exists, slot, slots, splits, size: tl.constexpr):
-    """Sum of the slots of all splits, entry by entry."""
+    """Sum of the slots of all splits, entry by entry; eight loads at once wait for memory once."""
     total = tl.zeros(at.shape, tl.float32)
-    for split in steps(0, splits, 1):
-        place = (split * slots + slot) * size
-        total += tl.load(parts + place + at, mask=exists, other=0.0)
+    for first in steps(0, splits, 8):
+        split = first + tl.arange(0, 8)
+        places = (split * slots + slot) * size
+        there = (split < splits)[:, None] & exists[None, :]
+        total += tl.sum(tl.load(parts + places[:, None] + at[None, :], mask=there, other=0.0), 0)
     return total
 
 
@@ -318,11 +318,15 @@ def _merged_softmax(parts, at, exists, slot, slots, splits, size: tl.constexpr, 
     """Sum of averages under a softmax, entry by entry: each slot has its share of it for weight."""
     statistics, row, logsumexp, statistic_size = softmax
     total = tl.zeros(at.shape, tl.float32)
-    for split in steps(0, splits, 1):
-        place = split * slots + slot
-        statistic = tl.load(statistics + place * statistic_size + row, mask=exists, other=0.0)
-        part = tl.load(parts + place * size + at, mask=exists, other=0.0)
-        total += part * tl.exp(statistic - logsumexp)
+    for first in steps(0, splits, 8):
+        split = first + tl.arange(0, 8)
+        places = (split * slots + slot)[:, None]
+        there = (split < splits)[:, None] & exists[None, :]
+        statistic_at = statistics + places * statistic_size + row[None, :]
+        statistic = tl.load(statistic_at, mask=there, other=-float("inf"))
+        part = tl.load(parts + places * size + at[None, :], mask=there, other=0.0)
+        weights = tl.where(there, tl.exp(statistic - logsumexp[None, :]), 0.0)
+        total += tl.sum(part * weights, 0)
     return total
 
 
@@ -338,6 +342,16 @@ def _merged_logsumexp(statistics, at, exists, slot, slots, splits, size: tl.cons
         place = (split * slots + slot) * size
         total += tl.exp(tl.load(statistics + place + at, mask=exists, other=0.0) - top)
     return top + tl.log(total)
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def sum_kernel(parts, total, splits, size: tl.constexpr, block: tl.constexpr):
+    """The sum over all splits of a vector, for kernels that read it: once, not in each of them."""
+    slot = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, block)
+    exists = at < size
+    merged = _merged(parts, at, exists, slot, tl.num_programs(0), splits, size)
+    tl.store(total + slot * size + at, merged, mask=exists)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)

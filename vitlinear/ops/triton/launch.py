@@ -25,15 +25,15 @@ from ..mechanisms import Mechanism
 from ..terms import Terms
 from . import backward_kernels, forward_kernels, tuning
 from .memory import Layout
-from .plan import Plan, make_plan
+from .plan import Plan, lanes, make_plan
 
-PROGRAMS_PER_PROCESSOR = 4
-SHORTEST_SPLIT = 128  # tokens; below, one program does everything
+SHORTEST_CUT = 256  # tokens; below, one program does everything
 LONG = 16384  # tokens from which on the workspace is bounded by the inputs
 WORKSPACE = 0.01  # of the inputs, or
 STATES_PER_PROCESSOR = 2  # if that is more: a small batch of long maps must fill the device
 CHUNK_MULTIPLE = 32  # the block of the fixed choice: a split ends where a block does
-MERGE_BLOCK = 1024
+SHORTEST_SPLIT = 16  # tokens: half a block, for a map that would else leave processors idle
+MERGE_BLOCK = 256
 MOST_PREPARED = 1024  # kinds of call that are kept
 
 _INTERPRETER_PROCESSORS = 1
@@ -58,7 +58,10 @@ class Cut:
 def cut(length: int, splits: int) -> Cut:
     """Cut into at most so many splits."""
     chunk = -(-length // max(splits, 1))
-    chunk = -(-chunk // CHUNK_MULTIPLE) * CHUNK_MULTIPLE
+    if chunk > SHORTEST_SPLIT:
+        chunk = -(-chunk // CHUNK_MULTIPLE) * CHUNK_MULTIPLE
+    else:
+        chunk = SHORTEST_SPLIT
     return Cut(chunk, -(-length // chunk))
 
 
@@ -69,19 +72,29 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def splits_that_fill(slots: int, at_once: int) -> int:
+    """The least number of splits with which a pass over ``slots`` heads takes the least time.
+
+    Programs run in rounds of ``at_once``, and one program more than a round takes another round.
+    Two rounds at most, and one split of each head: more states are more to merge.
+    """
+    most = (2 * at_once + slots) // slots
+    return min(range(1, most + 1), key=lambda splits: -(-slots * splits // at_once) / splits)
+
+
 def cuts(
     plan: Plan, slots: int, length: int, itemsize: int, device: torch.device
 ) -> tuple[Cut, Cut]:
     """The cut of passes that leave a state for each split, and of those that do not."""
-    wanted = -(-PROGRAMS_PER_PROCESSOR * processors(device) // max(slots, 1))
-    wide = min(wanted, length // SHORTEST_SPLIT)
+    wanted = splits_that_fill(max(slots, 1), plan.programs_per_processor * processors(device))
+    wide = min(wanted, -(-length // SHORTEST_SPLIT)) if length >= SHORTEST_CUT else 1
     summing = wide
     if length >= LONG:
         inputs = 2 * length * (plan.head_dim + plan.values) * itemsize
         state = 4 * (plan.rows * plan.values + plan.features + plan.values)
         # One of the states is the merged one.
         of_inputs = int(WORKSPACE * inputs) // state - 1
-        filling = -(-STATES_PER_PROCESSOR * processors(device) // max(slots, 1))
+        filling = max(STATES_PER_PROCESSOR * processors(device) // max(slots, 1), 1)
         summing = min(summing, max(of_inputs, filling))
     return cut(length, summing), cut(length, wide)
 
@@ -190,7 +203,15 @@ class Slice:
             "grid": (call.slots, tiles), "warmup": False,
             "block": MERGE_BLOCK, "plan": plan, "num_warps": 4,
         }  # fmt: skip
-        self._splits = call.summing.splits
+        self._splits, self._wide_splits = call.summing.splits, call.wide.splits
+        self._sum_options = {"grid": (call.slots, 1), "warmup": False, "num_warps": 4}
+
+    def sum(self, parts: Tensor, total: Tensor, entries: int) -> None:
+        """Sum vectors of so many entries over the splits of a pass that leaves no states."""
+        forward_kernels.sum_kernel.run(
+            parts, total, self._wide_splits, size=entries, block=lanes(entries),
+            **self._sum_options,
+        )  # fmt: skip
 
     def merge(
         self,
@@ -227,8 +248,8 @@ class Call:
             logsumexp.
         backward_scratch: Memory of the gradients of state, normaliser and mean value; the same of
             each split; of each split's means under a softmax, and of its gradients of the mean
-            query; of each sample's gradients of tau; of the gradients of powers, of each split of
-            the queries and of the keys.
+            query; of their sums; of each sample's gradients of tau; of the gradients of powers, of
+            each split of the queries and of the keys.
     """
 
     def __init__(
@@ -272,7 +293,7 @@ class Call:
         parts = state if self.merging and not one_kernel else (None, None, None)
         self.forward_scratch = Layout(
             [
-                *of_each(wide, shapes=(None if one_kernel else query,)),
+                *of_each(wide, shapes=(None if one_kernel or wide == 1 else query,)),
                 *of_each(summing, shapes=parts),
                 *of_each(summing, shapes=(logsumexp if self.merging else None,)),
             ],
@@ -282,13 +303,14 @@ class Call:
         powers = (plan.head_dim,) if plan.has_powers else None
         if one_kernel:
             of_powers = of_each(1, shapes=(powers,))
-            self.backward_scratch = Layout([*[None] * 8, scales, *of_powers, None])
+            self.backward_scratch = Layout([*[None] * 10, scales, *of_powers, None])
             return
         self.backward_scratch = Layout(
             [
                 *of_each(shapes=state),
                 *of_each(summing, shapes=parts),
-                *of_each(wide, shapes=(logsumexp, query)),
+                *of_each(wide, shapes=(logsumexp, query) if wide > 1 else (None, None)),
+                *of_each(shapes=(logsumexp, query)),
                 scales,
                 *of_each(wide if query else summing, shapes=(powers,)),
                 *of_each(wide, shapes=(powers,)),
@@ -450,12 +472,15 @@ def _forward(
         if call.merging:
             parts, statistic_parts = part.of_sums(*some), statistics
     if query is not None:
+        into_query = query if query_parts is None else query_parts
         part.mean_query(
-            fixed, queries, mask, counts, powers, query_parts, length, heads, wide.chunk, scale
+            fixed, queries, mask, counts, powers, into_query, length, heads, wide.chunk, scale
         )
+        if query_parts is not None:
+            part.sum(query_parts, query, call.plan.features)
     part.state(
-        fixed, keys, values, tables, mask, counts, powers, query_parts, query, parts,
-        statistic_parts, length, width, heads, summing.chunk, wide.splits, scale,
+        fixed, keys, values, tables, mask, counts, powers, query, parts, statistic_parts,
+        length, width, heads, summing.chunk, scale,
     )  # fmt: skip
     if call.merging:
         part.merge(parts, sums, statistic_parts, logsumexp)
@@ -529,10 +554,10 @@ def _backward(
     into_keys = (strided(grads.k), strided(part.of(grads.v)))
     query, logsumexp = state.query, state.logsumexp
     sums = part.of_sums(state.state, state.norm, state.mean_v)
-    scratch: list[Any] = [None] * 11
+    scratch: list[Any] = [None] * 13
     if call.backward_scratch.size:
         scratch = call.backward_scratch.carve(q)
-    *some, mean_parts, query_parts, scales, of_queries, of_keys = scratch
+    *some, mean_parts, query_parts, mean, grad_query, scales, of_queries, of_keys = scratch
     if part.one_kernel:
         part.backward(
             fixed, given, strided(q), keys, values, strided(grads.q), *into_keys,
@@ -550,23 +575,29 @@ def _backward(
     queries = (strided(q), strided(grads.q), epilogue, grad_epilogue, *options, sums)
     part.query(
         fixed, given, *queries, None, parts, None if query is not None else of_queries,
-        length, width, heads, summing.chunk, 1, scale,
+        length, width, heads, summing.chunk, scale,
     )  # fmt: skip
     if call.merging:
         part.merge(parts, grad_sums)
     if logsumexp is not None:
         part.key_mean(
-            fixed, keys, values, *options, query, logsumexp, grad_sums, mean_parts,
+            fixed, keys, values, *options, query, logsumexp, grad_sums,
+            mean if mean_parts is None else mean_parts,
             length, width, heads, wide.chunk, scale,
         )  # fmt: skip
+        if mean_parts is not None:
+            part.sum(mean_parts, mean, call.plan.statistics)
     part.key(
         fixed, keys, values, *into_keys, *options, query, logsumexp, grad_sums,
-        mean_parts, query_parts, of_keys, length, width, heads, wide.chunk, wide.splits, scale,
+        mean, grad_query if query_parts is None else query_parts, of_keys,
+        length, width, heads, wide.chunk, scale,
     )  # fmt: skip
+    if query_parts is not None:
+        part.sum(query_parts, grad_query, call.plan.features)
     if query is not None:  # what the gate and the gradient of the output have made already
         part.query_again(
-            fixed, given if grad_lepe is None else grad_lepe, *queries, query_parts, parts,
-            of_queries, length, width, heads, wide.chunk, wide.splits, scale,
+            fixed, given if grad_lepe is None else grad_lepe, *queries, grad_query, parts,
+            of_queries, length, width, heads, wide.chunk, scale,
         )  # fmt: skip
     shares = Shares()
     if head_scale is not None:

@@ -131,6 +131,24 @@ class Plan:
         return self.block_rows * self.block_values <= 128 * 64 and self.value_dim == self.values
 
     @property
+    def programs_per_processor(self) -> int:
+        """Programs that share a processor, by the registers of most kernels that they run.
+
+        As compiled (benchmarks/accounts/kernels.md); some kernels fit more often, some less.
+        """
+        entries = self.block_rows * self.block_values
+        return 4 if entries <= 32 * 32 else 2
+
+    @property
+    def query_loops(self) -> int:
+        """Loops of the backward pass over the queries.
+
+        A small state and its gradient lie in registers at once, if there is no epilogue; others in
+        one loop each.
+        """
+        return 1 if self.block_rows * self.block_values <= 32 * 32 and not self.has_gate else 2
+
+    @property
     def table_entries(self) -> int:
         """Cosines and sines of one position in a table of one axis."""
         return self.head_dim // (2 if self.positions == "rotary" else 1)

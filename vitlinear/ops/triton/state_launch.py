@@ -32,8 +32,8 @@ def state_forward(k: Tensor, v: Tensor, mechanism: Mechanism, terms: Terms) -> L
         for part in call.slices:
             into = part.of_sums(*parts[:3])
             part.state(
-                fixed, strided(k), strided(part.of(v)), tables, mask, counts, powers, None, None,
-                into, parts.logsumexp, call.length, width, call.heads, call.summing.chunk, splits,
+                fixed, strided(k), strided(part.of(v)), tables, mask, counts, powers, None,
+                into, parts.logsumexp, call.length, width, call.heads, call.summing.chunk,
                 call.scale,
             )  # fmt: skip
             if call.merging:
@@ -66,23 +66,32 @@ def state_backward(
         return StateGradients(grad_k, grad_v, powers)
     extras, fixed = Extras.of(terms), tuning.is_fixed()
     options = (extras.tables, extras.mask, extras.counts, extras.powers, None)
-    state, norm, mean = _aligned(grads, mechanism)
-    means = None if logsumexp is None else _split(call.wide.splits, logsumexp)
+    state, norm, mean_value = _aligned(grads, mechanism)
+    mean = mean_parts = None
+    if logsumexp is not None:
+        mean_parts = _split(call.wide.splits, logsumexp)
+        mean = torch.empty_like(logsumexp)
     sizes = (call.length, extras.width, call.heads, call.wide.chunk)
     with on_device(k):
         for number, part in enumerate(call.slices):
             if number == 1 and norm is not None:
                 norm = torch.zeros_like(norm)  # once, not with each slice of the values
-            sums, keys, values = part.of_sums(state, norm, mean), strided(k), strided(part.of(v))
-            if means is not None:
+            sums, keys, values = (
+                part.of_sums(state, norm, mean_value),
+                strided(k),
+                strided(part.of(v)),
+            )
+            if mean is not None:
                 part.key_mean(
-                    fixed, keys, values, *options, None, logsumexp, sums, means, *sizes, call.scale
-                )
+                    fixed, keys, values, *options, None, logsumexp, sums, mean_parts, *sizes,
+                    call.scale,
+                )  # fmt: skip
+                part.sum(mean_parts, mean, call.plan.statistics)
                 if number == 0 and grads.logsumexp is not None:
-                    means[0].sub_(grads.logsumexp)
+                    mean.sub_(grads.logsumexp)
             part.key(
                 fixed, keys, values, strided(grad_k), strided(part.of(grad_v)), *options, None,
-                logsumexp, sums, means, None, shares, *sizes, call.wide.splits, call.scale,
+                logsumexp, sums, mean, None, shares, *sizes, call.scale,
             )  # fmt: skip
             if powers is not None and shares is not None:
                 powers += shares.sum((0, 1))
@@ -140,7 +149,7 @@ def read_backward(
             part.query_of_read(
                 fixed, given, strided(q), strided(grads.q), epilogue, grad_epilogue, *extras[:5],
                 part.of_sums(*sums), None, into, shares, call.length, extras.width, call.heads,
-                call.summing.chunk, 1, call.scale,
+                call.summing.chunk, call.scale,
             )  # fmt: skip
             if call.merging:
                 part.merge(into, part.of_sums(*found[:3]))

@@ -34,13 +34,15 @@ class Config(NamedTuple):
 _chosen: dict[object, Config] = {}
 
 
-def candidates(plan: Plan) -> list[Config]:
-    """Configurations worth trying, the fixed one first, smaller ones last.
+def candidates(plan: Plan, kernel: str = "") -> list[Config]:
+    """Configurations of a kernel worth trying, the fixed one first, smaller ones last.
 
     Three stages load a block while the one before is computed; two load nothing ahead. The fixed
     choice is the largest at which no kernel of a published model spills registers
     (benchmarks/accounts/kernels.md). A state of 128 x 64 or more takes the registers of eight
-    warps; products in full float32 run without tensor cores and want small blocks.
+    warps; products in full float32 run without tensor cores and want small blocks. So does the
+    pass over queries (backward) with a larger state or two reads, which keeps more of each token
+    than other kernels.
     """
     if INTERPRETING:
         return [Config(32, 4, 1)]
@@ -53,7 +55,15 @@ def candidates(plan: Plan) -> list[Config]:
         sizes = [(32, 4, 3), (64, 4, 3), (64, 8, 3), (128, 8, 2), (32, 4, 1)]
     else:
         sizes = [(32, 8, 3), (64, 8, 3), (32, 4, 3), (64, 8, 2), (128, 8, 2), (16, 4, 1)]
+    large = plan.block_rows * plan.block_values > 128 * 64
+    if kernel == "query_kernel" and "ieee" not in (plan.sums, plan.reads):
+        sizes = [(16, 8, 3), *sizes] if large or plan.reads_opposite else sizes
     return [Config(*size) for size in sizes]
+
+
+def _candidates(key: Any, plan: Plan) -> list[Config]:
+    """Those of the kernel whose name begins the key."""
+    return candidates(plan, key[0])
 
 
 def is_fixed() -> bool:
@@ -102,7 +112,7 @@ def run(key: object, plan: Plan, call: Callable[[Config], None]) -> None:
         _run_fixed(key, plan, call)
     else:
         try:
-            config = _chosen[key] = _measured(candidates(plan), call)
+            config = _chosen[key] = _measured(_candidates(key, plan), call)
         except torch.OutOfMemoryError:  # for the measurement: the kernel itself takes no memory
             _chosen[key] = _run_fixed(key, plan, call)
         else:
@@ -113,7 +123,7 @@ def run(key: object, plan: Plan, call: Callable[[Config], None]) -> None:
 def _ready(key: Any, plan: Plan) -> list[Config]:
     """Configurations in the order in which they are tried: first what an earlier run measured."""
     measured = kept.find(key)
-    configs = candidates(plan)
+    configs = _candidates(key, plan)
     return configs if measured is None else [Config(*measured), *configs]
 
 

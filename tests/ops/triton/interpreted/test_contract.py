@@ -222,3 +222,13 @@ def test_workspace_is_bounded(length, slots, mechanism, monkeypatch):
         assert states <= max(0.01 * inputs, (2 * 132 + 2 * slots) * state)
     if slots * length >= 60800 and length >= 3136:
         assert summing.splits * slots >= 1.8 * 132, "nearly two programs for each processor"
+    if length >= 3136:
+        assert summing.splits * slots >= 132, "each processor has a program, for one image too"
+
+
+@pytest.mark.parametrize(
+    ("slots", "splits"), [(1, 264), (2, 132), (64, 4), (100, 5), (140, 3), (264, 1), (4096, 1)]
+)
+def test_programs_come_in_full_rounds(slots, splits):
+    """Of the 264 that 132 processors run at once: 500 in two rounds sooner than 200 in one."""
+    assert launch.splits_that_fill(slots, 264) == splits
