@@ -30,7 +30,7 @@ from ..windows import (
     to_windows,
     window_padding,
 )
-from .scriptable import scriptable_attention
+from .scriptable import scriptable_attention, unpack
 
 
 def divisor(scale: Tensor) -> Tensor:
@@ -385,7 +385,7 @@ class PolaAttention(nn.Module):
         Returns:
             The same shape as x.
         """
-        q, k, v, gate = split_axis(self.qkvg(x), 2, [4, x.shape[2]]).unbind(2)
+        q, k, v, gate, _ = unpack(split_axis(self.qkvg(x), 2, [4, x.shape[2]]))
         shift = positions.flatten(1, 2)
         if self.scale is None:  # it is part of the projection
             x = self.attend_heads(q, (k + shift).to(k.dtype), v, gate, height, width, mask)

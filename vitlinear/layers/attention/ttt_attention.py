@@ -19,6 +19,7 @@ from ..layout import split_axis
 from ..linear import Linear
 from ..padding_rule import MASK
 from .band_attention import merge_sums
+from .scriptable import unpack
 from .scriptable_state import scriptable_read, scriptable_state, turned
 
 
@@ -111,7 +112,7 @@ class TttAttention(nn.Module):
         if mask is not None:
             mask = mask.flatten(1)
             qkv = qkv.masked_fill(mask[:, :, None, None, None], 0)
-        q, k, v = qkv.unbind(2)
+        q, k, v, _ = unpack(qkv)
         k = turned(k, rotary)  # once, for the two that take it
         first = torch.cat((self.w1, self.w2), dim=2).unsqueeze(0)
         # For each sample: a batch of one would ask torch.export whether there are more.
