@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 
-from tests.mixers.test_contract import HEADS, close, mixer_of, normal, tokens
+from tests.mixers.test_contract import HEADS, close, mixer_of, tokens
 from vitlinear.mixers import Grid, delta_scans
 from vitlinear.mixers.delta import approach
 
