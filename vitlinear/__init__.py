@@ -6,11 +6,13 @@ Importing the package registers every model with timm::
     model = timm.create_model("ravlt_s")
     mine = vitlinear.load("output/run/best.safetensors")  # as it was trained
     layer = vitlinear.create_attention("mala", dim=192, num_heads=3)
+    report = vitlinear.replace_attention(timm.create_model("vit_small_patch16_224"), "mala", "6:")
 """
 
 from vitlinear import models as models
 from vitlinear.checkpoints.load import load
 from vitlinear.mixers import create_attention, describe_attention, list_attentions
+from vitlinear.replacement import replace_attention
 from vitlinear.report import backend_report
 from vitlinear.streaming import stream
 
@@ -20,6 +22,7 @@ __all__ = [
     "describe_attention",
     "list_attentions",
     "load",
+    "replace_attention",
     "stream",
 ]
 
