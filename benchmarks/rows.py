@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import statistics
 import sys
 import tempfile
@@ -36,8 +35,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh  # noqa: 
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
 from benchmarks.attention import commit, machine  # noqa: E402
-from benchmarks.rows_traffic import by_layer, growth, Traffic  # noqa: E402
-from benchmarks.subject import measure_memory  # noqa: E402
+from benchmarks.rows_traffic import RANKS, SIZES, Traffic, by_layer, growth, summary  # noqa: E402
+from benchmarks.subject import measure_memory, status  # noqa: E402
 from vitlinear.create import build_model  # noqa: E402
 from vitlinear.parallel import parallelize, shard_rows  # noqa: E402
 
@@ -123,20 +122,18 @@ class Step:
 
 
 def count_traffic(mesh: DeviceMesh, names: list[str]) -> dict[str, Any]:
-    """Bytes that this process sends for images of three sizes, by model."""
+    """What this process sends for images of several sizes, by model."""
     found = {}
     for name in names:
-        counts = []
-        for height, width in ((384, 128), (768, 128), (384, 256)):
+        images = []
+        for height, width in SIZES:
             step = Step(mesh, name, height, width)
-            with Traffic(step.model) as traffic:
-                with step.rows:
-                    loss = F.cross_entropy(step.model(step.shard), step.label)
-                traffic.backward = True
-                with step.rows:
-                    loss.backward()
-            counts.append(traffic.messages)
-        found[name] = growth(*counts)
+            with Traffic() as traffic, step.rows:
+                loss = F.cross_entropy(step.model(step.shard), step.label)
+                traffic.way = "backward"
+                loss.backward()
+            images.append(traffic.messages)
+        found[name] = growth(*images)
     return found
 
 
@@ -160,37 +157,19 @@ def time_steps(
         distributed.barrier()
         seconds.append(time.perf_counter() - start)
         cpu.append(time.process_time() - own)
-    peak = int(
-        next(
-            line.split()[1]
-            for line in Path("/proc/self/status").read_text().splitlines()
-            if line.startswith("VmHWM:")
-        )
-    )
     kept = slice(1, None) if steps else slice(None)
     return {
         "seconds": statistics.median(seconds[kept]),
         "cpu_seconds": statistics.median(cpu[kept]),
-        "peak_GiB": peak / 2**20,
+        "peak_GiB": status("VmHWM") / 1024,
     }
 
 
 def traffic(args: argparse.Namespace) -> dict[str, Any]:
     """Prints and returns what is sent."""
-    names = args.models or [*FAMILIES, *PUBLISHED]
-    middle = on_ranks(3, count_traffic, names)[1]
-    print("| model | pass | sums: calls, bytes | halos: calls, bytes per column | gathered |")
-    print("| --- | --- | --- | --- | --- |")
-    for name in names:
-        for way, row in middle[name]["passes"].items():
-            print(
-                f"| `{name}` | {way} | {row['state']['calls']}, {row['state']['bytes']} | "
-                f"{row['halo']['calls']}, {row['halo']['bytes']:.1f} | "
-                f"{row['map']['calls']}, {row['map']['bytes']:.3f} |"
-            )
-    for name in names:
-        print(*by_layer(name, middle[name]), sep="\n")
-    return {"models": middle}
+    found = on_ranks(RANKS, count_traffic, args.models or [*FAMILIES, *PUBLISHED])[RANKS // 2]
+    print(*summary(found), "", *by_layer(found), sep="\n")
+    return {"models": found}
 
 
 def memory(args: argparse.Namespace) -> dict[str, Any]:
@@ -198,24 +177,20 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
     rows = []
     for name in args.models or ["ravlt_t_linear"]:
         for checkpointing in (False, True):
+            alone = 0.0
             for ranks in args.ranks:
                 found = on_ranks(ranks, memory_of_step, name, args.size, checkpointing)
-                rows.append(
-                    {"model": name, "size": args.size, "checkpointing": checkpointing}
-                    | {"ranks": ranks, "by_rank": found}
-                )
-                most = max(one["tensors_MiB"] for one in found)
-                alone = next(
-                    r
-                    for r in rows
-                    if r["ranks"] == args.ranks[0]
-                    and r["model"] == name
-                    and r["checkpointing"] == checkpointing
-                )["by_rank"][0]["tensors_MiB"]
+                row = {"model": name, "size": args.size, "checkpointing": checkpointing}
+                row |= {"ranks": ranks}
+                row |= {key: max(one[key] for one in found) for key in found[0]}
+                alone = alone or row["tensors_MiB"] * ranks
+                row["share"] = row["tensors_MiB"] / alone
+                rows.append(row)
                 print(
-                    f"{name} {args.size} checkpointing {checkpointing}, {ranks} processes: "
-                    f"{most:.0f} MiB, {most * ranks / alone / args.ranks[0]:.3f} of 1/ranks; resident "
-                    f"{max(one['memory_MiB'] for one in found):.0f} MiB",
+                    f"{name}, {args.size} x {args.size}, {'' if checkpointing else 'no '}"
+                    f"checkpointing, {ranks} processes: {row['tensors_MiB']:.0f} MiB in the one "
+                    f"that takes most, {row['share']:.3f} of one process; resident "
+                    f"{row['memory_MiB']:.0f} MiB",
                     flush=True,
                 )
     return {"rows": rows}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,15 @@ from torch.nn.modules.module import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-KINDS = ("state", "halo", "map")
+RANKS = 3  # that exchange while it is counted
+# Images: a first one, of twice and four times its rows, and of twice its columns.
+SIZES = ((384, 128), (768, 128), (1536, 128), (384, 256))
+UNITS = {
+    "sum": "B",
+    "state": "B to each process",
+    "halo": "B for a column",
+    "map": "B for a pixel, to each process",
+}
 
 
 class Message(NamedTuple):
@@ -22,36 +30,33 @@ class Message(NamedTuple):
     Attributes:
         way: ``forward`` or ``backward``.
         layer: Class of the innermost module that runs; of backward passes, none.
-        operator: What is called.
+        summed: Whether it is a sum; else tensors are sent as they are.
         sent: Bytes from this process to others; of a sum, those of the summed tensor.
     """
 
     way: str
     layer: str
-    operator: str
+    summed: bool
     sent: int
 
 
 class Traffic(TorchDispatchMode):
     """Notes every exchange of `vitlinear.parallel` inside of it.
 
-    Args:
-        model: Whose layers are told apart.
-
     Attributes:
         messages: In order.
-        backward: Whether the pass is the backward one.
+        way: Of what is noted now.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.messages: list[Message] = []
-        self.backward = False
+        self.way = "forward"
         self.running: list[str] = []
 
     def __enter__(self) -> Traffic:
         def enter(module: nn.Module, _: Any) -> None:
-            self.running.append(type(module).__name__)
+            self.running.append(type(module).__name__.removeprefix("Split"))
 
         def leave(module: nn.Module, *_: Any) -> None:
             self.running.pop()
@@ -73,77 +78,82 @@ class Traffic(TorchDispatchMode):
     ) -> Any:
         operators = torch.ops.vitlinear
         if func is operators.total_rows.default:
-            self._add("sum", args[0].numel() * args[0].itemsize)
+            self._add(True, args[0].numel() * args[0].itemsize)
         elif func is operators.exchange_rows.default:
-            x, sent = args[0], args[1]
             own = torch.distributed.get_rank()
-            others = sum(n for rank, n in enumerate(sent) if rank != own)
-            self._add("exchange", others * x.itemsize)
+            others = sum(n for rank, n in enumerate(args[1]) if rank != own)
+            self._add(False, others * args[0].itemsize)
         return func(*args, **(kwargs or {}))
 
-    def _add(self, operator: str, sent: int) -> None:
+    def _add(self, summed: bool, sent: int) -> None:
         layer = self.running[-1] if self.running else ""
-        way = "backward" if self.backward else "forward"
-        self.messages.append(Message(way, layer, operator, sent))
+        self.messages.append(Message(self.way, layer, summed, sent))
 
 
-def growth(small: list[Message], tall: list[Message], wide: list[Message]) -> dict[str, Any]:
-    """Tells by three images what the bytes of each exchange depend on.
+def growth(*images: list[Message]) -> dict[str, Any]:
+    """Tells what the bytes of each exchange depend on.
 
     Args:
-        small: Exchanges of an image of 384 x 128.
-        tall: Of one of 768 x 128.
-        wide: Of one of 384 x 256.
+        *images: The exchanges of the middle one of `RANKS` processes, for each of `SIZES`.
 
     Returns:
-        ``passes``: for forward and backward and each kind the ``calls`` and ``bytes``: of a
-        ``state`` all of them, of a ``halo`` those for a column of the image, of a ``map`` those
-        for a pixel. ``layers``: the same of each layer's forward exchanges.
+        ``passes``: for forward and backward and each kind of `UNITS`, ``calls`` and ``bytes``.
+        ``layers``: the same of each layer's forward exchanges. A halo whose rows depend on where
+        windows lie counts with the most of these images.
 
     Raises:
-        ValueError: The exchanges are not the same, or the bytes grow in another way.
+        ValueError: The exchanges of the images are not the same ones.
     """
-    if not len(small) == len(tall) == len(wide):
-        raise ValueError(f"{len(small)}, {len(tall)} and {len(wide)} exchanges")
-    passes: dict[str, Any] = {
-        way: {kind: {"calls": 0, "bytes": 0} for kind in KINDS} for way in ("forward", "backward")
-    }
-    layers: dict[str, Any] = defaultdict(lambda: {kind: {"calls": 0, "bytes": 0} for kind in KINDS})
-    unlike: Counter[tuple[Any, ...]] = Counter()
-    for a, b, c in zip(small, tall, wide, strict=True):
-        if a.sent == b.sent == c.sent:
-            kind, scale = "state", 1
-        elif b.sent == a.sent and c.sent == 2 * a.sent:
-            kind, scale = "halo", 128
-        elif abs(b.sent - 2 * a.sent) <= 0.1 * b.sent and c.sent == 2 * a.sent:
-            kind, scale = "map", 384 * 128
+    if len({len(messages) for messages in images}) > 1:
+        raise ValueError(f"{[len(messages) for messages in images]} exchanges")
+
+    def empty() -> dict[str, dict[str, float]]:
+        return {kind: {"calls": 0, "bytes": 0} for kind in UNITS}
+
+    passes = {way: empty() for way in ("forward", "backward")}
+    layers: dict[str, Any] = defaultdict(empty)
+    height, width = SIZES[0]
+    for same in zip(*images, strict=True):
+        first, sent = same[0], [message.sent for message in same]
+        if len(set(sent)) == 1 and first.summed:
+            kind, size = "sum", float(sent[0])
+        elif len(set(sent)) == 1:
+            kind, size = "state", sent[0] / (RANKS - 1)
+        elif sent[1:] == [2 * sent[0], 4 * sent[0], 2 * sent[0]]:
+            kind, size = "map", sent[0] / (RANKS - 1) / (height // RANKS * width)
         else:
-            unlike[(a, b.sent, c.sent)] += 1
-            continue
-        for row in (
-            (passes[a.way][kind], layers[a.layer][kind])
-            if a.way == "forward"
-            else (passes[a.way][kind],)
-        ):
+            kind = "halo"
+            size = max(n / columns for n, (_, columns) in zip(sent, SIZES, strict=True))
+        rows = [passes[first.way][kind]]
+        if first.way == "forward":
+            rows.append(layers[first.layer][kind])
+        for row in rows:
             row["calls"] += 1
-            row["bytes"] += a.sent / scale if scale > 1 else a.sent
-    return {"passes": passes, "layers": dict(layers), "unlike": [str(x) for x in unlike]}
+            row["bytes"] += size
+    return {"passes": passes, "layers": dict(layers)}
 
 
-def by_layer(name: str, found: dict[str, Any]) -> list[str]:
-    """A Markdown table of the forward exchanges of a model, by layer."""
-    lines = [
-        "",
-        f"`{name}`, forward, by layer",
-        "",
-        "| layer | calls | bytes |",
-        "| --- | --- | --- |",
-    ]
-    units = {"state": "B", "halo": "B per column", "map": "B per pixel"}
-    for layer, kinds in found["layers"].items():
-        for kind in KINDS:
-            if kinds[kind]["calls"]:
-                lines.append(
-                    f"| {layer} | {kinds[kind]['calls']} | {kinds[kind]['bytes']:.6g} {units[kind]} |"
-                )
-    return lines + [f"unlike: {text}" for text in found["unlike"]]
+def summary(found: dict[str, Any]) -> list[str]:
+    """A Markdown table of models: calls and bytes of each pass and kind."""
+    lines = ["| model | pass | " + " | ".join(f"{k}: calls, {u}" for k, u in UNITS.items()) + " |"]
+    lines.append("| --- " * (len(UNITS) + 2) + "|")
+    for name, counts in found.items():
+        for way, kinds in counts["passes"].items():
+            cells = (_cell(kinds[kind]) for kind in UNITS)
+            lines.append(f"| `{name}` | {way} | {' | '.join(cells)} |")
+    return lines
+
+
+def by_layer(found: dict[str, Any]) -> list[str]:
+    """A Markdown table of models: calls and bytes of each layer's forward exchanges."""
+    lines = ["| model | layer | " + " | ".join(f"{k}: calls, {u}" for k, u in UNITS.items()) + " |"]
+    lines.append("| --- " * (len(UNITS) + 2) + "|")
+    for name, counts in found.items():
+        for layer, kinds in counts["layers"].items():
+            cells = (_cell(kinds[kind]) for kind in UNITS)
+            lines.append(f"| `{name}` | `{layer}` | {' | '.join(cells)} |")
+    return lines
+
+
+def _cell(row: dict[str, float]) -> str:
+    return f"{row['calls']}, {row['bytes']:.6g}" if row["calls"] else ""

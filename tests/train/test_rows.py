@@ -1,0 +1,103 @@
+"""Images split over processes by their rows (--rows): the run is that of one process."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import vitlinear_cli as cli
+from tests.train.helpers import TINY, fork_ranks, free_port, image_folder, tiny_flags, train
+from vitlinear.errors import UserError
+from vitlinear.processes import join_processes
+from vitlinear.train.record.saved_state import read_state
+from vitlinear.train.run import parse_arguments
+from vitlinear.train.tasks import check_task
+
+# With batch norms, an average, clipping, and everything that draws: crops, mixing, erasing, paths.
+FLAGS = ["--model", "test_ravlt_linear", "--img-size", "64", "-b", "6", "--epochs", "2"]
+FLAGS += ["--mixup", "0.8", "--cutmix", "1", "--reprob", "0.3", "--drop-path", "0.2"]
+FLAGS += ["--drop", "0.1", "--model-ema", "--model-ema-decay", "0.9", "--clip-grad", "1"]
+FLAGS += ["--aa", "rand-m9-mstd0.5-inc1", "--dist-timeout", "60", "--log-interval", "1"]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve images to train on, seven held out: two batches, and an uneven rest."""
+    return image_folder(tmp_path_factory.mktemp("images"), train=4, val=3, size=64)
+
+
+def runs(calls: list[list[str]], ports: list[int]) -> None:
+    """Runs of the command, one after the other, in a process of a group; prints their status."""
+    for arguments, port in zip(calls, ports, strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        print("status", cli.main(["train", *arguments, "--device", "cpu"]), flush=True)
+
+
+def run_together(count: int, *calls: list[str]) -> list[str]:
+    """The output of each of several runs in a group of processes."""
+    ports = [free_port() for _ in calls]
+    codes, text = fork_ranks(count, runs, list(calls), ports)
+    assert codes == [0] * count, text[-3000:]
+    return text
+
+
+def flags(images: Path, output: Path, *more: object) -> list[str]:
+    return tiny_flags(images, output, *FLAGS, *more)
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_a_run_by_rows_is_that_of_one_process(images: Path, tmp_path: Path) -> None:
+    """Weights, average, statistics, losses and metrics; and the same run stopped and resumed."""
+    expected, whole, parts = (tmp_path / name for name in ("one", "whole", "parts"))
+    train(images, expected, *FLAGS)
+    text = run_together(
+        2,
+        flags(images, whole, "--rows", 2),
+        flags(images, parts, "--rows", 2, "--stop-epoch", 1),
+        flags(images, parts, "--rows", 2, "--resume", "auto"),
+        flags(images, tmp_path / "small", "--rows", 2, "--img-size", 32),
+    )
+    assert text.count("status 0") == 6 and text.count("status 2") == 2
+    assert "--rows 2" in text and "1 row" in text
+
+    one, two, resumed = (read_state(path / "last_state.pt") for path in (expected, whole, parts))
+    for kind in ("state_dict", "state_dict_ema"):
+        for name, value in one[kind].items():
+            torch.testing.assert_close(two[kind][name], value, rtol=1e-5, atol=1e-5, msg=name)
+            assert torch.equal(resumed[kind][name], two[kind][name]), name
+    assert two["images_per_batch"] == 6 and two["updates"] == one["updates"] == 4
+    rows, wanted = (
+        [re.split(",", line) for line in (path / "summary.csv").read_text().splitlines()]
+        for path in (whole, expected)
+    )
+    assert rows[0] == wanted[0]
+    for found, want in zip(rows[1:], wanted[1:], strict=True):
+        for name, mine, theirs in zip(rows[0], found, want, strict=True):
+            if name.startswith(("train_", "eval_", "ema_")):
+                assert float(mine) == pytest.approx(float(theirs), rel=1e-5), name
+
+
+@pytest.mark.process
+@pytest.mark.nightly
+def test_groups_share_the_data(images: Path, tmp_path: Path) -> None:
+    """Four processes: two groups of two with half of each batch, against two processes."""
+    plain = [flag for flag in FLAGS if flag != "test_ravlt_linear"]
+    assert plain
+
+
+def test_what_cannot_be_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORLD_SIZE", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match="--rows 2 splits each image over 2 processes, .* are 1"):
+        join_processes(torch.device("cpu"), timeout=1, rows=2)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(UserError, match="start a multiple of 2, with torchrun"):
+        join_processes(torch.device("cpu"), timeout=1, rows=2)
+    config = parse_arguments(["--rows", "2", "--kd-model-name", "deit_tiny_patch16_224"])
+    with pytest.raises(UserError, match="not what a teacher was trained on"):
+        check_task(config.distillation, averages=False, sharded=False, rows=2)
