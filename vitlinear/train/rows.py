@@ -12,15 +12,18 @@ of the gradients over all processes: the gradients are those of one process per 
 
 import contextlib
 import datetime
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 import torch
 from timm.task import TrainingTask
 from timm.utils import unwrap_model
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from vitlinear.errors import UserError
+from vitlinear.models._contract import TimmBackbone
 from vitlinear.processes import Processes
 
 # Images [B, C, H, W] of a group to the context of their forward and backward pass, which gives
@@ -50,6 +53,36 @@ def make_mesh(processes: Processes, device: torch.device, timeout: float) -> Dev
     return DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=("data", "rows"))
 
 
+def last_stride(model: nn.Module) -> int:
+    """Returns the pixels in a row of the model's last map."""
+    return max(int(level["reduction"]) for level in model.feature_info)  # type: ignore[union-attr]
+
+
+def check_rows(model: nn.Module, height: int, processes: Processes) -> None:
+    """Refuses images that have fewer rows at the model's last stride than processes share them.
+
+    Args:
+        model: What is trained.
+        height: Rows of its images.
+        processes: How many share an image.
+
+    Raises:
+        UserError: Says how many may.
+    """
+    if processes.rows == 1:
+        return
+    if not isinstance(model, TimmBackbone):
+        raise UserError("--rows splits images for models of vitlinear alone")
+    stride = last_stride(model)
+    most = height // stride if model.rounds_down else math.ceil(height / stride)
+    if most < processes.rows:
+        raise UserError(
+            f"--rows {processes.rows} needs a row for each process at the model's last stride, "
+            f"{stride}, and images of {height} rows have {most} there: lower --rows, or give "
+            "larger images (--img-size)"
+        )
+
+
 def share_images(
     task: TrainingTask, processes: Processes, device: torch.device, timeout: float
 ) -> Share:
@@ -68,13 +101,14 @@ def share_images(
         return contextlib.nullcontext
     from vitlinear.parallel import parallelize, shard_rows
 
+    stride = last_stride(unwrap_model(task.get_trainable_module()))
     mesh = make_mesh(processes, device, timeout)["rows"]
     for ema in (False, True) if task.has_ema() else (False,):
         parallelize(unwrap_model(task.get_trainable_module(ema=ema)), mesh)
 
     @contextlib.contextmanager
     def share(images: Tensor) -> Iterator[Tensor]:
-        part, rows = shard_rows(images, mesh)
+        part, rows = shard_rows(images, mesh, multiple=stride)
         with rows:
             yield part
 

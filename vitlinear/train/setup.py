@@ -33,7 +33,7 @@ from .loop import updates_per_epoch
 from .make_model import enable_checkpointing, make_model, shape_arguments
 from .optimiser import make_optimizer
 from .parallel import check_sharding, distribute, synchronised
-from .rows import Share, share_images
+from .rows import Share, check_rows, share_images
 from .schedule import batch_size_note, learning_rate, make_schedule
 from .start_weights import check_initial, initial_weights, initialise_head, normalisation_note
 from .tasks import check_task, make_task
@@ -108,6 +108,7 @@ def set_up(config: TrainConfig) -> Run:
     model, notes = _start_model(config, num_classes)
     notes += data_notes(train_set, eval_set, num_classes)
     input = data_config(model, {**config.input.given(), "model_kwargs": config.model.model_kwargs})
+    check_rows(model, input.input_size[1], processes)
     if note := normalisation_note(config.start.initial_checkpoint, input):
         notes.append(note)
     card = Card(
