@@ -22,7 +22,7 @@ pytestmark = pytest.mark.network
 
 MODELS = timm_peer.our_models()
 # In one process, which takes as long to start and to collect as the tests of a model do.
-TOGETHER = 4
+TOGETHER = 9
 # timm's reason for passing over a model that takes one, large, input size only.
 TOO_LARGE = "Fixed input size model > limit."
 

@@ -73,7 +73,7 @@ def check(model: nn.Module, size: tuple[int, int], **kwargs: object) -> None:
     )
 
 
-@pairwise(name=MODELS, size=SIZES, band_rows=(1, 3, 8, 1000))
+@pairwise(every=2, name=MODELS, size=SIZES, band_rows=(1, 3, 8, 1000))
 def test_equals_the_whole_image(name, size, band_rows):
     check(make(name), size, band_rows=band_rows)
 
@@ -84,7 +84,7 @@ def test_other_models_are_exact_or_refused(name):
     try:
         check(make(name), (203, 97), band_rows=3)
     except vitlinear.errors.UserError as error:
-        assert "bands of rows" in str(error) or "cannot stream" in str(error)
+        assert "bands of rows" in str(error)
 
 
 @pytest.mark.parametrize("pool", ["max", "avgmax", ""])

@@ -25,9 +25,14 @@ l2         ReLU                rotary      1               1 / max(z, 100/N)  0
 lightnet   SiLU, identity      cosine      token softmax   1                  0
 identity   identity            rotary      1               1                  0
 pola       signed powers       none        1               1 / (z + eps)      0
+features   identity            rotary      1               1 / (z + eps)      0
 =========  ==================  ==========  ==============  =================  ======
 
 Rotary positions are the caller's choice for every row that names them.
+
+``features`` is for q and k that are features already, of any width, whose products are positive:
+what makes them, and weights of keys or queries, stands outside. It is no attention that a layer
+can be made of, and stands beside `MECHANISMS`.
 
 ``pola`` reads the second half of the values by phi_q(-q_i), in a and b too. Its phi(-x) is phi(x)
 with halves exchanged: the second read takes the same features, and the state and m with their
@@ -241,13 +246,18 @@ MECHANISMS = {
     )
 }
 
+# For features that the caller makes.
+FEATURES = Mechanism("features", "identity", "identity")
+
 
 def get_mechanism(name: str) -> Mechanism:
-    """Look a mechanism up by name.
+    """Look a mechanism up by name: one of `MECHANISMS`, or `FEATURES`.
 
     Raises:
         ValueError: No mechanism has this name; the message lists those that exist.
     """
+    if name == FEATURES.name:
+        return FEATURES
     try:
         return MECHANISMS[name]
     except KeyError:

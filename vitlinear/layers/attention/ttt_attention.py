@@ -19,6 +19,7 @@ from ..layout import split_axis
 from ..linear import Linear
 from ..padding_rule import MASK
 from .band_attention import merge_sums
+from .scriptable import unpack
 from .scriptable_state import scriptable_read, scriptable_state, turned
 
 
@@ -111,7 +112,7 @@ class TttAttention(nn.Module):
         if mask is not None:
             mask = mask.flatten(1)
             qkv = qkv.masked_fill(mask[:, :, None, None, None], 0)
-        q, k, v = qkv.unbind(2)
+        q, k, v, _ = unpack(qkv)
         k = turned(k, rotary)  # once, for the two that take it
         first = torch.cat((self.w1, self.w2), dim=2).unsqueeze(0)
         # For each sample: a batch of one would ask torch.export whether there are more.
@@ -127,13 +128,12 @@ class TttAttention(nn.Module):
         """g, [B, H, W, 3 D] -> [B, H, W, D]."""
         if key_padding_mask is not None:
             qkv = qkv.masked_fill(key_padding_mask.unsqueeze(-1), 0)
-        q, k, v = qkv.chunk(3, dim=3)
-        dtype = accumulation_dtype(q.dtype)
         if not torch.jit.is_scripting():
             band = band_in_use()
             if band is not None:
-                state = self.state_of_bands(band, k.to(dtype), v.to(dtype), key_padding_mask)
-                return conv_per_sample(q, stepped(self.w3.flatten(1), state, 2))
+                return self.convolution_of_bands(band, qkv, key_padding_mask)
+        q, k, v = qkv.chunk(3, dim=3)
+        dtype = accumulation_dtype(q.dtype)
         sums = tap_sums(k.to(dtype), v.to(dtype))
         if key_padding_mask is None:
             state = sums / (q.shape[1] * q.shape[2])
@@ -146,6 +146,17 @@ class TttAttention(nn.Module):
     def row_reach(self, height: int) -> int:
         """Rows above and below that the convolution needs."""
         return 1
+
+    @torch.jit.ignore
+    def convolution_of_bands(
+        self, band: Band, qkv: Tensor, key_padding_mask: Tensor | None
+    ) -> Tensor:
+        """`convolution` of a band."""
+        wide, qkv = band.around(qkv, 1)
+        q, k, v = qkv.chunk(3, dim=3)
+        dtype = accumulation_dtype(q.dtype)
+        state = self.state_of_bands(wide, k.to(dtype), v.to(dtype), key_padding_mask)
+        return band.within(wide, conv_per_sample(q, stepped(self.w3.flatten(1), state, 2)))
 
     @torch.jit.ignore
     def state_of_bands(

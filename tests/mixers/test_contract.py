@@ -1,0 +1,174 @@
+"""The contract of the registry: every attention in it, by name.
+
+A mixer is compared with its own definition in float64. Everything else is said of the layer around
+it, which is what users hold.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from vitlinear.mixers import (
+    Grid,
+    Mixer,
+    MixerAttention,
+    create_attention,
+    describe_attention,
+    list_attentions,
+    make_mixer,
+)
+from vitlinear.mixers.attention import position_tables
+
+NAMES = list_attentions()
+HEADS, DIM = 2, 8  # of a head
+
+each = pytest.mark.parametrize("name", NAMES)
+
+
+def spread(module: nn.Module, seed: int = 0) -> None:
+    """Give every parameter random values: what starts at zero, or alike, would hide mistakes."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_(0.3 * noise.to(parameter.dtype))
+
+
+def mixer_of(name: str, dtype: torch.dtype = torch.float64, **options: Any) -> Mixer:
+    torch.manual_seed(0)
+    mixer = make_mixer({"name": name, **options}, HEADS * DIM, HEADS, dtype=dtype)
+    spread(mixer)
+    return mixer.eval()
+
+
+def layer_of(name: str, dtype: torch.dtype = torch.float64, **kwargs: Any) -> MixerAttention:
+    torch.manual_seed(0)
+    layer = create_attention(name, HEADS * DIM, HEADS, dtype=dtype, **kwargs)
+    spread(layer)
+    return layer.eval()
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def tokens(grid: Grid, batch: int = 2, seed: int = 0) -> tuple[Tensor, ...]:
+    """q, k, v [B, N, h, D] and x [B, N, C]."""
+    q, k, v = normal(3, batch, grid.length, HEADS, DIM, seed=seed)
+    return q, k, v, normal(batch, grid.length, HEADS * DIM, seed=seed + 1)
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    """The greatest difference, relative to the greatest number."""
+    scale = expected.abs().max().clamp(min=1e-3)
+    error = float((actual - expected).abs().max().detach() / scale.detach())
+    assert error < tolerance, f"relative error {error:.1e}"
+
+
+@each
+@pytest.mark.parametrize("grid", [Grid(4, 6), Grid(3, 5, 2)], ids=["map", "prefix"])
+def test_definition(name, grid):
+    """Output and gradients, of parameters too, are those of the definition."""
+    mixer, (q, k, v, x) = mixer_of(name), tokens(grid)
+    inputs = [t.requires_grad_() for t in (q, k, v, x)]
+    wanted = [*inputs, *mixer.parameters()]
+    out, expected = mixer(q, k, v, grid, x), mixer.definition(q, k, v, grid, x)
+    assert out.shape == v.shape and out.dtype == v.dtype
+    close(out, expected, 1e-9)
+    weights = normal(*out.shape, seed=7)
+    found = torch.autograd.grad((out * weights).sum(), wanted, allow_unused=True)
+    oracle = torch.autograd.grad((expected * weights).sum(), wanted, allow_unused=True)
+    for gradient, exact in zip(found, oracle, strict=True):
+        if gradient is not None and exact is not None:
+            close(gradient, exact, 1e-7)
+        else:
+            rest = gradient if exact is None else exact
+            assert rest is None or not rest.any()
+
+
+@each
+def test_definition_with_positions(name):
+    if describe_attention(name).turns != "inside":
+        pytest.skip("positions act before the mixer")
+    mixer, (q, k, v, x) = mixer_of(name), tokens(Grid(3, 4))
+    grid = Grid(3, 4, rotary=position_tables(mixer, 3, 4, q))
+    close(mixer(q, k, v, grid, x), mixer.definition(q, k, v, grid, x), 1e-9)
+
+
+@each
+def test_tokens_before_the_map_and_any_size(name):
+    """Tokens before a map, with positions, and a map as tokens and as it is."""
+    rope = describe_attention(name).turns != "nowhere"
+    layer = layer_of(name, num_prefix_tokens=2, rope=rope)
+    for height, width in ((1, 1), (5, 3), (7, 8)):
+        x = normal(2, 2 + height * width, HEADS * DIM)
+        assert layer(x, height, width).isfinite().all()
+    layer.num_prefix_tokens = 0
+    x = normal(2, 5, 6, HEADS * DIM)
+    close(layer(x), layer(x.flatten(1, 2), 5, 6).reshape(x.shape), 1e-9)
+
+
+@each
+@pytest.mark.parametrize("prefix", [0, 1])
+def test_padding_is_cropping(name, prefix):
+    """Padding at the right and below is as if it were not there, whatever it holds."""
+    layer = layer_of(name, rope=describe_attention(name).turns != "nowhere")
+    layer.num_prefix_tokens = prefix
+    first, cropped = normal(1, prefix, HEADS * DIM, seed=3), normal(1, 4, 5, HEADS * DIM)
+    padded = torch.full((1, 6, 7, HEADS * DIM), torch.nan, dtype=torch.float64)
+    padded[:, :4, :5] = cropped
+    mask = torch.ones(1, 6, 7, dtype=torch.bool)
+    mask[:, :4, :5] = False
+    rows = torch.cat((first, padded.flatten(1, 2)), dim=1)
+    hidden = torch.cat((mask.new_zeros(1, prefix), mask.flatten(1)), dim=1)
+    out = layer(rows, 6, 7, key_padding_mask=hidden)
+    expected = layer(torch.cat((first, cropped.flatten(1, 2)), dim=1), 4, 5)
+    close(out[:, :prefix], expected[:, :prefix], 1e-9) if prefix else None
+    own = out[:, prefix:].reshape(1, 6, 7, -1)[:, :4, :5]
+    close(own, expected[:, prefix:].reshape(1, 4, 5, -1), 1e-9)
+
+
+@each
+def test_samples_do_not_meet(name):
+    layer, x = layer_of(name), normal(3, 4, 5, HEADS * DIM)
+    for one in range(3):
+        close(layer(x)[one : one + 1], layer(x[one : one + 1]), 1e-10)
+
+
+@each
+def test_order(name):
+    """Attention without an order is equivariant to permutations of tokens; the others are not."""
+    layer, x = layer_of(name), normal(2, 81, HEADS * DIM)
+    order = torch.randperm(81, generator=torch.Generator().manual_seed(1))
+    difference = (layer(x[:, order], 9, 9) - layer(x, 9, 9)[:, order]).abs().max()
+    if describe_attention(name).order == "free":
+        assert difference < 1e-9
+    else:
+        assert difference > 1e-6
+
+
+@each
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_adversarial_numbers(name, dtype):
+    """Outputs and gradients stay finite, and half types err by their rounding."""
+    grid, mixer = Grid(3, 4), mixer_of(name, dtype)
+    for scale in (1.0, 1e4, 1e-4, 0.0):
+        q, k, v, x = (t.to(dtype) for t in tokens(grid))
+        inputs = [(scale * q).requires_grad_(), (scale * k).requires_grad_(), v.requires_grad_()]
+        out = mixer(*inputs, grid, x)
+        assert out.dtype == dtype and out.isfinite().all(), f"scale {scale}"
+        gradients = torch.autograd.grad(out.float().sum(), inputs, allow_unused=True)
+        for gradient in gradients:
+            assert gradient is None or gradient.isfinite().all(), f"gradient at scale {scale}"
+        if scale == 1.0:
+            exact = mixer_of(name)
+            exact.load_state_dict(mixer.state_dict())
+            wide = [t.detach().double() for t in inputs]
+            expected = exact(*wide, grid, x.double())
+            allowed = {torch.float16: 1e-2, torch.bfloat16: 5e-2, torch.float32: 1e-4}[dtype]
+            close(out.double(), expected, allowed)
