@@ -14,7 +14,7 @@ from torch.nn.modules.module import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 RANKS = 3  # that exchange while it is counted
-# Images: a first one, two of more rows, and one of twice its columns. Cuts lie at the same places of
+# Images: a first one, two of more rows, and one of twice its columns. Their cuts lie alike in
 # windows of 7 rows: a process has 4, 11 or 18 rows of the last map.
 SIZES = ((384, 128), (1056, 128), (1728, 128), (384, 256))
 UNITS = {

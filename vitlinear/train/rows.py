@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from vitlinear.errors import UserError
 from vitlinear.models._contract import TimmBackbone
+from vitlinear.parallel import parallelize, shard_rows
 from vitlinear.processes import Processes
 
 # Images [B, C, H, W] of a group to the context of their forward and backward pass, which gives
@@ -99,8 +100,6 @@ def share_images(
     """
     if processes.rows == 1:
         return contextlib.nullcontext
-    from vitlinear.parallel import parallelize, shard_rows
-
     stride = last_stride(unwrap_model(task.get_trainable_module()))
     mesh = make_mesh(processes, device, timeout)["rows"]
     for ema in (False, True) if task.has_ema() else (False,):
