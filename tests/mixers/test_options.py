@@ -30,6 +30,20 @@ CASES = [
     ("saga", {"gates": "keys"}),
     ("saga", {"gates": "values"}),
     ("mhla", {"blocks": 3}),
+    ("lolcats", {"window": 2}),
+    ("lolcats", {"window": 3, "scale_rest": True}),
+    ("still", {"window": 2, "keys_per_window": 1}),
+    ("still", {"window": 2, "keys_per_window": 2, "most_keys": 3}),
+    ("lla", {"ridge": 0.1}),
+    ("lla_uniform", {"ridge": 0.1}),
+    ("delta", {"solver": "richardson"}),
+    ("delta", {"solver": "chebyshev", "steps": 1}),
+    ("delta", {"solver": "chebyshev", "steps": 4}),
+    ("delta", {"form": "scans_2"}),
+    ("kimi_delta", {"solver": "richardson", "steps": 3}),
+    ("kimi_delta", {"solver": "chebyshev", "steps": 3}),
+    ("kimi_delta", {"form": "scans_2"}),
+    ("kimi_delta", {"form": "scans_4"}),
 ]
 
 

@@ -4,14 +4,18 @@ Each file below that holds mixers registers them when it is imported here.
 """
 
 from . import agent as agent
+from . import delta as delta
 from . import families as families
 from . import flowformer as flowformer
 from . import focused as focused
 from . import hedgehog as hedgehog
 from . import lawcat as lawcat
 from . import linfusion as linfusion
+from . import lla as lla
+from . import lolcats as lolcats
 from . import mhla as mhla
 from . import saga as saga
+from . import still as still
 from . import taylor as taylor
 from . import transnormer as transnormer
 from . import vssd as vssd
