@@ -14,9 +14,13 @@ from . import linfusion as linfusion
 from . import lla as lla
 from . import lolcats as lolcats
 from . import mhla as mhla
+from . import nats as nats
+from . import routing as routing
 from . import saga as saga
+from . import sea as sea
 from . import still as still
 from . import taylor as taylor
+from . import titans as titans
 from . import transnormer as transnormer
 from . import vssd as vssd
 from .attention import MixerAttention, attention_of_spec, create_attention
