@@ -15,6 +15,8 @@ from tqdm import tqdm
 
 from vitlinear.errors import UserError
 from vitlinear.layers.band import use_band
+from vitlinear.rows.reach import Rows
+from vitlinear.rows.steps import Step
 
 from .maps import FileMap, RowMap
 from .memory import (
@@ -26,10 +28,8 @@ from .memory import (
     resident,
     rows_that_fit,
 )
-from .reach import Rows
 from .record import Position, Record
 from .sinks import Writer
-from .steps import Step
 from .sums import StreamedBand, Sums, Unknown
 
 KEPT_MARGIN = 1.1  # over the own rows: what is kept has the rows around them too

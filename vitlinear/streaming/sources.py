@@ -281,7 +281,7 @@ def _raster_on_earth(path: Path) -> Any:
 
 def forget_pages(array: Any) -> None:
     """Let pages of a memory map that were read or written not count as memory of the process."""
-    mapped = getattr(array, "_mmap", None)
+    mapped: Any = getattr(array, "_mmap", None)
     if isinstance(array, np.memmap) and hasattr(mapped, "madvise"):
         mapped.madvise(mmap.MADV_DONTNEED)
 

@@ -15,6 +15,7 @@ from vitlinear.create import data_config
 from vitlinear.errors import UserError
 from vitlinear.files import make_folder
 from vitlinear.models._isotropic import IsotropicBackbone
+from vitlinear.rows.steps import check_head, steps_of
 
 from .maps import RowMap
 from .memory import parse_memory
@@ -22,7 +23,6 @@ from .record import Record
 from .run import Plan, Readable, Runner, module_example, plan_steps, pooled
 from .sinks import Writer, Writers, check_shape, check_sink
 from .sources import ImageSource, RasterSource, open_source
-from .steps import check_head, steps_of
 
 Output = str | int
 
