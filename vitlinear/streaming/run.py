@@ -284,8 +284,10 @@ class Runner:
         # What is kept may take memory from the bands, as long as these do not become so low that
         # the rows around them count.
         kept = int(_channels(plan, "row_keep") * self.nbytes((*plan.after[:2], 1)) * KEPT_MARGIN)
+        if not kept:
+            return rows, False
         least = base + max(KEEPING_ROWS, 16 * plan.step.reach(height)) * per_row
-        if not kept or kept + least > budget:
+        if kept + least > budget:
             return rows, False
         return rows_that_fit(base, per_row, height, budget - kept, name), True
 
