@@ -248,6 +248,11 @@ class Runner:
                 "left of what may be used: give workdir= to keep them on disk, or more by memory="
             )
 
+    def left(self, maps: list[RowMap]) -> int:
+        """Bytes of memory that these maps leave."""
+        held = 0 if self.folder is not None else sum(made.nbytes for made in maps)
+        return max(self.memory - held, RESERVE)
+
     def nbytes(self, shape: Shape) -> int:
         """Bytes of a map."""
         return math.prod(shape) * self.example.element_size()
