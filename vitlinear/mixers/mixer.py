@@ -1,4 +1,4 @@
-"""What every attention of the registry is: a mixer of values between the projections of a layer."""
+"""Base of every attention of the registry: a mixer of values between projections of a layer."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Mixer(nn.Module):
             return grid.hide(saturate(out, v.dtype).to(v.dtype))
 
     def from_input(self, x: Tensor, grid: Grid) -> Tensor | None:
-        """What `mix` gets of the input of the layer, [B, N, C], such as gates; nothing by default.
+        """The part of the input of the layer, [B, N, C], that `mix` gets, such as gates; or None.
 
         Runs under autocast where there is some, as projections do.
         """

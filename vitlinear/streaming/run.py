@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,12 +15,21 @@ from tqdm import tqdm
 
 from vitlinear.errors import UserError
 from vitlinear.layers.band import use_band
+from vitlinear.rows.reach import Rows
+from vitlinear.rows.steps import Step
 
 from .maps import FileMap, RowMap
-from .memory import RESERVE, amount, give_back_memory, peak_bytes, resident, rows_that_fit
-from .reach import Rows
+from .memory import (
+    RESERVE,
+    amount,
+    give_back_memory,
+    measured_bytes,
+    peak_bytes,
+    resident,
+    rows_that_fit,
+)
 from .record import Position, Record
-from .steps import Step
+from .sinks import Writer
 from .sums import StreamedBand, Sums, Unknown
 
 Shape = tuple[int, int, int]
@@ -49,6 +59,16 @@ class Plan:
     step: Step
     before: Shape
     after: Shape
+
+    def of_width(self, width: int) -> Plan:
+        """The same for a map of another width, counted in its output."""
+        if width == self.after[1]:
+            return self
+        before, after = (
+            (shape[0], columns, shape[2])
+            for shape, columns in ((self.before, width * self.step.stride), (self.after, width))
+        )
+        return Plan(self.step, before, after)
 
     def rows_after(self, rows: int) -> int:
         """Rows that some rows of the input become."""
@@ -171,19 +191,38 @@ class Runner:
             return RowMap(shape, self.example.dtype)
         return FileMap(shape, self.example.dtype, self.folder / f"map-{number}.bin", keep)
 
-    def choose_cuts(self, plan: Plan, gathered: int, held: int) -> Cuts:
-        """The rows of each band of a step.
+    def choose_cuts(self, plans: list[Plan], wanted: set[int]) -> list[Cuts]:
+        """The rows of each band of each step, so that all fit into memory.
 
         Args:
-            plan: The step.
-            gathered: Bytes that the step keeps of all bands, as softmax attention does.
-            held: Bytes of the maps that are in memory meanwhile.
+            plans: The steps.
+            wanted: Numbers of those whose output is kept.
+
+        Raises:
+            UserError: One does not fit; the message says what it needs.
         """
-        height = plan.after[0]
-        rows = self.band_rows
-        if rows is None:
-            rows = self._rows_that_fit(plan, gathered, held)
-        return tuple((a, min(a + rows, height)) for a in range(0, height, rows))
+        cuts: list[Cuts] = []
+        measured: dict[str, tuple[int, int]] = {}
+        for number, plan in enumerate(plans):
+            height = plan.after[0]
+            rows = self.band_rows
+            if rows is None:
+                held = self._held(number, plans, wanted)
+                # Most blocks of a stage are alike.
+                middle = plan.step.rows_needed(Rows(height // 2, height // 2 + 1), plan.before[0])
+                key = f"{[*plan.step.modules.values()]} {middle} {plan.before} {plan.after}"
+                if key not in measured:
+                    measured[key] = self._measure(plan)
+                rows = self._rows_that_fit(plan, *measured[key], self.memory - held)
+            cuts.append(tuple((a, min(a + rows, height)) for a in range(0, height, rows)))
+        return cuts
+
+    def _held(self, number: int, plans: list[Plan], wanted: set[int]) -> int:
+        """Bytes of the maps that are in memory while a step runs."""
+        if self.folder is not None:
+            return 0
+        maps = {n for n in wanted if n < number} | {number, number - 1}
+        return sum(self.nbytes(plans[n].after) for n in maps if n >= 0)
 
     def check_maps(self, plans: list[Plan], wanted: set[int]) -> None:
         """Check that the maps between steps fit into memory, where they are kept there.
@@ -193,12 +232,7 @@ class Runner:
         """
         if self.folder is not None:
             return
-        kept, needed = 0, 0
-        for number, plan in enumerate(plans):
-            before = self.nbytes(plan.before) if number and number - 1 not in wanted else 0
-            needed = max(needed, kept + before + self.nbytes(plan.after))
-            if number in wanted:
-                kept += self.nbytes(plan.after)
+        needed = max(self._held(number, plans, wanted) for number in range(len(plans)))
         if needed > self.memory:
             raise UserError(
                 f"the maps between layers need {amount(needed)} of memory, and "
@@ -210,37 +244,49 @@ class Runner:
         """Bytes of a map."""
         return math.prod(shape) * self.example.element_size()
 
-    def _rows_that_fit(self, plan: Plan, gathered: int, held: int) -> int:
-        budget = self.memory - held
-        height = plan.after[0]
+    def _measure(self, plan: Plan) -> tuple[int, int]:
+        """See `measured_bytes`."""
+        height, width, _ = plan.after
 
-        def measure(own: int) -> int:
+        def measure(own: int, columns: int) -> int:
             start = (height - own) // 2
             rows = Rows(start, start + own)
-            image = _Noise(plan.before, self.example)
-            sums = Sums()
+            part = plan.of_width(columns)
+            image = _Noise(part.before, self.example)
             cuts: Cuts = ((rows.start, rows.stop),)
-            return peak_bytes(lambda: run_band(plan, image, rows, cuts, sums, self.example))
+            return peak_bytes(lambda: run_band(part, image, rows, cuts, Sums(), self.example))
 
-        rows = rows_that_fit(measure, height, budget, plan.step.name)
-        if rows < height and gathered:
-            if 2 * gathered > budget:
-                raise UserError(
-                    f"{plan.step.name} has softmax attention over the whole map, whose keys and "
-                    f"values need {amount(2 * gathered)}; {amount(budget)} are left: give more by "
-                    "memory=, or take a model that is linear in all stages"
-                )
-            rows = rows_that_fit(measure, height, budget - 2 * gathered, plan.step.name)
-        return rows
+        return measured_bytes(measure, height, width)
+
+    def _rows_that_fit(self, plan: Plan, base: int, per_row: int, budget: int) -> int:
+        height, name = plan.after[0], plan.step.name
+        rows = rows_that_fit(base, per_row, height, budget, name)
+        gathered = gathered_bytes(plan, self.example)
+        if rows == height or not gathered:
+            return rows
+        if 2 * gathered > budget:
+            raise UserError(
+                f"{name} has softmax attention over the whole map, whose keys and values need "
+                f"{amount(2 * gathered)}; {amount(budget)} are left: give more by memory=, or take "
+                "a model that is linear in all stages"
+            )
+        return rows_that_fit(base, per_row, height, budget - 2 * gathered, name)
 
     @torch.no_grad()
-    def run(self, plans: list[Plan], image: Readable, wanted: set[int]) -> dict[int, RowMap]:
+    def run(
+        self,
+        plans: list[Plan],
+        image: Readable,
+        wanted: set[int],
+        open_writers: Callable[[int, RowMap], list[Writer]],
+    ) -> dict[int, RowMap]:
         """Run the steps.
 
         Args:
             plans: The steps.
             image: What the first one reads.
             wanted: Numbers of the steps whose output is kept; the last one among them.
+            open_writers: What writes the output of a step, by its number, while its bands come.
 
         Returns:
             The maps by these numbers.
@@ -249,6 +295,7 @@ class Runner:
             UserError: Memory or disk do not suffice, or the image cannot be read.
         """
         self.check_maps(plans, wanted)
+        cuts = self.choose_cuts(plans, wanted)
         kept: dict[int, RowMap] = {}
         source: Readable = image
         first = 0
@@ -256,6 +303,8 @@ class Runner:
         for number in sorted(position.finished):
             made = self.make_map(number, plans[number].after, keep=True)
             made.prefix = position.finished[number]
+            for writer in open_writers(number, made):
+                writer.advance(made.shape[0])
             kept[number] = made
             source, first = made, number + 1
         bar = tqdm(total=len(plans), initial=first, disable=not self.progress, unit="step")
@@ -263,7 +312,14 @@ class Runner:
             for number in range(first, len(plans)):
                 plan = plans[number]
                 bar.set_postfix_str(plan.step.name)
-                source = self._run_step(number, plan, source, position, kept, bar)
+                if not position.cuts:
+                    made = self.make_map(number, plan.after)
+                    position.cuts = cuts[number]
+                else:
+                    made = self.make_map(number, plan.after, keep=True)
+                writers = open_writers(number, made)
+                self._run_step(plan, source, made, position, writers, bar)
+                source = made
                 kept[number] = source
                 position.finished[number] = source.prefix
                 position.cuts, position.band, position.sums = (), 0, Sums()
@@ -282,21 +338,13 @@ class Runner:
 
     def _run_step(
         self,
-        number: int,
         plan: Plan,
         source: Readable,
+        target: RowMap,
         position: Position,
-        kept: dict[int, RowMap],
+        writers: list[Writer],
         bar: Any,
-    ) -> RowMap:
-        again = bool(position.cuts)
-        if not again:
-            held = 0
-            if self.folder is None:
-                held = sum(made.nbytes for made in kept.values()) + self.nbytes(plan.after)
-            gathered = gathered_bytes(plan, self.example)
-            position.cuts = self.choose_cuts(plan, gathered, held)
-        target = self.make_map(number, plan.after, keep=again)
+    ) -> None:
         cuts, sums = position.cuts, position.sums
         while True:
             for i in range(position.band, len(cuts)):
@@ -309,6 +357,8 @@ class Runner:
                     traceback.clear_frames(stopped.__traceback__)
                 else:
                     target.write(own.start, y)
+                    for writer in writers:
+                        writer.advance(own.stop)
                     if position.prefix is None:
                         position.prefix = prefix
                     del y
@@ -317,7 +367,7 @@ class Runner:
                 self._note(position)
             if not sums.finish_pass():
                 target.prefix = position.prefix
-                return target
+                return
             position.band = 0
             if self.record is not None:
                 self.record.save_sums(position)

@@ -15,14 +15,14 @@ from vitlinear.create import data_config
 from vitlinear.errors import UserError
 from vitlinear.files import make_folder
 from vitlinear.models._isotropic import IsotropicBackbone
+from vitlinear.rows.steps import check_head, steps_of
 
 from .maps import RowMap
 from .memory import parse_memory
 from .record import Record
 from .run import Plan, Readable, Runner, module_example, plan_steps, pooled
-from .sinks import check_sink, write_map
+from .sinks import Writer, Writers, check_shape, check_sink
 from .sources import ImageSource, RasterSource, open_source
-from .steps import check_head, steps_of
 
 Output = str | int
 
@@ -95,21 +95,29 @@ def stream(
         plans = plan_steps(steps, image.shape, example)
         numbers = {name: _number_of(name, plans, model) for name in outputs}
         plans = plans[: max(numbers.values()) + 1]
+        for name, place in sinks.items():
+            check_shape(place, plans[numbers[name]].after)
         folder = record = None
         if workdir is not None:
             folder = Path(workdir).expanduser()
             make_folder(folder)
             record = Record(folder, _description(model, image, outputs, band_rows))
         runner = Runner(example, budget, folder, record, band_rows, progress)
-        maps = runner.run(plans, image, set(numbers.values()))
-        made: dict[Output, Any] = {}
-        for name, number in numbers.items():
-            if name in sinks:
-                raster = opened.raster if isinstance(opened, RasterSource) else None
-                write_map(maps[number], sinks[name], raster, _stride(plans[: number + 1]))
-                made[name] = sinks[name]
-            else:
-                made[name] = _assemble(name, maps[number], model, example)
+        raster = opened.raster if isinstance(opened, RasterSource) else None
+        with Writers(raster) as writers:
+
+            def open_writers(number: int, made: RowMap) -> list[Writer]:
+                stride = _stride(plans[: number + 1])
+                places = [
+                    sinks[name] for name, n in numbers.items() if n == number and name in sinks
+                ]
+                return [writers.open(made, place, stride) for place in places]
+
+            maps = runner.run(plans, image, set(numbers.values()), open_writers)
+        made = {
+            name: sinks[name] if name in sinks else _assemble(name, maps[number], model, example)
+            for name, number in numbers.items()
+        }
         if record is not None and all(name in sinks or name == "logits" for name in outputs):
             record.delete()
             for finished in maps.values():

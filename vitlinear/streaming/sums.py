@@ -8,7 +8,7 @@ two or three times for a linear attention.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,7 +96,9 @@ class StreamedBand(Band):
             raise Unknown
         return _like(parts, [torch.full_like(x, math.nan) for x in parts])
 
-    def gather(self, axis: int, *parts: Tensor) -> tuple[Tensor, ...]:
+    def gather(
+        self, axis: int, *parts: Tensor, lengths: Sequence[tuple[int, ...]] | None = None
+    ) -> tuple[Tensor, ...]:
         """See `Band`."""
         number, self.asked = self.asked, self.asked + 1
         if len(self.cuts) == 1:

@@ -124,7 +124,9 @@ def gather_keys(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Keys and values [B, n, h, D] and a mask [B, n] of a band -> those of all bands."""
     parts = (k, v) if mask is None else (k, v, mask)
-    k, v, *masks = band.gather(1, *(band.own_tokens(x) for x in parts))
+    width = (k.shape[1] - band.prefix) // (band.stop - band.start)
+    lengths = [band.own_lengths(width)] * len(parts)
+    k, v, *masks = band.gather(1, *(band.own_tokens(x) for x in parts), lengths=lengths)
     return k, v, masks[0] if masks else None
 
 
