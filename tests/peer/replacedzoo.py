@@ -44,21 +44,19 @@ ZOO: dict[str, Replaced] = {
     ),
     "deit": Replaced("deit_tiny_distilled_patch16_224", VIT, "rala"),
     "deit3": Replaced("deit3_small_patch16_224", VIT, "l2", {"blocks": "1:"}),
-    "dinov2": Replaced("vit_small_patch14_reg4_dinov2", {**VIT, "img_size": 56}),
+    "dinov2": Replaced("vit_small_patch14_reg4_dinov2", {**VIT, "patch_size": 16}),
     "clip": Replaced("vit_base_patch32_clip_224", VIT),
     "siglip": Replaced("vit_base_patch16_siglip_224", VIT, "inline"),
     "hybrid": Replaced("vit_tiny_r_s16_p8_224", VIT),
-    "eva02": Replaced("eva02_tiny_patch14_224", {**VIT, "img_size": 56}),
+    "eva02": Replaced("eva02_tiny_patch14_224", {**VIT, "patch_size": 16}),
     "dinov3": Replaced("vit_small_patch16_dinov3", VIT),
-    "rope": Replaced("vit_small_patch16_rope_mixed_224", VIT, "relu"),
+    "rope": Replaced("vit_small_patch16_rope_224", VIT, "relu"),
     "sapiens2": Replaced("vit_base_patch16_sapiens2", {**VIT, "num_kv_heads": 2}, "polaformer"),
     "beit": Replaced("beit_base_patch16_224", VIT, "mala", {"keep": []}),
     "relpos": Replaced("test_vit_relpos", {"img_size": 64}, "elu", {"keep": ["qk_norm"]}),
     "naflexvit": Replaced(
         "naflexvit_base_patch16_gap", {"depth": 4, "embed_dim": 96, "num_heads": 4}
     ),
-    "pit": Replaced("pit_ti_224", {"img_size": 64}),
-    "mobilevit": Replaced("mobilevit_xxs", {}),
     "swin": Replaced("swin_tiny_patch4_window7_224", SWIN, "mala", {"keep": ["mask"]}),
 }
 
@@ -71,7 +69,7 @@ def _cfg(replaced: Replaced) -> dict[str, Any]:
     for key in ("architecture", "tag", "test_input_size", "custom_load"):
         known.pop(key, None)
     before = known["input_size"][1]
-    side = replaced.kwargs.get("img_size", before)
+    side = 64 if "naflexvit" in replaced.base else replaced.kwargs.get("img_size", before)
     if known.get("pool_size"):
         known["pool_size"] = tuple(-(-cells * side // before) for cells in known["pool_size"])
     return {**known, "input_size": (3, side, side), "num_classes": 1000}

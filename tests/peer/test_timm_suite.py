@@ -96,8 +96,7 @@ REPLACED_NIGHTLY = [
     ["test_replaced_vit", "test_replaced_vit_gated", "test_replaced_deit", "test_replaced_deit3"],
     ["test_replaced_dinov2", "test_replaced_clip", "test_replaced_siglip", "test_replaced_hybrid"],
     ["test_replaced_eva02", "test_replaced_rope", "test_replaced_sapiens2", "test_replaced_beit"],
-    ["test_replaced_relpos", "test_replaced_naflexvit", "test_replaced_pit"],
-    ["test_replaced_mobilevit", "test_replaced_swin"],
+    ["test_replaced_relpos", "test_replaced_naflexvit", "test_replaced_swin"],
 ]
 
 
