@@ -1,4 +1,4 @@
-"""What processes that share an image by its rows send each other, hold and take, on CPUs.
+"""Exchanges, memory and time of processes that share an image by its rows, on CPUs.
 
     python benchmarks/rows.py traffic --output benchmarks/results/rows_traffic.json
     python benchmarks/rows.py memory --output benchmarks/results/rows_memory.json
@@ -14,6 +14,7 @@ idle machine: steps of one image on more processes, of images that grow with the
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import multiprocessing
 import statistics
@@ -49,7 +50,7 @@ FAMILIES = (
     "test_pola_pvt", "test_pola_swin",
 )  # fmt: skip
 PUBLISHED = ("ravlt_t_linear", "ravlt_b_linear", "mavit_t_linear", "mila_t")
-LIMIT = 600  # seconds that processes wait for each other
+LIMIT = 300  # seconds that processes wait for each other
 
 
 def on_ranks(count: int, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -69,7 +70,10 @@ def _rank(
     rank: int, count: int, place: str, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> Any:
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=place, rank=rank, world_size=count)
+    wait = datetime.timedelta(seconds=LIMIT)
+    distributed.init_process_group(
+        "gloo", init_method=place, rank=rank, world_size=count, timeout=wait
+    )
     mesh = init_device_mesh("cpu", (count,), mesh_dim_names=("rows",))
     try:
         return function(mesh["rows"], *args)
@@ -122,7 +126,7 @@ class Step:
 
 
 def count_traffic(mesh: DeviceMesh, names: list[str]) -> dict[str, Any]:
-    """What this process sends for images of several sizes, by model."""
+    """Counts what this process sends for images of several sizes, by model."""
     found = {}
     for name in names:
         images = []

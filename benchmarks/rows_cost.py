@@ -81,7 +81,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Costs:
-    """What a step of a model takes, of which nothing depends on the machine.
+    """The counts of a step of a model, of which nothing depends on the machine.
 
     Attributes:
         macs: Multiply-adds of a forward pass for a pixel.

@@ -131,6 +131,16 @@ def _gpu_of(local_rank: int) -> int:
     )
 
 
+def lost_peer(error: BaseException) -> LostPeerError | None:
+    """Returns the one-line error of a failed exchange between processes, else None."""
+    # gloo's errors have no class of their own
+    if not isinstance(error, distributed.DistError) and not (
+        isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+    ):
+        return None
+    return LostPeerError(f"this process lost another ({one_line(error).rsplit('] ', 1)[-1][:200]})")
+
+
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
     """Leaves the process group that the block may join.
@@ -141,11 +151,8 @@ def process_group() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        # gloo's errors have no class of their own
-        if isinstance(error, distributed.DistError) or "gloo/transport" in str(error):
-            raise LostPeerError(
-                f"this process lost another ({one_line(error).rsplit('] ', 1)[-1][:200]})"
-            ) from error
+        if lost := lost_peer(error):
+            raise lost from error
         raise
     except Stopped:  # all of them, together
         _leave()

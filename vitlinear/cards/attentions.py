@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None, prog: str = "vitlinear attentions") -> None
 
 
 def keeps(description: AttentionDescription) -> str:
-    """What an attention keeps of softmax, in letters."""
+    """The properties of softmax that an attention keeps, in letters."""
     letters = {
         "+": description.positive,
         "1": description.rows_sum_to_one,

@@ -85,6 +85,8 @@ class _DeltaRule(Mixer):
     ) -> None:
         super().__init__(dim, num_heads, backend=backend, device=device, dtype=dtype)
         self.scans = {"order_free": 0, "scans_2": 2, "scans_4": 4}[form]
+        if self.scans:
+            self.order = "directional"
         self.solver = solver
         self.steps = steps
         self.initial_ridge = ridge

@@ -38,13 +38,13 @@ class Blocks(NamedTuple):
 
     def cut(self, x: Tensor) -> Tensor:
         """Tokens [B, N, h, D] -> [B M, T, h, D]."""
-        batch = torch.arange(len(x), device=x.device)[:, None, None]
+        batch = torch.arange(x.shape[0], device=x.device)[:, None, None]
         return x[batch, self.members].flatten(0, 1)
 
     def join(self, x: Tensor) -> Tensor:
         """The inverse of `cut`."""
         x = x.unflatten(0, (-1, self.members.shape[1]))
-        batch = torch.arange(len(x), device=x.device)[:, None]
+        batch = torch.arange(x.shape[0], device=x.device)[:, None]
         return x[batch, self.block, self.place]
 
 
