@@ -334,14 +334,24 @@ def _merged_softmax(parts, at, exists, slot, slots, splits, size: tl.constexpr, 
 def _merged_logsumexp(statistics, at, exists, slot, slots, splits, size: tl.constexpr):
     """Logsumexp of the logsumexps of all splits, entry by entry."""
     top = tl.zeros(at.shape, tl.float32) - float("inf")
-    for split in steps(0, splits, 1):
-        place = (split * slots + slot) * size
-        top = larger(top, tl.load(statistics + place + at, mask=exists, other=0.0))
+    for first in steps(0, splits, 8):
+        some = _eight_statistics(statistics, at, exists, slot, slots, first, splits, size)
+        top = larger(top, tl.max(some, 0))
     total = tl.zeros(at.shape, tl.float32)
-    for split in steps(0, splits, 1):
-        place = (split * slots + slot) * size
-        total += tl.exp(tl.load(statistics + place + at, mask=exists, other=0.0) - top)
+    for first in steps(0, splits, 8):
+        some = _eight_statistics(statistics, at, exists, slot, slots, first, splits, size)
+        total += tl.sum(tl.exp(some - top[None, :]), 0)  # NaN, if there is any
     return top + tl.log(total)
+
+
+@triton.jit
+def _eight_statistics(statistics, at, exists, slot, slots, first, splits, size: tl.constexpr):
+    """The logsumexps of eight splits, -inf of those beyond the last."""
+    split = first + tl.arange(0, 8)
+    inside = (split < splits)[:, None]
+    places = (split * slots + slot)[:, None] * size
+    some = tl.load(statistics + places + at[None, :], mask=inside & exists[None, :], other=0.0)
+    return tl.where(inside, some, -float("inf"))
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
