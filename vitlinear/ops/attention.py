@@ -101,7 +101,7 @@ def linear_attention(
     if rotary is not None and (rotary.rows.requires_grad or rotary.cols.requires_grad):
         check_tables_gradient(terms)
     return autograd.linear_attention(
-        q, k, v, autograd.Plain(call.row, terms, chosen, call.memo), call.work.training
+        q, k, v, call.row, terms, chosen, call.work.training, call.memo
     )
 
 

@@ -9,7 +9,7 @@ operator, which they know.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,31 +21,28 @@ from .rotary import RotaryTables
 from .terms import Terms
 
 
-class Plain(NamedTuple):
-    """All of a plain call that has no gradient.
+def linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, mechanism: Mechanism, terms: Terms, backend: str,
+    training: bool, memo: dict[str, Any],
+) -> Tensor:  # fmt: skip
+    """The attention of a plain call.
 
-    Attributes:
+    Args:
+        q: Queries, as in `execution.forward`, like the others.
+        k: Keys.
+        v: Values.
         mechanism: The row of the table.
-        terms: All that the attention is given besides queries, keys and values.
-        backend: As in `execution`.
-        memo: Of what the kernels prepare for calls like this one.
+        terms: All that the attention is given besides.
+        backend: One of those there.
+        training: Whether queries, keys or values want a gradient.
+        memo: As there.
     """
-
-    mechanism: Mechanism
-    terms: Terms
-    backend: str
-    memo: dict[str, Any]
-
-
-def linear_attention(q: Tensor, k: Tensor, v: Tensor, call: Plain, training: bool) -> Tensor:
-    """The attention of a plain call; ``training`` where queries, keys or values want gradients."""
-    mechanism, terms, backend, memo = call
     _, _, head_scale, lepe, gate, powers = terms
     if training or (
         torch.is_grad_enabled()
         and any(x is not None and x.requires_grad for x in (head_scale, lepe, gate, powers))
     ):
-        return _LinearAttention.apply(call, q, k, v, head_scale, lepe, gate, powers)
+        return _apply(mechanism, terms, backend, memo, q, k, v, head_scale, lepe, gate, powers)
     return execution.forward(q, k, v, mechanism, terms, backend, False, True, memo)[0]
 
 
@@ -54,13 +51,12 @@ class _LinearAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, call: Plain, q: Tensor, k: Tensor, v: Tensor, *_: Tensor | None
-    ) -> Tensor:
+        ctx: Any, mechanism: Mechanism, terms: Terms, backend: str, memo: dict[str, Any],
+        q: Tensor, k: Tensor, v: Tensor, *_: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         """Those that the gradient is for stand apart from the terms, for autograd to see them."""
-        ctx.mechanism, terms, ctx.backend, ctx.memo = call
-        out, state = execution.forward(
-            q, k, v, ctx.mechanism, terms, ctx.backend, False, True, ctx.memo
-        )
+        out, state = execution.forward(q, k, v, mechanism, terms, backend, False, True, memo)
+        ctx.mechanism, ctx.backend, ctx.memo = mechanism, backend, memo
         rotary, *others = terms
         rows, cols = rotary or (None, None)
         ctx.save_for_backward(q, k, v, rows, cols, *others, *state)
@@ -94,4 +90,9 @@ class _LinearAttention(torch.autograd.Function):
             if slices:
                 packed.mark(memory.buffer, slices, (found.q, found.k, found.v, found.gate))
         found = execution.with_lepe(found, grad_out, terms)
-        return None, *found
+        return None, None, None, None, *found
+
+
+# What `torch.autograd.Function.apply` calls where no transforms of torch.func are at work: whoever
+# calls `linear_attention` has asked.
+_apply = super(torch.autograd.Function, _LinearAttention).apply

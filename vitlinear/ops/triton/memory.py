@@ -40,6 +40,7 @@ class Layout:
         number = iter(range(len(entries)))
         places = [-1 if shape is None else next(number) for shape in shapes]
         self._pick: Callable[[Any], Any] = itemgetter(*places)
+        self._several = len(self._sizes) > 1
         self.size = sum(self._sizes)
 
     def vectors(self) -> tuple[Tensor | None, ...]:
@@ -48,7 +49,8 @@ class Layout:
         They take half the time of tensors that have their shapes.
         """
         memory = torch.empty(self.size, dtype=torch.float32, device=self._device)
-        pieces = memory.unsafe_split_with_sizes(self._sizes)
+        # "Unsafe" is what autograd does not follow: nobody differentiates these.
+        pieces = memory.unsafe_split_with_sizes(self._sizes) if self._several else (memory,)
         return self._pick((*pieces, None))
 
     def shaped(self, vectors: Sequence[Tensor | None]) -> list[Tensor | None]:
