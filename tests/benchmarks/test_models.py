@@ -135,6 +135,7 @@ def test_the_transcription_has_the_multiply_adds_of_the_model():
 @pytest.mark.compile
 @pytest.mark.process
 @pytest.mark.slow
+@pytest.mark.nightly  # Inductor's own time
 def test_compiled():
     found = Subject(Case("test_linear_deit", "compiled", "forward", 32, 32, 2))
     assert len(found.round(0.01)) >= 1

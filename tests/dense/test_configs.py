@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections import Counter, defaultdict
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -54,12 +55,19 @@ def expand() -> dict[str, dict[str, Any]]:
 
 
 def kinds(names: list[str]) -> set[str]:
-    """The first configuration of each head on each family, of their sizes and schedules."""
-    found: dict[tuple[str, str], str] = {}
+    """For each family the first configuration of the head that other families used least."""
+    heads_of: dict[str, dict[str, str]] = defaultdict(dict)
     for name in names:
         head, model, *_ = name.split("_")
-        found.setdefault((head, model.rpartition("-")[0]), name)
-    return set(found.values())
+        heads_of[model.rpartition("-")[0]].setdefault(head, name)
+    used: Counter[str] = Counter()
+    found = set()
+    for heads in sorted(heads_of.values(), key=len):
+        head = min(heads, key=lambda head: used[head])
+        used[head] += 1
+        found.add(heads[head])
+    assert set(used) == {head for heads in heads_of.values() for head in heads}
+    return found
 
 
 PUBLISHED = expand()
@@ -70,7 +78,7 @@ each_config = pytest.mark.parametrize("name", sorted(PUBLISHED))
 
 
 def marks_of(name: str) -> list[pytest.MarkDecorator]:
-    """Building a detector takes seconds: one of each kind, one in the inner loop."""
+    """Building a detector takes seconds: one of each family and head, one in the inner loop."""
     if name == QUICK:
         return [pytest.mark.quick("dense", "detection")]
     return [] if name in KINDS else [pytest.mark.nightly]

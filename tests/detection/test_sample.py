@@ -29,15 +29,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.process
 @pytest.mark.slow
+@pytest.mark.nightly  # one minute and three; torchvision's detectors do the same in every run
 @pytest.mark.parametrize(
     ("config", "least"),
     [
         (RETINANET, {"coco/bbox_mAP_50": 0.9}),
-        pytest.param(
-            MASK_RCNN,
-            {"coco/bbox_mAP_50": 0.9, "coco/segm_mAP_50": 0.8},
-            marks=pytest.mark.nightly,  # nearly three minutes
-        ),
+        (MASK_RCNN, {"coco/bbox_mAP_50": 0.9, "coco/segm_mAP_50": 0.8}),
     ],
     ids=["retinanet", "mask-rcnn"],
 )

@@ -133,7 +133,9 @@ def check_found(found: dict[str, Tensor], target: dict[str, Tensor], masks: bool
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make, steps", [(retinanet, 100), (mask_rcnn, 120)])
+@pytest.mark.parametrize(
+    "make, steps", [pytest.param(retinanet, 100, marks=pytest.mark.nightly), (mask_rcnn, 120)]
+)
 def test_objects_are_found(make, steps, photographs):
     detector = make()
     images, targets = photographs

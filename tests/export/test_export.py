@@ -113,13 +113,14 @@ FROM_64 = ["--height", "64:4096", "--width", "64:4096"]  # NaLaFormer's bound, s
 ONE_SIZE = ["--height", 64, "--width", 96]
 
 
-# In every run: positions that are learned, windows, and a pyramid of any size.
+# In every run: positions that are learned, and a pyramid.
 HALF_PRECISION = [
     ("test_linear_deit", []),
-    ("test_inline_swin", ONE_SIZE),
-    ("test_ravlt", SHALLOW),
+    ("test_ravlt", [*ONE_SIZE, *SHALLOW]),
 ]
 HALF_PRECISION_BY_NIGHT = [
+    ("test_ravlt", SHALLOW),
+    ("test_inline_swin", ONE_SIZE),
     ("test_inline_deit", ["--model-kwargs", "depth=1"]),
     ("test_inline_pvt", SHALLOW),
     ("test_inline_cswin", ONE_SIZE),

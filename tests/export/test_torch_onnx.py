@@ -56,9 +56,8 @@ def check(model, path, sizes):
         assert (logits - expected).norm() <= 1e-4 * expected.norm(), size
 
 
-# Of windows, of rows of tokens and of pyramids one in every run: what ties a program to a batch is
-# alike.
-EVERY_RUN = ("test_inline_swin", "test_lightnet", "test_nalaformer")
+# Of rows of tokens and of pyramids one in every run: what ties a program to a batch is alike.
+EVERY_RUN = ("test_lightnet", "test_nalaformer")
 
 
 @pytest.mark.slow

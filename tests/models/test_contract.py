@@ -36,8 +36,8 @@ each_model = pytest.mark.parametrize(
 )
 # The siblings that are linear throughout run the same code: slow compilers see it once.
 PROGRAMS = [name for name in TEST_MODELS if not name.endswith("_linear")]
-# Of those, one of each kind of step in every run of the slowest tests; the others in nightly runs.
-EVERY_RUN = ("test_h_vittt", "test_inline_deit", "test_l2vit", "test_pola_pvt", "test_ravlt")
+# Of those, one of each skeleton in every run of the slowest tests; the others in nightly runs.
+EVERY_RUN = ("test_inline_deit", "test_l2vit", "test_ravlt")
 each_program = pytest.mark.parametrize("name", PROGRAMS)
 each_program_by_night = pytest.mark.parametrize(
     "name",
@@ -62,8 +62,8 @@ FEWER_BLOCKS = {
 
 # Tracing them for any size takes 20 s each: tests/layers has their attention alone.
 ADAPTIVE_WINDOWS = ("test_inline_swin", "test_inline_cswin", "test_pola_swin")
-# One with learned positions and one with cosine encodings; tests/export exports all families.
-IN_ONNX = ("test_inline_deit", "test_lightnet")
+# The fastest; tests/export exports all families.
+IN_ONNX = ("test_lightnet",)
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -279,9 +279,8 @@ def test_compiled_once_for_all_sizes(name):
 
 @pytest.mark.compile
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", [pytest.param("test_ravlt", marks=pytest.mark.nightly), "test_l2vit"]
-)
+@pytest.mark.nightly  # a minute each; tests/layers compiles layers that recompute in every run
+@pytest.mark.parametrize("name", ["test_ravlt", "test_l2vit"])
 def test_checkpointed_training_compiles_for_any_size(name):
     """Numbers that Dynamo takes for inputs, as constants of a module, fail inside such parts."""
     torch._dynamo.reset()
@@ -465,7 +464,7 @@ def test_no_image_and_no_pixel(name):
 
 BAD_OPTIONS = {
     "must have four entries": {"depths": (1, 1)},
-    "unknown attention mechanism 'quadratic'": {"attn_types": ("quadratic",) * 4},
+    "unknown attention 'quadratic'": {"attn_types": ("quadratic",) * 4},
     "heads of a multiple of 4 channels": {"num_heads": (5, 2, 2, 3)},
     "unknown backend 'cuda'": {"attn_backend": "cuda"},
     "dim 24 does not divide into 0 heads": {"num_heads": (0, 2, 2, 3)},

@@ -282,11 +282,7 @@ def test_finite(mechanism, backend, dtype, case):
     assert out.isfinite().all() and grad.isfinite().all()
 
 
-@pytest.mark.parametrize("mechanism", list(ops.MECHANISMS))
-@pytest.mark.parametrize(
-    "dtype",
-    [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.nightly), torch.float32],
-)
+@pairwise(every=2, mechanism=ops.MECHANISMS, dtype=[torch.float16, torch.float32, torch.bfloat16])
 def test_many_tokens(mechanism, dtype):
     """Sums over 2^17 tokens stay as exact as over few: float16 ends at 65504.
 

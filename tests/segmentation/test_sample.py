@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.process
 @pytest.mark.slow
-@pytest.mark.nightly  # a minute each; a detector does the same in every run
+@pytest.mark.nightly  # a minute each; torchvision's detectors do the same in every run
 @pytest.mark.parametrize("architecture", ["semantic-fpn", "upernet"])
 def test_photographs_are_learned_by_heart(folder: Path, architecture: str) -> None:
     config = CONFIGS / f"{architecture}_test-ravlt_sample.py"

@@ -71,7 +71,7 @@ def test_bands_keep_to_the_budget(model, image, monkeypatch):
     # The maps are not counted here: those of this image would not fit.
     monkeypatch.setattr(run.Runner, "check_maps", lambda self, plans, wanted: None)
     monkeypatch.setattr(run.Runner, "nbytes", lambda self, shape: 0)
-    monkeypatch.setattr(run, "rows_that_fit", _rows_with(whole))
+    monkeypatch.setattr(run, "measured_bytes", _measured_with(whole))
     monkeypatch.setattr(run, "run_band", counted)
     result = vitlinear.stream(model, image, memory=budget)
     assert torch.allclose(result, expected, atol=1e-5)
@@ -79,17 +79,17 @@ def test_bands_keep_to_the_budget(model, image, monkeypatch):
     assert len(set(heights)) > 2  # each step has bands of its own
 
 
-def _rows_with(run_band):
-    """`rows_that_fit` that does not go through what counts bands."""
+def _measured_with(run_band):
+    """`measured_bytes` that does not go through what counts bands."""
 
-    def rows_that_fit(measure, height, budget, name):
+    def measured_bytes(measure, height, width):
         counting, run.run_band = run.run_band, run_band
         try:
-            return memory.rows_that_fit(measure, height, budget, name)
+            return memory.measured_bytes(measure, height, width)
         finally:
             run.run_band = counting
 
-    return rows_that_fit
+    return measured_bytes
 
 
 def test_too_little_memory_is_said(model, image, tmp_path, monkeypatch):
@@ -100,8 +100,10 @@ def test_too_little_memory_is_said(model, image, tmp_path, monkeypatch):
         vitlinear.stream(model, image, memory="100KiB", workdir=tmp_path)
 
 
-def test_softmax_says_how_much_it_needs(image, tmp_path, monkeypatch):
+def test_softmax_says_how_much_it_needs_before_anything_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "resident", lambda: -run.RESERVE)
-    model = timm.create_model("test_ravlt", attn_types=("softmax",) * 4).eval()
-    with pytest.raises(UserError, match="softmax attention over the whole map, whose keys"):
-        vitlinear.stream(model, image, memory=800 * 2**10, workdir=tmp_path)
+    monkeypatch.setattr(run.Runner, "make_map", None)
+    model = timm.create_model("test_ravlt").eval()
+    tall = np.broadcast_to(np.float32(0), (3, 8000, 96))
+    with pytest.raises(UserError, match="stages.2.blocks.0 has softmax attention over the whole"):
+        vitlinear.stream(model, tall, memory=800 * 2**10, workdir=tmp_path)

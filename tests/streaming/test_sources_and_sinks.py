@@ -7,6 +7,7 @@ import torch
 
 import vitlinear
 from vitlinear.errors import UserError
+from vitlinear.streaming import run as running
 from vitlinear.streaming.sources import open_source
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (300, 70, 3), dtype=np.uint8)
@@ -163,6 +164,50 @@ def test_sinks_that_do_not_fit(sink, output, message, model, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message):
         vitlinear.stream(model, PIXELS, sink, output=output)
+    assert not any(tmp_path.iterdir())
+
+
+def test_rows_are_written_as_they_come(model, features, monkeypatch):
+    events = []
+    whole = running.run_band
+
+    def noted(plan, source, own, *args):
+        rows = whole(plan, source, own, *args)
+        events.append(own)
+        return rows
+
+    class Array:
+        shape, chunks = tuple(features.shape[1:]), (48, 12, 9)
+
+        def __setitem__(self, key, rows):
+            assert np.allclose(rows, features[0][key], atol=1e-5)
+            events.append((key[1].start, key[1].stop))
+
+    monkeypatch.setattr(running, "run_band", noted)
+    vitlinear.stream(model, PIXELS, Array(), output=1, band_rows=10)
+    # Whole chunks, as soon as they are there, and the rest.
+    first, second, third = (0, 12), (12, 24), (24, 36)
+    bands = [(0, 10), (10, 20), first, (20, 30), second, (30, 38), third, (36, 38)]
+    assert events[-8:] == bands
+
+
+@pytest.mark.parametrize("name", ["map.npy", "map.zarr", "map.tif"])
+def test_nothing_half_written_stays(name, model, tmp_path, monkeypatch):
+    pytest.importorskip("zarr")
+    pytest.importorskip("tifffile")
+    ran = []
+    whole = running.run_band
+
+    def fails_late(plan, *args):
+        if plan.step.name == "final":
+            ran.extend(path.name for path in tmp_path.iterdir())
+            raise UserError("late")
+        return whole(plan, *args)
+
+    monkeypatch.setattr(running, "run_band", fails_late)
+    with pytest.raises(UserError, match="late"):
+        vitlinear.stream(model, PIXELS, {0: tmp_path / name}, output=[0, "logits"], band_rows=4)
+    assert ran == [f".map.unfinished{name[3:]}"]  # written, under a name of its own
     assert not any(tmp_path.iterdir())
 
 

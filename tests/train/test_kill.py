@@ -9,9 +9,8 @@ import pytest
 
 @pytest.mark.slow
 @pytest.mark.process
-@pytest.mark.parametrize(
-    ("kills", "epochs"), [(2, 2), pytest.param(6, 4, marks=pytest.mark.nightly)]
-)
+@pytest.mark.nightly  # test_run.py ends a run at each of its writes in every run
+@pytest.mark.parametrize(("kills", "epochs"), [(2, 2), (6, 4)])
 def test_a_killed_run_ends_as_one_left_alone(kills: int, epochs: int) -> None:
     """Every other kill is to hit a write of the state."""
     root = Path(__file__).parents[2]

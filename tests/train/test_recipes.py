@@ -275,7 +275,15 @@ def start_weights(config: TrainConfig, folder: Path) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RECIPES if ALL else SMALLEST.split())
+@pytest.mark.parametrize(
+    "name",
+    RECIPES
+    if ALL
+    else [
+        pytest.param(name, marks=pytest.mark.nightly if i % 2 else ())
+        for i, name in enumerate(SMALLEST.split())
+    ],
+)
 def test_recipe_makes_an_update(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -81,7 +81,7 @@ def test_same_seed_same_bits_and_resumed_equals_whole(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("update", "workers", "more"), [
-    (1, 0, ()), pytest.param(4, 2, (), marks=pytest.mark.process),
+    (1, 0, ()), pytest.param(4, 2, (), marks=(pytest.mark.process, pytest.mark.nightly)),
     (6, 0, ("--grad-accum-steps", 2)), (9, 0, ("--recovery-interval", 2)),
 ])  # fmt: skip
 def test_stopped_by_a_signal_and_resumed_equals_whole(

@@ -15,18 +15,19 @@ Every layer says in the class that defines its ``forward`` how rows reach it, in
 
 A layer that needs rows above and below beyond those of its members gives their number by a method
 ``row_reach(height)``; height is that of the whole map. One that gathers values of all rows, as
-softmax attention does its keys and values, gives their channels by ``row_gather(height)``. A layer
-without a rule is unknown, and is not run on bands. `vitlinear.streaming.reach` has the rules of the
-layers of PyTorch and timm.
+softmax attention does its keys and values, gives their channels by ``row_gather(height)``; one that
+keeps something for later passes (`Band.keep`) gives its channels by ``row_keep(height)``. A layer
+without a rule is unknown, and is not run on bands. `vitlinear.rows.reach` has the rules of those
+of PyTorch and timm.
 """
 
 from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -49,7 +50,11 @@ class Band:
         prefix: Tokens that stand before those of the map, such as a class token. All bands have
             them; the first one answers for them.
         cuts: Own rows of every band, from the top.
+        repeats: Whether a forward pass that waits for a sum ends and is run once more: a layer then
+            does well to make each thing where it is used.
     """
+
+    repeats = False
 
     def __init__(
         self,
@@ -79,14 +84,74 @@ class Band:
         """
         raise NotImplementedError
 
-    def gather(self, axis: int, *parts: Tensor) -> tuple[Tensor, ...]:
+    def merge_made(
+        self, make: Callable[[], Parts], combine: Callable[[Parts, Parts], Parts]
+    ) -> Parts:
+        """`merge` of parts that are made only where they are not known yet.
+
+        Args:
+            make: Makes the parts of the own rows.
+            combine: As `merge`.
+        """
+        return self.merge(make(), combine)
+
+    def keep(self, key: object, make: Callable[[], Tensor]) -> Tensor:
+        """A tensor of this band that later passes over it use again, if there is memory for it.
+
+        Args:
+            key: What it is known by in this band.
+            make: Makes it, the same in every pass.
+        """
+        return make()
+
+    def gather(
+        self, axis: int, *parts: Tensor, lengths: Sequence[tuple[int, ...]] | None = None
+    ) -> tuple[Tensor, ...]:
         """Lay the parts of all bands side by side along an axis, from the top.
 
         Args:
             axis: The only one in which bands may differ.
             *parts: Tensors of the own rows; each is gathered by itself.
+            lengths: Of each part, its places along the axis in every band; None if they are the
+                same in all bands.
         """
         raise NotImplementedError
+
+    def around(self, x: Tensor, reach: int) -> tuple[Band, Tensor]:
+        """A band that has as many rows above and below the own ones as a layer needs, and its map.
+
+        Args:
+            x: A map of this band, [B, rows, ...].
+            reach: Rows above and below.
+
+        Returns:
+            This band and its map: it brings those rows along, unless a subclass fetches them.
+        """
+        return self, x
+
+    def around_windows(self, x: Tensor, length: int, offset: int = 0) -> tuple[Band, Tensor]:
+        """As `around`, with the rows of all windows that the own rows lie in.
+
+        Args:
+            x: A map of this band, [B, rows, ...].
+            length: Rows of a window. The first and the last one of the map may be cut short.
+            offset: Row at which a window begins, besides those a multiple of the length away.
+        """
+        return self, x
+
+    def within(self, wide: Band, x: Tensor) -> Tensor:
+        """Of a map [B, rows, ...] of a band that `around` gave, the rows of this one."""
+        first = self.start - wide.start
+        return x[:, first : first + self.stop - self.start]
+
+    def own_lengths(self, width: int) -> tuple[int, ...]:
+        """Of every band, the number of tokens that `own_tokens` gives."""
+        tokens = ((stop - start) * width for start, stop in self.cuts)
+        return tuple(n if i else n + self.prefix for i, n in enumerate(tokens))
+
+    def own_between(self, first: int, last: int) -> tuple[int, ...]:
+        """Of every band, how many of its own rows lie between two of the map."""
+        return tuple(max(min(stop, last) - max(start, first), 0) for start, stop in self.cuts)
 
     def once(self, key: object, make: Callable[[], Tensor]) -> Tensor:
         """Call ``make`` for the first band, and keep what it makes for the others.
@@ -163,9 +228,15 @@ class Band:
 
 
 class _Local(threading.local):
-    """The band of this thread's forward pass; not a `ContextVar`, which Dynamo cannot trace."""
+    """The band of this thread's forward pass; not a `ContextVar`, which Dynamo cannot trace.
+
+    Attributes:
+        band: The band.
+        rows: The rows of the image that this process has, if others have the rest.
+    """
 
     band: Band | None = None
+    rows: Any = None
 
 
 _local = _Local()
@@ -185,3 +256,19 @@ def use_band(band: Band | None) -> Iterator[None]:
         yield
     finally:
         _local.band = before
+
+
+def rows_in_use() -> Any:
+    """The rows that `vitlinear.parallel` splits this thread's forward pass into; None without."""
+    return _local.rows
+
+
+@contextmanager
+def use_rows(rows: Any) -> Iterator[None]:
+    """Run what stands inside under these rows."""
+    before = _local.rows
+    _local.rows = rows
+    try:
+        yield
+    finally:
+        _local.rows = before

@@ -25,7 +25,7 @@ from vitlinear.ops import (
 
 from .grid import Grid
 from .mixer import Mixer
-from .registry import make_mixer
+from .registry import AttentionSpec, make_mixer, split_spec
 
 
 def position_tables(mixer: Mixer, height: int, width: int, like: Tensor) -> RotaryTables:
@@ -42,7 +42,7 @@ def position_tables(mixer: Mixer, height: int, width: int, like: Tensor) -> Rota
     """
     device, dtype = like.device, accumulation_dtype(like.dtype)
     rows = rows_of_map(height)
-    kind = mixer.positions if mixer.description.turns == "inside" else "rotary"
+    kind = mixer.kind_of_tables()
     if kind == "cosine":
         return of_band(lrpe_tables(rows, width, mixer.head_dim, device, dtype))
     if kind == "full width":
@@ -222,3 +222,24 @@ def create_attention(
         mixer, rope=rope, qk_norm=qk_norm, qkv_bias=qkv_bias,
         num_prefix_tokens=num_prefix_tokens, proj_drop=proj_drop, **dd,
     )  # fmt: skip
+
+
+def attention_of_spec(
+    spec: AttentionSpec, dim: int, num_heads: int, **kwargs: Any
+) -> MixerAttention:
+    """As `create_attention`, of a name or a mapping of name and options.
+
+    Args:
+        spec: As `vitlinear.mixers.split_spec`.
+        dim: Channels, C.
+        num_heads: Heads.
+        **kwargs: As for `create_attention`, but for options.
+
+    Raises:
+        ValueError: As `create_attention`.
+    """
+    name, options = split_spec(spec)
+    for option in options:
+        if option in kwargs or option in ("rope", "qk_norm", "qkv_bias", "num_prefix_tokens"):
+            raise ValueError(f"{option} is no option of {name}, but an argument of the layer")
+    return create_attention(name, dim, num_heads, **kwargs, **options)

@@ -143,6 +143,7 @@ class OperatorMixer(Mixer):
     row: str
     row_rule = BANDED
 
+    @torch.jit.unused  # a `Grid` is no type of TorchScript's; layers give the row to the operator
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, x: Tensor | None = None
     ) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from vitlinear.layers.band import rows_in_use, use_rows
+
 from ._valid_region import use_valid_region, valid_region
 
 
@@ -34,17 +36,18 @@ class Block(nn.Module):
 def _checkpoint(block: nn.Module, run: Callable[..., Any], *args: Any) -> Any:
     """timm's `checkpoint` of ``run``, the call of a block, as if it ran once.
 
-    The backward pass recomputes under the valid region of this forward pass. It comes when the
-    region is no longer in use, perhaps after a forward pass under another one, and on a GPU in a
+    The backward pass recomputes under the valid region and the rows of this forward pass. It comes
+    when these are no longer in use, perhaps after a forward pass under others, and on a GPU in a
     thread of its own. Batch norms count the images of a batch once.
     """
     if torch.compiler.is_compiling():  # nothing runs twice: the compiler has its own recomputation
         return timm.models.checkpoint(run, *args)
-    region, again = valid_region(), False
+    region, rows, again = valid_region(), rows_in_use(), False
 
     def run_in_region(*args: Any) -> Any:
         nonlocal again
-        with use_valid_region(region), _statistics_as_they_are(block) if again else nullcontext():
+        statistics = _statistics_as_they_are(block) if again else nullcontext()
+        with use_valid_region(region), use_rows(rows), statistics:
             again = True
             return run(*args)
 

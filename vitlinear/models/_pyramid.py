@@ -20,6 +20,7 @@ from vitlinear.layers import (
     ConvNormAct,
     ConvStem,
     GatedAttention,
+    MapFullWidthRotaryTables,
     MapRotaryTables,
     ResidualDepthwiseConv,
     fold_scale,
@@ -27,7 +28,14 @@ from vitlinear.layers import (
     recomputes,
 )
 from vitlinear.layers.band import LOCAL
-from vitlinear.ops import RotaryTables, get_mechanism
+from vitlinear.mixers import (
+    AttentionSpec,
+    GatedMixerAttention,
+    find_mixer,
+    make_mixer,
+    split_spec,
+)
+from vitlinear.ops import MECHANISMS, RotaryTables, get_mechanism
 
 from ._gradient_checkpointing import Block
 from ._stages import RotaryStage, Stage, StagedBackbone, four_each, map_cfg
@@ -79,6 +87,38 @@ def linear_types(mechanism: str) -> tuple[str, ...]:
     return (mechanism,) * 4
 
 
+def is_operator(attn_type: AttentionSpec) -> bool:
+    """Whether an attention is a row of the operator, which the family's own layer runs.
+
+    Others are mixers of `vitlinear.mixers`.
+    """
+    if not isinstance(attn_type, str):
+        return False
+    row = MECHANISMS.get(attn_type)
+    return attn_type == "softmax" or (row is not None and not row.takes_powers)
+
+
+def map_tables(attn_type: AttentionSpec, dim: int, num_heads: int) -> nn.Module:
+    """The maker of the position tables of a stage, of the kind that its attention takes.
+
+    Args:
+        attn_type: A row of the operator, or a mixer.
+        dim: Channels of the stage.
+        num_heads: Its heads.
+
+    Raises:
+        ValueError: There is no such attention.
+    """
+    name, _ = split_spec(attn_type)
+    if is_operator(attn_type):
+        kind = "rotary" if name == "softmax" else get_mechanism(name).positions
+    else:
+        kind = find_mixer(name).kind_of_tables()
+    if kind == "full width":
+        return MapFullWidthRotaryTables()
+    return MapRotaryTables(dim // num_heads, cosine=kind == "cosine")
+
+
 def pyramid_cfg(test: bool = False, **kwargs: Any) -> dict[str, Any]:
     """timm's description of a pyramid's input and ends.
 
@@ -95,18 +135,21 @@ class PyramidBlock(Block):
     Attributes:
         attn_layer: Class of the attention; takes ``dim``, ``num_heads``, ``attn_type``,
             ``proj_drop``, ``backend``, ``device``, ``dtype``, and [B, H, W, C] with rotary tables.
+        norms_gate: Whether its gate comes after a norm, as that of `NormGatedAttention`; mixers
+            get a layer that is like it.
     """
 
     row_rule = LOCAL
 
     attn_layer: type[nn.Module] = GatedAttention
+    norms_gate = False
 
     def __init__(
         self,
         dim: int,
         num_heads: int,
         mlp_ratio: float,
-        attn_type: str,
+        attn_type: AttentionSpec,
         ls_init_value: float,
         proj_drop: float,
         drop_path: float,
@@ -118,9 +161,13 @@ class PyramidBlock(Block):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.pos = ResidualDepthwiseConv(dim, 3, **dd)
         self.norm1 = LayerNorm(dim, eps=1e-6, **dd)
-        self.attn = self.attn_layer(
-            dim, num_heads, attn_type, proj_drop=proj_drop, backend=backend, **dd
-        )
+        if is_operator(attn_type):
+            self.attn = self.attn_layer(
+                dim, num_heads, attn_type, proj_drop=proj_drop, backend=backend, **dd
+            )
+        else:
+            mixer = make_mixer(attn_type, dim, num_heads, backend=backend, **dd)
+            self.attn = GatedMixerAttention(mixer, self.norms_gate, proj_drop, **dd)
         self.ls1 = LayerScale(dim, ls_init_value, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path else nn.Identity()
         self.norm2 = LayerNorm(dim, eps=1e-6, **dd)
@@ -185,7 +232,7 @@ class LinearPyramid(StagedBackbone):
         depths: Sequence[int] = (2, 2, 6, 2),
         num_heads: Sequence[int] = (1, 2, 4, 8),
         mlp_ratios: Sequence[float] = (3.5, 3.5, 3.5, 3.5),
-        attn_types: Sequence[str] = ("elu", "elu", "softmax", "softmax"),
+        attn_types: Sequence[AttentionSpec] = ("elu", "elu", "softmax", "softmax"),
         head_width: int = 1024,
         ls_init_values: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
         drop_rate: float = 0.0,
@@ -205,8 +252,9 @@ class LinearPyramid(StagedBackbone):
             depths: Blocks of each stage.
             num_heads: Attention heads of each stage.
             mlp_ratios: Hidden width of the feed-forward networks over the channels, by stage.
-            attn_types: By stage, a linear mechanism of `vitlinear.ops.MECHANISMS` or
-                ``'softmax'``.
+            attn_types: By stage, a linear mechanism of `vitlinear.ops.MECHANISMS`, ``'softmax'``,
+                or another attention of `vitlinear.list_attentions()`; one with options is a
+                mapping, such as ``{"name": "taylor", "degree": 1}``.
             head_width: Channels of the 1x1 convolution before pooling.
             ls_init_values: Initial layer-scale of each stage.
             drop_rate: Dropout rate before the classifier.
@@ -248,9 +296,7 @@ class LinearPyramid(StagedBackbone):
             )
 
         def stage(i: int, downsample: nn.Module, blocks: list[Block]) -> Stage:
-            kind = attn_types[i]
-            cosine = kind != "softmax" and get_mechanism(kind).positions == "cosine"
-            rotary = MapRotaryTables(embed_dims[i] // num_heads[i], cosine)
+            rotary = map_tables(attn_types[i], embed_dims[i], num_heads[i])
             return RotaryStage(downsample, blocks, rotary)
 
         self.stem = ConvStem(in_chans, embed_dims[0], **dd)

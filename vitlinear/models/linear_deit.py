@@ -5,12 +5,15 @@ in `Transformers are RNNs` (ICML 2020, https://arxiv.org/abs/2006.16236), with p
 there or ReLU, in the layout of DeiT (https://arxiv.org/abs/2012.12877). No weights are published.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from timm.models import generate_default_cfgs, register_model
+from torch import nn
 
 from vitlinear.layers import LinearAttention, learns_temperature
+from vitlinear.mixers import AttentionSpec, attention_of_spec
 
 from ._build import build_model
 from ._deit import DeiT
@@ -22,21 +25,41 @@ __all__ = ["LinearDeiT"]
 class LinearDeiT(DeiT):
     """DeiT with one linear attention in all blocks."""
 
-    def __init__(self, attn_type: str = "elu", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        attn_type: str = "elu",
+        attention: AttentionSpec | None = None,
+        rope: bool = False,
+        qk_norm: bool = False,
+        **kwargs: Any,
+    ) -> None:
         """Make the model.
 
         Args:
             attn_type: A mechanism of `vitlinear.ops.MECHANISMS`, here without positions of its
                 own, or ``'softmax'``, which makes this DeiT.
+            attention: Any attention of `vitlinear.list_attentions()` in its place; one with
+                options is a mapping, such as ``{"name": "taylor", "degree": 1}``.
+            rope: With ``attention``: give the tokens of the map 2-D rotary positions.
+            qk_norm: With ``attention``: put queries and keys through an RMS norm.
             **kwargs: As for `DeiT`.
 
         Raises:
-            ValueError: attn_type is unknown, or as `DeiT`.
+            ValueError: An attention or option is unknown, or as `DeiT`.
             AssertionError: The pooling is not supported.
         """
-        attn_layer = partial(
-            LinearAttention, attn_type=attn_type, temperature=learns_temperature(attn_type)
-        )
+        attn_layer: Callable[..., nn.Module]
+        if attention is not None:
+            # One token before the map: the class token.
+            attn_layer = partial(
+                attention_of_spec, attention, num_prefix_tokens=1, rope=rope, qk_norm=qk_norm
+            )
+        elif rope or qk_norm:
+            raise ValueError("rope and qk_norm are for an attention by name: give attention=...")
+        else:
+            attn_layer = partial(
+                LinearAttention, attn_type=attn_type, temperature=learns_temperature(attn_type)
+            )
         super().__init__(attn_layer, **kwargs)
 
 

@@ -30,6 +30,7 @@ class NaLaBlock(PyramidBlock):
     row_rule = LOCAL
 
     attn_layer = NormGatedAttention
+    norms_gate = True
 
     def __init__(self, dim: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(dim, *args, **kwargs)

@@ -21,6 +21,8 @@ from vitlinear.errors import UserError
 # allocator keeps.
 MARGIN = 1.5
 RESERVE = 64 * 2**20  # bytes that libraries take when they first run
+FEW_ROWS, MANY_ROWS = 2, 10  # of the bands that are measured
+COLUMNS = 56  # of the maps of these bands: whole windows of 7, 8 and 14 columns
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -101,11 +103,35 @@ def peak_bytes(run: Callable[[], object]) -> int:
     return count.peak
 
 
-def rows_that_fit(measure: Callable[[int], int], height: int, budget: int, name: str) -> int:
+def measured_bytes(measure: Callable[[int, int], int], height: int, width: int) -> tuple[int, int]:
+    """Bytes that a band of no row takes, and those of each row, with a margin.
+
+    They are measured on small bands: what a band takes grows by the row and by the column.
+
+    Args:
+        measure: Bytes for a band of some own rows, in a map of some columns.
+        height: Rows of the map.
+        width: Columns of the map.
+    """
+    few, many = min(FEW_ROWS, height), min(MANY_ROWS, height)
+    narrow, wide = min(COLUMNS, width), min(2 * COLUMNS, width)
+    low = measure(few, narrow)
+    per_row = low / few if many == few else (measure(many, narrow) - low) / (many - few)
+    # Copies of weights depend on neither.
+    fixed = 0.0
+    if wide > narrow:
+        fixed = max(low - (measure(few, wide) - low) / (wide - narrow) * narrow, 0.0)
+    base = max(low - fixed - few * per_row, 0.0)
+    factor = MARGIN * width / narrow
+    return int(MARGIN * fixed + factor * base), max(int(factor * per_row), 1)
+
+
+def rows_that_fit(base: int, per_row: int, height: int, budget: int, name: str) -> int:
     """The height of bands of a step.
 
     Args:
-        measure: Bytes for a band of some own rows.
+        base: As `measured_bytes` gives it.
+        per_row: Likewise.
         height: Rows of the map.
         budget: Bytes that there are.
         name: Of the step, for the message.
@@ -113,18 +139,9 @@ def rows_that_fit(measure: Callable[[int], int], height: int, budget: int, name:
     Raises:
         UserError: Not even one row fits.
     """
-    few = min(2, height)
-    low = int(measure(few) * MARGIN)
-    if few == height:
-        if low > budget:
-            raise _too_little(name, low, budget)
-        return height
-    many = min(few + 8, height)
-    high = int(measure(many) * MARGIN)
-    if low > budget:
-        raise _too_little(name, low, budget)
-    per_row = max((high - low) / (many - few), 1.0)
-    return max(min(few + int((budget - low) / per_row), height), 1)
+    if base + per_row > budget:
+        raise _too_little(name, base + per_row, budget)
+    return min((budget - base) // per_row, height)
 
 
 def _too_little(name: str, needed: int, budget: int) -> UserError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,13 +15,26 @@ from tqdm import tqdm
 
 from vitlinear.errors import UserError
 from vitlinear.layers.band import use_band
+from vitlinear.rows.reach import Rows
+from vitlinear.rows.steps import Step
 
 from .maps import FileMap, RowMap
-from .memory import RESERVE, amount, give_back_memory, peak_bytes, resident, rows_that_fit
-from .reach import Rows
+from .memory import (
+    RESERVE,
+    amount,
+    give_back_memory,
+    measured_bytes,
+    peak_bytes,
+    resident,
+    rows_that_fit,
+)
 from .record import Position, Record
-from .steps import Step
+from .sinks import Writer
 from .sums import StreamedBand, Sums, Unknown
+
+KEPT_MARGIN = 1.1  # over the own rows: what is kept has the rows around them too
+FULL = 0.75  # of the memory, from which on the allocator gives back what it keeps
+KEEPING_ROWS = 32  # of a band, below which nothing is kept
 
 Shape = tuple[int, int, int]
 Cuts = tuple[tuple[int, int], ...]
@@ -49,6 +63,16 @@ class Plan:
     step: Step
     before: Shape
     after: Shape
+
+    def of_width(self, width: int) -> Plan:
+        """The same for a map of another width, counted in its output."""
+        if width == self.after[1]:
+            return self
+        before, after = (
+            (shape[0], columns, shape[2])
+            for shape, columns in ((self.before, width * self.step.stride), (self.after, width))
+        )
+        return Plan(self.step, before, after)
 
     def rows_after(self, rows: int) -> int:
         """Rows that some rows of the input become."""
@@ -160,10 +184,12 @@ class Runner:
         self.example = example
         # Counted once: what bands have freed the allocator keeps for the next ones.
         self.memory = memory - resident() - RESERVE
+        self.limit = memory
         self.folder = folder
         self.record = record
         self.band_rows = band_rows
         self.progress = progress
+        self.keeping: set[int] = set()  # numbers of the steps in which bands keep what they made
 
     def make_map(self, number: int, shape: Shape, keep: bool = False) -> RowMap:
         """A map for the output of a step."""
@@ -171,19 +197,40 @@ class Runner:
             return RowMap(shape, self.example.dtype)
         return FileMap(shape, self.example.dtype, self.folder / f"map-{number}.bin", keep)
 
-    def choose_cuts(self, plan: Plan, gathered: int, held: int) -> Cuts:
-        """The rows of each band of a step.
+    def choose_cuts(self, plans: list[Plan], wanted: set[int]) -> list[Cuts]:
+        """The rows of each band of each step, so that all fit into memory.
 
         Args:
-            plan: The step.
-            gathered: Bytes that the step keeps of all bands, as softmax attention does.
-            held: Bytes of the maps that are in memory meanwhile.
+            plans: The steps.
+            wanted: Numbers of those whose output is kept.
+
+        Raises:
+            UserError: One does not fit; the message says what it needs.
         """
-        height = plan.after[0]
-        rows = self.band_rows
-        if rows is None:
-            rows = self._rows_that_fit(plan, gathered, held)
-        return tuple((a, min(a + rows, height)) for a in range(0, height, rows))
+        cuts: list[Cuts] = []
+        measured: dict[str, tuple[int, int]] = {}
+        for number, plan in enumerate(plans):
+            height = plan.after[0]
+            rows = self.band_rows
+            if rows is None:
+                held = self._held(number, plans, wanted)
+                # Most blocks of a stage are alike.
+                middle = plan.step.rows_needed(Rows(height // 2, height // 2 + 1), plan.before[0])
+                key = f"{[*plan.step.modules.values()]} {middle} {plan.before} {plan.after}"
+                if key not in measured:
+                    measured[key] = self._measure(plan)
+                rows, keeps = self._rows_that_fit(plan, *measured[key], self.memory - held)
+                if keeps:
+                    self.keeping.add(number)
+            cuts.append(tuple((a, min(a + rows, height)) for a in range(0, height, rows)))
+        return cuts
+
+    def _held(self, number: int, plans: list[Plan], wanted: set[int]) -> int:
+        """Bytes of the maps that are in memory while a step runs."""
+        if self.folder is not None:
+            return 0
+        maps = {n for n in wanted if n < number} | {number, number - 1}
+        return sum(self.nbytes(plans[n].after) for n in maps if n >= 0)
 
     def check_maps(self, plans: list[Plan], wanted: set[int]) -> None:
         """Check that the maps between steps fit into memory, where they are kept there.
@@ -193,12 +240,7 @@ class Runner:
         """
         if self.folder is not None:
             return
-        kept, needed = 0, 0
-        for number, plan in enumerate(plans):
-            before = self.nbytes(plan.before) if number and number - 1 not in wanted else 0
-            needed = max(needed, kept + before + self.nbytes(plan.after))
-            if number in wanted:
-                kept += self.nbytes(plan.after)
+        needed = max(self._held(number, plans, wanted) for number in range(len(plans)))
         if needed > self.memory:
             raise UserError(
                 f"the maps between layers need {amount(needed)} of memory, and "
@@ -206,41 +248,69 @@ class Runner:
                 "left of what may be used: give workdir= to keep them on disk, or more by memory="
             )
 
+    def left(self, maps: list[RowMap]) -> int:
+        """Bytes of memory that these maps leave."""
+        held = 0 if self.folder is not None else sum(made.nbytes for made in maps)
+        return max(self.memory - held, RESERVE)
+
     def nbytes(self, shape: Shape) -> int:
         """Bytes of a map."""
         return math.prod(shape) * self.example.element_size()
 
-    def _rows_that_fit(self, plan: Plan, gathered: int, held: int) -> int:
-        budget = self.memory - held
-        height = plan.after[0]
+    def _measure(self, plan: Plan) -> tuple[int, int]:
+        """See `measured_bytes`."""
+        height, width, _ = plan.after
 
-        def measure(own: int) -> int:
+        def measure(own: int, columns: int) -> int:
             start = (height - own) // 2
             rows = Rows(start, start + own)
-            image = _Noise(plan.before, self.example)
-            sums = Sums()
+            part = plan.of_width(columns)
+            image = _Noise(part.before, self.example)
             cuts: Cuts = ((rows.start, rows.stop),)
-            return peak_bytes(lambda: run_band(plan, image, rows, cuts, sums, self.example))
+            return peak_bytes(lambda: run_band(part, image, rows, cuts, Sums(), self.example))
 
-        rows = rows_that_fit(measure, height, budget, plan.step.name)
-        if rows < height and gathered:
-            if 2 * gathered > budget:
-                raise UserError(
-                    f"{plan.step.name} has softmax attention over the whole map, whose keys and "
-                    f"values need {amount(2 * gathered)}; {amount(budget)} are left: give more by "
-                    "memory=, or take a model that is linear in all stages"
-                )
-            rows = rows_that_fit(measure, height, budget - 2 * gathered, plan.step.name)
-        return rows
+        return measured_bytes(measure, height, width)
+
+    def _rows_that_fit(self, plan: Plan, base: int, per_row: int, budget: int) -> tuple[int, bool]:
+        """Rows of a band, and whether later passes find what earlier ones made."""
+        height, name = plan.after[0], plan.step.name
+        rows = rows_that_fit(base, per_row, height, budget, name)
+        if rows == height:
+            return rows, False
+        gathered = gathered_bytes(plan, self.example)
+        if 2 * gathered > budget:
+            raise UserError(
+                f"{name} has softmax attention over the whole map, whose keys and values need "
+                f"{amount(2 * gathered)}; {amount(budget)} are left: give more by memory=, or take "
+                "a model that is linear in all stages"
+            )
+        if gathered:
+            return rows_that_fit(base, per_row, height, budget - 2 * gathered, name), False
+        # What is kept may take memory from the bands, as long as these do not become so low that
+        # the rows around them count.
+        kept = int(_channels(plan, "row_keep") * self.nbytes((*plan.after[:2], 1)) * KEPT_MARGIN)
+        if not kept:
+            return rows, False
+        least = base + max(KEEPING_ROWS, 16 * plan.step.reach(height)) * per_row
+        if kept + least > budget:
+            return rows, False
+        return rows_that_fit(base, per_row, height, budget - kept, name), True
 
     @torch.no_grad()
-    def run(self, plans: list[Plan], image: Readable, wanted: set[int]) -> dict[int, RowMap]:
+    def run(
+        self,
+        plans: list[Plan],
+        image: Readable,
+        wanted: set[int],
+        open_writers: Callable[[int, RowMap], list[Writer]],
+    ) -> dict[int, RowMap]:
         """Run the steps.
 
         Args:
             plans: The steps.
             image: What the first one reads.
             wanted: Numbers of the steps whose output is kept; the last one among them.
+            open_writers: What writes the output of a step, by its number, while its bands come.
 
         Returns:
             The maps by these numbers.
@@ -249,6 +319,7 @@ class Runner:
             UserError: Memory or disk do not suffice, or the image cannot be read.
         """
         self.check_maps(plans, wanted)
+        cuts = self.choose_cuts(plans, wanted)
         kept: dict[int, RowMap] = {}
         source: Readable = image
         first = 0
@@ -256,6 +327,8 @@ class Runner:
         for number in sorted(position.finished):
             made = self.make_map(number, plans[number].after, keep=True)
             made.prefix = position.finished[number]
+            for writer in open_writers(number, made):
+                writer.advance(made.shape[0])
             kept[number] = made
             source, first = made, number + 1
         bar = tqdm(total=len(plans), initial=first, disable=not self.progress, unit="step")
@@ -263,7 +336,15 @@ class Runner:
             for number in range(first, len(plans)):
                 plan = plans[number]
                 bar.set_postfix_str(plan.step.name)
-                source = self._run_step(number, plan, source, position, kept, bar)
+                if not position.cuts:
+                    made = self.make_map(number, plan.after)
+                    position.cuts = cuts[number]
+                else:
+                    made = self.make_map(number, plan.after, keep=True)
+                position.sums.keeps = number in self.keeping
+                writers = open_writers(number, made)
+                self._run_step(plan, source, made, position, writers, bar)
+                source = made
                 kept[number] = source
                 position.finished[number] = source.prefix
                 position.cuts, position.band, position.sums = (), 0, Sums()
@@ -282,21 +363,13 @@ class Runner:
 
     def _run_step(
         self,
-        number: int,
         plan: Plan,
         source: Readable,
+        target: RowMap,
         position: Position,
-        kept: dict[int, RowMap],
+        writers: list[Writer],
         bar: Any,
-    ) -> RowMap:
-        again = bool(position.cuts)
-        if not again:
-            held = 0
-            if self.folder is None:
-                held = sum(made.nbytes for made in kept.values()) + self.nbytes(plan.after)
-            gathered = gathered_bytes(plan, self.example)
-            position.cuts = self.choose_cuts(plan, gathered, held)
-        target = self.make_map(number, plan.after, keep=again)
+    ) -> None:
         cuts, sums = position.cuts, position.sums
         while True:
             for i in range(position.band, len(cuts)):
@@ -309,19 +382,28 @@ class Runner:
                     traceback.clear_frames(stopped.__traceback__)
                 else:
                     target.write(own.start, y)
+                    for writer in writers:
+                        writer.advance(own.stop)
                     if position.prefix is None:
                         position.prefix = prefix
                     del y
-                give_back_memory()
+                self._give_back()
                 position.band = i + 1
                 self._note(position)
             if not sums.finish_pass():
                 target.prefix = position.prefix
-                return target
+                return
             position.band = 0
             if self.record is not None:
                 self.record.save_sums(position)
                 self.record.save(position)
+
+    def _give_back(self) -> None:
+        """Return memory to the system before it runs short: the next band is faster on memory that
+        the allocator has kept, and finds it in pieces that may not fit.
+        """
+        if resident() > FULL * self.limit:
+            give_back_memory()
 
     def _note(self, position: Position) -> None:
         if self.record is not None:
@@ -348,9 +430,13 @@ class _Noise:
 def gathered_bytes(plan: Plan, example: Tensor) -> int:
     """Bytes of the keys and values that softmax attention over the whole map keeps in a step."""
     height, width, _ = plan.after
+    return height * width * _channels(plan, "row_gather") * example.element_size()
+
+
+def _channels(plan: Plan, method: str) -> int:
+    """Channels that layers of a step want of all rows, by the method of that name."""
     layers: list[Any] = [x for module in plan.step.modules.values() for x in module.modules()]
-    channels = sum(layer.row_gather(height) for layer in layers if hasattr(layer, "row_gather"))
-    return height * width * channels * example.element_size()
+    return sum(getattr(x, method)(plan.after[0]) for x in layers if hasattr(x, method))
 
 
 def pooled(source: Readable, rows: int, kind: str, example: Tensor) -> Tensor:

@@ -1,11 +1,12 @@
-"""Places that maps are written to by rows: arrays, zarr, TIFF with a pyramid, GeoTIFF."""
+"""Places that maps are written to by rows, as they come: arrays, zarr, TIFF, GeoTIFF."""
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,11 +16,20 @@ from torch import Tensor
 from vitlinear.errors import UserError, one_line
 
 from .libraries import load_library
-from .maps import RowMap
-from .sources import levels_of
+from .sources import forget_pages, levels_of
 
 TILE = 256  # rows and columns of tiles and chunks, as most readers have them
 KINDS = ".npy, .zarr, .tif or .tiff"
+
+
+class Rows(Protocol):
+    """A map whose rows can be read, as many as there are by now."""
+
+    shape: tuple[int, int, int]
+    dtype: torch.dtype
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Rows as [1, stop - start, W, C]."""
 
 
 def check_sink(sink: Any, overwrite: bool) -> None:
@@ -53,151 +63,343 @@ def check_sink(sink: Any, overwrite: bool) -> None:
         load_library("tifffile", "wsi")
 
 
-def write_map(made: RowMap, sink: Any, raster: Any = None, stride: int = 1) -> None:
-    """Write a map, rows by rows.
-
-    Args:
-        made: The map.
-        sink: An array [C, H, W], or a path.
-        raster: Of rasterio, whose place on the earth the map has; None without.
-        stride: Pixels of the raster in a row of the map.
+def check_shape(sink: Any, map_shape: tuple[int, int, int]) -> None:
+    """Check that a map [H, W, C] fits into an array [C, H, W]; a path takes any.
 
     Raises:
-        UserError: The place does not fit, or cannot be written.
+        UserError: It does not.
     """
-    if not isinstance(sink, (str, Path)):
-        _write_array(made, sink, _chunk_rows(sink))
+    if isinstance(sink, (str, Path)):
         return
-    path = Path(sink).expanduser()
-    # Under a name of its own until it is whole.
-    unfinished = path.with_name(f".{path.stem}.unfinished{path.suffix}")
-    try:
-        _write_file(made, unfinished, raster, stride)
-        _replace(unfinished, path)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"cannot write {path}: {one_line(error)}") from error
+    height, width, channels = map_shape
+    shape = tuple(int(n) for n in sink.shape)
+    if shape != (channels, height, width):
+        raise UserError(f"the map is {(channels, height, width)}, and the array for it {shape}")
 
 
-def _write_file(made: RowMap, path: Path, raster: Any, stride: int) -> None:
-    height, width, channels = made.shape
-    kind = path.suffix.lower()
-    dtype = numbers(made.read(0, 1)).dtype
-    if kind == ".npy":
-        array = np.lib.format.open_memmap(path, "w+", dtype, (channels, height, width))
-        _write_array(made, array, TILE)
-        array.flush()
-    elif kind == ".zarr":
-        array = load_library("zarr", "wsi").open(
-            str(path),
+class Writer(ABC):
+    """Writes a map to its place, block by block.
+
+    Attributes:
+        rows: Of a block.
+        where: Of the map, for messages.
+    """
+
+    rows = TILE
+    where = "of the map"
+
+    def __init__(self, made: Rows) -> None:
+        """Keep the map, of which no row is there yet."""
+        self.made = made
+        self.done = 0
+
+    def advance(self, stop: int) -> None:
+        """Write what is there and not written: whole blocks, and the end of the map.
+
+        Args:
+            stop: Rows of the map that are there.
+
+        Raises:
+            UserError: They cannot be written.
+        """
+        height = self.made.shape[0]
+        while self.done < stop:
+            end = min(self.done + self.rows, height)
+            if end > stop:
+                return
+            try:
+                self.write(self.done, end)
+            except UserError:
+                raise
+            except Exception as error:
+                raise UserError(
+                    f"cannot write rows {self.done} to {end} {self.where}: {one_line(error)}"
+                ) from error
+            self.done = end
+
+    @abstractmethod
+    def write(self, start: int, stop: int) -> None:
+        """Write some rows."""
+
+
+class ArrayWriter(Writer):
+    """Writes into an array [C, H, W]: numpy, a tensor, zarr."""
+
+    def __init__(self, made: Rows, array: Any, rows: int | None = None) -> None:
+        """Check the array.
+
+        Args:
+            made: The map.
+            array: The place.
+            rows: Of a block; None for those of its chunks.
+
+        Raises:
+            UserError: It has another shape than the map.
+        """
+        super().__init__(made)
+        check_shape(array, made.shape)
+        chunks = getattr(array, "chunks", None)
+        self.rows = rows or (int(chunks[1]) if chunks else TILE)
+        self.array = array
+
+    def write(self, start: int, stop: int) -> None:
+        """See `Writer`."""
+        part = self.made.read(start, stop)[0].permute(2, 0, 1)
+        if isinstance(self.array, Tensor):
+            self.array[:, start:stop] = part.to(self.array.device, self.array.dtype)
+        else:
+            self.array[:, start:stop] = numbers(part)
+
+
+class FileWriter(Writer):
+    """Writes a file, under a name of its own until it is whole.
+
+    Attributes:
+        file: What is open, if anything is.
+    """
+
+    file: Any = None
+
+    def __init__(self, made: Rows, path: Path) -> None:
+        """Make the file, of its full size."""
+        super().__init__(made)
+        self.path = path
+        self.unfinished = path.with_name(f".{path.stem}.unfinished{path.suffix}")
+        self.where = f"of {path}"
+        self.dtype = numbers(torch.empty(0, dtype=made.dtype)).dtype
+        try:
+            self.begin()
+        except UserError:
+            raise
+        except Exception as error:
+            self.discard()
+            raise UserError(f"cannot write {path}: {one_line(error)}") from error
+
+    @abstractmethod
+    def begin(self) -> None:
+        """Make the file."""
+
+    def end(self) -> None:
+        """Write what comes after all rows, and close the file."""
+
+    def finish(self) -> None:
+        """Do what is left when all rows are written; the file gets its name."""
+        try:
+            self.end()
+            if self.path.is_dir():
+                shutil.rmtree(self.path)
+            self.unfinished.replace(self.path)
+        except Exception as error:
+            raise UserError(f"cannot write {self.path}: {one_line(error)}") from error
+
+    def discard(self) -> None:
+        """Close the file, and take it away if it is not finished."""
+        if self.file is not None:
+            self.file.close()
+        if self.unfinished.is_dir():
+            shutil.rmtree(self.unfinished)
+        else:
+            self.unfinished.unlink(missing_ok=True)
+
+
+class NumpyWriter(FileWriter):
+    """A ``.npy`` file, [C, H, W]."""
+
+    def begin(self) -> None:
+        """See `FileWriter`."""
+        height, width, channels = self.made.shape
+        shape = (channels, height, width)
+        self.array = np.lib.format.open_memmap(self.unfinished, "w+", self.dtype, shape)
+
+    def write(self, start: int, stop: int) -> None:
+        """See `Writer`."""
+        self.array[:, start:stop] = numbers(self.made.read(start, stop)[0].permute(2, 0, 1))
+        forget_pages(self.array)
+
+    def end(self) -> None:
+        """See `FileWriter`."""
+        self.array.flush()
+
+
+class ZarrWriter(FileWriter):
+    """A zarr array, [C, H, W], in chunks with all channels."""
+
+    def begin(self) -> None:
+        """See `FileWriter`."""
+        height, width, channels = self.made.shape
+        self.array = load_library("zarr", "wsi").open(
+            str(self.unfinished),
             mode="w",
             shape=(channels, height, width),
             chunks=(channels, min(TILE, height), min(TILE, width)),
-            dtype=dtype,
+            dtype=self.dtype,
         )
-        _write_array(made, array, TILE)
-    elif raster is not None:
-        _write_raster(made, path, dtype, raster, stride)
-    else:
-        _write_pyramid(made, path, dtype)
+
+    def write(self, start: int, stop: int) -> None:
+        """See `Writer`."""
+        self.array[:, start:stop] = numbers(self.made.read(start, stop)[0].permute(2, 0, 1))
+
+
+class TiffWriter(FileWriter):
+    """A BigTIFF of tiles, [H, W, C], with smaller levels in its SubIFDs.
+
+    The file is made with empty tiles, which are filled in where they lie.
+    """
+
+    def begin(self) -> None:
+        """See `FileWriter`."""
+        tifffile = load_library("tifffile", "wsi")
+        height, width, channels = self.made.shape
+        levels = levels_of((height, width))
+        colour = channels == 3 and self.dtype == np.uint8
+        with tifffile.TiffWriter(self.unfinished, bigtiff=True) as file:
+            for level in range(levels):
+                file.write(
+                    None,
+                    shape=(*self._size(level), channels),
+                    dtype=self.dtype,
+                    tile=(TILE, TILE),
+                    photometric="rgb" if colour else "minisblack",
+                    planarconfig="contig",
+                    metadata=None,
+                    subifds=levels - 1 if level == 0 else 0,
+                    subfiletype=1 if level else 0,
+                )
+        with tifffile.TiffFile(self.unfinished) as file:
+            pages = [level.pages[0] for level in file.series[0].levels]
+            self.offsets = [page.dataoffsets for page in pages]
+        self.file = open(self.unfinished, "r+b", buffering=0)  # noqa: SIM115
+
+    def _size(self, level: int) -> tuple[int, int]:
+        height, width, _ = self.made.shape
+        return -(-height // 2**level), -(-width // 2**level)
+
+    def _fill(self, level: int, start: int, rows: np.ndarray) -> None:
+        width = rows.shape[1]
+        columns = range(0, width, TILE)
+        for number, left in enumerate(columns, start // TILE * len(columns)):
+            tile = np.zeros((TILE, TILE, rows.shape[2]), self.dtype)
+            part = rows[:, left : left + TILE]
+            tile[: part.shape[0], : part.shape[1]] = part
+            view, done = memoryview(tile.tobytes()), 0
+            while done < len(view):
+                place = self.offsets[level][number] + done
+                done += os.pwrite(self.file.fileno(), view[done:], place)
+
+    def write(self, start: int, stop: int) -> None:
+        """See `Writer`."""
+        self._fill(0, start, numbers(self.made.read(start, stop)[0]))
+
+    def end(self) -> None:
+        """See `FileWriter`: the smaller levels."""
+        for level in range(1, len(self.offsets)):
+            height = self._size(level)[0]
+            for start in range(0, height, TILE):
+                stop = min(start + TILE, height)
+                self._fill(level, start, self._level_rows(level, start, stop))
+        self.file.close()
+
+    def _level_rows(self, level: int, start: int, stop: int) -> np.ndarray:
+        """Rows of a level, [rows, W, C]: means of 2^level rows and columns."""
+        size = 2**level
+        parts, some = [], max(TILE // size, 1)  # no more rows of the map at once than of a tile
+        for first in range(start, stop, some):
+            last = min((first + some) * size, stop * size, self.made.shape[0])
+            x = self.made.read(first * size, last)
+            mean = F.avg_pool2d(
+                x.permute(0, 3, 1, 2).float(), size, ceil_mode=True, count_include_pad=False
+            )
+            parts.append(mean[0].permute(1, 2, 0).to(x.dtype))
+        return numbers(torch.cat(parts))
+
+
+class RasterWriter(FileWriter):
+    """A GeoTIFF of tiles, over the ground that a raster of rasterio covers."""
+
+    def __init__(self, made: Rows, path: Path, raster: Any, stride: int) -> None:
+        """Make the file.
+
+        Args:
+            made: The map.
+            path: The file.
+            raster: Of rasterio, whose place on the earth the map has.
+            stride: Pixels of the raster in a row of the map.
+        """
+        self.raster = raster
+        self.stride = stride
+        super().__init__(made, path)
+
+    def begin(self) -> None:
+        """See `FileWriter`."""
+        rasterio = load_library("rasterio", "geo")
+        height, width, channels = self.made.shape
+        # A side that the stride does not divide: the last pixel reaches beyond the raster.
+        transform = self.raster.transform * self.raster.transform.scale(self.stride, self.stride)
+        profile = {
+            "driver": "GTiff", "dtype": self.dtype, "count": channels, "height": height,
+            "width": width, "crs": self.raster.crs, "transform": transform, "tiled": True,
+            "blockxsize": TILE, "blockysize": TILE, "BIGTIFF": "IF_SAFER",
+        }  # fmt: skip
+        self.file = rasterio.open(self.unfinished, "w", **profile)
+
+    def write(self, start: int, stop: int) -> None:
+        """See `Writer`."""
+        rows = numbers(self.made.read(start, stop)[0].permute(2, 0, 1))
+        self.file.write(rows, window=((start, stop), (0, self.made.shape[1])))
+
+    def end(self) -> None:
+        """See `FileWriter`."""
+        self.file.close()
+
+
+class Writers:
+    """The writers of a run: their files get their names together at its end, or are taken away."""
+
+    def __init__(self, raster: Any) -> None:
+        """Keep the image, if it is a raster of rasterio, whose place on the earth maps have."""
+        self.raster = raster
+        self.files: list[FileWriter] = []
+
+    def open(self, made: Rows, sink: Any, stride: int) -> Writer:
+        """The writer of a map to its place.
+
+        Args:
+            made: The map.
+            sink: An array [C, H, W], or a path.
+            stride: Pixels of the image in a row of the map.
+
+        Raises:
+            UserError: The place does not fit, or cannot be written.
+        """
+        if not isinstance(sink, (str, Path)):
+            return ArrayWriter(made, sink)
+        file: FileWriter
+        path = Path(sink).expanduser()
+        kind = path.suffix.lower()
+        if kind == ".npy":
+            file = NumpyWriter(made, path)
+        elif kind == ".zarr":
+            file = ZarrWriter(made, path)
+        elif self.raster is not None:
+            file = RasterWriter(made, path, self.raster, stride)
+        else:
+            file = TiffWriter(made, path)
+        self.files.append(file)
+        return file
+
+    def __enter__(self) -> Writers:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        try:
+            if kind is None:
+                for file in self.files:
+                    file.finish()
+        finally:
+            for file in self.files:
+                file.discard()
 
 
 def numbers(x: Tensor) -> np.ndarray:
     """A tensor as numpy has it; bfloat16 becomes float32."""
     return (x.float() if x.dtype == torch.bfloat16 else x).cpu().numpy()
-
-
-def _chunk_rows(array: Any) -> int:
-    chunks = getattr(array, "chunks", None)
-    return int(chunks[1]) if chunks else TILE
-
-
-def _write_array(made: RowMap, array: Any, rows: int) -> None:
-    height, width, channels = made.shape
-    shape = tuple(int(n) for n in array.shape)
-    if shape != (channels, height, width):
-        raise UserError(f"the map is {(channels, height, width)}, and the array for it {shape}")
-    for start in range(0, height, rows):
-        stop = min(start + rows, height)
-        part = made.read(start, stop)[0].permute(2, 0, 1)
-        try:
-            if isinstance(array, Tensor):
-                array[:, start:stop] = part.to(array.device, array.dtype)
-            else:
-                array[:, start:stop] = numbers(part)
-        except Exception as error:
-            raise UserError(
-                f"cannot write rows {start} to {stop} of the map: {one_line(error)}"
-            ) from error
-
-
-def _level_rows(made: RowMap, level: int, start: int, stop: int) -> np.ndarray:
-    """Rows of a level of the pyramid, [rows, W, C]: means of 2^level rows and columns."""
-    size = 2**level
-    if level == 0:
-        return numbers(made.read(start, stop)[0])
-    parts, some = [], max(TILE // size, 1)  # no more rows of the map at once than of a tile
-    for first in range(start, stop, some):
-        x = made.read(first * size, min((first + some) * size, stop * size, made.shape[0]))
-        x = F.avg_pool2d(
-            x.permute(0, 3, 1, 2).float(), size, ceil_mode=True, count_include_pad=False
-        )
-        parts.append(x[0].permute(1, 2, 0).to(made.dtype))
-    return numbers(torch.cat(parts))
-
-
-def _tiles(made: RowMap, level: int) -> Iterator[np.ndarray]:
-    height, width, _ = _level_shape(made, level)
-    for top in range(0, height, TILE):
-        rows = _level_rows(made, level, top, min(top + TILE, height))
-        for left in range(0, width, TILE):
-            yield np.ascontiguousarray(rows[:, left : left + TILE])
-
-
-def _level_shape(made: RowMap, level: int) -> tuple[int, int, int]:
-    height, width, channels = made.shape
-    return -(-height // 2**level), -(-width // 2**level), channels
-
-
-def _write_pyramid(made: RowMap, path: Path, dtype: np.dtype) -> None:
-    """A BigTIFF of tiles, [H, W, C], with smaller levels in its SubIFDs."""
-    tifffile = load_library("tifffile", "wsi")
-    levels = levels_of(made.shape[:2])
-    with tifffile.TiffWriter(path, bigtiff=True) as file:
-        for level in range(levels):
-            file.write(
-                _tiles(made, level),
-                shape=_level_shape(made, level),
-                dtype=dtype,
-                tile=(TILE, TILE),
-                photometric="minisblack",
-                planarconfig="contig",
-                metadata=None,
-                subifds=levels - 1 if level == 0 else 0,
-                subfiletype=1 if level else 0,
-            )
-
-
-def _write_raster(made: RowMap, path: Path, dtype: np.dtype, raster: Any, stride: int) -> None:
-    """A GeoTIFF of tiles, over the ground that a raster of rasterio covers."""
-    rasterio = load_library("rasterio", "geo")
-    height, width, channels = made.shape
-    # A side that the stride does not divide: the last pixel reaches beyond the raster.
-    transform = raster.transform * raster.transform.scale(stride, stride)
-    profile = {
-        "driver": "GTiff", "dtype": dtype, "count": channels, "height": height, "width": width,
-        "crs": raster.crs, "transform": transform, "tiled": True, "blockxsize": TILE,
-        "blockysize": TILE, "BIGTIFF": "IF_SAFER",
-    }  # fmt: skip
-    with rasterio.open(path, "w", **profile) as file:
-        for start in range(0, height, TILE):
-            stop = min(start + TILE, height)
-            rows = numbers(made.read(start, stop)[0].permute(2, 0, 1))
-            file.write(rows, window=((start, stop), (0, width)))
-
-
-def _replace(unfinished: Path, path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    unfinished.replace(path)

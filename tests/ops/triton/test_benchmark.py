@@ -58,6 +58,7 @@ def test_first_contact(tmp_path):
 
 @pytest.mark.process
 @pytest.mark.slow
+@pytest.mark.nightly  # nearly half a minute; below its parts
 def test_models(tmp_path):
     """Each model in inference and in a training step, one of them on the kernels."""
     rows = dry_run("gpu_models.py", tmp_path)

@@ -196,7 +196,7 @@ def test_full_width_positions_compile(grid, kernels):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mechanism", "dtype", "rotary", "grid"),
-    in_turn(list(ops.MECHANISMS), DTYPES, [False, True], [SHORT, LONG], keep=2, every=2),
+    in_turn(list(ops.MECHANISMS), DTYPES, [False, True], [SHORT, LONG], keep=2, every=3),
     ids=str,
 )
 def test_every_mechanism_compiles(mechanism, dtype, rotary, grid, kernels):
@@ -228,7 +228,7 @@ def test_other_gpus(target, dtype, kernels):
     ("mechanism", "dim", "dtype"),
     [
         *in_turn(
-            ["rala", "mala", "nala", "lightnet"], [8, 20, 48, 64, 128], DTYPES, keep=2, every=4
+            ["rala", "mala", "nala", "lightnet"], [8, 20, 48, 64, 128], DTYPES, keep=2, every=5
         ),
         pytest.param("pola", 64, torch.bfloat16, marks=pytest.mark.nightly),
         pytest.param("pola", 128, torch.float32, marks=pytest.mark.nightly),

@@ -48,6 +48,7 @@ class Stripe(nn.Module):
     """Attention and LePE in the windows of a map; subclasses bring the attention."""
 
     row_rule = BANDED
+    uses_source = False  # whether the attention looks at the map that is given besides
 
     def __init__(
         self,
@@ -100,11 +101,14 @@ class Stripe(nn.Module):
         count, length = equal_windows(band.height, self.limits[0])
         if count == 1:
             return self.attend_map(qkv, source, (1, qkv.shape[1]))
-        first, last = band.whole_windows(length)
+        wide, qkv = band.around_windows(qkv, length)
+        if self.uses_source:
+            source = band.around_windows(source, length)[1]
+        first, last = wide.whole_windows(length)
         rows = fixed_windows(last - first, length)
         with use_band(None):
             x = self.attend_map(qkv[:, first:last], source[:, first:last], rows)
-        return band.back_in_band(x, first)
+        return band.within(wide, wide.back_in_band(x, first))
 
     def attend_map(self, qkv: Tensor, source: Tensor, rows: tuple[int, int]) -> Tensor:
         """`forward` in windows of this number and height."""
@@ -149,6 +153,8 @@ class Stripe(nn.Module):
 
 class InjectiveStripe(Stripe):
     """InLine attention, whose kernels come from the mean of each window of the source."""
+
+    uses_source = True
 
     def __init__(
         self,

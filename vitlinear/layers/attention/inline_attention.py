@@ -293,11 +293,12 @@ class InLineAttention(_ProjectedAttention):
         """`attend_map` of the windows that a band sees whole."""
         band.check_rows(x.shape[1])
         length = equal_windows(band.height, self.window_size)[1]
-        first, last = band.whole_windows(length)
+        wide, x = band.around_windows(x, length)
+        first, last = wide.whole_windows(length)
         x = x[:, first:last]
         B, H, W = x.shape[0], x.shape[1], x.shape[2]
         rows, cols = fixed_windows(H, length), equal_windows(W, self.window_size)
         mask = window_padding(x, rows, cols, None)
         with use_band(None):
             x = self.attend_tokens(to_windows(x, rows, cols), length, cols[1], mask)
-        return band.back_in_band(from_windows(x, rows, cols, (B, H, W)), first)
+        return band.within(wide, wide.back_in_band(from_windows(x, rows, cols, (B, H, W)), first))

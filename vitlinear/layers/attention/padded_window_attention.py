@@ -80,9 +80,11 @@ class PaddedWindowAttention(nn.Module):
             if band is None:
                 return self.attend_map(x)
             band.check_rows(x.shape[1])
-            first, last = band.whole_windows(self.window_size)
+            wide, x = band.around_windows(x, self.window_size)
+            first, last = wide.whole_windows(self.window_size)
             with use_band(None):
-                return band.back_in_band(self.attend_map(x[:, first:last]), first)
+                x = self.attend_map(x[:, first:last])
+            return band.within(wide, wide.back_in_band(x, first))
 
     @torch.jit.ignore
     def row_reach(self, height: int) -> int:

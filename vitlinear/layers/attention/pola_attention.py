@@ -283,12 +283,14 @@ class PolaAttention(nn.Module):
         (count, side), cols, shift = square_windows(
             band.height, x.shape[2], self.window_size, self.shift
         )
+        narrow = band
+        band, x = narrow.around_windows(x, side, shift)
         if shift == 0:
             first, last = band.whole_windows(side)
             mask = torch.zeros(x.shape[0], last - first, x.shape[2], dtype=torch.bool)
             with use_band(None):
                 y = self.attend_rows(x[:, first:last], mask.to(x.device), side, cols, shift)
-            return band.back_in_band(y, first)
+            return narrow.within(band, band.back_in_band(y, first))
         end = (count - 1) * side + shift  # of the last row of windows but that of both ends
 
         def part(start: int, stop: int, own: bool) -> tuple[int, int]:
@@ -298,7 +300,8 @@ class PolaAttention(nn.Module):
             return (low - band.start, high - band.start) if low < high else (0, 0)
 
         ends = [slice(*part(0, shift, True)), slice(*part(end, band.height, True))]
-        top, bottom = band.gather(1, x[:, ends[0]], x[:, ends[1]])
+        lengths = [band.own_between(0, shift), band.own_between(end, band.height)]
+        top, bottom = band.gather(1, x[:, ends[0]], x[:, ends[1]], lengths=lengths)
         first = shift + -(-(max(band.start, shift) - shift) // side) * side
         last = shift + (band.stop - shift) // side * side
         if band.stop == band.height:  # with a window that the end of the map cuts short
@@ -325,7 +328,7 @@ class PolaAttention(nn.Module):
         if a < b:
             place = y.shape[1] - shift + band.start + a
             out[:, a:b] = y[:, place : place + b - a]
-        return out
+        return narrow.within(band, out)
 
     def attend_rows(
         self, x: Tensor, mask: Tensor, side: int, cols: tuple[int, int], right: int

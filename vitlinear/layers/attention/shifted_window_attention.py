@@ -192,9 +192,10 @@ class ShiftedWindowAttention(nn.Module):
         """
         band.check_rows(x.shape[1])
         (_, side), cols, down, right = self.split(band.height, x.shape[2])
-        first, last = band.whole_windows(side, down)
+        wide, x = band.around_windows(x, side, down)
+        first, last = wide.whole_windows(side, down)
         x = x[:, first:last]
-        above = side - down if down and band.start == 0 else 0
+        above = side - down if down and wide.start == 0 else 0
         x = F.pad(x, [0, 0, 0, 0, above, 0])
         B, H, W = x.shape[0], x.shape[1], x.shape[2]
         rows = fixed_windows(H, side)
@@ -206,7 +207,7 @@ class ShiftedWindowAttention(nn.Module):
         with use_band(None):
             x = self.attend_windows(to_windows(x, rows, cols, 0, right), regions, side)
         x = from_windows(x, rows, cols, (B, H, W), 0, right)
-        return band.back_in_band(x[:, above:], first)
+        return band.within(wide, wide.back_in_band(x[:, above:], first))
 
 
 def resized_biases(table: Tensor, table_size: int, side: int) -> Tensor:

@@ -128,13 +128,12 @@ class TttAttention(nn.Module):
         """g, [B, H, W, 3 D] -> [B, H, W, D]."""
         if key_padding_mask is not None:
             qkv = qkv.masked_fill(key_padding_mask.unsqueeze(-1), 0)
-        q, k, v = qkv.chunk(3, dim=3)
-        dtype = accumulation_dtype(q.dtype)
         if not torch.jit.is_scripting():
             band = band_in_use()
             if band is not None:
-                state = self.state_of_bands(band, k.to(dtype), v.to(dtype), key_padding_mask)
-                return conv_per_sample(q, stepped(self.w3.flatten(1), state, 2))
+                return self.convolution_of_bands(band, qkv, key_padding_mask)
+        q, k, v = qkv.chunk(3, dim=3)
+        dtype = accumulation_dtype(q.dtype)
         sums = tap_sums(k.to(dtype), v.to(dtype))
         if key_padding_mask is None:
             state = sums / (q.shape[1] * q.shape[2])
@@ -147,6 +146,17 @@ class TttAttention(nn.Module):
     def row_reach(self, height: int) -> int:
         """Rows above and below that the convolution needs."""
         return 1
+
+    @torch.jit.ignore
+    def convolution_of_bands(
+        self, band: Band, qkv: Tensor, key_padding_mask: Tensor | None
+    ) -> Tensor:
+        """`convolution` of a band."""
+        wide, qkv = band.around(qkv, 1)
+        q, k, v = qkv.chunk(3, dim=3)
+        dtype = accumulation_dtype(q.dtype)
+        state = self.state_of_bands(wide, k.to(dtype), v.to(dtype), key_padding_mask)
+        return band.within(wide, conv_per_sample(q, stepped(self.w3.flatten(1), state, 2)))
 
     @torch.jit.ignore
     def state_of_bands(

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..band import LOCAL
+from ..band import BANDED, LOCAL, band_in_use
 
 
 class TokenConv(nn.Conv1d):
@@ -32,7 +32,7 @@ class DynamicConv(nn.Module):
     checkpoints).
     """
 
-    row_rule = LOCAL
+    row_rule = BANDED
 
     def __init__(
         self,
@@ -71,6 +71,11 @@ class DynamicConv(nn.Module):
         """
         kernel = self.fc2(self.act(self.fc1(mean.unsqueeze(2))))
         kernel = kernel.reshape(x.shape[0], x.shape[3], 9)
+        if not torch.jit.is_scripting():
+            band = band_in_use()
+            if band is not None:
+                wide, x = band.around(x, 1)
+                return band.within(wide, conv_per_sample(x, kernel))
         return conv_per_sample(x, kernel)
 
 

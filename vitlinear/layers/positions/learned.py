@@ -147,6 +147,15 @@ class AddTokenPositions(nn.Module):
                 tokens = tokens.float().reshape(*grid_size, -1)
                 tokens = resized_by_products(tokens, height, width).flatten(0, 1)[None]
                 return torch.cat((before, tokens.to(before.dtype)), 1)
+        if pos_embed.dtype == torch.float64:  # of which timm would make float32
+            before, tokens = pos_embed.tensor_split([self.num_prefix_tokens], 1)
+            tokens = tokens.reshape(1, grid_size[0], grid_size[1], -1).permute(0, 3, 1, 2)
+            size = [height, width]
+            if height != grid_size[0] or width != grid_size[1]:
+                tokens = F.interpolate(
+                    tokens, size=size, mode="bicubic", align_corners=False, antialias=True
+                )
+            return torch.cat((before, tokens.permute(0, 2, 3, 1).flatten(1, 2)), 1)
         return resample_abs_pos_embed(
             pos_embed,
             new_size=[height, width],

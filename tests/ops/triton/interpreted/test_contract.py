@@ -23,8 +23,7 @@ def test_the_interpreter_runs():
     assert kernels.INTERPRETING
 
 
-@each_mechanism
-@pytest.mark.parametrize("splits", [False, True], ids=["one kernel", "splits"])
+@pairwise(every=2, mechanism=ops.MECHANISMS, splits=[False, True])
 def test_saved_states_are_those_of_the_formula(mechanism, splits, monkeypatch):
     """So that the formula's backward can follow the kernels' forward where a kernel fails."""
     if splits:
@@ -39,8 +38,7 @@ def test_saved_states_are_those_of_the_formula(mechanism, splits, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-@each_mechanism
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pairwise(every=2, mechanism=ops.MECHANISMS, dtype=[torch.float16, torch.bfloat16])
 def test_half_precision(mechanism, dtype):
     """Rounded once, at the end; the interpreter cuts bfloat16 off where a GPU rounds."""
     inputs = make_inputs(grid=(5, 7), dim=12, dtype=dtype)
@@ -58,6 +56,7 @@ def test_half_precision(mechanism, dtype):
         "zero queries", "constant keys", "vanishing normaliser", "large", "huge", "zeros", "alone",
     ],
     dtype=[torch.float32, torch.float16],
+    every=2,
 )  # fmt: skip
 def test_finite(mechanism, dtype, case, monkeypatch):
     many_splits(monkeypatch)

@@ -9,10 +9,11 @@ import torch
 
 from tests.ops.inputs import make_inputs
 from tests.ops.triton.cases import GRIDS, error, many_splits, reference, run
+from tests.pairwise import pairwise
 from vitlinear import ops
 
 each_mechanism = pytest.mark.parametrize("mechanism", list(ops.MECHANISMS))
-FAST = {(1, 8), (17, 20), (49, 32), (63, 8), (65, 20)}
+FAST = {(1, 8), (17, 20), (65, 20)}
 OTHERS = [size for size in itertools.product(GRIDS, (8, 20, 32)) if size not in FAST]
 # Each mechanism at every size of the fast ones; the others in turn, each of them by one mechanism
 # as a rule and by two in nightly runs.
@@ -57,8 +58,7 @@ def test_splits(mechanism, length, dim, monkeypatch):
     check(mechanism, make_inputs(grid=GRIDS[length], dim=dim, batch=1, dtype=torch.float32))
 
 
-@each_mechanism
-@pytest.mark.parametrize("splits", [False, True], ids=["one kernel", "splits"])
+@pairwise(every=2, mechanism=ops.MECHANISMS, splits=[False, True])
 def test_mask_and_head_scale(mechanism, splits, monkeypatch):
     """Padding that is NaN: in pieces, over whole splits, and a whole sample."""
     if splits:
@@ -96,8 +96,7 @@ def test_layouts(mechanism, layout):
     check(mechanism, make_inputs(grid=(3, 11), dim=12, dtype=torch.float32), layout)
 
 
-@each_mechanism
-@pytest.mark.parametrize("splits", [False, True], ids=["one kernel", "splits"])
+@pairwise(every=2, mechanism=ops.MECHANISMS, splits=[False, True])
 def test_epilogue(mechanism, splits, monkeypatch):
     """(out + lepe) * gate with padding that is NaN, and the gradients of both."""
     if splits:

@@ -20,6 +20,7 @@ def maximum(monkeypatch):
 
 
 @pairwise(
+    every=2,
     mechanism=ops.MECHANISMS,
     place=PLACES,
     splits=[False, True],

@@ -36,13 +36,16 @@ def definer(module: nn.Module, method: str = "forward") -> type:
     return next(kind for kind in type(module).__mro__ if method in vars(kind))
 
 
-def check_layer(name: str, module: nn.Module, method: str = "forward") -> None:
+def check_layer(
+    name: str, module: nn.Module, method: str = "forward", training: bool = False
+) -> None:
     """Check that a layer says how rows reach it, its members left out.
 
     Args:
         name: In the model.
         module: The layer.
         method: Which the rule has to be about.
+        training: Let it be in training mode, and use statistics of the image.
 
     Raises:
         UserError: It does not, or what it does depends on more than its class.
@@ -61,6 +64,8 @@ def check_layer(name: str, module: nn.Module, method: str = "forward") -> None:
             f"{what} cannot run on bands of rows: it has forward hooks, which would see bands "
             "instead of the image; remove them"
         )
+    if training:
+        return
     # What `fuse` makes is in training mode, and has none of its own.
     if module.training and not isinstance(module, (nn.Sequential, nn.Identity)):
         raise UserError(f"{what} is in training mode: call model.eval() first")
@@ -71,8 +76,13 @@ def check_layer(name: str, module: nn.Module, method: str = "forward") -> None:
         )
 
 
-def row_convs(name: str, module: nn.Module) -> Iterator[RowConv]:
+def row_convs(name: str, module: nn.Module, training: bool = False) -> Iterator[RowConv]:
     """The convolutions of a module, in order, all its layers checked.
+
+    Args:
+        name: In the model.
+        module: The module.
+        training: As `check_layer`.
 
     Raises:
         UserError: As `check_layer`, or a convolution pads with anything but zeros.
@@ -80,7 +90,7 @@ def row_convs(name: str, module: nn.Module) -> Iterator[RowConv]:
     for path, layer in module.named_modules(prefix=name):
         if isinstance(layer, nn.ModuleList):
             continue
-        check_layer(path, layer)
+        check_layer(path, layer, training=training)
         if hasattr(layer, "row_conv"):
             yield RowConv(path, *layer.row_conv)
         elif isinstance(layer, nn.Conv2d):
@@ -93,7 +103,7 @@ def row_convs(name: str, module: nn.Module) -> Iterator[RowConv]:
             yield RowConv(path, kernel, layer.stride[0], layer.padding[0])
 
 
-def row_reach(name: str, module: nn.Module, height: int) -> int:
+def row_reach(name: str, module: nn.Module, height: int, training: bool = False) -> int:
     """Rows above and below that a module needs for a row of its output; it keeps their number.
 
     An upper bound: as if its members stood one after the other.
@@ -102,12 +112,13 @@ def row_reach(name: str, module: nn.Module, height: int) -> int:
         name: In the model.
         module: The module.
         height: Rows of the whole map.
+        training: As `check_layer`.
 
     Raises:
         UserError: As `row_convs`, or a convolution changes the number of rows.
     """
     total = 0
-    for conv in row_convs(name, module):
+    for conv in row_convs(name, module, training):
         if conv.stride != 1 or 2 * conv.padding != conv.kernel - 1:
             raise UserError(
                 f"{conv.name} cannot run on bands of rows: it stands in a block and changes the "

@@ -46,17 +46,20 @@ class Step:
     level: int | None = None
     convs: list[RowConv] = field(default_factory=list)
 
-    def check(self) -> None:
+    def check(self, training: bool = False) -> None:
         """Check that all layers are known.
+
+        Args:
+            training: As `check_layer`.
 
         Raises:
             UserError: One is not, or cannot be split into bands; the message names it.
         """
         for name, module in self.modules.items():
             if self.strided:
-                self.convs += row_convs(name, module)
+                self.convs += row_convs(name, module, training)
             else:
-                row_reach(name, module, height=1)
+                row_reach(name, module, 1, training)
 
     @property
     def stride(self) -> int:
@@ -83,8 +86,8 @@ def check_model(model: nn.Module) -> None:
     """
     if not isinstance(model, TimmBackbone):
         raise UserError(
-            f"cannot stream {type(model).__name__}: it is no model of vitlinear; give the model "
-            "itself, without wrappers such as torch.compile"
+            f"cannot split {type(model).__name__} into bands of rows: it is no model of vitlinear; "
+            "give the model itself, without wrappers such as torch.compile"
         )
     skeleton: type[TimmBackbone]
     methods = ["forward", "forward_features", "forward_head", "forward_intermediates"]
@@ -94,26 +97,33 @@ def check_model(model: nn.Module) -> None:
         skeleton = IsotropicBackbone
         methods.append("embed")
     else:
-        raise UserError(f"cannot stream {type(model).__name__}: it has a skeleton of its own")
+        raise UserError(
+            f"cannot split {type(model).__name__} into bands of rows: it has a skeleton of its own"
+        )
     for method in methods:
         if definer(model, method) not in skeleton.__mro__ or method in model.__dict__:
             raise UserError(
-                f"cannot stream {type(model).__name__}: it has a {method} of its own, of which "
-                "streaming does not know the steps"
+                f"cannot split {type(model).__name__} into bands of rows: it has a {method} of its "
+                "own, whose steps are not known"
             )
 
 
-def steps_of(model: nn.Module) -> list[Step]:
+def steps_of(model: nn.Module, training: bool = False) -> list[Step]:
     """The steps from the image to the features, each checked.
 
+    Args:
+        model: The model.
+        training: Let it be in training mode.
+
     Raises:
-        UserError: The model or one of its layers cannot be streamed.
+        UserError: The model or one of its layers cannot run on bands of rows.
     """
     check_model(model)
     parts: Any = model
-    steps = list(_staged(parts) if isinstance(model, StagedBackbone) else _isotropic(parts))
+    staged = isinstance(model, StagedBackbone)
+    steps = list(_staged(parts, training) if staged else _isotropic(parts))
     for step in steps:
-        step.check()
+        step.check(training)
     return steps
 
 
@@ -124,12 +134,12 @@ def _channels_first(module: nn.Module) -> Run:
     return run
 
 
-def _staged(model: Any) -> Iterator[Step]:
+def _staged(model: Any, training: bool) -> Iterator[Step]:
     yield Step("stem", {"stem": model.stem}, _channels_first(model.stem), strided=True)
     for i, stage in enumerate(model.stages):
         path = f"stages.{i}"
-        check_layer(path, stage)
-        check_layer(path, stage, "shared")
+        check_layer(path, stage, training=training)
+        check_layer(path, stage, "shared", training)
         down, number = stage.downsample, len(stage.blocks)
         if type(down) is not nn.Identity:
             name = f"{path}.downsample"
@@ -209,15 +219,19 @@ def _token_norm(norm: nn.Module) -> Run:
     return run
 
 
-def check_head(model: Any) -> None:
+def check_head(model: Any, training: bool = False) -> None:
     """Check that the classifier is one of pooled features.
+
+    Args:
+        model: The model.
+        training: As `check_layer`.
 
     Raises:
         UserError: It is not.
     """
     head = model.head
     if isinstance(model, IsotropicBackbone):
-        check_layer("head", head)
+        check_layer("head", head, training=training)
         return
     pooled = type(head) is ClassifierHead and type(head.global_pool) is SelectAdaptivePool2d
     if not pooled:

@@ -1,0 +1,115 @@
+"""A model on the rows of several processes compared with the same model on the whole image."""
+
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from vitlinear.parallel import gather_rows, parallelize, shard_rows
+
+# Relative to the largest value. Gradients that cancel, such as those of biases before a batch norm,
+# are compared with the least of what parameters have.
+LEAST = 1e-3
+
+
+def mesh_of_all() -> DeviceMesh:
+    """All processes share an image."""
+    return init_device_mesh("cpu", (distributed.get_world_size(),), mesh_dim_names=("rows",))
+
+
+def make(name: str, dtype: torch.dtype = torch.float64, **kwargs: Any) -> nn.Module:
+    """A model with everything away from its initial value."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, **kwargs).to(dtype).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    return model
+
+
+def difference(a: Tensor, b: Tensor, least: float = 1e-30) -> float:
+    """The largest, over the largest value."""
+    assert a.shape == b.shape and a.dtype == b.dtype, (a.shape, b.shape)
+    return float((a - b).abs().max() / b.abs().max().clamp(min=least))
+
+
+def outputs_of(model: Any, images: Tensor, rows: Any) -> list[Tensor]:
+    """Maps, features and logits; gathered, if the model sees rows."""
+    features, maps = model.forward_intermediates(images)
+    logits = model.forward_head(features)
+    prefix = getattr(model, "num_prefix_tokens", 0)
+    if rows is not None:
+        maps = [gather_rows(x, rows) for x in maps]
+        features = gather_rows(features, rows, prefix=prefix)
+        if logits.dim() > 2:
+            logits = gather_rows(logits, rows, prefix=prefix)
+    return [*maps, features, logits]
+
+
+def loss_of(outputs: list[Tensor]) -> Tensor:
+    """A number that every value of every output has a part in."""
+    generator = torch.Generator().manual_seed(1)
+    weights = (torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in outputs)
+    terms = [(x * w).sum() / x.numel() ** 0.5 for x, w in zip(outputs, weights, strict=True)]
+    return torch.stack(terms).sum()
+
+
+def worst_differences(
+    name: str,
+    sizes: tuple[int, ...],
+    training: bool = False,
+    dtype: torch.dtype = torch.float64,
+    checkpointing: bool = False,
+    seed: int = 0,
+    **kwargs: Any,
+) -> dict[str, float]:
+    """The worst relative difference of outputs, of gradients, and of statistics.
+
+    Args:
+        name: Of the model.
+        sizes: Rows of each process.
+        training: Run it in training mode.
+        dtype: Of everything.
+        checkpointing: Recompute blocks, with the backward pass outside of the rows.
+        seed: Of random numbers in the forward pass.
+        **kwargs: Of the model.
+    """
+    torch.manual_seed(1)
+    images = torch.randn(2, 3, sum(sizes), 80, dtype=dtype)
+    whole, parts = (make(name, dtype, **kwargs).train(training) for _ in range(2))
+    images.requires_grad_()
+    torch.manual_seed(seed)
+    expected = outputs_of(whole, images, None)
+    loss_of(expected).backward()
+
+    mesh = mesh_of_all()
+    parts.set_grad_checkpointing(checkpointing)
+    parallelize(parts, mesh)
+    shard, rows = shard_rows(images.detach(), mesh, sizes=sizes)
+    shard.requires_grad_()
+    torch.manual_seed(seed)
+    with rows:
+        found = outputs_of(parts, shard, rows)
+        loss = loss_of(found)
+        if not checkpointing:
+            loss.backward()
+    if checkpointing:
+        loss.backward()
+
+    count = mesh.size()
+    start, stop = rows.own
+    worst = {"outputs": max(map(difference, found, expected))}
+    worst["image"] = difference(shard.grad / count, images.grad[:, :, start:stop])
+    gradients = []
+    for ours, theirs in zip(parts.parameters(), whole.parameters(), strict=True):
+        distributed.all_reduce(ours.grad)
+        gradients.append(difference(ours.grad / count, theirs.grad, LEAST))
+    worst["parameters"] = max(gradients)
+    pairs = zip(parts.buffers(), whole.buffers(), strict=True)
+    worst["statistics"] = max((difference(a.double(), b.double()) for a, b in pairs), default=0.0)
+    return worst

@@ -1,0 +1,95 @@
+"""A model of timm's registry that is another one with attentions replaced.
+
+timm saves the name of a model and the arguments that built it. This name, and these arguments, are
+how a model that `replace_attention` changed is built again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import timm
+from timm.models import build_model_with_cfg, is_model, register_model, split_model_name_tag
+from torch import nn
+
+from vitlinear._timm import FeatureGetterNet
+from vitlinear.errors import did_you_mean
+
+from .replace import ARCHITECTURE, replace_attention
+
+__all__: list[str] = []  # `register_model` adds to it
+
+# Arguments of timm's factory, which are not the constructor's.
+_OF_THE_FACTORY = ("features_only", "out_indices", "feature_cls", "pretrained_model_args")
+_OF_WEIGHTS = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+
+
+@register_model
+def replaced_attention(
+    pretrained: bool = False,
+    base: str = "",
+    replacements: Sequence[Mapping[str, Any]] = (),
+    **kwargs: Any,
+) -> nn.Module:
+    """A model of timm's with attentions replaced.
+
+    Args:
+        pretrained: Load weights: those that ``pretrained_cfg`` names, which are of the model as it
+            is after the replacements; without it those of ``base``, which are loaded before.
+        base: Name of the model, with or without a tag.
+        replacements: Arguments of `replace_attention`, in order: ``attention``, ``blocks``,
+            ``keep``, ``rope`` and ``options``.
+        **kwargs: As `timm.create_model` takes them for ``base``.
+
+    Raises:
+        ValueError: ``base`` is missing or unknown, or as `replace_attention`.
+    """
+    if not base:
+        raise ValueError(
+            f"{ARCHITECTURE} needs base=NAME and replacements=[...], as "
+            "vitlinear.replace_attention records them"
+        )
+    name, tag = split_model_name_tag(base)
+    if not is_model(name) or name == ARCHITECTURE:
+        raise ValueError(f"unknown base {base!r}{did_you_mean(name, timm.list_models())}")
+    own_weights = isinstance(kwargs.get("pretrained_cfg"), Mapping)
+    if tag and not kwargs.get("pretrained_cfg"):
+        kwargs["pretrained_cfg"] = tag
+    of_weights = {key: kwargs[key] for key in _OF_WEIGHTS if key in kwargs}
+
+    def build(**model_kwargs: Any) -> nn.Module:
+        model = timm.create_model(
+            name, pretrained=pretrained and not own_weights, **of_weights, **model_kwargs
+        )
+        for replacement in replacements:
+            given = dict(replacement)
+            options = given.pop("options", None) or {}
+            replace_attention(model, given.pop("attention"), **given, **options)
+        return model
+
+    feature_cfg = _feature_cfg(name, kwargs) if kwargs.get("features_only") else None
+    model = build_model_with_cfg(
+        build, name, pretrained and own_weights, feature_cfg=feature_cfg, **kwargs
+    )
+    module: Any
+    for module in model.modules():  # a wrapper, and the model in it
+        cfg = getattr(module, "pretrained_cfg", None)
+        if isinstance(cfg, dict):
+            module.pretrained_cfg = module.default_cfg = {**cfg, "architecture": ARCHITECTURE}
+    return model
+
+
+def _feature_cfg(name: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """How timm wraps a model for ``features_only``, asked of one without storage."""
+    given = {key: value for key, value in kwargs.items() if key not in _OF_WEIGHTS}
+    given.pop("pretrained_model_args", None)
+    wrapped: Any = timm.create_model(name, **{**given, "device": "meta"})
+    cfg: dict[str, Any] = {"feature_cls": type(wrapped)}
+    if isinstance(wrapped, FeatureGetterNet):
+        cfg["out_indices"] = wrapped.feature_info.out_indices
+    else:
+        names = [info["module"] for info in wrapped.feature_info.info]
+        cfg["out_indices"] = wrapped.feature_info.out_indices
+        cfg["flatten_sequential"] = any(name.replace(".", "_") in wrapped for name in names)
+    return cfg
