@@ -9,6 +9,7 @@ from torch import Tensor, distributed, nn
 from tests.parallel.comparing import LEAST, difference, mesh_of_all
 from tests.parallel.ranks import Ranks
 from vitlinear.dense.backbone import MultiScaleBackbone
+from vitlinear.errors import UserError
 from vitlinear.parallel import gather_rows, parallelize, shard_rows
 
 
@@ -31,7 +32,7 @@ def worst_of_backbone(name: str, height: int, **kwargs: Any) -> dict[str, float]
     (loss_sum(expected) / count).backward()
 
     mesh = mesh_of_all()
-    parallelize(parts.model, mesh)
+    parallelize(parts, mesh)
     shard, rows = shard_rows(images, mesh)
     with rows:
         found = parts(shard)
@@ -48,7 +49,37 @@ def worst_of_backbone(name: str, height: int, **kwargs: Any) -> dict[str, float]
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("name", ["test_ravlt_linear"])
+@pytest.mark.parametrize("name", ["test_ravlt_linear", "test_linear_deit"])
 def test_backbone(two: Ranks, name: str) -> None:
+    """Of four stages, and of one resolution with a pyramid, which pools pairs of rows."""
     for worst in two.run(worst_of_backbone, name, 105):
         assert worst == pytest.approx(dict.fromkeys(worst, 0), abs=1e-10)
+
+
+def errors_of_backbones() -> list[str]:
+    """The errors of cuts amid pooled rows, and of layers around the model."""
+    mesh, found = mesh_of_all(), []
+    pooling = parallelize(MultiScaleBackbone("test_linear_deit"), mesh)
+    shard, rows = shard_rows(torch.zeros(1, 3, 64, 32), mesh, sizes=(48, 16))
+    holder = nn.Sequential(MultiScaleBackbone("test_ravlt_linear"), nn.Conv2d(8, 8, 3, padding=1))
+    both = nn.ModuleList([MultiScaleBackbone("test_ravlt_linear") for _ in range(2)])
+    for call in (
+        lambda: pooling(shard),
+        *(lambda m=m: parallelize(m, mesh) for m in (holder, both)),
+    ):
+        try:
+            with rows:
+                call()
+            found.append("no error")
+        except UserError as error:
+            found.append(str(error))
+    assert type(holder[1]) is nn.Conv2d
+    return found
+
+
+@pytest.mark.process
+def test_what_a_backbone_cannot_do(two: Ranks) -> None:
+    for cut, layer, several in two.run(errors_of_backbones):
+        assert "pools 2 rows, and a process begins at row 3 of 4" in cut
+        assert "1 (Conv2d) stands around the model" in layer
+        assert "ModuleList holds several models, 0.model, 1.model: parallelise each" in several
