@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 RANKS = 3  # that exchange while it is counted
 # Images: a first one, one of twice its columns, and one of more rows.
-SIZES = ((384, 64), (384, 128), (3072, 64))
+SIZES = ((384, 64), (384, 128), (768, 64))
 UNITS = {
     "sum": "B",
     "state": "B to each process",
