@@ -19,12 +19,9 @@ CASES = [
     *(
         pytest.param(*case, marks=[nightly, pytest.mark.slow])
         for case in (
-            ("vit, registers", "mala", {}),
             ("swin", "mala", {}),
             ("dinov3", "l2", {}),
             ("sapiens2", "mala", {}),
-            ("beit", "mala", {}),
-            ("relpos", "mala", {}),
             ("naflexvit", "rala", {}),
         )
     ),
