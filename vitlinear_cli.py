@@ -25,6 +25,7 @@ COMMANDS = {
     "compare-runs": ("vitlinear.train.compare_runs", "several training runs: curves and a table"),
     "check-data": ("vitlinear.data.check_data", "unreadable and odd images, classes, sizes"),
     "list": ("vitlinear.cards.list_models", "the models, one a line"),
+    "attentions": ("vitlinear.cards.attentions", "the attentions by name, and what they compute"),
     "info": ("vitlinear.cards.info", "what is known of a model"),
     "configs": ("vitlinear.cli.configs", "the recipes and configs that come with it"),
     "convert": ("vitlinear.convert.command", "the authors' checkpoints to ours"),

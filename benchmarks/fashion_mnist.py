@@ -3,11 +3,15 @@
     python benchmarks/fashion_mnist.py --output output/study           # train what is not yet there
     python benchmarks/fashion_mnist.py --speed --output output/study   # on a quiet machine
     python benchmarks/fashion_mnist.py --table --output output/study   # results/, accounts/
+    python benchmarks/fashion_mnist.py --mixers --output output/mixers # the registry, see below
 
 A skeleton is a model of the library with sizes that make about a million parameters; attentions
 differ in the argument ``attn_types`` or ``attn_type`` alone, so a run is one call of ``vitlinear
 train`` with ``benchmarks/fashion_mnist.yaml``. Runs go seed by seed, and each leaves one JSON file;
 started again, the script goes on where it was stopped. A run that fails is recorded with its error.
+
+``--mixers`` is the same study of every attention of `vitlinear.list_attentions`, in the isotropic
+skeleton alone: three seeds of each, one seed of the forms that scan the map.
 
 Training time says nothing here when the machine has other work: speed and memory are measured by
 ``--speed`` alone.
@@ -34,7 +38,8 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout
 
 from benchmarks.attention import KEEP_PAGES, commit, held_bytes, machine  # noqa: E402
-from benchmarks.study_table import write_tables  # noqa: E402
+from benchmarks.mixers import scans, specs  # noqa: E402
+from benchmarks.study_table import BASELINES, write_tables  # noqa: E402
 from vitlinear import ops  # noqa: E402
 from vitlinear.data.sources import FASHION_MNIST_DEBIAN  # noqa: E402
 from vitlinear.errors import UserError  # noqa: E402
@@ -46,6 +51,10 @@ RECIPE = HERE / "fashion_mnist.yaml"
 NOT_STUDIED = ("pola", "identity")
 FIRST = ("softmax", "elu", "relu")
 ATTENTIONS = (*FIRST, *(m for m in ops.MECHANISMS if m not in (*FIRST, *NOT_STUDIED)))
+# The registry: rows of the operator first, which run as above, and last what scans the map.
+DIRECTIONAL = tuple(scans())
+MIXERS = (*ATTENTIONS, *(name for name in specs() if name not in (*ATTENTIONS, *DIRECTIONAL)))
+MIXERS += DIRECTIONAL
 # Registered model, side of the images, and arguments beside the attention.
 SKELETONS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "pyramid": (
@@ -71,7 +80,12 @@ LARGER_SIDE = 112  # of the images of the second speed measurement
 def model_kwargs(skeleton: str, attention: str) -> dict[str, Any]:
     """Constructor arguments of a skeleton with one attention everywhere."""
     name, _, kwargs = SKELETONS[skeleton]
-    types = {"attn_types": (attention,) * 4} if name == "ravlt_t" else {"attn_type": attention}
+    if name == "ravlt_t":
+        types: dict[str, Any] = {"attn_types": (specs().get(attention, attention),) * 4}
+    elif attention in ATTENTIONS:
+        types = {"attn_type": attention}
+    else:
+        types = {"attention": specs()[attention]}
     return {**kwargs, **types}
 
 
@@ -140,6 +154,8 @@ def train_all(args: argparse.Namespace) -> None:
     records = args.output / "runs"
     records.mkdir(exist_ok=True)
     for seed, attention, skeleton in itertools.product(args.seeds, args.only, args.skeletons):
+        if args.mixers and attention in DIRECTIONAL and seed != args.seeds[0]:
+            continue
         path = records / f"{skeleton}-{args.images}-{attention}-{seed}.json"
         if path.exists():
             continue
@@ -210,8 +226,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of records")
     parser.add_argument("--speed", action="store_true", help="measure speed and memory instead")
     parser.add_argument("--table", action="store_true", help="write the tables instead")
-    parser.add_argument("--skeletons", nargs="+", choices=SKELETONS, default=tuple(SKELETONS))
-    parser.add_argument("--only", nargs="+", choices=ATTENTIONS, default=ATTENTIONS)
+    parser.add_argument("--mixers", action="store_true", help="study the registry of attentions")
+    parser.add_argument("--skeletons", nargs="+", choices=SKELETONS, default=None)
+    parser.add_argument("--only", nargs="+", choices=MIXERS, default=None)
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     parser.add_argument("--images", type=int, default=10_000, help="training images")
     parser.add_argument("--test-images", type=int, default=None, help="default: all")
@@ -220,9 +237,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--commit", default=None, help="recorded; default: that of the checkout")
     args = parser.parse_args(argv)
     args.commit = args.commit or commit()
-    if args.table:
+    args.skeletons = args.skeletons or (("isotropic",) if args.mixers else tuple(SKELETONS))
+    args.only = args.only or (MIXERS if args.mixers else ATTENTIONS)
+    if args.table and args.mixers:
+        results = HERE / "results" / "fashion_mnist_mixers_cpu.json"
+        # Those of one seed are compared on that seed.
+        groups = [[m for m in MIXERS if m not in DIRECTIONAL], [*BASELINES, *DIRECTIONAL]]
+        write_tables(args.output, groups, results, HERE / "accounts" / "mixers.md")
+    elif args.table:
         results = HERE / "results" / "fashion_mnist_cpu.json"
-        write_tables(args.output, ATTENTIONS, results, HERE / "accounts" / "fashion-mnist.md")
+        write_tables(args.output, [ATTENTIONS], results, HERE / "accounts" / "fashion-mnist.md")
     elif args.speed:
         speed_all(args)
     else:

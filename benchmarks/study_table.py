@@ -133,12 +133,13 @@ def write_between(path: Path, marker: str, text: str) -> None:
     path.write_text(f"{before}{start}\n\n{text}\n\n{end}{after}")
 
 
-def write_tables(folder: Path, attentions: Sequence[str], results: Path, page: Path) -> None:
+def write_tables(folder: Path, groups: Sequence[Sequence[str]], results: Path, page: Path) -> None:
     """Collect the records of a study into one JSON file and the tables of its account.
 
     Args:
         folder: Holds ``runs/*.json`` and, if it was measured, ``speed.json``.
-        attentions: In the order of the rows.
+        groups: Attentions that are compared with one another, in the order of the rows; the first
+            group's rows are those of an attention that is in several.
         results: JSON file to write.
         page: File with a place for ``fashion-mnist``.
     """
@@ -147,12 +148,17 @@ def write_tables(folder: Path, attentions: Sequence[str], results: Path, page: P
     speed = json.loads(speed_file.read_text()) if speed_file.exists() else None
     if speed is None and results.exists():
         speed = json.loads(results.read_text()).get("speed")
-    rows = summarise(runs, attentions)
+    tables = [summarise([r for r in runs if r["attention"] in group], group) for group in groups]
+    told: dict[tuple[str, int, str], dict[str, Any]] = {}
+    for row in (row for rows in tables for row in rows):
+        told.setdefault((row["skeleton"], row["images"], row["attention"]), row)
     summary = [
-        {k: v._asdict() if isinstance(v, Difference) else v for k, v in row.items()} for row in rows
+        {k: v._asdict() if isinstance(v, Difference) else v for k, v in row.items()}
+        for row in told.values()
     ]
     record = {"runs": runs, "summary": summary, "speed": speed}
     results.write_text(json.dumps(record, indent=1) + "\n")
-    text = accuracy_tables(rows) + (f"\n\n{speed_table(speed)}" if speed else "")
+    text = "\n\n".join(accuracy_tables(rows) for rows in tables if rows)
+    text += f"\n\n{speed_table(speed)}" if speed else ""
     write_between(page, "fashion-mnist", text)
     print(text)

@@ -22,7 +22,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"] + 
     path for folder in ("docs", "benchmarks", "configs") for path in (ROOT / folder).rglob("*.md")
 )
 # Pages whose Python is a program: its blocks run in order, in one process.
-PROGRAMS = ("README.md", "docs/use.md", "docs/attention.md", "docs/padding.md")
+PROGRAMS = ("README.md", "docs/use.md", "docs/attention.md", "docs/mixers.md", "docs/padding.md")
 CODE = re.compile(r"^(`{3,})(.*?)\n(.*?)^\1$", re.DOTALL | re.MULTILINE)
 # What a block may need that is not here: it is then only checked for its syntax.
 NEEDS = ("needs-weights", "needs-gpu", "needs-mmdet")

@@ -25,41 +25,68 @@ _PROCESS_GROUPS: list[Any] = []
 class Processes:
     """This process among those of a run; by default the only one.
 
+    Neighbouring processes may share images: each of them has some rows of every image. Such groups
+    share the data.
+
     Attributes:
         rank: Number of this process, from 0. The first is the one that prints and writes.
         world_size: Number of processes.
         local_rank: Number of this process among those of its machine.
+        rows: Number of processes that share an image.
     """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    rows: int = 1
 
     @property
     def distributed(self) -> bool:
         """Whether there are others."""
         return self.world_size > 1
 
+    @property
+    def data_rank(self) -> int:
+        """Number of this process's group among those that share the data."""
+        return self.rank // self.rows
 
-def join_processes(device: torch.device, timeout: float) -> tuple[torch.device, Processes]:
+    @property
+    def data_size(self) -> int:
+        """Number of groups that share the data."""
+        return self.world_size // self.rows
+
+    @property
+    def row(self) -> int:
+        """Number of this process among those that share an image, from the top."""
+        return self.rank % self.rows
+
+
+def join_processes(
+    device: torch.device, timeout: float, rows: int = 1
+) -> tuple[torch.device, Processes]:
     """Joins the process group of torchrun or SLURM, if this process was started by one.
 
     Args:
         device: As asked for; between processes, its index is the process's own.
         timeout: Longest time in seconds that processes wait for each other.
+        rows: Number of processes that share an image.
 
     Returns:
         The device of this process, and its place among the others.
 
     Raises:
-        UserError: There is no GPU for this process, or the others cannot be reached.
+        UserError: There is no GPU for this process, the others cannot be reached, or their number
+            is no multiple of ``rows``.
     """
-    processes = Processes()
-    if is_distributed_env():
-        local_rank, rank, world_size = world_info_from_env()
-        processes = Processes(rank, world_size, local_rank)
-        if device.type == "cuda":
-            device = torch.device("cuda", _gpu_of(local_rank))
+    local_rank, rank, world_size = world_info_from_env() if is_distributed_env() else (0, 0, 1)
+    if world_size % rows:
+        raise UserError(
+            f"--rows {rows} splits each image over {rows} processes, and there are {world_size}: "
+            f"start a multiple of {rows}, with torchrun"
+        )
+    processes = Processes(rank, world_size, local_rank, rows)
+    if is_distributed_env() and device.type == "cuda":
+        device = torch.device("cuda", _gpu_of(local_rank))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if processes.distributed:
@@ -104,6 +131,16 @@ def _gpu_of(local_rank: int) -> int:
     )
 
 
+def lost_peer(error: BaseException) -> LostPeerError | None:
+    """Returns the one-line error of a failed exchange between processes, else None."""
+    # gloo's errors have no class of their own
+    if not isinstance(error, distributed.DistError) and not (
+        isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+    ):
+        return None
+    return LostPeerError(f"this process lost another ({one_line(error).rsplit('] ', 1)[-1][:200]})")
+
+
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
     """Leaves the process group that the block may join.
@@ -114,11 +151,8 @@ def process_group() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        # gloo's errors have no class of their own
-        if isinstance(error, distributed.DistError) or "gloo/transport" in str(error):
-            raise LostPeerError(
-                f"this process lost another ({one_line(error).rsplit('] ', 1)[-1][:200]})"
-            ) from error
+        if lost := lost_peer(error):
+            raise lost from error
         raise
     except Stopped:  # all of them, together
         _leave()

@@ -90,6 +90,30 @@ def test_script(tmp_path, monkeypatch):
     assert len(collected["runs"]) == 4 and collected["speed"] == speed
 
 
+def test_study_of_the_registry(tmp_path, monkeypatch):
+    """All attentions by name build in the isotropic skeleton; runs, scans and tables of some."""
+    for name in fashion_mnist.MIXERS:
+        assert fashion_mnist.model_kwargs("isotropic", name)
+    assert {"flowformer", "mala", "softmax"} < set(fashion_mnist.MIXERS)
+    data = write_images(tmp_path / "data", train=32, test=8)
+    only = ["softmax", "polaformer", *fashion_mnist.DIRECTIONAL[:1]]
+    common = ["--mixers", "--output", str(tmp_path / "study"), "--only", *only]
+    fashion_mnist.main([*common, "--data-dir", str(data), "--images", "32", "--seeds", "0", "1"])
+    names = {path.name for path in (tmp_path / "study" / "runs").iterdir()}
+    # What scans the map has one seed, and nothing runs in the pyramid.
+    assert len(names) == 2 * 2 + len(only) - 2
+    assert all(name.startswith("isotropic-32-") for name in names)
+    monkeypatch.setattr(fashion_mnist, "HERE", tmp_path)
+    (tmp_path / "results").mkdir()
+    page = tmp_path / "accounts" / "mixers.md"
+    page.parent.mkdir()
+    page.write_text("<!-- fashion-mnist --><!-- /fashion-mnist -->")
+    fashion_mnist.main([*common, "--table"])
+    record = json.loads((tmp_path / "results" / "fashion_mnist_mixers_cpu.json").read_text())
+    seeds = {row["attention"]: row["seeds"] for row in record["summary"]}
+    assert seeds == {n: [0] if n in fashion_mnist.DIRECTIONAL else [0, 1] for n in only}
+
+
 def test_paired_difference():
     ours, theirs = [83.2, 84.1, 83.0], [82.0, 83.5, 82.1]
     difference = study_table.paired_difference(ours, theirs)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 
+import vitlinear
 from vitlinear.facts import counts, families
 from vitlinear.models import our_models
 
@@ -105,3 +106,21 @@ def test_too_many_arguments(command, words):
     result = command(*words)
     assert result.code == 2 and "more arguments than this command takes" in result.err
     assert repr(words[-1]) in result.err and "option " not in result.err
+
+
+def test_attentions(command):
+    result = command("attentions")
+    assert (result.code, result.err) == (0, "")
+    listed = [line.split()[0] for line in result.out.splitlines()[1:-2]]
+    assert listed == vitlinear.list_attentions()
+    free = json.loads(command("attentions", "--order", "free", "--json").out)
+    assert {row["order"] for row in free} == {"free"} and "mala" in {row["name"] for row in free}
+
+
+def test_one_attention(command):
+    out = command("attentions", "mala").out
+    assert "arXiv:2507.00698" in out and "rows that sum to 1" in out
+    assert json.loads(command("attentions", "mala", "--json").out)["year"] == 2025
+    result = command("attentions", "mla")
+    assert result.code == 2 and "did you mean " in result.err
+    assert command("attentions", "mala", "--order", "free").code == 2

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from vitlinear.mixers import (
     Grid,
@@ -172,3 +174,123 @@ def test_adversarial_numbers(name, dtype):
             expected = exact(*wide, grid, x.double())
             allowed = {torch.float16: 1e-2, torch.bfloat16: 5e-2, torch.float32: 1e-4}[dtype]
             close(out.double(), expected, allowed)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most numbers of a tensor that an operator gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self.numbers = max(self.numbers, tensor.untyped_storage().nbytes() // 4)
+        return out
+
+
+@each
+def test_memory_grows_with_the_tokens(name):
+    """No tensor of a training step grows like N^2, unless the description says so."""
+    if describe_attention(name).quadratic:
+        pytest.skip("says that it is quadratic")
+    options = describe_attention(name).options
+    few = {"most_keys": 16} if "most_keys" in options else {}  # bounded for larger maps by default
+    layer, largest = layer_of(name, torch.float32, **few), []
+    for side in (16, 32):
+        with Largest() as mode:
+            layer(torch.randn(1, side, side, HEADS * DIM)).sum().backward()
+        largest.append(mode.numbers)
+    assert largest[1] < 6 * largest[0]
+
+
+@each
+def test_too_many_tokens_are_refused(name):
+    description = describe_attention(name)
+    if not description.quadratic:
+        pytest.skip("of linear cost")
+    length = description.most_tokens + 1
+    q = torch.zeros(1, 1, 1, 1).expand(1, length, HEADS, DIM)
+    with pytest.raises(ValueError, match=f"takes at most {description.most_tokens} tokens"):
+        mixer_of(name, torch.float32)(q, q, q, Grid(1, length))
+
+
+class InTurn(nn.Module):
+    """Layers that all see the same tokens."""
+
+    def __init__(self, layers: list[MixerAttention]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """[B, H, W, C] -> that, by every layer."""
+        return [layer(x) for layer in self.layers]
+
+
+def in_turn(names: list[str]) -> InTurn:
+    return InTurn([layer_of(name, torch.float32) for name in names]).eval()
+
+
+@pytest.mark.parametrize(
+    "names",
+    [pytest.param(NAMES[::6], id="some"), pytest.param(NAMES, id="all", marks=pytest.mark.nightly)],
+)
+def test_many_in_one_program(names):
+    """Several of them in one exported program for any batch."""
+    model, x = in_turn(names), torch.randn(2, 4, 6, HEADS * DIM)
+    batch = torch.export.Dim("batch", min=1, max=8)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},)).module()
+    other = torch.randn(3, 4, 6, HEADS * DIM)
+    for name, found, expected in zip(names, program(other), model(other), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4, msg=name)
+
+
+@each
+@pytest.mark.nightly
+@pytest.mark.compile
+def test_compile(name):
+    """Compiled as one graph, forward and backward; what writes the kernels is left to others."""
+    torch._dynamo.reset()
+    layer, x = layer_of(name, torch.float32).train(), torch.randn(2, 4, 6, HEADS * DIM)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for run in (compiled, layer):
+        layer.zero_grad()
+        out = run(x)
+        out.square().sum().backward()
+        gradients = [p.grad for p in layer.parameters() if p.grad is not None]
+        if run is compiled:
+            found = (out, *gradients)
+    for actual, expected in zip(found, (out, *gradients), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=2e-3, atol=2e-3)
+
+
+@each
+@pytest.mark.nightly
+def test_export(name):
+    """Exported alone, for any size of the map."""
+    layer, x = layer_of(name, torch.float32), torch.randn(2, 8, 12, HEADS * DIM)
+    program = torch.export.export(layer, (x,)).module()
+    torch.testing.assert_close(program(x), layer(x), rtol=1e-4, atol=1e-4)
+
+
+@each
+@pytest.mark.nightly
+def test_onnx(name, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    layer, x = layer_of(name, torch.float32), torch.randn(2, 4, 6, HEADS * DIM)
+    path = tmp_path / "layer.onnx"
+    torch.onnx.export(layer, (x,), path, dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(path)
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), layer(x), rtol=1e-3, atol=1e-3)
+
+
+@each
+@pytest.mark.nightly
+def test_gradcheck(name):
+    grid, mixer = Grid(2, 3), mixer_of(name)
+    q, k, v, x = tokens(grid, batch=1)
+    inputs = [t.requires_grad_() for t in (q, k, v)]
+    assert torch.autograd.gradcheck(lambda *t: mixer(*t, grid, x), inputs, rtol=1e-4, atol=1e-5)

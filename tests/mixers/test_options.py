@@ -30,6 +30,25 @@ CASES = [
     ("saga", {"gates": "keys"}),
     ("saga", {"gates": "values"}),
     ("mhla", {"blocks": 3}),
+    ("lolcats", {"window": 2}),
+    ("lolcats", {"window": 3, "scale_rest": True}),
+    ("still", {"window": 2, "keys_per_window": 1}),
+    ("still", {"window": 2, "keys_per_window": 2, "most_keys": 3}),
+    ("lla", {"ridge": 0.1}),
+    ("lla_uniform", {"ridge": 0.1}),
+    ("delta", {"solver": "richardson"}),
+    ("delta", {"solver": "chebyshev", "steps": 1}),
+    ("delta", {"solver": "chebyshev", "steps": 4}),
+    ("delta", {"form": "scans_2"}),
+    ("kimi_delta", {"solver": "richardson", "steps": 3}),
+    ("kimi_delta", {"solver": "chebyshev", "steps": 3}),
+    ("kimi_delta", {"form": "scans_2"}),
+    ("kimi_delta", {"form": "scans_4"}),
+    ("titans", {"steps": 4}),
+    ("miras", {"steps": 3}),
+    ("nats", {"window": 2, "most_windows": 2}),
+    ("routing", {"clusters": 3}),
+    ("sea", {"segments": 5, "kept": 2}),
 ]
 
 
@@ -110,3 +129,53 @@ def test_exponential_of_hedgehog_needs_no_shift():
     weights = weights + torch.einsum("bnhd,bmhd->bhnm", (-u).exp(), (-w).exp())
     expected = torch.einsum("bhnm,bmhd->bnhd", weights / weights.sum(-1, keepdim=True), v)
     close(mixer(q, k, v, grid), expected, 1e-2)
+
+
+def test_centroids_move_in_training():
+    """A moving average of what they gather, and only in training."""
+    q, k, v, _ = tokens(grid := Grid(3, 4))
+    mixer = mixer_of("routing", clusters=2, momentum=0.5)
+    before = mixer.centroids.clone()
+    mixer(q, k, v, grid)
+    assert torch.equal(mixer.centroids, before)
+    mixer.train()(q, k, v, grid)
+    assert not torch.equal(mixer.centroids, before)
+    assert "centroids" in mixer.state_dict() and "centroids" not in dict(mixer.named_parameters())
+
+
+def test_robust_memory_without_large_errors_is_the_plain_one():
+    """Without momentum, and with no token beyond Huber's bound."""
+    q, k, v, x = tokens(grid := Grid(3, 4))
+    robust, plain = mixer_of("miras"), mixer_of("titans")
+    with torch.no_grad():
+        plain.momentum.fill_(-1e9)
+        for name in ("memory", "decay"):
+            getattr(plain, name).copy_(getattr(robust, name))
+        plain.rate.weight.copy_(robust.rate.weight[:HEADS])
+        plain.rate.bias.copy_(robust.rate.bias[:HEADS])
+        robust.rate.bias[HEADS:] = 1e3
+    close(robust(q, k, v, grid, x), plain(q, k, v, grid, x), 1e-12)
+
+
+def test_local_regression_with_a_large_ridge_is_softmax():
+    q, k, v, _ = tokens(grid := Grid(3, 4))
+    mixer = mixer_of("lla")
+    with torch.no_grad():
+        mixer.log_ridge.fill_(25)
+    close(mixer(q, k, v, grid), mixer_of("softmax")(q, k, v, grid), 1e-8)
+
+
+def test_inline_is_uniform_regression_without_the_inverse():
+    """InLine's read-out of the centred covariance, around 0 where the regression has kbar."""
+    q, k, v, _ = tokens(grid := Grid(3, 4))
+    centred_k, centred_v = k - k.mean(1, keepdim=True), v - v.mean(1, keepdim=True)
+    covariance = torch.einsum("bnhd,bnhe->bhde", centred_k, centred_v) / grid.length
+    read = torch.einsum("bnhd,bhde->bnhe", q, covariance) * q.shape[-1] ** -0.5
+    out = v.mean(1, keepdim=True) + read
+    close(mixer_of("inline")(q, k, v, grid), out, 1e-12)
+    mixer = mixer_of("lla_uniform")
+    with torch.no_grad():
+        mixer.log_ridge.fill_(25)
+    large = mixer(q, k, v, grid) - v.mean(1, keepdim=True)
+    expected = torch.einsum("bnhd,bhde->bnhe", q - k.mean(1, keepdim=True), covariance)
+    close(large * torch.tensor(25.0, dtype=torch.float64).exp(), expected, 1e-4)

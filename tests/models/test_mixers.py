@@ -80,7 +80,7 @@ def test_padded_batches():
 
 
 def test_config_round_trip(tmp_path):
-    """What timm saves with a model builds it again, options of its attention and all."""
+    """timm builds a model again from what it saved, options of the attention and all."""
     for number, model in enumerate((pyramid(attention="mila"), isotropic({"name": "mala"}))):
         arguments = (
             {"attn_types": ("mila", "mila", "softmax", "softmax"), "num_classes": 7}

@@ -7,7 +7,7 @@ import datetime
 import os
 import queue
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,14 +16,14 @@ from torch import distributed, multiprocessing
 TIMEOUT = 60  # seconds that a process waits for others
 
 
-def _serve(rank: int, size: int, store: str, tasks: Any, results: Any) -> None:
+def _serve(rank: int, size: int, store: str, timeout: float, tasks: Any, results: Any) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group(
         "gloo",
         init_method=f"file://{store}",
         rank=rank,
         world_size=size,
-        timeout=datetime.timedelta(seconds=TIMEOUT),
+        timeout=datetime.timedelta(seconds=timeout),
     )
     while (task := tasks.get()) is not None:
         function, args = task
@@ -38,21 +38,25 @@ def _serve(rank: int, size: int, store: str, tasks: Any, results: Any) -> None:
 class Ranks:
     """Processes that have joined one group over gloo, forked from this one."""
 
-    def __init__(self, size: int, store: str) -> None:
+    def __init__(self, size: int, store: str, timeout: float = TIMEOUT) -> None:
         context = multiprocessing.get_context("fork")
         self.results: Any = context.Queue()
         self.tasks: list[Any] = [context.Queue() for _ in range(size)]
         self.processes = [
             context.Process(
-                target=_serve, args=(rank, size, store, self.tasks[rank], self.results), daemon=True
+                target=_serve,
+                args=(rank, size, store, timeout, self.tasks[rank], self.results),
+                daemon=True,
             )
             for rank in range(size)
         ]
         for process in self.processes:
             process.start()
 
-    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """What the function gives on each process.
+    def run(
+        self, function: Callable[..., Any], *args: Any, of: Sequence[int] | None = None
+    ) -> list[Any]:
+        """The function's values by process: of all, or of those that are expected to answer.
 
         Raises:
             AssertionError: It failed on some; the message is their tracebacks.
@@ -61,7 +65,8 @@ class Ranks:
             tasks.put((function, args))
         given: dict[int, Any] = {}
         failed = []
-        for _ in self.processes:
+        expected = range(len(self.processes)) if of is None else of
+        for _ in expected:
             try:
                 rank, value, error = self.results.get(timeout=2 * TIMEOUT)
             except queue.Empty:
@@ -71,7 +76,13 @@ class Ranks:
             if error:
                 failed.append(f"process {rank}: {error}")
         assert not failed, "\n".join(failed)
-        return [given[rank] for rank in range(len(self.processes))]
+        return [given[rank] for rank in expected]
+
+    def kill(self) -> None:
+        """End processes that wait for others."""
+        for process in self.processes:
+            process.kill()
+            process.join()
 
     def close(self) -> None:
         """End the processes."""

@@ -122,6 +122,9 @@ def test_a_mixer_that_needs_the_map_is_refused_where_none_is_known():
         replace_attention(naflex, "mila")
     with pytest.raises(ValueError, match="mala with rope needs the map"):
         replace_attention(naflex, "mala", rope=True)
+    with pytest.raises(ValueError, match="delta needs the map"):
+        replace_attention(naflex, "delta", form="scans_4")
+    assert replace_attention(naflex, "delta").replaced
     dropping = small_vit(patch_drop_rate=0.5)
     with pytest.raises(ValueError, match="patch dropout leaves none of it"):
         replace_attention(dropping, "mila")

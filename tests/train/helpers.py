@@ -118,10 +118,23 @@ def fork_two(function: Callable[..., Any], *arguments: Any, timeout: float = 300
 
     They are told of each other as torchrun tells them.
     """
-    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    codes, text = fork_ranks(2, function, *arguments, timeout=timeout)
+    assert codes == [0, 0], text[-3000:]
+    return text
+
+
+def fork_ranks(
+    count: int, function: Callable[..., Any], *arguments: Any, timeout: float = 300
+) -> tuple[list[int | None], str]:
+    """The same in any number of processes; returns their exit codes and output."""
+    environment = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": str(count),
+    }
     with tempfile.NamedTemporaryFile("r") as output:
         call = (environment, output.name, function, *arguments)
-        processes = [FORKS.Process(target=_run_rank, args=(rank, *call)) for rank in range(2)]
+        processes = [FORKS.Process(target=_run_rank, args=(rank, *call)) for rank in range(count)]
         for process in processes:
             process.start()
         try:
@@ -131,9 +144,7 @@ def fork_two(function: Callable[..., Any], *arguments: Any, timeout: float = 300
             for process in processes:
                 process.kill()
                 process.join()
-        text = output.read()
-    assert [process.exitcode for process in processes] == [0, 0], text[-3000:]
-    return text
+        return [process.exitcode for process in processes], output.read()
 
 
 def _run_rank(

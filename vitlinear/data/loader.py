@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from timm.data import IterableImageDataset, create_loader
+from timm.data.distributed_sampler import OrderedDistributedSampler
 from torch.utils.data import DataLoader
 
 from vitlinear.create import Preprocessing
@@ -56,8 +57,8 @@ def train_loader(
         batch_size: Images in a batch of this process.
         workers: Processes that read images.
         pin_memory: Whether batches are put into pinned memory.
-        rank: Of this process.
-        world_size: Number of processes.
+        rank: Of this process, among those that share the data.
+        world_size: Number of processes that share the data.
 
     Raises:
         UserError: There is no whole batch, or data set and augmentation do not go together.
@@ -68,6 +69,7 @@ def train_loader(
     iterable = isinstance(dataset, IterableImageDataset)
     if augmentation.aug_repeats and iterable:
         raise UserError("--aug-repeats needs a data set with random access, not an iterable one")
+    _share_stream(dataset, rank, world_size)
     loader = create_loader(
         dataset,
         input_size=data_config.input_size,
@@ -87,7 +89,8 @@ def train_loader(
     _leave_signals(loader)
     if not iterable:
         batches = EpochBatches(len(dataset), batch_size, augmentation.aug_repeats, rank, world_size)
-        loader.loader = _from_places(loader.loader, batches)
+        dataset = SeededImages(loader.loader.dataset)
+        loader.loader = _sampled(loader.loader, dataset, batch_sampler=batches)
     if len(loader) == 0:
         raise UserError(
             f"the training set has {len(dataset)} images, fewer than one batch of "
@@ -120,15 +123,27 @@ def keeps_workers() -> bool:
     return multiprocessing.get_start_method() != "fork"
 
 
+def _share_stream(dataset: Any, rank: int, world_size: int) -> None:
+    """Tells a reader of streams, which asks torch for all processes of the run, its share."""
+    if isinstance(dataset, IterableImageDataset):
+        dataset.reader.dist_rank, dataset.reader.dist_num_replicas = rank, world_size
+
+
 def _leave_signals(loader: Any) -> None:
     loader.loader.worker_init_fn = functools.partial(start_worker, loader.loader.worker_init_fn)
 
 
-def _from_places(loader: DataLoader, batches: EpochBatches) -> DataLoader:
-    """Returns the same loader, drawing as `order` says."""
+def _sampled(loader: DataLoader, dataset: Any = None, **sampling: Any) -> DataLoader:
+    """Returns the same loader with another choice of images.
+
+    Args:
+        loader: From timm.
+        dataset: In place of its own.
+        **sampling: Which images make a batch, in the terms of `DataLoader`.
+    """
     return DataLoader(
-        SeededImages(loader.dataset),
-        batch_sampler=batches,
+        loader.dataset if dataset is None else dataset,
+        **sampling,
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
@@ -144,8 +159,9 @@ def eval_loader(
     data_config: Preprocessing,
     workers: int,
     device: torch.device,
-    distributed: bool = False,
     pin_memory: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Any:
     """Builds timm's evaluation loader.
 
@@ -155,9 +171,11 @@ def eval_loader(
         data_config: Input size, crop and normalisation.
         workers: Processes that read images.
         device: Where batches go.
-        distributed: Whether each process gets its share of the images.
         pin_memory: Whether batches are put into pinned memory.
+        rank: Of this process, among those that share the data.
+        world_size: Number of processes that share the data.
     """
+    _share_stream(dataset, rank, world_size)
     loader = create_loader(
         dataset,
         input_size=data_config.input_size,
@@ -168,12 +186,18 @@ def eval_loader(
         crop_pct=data_config.crop_pct,
         crop_mode=data_config.crop_mode,
         num_workers=workers,
-        distributed=distributed,
         pin_memory=pin_memory,
         device=device,
         persistent_workers=keeps_workers(),
     )
     _leave_signals(loader)
+    if world_size > 1 and not isinstance(dataset, IterableImageDataset):
+        # timm's own, but not of all processes of the run
+        loader.loader = _sampled(
+            loader.loader,
+            sampler=OrderedDistributedSampler(dataset, world_size, rank),
+            batch_size=batch_size,
+        )
     return loader
 
 
@@ -184,7 +208,7 @@ def start_epoch(loader: Any, seed: int, epoch: int, rank: int = 0, first: int = 
         loader: From `train_loader`.
         seed: Of the run.
         epoch: Number, from 0.
-        rank: Of this process.
+        rank: Of this process, among those that share the data.
         first: Batch to begin with. An iterable data set has no random access: it begins with the
             first, and `batches_from` reads on to this one.
     """

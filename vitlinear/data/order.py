@@ -128,9 +128,18 @@ class SeededErasing:
         return self.erase(images)
 
 
-def seed_step(seed: int, epoch: int, batch: int, rank: int) -> None:
-    """Seeds what the model draws in one forward pass: stochastic depth, dropout."""
-    seed_everything(derive_seed(seed, epoch, rank, "step", batch))
+def seed_step(seed: int, epoch: int, batch: int, rank: int, row: int = 0) -> None:
+    """Seeds what the model draws in one forward pass: stochastic depth, dropout.
+
+    Args:
+        seed: Of the run.
+        epoch: Its number.
+        batch: Its number in the epoch.
+        rank: Of this process, among those that share the data.
+        row: Of this process, among those that share images: each drops other places. The first one
+            draws for all what is dropped of whole images.
+    """
+    seed_everything(derive_seed(seed, epoch, rank, "step", batch, *([row] if row else [])))
 
 
 def start_worker(seed: Callable[[int], None], number: int) -> None:

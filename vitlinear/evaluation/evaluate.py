@@ -1,5 +1,6 @@
 """Loss, top-1 and top-5 of a model on a loader, over all processes."""
 
+import contextlib
 from typing import Any
 
 import torch
@@ -62,6 +63,7 @@ def evaluate(
     *,
     evaluator: Evaluator | None = None,
     device: torch.device | None = None,
+    share: Any = contextlib.nullcontext,
     title: str = "eval",
     channels_last: bool = False,
     distributed: bool = False,
@@ -75,6 +77,8 @@ def evaluate(
         autocast: Function returning the context of a forward pass.
         evaluator: Where to count; by default a fresh one.
         device: Where the model is; default CPU.
+        share: Returns the context of a forward pass, which gives this process's part of the
+            images.
         title: Left of the progress bar.
         channels_last: Memory format of the images.
         distributed: Sum over processes (padding of uneven shards is left out).
@@ -94,8 +98,8 @@ def evaluate(
         ):
             if channels_last:
                 batch = batch.contiguous(memory_format=torch.channels_last)
-            with autocast():
-                output = model(batch)
+            with share(batch) as images, autocast():
+                output = model(images)
             if int(target.max()) >= output.shape[1]:
                 raise UserError(
                     f"the data has a label {int(target.max())}, the model only "

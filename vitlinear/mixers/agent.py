@@ -87,8 +87,8 @@ class Agent(Mixer):
         down = pooling_matrix(rows, self.agents, grid.height, q.dtype)
         across = pooling_matrix(cols, self.agents, grid.width, q.dtype)
         image = grid.split(q)[1].flatten(3)
-        image = torch.einsum("bix,byxc->byic", across.expand(len(q), -1, -1), image)
-        image = torch.einsum("bjy,byic->bjic", down.expand(len(q), -1, -1), image)
+        image = torch.einsum("bix,byxc->byic", across.expand(q.shape[0], -1, -1), image)
+        image = torch.einsum("bjy,byic->bjic", down.expand(q.shape[0], -1, -1), image)
         return image.flatten(1, 2).unflatten(-1, (self.num_heads, self.head_dim))
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, extra: Tensor | None) -> Tensor:
@@ -107,7 +107,7 @@ class Agent(Mixer):
         scale = self.head_dim**-0.5
         image = grid.split(q)[1].flatten(3).permute(0, 3, 1, 2)
         agents = F.adaptive_avg_pool2d(image, self.agents).flatten(2).transpose(1, 2)
-        agents = agents.reshape(len(q), -1, self.num_heads, self.head_dim)
+        agents = agents.reshape(q.shape[0], -1, self.num_heads, self.head_dim)
         first = (torch.einsum("bnhd,bmhd->bhnm", q, agents) * scale).softmax(-1)
         second = (torch.einsum("bnhd,bmhd->bhnm", agents, k) * scale).softmax(-1)
         out = torch.einsum("bhnm,bmhd->bnhd", first @ second, v)

@@ -38,13 +38,13 @@ class Blocks(NamedTuple):
 
     def cut(self, x: Tensor) -> Tensor:
         """Tokens [B, N, h, D] -> [B M, T, h, D]."""
-        batch = torch.arange(len(x), device=x.device)[:, None, None]
+        batch = torch.arange(x.shape[0], device=x.device)[:, None, None]
         return x[batch, self.members].flatten(0, 1)
 
     def join(self, x: Tensor) -> Tensor:
         """The inverse of `cut`."""
         x = x.unflatten(0, (-1, self.members.shape[1]))
-        batch = torch.arange(len(x), device=x.device)[:, None]
+        batch = torch.arange(x.shape[0], device=x.device)[:, None]
         return x[batch, self.block, self.place]
 
 
@@ -69,11 +69,11 @@ def blocks_of(grid: Grid, side: int, device: torch.device) -> Blocks:
     y, x = number // side * rows + row, number % side * cols + col  # [B, M, T]
     inside = (row < rows) & (col < cols) & (y < height) & (x < width)
     index = prefix + y.clamp(max=height - 1) * width + x.clamp(max=width - 1)
-    first = place.clamp(max=max(prefix - 1, 0)).expand(len(index), 1, -1)
+    first = place.clamp(max=max(prefix - 1, 0)).expand(index.shape[0], 1, -1)
     index = torch.cat((index, first), dim=1)
-    present = torch.cat((inside, (place < prefix).expand(len(index), 1, -1)), dim=1)
+    present = torch.cat((inside, (place < prefix).expand(index.shape[0], 1, -1)), dim=1)
     if grid.key_padding_mask is not None:
-        batch = torch.arange(len(index), device=device)[:, None, None]
+        batch = torch.arange(index.shape[0], device=device)[:, None, None]
         present = present & ~grid.key_padding_mask[batch, index]
 
     y = torch.arange(height, device=device)[:, None].expand(height, width).flatten()
@@ -81,7 +81,7 @@ def blocks_of(grid: Grid, side: int, device: torch.device) -> Blocks:
     rows, cols = rows[:, 0], cols[:, 0]
     block = (y // rows).clamp(max=side - 1) * side + (x // cols).clamp(max=side - 1)
     place = (y % rows) * most_cols + x % cols
-    first = torch.arange(prefix, device=device).expand(len(block), -1)
+    first = torch.arange(prefix, device=device).expand(block.shape[0], -1)
     block = torch.cat((torch.full_like(first, side * side), block), dim=1)
     return Blocks(index, present, block, torch.cat((first, place), dim=1))
 
@@ -149,19 +149,19 @@ class Mhla(Mixer):
     def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, extra: Tensor | None) -> Tensor:
         """The formula; see `Mixer.mix`."""
         blocks = blocks_of(grid, self.blocks, q.device)
-        absent = ~blocks.present.expand(len(q), -1, -1).flatten(0, 1)
+        absent = ~blocks.present.expand(q.shape[0], -1, -1).flatten(0, 1)
         state = linear_attention_state(
             blocks.cut(k), blocks.cut(v), mechanism="elu", key_padding_mask=absent,
             backend=self.backend,
         )  # fmt: skip
         # Means of blocks as sums: their sizes differ.
-        count = (~absent).sum(1).to(q.dtype).unflatten(0, (len(q), -1))
+        count = (~absent).sum(1).to(q.dtype).unflatten(0, (q.shape[0], -1))
         count = (count / count.sum(1, keepdim=True).clamp(min=1)).flatten()
         weights = self.weights(grid, q.dtype)
 
         def mixed(x: Tensor | None) -> Tensor:
             assert x is not None
-            x = (x * count[:, None, None, None]).unflatten(0, (len(q), -1))
+            x = (x * count[:, None, None, None]).unflatten(0, (q.shape[0], -1))
             return torch.einsum("hbc,nchde->nbhde", weights, x).flatten(0, 1)
 
         own = LinearAttentionState(mixed(state.state), mixed(state.norm))

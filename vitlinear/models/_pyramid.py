@@ -99,7 +99,7 @@ def is_operator(attn_type: AttentionSpec) -> bool:
 
 
 def map_tables(attn_type: AttentionSpec, dim: int, num_heads: int) -> nn.Module:
-    """What makes the position tables of a stage, of the kind that its attention takes.
+    """The maker of the position tables of a stage, of the kind that its attention takes.
 
     Args:
         attn_type: A row of the operator, or a mixer.
@@ -254,7 +254,7 @@ class LinearPyramid(StagedBackbone):
             mlp_ratios: Hidden width of the feed-forward networks over the channels, by stage.
             attn_types: By stage, a linear mechanism of `vitlinear.ops.MECHANISMS`, ``'softmax'``,
                 or another attention of `vitlinear.list_attentions()`; one with options is a
-                mapping, such as ``{"name": "taylor", "order": 1}``.
+                mapping, such as ``{"name": "taylor", "degree": 1}``.
             head_width: Channels of the 1x1 convolution before pooling.
             ls_init_values: Initial layer-scale of each stage.
             drop_rate: Dropout rate before the classifier.

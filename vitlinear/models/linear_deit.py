@@ -39,7 +39,7 @@ class LinearDeiT(DeiT):
             attn_type: A mechanism of `vitlinear.ops.MECHANISMS`, here without positions of its
                 own, or ``'softmax'``, which makes this DeiT.
             attention: Any attention of `vitlinear.list_attentions()` in its place; one with
-                options is a mapping, such as ``{"name": "taylor", "order": 1}``.
+                options is a mapping, such as ``{"name": "taylor", "degree": 1}``.
             rope: With ``attention``: give the tokens of the map 2-D rotary positions.
             qk_norm: With ``attention``: put queries and keys through an RMS norm.
             **kwargs: As for `DeiT`.

@@ -18,6 +18,7 @@ from vitlinear.models._isotropic import IsotropicBackbone
 from vitlinear.rows.reach import row_convs
 from vitlinear.rows.steps import Step, check_head, steps_of
 
+from .agreement import structure
 from .exchange import register_group
 from .levels import Strided
 from .split_layers import (
@@ -69,6 +70,7 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     check_head(backbone, training=True)
     plan, levels = _plan_of(steps, backbone)
     _check_places(steps)
+    described = structure(model)
     for step, (before, after) in zip(steps, levels, strict=True):
         if step.strided:
             _split_strided(step, plan, before, after, backbone)
@@ -79,6 +81,8 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
             split(module, SplitBatchNorm, name)
         elif isinstance(module, timm.layers.DropPath):
             split(module, SplitDropPath, name)
+    stem: Any = next(iter(steps[0].modules.values()))
+    stem.structure = described
     _split_head(backbone)
     register_group(mesh.get_group())
     return model

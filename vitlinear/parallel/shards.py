@@ -13,8 +13,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from vitlinear.errors import UserError
 from vitlinear.layers.band import Band, Parts, rows_in_use, use_rows
+from vitlinear.processes import lost_peer
 from vitlinear.rows.reach import Rows
 
+from .agreement import check_agreement, image_facts
 from .exchange import fetch, gather, register_group, total
 from .levels import Cuts, Level, Strided
 
@@ -113,8 +115,15 @@ class ImageRows:
         self._entered.append(context)
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        self._entered.pop().__exit__(*error)
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """Leave.
+
+        Raises:
+            LostPeerError: In place of a failed exchange with the other processes.
+        """
+        self._entered.pop().__exit__(kind, error, trace)
+        if error is not None and (lost := lost_peer(error)):
+            raise lost from error
 
     def band(self, plan: tuple[Strided, ...], number: int, prefix: int = 0) -> RankBand:
         """The band of this process on a map.
@@ -253,7 +262,7 @@ def shard_rows(
     multiple: int = MULTIPLE,
     sizes: Sequence[int] | None = None,
 ) -> tuple[Tensor, ImageRows]:
-    """The rows of this process of images that every process has as a whole.
+    """The rows of this process of images that every process has as a whole; all have to call it.
 
     Args:
         image: [B, C, H, W].
@@ -265,8 +274,10 @@ def shard_rows(
         [B, C, rows, W], and the context in which a parallelised model runs.
 
     Raises:
-        UserError: As `split_rows`.
+        UserError: As `split_rows`, or the images of the processes differ.
     """
+    if not torch.compiler.is_compiling():
+        check_agreement(image_facts(image), mesh.get_group(), image.device)
     rows = split_rows(image.shape[2], mesh, multiple=multiple, sizes=sizes)
     start, stop = rows.own
     return image[:, :, start:stop], rows

@@ -17,6 +17,7 @@ from vitlinear.models._valid_region import valid_region
 from vitlinear.ops import accumulation_dtype
 from vitlinear.rows.reach import Rows
 
+from .agreement import check_agreement, model_facts
 from .levels import Level, Strided
 from .shards import ImageRows, rows_here
 
@@ -93,6 +94,8 @@ class PlacedStrided(SplitLayer):
         moves: Rows move first, so that nothing of it looks at those of others, or where it adds
             zeros below.
         axis_after: Of the rows in its output.
+        structure: Of the first one of a model: a text that tells it from others.
+        agreed: Whether the weights have been compared with those of other processes.
     """
 
     plan: Plan
@@ -100,12 +103,26 @@ class PlacedStrided(SplitLayer):
     after: int
     moves: bool
     axis_after: int
+    structure: str
+    agreed: bool = False
+
+    def check_others(self, x: Tensor, rows: ImageRows) -> None:
+        """Check that the other processes run the same model in the same way on such rows.
+
+        Raises:
+            UserError: In all of them; one does not.
+        """
+        facts = model_facts(self.structure, self, x, weights=not self.agreed)
+        check_agreement(facts, rows.process_group, x.device)
+        self.agreed = True
 
     def forward(self, x: Tensor) -> Tensor:
         """As the layer."""
         rows = rows_here(self.split_name)
         before, after = (rows.band(self.plan, i) for i in (self.level, self.after))
         if self.level == 0:
+            if not torch.compiler.is_compiling():
+                self.check_others(x, rows)
             check_shard(x, rows)
         before.check_rows(x.shape[2])
         if self.moves:

@@ -164,7 +164,7 @@ def _replacement(
         check_rope(mixer)
     knows_map = (SwinAttention, SamAttention, ReplacedWindowAttention, ReplacedMapAttention)
     where: TokenMap | None = None
-    if (rope or description.order != "free") and not isinstance(old, knows_map):
+    if (rope or mixer.order != "free") and not isinstance(old, knows_map):
         try:
             where = token_map(place.owner)
         except ValueError as error:

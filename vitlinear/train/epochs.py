@@ -68,7 +68,8 @@ def _train(
     run: Run, recorder: Recorder, signals: StopSignals, at: Start, end: int
 ) -> dict[str, Any]:
     """Trains one epoch, of ``end``, from the batch on that ``at`` says; returns its row."""
-    config, updater, rank = run.config, run.updater, run.processes.rank
+    config, updater, processes = run.config, run.updater, run.processes
+    rank = processes.data_rank
     off_epoch, recovery = config.augmentation.mixup_off_epoch, config.run.recovery_interval
 
     def after_update(progress: Progress, values: dict[str, float] | None) -> None:
@@ -96,6 +97,7 @@ def _train(
         device=run.device,
         log_interval=config.record.log_interval,
         show=recorder.path is not None,
+        counts=processes.row == 0,
         epoch_seconds=recorder.epoch_seconds,
     )
     trained = train_one_epoch(
@@ -106,7 +108,9 @@ def _train(
         seed=config.run.seed,
         epoch=at.epoch,
         rank=rank,
+        row=processes.row,
         after_update=after_update,
+        share=run.share,
         max_nonfinite=config.run.max_nonfinite,
         channels_last=config.device.channels_last,
     )
@@ -132,6 +136,7 @@ def _evaluate_all(run: Run) -> dict[str, dict[str, float]]:
             run.autocast,
             device=run.device,
             title=name,
+            share=run.share,
             channels_last=run.config.device.channels_last,
             distributed=processes.distributed,
             show_progress=processes.rank == 0,

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from timm.utils import unwrap_model
+from torch import distributed
 
 from vitlinear.data.loader import batches_from
 from vitlinear.data.order import seed_step
@@ -14,6 +15,7 @@ from vitlinear.errors import UserError
 
 from .nonfinite import diagnose, what_may_help
 from .progress import Progress
+from .rows import Share
 from .updater import Updater
 
 
@@ -31,7 +33,9 @@ def train_one_epoch(
     seed: int = 0,
     epoch: int = 0,
     rank: int = 0,
+    row: int = 0,
     after_update: Callable[[Progress, dict[str, float] | None], None] | None = None,
+    share: Share = contextlib.nullcontext,
     max_nonfinite: int = 10,
     channels_last: bool = False,
 ) -> dict[str, float]:
@@ -44,8 +48,11 @@ def train_one_epoch(
         progress: Shows and measures; where it starts, with the first batch of a group, this does.
         seed: Of the run.
         epoch: Number of the epoch, from 0.
-        rank: Of this process.
+        rank: Of this process, among those that share the data.
+        row: Of this process, among those that share images.
         after_update: Called after each update, with what `Progress.updated` returned.
+        share: Returns the context of a forward pass and its backward, which gives this process's
+            part of the images.
         max_nonfinite: Updates of this epoch that may be skipped.
         channels_last: Memory format of the images.
 
@@ -70,13 +77,14 @@ def train_one_epoch(
             group_start = index - index % updater.accumulate
             group = min(updater.accumulate, batches - group_start)
             last = index + 1 == group_start + group
-            seed_step(seed, epoch, index, rank)
+            seed_step(seed, epoch, index, rank, row)
             group_batches.append((index, batch))
             skipped, lr = updater.skipped, updater.lr
             # Gradients need exchanging once per update; DDP decides on it in the forward pass.
-            with contextlib.nullcontext() if last else task.no_sync():
+            exchange = contextlib.nullcontext() if last else task.no_sync()
+            with exchange, share(batch) as images:
                 with autocast(), _enough_for_norms(batch):
-                    result = task(batch, target)
+                    result = task(images, target)
                 updater.backward(result["loss"], group, last)
             progress.add(result["loss"], result["output"], target)
             if not last:
@@ -86,7 +94,7 @@ def train_one_epoch(
                 made = updates_per_epoch(index + 1, updater.accumulate)
                 whole_epoch = progress.skipped == made and index + 1 == batches
                 if progress.skipped > max_nonfinite or whole_epoch:
-                    cause = _cause(updater, group_batches, autocast, seed, epoch, rank)
+                    cause = _cause(updater, group_batches, autocast, share, seed, epoch, rank, row)
                     raise UserError(
                         f"{progress.skipped} of {made} updates of epoch {epoch + 1} had a loss or "
                         f"gradients that are not finite; {cause}"
@@ -123,18 +131,27 @@ def _cause(
     updater: Updater,
     batches: list[tuple[int, torch.Tensor]],
     autocast: Any,
+    share: Share,
     seed: int,
     epoch: int,
     rank: int,
+    row: int,
 ) -> str:
     """Diagnoses the batches of an update; the first in which something is not finite, or the last.
 
-    Every process looks at all of its batches: layers that talk to each other must meet.
+    Every process looks at all of its batches: layers that talk to each other must meet. All of
+    them tell of the process where it begins.
     """
     model = unwrap_model(updater.task.get_trainable_module())
     advice = what_may_help(updater.clip_grad is not None, updater.scaler is not None)
     causes = []
     for index, images in batches:
-        seed_step(seed, epoch, index, rank)
-        causes.append(diagnose(model, images, autocast, advice))
-    return next((cause for cause in causes if cause.found), causes[-1]).text
+        seed_step(seed, epoch, index, rank, row)
+        causes.append(diagnose(model, images, autocast, advice, share))
+    place = next((number for number, cause in enumerate(causes) if cause.found), -1)
+    own = (place % len(causes), causes[place])
+    every = [own]
+    if distributed.is_initialized():
+        every = [own] * distributed.get_world_size()
+        distributed.all_gather_object(every, own)
+    return min(every, key=lambda one: (not one[1].found, one[0], one[1].order))[1].text

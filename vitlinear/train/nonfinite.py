@@ -1,5 +1,6 @@
 """Diagnosis of a training step whose loss or gradients are not finite."""
 
+import contextlib
 from typing import Any, NamedTuple
 
 import torch
@@ -12,10 +13,12 @@ class Diagnosis(NamedTuple):
     Attributes:
         found: Whether there is such a place before the loss.
         text: The place, with statistics, and advice.
+        order: Number of the layer among those that ran before it.
     """
 
     found: bool
     text: str
+    order: int = 0
 
 
 def what_may_help(clips: bool, float16: bool) -> str:
@@ -57,7 +60,13 @@ def _bad(value: Any) -> torch.Tensor | None:
 
 
 @torch.no_grad()
-def diagnose(model: nn.Module, images: torch.Tensor, autocast: Any, advice: str) -> Diagnosis:
+def diagnose(
+    model: nn.Module,
+    images: torch.Tensor,
+    autocast: Any,
+    advice: str,
+    share: Any = contextlib.nullcontext,
+) -> Diagnosis:
     """Runs a batch again and says where it stops being finite.
 
     The model is to be in the state, and the random generators at the seed, of the step that went
@@ -68,6 +77,7 @@ def diagnose(model: nn.Module, images: torch.Tensor, autocast: Any, advice: str)
         images: ``[B, C, H, W]``.
         autocast: Function returning the context of a forward pass.
         advice: What to do about it, if it is not the images.
+        share: Returns the context that gives this process's part of the images.
 
     Returns:
         The first of images, weights, and layers in order of execution that holds a NaN or an
@@ -86,10 +96,13 @@ def diagnose(model: nn.Module, images: torch.Tensor, autocast: Any, advice: str)
                 f"{describe(value)}. {advice}",
             )
     found: list[str] = []
+    finite = 0
 
     def look(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            nonlocal finite
             bad = None if found else _bad(output)
+            finite += not found and bad is None
             if bad is not None:
                 given = "; ".join(describe(x) for x in _tensors(inputs)) or "no tensor"
                 kind = type(module).__name__
@@ -104,15 +117,15 @@ def diagnose(model: nn.Module, images: torch.Tensor, autocast: Any, advice: str)
     # A layer's hook runs before those of the modules around it: the first hit is the innermost.
     hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules()]
     try:
-        with autocast():
-            output = model(images)
+        with share(images) as part, autocast():
+            output = model(part)
     finally:
         for hook in hooks:
             hook.remove()
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
     if found:
-        return Diagnosis(True, f"{found[0]}. {advice}")
+        return Diagnosis(True, f"{found[0]}. {advice}", finite)
     top = max(float(x.abs().max()) for x in _tensors(output))
     return Diagnosis(
         False,

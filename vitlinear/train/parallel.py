@@ -44,6 +44,7 @@ class ParallelConfig:
     sync_bn: bool
     dist_bn: str
     fsdp: bool
+    rows: int
     dist_timeout: int
 
 
@@ -64,6 +65,13 @@ def add_parallel_flags(parser: Parser) -> None:
     )
     group.add_argument(
         "--fsdp", action=BooleanOptionalAction, default=False, help="split the model over them"
+    )
+    group.add_argument(
+        "--rows",
+        type=COUNT,
+        default=1,
+        metavar="R",
+        help="split the rows of each image over R neighbouring processes",
     )
     group.add_argument(
         "--dist-timeout", type=COUNT, default=600, metavar="S", help="longest wait for another"

@@ -88,6 +88,7 @@ class Progress:
         device: Where losses come from; default CPU.
         log_interval: Updates between looks.
         show: Whether this process draws or prints.
+        counts: Whether this process adds its images: of those that share them, one does.
         epoch_seconds: What a whole epoch takes with its evaluation, once that is known.
 
     Attributes:
@@ -106,12 +107,14 @@ class Progress:
         device: torch.device | None = None,
         log_interval: int = 50,
         show: bool = True,
+        counts: bool = True,
         epoch_seconds: float | None = None,
     ) -> None:
         self.total, self.epoch, self.epochs = total, epoch, epochs
         self.done = self.done_before = done
         self.device = device or torch.device("cpu")
         self.log_interval, self.show, self.epoch_seconds = log_interval, show, epoch_seconds
+        self.counts = counts
         self.skipped, self.seconds_before, wait = 0, 0.0, 0.0
         # Loss, correct, images: a float64 goes through a checkpoint and back without a change.
         self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)
@@ -172,6 +175,8 @@ class Progress:
             target: Labels ``[B]``, or distributions ``[B, C]`` where images were mixed; then the
                 stronger label counts.
         """
+        if not self.counts:
+            return
         labels = target if target.ndim == 1 else target.argmax(dim=1)
         correct = (output.argmax(dim=1) == labels).sum()
         images = torch.full_like(correct, len(labels))

@@ -51,7 +51,7 @@ class ScheduleConfig:
 
         Args:
             accumulate: Batches per update.
-            world_size: Number of processes.
+            world_size: Number of processes that share the data.
         """
         return self.batch_size * accumulate * world_size
 
@@ -148,8 +148,17 @@ def _scale(config: ScheduleConfig, images: int) -> float:
     return math.sqrt(ratio) if config.lr_base_scale == "sqrt" else ratio
 
 
-def batch_size_note(config: ScheduleConfig, accumulate: int, world_size: int) -> str | None:
-    """Returns a line for the user where the global batch is not the recipe's, else None."""
+def batch_size_note(
+    config: ScheduleConfig, accumulate: int, world_size: int, rows: int = 1
+) -> str | None:
+    """Returns a line for the user where the global batch is not the recipe's, else None.
+
+    Args:
+        config: Batch and rates.
+        accumulate: Batches per update.
+        world_size: Number of processes, or groups of them, that share the data.
+        rows: Number of processes that share an image.
+    """
     images = config.images_per_update(accumulate, world_size)
     if config.recipe_batch_size in (None, images):
         return None
@@ -163,7 +172,8 @@ def batch_size_note(config: ScheduleConfig, accumulate: int, world_size: int) ->
     rising = f"; the last is {last:g}, above it: lower --min-lr" if last > peak else ""
     return (
         f"global batch {images} (--batch-size {config.batch_size} x --grad-accum-steps "
-        f"{accumulate} x {world_size} process(es)), the recipe's is "
+        f"{accumulate} x {world_size} {'process(es)' if rows == 1 else f'group(s) of {rows}'}), "
+        "the recipe's is "
         f"{config.recipe_batch_size}: peak learning rate {peak:g} ({how}){rising}"
     )
 

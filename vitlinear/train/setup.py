@@ -33,6 +33,7 @@ from .loop import updates_per_epoch
 from .make_model import enable_checkpointing, make_model, shape_arguments
 from .optimiser import make_optimizer
 from .parallel import check_sharding, distribute, synchronised
+from .rows import Share, check_rows, share_images
 from .schedule import batch_size_note, learning_rate, make_schedule
 from .start_weights import check_initial, initial_weights, initialise_head, normalisation_note
 from .tasks import check_task, make_task
@@ -50,6 +51,7 @@ class Run:
         task: Model, its moving average, and loss.
         updater: The optimiser's side.
         autocast: Returns the context of a forward pass.
+        share: Returns the context that gives this process's part of the images.
         train_loader: Training batches.
         eval_loader: Held-out batches.
         epochs: Length of the schedule.
@@ -65,6 +67,7 @@ class Run:
     task: TrainingTask
     updater: Updater
     autocast: Any
+    share: Share
     train_loader: Any
     eval_loader: Any
     epochs: int
@@ -76,7 +79,7 @@ class Run:
     @property
     def images_per_batch(self) -> int:
         """Images in a batch of all processes together."""
-        return self.config.schedule.batch_size * self.processes.world_size
+        return self.config.schedule.batch_size * self.processes.data_size
 
 
 def set_up(config: TrainConfig) -> Run:
@@ -87,7 +90,7 @@ def set_up(config: TrainConfig) -> Run:
     """
     _check(config)
     device, processes = join_processes(
-        choose_device(config.device.device), config.parallel.dist_timeout
+        choose_device(config.device.device), config.parallel.dist_timeout, config.parallel.rows
     )
     if config.parallel.fsdp:
         check_sharding(config.optimiser, config.device, processes)
@@ -105,6 +108,7 @@ def set_up(config: TrainConfig) -> Run:
     model, notes = _start_model(config, num_classes)
     notes += data_notes(train_set, eval_set, num_classes)
     input = data_config(model, {**config.input.given(), "model_kwargs": config.model.model_kwargs})
+    check_rows(model, input.input_size[1], processes)
     if note := normalisation_note(config.start.initial_checkpoint, input):
         notes.append(note)
     card = Card(
@@ -126,7 +130,7 @@ def set_up(config: TrainConfig) -> Run:
         model = synchronised(model, device)
     accumulate = config.optimiser.grad_accum_steps
     updates = updates_per_epoch(len(batches), accumulate)
-    images = config.schedule.images_per_update(accumulate, processes.world_size)
+    images = config.schedule.images_per_update(accumulate, processes.data_size)
     task = make_task(
         config.distillation,
         model,
@@ -140,6 +144,7 @@ def set_up(config: TrainConfig) -> Run:
     )
     # fused operations take no mixture of whole and split tensors
     add_average(task, config.average, images, foreach=not config.parallel.fsdp)
+    share = share_images(task, processes, device, config.parallel.dist_timeout)
     distribute(
         task,
         device,
@@ -171,7 +176,7 @@ def set_up(config: TrainConfig) -> Run:
         f"{num_classes} classes; {len(train_set)} training and {len(eval_set)} held-out images; "
         f"{device}, {processes.world_size} process(es)"
     )
-    if note := batch_size_note(config.schedule, accumulate, processes.world_size):
+    if note := batch_size_note(config.schedule, accumulate, processes.data_size, processes.rows):
         notes.append(note)
     return Run(
         config=config,
@@ -180,6 +185,7 @@ def set_up(config: TrainConfig) -> Run:
         task=task,
         updater=updater,
         autocast=make_autocast(config.device, device),
+        share=share,
         train_loader=batches,
         eval_loader=held_out,
         epochs=epochs,
@@ -199,6 +205,7 @@ def _check(config: TrainConfig) -> None:
         config.distillation,
         averages=config.average.model_ema,
         sharded=config.parallel.fsdp,
+        rows=config.parallel.rows,
     )
 
 
@@ -274,8 +281,8 @@ def _make_loaders(
         batch_size=batch_size,
         workers=config.data.workers,
         pin_memory=config.data.pin_mem,
-        rank=processes.rank,
-        world_size=processes.world_size,
+        rank=processes.data_rank,
+        world_size=processes.data_size,
     )
     held_out = eval_loader(
         eval_set,
@@ -283,7 +290,8 @@ def _make_loaders(
         data_config=input,
         workers=config.data.workers,
         device=device,
-        distributed=processes.distributed,
         pin_memory=config.data.pin_mem,
+        rank=processes.data_rank,
+        world_size=processes.data_size,
     )
     return training, held_out

@@ -101,13 +101,14 @@ def add_distillation_flags(parser: Parser) -> None:
     )
 
 
-def check_task(config: DistillationConfig, *, averages: bool, sharded: bool) -> None:
+def check_task(config: DistillationConfig, *, averages: bool, sharded: bool, rows: int = 1) -> None:
     """Refuses flags of distillation that contradict each other.
 
     Args:
         config: What is asked for.
         averages: Whether there is an average of the weights.
         sharded: Whether the model is split between processes.
+        rows: Number of processes that share an image.
 
     Raises:
         UserError: Says which.
@@ -117,6 +118,11 @@ def check_task(config: DistillationConfig, *, averages: bool, sharded: bool) -> 
     if config.mesa and not averages:
         raise UserError("--mesa learns from the average of the weights: add --model-ema")
     if config.has_teacher:
+        if rows > 1:
+            raise UserError(
+                "--rows gives each process a part of an image, which is not what a teacher was "
+                "trained on: leave the --kd-... flags out, or learn from the average (--mesa)"
+            )
         if sharded and config.kd_distill_type == "feature":
             raise UserError("--kd-distill-type feature does not work with --fsdp: use logit")
         return

@@ -1,0 +1,251 @@
+"""Exchanges, memory and time of processes that share an image by its rows, on CPUs.
+
+    python benchmarks/rows.py traffic --output benchmarks/results/rows_traffic.json
+    python benchmarks/rows.py memory --output benchmarks/results/rows_memory.json
+    python benchmarks/rows.py time --output benchmarks/results/rows_time.json
+
+``traffic`` counts the bytes that the process in the middle of three sends, in sums over the image,
+halos, and gathered keys and values. It tells them apart by how they grow with the image. The counts
+depend on no machine. ``memory`` is the peak of a training step in each process. ``time`` needs an
+idle machine: steps of one image on more processes, of images that grow with them, and one step at
+4096 x 4096. Each process has one thread; they talk over gloo.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # runs from a checkout
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import distributed, nn  # noqa: E402
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh  # noqa: E402
+from torch.nn.parallel import DistributedDataParallel  # noqa: E402
+
+from benchmarks.attention import commit, machine  # noqa: E402
+from benchmarks.rows_traffic import RANKS, SIZES, Traffic, by_layer, growth, summary  # noqa: E402
+from benchmarks.subject import measure_memory, status  # noqa: E402
+from vitlinear.create import build_model  # noqa: E402
+from vitlinear.parallel import parallelize, shard_rows  # noqa: E402
+
+CLASSES = 10
+# One of each family, those that have sums and those that have softmax stages.
+FAMILIES = (
+    "test_ravlt_linear", "test_ravlt", "test_mavit_linear", "test_nalaformer_linear", "test_mila",
+    "test_l2vit", "test_vittt", "test_h_vittt", "test_lightnet", "test_linear_deit",
+    "test_inline_deit", "test_inline_pvt", "test_inline_swin", "test_inline_cswin",
+    "test_pola_pvt", "test_pola_swin",
+)  # fmt: skip
+PUBLISHED = ("ravlt_t_linear", "ravlt_b_linear", "mavit_t_linear", "mila_t")
+LIMIT = 300  # seconds that processes wait for each other
+
+
+def on_ranks(count: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """Calls ``function(mesh, *args)`` in processes that share images; returns what each does."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "timm"])
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(count, mp_context=context) as pool,
+    ):
+        place = f"file://{folder}/meet"
+        calls = [pool.submit(_rank, rank, count, place, function, args) for rank in range(count)]
+        return [call.result() for call in calls]
+
+
+def _rank(
+    rank: int, count: int, place: str, function: Callable[..., Any], args: tuple[Any, ...]
+) -> Any:
+    torch.set_num_threads(1)
+    wait = datetime.timedelta(seconds=LIMIT)
+    distributed.init_process_group(
+        "gloo", init_method=place, rank=rank, world_size=count, timeout=wait
+    )
+    mesh = init_device_mesh("cpu", (count,), mesh_dim_names=("rows",))
+    try:
+        return function(mesh["rows"], *args)
+    finally:
+        distributed.barrier()
+        distributed.destroy_process_group()
+
+
+class Step:
+    """A training step of one image on the rows of this process.
+
+    Args:
+        mesh: The processes that share it.
+        name: Of the model.
+        height: Of the image.
+        width: Of the image.
+        checkpointing: Whether blocks are computed twice.
+    """
+
+    def __init__(
+        self, mesh: DeviceMesh, name: str, height: int, width: int, checkpointing: bool = False
+    ) -> None:
+        torch.manual_seed(0)
+        model = build_model(name, num_classes=CLASSES)
+        if checkpointing:
+            model.set_grad_checkpointing()
+        self.model: nn.Module = model.train()
+        parallelize(self.model, mesh)
+        self.image = torch.randn(1, 3, height, width)
+        self.shard, self.rows = shard_rows(self.image, mesh)
+        self.shard = self.shard.contiguous()
+        self.label = torch.tensor([1])
+
+    def spread(self) -> Step:
+        """Has gradients averaged over the processes, and an optimiser use them."""
+        self.model = DistributedDataParallel(self.model)
+        self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
+        return self
+
+    def passes(self) -> None:
+        """Forward and backward."""
+        with self.rows:
+            F.cross_entropy(self.model(self.shard), self.label).backward()
+
+    def train(self) -> None:
+        """Forward, backward and update."""
+        self.passes()
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+
+
+def count_traffic(mesh: DeviceMesh, names: list[str]) -> dict[str, Any]:
+    """Counts what this process sends for images of several sizes, by model."""
+    found = {}
+    for name in names:
+        images = []
+        for height, width in SIZES:
+            step = Step(mesh, name, height, width)
+            with Traffic() as traffic, step.rows:
+                loss = F.cross_entropy(step.model(step.shard), step.label)
+                traffic.way = "backward"
+                loss.backward()
+            images.append(traffic.messages)
+        try:
+            found[name] = growth(*images)
+        except ValueError as e:
+            print(name, e)
+    return found
+
+
+def memory_of_step(mesh: DeviceMesh, name: str, size: int, checkpointing: bool) -> dict[str, Any]:
+    """MiB of a training step in this process beyond what it holds between steps."""
+    step = Step(mesh, name, size, size, checkpointing).spread()
+    found = measure_memory(step.train, torch.device("cpu"))
+    return {"rows": step.shard.shape[2], **found}
+
+
+def time_steps(
+    mesh: DeviceMesh, name: str, height: int, width: int, steps: int, checkpointing: bool
+) -> dict[str, Any]:
+    """Seconds of training steps, begun together, and processor time of this process."""
+    step = Step(mesh, name, height, width, checkpointing).spread()
+    seconds, cpu = [], []
+    for _ in range(steps + 1):  # the first warms up
+        distributed.barrier()
+        start, own = time.perf_counter(), time.process_time()
+        step.train()
+        distributed.barrier()
+        seconds.append(time.perf_counter() - start)
+        cpu.append(time.process_time() - own)
+    kept = slice(1, None) if steps else slice(None)
+    return {
+        "seconds": statistics.median(seconds[kept]),
+        "cpu_seconds": statistics.median(cpu[kept]),
+        "peak_GiB": status("VmHWM") / 1024,
+    }
+
+
+def traffic(args: argparse.Namespace) -> dict[str, Any]:
+    """Prints and returns what is sent."""
+    found = on_ranks(RANKS, count_traffic, args.models or [*FAMILIES, *PUBLISHED])[RANKS // 2]
+    print(*summary(found), "", *by_layer(found), sep="\n")
+    return {"models": found}
+
+
+def memory(args: argparse.Namespace) -> dict[str, Any]:
+    """Prints and returns the memory of a step for each number of processes."""
+    rows = []
+    for name in args.models or ["ravlt_t_linear"]:
+        for checkpointing in (False, True):
+            alone = 0.0
+            for ranks in args.ranks:
+                found = on_ranks(ranks, memory_of_step, name, args.size, checkpointing)
+                row = {"model": name, "size": args.size, "checkpointing": checkpointing}
+                row |= {"ranks": ranks}
+                row |= {key: max(one[key] for one in found) for key in found[0]}
+                alone = alone or row["tensors_MiB"] * ranks
+                row["share"] = row["tensors_MiB"] / alone
+                rows.append(row)
+                print(
+                    f"{name}, {args.size} x {args.size}, {'' if checkpointing else 'no '}"
+                    f"checkpointing, {ranks} processes: {row['tensors_MiB']:.0f} MiB in the one "
+                    f"that takes most, {row['share']:.3f} of one process; resident "
+                    f"{row['memory_MiB']:.0f} MiB",
+                    flush=True,
+                )
+    return {"rows": rows}
+
+
+def timing(args: argparse.Namespace) -> dict[str, Any]:
+    """Prints and returns the time of steps: one size, sizes that grow, and one large image."""
+    name = (args.models or ["ravlt_t_linear"])[0]
+    plan = [("strong", ranks, 768, 512, 3, False) for ranks in args.ranks]
+    plan += [("weak", ranks, 384 * ranks, 512, 3, False) for ranks in args.ranks]
+    if args.large:
+        plan += [("large", 2, args.large, args.large, 0, True)]
+    rows = []
+    for kind, ranks, height, width, steps, checkpointing in plan:
+        found = on_ranks(ranks, time_steps, name, height, width, steps, checkpointing)
+        row = {"kind": kind, "model": name, "ranks": ranks, "height": height, "width": width}
+        row |= {"checkpointing": checkpointing, "steps": steps}
+        row |= {key: max(one[key] for one in found) for key in found[0]}
+        rows.append(row)
+        print(
+            f"{kind}: {name}, {height} x {width} on {ranks}: {row['seconds']:.2f} s, "
+            f"{row['cpu_seconds']:.2f} s of processor time in each, {row['peak_GiB']:.2f} GiB",
+            flush=True,
+        )
+    return {"rows": rows}
+
+
+def main() -> None:
+    """Measures one of the three."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("traffic", "memory", "time"))
+    parser.add_argument("--models", nargs="+", metavar="NAME")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--size", type=int, default=1024, help="side of the image of memory")
+    parser.add_argument("--large", type=int, default=4096, help="side of the large one; 0: none")
+    parser.add_argument("--output", type=Path, help="JSON file")
+    args = parser.parse_args()
+    measure = {"traffic": traffic, "memory": memory, "time": timing}[args.what]
+    result = {
+        "command": " ".join(["python", "benchmarks/rows.py", *sys.argv[1:]]),
+        "machine": machine(),
+        "commit": commit(),
+        "torch": torch.__version__,
+        **measure(args),
+    }
+    if args.output:
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Counts what a process sends to those that share an image with it, by the layer that sends it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+RANKS = 3  # that exchange while it is counted
+# Images: a first one, two of more rows, and one of twice its columns. Their cuts lie alike in
+# windows of 7 rows: a process has 4, 11 or 18 rows of the last map.
+SIZES = ((384, 128), (1056, 128), (1728, 128), (384, 256))
+UNITS = {
+    "sum": "B",
+    "state": "B to each process",
+    "halo": "B for a column",
+    "map": "B for a pixel, to each process",
+}
+
+
+class Message(NamedTuple):
+    """One exchange.
+
+    Attributes:
+        way: ``forward`` or ``backward``.
+        layer: Class of the innermost module that runs; of backward passes, none.
+        summed: Whether it is a sum; else tensors are sent as they are.
+        sent: Bytes from this process to others; of a sum, those of the summed tensor.
+    """
+
+    way: str
+    layer: str
+    summed: bool
+    sent: int
+
+
+class Traffic(TorchDispatchMode):
+    """Notes every exchange of `vitlinear.parallel` inside of it.
+
+    Attributes:
+        messages: In order.
+        way: Of what is noted now.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[Message] = []
+        self.way = "forward"
+        self.running: list[str] = []
+
+    def __enter__(self) -> Traffic:
+        def enter(module: nn.Module, _: Any) -> None:
+            self.running.append(type(module).__name__.removeprefix("Split"))
+
+        def leave(module: nn.Module, *_: Any) -> None:
+            self.running.pop()
+
+        self.hooks = [
+            register_module_forward_pre_hook(enter),
+            register_module_forward_hook(leave, always_call=True),
+        ]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for hook in self.hooks:
+            hook.remove()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        operators = torch.ops.vitlinear
+        if func is operators.total_rows.default:
+            self._add(True, args[0].numel() * args[0].itemsize)
+        elif func is operators.exchange_rows.default:
+            own = torch.distributed.get_rank()
+            others = sum(n for rank, n in enumerate(args[1]) if rank != own)
+            self._add(False, others * args[0].itemsize)
+        return func(*args, **(kwargs or {}))
+
+    def _add(self, summed: bool, sent: int) -> None:
+        layer = self.running[-1] if self.running else ""
+        self.messages.append(Message(self.way, layer, summed, sent))
+
+
+def growth(*images: list[Message]) -> dict[str, Any]:
+    """Tells what the bytes of each exchange depend on.
+
+    Args:
+        *images: The exchanges of the middle one of `RANKS` processes, for each of `SIZES`.
+
+    Returns:
+        ``passes``: for forward and backward and each kind of `UNITS`, ``calls`` and ``bytes``.
+        ``layers``: the same of each layer's forward exchanges. A halo whose rows depend on where
+        windows lie counts with the most of these images.
+
+    Raises:
+        ValueError: The exchanges of the images are not the same ones.
+    """
+    if len({len(messages) for messages in images}) > 1:
+        raise ValueError(f"{[len(messages) for messages in images]} exchanges")
+
+    def empty() -> dict[str, dict[str, float]]:
+        return {kind: {"calls": 0, "bytes": 0} for kind in UNITS}
+
+    passes = {way: empty() for way in ("forward", "backward")}
+    layers: dict[str, Any] = defaultdict(empty)
+    height, width = SIZES[0]
+    for same in zip(*images, strict=True):
+        first, sent = same[0], [message.sent for message in same]
+        if len(set(sent)) == 1 and first.summed:
+            kind, size = "sum", float(sent[0])
+        elif len(set(sent)) == 1:
+            kind, size = "state", sent[0] / (RANKS - 1)
+        elif all(
+            n * height * width == sent[0] * h * w for n, (h, w) in zip(sent, SIZES, strict=True)
+        ):
+            kind, size = "map", sent[0] / (RANKS - 1) / (height // RANKS * width)
+        else:
+            kind = "halo"
+            size = max(n / columns for n, (_, columns) in zip(sent, SIZES, strict=True))
+        rows = [passes[first.way][kind]]
+        if first.way == "forward":
+            rows.append(layers[first.layer][kind])
+        for row in rows:
+            row["calls"] += 1
+            row["bytes"] += size
+    return {"passes": passes, "layers": dict(layers)}
+
+
+def summary(found: dict[str, Any]) -> list[str]:
+    """A Markdown table of models: calls and bytes of each pass and kind."""
+    lines = ["| model | pass | " + " | ".join(f"{k}: calls, {u}" for k, u in UNITS.items()) + " |"]
+    lines.append("| --- " * (len(UNITS) + 2) + "|")
+    for name, counts in found.items():
+        for way, kinds in counts["passes"].items():
+            cells = (_cell(kinds[kind]) for kind in UNITS)
+            lines.append(f"| `{name}` | {way} | {' | '.join(cells)} |")
+    return lines
+
+
+def by_layer(found: dict[str, Any]) -> list[str]:
+    """A Markdown table of models: calls and bytes of each layer's forward exchanges."""
+    lines = ["| model | layer | " + " | ".join(f"{k}: calls, {u}" for k, u in UNITS.items()) + " |"]
+    lines.append("| --- " * (len(UNITS) + 2) + "|")
+    for name, counts in found.items():
+        for layer, kinds in counts["layers"].items():
+            cells = (_cell(kinds[kind]) for kind in UNITS)
+            lines.append(f"| `{name}` | `{layer}` | {' | '.join(cells)} |")
+    return lines
+
+
+def _cell(row: dict[str, float]) -> str:
+    return f"{row['calls']}, {row['bytes']:.6g}" if row["calls"] else ""
