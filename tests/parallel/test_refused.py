@@ -1,4 +1,4 @@
-"""What cannot be split is an error on every process, before anything is exchanged."""
+"""Errors, on every process and before anything is exchanged, for what cannot be split."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""What processes send each other: rows of maps, and sums. All of it has derivatives.
+"""Exchanges between processes: rows of maps, and sums. All of them have derivatives.
 
 The exchanges are registered operators, so that compilers take them as they are. Every process takes
 part in each of them, also with nothing to send, and its result is always part of what comes out:

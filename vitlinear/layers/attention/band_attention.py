@@ -156,7 +156,7 @@ def _weighted_part(
 
 
 def _again(function: Callable[..., Any], *inputs: Any) -> Any:
-    """What the function gives; backward keeps the inputs and runs it again."""
+    """Run the function; backward keeps its inputs and runs it again."""
     if not torch.is_grad_enabled():
         return function(*inputs)
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
