@@ -14,6 +14,7 @@ import torch
 import yaml
 from timm.models import _hub, push_to_hf_hub
 
+from vitlinear import replace_attention
 from vitlinear.cards.hub import model_card
 from vitlinear.facts import families
 from vitlinear.models import our_models
@@ -65,6 +66,18 @@ def test_push_and_load(name, hub):
     for source in (f"hf-hub:{REPO}", f"local-dir:{hub}"):
         again = timm.create_model(source, pretrained=True).eval()
         assert type(again) is type(model) and torch.equal(again(x), model(x))
+
+
+def test_push_and_load_a_model_with_replaced_attentions(hub):
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", num_classes=5).eval()
+    replace_attention(model, "mala", "-2:")
+    push_to_hf_hub(model, REPO, model_card=model_card(model), safe_serialization=True)
+    text = (hub / "README.md").read_text("utf-8")
+    assert "- **Model:** timm's test_vit" in text and "mala in blocks 4, 5" in text
+    again = timm.create_model(f"hf-hub:{REPO}", pretrained=True).eval()
+    x = torch.randn(2, 3, 160, 160)
+    assert torch.equal(again(x), model(x))
 
 
 def test_card_on_the_hub(hub):

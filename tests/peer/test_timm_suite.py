@@ -90,6 +90,32 @@ def test_timm_suite(
     assert run.exit_status == 0
 
 
+# Of timm's models with replaced attentions; all in nightly runs, in groups as above.
+REPLACED = ["test_replaced_dinov3"]
+REPLACED_NIGHTLY = [
+    ["test_replaced_vit", "test_replaced_vit_gated", "test_replaced_deit", "test_replaced_deit3"],
+    ["test_replaced_dinov2", "test_replaced_clip", "test_replaced_siglip", "test_replaced_hybrid"],
+    ["test_replaced_eva02", "test_replaced_rope", "test_replaced_sapiens2", "test_replaced_beit"],
+    ["test_replaced_relpos", "test_replaced_naflexvit", "test_replaced_swin"],
+]
+
+
+@pytest.mark.process
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    "models",
+    [REPLACED, *(pytest.param(group, marks=pytest.mark.nightly) for group in REPLACED_NIGHTLY)],
+    ids=",".join,
+)
+def test_models_with_replaced_attentions(models: list[str], suite: Path) -> None:
+    run = peer.run_suite(suite, ",".join(models), package="replacedzoo")
+    print(run.output)
+    for model in models:
+        check(run, model, timm_peer.required_tests(model in run.report["token_models"]))
+    assert run.exit_status == 0
+
+
 class TestHarness:
     """The harness itself: it passes what is right, and sees what is wrong or missing."""
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.replacement.zoo import FAMILIES, features
-from vitlinear import replace_attention
+from vitlinear import list_attentions, replace_attention
 from vitlinear.replacement.attentions import ReplacedAttention
 
 # Of these, the ordinary run has every check; of the others, that softmax changes nothing.
@@ -71,6 +71,24 @@ def test_a_linear_attention_trains_in_its_place(family):
         for parameter in model.parameters():
             parameter.zero_()
         torch.testing.assert_close(copied(x), together)
+
+
+@pytest.mark.parametrize("family", ["dinov3", pytest.param("swin", marks=pytest.mark.nightly)])
+def test_every_attention_of_the_registry(family):
+    """One after another in the same place."""
+    small = FAMILIES[family]
+    model, x = small.create(), small.images()
+    for name in list_attentions():
+        (row,) = replace_attention(model, name, 1, small.keep)
+        attention = model.get_submodule(row.name)
+        assert row.attention == attention.mixer.attn_type == name
+        model.zero_grad()
+        out = model.train()(x)
+        out.square().mean().backward()
+        assert out.isfinite().all(), name
+        for key, parameter in attention.named_parameters():
+            assert parameter.grad is not None and parameter.grad.isfinite().all(), (name, key)
+    assert len(model._model_args["replacements"]) == len(list_attentions())
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import vitlinear.errors
 from tests.pairwise import pairwise
 from vitlinear.models._contract import TimmBackbone
 from vitlinear.models._stages import StagedBackbone
+from vitlinear.streaming import run
 
 # Even, odd and uneven at every stride; smaller than a window; large enough for several windows of
 # every kind, shifted ones that hold both ends of the map among them.
@@ -97,6 +98,18 @@ def test_every_pooling(name, pool):
 @pytest.mark.parametrize("kwargs", [{"bidirectional": True}, {"attn_backend": "library"}])
 def test_variants(kwargs):
     check(make("test_lightnet", **kwargs), (203, 97), band_rows=3)
+
+
+@pytest.mark.parametrize("name", ["test_ravlt_linear", "test_nalaformer_linear"])
+def test_later_passes_find_what_earlier_ones_made(name, monkeypatch):
+    choose = run.Runner.choose_cuts
+
+    def choose_and_keep(self, plans, wanted):
+        self.keeping = set(range(len(plans)))
+        return choose(self, plans, wanted)
+
+    monkeypatch.setattr(run.Runner, "choose_cuts", choose_and_keep)
+    check(make(name), (97, 64), band_rows=2)
 
 
 def test_fused_model():

@@ -10,6 +10,7 @@ from torch import nn
 from vitlinear.checkpoints.card import Card
 from vitlinear.facts import family_of
 from vitlinear.models import num_parameters, our_models
+from vitlinear.replacement import ARCHITECTURE
 
 from .render import mega
 
@@ -43,7 +44,7 @@ def model_card(
     """
     name: str = model.pretrained_cfg["architecture"]  # type: ignore[index, assignment]
     source = f"hf-hub:{repo_id}" if repo_id else "local-dir:FOLDER"
-    about = _of_the_family(name) if name in our_models() else {"model": {"Model": f"timm's {name}"}}
+    about = _of_the_family(name) if name in our_models() else _of_timm(model, name)
     return {
         "license": license or about.get("license", "unknown"),
         "tags": ["image-classification", "timm", *about.get("tags", ())],
@@ -77,6 +78,21 @@ def _of_the_family(name: str) -> dict[str, Any]:
             "Paper": f"{paper['title']}: https://arxiv.org/abs/{paper['arxiv']}",
             **({"Code of the authors": family.code} if family.code else {}),
         },
+    }
+
+
+def _of_timm(model: nn.Module, name: str) -> dict[str, Any]:
+    """The part of a card that says which model of timm's it is, and what was replaced in it."""
+    arguments = get_model_args(model)
+    if name != ARCHITECTURE:
+        return {"model": {"Model": f"timm's {name}"}}
+    replaced = "; ".join(
+        f"{one['attention']} in blocks {', '.join(map(str, one['blocks']))}"
+        for one in arguments["replacements"]
+    )
+    return {
+        "tags": ["vitlinear"],
+        "model": {"Model": f"timm's {arguments['base']}", "Replaced attention": replaced},
     }
 
 

@@ -16,7 +16,7 @@ from vitlinear.cli.model_flags import (
 from vitlinear.cli.parser import Parser
 from vitlinear.errors import UserError
 from vitlinear.files import check_no_input
-from vitlinear.streaming import stream
+from vitlinear.streaming import PCA, stream
 
 from .load_or_build import load_or_build
 
@@ -37,6 +37,8 @@ class StreamConfig:
     memory: str
     workdir: str | None
     band_rows: int | None
+    pca: bool
+    mask: str | None
     overwrite: bool
     device: str | None
 
@@ -58,6 +60,15 @@ def parse_arguments(argv: Sequence[str] | None, prog: str = "vitlinear stream") 
         default="features",
         metavar="MAP",
         help="features, after the last norm, or the number of a map of forward_intermediates",
+    )
+    parser.add_argument(
+        "--pca", action="store_true", help="write the map's principal components, an RGB image"
+    )
+    parser.add_argument(
+        "--mask",
+        choices=("tissue",),
+        default=None,
+        help="write NaN where there is no tissue; it changes no other value",
     )
     add_checkpoint_flag(parser)
     add_model_flags(parser, default=None)
@@ -94,11 +105,12 @@ def main(argv: Sequence[str] | None, prog: str = "vitlinear stream") -> None:
     model, _, preprocessing = load_or_build(config.checkpoint, named, config.input)
     if not config.checkpoint and not config.model.pretrained:
         raise UserError("no weights: give --checkpoint FILE, or --pretrained")
+    chosen: str | int = int(config.map) if config.map.isdigit() else config.map
     stream(
         model.to(device),
         Path(config.source),
         config.output,
-        output=int(config.map) if config.map.isdigit() else config.map,
+        output=PCA(chosen) if config.pca else chosen,
         memory=config.memory,
         workdir=config.workdir,
         layout=config.layout,
@@ -106,6 +118,7 @@ def main(argv: Sequence[str] | None, prog: str = "vitlinear stream") -> None:
         mean=preprocessing.mean,
         std=preprocessing.std,
         band_rows=config.band_rows,
+        mask=config.mask,
         overwrite=config.overwrite,
         progress=True,
     )

@@ -15,7 +15,8 @@ Every layer says in the class that defines its ``forward`` how rows reach it, in
 
 A layer that needs rows above and below beyond those of its members gives their number by a method
 ``row_reach(height)``; height is that of the whole map. One that gathers values of all rows, as
-softmax attention does its keys and values, gives their channels by ``row_gather(height)``. A layer
+softmax attention does its keys and values, gives their channels by ``row_gather(height)``; one that
+keeps something for later passes (`Band.keep`) gives its channels by ``row_keep(height)``. A layer
 without a rule is unknown, and is not run on bands. `vitlinear.rows.reach` has the rules of those
 of PyTorch and timm.
 """
@@ -49,7 +50,11 @@ class Band:
         prefix: Tokens that stand before those of the map, such as a class token. All bands have
             them; the first one answers for them.
         cuts: Own rows of every band, from the top.
+        repeats: Whether a forward pass that waits for a sum ends and is run once more: a layer then
+            does well to make each thing where it is used.
     """
+
+    repeats = False
 
     def __init__(
         self,
@@ -78,6 +83,26 @@ class Band:
             later: What the layer merges or gathers next does not depend on the result.
         """
         raise NotImplementedError
+
+    def merge_made(
+        self, make: Callable[[], Parts], combine: Callable[[Parts, Parts], Parts]
+    ) -> Parts:
+        """`merge` of parts that are made only where they are not known yet.
+
+        Args:
+            make: Makes the parts of the own rows.
+            combine: As `merge`.
+        """
+        return self.merge(make(), combine)
+
+    def keep(self, key: object, make: Callable[[], Tensor]) -> Tensor:
+        """A tensor of this band that later passes over it use again, if there is memory for it.
+
+        Args:
+            key: What it is known by in this band.
+            make: Makes it, the same in every pass.
+        """
+        return make()
 
     def gather(
         self, axis: int, *parts: Tensor, lengths: Sequence[tuple[int, ...]] | None = None

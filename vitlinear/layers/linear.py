@@ -50,6 +50,12 @@ class Linear(nn.Linear):
         return cpu.linear(x, self.weight, self.bias, self.activation, self.frozen)
 
     @torch.jit.ignore
+    def some(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """Channels of the output from one to another, without making the others."""
+        bias = None if self.bias is None else self.bias[start:stop]
+        return cpu.linear(x, self.weight[start:stop], bias, self.activation)
+
+    @torch.jit.ignore
     def fuse(self) -> Linear:
         """This layer, free to keep a copy of its weight in a faster layout."""
         self.frozen = "weight" in self._parameters  # and is not made anew for each call

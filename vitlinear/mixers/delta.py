@@ -85,6 +85,8 @@ class _DeltaRule(Mixer):
     ) -> None:
         super().__init__(dim, num_heads, backend=backend, device=device, dtype=dtype)
         self.scans = {"order_free": 0, "scans_2": 2, "scans_4": 4}[form]
+        if self.scans:
+            self.order = "directional"
         self.solver = solver
         self.steps = steps
         self.initial_ridge = ridge
@@ -224,7 +226,7 @@ class Delta(_DeltaRule):
         if self.scans:
             out = naive_scan(q, k, v, beta, None, grid, self.scans)
         else:
-            ridge = self.log_ridge.exp()[None, :, None].expand(len(q), -1, self.head_dim)
+            ridge = self.log_ridge.exp()[None, :, None].expand(q.shape[0], -1, self.head_dim)
             out = self.regression_definition(q, k, v, beta, ridge)
         return self.norm_definition(out)
 

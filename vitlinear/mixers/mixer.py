@@ -12,7 +12,7 @@ from vitlinear.ops import accumulation_dtype
 from vitlinear.ops.backend import check_backend
 from vitlinear.ops.eager import saturate, widen, without_autocast
 
-from .description import AttentionDescription
+from .description import AttentionDescription, Order
 from .grid import Grid
 
 
@@ -27,6 +27,8 @@ class Mixer(nn.Module):
         positions: Class attribute: the kind of position tables where `description.turns` is
             ``inside``: ``rotary``, ``cosine``, or ``full width``.
         attn_type: The name, for reports.
+        order: One of `description.ORDERS`, as the options have it: that of the description, unless
+            one of them makes the order of the tokens matter.
     """
 
     description: ClassVar[AttentionDescription]
@@ -59,6 +61,7 @@ class Mixer(nn.Module):
         self.head_dim = split_heads(dim, num_heads)
         self.backend = check_backend(backend)
         self.attn_type = self.description.name
+        self.order: Order = self.description.order
 
     @classmethod
     def kind_of_tables(cls) -> str:

@@ -208,6 +208,8 @@ class TransNormer(Mixer):
     ) -> None:
         super().__init__(dim, num_heads, backend=backend, device=device, dtype=dtype)
         self.decay = decay
+        if decay != "none":
+            self.order = "local"
         self.silu_values = silu_values
         self.gate: nn.Sequential | None = None
         if gate:

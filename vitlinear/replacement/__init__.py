@@ -5,7 +5,7 @@ Not to be taken for `vitlinear.convert`, which brings authors' checkpoints under
 
 from . import rebuild as rebuild
 from .kinds import PARTS
-from .replace import replace_attention
+from .replace import ARCHITECTURE, replace_attention
 from .report import Replacement, ReplacementReport
 
-__all__ = ["PARTS", "Replacement", "ReplacementReport", "replace_attention"]
+__all__ = ["ARCHITECTURE", "PARTS", "Replacement", "ReplacementReport", "replace_attention"]

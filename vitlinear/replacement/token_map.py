@@ -13,10 +13,25 @@ from vitlinear._timm import (
     PatchDropoutWithIndices,
     VisionTransformer,
     VisionTransformerRelPos,
+    register_notrace_module,
 )
 
 # Tokens of these run row by row over the grid of `patch_embed`, after those that stand nowhere.
 ROW_BY_ROW = (VisionTransformer, Eva, Beit, VisionTransformerRelPos)
+
+
+@register_notrace_module  # a step of its own to torch.fx, so that it runs where models were traced
+class SizeNote(nn.Module):
+    """Notes rows and columns of the maps that pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = (0, 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, H, W, C], as it came."""
+        self.size = (x.shape[1], x.shape[2])
+        return x
 
 
 class TokenMap:
@@ -33,25 +48,26 @@ class TokenMap:
             patch_embed: With a ``grid_size``.
             dynamic: Whether each call of the model may have a grid of its own.
         """
-        self.patch_embed = patch_embed
+        self.patch_embed: Any = patch_embed
         self.dynamic = dynamic
 
     def watch(self) -> None:
         """Have the patch embedding note the grid of each call, where it can change."""
-        hooks = self.patch_embed._forward_hooks.values()
-        if self.dynamic and _note_size not in hooks:
-            self.patch_embed.register_forward_hook(_note_size)
+        if self.dynamic and not hasattr(self.patch_embed, "size_note"):
+            self.patch_embed.size_note = SizeNote()
+            self.patch_embed.register_forward_hook(_pass_by)
 
     def size(self) -> tuple[int, int]:
         """Rows and columns of the map that is seen now."""
-        embed: Any = self.patch_embed
-        height, width = embed.seen_size if self.dynamic else embed.grid_size
+        embed = self.patch_embed
+        height, width = embed.size_note.size if self.dynamic else embed.grid_size
         return height, width
 
 
-def _note_size(patch_embed: Any, _: Any, output: Tensor) -> None:
-    """Forward hook: keep rows and columns of maps [B, H, W, C]."""
-    patch_embed.seen_size = (output.shape[1], output.shape[2])
+def _pass_by(patch_embed: Any, _: Any, output: Tensor) -> Tensor:
+    """Forward hook: maps [B, H, W, C] pass the note."""
+    noted: Tensor = patch_embed.size_note(output)
+    return noted
 
 
 def token_map(owner: Any) -> TokenMap:

@@ -32,6 +32,10 @@ from .record import Position, Record
 from .sinks import Writer
 from .sums import StreamedBand, Sums, Unknown
 
+KEPT_MARGIN = 1.1  # over the own rows: what is kept has the rows around them too
+FULL = 0.75  # of the memory, from which on the allocator gives back what it keeps
+KEEPING_ROWS = 32  # of a band, below which nothing is kept
+
 Shape = tuple[int, int, int]
 Cuts = tuple[tuple[int, int], ...]
 
@@ -180,10 +184,12 @@ class Runner:
         self.example = example
         # Counted once: what bands have freed the allocator keeps for the next ones.
         self.memory = memory - resident() - RESERVE
+        self.limit = memory
         self.folder = folder
         self.record = record
         self.band_rows = band_rows
         self.progress = progress
+        self.keeping: set[int] = set()  # numbers of the steps in which bands keep what they made
 
     def make_map(self, number: int, shape: Shape, keep: bool = False) -> RowMap:
         """A map for the output of a step."""
@@ -213,7 +219,9 @@ class Runner:
                 key = f"{[*plan.step.modules.values()]} {middle} {plan.before} {plan.after}"
                 if key not in measured:
                     measured[key] = self._measure(plan)
-                rows = self._rows_that_fit(plan, *measured[key], self.memory - held)
+                rows, keeps = self._rows_that_fit(plan, *measured[key], self.memory - held)
+                if keeps:
+                    self.keeping.add(number)
             cuts.append(tuple((a, min(a + rows, height)) for a in range(0, height, rows)))
         return cuts
 
@@ -240,6 +248,11 @@ class Runner:
                 "left of what may be used: give workdir= to keep them on disk, or more by memory="
             )
 
+    def left(self, maps: list[RowMap]) -> int:
+        """Bytes of memory that these maps leave."""
+        held = 0 if self.folder is not None else sum(made.nbytes for made in maps)
+        return max(self.memory - held, RESERVE)
+
     def nbytes(self, shape: Shape) -> int:
         """Bytes of a map."""
         return math.prod(shape) * self.example.element_size()
@@ -258,19 +271,30 @@ class Runner:
 
         return measured_bytes(measure, height, width)
 
-    def _rows_that_fit(self, plan: Plan, base: int, per_row: int, budget: int) -> int:
+    def _rows_that_fit(self, plan: Plan, base: int, per_row: int, budget: int) -> tuple[int, bool]:
+        """Rows of a band, and whether later passes find what earlier ones made."""
         height, name = plan.after[0], plan.step.name
         rows = rows_that_fit(base, per_row, height, budget, name)
+        if rows == height:
+            return rows, False
         gathered = gathered_bytes(plan, self.example)
-        if rows == height or not gathered:
-            return rows
         if 2 * gathered > budget:
             raise UserError(
                 f"{name} has softmax attention over the whole map, whose keys and values need "
                 f"{amount(2 * gathered)}; {amount(budget)} are left: give more by memory=, or take "
                 "a model that is linear in all stages"
             )
-        return rows_that_fit(base, per_row, height, budget - 2 * gathered, name)
+        if gathered:
+            return rows_that_fit(base, per_row, height, budget - 2 * gathered, name), False
+        # What is kept may take memory from the bands, as long as these do not become so low that
+        # the rows around them count.
+        kept = int(_channels(plan, "row_keep") * self.nbytes((*plan.after[:2], 1)) * KEPT_MARGIN)
+        if not kept:
+            return rows, False
+        least = base + max(KEEPING_ROWS, 16 * plan.step.reach(height)) * per_row
+        if kept + least > budget:
+            return rows, False
+        return rows_that_fit(base, per_row, height, budget - kept, name), True
 
     @torch.no_grad()
     def run(
@@ -317,6 +341,7 @@ class Runner:
                     position.cuts = cuts[number]
                 else:
                     made = self.make_map(number, plan.after, keep=True)
+                position.sums.keeps = number in self.keeping
                 writers = open_writers(number, made)
                 self._run_step(plan, source, made, position, writers, bar)
                 source = made
@@ -362,7 +387,7 @@ class Runner:
                     if position.prefix is None:
                         position.prefix = prefix
                     del y
-                give_back_memory()
+                self._give_back()
                 position.band = i + 1
                 self._note(position)
             if not sums.finish_pass():
@@ -372,6 +397,13 @@ class Runner:
             if self.record is not None:
                 self.record.save_sums(position)
                 self.record.save(position)
+
+    def _give_back(self) -> None:
+        """Return memory to the system before it runs short: the next band is faster on memory that
+        the allocator has kept, and finds it in pieces that may not fit.
+        """
+        if resident() > FULL * self.limit:
+            give_back_memory()
 
     def _note(self, position: Position) -> None:
         if self.record is not None:
@@ -398,9 +430,13 @@ class _Noise:
 def gathered_bytes(plan: Plan, example: Tensor) -> int:
     """Bytes of the keys and values that softmax attention over the whole map keeps in a step."""
     height, width, _ = plan.after
+    return height * width * _channels(plan, "row_gather") * example.element_size()
+
+
+def _channels(plan: Plan, method: str) -> int:
+    """Channels that layers of a step want of all rows, by the method of that name."""
     layers: list[Any] = [x for module in plan.step.modules.values() for x in module.modules()]
-    channels = sum(layer.row_gather(height) for layer in layers if hasattr(layer, "row_gather"))
-    return height * width * channels * example.element_size()
+    return sum(getattr(x, method)(plan.after[0]) for x in layers if hasattr(x, method))
 
 
 def pooled(source: Readable, rows: int, kind: str, example: Tensor) -> Tensor:

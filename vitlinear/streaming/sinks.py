@@ -16,7 +16,7 @@ from torch import Tensor
 from vitlinear.errors import UserError, one_line
 
 from .libraries import load_library
-from .sources import levels_of
+from .sources import forget_pages, levels_of
 
 TILE = 256  # rows and columns of tiles and chunks, as most readers have them
 KINDS = ".npy, .zarr, .tif or .tiff"
@@ -214,6 +214,7 @@ class NumpyWriter(FileWriter):
     def write(self, start: int, stop: int) -> None:
         """See `Writer`."""
         self.array[:, start:stop] = numbers(self.made.read(start, stop)[0].permute(2, 0, 1))
+        forget_pages(self.array)
 
     def end(self) -> None:
         """See `FileWriter`."""

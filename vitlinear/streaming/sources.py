@@ -6,6 +6,7 @@ A kind is told by what it can do, so that no library is imported that the image 
 from __future__ import annotations
 
 import math
+import mmap
 import warnings
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -126,6 +127,7 @@ class ArraySource(ImageSource):
         """See `ImageSource`."""
         part = self.array[:, start:stop] if self.channels_first else self.array[start:stop]
         rows = part if isinstance(part, Tensor) else as_tensor(part)
+        forget_pages(self.array)
         if self.flat:
             rows = rows.unsqueeze(-1)
         return rows.permute(1, 2, 0) if self.channels_first else rows
@@ -275,6 +277,13 @@ def _raster_on_earth(path: Path) -> Any:
         warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
         raster = rasterio.open(path)
     return raster if raster.crs is not None else None
+
+
+def forget_pages(array: Any) -> None:
+    """Let pages of a memory map that were read or written not count as memory of the process."""
+    mapped: Any = getattr(array, "_mmap", None)
+    if isinstance(array, np.memmap) and hasattr(mapped, "madvise"):
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def as_tensor(part: Any) -> Tensor:

@@ -23,8 +23,10 @@ from .record import Record
 from .run import Plan, Readable, Runner, module_example, plan_steps, pooled
 from .sinks import Writer, Writers, check_shape, check_sink
 from .sources import ImageSource, RasterSource, open_source
+from .tissue import Mask, make_mask
+from .views import PCA, Head, HeadMap, MaskedMap, PrincipalComponents
 
-Output = str | int
+Output = str | int | PCA | Head
 
 
 def stream(
@@ -40,6 +42,7 @@ def stream(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     band_rows: int | None = None,
+    mask: Any = None,
     overwrite: bool = False,
     progress: bool = False,
 ) -> Any:
@@ -58,7 +61,8 @@ def stream(
             ``.zarr`` or TIFF file; for several outputs a dictionary of these by output. None to
             return it.
         output: ``'logits'``, as the model returns them; ``'features'``, as its `forward_features`;
-            a number i, the map i of its `forward_intermediates`; or several of these.
+            a number i, the map i of its `forward_intermediates`; a `PCA` or a `Head` of these; or
+            several outputs.
         memory: Bytes that the process may hold in memory, itself included, such as ``'4GiB'``.
         workdir: Folder for what is too large for memory; None to keep it in memory. The same call
             goes on from where an earlier one with this folder was interrupted.
@@ -67,6 +71,9 @@ def stream(
         mean: Of the channels of pixels, from 0 to 1; by default the model's.
         std: Likewise.
         band_rows: Rows of the output that each layer makes at once; None for as many as fit.
+        mask: Places of the maps that are kept, the others hold NaN: ``'tissue'``, which
+            `vitlinear.streaming.tissue` defines, or an array [h, w] of truth values over the whole
+            image. What is kept is what it is without a mask.
         overwrite: Replace files that are to be written.
         progress: Show a progress bar.
 
@@ -79,7 +86,8 @@ def stream(
         UserError: The model has a layer that cannot be split into bands, memory or disk do not
             suffice, or the image cannot be read; the message says which.
     """
-    outputs = (output,) if isinstance(output, (str, int)) else tuple(output)
+    alone = isinstance(output, (str, int, PCA, Head))
+    outputs: tuple[Output, ...] = (output,) if alone else tuple(output)  # type: ignore[assignment, arg-type]
     sinks = sink if isinstance(sink, dict) else {} if sink is None else {outputs[0]: sink}
     check_sinks(sinks, outputs, overwrite)
     if band_rows is not None and band_rows < 1:
@@ -92,37 +100,70 @@ def stream(
         image = Pixels(opened, model, example, mean, std)
         if "logits" in outputs:
             check_head(model)
+        if mask is not None and "logits" in outputs:
+            raise UserError("a mask is for maps, and logits come of all places: leave one out")
         plans = plan_steps(steps, image.shape, example)
-        numbers = {name: _number_of(name, plans, model) for name in outputs}
-        plans = plans[: max(numbers.values()) + 1]
-        for name, place in sinks.items():
-            check_shape(place, plans[numbers[name]].after)
+        numbers = {name: _numbers_of(name, plans, model) for name in outputs}
+        needed = {number for found in numbers.values() for number in found}
+        plans = plans[: max(needed) + 1]
+        plain: dict[Output, int] = {
+            name: n[0] for name, n in numbers.items() if isinstance(name, (str, int))
+        }
+        kept = None if mask is None else make_mask(mask, opened)
         folder = record = None
         if workdir is not None:
             folder = Path(workdir).expanduser()
             make_folder(folder)
             record = Record(folder, _description(model, image, outputs, band_rows))
         runner = Runner(example, budget, folder, record, band_rows, progress)
+        heads = {
+            name: HeadMap(name, [plans[n].after for n in found], runner.memory, example)
+            for name, found in numbers.items()
+            if isinstance(name, Head)
+        }
+        for name, place in sinks.items():
+            shape = plans[numbers[name][0]].after
+            if isinstance(name, (PCA, Head)):
+                shape = (*shape[:2], 3) if isinstance(name, PCA) else heads[name].shape
+            check_shape(place, shape)
         raster = opened.raster if isinstance(opened, RasterSource) else None
         with Writers(raster) as writers:
 
             def open_writers(number: int, made: RowMap) -> list[Writer]:
                 stride = _stride(plans[: number + 1])
-                places = [
-                    sinks[name] for name, n in numbers.items() if n == number and name in sinks
-                ]
-                return [writers.open(made, place, stride) for place in places]
+                view: Any = made if kept is None else MaskedMap(made, kept)
+                places = [place for name, place in sinks.items() if plain.get(name) == number]
+                return [writers.open(view, place, stride) for place in places]
 
-            maps = runner.run(plans, image, set(numbers.values()), open_writers)
-        made = {
-            name: sinks[name] if name in sinks else _assemble(name, maps[number], model, example)
-            for name, number in numbers.items()
-        }
-        if record is not None and all(name in sinks or name == "logits" for name in outputs):
+            maps = runner.run(plans, image, needed, open_writers)
+            made: dict[Output, Any] = {}
+            for name, found in numbers.items():
+                if name in plain:
+                    if name not in sinks:
+                        made[name] = _assemble(name, maps[found[0]], model, example, kept)
+                    continue
+                made_of = [maps[n] for n in found]
+                if isinstance(name, Head):
+                    heads[name].maps = made_of
+                    view: Any = heads[name]
+                else:
+                    pixels = runner.left(made_of) // 32  # rows are widened, and copied
+                    rows = max(pixels // math.prod(made_of[0].shape[1:]), 1)
+                    view = PrincipalComponents(made_of[0], kept, rows)
+                view = view if kept is None else MaskedMap(view, kept)
+                if name in sinks:
+                    stride = image.shape[0] // view.shape[0]
+                    writers.open(view, sinks[name], stride).advance(view.shape[0])
+                else:
+                    made[name] = view.read(0, view.shape[0]).permute(0, 3, 1, 2)
+        made |= sinks
+        if record is not None and all(
+            name in sinks or name not in plain or name == "logits" for name in outputs
+        ):
             record.delete()
             for finished in maps.values():
                 finished.delete()
-    return made[outputs[0]] if isinstance(output, (str, int)) else made
+    return made[outputs[0]] if alone else made
 
 
 def check_sinks(sinks: dict[Output, Any], outputs: Sequence[Output], overwrite: bool) -> None:
@@ -184,7 +225,20 @@ class Pixels:
         return (rows.to(self.mean.dtype) / scale - self.mean) / self.std
 
 
-def _number_of(output: Output, plans: list[Plan], model: Any) -> int:
+def _numbers_of(output: Output, plans: list[Plan], model: Any) -> list[int]:
+    """The steps whose maps an output is made of.
+
+    Raises:
+        UserError: There is no such output.
+    """
+    if isinstance(output, PCA):
+        return [_number_of(output.of, plans, model)]
+    if isinstance(output, Head):
+        return [_number_of(name, plans, model) for name in output.maps]
+    return [_number_of(output, plans, model)]
+
+
+def _number_of(output: str | int, plans: list[Plan], model: Any) -> int:
     """The step whose map an output is made of.
 
     Raises:
@@ -202,12 +256,14 @@ def _number_of(output: Output, plans: list[Plan], model: Any) -> int:
     return found[0]
 
 
-def _assemble(output: Output, made: RowMap, model: Any, example: Tensor) -> Tensor:
+def _assemble(
+    output: Output, made: RowMap, model: Any, example: Tensor, mask: Mask | None
+) -> Tensor:
     """An output in the shape that the model gives it."""
     isotropic = isinstance(model, IsotropicBackbone)
     if output == "logits":
         return _logits(made, model, example)
-    x = made.whole()
+    x = made.whole() if mask is None else MaskedMap(made, mask).read(0, made.shape[0])
     if output == "features" and isotropic:
         tokens = x.flatten(1, 2)
         return tokens if made.prefix is None else torch.cat((made.prefix.to(x.device), tokens), 1)
@@ -255,6 +311,6 @@ def _description(
         "model": repr(model),
         "content": digest.hexdigest(),
         "shape": image.shape,
-        "outputs": [str(x) for x in outputs],
+        "outputs": [x if isinstance(x, (str, int)) else type(x).__name__ for x in outputs],
         "band_rows": band_rows,
     }

@@ -29,12 +29,16 @@ class Sums:
         known: Sums over all bands.
         pending: Sums over the bands so far.
         kept: What `Band.once` keeps.
+        keeps: Whether there is memory for what `Band.keep` keeps.
+        of_bands: That, by the first own row and its key.
     """
 
     def __init__(self) -> None:
         self.known: list[Any] = []
         self.pending: list[Any] = []
         self.kept: dict[int, Tensor] = {}
+        self.keeps = False
+        self.of_bands: dict[tuple[int, object], Tensor] = {}
 
     @property
     def gathers(self) -> bool:
@@ -76,6 +80,25 @@ class StreamedBand(Band):
         super().__init__(**place)
         self.sums = sums
         self.asked = 0
+        self.repeats = len(self.cuts) > 1
+
+    def merge_made(
+        self, make: Callable[[], Parts], combine: Callable[[Parts, Parts], Parts]
+    ) -> Parts:
+        """See `Band`."""
+        if self.repeats and self.asked < len(self.sums.known):
+            number, self.asked = self.asked, self.asked + 1
+            return self.sums.known[number]
+        return self.merge(make(), combine)
+
+    def keep(self, key: object, make: Callable[[], Tensor]) -> Tensor:
+        """See `Band`."""
+        if not self.sums.keeps:
+            return make()
+        place = (self.own[0], key)
+        if place not in self.sums.of_bands:
+            self.sums.of_bands[place] = make()
+        return self.sums.of_bands[place]
 
     def merge(
         self, parts: Parts, combine: Callable[[Parts, Parts], Parts], later: bool = False

@@ -6,12 +6,14 @@ values of all.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vitlinear.ops import RotaryTables, get_mechanism
-from vitlinear.ops.attention import check_terms, check_tokens, mask_of_lengths
+from vitlinear.ops.attention import check_terms, mask_of_lengths
 from vitlinear.ops.eager import (
     Tokens,
     accumulation_dtype,
@@ -21,24 +23,40 @@ from vitlinear.ops.eager import (
     table_of_heads,
     without_autocast,
 )
-from vitlinear.ops.parts import merge_parts, merge_queries, part_of, query_part, read_part
+from vitlinear.ops.parts import (
+    Part,
+    QueryPart,
+    merge_parts,
+    merge_queries,
+    part_of,
+    query_part,
+    read_part,
+)
 from vitlinear.ops.rotary import rotate
 from vitlinear.ops.terms import Terms
 
 from ..band import Band
 
+# A tensor, or what makes it where it is needed.
+Made = Tensor | Callable[[], Tensor]
+
+
+def made(x: Made | None) -> Tensor | None:
+    """The tensor."""
+    return x if x is None or isinstance(x, Tensor) else x()
+
 
 def band_attention(
     band: Band,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    q: Made,
+    k: Made,
+    v: Made,
     attn_type: str,
     rotary: RotaryTables | None = None,
     key_padding_mask: Tensor | None = None,
     head_scale: Tensor | None = None,
-    lepe: Tensor | None = None,
-    gate: Tensor | None = None,
+    lepe: Made | None = None,
+    gate: Made | None = None,
     powers: Tensor | None = None,
 ) -> Tensor:
     """(Attention(q, k, v) + lepe) * gate of a band; arguments as `scriptable_attention`.
@@ -60,20 +78,48 @@ def band_attention(
         [B, n, h, D].
     """
     if attn_type == "softmax":
-        return epilogue(_softmax(band, q, k, v, rotary, key_padding_mask), lepe, gate)
+        out = _softmax(band, q, k, v, rotary, key_padding_mask)
+        return epilogue(out, made(lepe), made(gate))
     mechanism = get_mechanism(attn_type)
-    terms = Terms(rotary, mask_of_lengths(key_padding_mask, q), head_scale, lepe, gate, powers)
-    check_tokens(q, k, v)
-    check_terms(q, terms, mechanism.positions)
-    with without_autocast(q):
-        tokens = prepare(q, k, v, mechanism, terms, own=not torch.is_grad_enabled())
-        own = own_part(band, tokens)
-        query = None
-        if mechanism.has_global_query:
-            query = band.merge(query_part(own, mechanism), merge_queries)
-        part = band.merge(part_of(own, mechanism, query), merge_parts)
-        out = read_part(tokens, mechanism, part)
-        return saturate(out.transpose(1, 2), q.dtype).to(q.dtype)
+
+    terms = Terms(rotary, head_scale=head_scale, powers=powers)
+
+    def tokens(
+        q: Made | None, k: Made | None, v: Made | None, ends: bool = False
+    ) -> tuple[Tokens, Tensor]:
+        """These of the band, with the terms of the epilogue if it ends; and one as it was given."""
+        q, k, v = made(q), made(k), made(v)
+        given = k if q is None else q
+        assert given is not None
+        all_terms = terms._replace(key_padding_mask=mask_of_lengths(key_padding_mask, given))
+        if ends:
+            all_terms = all_terms._replace(lepe=made(lepe), gate=made(gate))
+        check_terms(given, all_terms, mechanism.positions)
+        with without_autocast(given):
+            own = not torch.is_grad_enabled()
+            return prepare(q, k, v, mechanism, all_terms, own=own), given
+
+    # In one pass everything is made once. In several, each thing is made where it is used.
+    whole = None if band.repeats else tokens(q, k, v, ends=True)
+
+    def query_of_band() -> QueryPart:
+        given, example = whole or tokens(q, None, None)
+        with without_autocast(example):
+            return query_part(own_part(band, given), mechanism)
+
+    def part_of_band() -> Part:
+        given, example = whole or tokens(None, k, v)
+        with without_autocast(example):
+            return part_of(own_part(band, given), mechanism, query)
+
+    query = None
+    if mechanism.has_global_query:
+        query = QueryPart(*band.merge_made(query_of_band, merge_queries))
+    part = Part(*band.merge_made(part_of_band, merge_parts))
+    given, example = whole or tokens(q, None, None, ends=True)
+    with without_autocast(example):
+        out = read_part(given, mechanism, part)
+        return saturate(out.transpose(1, 2), example.dtype).to(example.dtype)
 
 
 def own_part(band: Band, tokens: Tokens) -> Tokens:
@@ -89,22 +135,24 @@ def own_part(band: Band, tokens: Tokens) -> Tokens:
         table=own(tokens.table, -3),
         valid=own(tokens.valid, 2),
     )
-    assert part.k is not None
+    given = part.k if part.q is None else part.q
+    assert given is not None
     if part.valid is None:
-        return part._replace(num_valid=part.k.shape[2])
+        return part._replace(num_valid=given.shape[2])
     number = part.valid.sum(2, keepdim=True).clamp(min=1)
-    return part._replace(num_valid=number.to(part.k.dtype))
+    return part._replace(num_valid=number.to(given.dtype))
 
 
 def _softmax(
     band: Band,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    q: Made,
+    k: Made,
+    v: Made,
     rotary: RotaryTables | None,
     key_padding_mask: Tensor | None,
 ) -> Tensor:
     """softmax(R(q) R(k)^T / sqrt(D)) v, [B, n, h, D] -> [B, n, h, D]."""
+    q, k, v = (x if isinstance(x, Tensor) else x() for x in (q, k, v))
     if rotary is not None:
         with without_autocast(q):
             table = table_of_heads(rotary, "rotary", *q.shape[2:]).to(accumulation_dtype(q.dtype))

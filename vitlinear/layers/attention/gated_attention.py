@@ -12,11 +12,12 @@ from vitlinear._timm import register_notrace_module
 from vitlinear.ops import RotaryTables
 from vitlinear.ops.backend import check_backend
 
-from ..band import BANDED
+from ..band import BANDED, Band, band_in_use
 from ..conv.depthwise_conv import DepthwiseConv
 from ..heads import split_heads
 from ..linear import Linear
 from ..padding_rule import MASK
+from .band_attention import band_attention
 from .scriptable import check_attn_type, learns_temperature, scriptable_attention, unpack
 
 
@@ -33,6 +34,7 @@ class GatedAttention(nn.Module):
 
     padding_rule = MASK
     row_rule = BANDED
+    gate_in_attention = True
 
     def __init__(
         self,
@@ -93,6 +95,10 @@ class GatedAttention(nn.Module):
         Returns:
             [B, H, W, C].
         """
+        if not torch.jit.is_scripting():
+            band = band_in_use()
+            if band is not None and band.repeats and type(self.qkvo) is Linear:
+                return self.forward_in_passes(band, x, rotary, key_padding_mask)
         B, H, W, C = x.shape
         qkvo = self.qkvo(x).reshape(B, H * W, 4, self.num_heads, self.head_dim)
         q, k, v, o, values = unpack(qkvo)
@@ -110,6 +116,47 @@ class GatedAttention(nn.Module):
         """Channels of keys and values that a band needs of all rows: those of softmax attention."""
         return 2 * self.num_heads * self.head_dim if self.attn_type == "softmax" else 0
 
+    @torch.jit.ignore
+    def row_keep(self, height: int) -> int:
+        """Channels that later passes over a band use again: queries and values."""
+        return 0 if self.attn_type == "softmax" else 2 * self.num_heads * self.head_dim
+
+    @torch.jit.ignore
+    def forward_in_passes(
+        self, band: Band, x: Tensor, rotary: RotaryTables, key_padding_mask: Tensor | None
+    ) -> Tensor:
+        """`forward` on a band that runs once for each sum: each pass makes what it needs."""
+        B, H, W, C = x.shape
+
+        def slice_of(place: int) -> Tensor:
+            tokens = self.qkvo.some(x, place * C, (place + 1) * C)
+            return tokens.reshape(B, H * W, self.num_heads, self.head_dim)
+
+        def kept(place: int) -> Tensor:
+            return band.keep((id(self), place), lambda: slice_of(place))
+
+        def lepe() -> Tensor:
+            values = kept(2).reshape(B, H, W, C)
+            if key_padding_mask is not None:
+                values = values.masked_fill(key_padding_mask.unsqueeze(-1), 0)
+            return self.lepe(values).reshape(B, H * W, self.num_heads, self.head_dim)
+
+        out = band_attention(
+            band,
+            lambda: kept(0),
+            lambda: slice_of(1),
+            lambda: kept(2),
+            self.attn_type,
+            rotary,
+            None if key_padding_mask is None else key_padding_mask.flatten(1),
+            self.temperature,
+            lepe,
+            (lambda: slice_of(3)) if self.gate_in_attention else None,
+        )
+        if not self.gate_in_attention:
+            out = self.gated(out, slice_of(3))
+        return self.proj_drop(self.proj(out.reshape(B, H, W, C)))
+
     def combine(
         self,
         q: Tensor,
@@ -122,6 +169,10 @@ class GatedAttention(nn.Module):
     ) -> Tensor:
         """The input of the output projection, from [B, N, h, D] each and a mask [B, N]."""
         return self.attention(q, k, v, rotary, lepe, o, mask)
+
+    def gated(self, x: Tensor, o: Tensor) -> Tensor:
+        """The gate of the attention where it comes after it, [B, N, h, D] both -> [B, N, C]."""
+        return (x * o).flatten(2)
 
     def attention(
         self,
@@ -156,6 +207,8 @@ class NormGatedAttention(GatedAttention):
     epilogue ends with the sum. Arguments as `GatedAttention`.
     """
 
+    gate_in_attention = False
+
     def __init__(
         self,
         dim: int,
@@ -179,5 +232,8 @@ class NormGatedAttention(GatedAttention):
         mask: Tensor | None,
     ) -> Tensor:
         """The input of the output projection, from [B, N, h, D] each and a mask [B, N]."""
-        x = self.attention(q, k, v, rotary, lepe, None, mask)
+        return self.gated(self.attention(q, k, v, rotary, lepe, None, mask), o)
+
+    def gated(self, x: Tensor, o: Tensor) -> Tensor:
+        """See `GatedAttention`."""
         return self.norm(x.flatten(2)) * nn.functional.silu(o.flatten(2))
