@@ -41,9 +41,7 @@ def exact_keys(
 
 def shared_sums(
     features: tuple[Tensor, Tensor],
-    scores: Tensor,
-    similar: Tensor,
-    values: Tensor,
+    exact_parts: list[tuple[Tensor, Tensor, Tensor]],
     v: Tensor,
     grid: Grid,
     windows: GridWindows,
@@ -59,9 +57,9 @@ def shared_sums(
 
     Args:
         features: Of queries and keys, [B, N, h, F].
-        scores: Of exact keys, [B, M, h, T, keys], -inf for those that are not seen.
-        similar: Products of features of the same, 0 for those that are not seen.
-        values: Of exact keys, [B, M, h, keys, D].
+        exact_parts: Of exact keys their scores, [B, M, h, T, keys], -inf for those that are not
+            seen; products of features of the same, 0 for those that are not seen; and their values,
+            [B, M or 1, h, keys, D].
         v: All values, [B, N, h, D].
         grid: Where the tokens stand.
         windows: Of the queries.
@@ -74,15 +72,23 @@ def shared_sums(
     total = attend_features(q, k, v, grid, normalise=False, backend=backend) * grid.number(q)
     mass = (q * k.sum(1, keepdim=True)).sum(-1, keepdim=True)
     total, mass = (windows.cut(x).transpose(2, 3) for x in (total, mass))
-    shift = scores.amax(-1, keepdim=True)
+    shift = exact_parts[0][0].amax(-1, keepdim=True)
+    for scores, _, _ in exact_parts[1:]:
+        shift = torch.maximum(shift, scores.amax(-1, keepdim=True))
     if scale_rest:
         shift = shift.clamp(min=0)  # neither half overflows
-        total, mass, similar = (x * (-shift).exp() for x in (total, mass, similar))
-    exact = share * (scores - shift).exp()
-    rest = gate * (total - similar @ values)
+    softmax, exact_mass = torch.zeros_like(total), torch.zeros_like(mass)
+    for scores, similar, values in exact_parts:
+        exact = share * (scores - shift).exp()
+        softmax = softmax + exact @ values
+        exact_mass = exact_mass + exact.sum(-1, keepdim=True)
+        total = total - similar @ values
+        mass = mass - similar.sum(-1, keepdim=True)
     # A difference of sums errs by their rounding; a mass below 0 would be nothing else.
-    others = (mass - similar.sum(-1, keepdim=True)).clamp(min=0)
-    out = (exact @ values + rest) / (exact.sum(-1, keepdim=True) + others + EPS)
+    mass = mass.clamp(min=0)
+    if scale_rest:
+        total, mass = total * (-shift).exp(), mass * (-shift).exp()
+    out = (softmax + gate * total) / (exact_mass + mass + EPS)
     return windows.join(out.transpose(2, 3))
 
 
@@ -194,12 +200,11 @@ class Lolcats(Mixer):
             softmax_halves(heads_matrix(q, self.query_weight)),
             softmax_halves(heads_matrix(k, self.key_weight)),
         )
-        scores, similar, values = exact_keys(q, k, v, features, windows)
+        near = exact_keys(q, k, v, features, windows)
         share = self.share.to(q.dtype).sigmoid()[:, None, None]
         out = shared_sums(
-            features, scores, similar, values, v, grid, windows, share, 1.0,
-            self.backend, self.scale_rest,
-        )  # fmt: skip
+            features, [near], v, grid, windows, share, 1.0, self.backend, self.scale_rest
+        )
         return torch.cat((prefix_attention(q, k, v, grid), out), dim=1) if prefix else out
 
     def definition(

@@ -53,7 +53,7 @@ def self_saliency(scores: Tensor, places: Tensor) -> Tensor:
         options={
             "window": Option(8, "side of a window", 1, 64),
             "keys_per_window": Option(4, "exact keys that a window offers", 1, 64),
-            "most_keys": Option(256, "exact keys of the whole map, the most salient ones", 1),
+            "most_keys": Option(64, "exact keys of the whole map, the most salient ones", 1),
         },
         origin="Windows of 8 x 8 for chunks of 64. A bound of the exact keys keeps the cost "
         "linear; heads choose for themselves. The gate g is a parameter of each channel. Tokens "
@@ -76,7 +76,7 @@ class Still(Mixer):
         *,
         window: int = 8,
         keys_per_window: int = 4,
-        most_keys: int = 256,
+        most_keys: int = 64,
         backend: str = "auto",
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
@@ -117,10 +117,10 @@ class Still(Mixer):
             self.features(q, self.query_weight, self.query_mirror),
             self.features(k, self.key_weight, self.key_mirror),
         )
-        scores, similar, values = exact_keys(q, k, v, features, windows)
-        chosen, window = self.chosen(scores[..., prefix:], windows.present(q))
+        near = exact_keys(q, k, v, features, windows)
+        chosen, window = self.chosen(near[0][..., prefix:], windows.present(q))
         # Chosen keys as one more window that all queries look at, but for those of its own.
-        shape = (len(q), self.num_heads, windows.count * windows.length, -1)
+        shape = (q.shape[0], self.num_heads, windows.count * windows.length, -1)
         keys, key_features, key_values = (
             windows.cut(x)
             .permute(0, 3, 1, 2, 4)
@@ -132,16 +132,11 @@ class Still(Mixer):
         number = torch.arange(windows.count, device=q.device)[:, None, None]
         seen = ((window.unsqueeze(1) != number) & (window >= 0).unsqueeze(1)).unsqueeze(3)
         own = [windows.cut(x).transpose(2, 3) for x in (q, features[0])]
-        more = own[0] @ keys.transpose(-1, -2) * self.head_dim**-0.5
-        scores = torch.cat((scores, more.masked_fill(~seen, -torch.inf)), dim=-1)
-        more = (own[1] @ key_features.transpose(-1, -2)).masked_fill(~seen, 0)
-        similar = torch.cat((similar, more), dim=-1)
-        key_values = key_values.expand(-1, windows.count, -1, -1, -1)
-        values = torch.cat((values, key_values), dim=3)
+        scores = own[0] @ keys.transpose(-1, -2) * self.head_dim**-0.5
+        similar = (own[1] @ key_features.transpose(-1, -2)).masked_fill(~seen, 0)
+        far = scores.masked_fill(~seen, -torch.inf), similar, key_values
         gate = self.gate.to(q.dtype).sigmoid()[:, None]
-        out = shared_sums(
-            features, scores, similar, values, v, grid, windows, 1.0, gate, self.backend
-        )
+        out = shared_sums(features, [near, far], v, grid, windows, 1.0, gate, self.backend)
         return torch.cat((prefix_attention(q, k, v, grid), out), dim=1) if prefix else out
 
     @torch.no_grad()
@@ -186,7 +181,7 @@ class Still(Mixer):
         near = same_window(grid, self.window, q.device).expand(*q.shape[::2], -1, -1).clone()
         scores = torch.einsum("bnhd,bmhd->bhnm", q, k).detach() * self.head_dim**-0.5
         window = near[0, 0, prefix:, prefix:].clone()
-        for image in range(len(q)):
+        for image in range(q.shape[0]):
             for head in range(self.num_heads):
                 offers: list[tuple[float, int]] = []
                 for members in window.unique(dim=0):

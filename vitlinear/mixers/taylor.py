@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from functools import lru_cache
 from itertools import combinations_with_replacement
 from typing import Any
 
@@ -18,9 +17,10 @@ from .norms import heads_matrix, rms_norm, unit
 from .operator import attend_features
 from .registry import register
 
+Monomials = tuple[list[list[int]], list[float]]
 
-@lru_cache
-def monomials(dim: int, degree: int) -> tuple[list[list[int]], list[float]]:
+
+def monomials(dim: int, degree: int) -> Monomials:
     """Monomials of one degree in dim variables, and the roots of their weights in x^degree / m!.
 
     (q . k)^m / m! = sum over exponents a of q^a k^a / a!, so each factor takes 1 / sqrt(a!).
@@ -33,22 +33,23 @@ def monomials(dim: int, degree: int) -> tuple[list[list[int]], list[float]]:
     return [list(factor) for factor in zip(*rows, strict=True)], roots
 
 
-def taylor_features(x: Tensor, order: int, symmetric: bool = True) -> Tensor:
+def taylor_features(x: Tensor, order: int, tables: list[Monomials]) -> Tensor:
     """Features whose product is sum_{m <= order} (x . y)^m / m!, [..., D] -> [..., F].
 
     Args:
         x: Queries or keys, both scaled by s^0.5.
         order: 0 to 3.
-        symmetric: One feature for each monomial: F = 1 + D + D (D + 1) / 2 at order 2. Otherwise
-            one for each product of channels: 1 + D + D^2.
+        tables: `monomials` of degree 2 to that order, with one feature for each monomial:
+            F = 1 + D + D (D + 1) / 2 at order 2. Or nothing for one of each product of channels:
+            1 + D + D^2.
     """
     parts = [torch.ones_like(x[..., :1])]
     if order >= 1:
         parts.append(x)
     power = x
     for degree in range(2, order + 1):
-        if symmetric:
-            factors, roots = monomials(x.shape[-1], degree)
+        if tables:
+            factors, roots = tables[degree - 2]
             power = x[..., factors[0]]
             for factor in factors[1:]:
                 power = power * x[..., factor]
@@ -152,11 +153,11 @@ class Based(_Narrow):
         **kwargs: Any,
     ) -> None:
         super().__init__(dim, num_heads, feature_dim, **kwargs)
-        self.symmetric = expansion == "symmetric"
+        self.tables = [monomials(self.width, 2)] if expansion == "symmetric" else []
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, extra: Tensor | None) -> Tensor:
         """The formula; see `Mixer.mix`."""
-        q, k = (taylor_features(x, 2, self.symmetric) for x in self.narrowed(q, k))
+        q, k = (taylor_features(x, 2, self.tables) for x in self.narrowed(q, k))
         return attend_features(q, k, v, grid, backend=self.backend)
 
     def definition(
@@ -219,10 +220,11 @@ class Taylor(_Narrow):
         super().__init__(dim, num_heads, feature_dim, **kwargs)
         self.degree = degree
         self.norm = norm
+        self.tables = [monomials(self.width, m) for m in range(2, degree + 1)]
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, extra: Tensor | None) -> Tensor:
         """The formula; see `Mixer.mix`."""
-        q, k = (taylor_features(x, self.degree) for x in self.narrowed(q, k))
+        q, k = (taylor_features(x, self.degree, self.tables) for x in self.narrowed(q, k))
         k = grid.hide(k)
         out = attend_features(q, k, v, grid, normalise=False, backend=self.backend)
         if self.norm == "l2":
