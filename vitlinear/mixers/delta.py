@@ -177,6 +177,7 @@ class _DeltaRule(Mixer):
         year=2024,
         cost="3 N D^2 + D^3; a scan N D (2 D + 2 C), C = 64",
         state="2 D^2",
+        onnx=False,  # no factorisation of a matrix
         order="free",
         positive=False,
         rows_sum_to_one=False,
@@ -226,7 +227,7 @@ class Delta(_DeltaRule):
         if self.scans:
             out = naive_scan(q, k, v, beta, None, grid, self.scans)
         else:
-            ridge = self.log_ridge.exp()[None, :, None].expand(len(q), -1, self.head_dim)
+            ridge = self.log_ridge.exp()[None, :, None].expand(q.shape[0], -1, self.head_dim)
             out = self.regression_definition(q, k, v, beta, ridge)
         return self.norm_definition(out)
 
@@ -240,6 +241,7 @@ class Delta(_DeltaRule):
         year=2025,
         cost="3 N D^2 + D^3; a scan N D (2 D + 3 C), C = 16",
         state="2 D^2",
+        onnx=False,  # no factorisation of a matrix
         order="free",
         positive=False,
         rows_sum_to_one=False,

@@ -143,9 +143,9 @@ class Nats(Mixer):
         """Both quadratic forms under the choice; see `Mixer.definition`."""
         assert x is not None
         prefix, heads = grid.num_prefix_tokens, self.num_heads
-        exact = q.new_ones(len(q), heads, grid.length)
+        exact = q.new_ones(q.shape[0], heads, grid.length)
         scores = (x @ self.score.weight.T)[:, prefix:]
-        scores = scores.reshape(len(q), grid.height, grid.width, 2, heads)
+        scores = scores.reshape(q.shape[0], grid.height, grid.width, 2, heads)
         gains, places = [], []
         for row in range(0, grid.height, self.window):
             for col in range(0, grid.width, self.window):
@@ -155,7 +155,7 @@ class Nats(Mixer):
                 number = torch.arange(grid.height * grid.width).reshape(grid.height, -1)
                 places.append(number[area].flatten() + prefix)
         gain = torch.stack(gains)
-        for image in range(len(q)):
+        for image in range(q.shape[0]):
             for head in range(heads):
                 ranked = gain[:, image, head].argsort(descending=True).tolist()
                 for rank, window in enumerate(ranked):

@@ -120,7 +120,7 @@ class Still(Mixer):
         near = exact_keys(q, k, v, features, windows)
         chosen, window = self.chosen(near[0][..., prefix:], windows.present(q))
         # Chosen keys as one more window that all queries look at, but for those of its own.
-        shape = (len(q), self.num_heads, windows.count * windows.length, -1)
+        shape = (q.shape[0], self.num_heads, windows.count * windows.length, -1)
         keys, key_features, key_values = (
             windows.cut(x)
             .permute(0, 3, 1, 2, 4)
@@ -181,7 +181,7 @@ class Still(Mixer):
         near = same_window(grid, self.window, q.device).expand(*q.shape[::2], -1, -1).clone()
         scores = torch.einsum("bnhd,bmhd->bhnm", q, k).detach() * self.head_dim**-0.5
         window = near[0, 0, prefix:, prefix:].clone()
-        for image in range(len(q)):
+        for image in range(q.shape[0]):
             for head in range(self.num_heads):
                 offers: list[tuple[float, int]] = []
                 for members in window.unique(dim=0):
