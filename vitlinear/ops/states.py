@@ -152,6 +152,20 @@ def read_linear_attention_state(
     return out
 
 
+def runs_on(
+    backend: str, x: Tensor, mechanism: str, terms: Terms, value_dim: int, training: bool
+) -> str:
+    """``eager``, or the backend that the registered operators are to be given.
+
+    ``auto`` decides as for the attention that has these terms: its kernels are the same.
+
+    Raises:
+        ValueError: The backend is unknown, or is ``triton`` and cannot run the call.
+    """
+    work = Workload.of(x, mechanism, terms, training, value_dim)
+    return chosen_for(backend, Examined(get_mechanism(mechanism), work))
+
+
 def _may_be_plain() -> bool:
     """Whether nobody looks at each operator."""
     return not torch.compiler.is_compiling() and not is_looked_at()
