@@ -15,12 +15,12 @@ from vitlinear import replace_attention
 nightly = pytest.mark.nightly
 CASES = [
     # One block of each kind in the ordinary run: compilers are slow.
-    ("vit, gated and normed", "mila", {"rope": True}),
+    ("dinov3", "mala", {}),
     *(
         pytest.param(*case, marks=[nightly, pytest.mark.slow])
         for case in (
             ("swin", "mala", {}),
-            ("dinov3", "l2", {}),
+            ("vit, gated and normed", "mila", {"rope": True}),
             ("sapiens2", "mala", {}),
             ("naflexvit", "rala", {}),
         )
