@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -69,18 +70,32 @@ class NoDriver:
         return GPUTarget("cuda", 90, 32)
 
 
+@dataclass
+class Launched:
+    """Kernels that were launched, as if.
+
+    Attributes:
+        names: Of each, while ``counting``.
+        counting: Whether to count them, which takes time.
+    """
+
+    names: list[str] = field(default_factory=list)
+    counting: bool = True
+
+
 @contextmanager
-def without_launches() -> Iterator[list[str]]:
-    """Inside, kernels take CPU tensors and do nothing; yields the names of those launched."""
+def without_launches() -> Iterator[Launched]:
+    """Inside, kernels take CPU tensors and do nothing."""
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
     from vitlinear.ops.triton import launch, tuning
 
-    launched: list[str] = []
+    launched = Launched()
 
-    def nothing(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        launched.append(self.__name__)
+    def nothing(self: Any, *args: Any, **options: Any) -> None:
+        if launched.counting:
+            launched.names.append(self.__name__)
 
     with ExitStack() as stack:
         for owner, name, value in (
@@ -88,7 +103,6 @@ def without_launches() -> Iterator[list[str]]:
             (backend, "_interpreting", True),
             (launch, "processors", lambda device: PROCESSORS),
             (launch, "_prepared", {}),
-            (tuning, "is_fixed", lambda: True),
             (tuning, "_chosen", {}),
             (driver, "_active", NoDriver()),
         ):
@@ -96,18 +110,33 @@ def without_launches() -> Iterator[list[str]]:
         yield launched
 
 
+class Sizes(NamedTuple):
+    """Numbers of float32 of each tensor that kernels are given besides inputs and outputs.
+
+    Attributes:
+        kept: Of those that forward leaves for backward.
+        forward: Of the scratch memory of forward.
+        backward: Of that of backward.
+    """
+
+    kept: list[int]
+    forward: list[int]
+    backward: list[int]
+
+
 class Empty(torch.autograd.Function):
     """Allocates and keeps tensors, and computes nothing."""
 
     @staticmethod
-    def forward(
-        ctx: Any, sizes: tuple[list[int], list[int]], others: tuple[Tensor, ...], *tensors: Tensor
-    ) -> Tensor:
-        """An output like the first tensor; numbers of float32 for forward and backward besides."""
-        memory = [torch.empty(size, dtype=torch.float32) for size in sizes[0]]
-        ctx.save_for_backward(*tensors, *others, *memory)
-        ctx.sizes, ctx.count = sizes[1], len(tensors)
-        return torch.empty_like(tensors[0], memory_format=torch.contiguous_format)
+    def forward(ctx: Any, sizes: Sizes, others: tuple[Tensor, ...], *tensors: Tensor) -> Tensor:
+        """An output like the first tensor; others are kept too, and have no gradient."""
+        out = torch.empty_like(tensors[0], memory_format=torch.contiguous_format)
+        kept = [torch.empty(size, dtype=torch.float32) for size in sizes.kept]
+        for size in sizes.forward:
+            torch.empty(size, dtype=torch.float32)
+        ctx.save_for_backward(*tensors, *others, *kept)
+        ctx.sizes, ctx.count = sizes.backward, len(tensors)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -122,7 +151,7 @@ class Empty(torch.autograd.Function):
 class Subject:
     """One mechanism with its epilogue, and the empty function beside it."""
 
-    def __init__(self, mechanism: str, launched: list[str]) -> None:
+    def __init__(self, mechanism: str, launched: Launched) -> None:
         """Make the tensors; inside of `without_launches`."""
         self.mechanism, self.launched = mechanism, launched
         row = ops.get_mechanism(mechanism)
@@ -136,24 +165,23 @@ class Subject:
         self.grad = torch.zeros(self.leaves[0].shape, dtype=torch.bfloat16)
         self.sizes = self._sizes()
 
-    def _sizes(self) -> tuple[list[int], list[int]]:
-        """Numbers of float32 of every tensor that the launches of a call are given besides."""
+    def _sizes(self) -> Sizes:
+        """Memory that the launches of a call are given besides."""
         from vitlinear.ops.triton import memory
 
         found: list[list[int]] = []
-        carve = memory.Layout.carve
+        vectors = memory.Layout.vectors
 
-        def counted(layout: memory.Layout, like: Tensor) -> list[Tensor | None]:
-            tensors = carve(layout, like)
-            found[-1].extend(x.numel() for x in tensors if x is not None)
+        def counted(layout: memory.Layout) -> tuple[Tensor | None, ...]:
+            tensors = vectors(layout)
+            found.append([x.numel() for x in tensors if x is not None])
             return tensors
 
-        with mock.patch.object(memory.Layout, "carve", counted):
-            found.append([])
+        with mock.patch.object(memory.Layout, "vectors", counted):
             out = self.call()
-            found.append([])
+            (kept, *scratch), of_forward = found[:], len(found)
             self.differentiate(out)
-        return found[0], found[1]
+        return Sizes(kept, sum(scratch, []), sum(found[of_forward:], []))
 
     def call(self) -> Tensor:
         """Our forward pass."""
@@ -171,20 +199,28 @@ class Subject:
         """The backward pass of either."""
         torch.autograd.grad(out, self.leaves, self.grad)
 
+    def launches(self) -> tuple[int, int]:
+        """Kernels that are launched forward and backward."""
+        names, self.launched.counting = self.launched.names, True
+        names.clear()
+        out = self.call()
+        of_forward = len(names)
+        self.differentiate(out)
+        self.launched.counting = False
+        return of_forward, len(names) - of_forward
+
     def costs(self, calls: int) -> tuple[Cost, Cost]:
         """The least that forward and backward took in so many calls, by turns."""
         least: dict[tuple[str, str], float] = {}
-        launches = dict.fromkeys(("forward", "backward"), 0)
 
         def timed(who: str, step: str, run: Callable[[], Any]) -> Any:
-            self.launched.clear()
             start = time.perf_counter()
             result = run()
             took = 1e6 * (time.perf_counter() - start)
             least[who, step] = min(took, least.get((who, step), took))
-            launches[step] = max(launches[step], len(self.launched))
             return result
 
+        launches = dict(zip(("forward", "backward"), self.launches(), strict=True))
         for _ in range(calls):
             for who, run in (("ours", self.call), ("empty", self.empty)):
                 out = timed(who, "forward", run)

@@ -6,7 +6,7 @@ moves one breaks this file and no other.
 """
 
 from timm.layers import Attention, AttentionRope, PatchDropout, PatchDropoutWithIndices
-from timm.models._features import FeatureGetterNet, feature_take_indices
+from timm.models._features import feature_take_indices
 from timm.models._features_fx import register_notrace_module
 from timm.models._hub import generate_readme
 from timm.models._input import update_model_args, update_model_input_size
@@ -26,7 +26,6 @@ __all__ = [
     "BeitAttention",
     "Eva",
     "EvaAttention",
-    "FeatureGetterNet",
     "NaFlexVit",
     "PatchDropout",
     "PatchDropoutWithIndices",

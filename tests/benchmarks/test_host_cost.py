@@ -10,8 +10,8 @@ from vitlinear.ops.triton import INTERPRETING  # noqa: E402
 pytestmark = pytest.mark.skipif(INTERPRETING, reason="the interpreter launches nothing")
 
 # Of the empty function's time. A custom operator alone, without kernels, takes seven times it.
-MOST = {"forward": 4.0, "backward": 2.0}
-ROUNDS = 10  # until one is quiet enough: other work on the machine only adds
+MOST = 2.0
+ROUNDS = 20  # until one is quiet enough: other work on the machine only adds
 
 
 def least(a: Cost, b: Cost) -> Cost:
@@ -24,9 +24,9 @@ def test_host_cost(mechanism: str) -> None:
         subject = Subject(mechanism, launched)
         costs = subject.costs(calls=300)
         for _ in range(ROUNDS):
-            if all(cost.ratio <= MOST[cost.step] for cost in costs):
+            if all(cost.ratio <= MOST for cost in costs):
                 break
             costs = tuple(map(least, costs, subject.costs(calls=300)))
     for cost in costs:
         assert cost.launches >= 3
-        assert cost.ratio <= MOST[cost.step], cost
+        assert cost.ratio <= MOST, cost

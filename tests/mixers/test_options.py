@@ -7,6 +7,8 @@ import torch
 
 from tests.mixers.test_contract import HEADS, close, mixer_of, normal, tokens
 from vitlinear.mixers import Grid
+from vitlinear.mixers.decay import slopes, two_sided_sums
+from vitlinear.mixers.taylor import monomials, taylor_features
 
 # Of each option, the values that are not its default.
 CASES = [
@@ -83,6 +85,25 @@ def test_definition(name, options):
     mask = torch.cat((mask[:, 0, :1] & False, mask.flatten(1)), dim=1)
     hidden = mixer(*padded[:3], Grid(6, 8, 1, None, mask), padded[3])
     close(hidden[~mask].unflatten(0, (2, -1)), out, 1e-9)
+
+
+@pytest.mark.parametrize(("name", "options"), CASES, ids=label)
+def test_adversarial_numbers(name, options):
+    """Outputs and gradients are finite for large, small and no queries and keys."""
+    for dtype in (torch.float16, torch.float32):
+        mixer, grid = mixer_of(name, dtype, **options), Grid(4, 5, 1)
+        for scale in (1e4, 1e-4, 0.0):
+            q, k, v, x = (t.to(dtype) for t in tokens(grid))
+            inputs = [
+                (scale * q).requires_grad_(),
+                (scale * k).requires_grad_(),
+                v.requires_grad_(),
+            ]
+            out = mixer(*inputs, grid, x)
+            assert out.isfinite().all(), f"{dtype}, scale {scale}"
+            gradients = torch.autograd.grad(out.float().sum(), inputs, allow_unused=True)
+            for gradient in gradients:
+                assert gradient is None or gradient.isfinite().all(), f"{dtype}, scale {scale}"
 
 
 def test_long_sides_decay_in_chunks():
@@ -179,3 +200,26 @@ def test_inline_is_uniform_regression_without_the_inverse():
     large = mixer(q, k, v, grid) - v.mean(1, keepdim=True)
     expected = torch.einsum("bnhd,bhde->bnhe", q - k.mean(1, keepdim=True), covariance)
     close(large * torch.tensor(25.0, dtype=torch.float64).exp(), expected, 1e-4)
+
+
+def test_second_order_is_positive():
+    """1 + x + x^2 / 2 is at least 1/2: no normaliser of Based vanishes."""
+    x = 10 * normal(50, 6)
+    tables = [monomials(6, 2)]
+    assert (taylor_features(x, 2, tables) @ taylor_features(-x, 2, tables).T).min() >= 0.5
+
+
+def test_two_sided_decay_is_two_scans():
+    """A scan forward and one back, which count a token's own value twice."""
+    x = normal(1, 1, 21, 1, 1, 3)
+    rate = slopes(1, x.device, x.dtype).neg().exp()
+    forward, back = torch.zeros_like(x), torch.zeros_like(x)
+    state = torch.zeros_like(x[:, :, 0])
+    for t in range(21):
+        state = rate * state + x[:, :, t]
+        forward[:, :, t] = state
+    state = torch.zeros_like(state)
+    for t in reversed(range(21)):
+        state = rate * state + x[:, :, t]
+        back[:, :, t] = state
+    close(two_sided_sums(x, slopes(1, x.device, x.dtype), 2), forward + back - x, 1e-12)

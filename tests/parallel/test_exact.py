@@ -1,35 +1,73 @@
 """A model on the rows of several processes equals itself on the whole image."""
 
+from itertools import product
+from typing import Any
+
 import pytest
 import torch
 
 from tests.parallel.comparing import worst_differences
 from tests.parallel.ranks import Ranks
+from tests.streaming.test_exact import MODELS
 
-# Even, odd and uneven at every stride; the last ones are not at multiples of one.
-TWO = [(64, 64), (64, 41), (50, 55)]
+pytestmark = pytest.mark.process
+
+# Even, odd and uneven at every stride; the last ones of each are not at multiples of one.
+SIZES = {
+    2: [(64, 64), (64, 41), (50, 55)],
+    3: [(32, 32, 32), (64, 32, 43), (33, 40, 31)],
+    4: [(32, 32, 32, 32), (32, 64, 32, 7), (35, 39, 33, 50)],
+}
 
 
-def check(ranks: Ranks, *args: object, tolerance: float = 1e-10, **kwargs: object) -> None:
-    for worst in ranks.run(_differences, args, kwargs):
+def check(
+    ranks: Ranks,
+    name: str,
+    sizes: tuple[int, ...],
+    training: bool = False,
+    tolerance: float = 1e-10,
+    **options: Any,
+) -> None:
+    """Compare everything with the whole image, on all processes."""
+    for worst in ranks.run(worst_differences, name, sizes, training, options):
         assert worst == pytest.approx(dict.fromkeys(worst, 0), abs=tolerance)
 
 
-def _differences(args: tuple, kwargs: dict) -> dict[str, float]:
-    return worst_differences(*args, **kwargs)
+def cases(count: int, every: int) -> pytest.MarkDecorator:
+    """All models with all sizes, in training and not; of every n-th model one of these as a rule.
+
+    Args:
+        count: Number of processes.
+        every: n.
+    """
+    sizes = SIZES[count]
+    params = []
+    for (i, name), size, training in product(enumerate(MODELS), sizes, (False, True)):
+        chosen = i % every == 0 and size == sizes[i // every % 3] and training == bool(i % 2)
+        marks = () if chosen else pytest.mark.nightly
+        label = f"{name}-{'x'.join(map(str, size))}-{'training' if training else 'eval'}"
+        params.append(pytest.param(name, size, training, id=label, marks=marks))
+    return pytest.mark.parametrize(("name", "sizes", "training"), params)
 
 
-@pytest.mark.process
-@pytest.mark.parametrize("name", ["test_ravlt_linear", "test_mavit_linear"])
-def test_two(two, name):
-    check(two, name, (64, 41))
+@cases(2, every=1)
+def test_two(two, name, sizes, training):
+    check(two, name, sizes, training)
 
 
-@pytest.mark.process
-def test_single_precision(two):
-    check(two, "test_ravlt_linear", (64, 64), dtype=torch.float32, tolerance=1e-5)
+@cases(3, every=5)
+def test_three(three, name, sizes, training):
+    check(three, name, sizes, training)
 
 
-@pytest.mark.process
-def test_checkpointing_with_backward_outside(two):
-    check(two, "test_mavit_linear", (50, 55), checkpointing=True)
+@cases(4, every=100)
+def test_four(four, name, sizes, training):
+    check(four, name, sizes, training)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [x if x == "test_mavit_linear" else pytest.param(x, marks=pytest.mark.nightly) for x in MODELS],
+)
+def test_single_precision(two, name):
+    check(two, name, SIZES[2][0], dtype=torch.float32, tolerance=1e-5)

@@ -88,6 +88,7 @@ def test_mistakes_change_nothing(arguments, message):
         ("vit_small_patch16_18x2_224", {"img_size": 64, "depth": 1, "attn_layer": "diff"},
          "subtracts one softmax from another"),
         ("hiera_tiny_224", {}, "pools queries or keys"),
+        ("levit_128s", {}, "levit.Attention is of a kind that there is no rule for"),
         ("beit_base_patch16_224", {"img_size": 64, "depth": 1},
          "table of biases to its logits, which mala has none of: leave 'bias' out of keep"),
     ],
@@ -146,6 +147,12 @@ def test_masks_that_say_more_than_which_keys_there_are():
     replace_attention(model, "mala")
     x = torch.randn(2, 3, 160, 160)
     tokens = 101
+    hidden = torch.rand(2, 1, 1, tokens) < 0.3
+    with torch.no_grad():
+        added = model(x, attn_mask=torch.zeros_like(x[:, :1, :1, :1]).expand(hidden.shape)
+                      .masked_fill(hidden, -torch.inf))  # fmt: skip
+        torch.testing.assert_close(added, model(x, attn_mask=~hidden))
+        assert (added - model(x)).abs().max() > 0
     with pytest.raises(ValueError, match="has no causal form"):
         model(x, is_causal=True)
     with pytest.raises(ValueError, match="takes a mask of keys"):

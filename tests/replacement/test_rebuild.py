@@ -7,7 +7,7 @@ import json
 import pytest
 import timm
 import torch
-from timm.models import save_for_hf
+from timm.models import resolve_model_input_args, save_for_hf
 
 import vitlinear
 from tests.replacement.zoo import FAMILIES, randomised
@@ -82,6 +82,37 @@ def test_several_replacements_are_made_again_in_order(tmp_path):
     assert again.blocks[3].attn.was == "Attention"
 
 
+def test_models_that_give_maps_are_replaced_as_well():
+    maps = FAMILIES["naflexvit"].create(features_only=True, out_indices=[1, 2])
+    report = replace_attention(maps, "mala")
+    assert [row.name for row in report] == [f"model.blocks.{i}.attn" for i in range(3)]
+    assert maps.model.use_key_only_attn_mask
+    rotary = FAMILIES["dinov3"].create(features_only=True, out_indices=[1])
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        (before,) = rotary(x)
+        replace_attention(rotary, "softmax")
+        torch.testing.assert_close(rotary(x)[0], before, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_of_the_base_are_loaded_before(tmp_path):
+    base = FAMILIES["vit"].create()
+    torch.save(base.state_dict(), tmp_path / "base.pth")
+    model = timm.create_model(
+        "replaced_attention",
+        base="test_vit",
+        replacements=[{"attention": "l2"}],
+        pretrained=True,
+        pretrained_cfg_overlay={"file": str(tmp_path / "base.pth"), "num_classes": 7},
+    )
+    weights = model.state_dict()
+    for key, value in base.state_dict().items():
+        assert torch.equal(weights[key], value), key
+    assert weights.keys() - base.state_dict().keys() == {
+        f"blocks.{i}.attn.mixer.temperature" for i in range(6)
+    }
+
+
 def test_by_name_the_base_is_built_and_changed():
     model = timm.create_model(
         "replaced_attention",
@@ -92,6 +123,14 @@ def test_by_name_the_base_is_built_and_changed():
     )
     assert model.num_classes == 5 and model.pretrained_cfg["tag"] == "r160_in1k"
     assert [hasattr(block.attn, "mixer") for block in model.blocks] == [False] * 2 + [True] * 4
+    # As scripts of timm's ask for it, of another size; the means are those of the base.
+    replacements = [{"attention": "mala"}]
+    asked = resolve_model_input_args(
+        "replaced_attention", {"img_size": 32}, base="vit_tiny_patch16_224", depth=1,
+        replacements=replacements,
+    )  # fmt: skip
+    sized = timm.create_model(**asked)
+    assert sized.patch_embed.img_size == (32, 32) and sized.pretrained_cfg["mean"] == (0.5,) * 3
     # A model that the factory did not make is replaced as well, and cannot be saved, as before.
     plain = timm.models.VisionTransformer(img_size=32, embed_dim=16, num_heads=2, depth=1)
     assert replace_attention(plain, "mala").replaced and not hasattr(plain, "_model_args")
@@ -112,8 +151,7 @@ def test_mistakes_are_one_line(arguments, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_run_of_training_names_it_in_its_card(tmp_path):
-    """The model arguments of a card are enough for `vitlinear.load`."""
+def test_weights_of_it_are_loaded_by_name(tmp_path):
     from vitlinear.create import build_model
 
     kwargs = {"base": "test_vit", "replacements": [{"attention": "mala", "blocks": "2:"}]}

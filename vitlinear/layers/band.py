@@ -228,15 +228,9 @@ class Band:
 
 
 class _Local(threading.local):
-    """The band of this thread's forward pass; not a `ContextVar`, which Dynamo cannot trace.
-
-    Attributes:
-        band: The band.
-        rows: The rows of the image that this process has, if others have the rest.
-    """
+    """The band of this thread's forward pass; not a `ContextVar`, which Dynamo cannot trace."""
 
     band: Band | None = None
-    rows: Any = None
 
 
 _local = _Local()
@@ -258,17 +252,22 @@ def use_band(band: Band | None) -> Iterator[None]:
         _local.band = before
 
 
+# Of the process, not of a thread: of what a thread has, Dynamo sees only what compiled code sets.
+_rows: Any = None
+
+
 def rows_in_use() -> Any:
-    """The rows that `vitlinear.parallel` splits this thread's forward pass into; None without."""
-    return _local.rows
+    """The rows that `vitlinear.parallel` splits forward passes into; None without."""
+    return _rows
 
 
 @contextmanager
 def use_rows(rows: Any) -> Iterator[None]:
     """Run what stands inside under these rows."""
-    before = _local.rows
-    _local.rows = rows
+    global _rows
+    before = _rows
+    _rows = rows
     try:
         yield
     finally:
-        _local.rows = before
+        _rows = before

@@ -226,7 +226,7 @@ class Delta(_DeltaRule):
         if self.scans:
             out = naive_scan(q, k, v, beta, None, grid, self.scans)
         else:
-            ridge = self.log_ridge.exp()[None, :, None].expand(len(q), -1, self.head_dim)
+            ridge = self.log_ridge.exp()[None, :, None].expand(q.shape[0], -1, self.head_dim)
             out = self.regression_definition(q, k, v, beta, ridge)
         return self.norm_definition(out)
 

@@ -22,7 +22,7 @@ from .registry import register
     AttentionDescription(
         name="nats",
         formula="w1 RMSNorm(softmax over chosen windows) + w2 RMSNorm(f(q) S of the rest)",
-        paper="arXiv:2602.03681",
+        paper="github.com/automl/NeuralAttentionSearchLinear",
         title="Neural Attention Search Linear: Towards Adaptive Token-Level Hybrid Attention "
         "Models",
         year=2026,
@@ -51,7 +51,7 @@ class Nats(Mixer):
     where the first is the greater, among the K with the greatest difference; the best one always
     stays. The choice is hard, and its gradient is that of the sigmoid of the difference
     (straight-through). Both outputs go through an RMS norm of each head, and the query weighs them:
-    (w1, w2) = softmax(W' q). Source: arXiv:2602.03681 and its released code.
+    (w1, w2) = softmax(W' q). Source: the released code.
     """
 
     def __init__(
@@ -143,9 +143,9 @@ class Nats(Mixer):
         """Both quadratic forms under the choice; see `Mixer.definition`."""
         assert x is not None
         prefix, heads = grid.num_prefix_tokens, self.num_heads
-        exact = q.new_ones(len(q), heads, grid.length)
+        exact = q.new_ones(q.shape[0], heads, grid.length)
         scores = (x @ self.score.weight.T)[:, prefix:]
-        scores = scores.reshape(len(q), grid.height, grid.width, 2, heads)
+        scores = scores.reshape(q.shape[0], grid.height, grid.width, 2, heads)
         gains, places = [], []
         for row in range(0, grid.height, self.window):
             for col in range(0, grid.width, self.window):
@@ -155,7 +155,7 @@ class Nats(Mixer):
                 number = torch.arange(grid.height * grid.width).reshape(grid.height, -1)
                 places.append(number[area].flatten() + prefix)
         gain = torch.stack(gains)
-        for image in range(len(q)):
+        for image in range(q.shape[0]):
             for head in range(heads):
                 ranked = gain[:, image, head].argsort(descending=True).tolist()
                 for rank, window in enumerate(ranked):

@@ -126,7 +126,7 @@ class Routing(Mixer):
         q, k = (F.layer_norm(t, t.shape[-1:]) for t in (q, k))
         size = -(-q.shape[1] // self.clusters)
         total, times = torch.zeros_like(v), torch.zeros_like(v[..., :1])
-        for image in range(len(q)):
+        for image in range(q.shape[0]):
             for head in range(self.num_heads):
                 for centroid in self.centroids[head]:
                     query, key, value = (t[image, :, head] for t in (q, k, v))

@@ -99,7 +99,7 @@ class Sea(Mixer):
     def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, extra: Tensor | None) -> Tensor:
         """The formula; see `Mixer.mix`."""
         prefix = grid.num_prefix_tokens
-        of_segment = self.segment(grid, q).expand(len(q), -1, -1)
+        of_segment = self.segment(grid, q).expand(q.shape[0], -1, -1)
         of_token = F.pad(of_segment, (0, 0, prefix, 0))
         values = of_token.unsqueeze(2).expand(-1, -1, self.num_heads, -1)
         rough = attend_features(
@@ -150,7 +150,7 @@ class Sea(Mixer):
             heads = []
             for h in range(self.num_heads):
                 images = []
-                for b in range(len(q)):
+                for b in range(q.shape[0]):
                     of_query = logits[b, i, h]
                     ranked = sorted(occupied, key=lambda c: -of_query.detach()[c].item())[
                         : self.kept

@@ -39,7 +39,7 @@ def self_saliency(scores: Tensor, places: Tensor) -> Tensor:
     AttentionDescription(
         name="still",
         formula="(exp(s q k^T - m) v, exact keys + g f(q) f(k)^T v, the rest) / (the same sums)",
-        paper="arXiv:2602.02180",
+        paper="github.com/ZacharyMeng/STILL",
         title="STILL: Selecting Tokens for Intra-Layer Hybrid Attention to Linearize LLMs",
         year=2026,
         cost="8 N D^2 + 4 N (w^2 + K) D, w the side of a window, K exact keys",
@@ -66,7 +66,7 @@ class Still(Mixer):
     NP-Map: u = |x| W y / |W y| with y = x - 2 (x . r) r a reflection by a learned unit vector, and
     f(x) = [softmax(u); softmax(-u)], so the length of x decides how sharp f is. A token is salient
     where its own key changes its softmax over the window (`self_saliency`). W begins as the
-    identity. Source: arXiv:2602.02180 and its released code.
+    identity. Source: the released code.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Still(Mixer):
         near = exact_keys(q, k, v, features, windows)
         chosen, window = self.chosen(near[0][..., prefix:], windows.present(q))
         # Chosen keys as one more window that all queries look at, but for those of its own.
-        shape = (len(q), self.num_heads, windows.count * windows.length, -1)
+        shape = (q.shape[0], self.num_heads, windows.count * windows.length, -1)
         keys, key_features, key_values = (
             windows.cut(x)
             .permute(0, 3, 1, 2, 4)
@@ -181,7 +181,7 @@ class Still(Mixer):
         near = same_window(grid, self.window, q.device).expand(*q.shape[::2], -1, -1).clone()
         scores = torch.einsum("bnhd,bmhd->bhnm", q, k).detach() * self.head_dim**-0.5
         window = near[0, 0, prefix:, prefix:].clone()
-        for image in range(len(q)):
+        for image in range(q.shape[0]):
             for head in range(self.num_heads):
                 offers: list[tuple[float, int]] = []
                 for members in window.unique(dim=0):

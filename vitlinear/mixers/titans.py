@@ -56,7 +56,7 @@ class _Memory(Mixer):
 
     def first(self, like: Tensor) -> Tensor:
         """M before the first step, [B, h, D, D]."""
-        return self.memory.to(like.dtype).expand(len(like), -1, -1, -1)
+        return self.memory.to(like.dtype).expand(like.shape[0], -1, -1, -1)
 
 
 @register(
@@ -119,7 +119,7 @@ class Titans(_Memory):
         assert x is not None
         q, k = (F.normalize(F.silu(t), dim=-1) for t in (q, k))
         theta = (x @ self.rate.weight.T + self.rate.bias).sigmoid()
-        memory = self.memory.expand(len(q), -1, -1, -1)
+        memory = self.memory.expand(q.shape[0], -1, -1, -1)
         surprise = torch.zeros_like(memory)
         for _ in range(self.steps):
             with torch.enable_grad():
@@ -192,7 +192,7 @@ class Miras(_Memory):
         q, k = (F.normalize(F.silu(t), dim=-1) for t in (q, k))
         theta, delta = (x @ self.rate.weight.T + self.rate.bias).chunk(2, dim=-1)
         theta, delta = theta.sigmoid(), F.softplus(delta)
-        memory = self.memory.expand(len(q), -1, -1, -1)
+        memory = self.memory.expand(q.shape[0], -1, -1, -1)
         for _ in range(self.steps):
             with torch.enable_grad():
                 if not memory.requires_grad:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import autograd, eager
+from . import backend as decisions
 from . import registered as registered  # registers torch.ops.vitlinear.*
 from .backend import choose_backend, requested_backend
 from .mechanisms import Mechanism, get_mechanism
 from .rotary import RotaryTables
 from .terms import Terms
+from .tracing import is_looked_at
 from .workload import Workload
 
 
@@ -80,31 +82,67 @@ def linear_attention(
         NotImplementedError: A derivative that the registered operators do not have.
         KernelError: The backend is ``triton`` and a kernel failed.
     """
-    terms = Terms(rotary, mask_of_lengths(key_padding_mask, q), head_scale, lepe, gate, powers)
-    plain = not torch.compiler.is_compiling() and autograd.takes(q, k, v, terms)
-    call = (known if plain else examined)(q, k, v, mechanism, terms)
-    chosen = choose_backend(backend, call.work).backend
-    if chosen == "eager":
+    mask = None if key_padding_mask is None else mask_of_lengths(key_padding_mask, q)
+    terms = Terms(rotary, mask, head_scale, lepe, gate, powers)
+    call = None
+    if not torch.compiler.is_compiling() and not is_looked_at():
+        call = known(q, k, v, mechanism, terms)
+    if call is None:  # not a plain one
+        call = examined(q, k, v, mechanism, terms)
+        if (chosen := _chosen(backend, call)) == "eager":
+            return eager.linear_attention(q, k, v, call.row, terms)
+        check_derivatives(terms, q, k, v)
+        return torch.ops.vitlinear.linear_attention(q, k, v, mechanism, *terms.flatten(), chosen)[0]
+    if (chosen := chosen_for(backend, call)) == "eager":
         return eager.linear_attention(q, k, v, call.row, terms)
-    if chosen != backend:  # unless kernels were asked for by name, the formulas may stand in
-        chosen = requested_backend(backend).backend
-    if plain:
+    if rotary is not None and (rotary.rows.requires_grad or rotary.cols.requires_grad):
         check_tables_gradient(terms)
-        return autograd.linear_attention(q, k, v, call.row, terms, chosen)
-    check_derivatives(terms, q, k, v)
-    return torch.ops.vitlinear.linear_attention(q, k, v, mechanism, *terms.flatten(), chosen)[0]
+    return autograd.linear_attention(
+        q, k, v, call.row, terms, chosen, call.work.training, call.memo
+    )
 
 
-class Examined(NamedTuple):
+def chosen_for(requested: str, call: Examined) -> str:
+    """``eager``, or the backend that the operators are to be given; as settled, if it is."""
+    settled = call.settled
+    if settled is not None and settled[0] == decisions.era and settled[1] == requested:
+        return settled[2]
+    return _chosen(requested, call)
+
+
+def _chosen(requested: str, call: Examined) -> str:
+    """``eager``, or the backend that the operators are to be given.
+
+    Raises:
+        ValueError: The backend is unknown, or is ``triton`` and cannot run the call.
+    """
+    choice = choose_backend(requested, call.work)
+    chosen = choice.backend
+    if chosen != "eager" and chosen != requested:
+        # Unless kernels were asked for by name, the formulas may stand in.
+        chosen = requested_backend(requested).backend
+    if decisions.is_settled(choice):
+        call.settled = decisions.era, requested, chosen
+    return chosen
+
+
+class Examined:
     """A call whose shapes and types fit.
 
     Attributes:
         row: The mechanism.
         work: What the choice of the backend may depend on.
+        settled: Where it is the kernels: `backend.era` at that time, the backend that was asked
+            for, and the one that the operators are given.
+        memo: Of what the kernels prepare for such calls.
     """
 
-    row: Mechanism
-    work: Workload
+    __slots__ = ("memo", "row", "settled", "work")
+
+    def __init__(self, row: Mechanism, work: Workload) -> None:
+        self.row, self.work = row, work
+        self.settled: tuple[int, str, str] | None = None
+        self.memo: dict[str, Any] = {}
 
 
 def examined(q: Tensor, k: Tensor, v: Tensor, mechanism: str, terms: Terms) -> Examined:
@@ -127,17 +165,55 @@ def is_training(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 _known: dict[tuple[Any, ...], Examined] = {}
-_MOST_KNOWN = 4096
+MOST_KNOWN = 4096
 
 
-def known(q: Tensor, k: Tensor, v: Tensor, mechanism: str, terms: Terms) -> Examined:
-    """As `examined`, which looks but once at calls that are alike."""
-    tensors = (q, k, v, *terms.flatten())
-    seen = tuple([None if x is None else (x.shape, x.dtype) for x in tensors])
-    key = (mechanism, q.device, is_training(q, k, v), seen)
+# Of the arguments of a plain call; others see more than their values.
+PLAIN = frozenset({Tensor, torch.nn.Parameter})
+
+
+def known(q: Tensor, k: Tensor, v: Tensor, mechanism: str, terms: Terms) -> Examined | None:
+    """As `examined`, which looks but once at calls that are alike; None of one that is not plain.
+
+    Without a loop, which would take longer than all the rest.
+    """
+    rotary, mask, head_scale, lepe, gate, powers = terms
+    plain = PLAIN
+    if type(q) not in plain or type(k) not in plain or type(v) not in plain:
+        return None
+    tables = None
+    if rotary is not None:
+        rows, cols = rotary
+        if type(rows) not in plain or type(cols) not in plain:
+            return None
+        tables = rows.dtype, cols.dtype, rows.shape, cols.shape
+    if mask is not None and type(mask) not in plain:
+        return None
+    if head_scale is not None and type(head_scale) not in plain:
+        return None
+    if lepe is not None and type(lepe) not in plain:
+        return None
+    if gate is not None and type(gate) not in plain:
+        return None
+    if powers is not None and type(powers) not in plain:
+        return None
+    training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    key = (
+        mechanism, q.device, training, q.dtype, q.shape, k.dtype, k.shape, v.dtype,
+        v.shape, tables,
+        # Of which kernels depend.
+        torch.get_float32_matmul_precision() if q.dtype is torch.float32 else None,
+        None if mask is None else (mask.dtype, mask.shape),
+        None if head_scale is None else (head_scale.dtype, head_scale.shape),
+        None if lepe is None else (lepe.dtype, lepe.shape),
+        None if gate is None else (gate.dtype, gate.shape),
+        None if powers is None else (powers.dtype, powers.shape),
+    )  # fmt: skip
     call = _known.get(key)
     if call is None:
-        if len(_known) >= _MOST_KNOWN:  # sizes that never come again
+        if q.is_meta:
+            return None
+        if len(_known) >= MOST_KNOWN:  # sizes that never come again
             _known.clear()
         call = _known[key] = examined(q, k, v, mechanism, terms)
     return call

@@ -12,33 +12,38 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import execution, packed, tracing
 from .attention_state import LinearAttentionState
 from .mechanisms import Mechanism
+from .rotary import RotaryTables
 from .terms import Terms
-
-_PLAIN = frozenset({Tensor, nn.Parameter, type(None)})
-
-
-def takes(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> bool:
-    """Whether a call is plain; not to be asked by what is being compiled."""
-    if tracing.is_watched() or q.device.type == "meta":
-        return False
-    return _PLAIN.issuperset(map(type, (q, k, v, *terms.flatten())))
 
 
 def linear_attention(
-    q: Tensor, k: Tensor, v: Tensor, mechanism: Mechanism, terms: Terms, backend: str
-) -> Tensor:
-    """The attention of a plain call; arguments as `execution.forward`."""
-    differentiable = (q, k, v, *terms[2:])
-    if torch.is_grad_enabled():
-        for x in differentiable:
-            if x is not None and x.requires_grad:
-                return _LinearAttention.apply(mechanism, terms, backend, *differentiable)
-    return execution.forward(q, k, v, mechanism, terms, backend)[0]
+    q: Tensor, k: Tensor, v: Tensor, mechanism: Mechanism, terms: Terms, backend: str,
+    training: bool, memo: dict[str, Any],
+) -> Tensor:  # fmt: skip
+    """The attention of a plain call.
+
+    Args:
+        q: Queries, as in `execution.forward`, like the others.
+        k: Keys.
+        v: Values.
+        mechanism: The row of the table.
+        terms: All that the attention is given besides.
+        backend: One of those there.
+        training: Whether queries, keys or values want a gradient.
+        memo: As there.
+    """
+    _, _, head_scale, lepe, gate, powers = terms
+    if training or (
+        torch.is_grad_enabled()
+        and any(x is not None and x.requires_grad for x in (head_scale, lepe, gate, powers))
+    ):
+        return _apply(mechanism, terms, backend, memo, q, k, v, head_scale, lepe, gate, powers)
+    return execution.forward(q, k, v, mechanism, terms, backend, False, True, memo)[0]
 
 
 class _LinearAttention(torch.autograd.Function):
@@ -46,13 +51,15 @@ class _LinearAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, mechanism: Mechanism, terms: Terms, backend: str,
+        ctx: Any, mechanism: Mechanism, terms: Terms, backend: str, memo: dict[str, Any],
         q: Tensor, k: Tensor, v: Tensor, *_: Tensor | None,
     ) -> Tensor:  # fmt: skip
         """Those that the gradient is for stand apart from the terms, for autograd to see them."""
-        out, state = execution.forward(q, k, v, mechanism, terms, backend)
-        ctx.save_for_backward(q, k, v, *terms.flatten(), *state)
-        ctx.mechanism, ctx.backend = mechanism, backend
+        out, state = execution.forward(q, k, v, mechanism, terms, backend, False, True, memo)
+        ctx.mechanism, ctx.backend, ctx.memo = mechanism, backend, memo
+        rotary, *others = terms
+        rows, cols = rotary or (None, None)
+        ctx.save_for_backward(q, k, v, rows, cols, *others, *state)
         ctx.slices = packed.common_slices(q, k, v, terms.gate)
         return out
 
@@ -60,13 +67,15 @@ class _LinearAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Gradients in the order of the arguments of `forward`."""
         # Read once: checkpointing gives them away.
-        q, k, v, *flat, state, norm, mean_v, query, logsumexp = ctx.saved_tensors
-        terms = Terms.unflatten(*flat)
+        q, k, v, rows, cols, *others, state, norm, mean_v, query, logsumexp = ctx.saved_tensors
+        terms = Terms(None if rows is None else RotaryTables(rows, cols), *others)
         saved = LinearAttentionState(state, norm, mean_v, query, logsumexp)
         if torch.is_grad_enabled() or type(grad_out) is not Tensor or tracing.is_watched(grad_out):
+            saved = execution.with_shapes(saved, q, v, ctx.mechanism, terms)
             returned = torch.ops.vitlinear.linear_attention_backward(
-                grad_out, q, k, v, ctx.mechanism.name, *flat, *saved.flatten(), ctx.backend
-            )
+                grad_out, q, k, v, ctx.mechanism.name, *terms.flatten(), *saved.flatten(),
+                ctx.backend,
+            )  # fmt: skip
             memory = execution.GradientMemory.of_operator(returned, q, v, terms)
             found = execution.one_by_one(memory)
         else:
@@ -75,7 +84,15 @@ class _LinearAttention(torch.autograd.Function):
             found = execution.one_by_one(memory)
             if terms.gate is None:  # a slice of the buffer that is somebody else's
                 found = found._replace(gate=None)
-            execution.backward(grad_out, q, k, v, ctx.mechanism, terms, saved, ctx.backend, found)
-            packed.mark(memory.buffer, slices, (found.q, found.k, found.v, found.gate))
+            execution.backward(
+                grad_out, q, k, v, ctx.mechanism, terms, saved, ctx.backend, found, ctx.memo
+            )
+            if slices:
+                packed.mark(memory.buffer, slices, (found.q, found.k, found.v, found.gate))
         found = execution.with_lepe(found, grad_out, terms)
-        return None, None, None, *found
+        return None, None, None, None, *found
+
+
+# What `torch.autograd.Function.apply` calls where no transforms of torch.func are at work: whoever
+# calls `linear_attention` has asked.
+_apply = super(torch.autograd.Function, _LinearAttention).apply

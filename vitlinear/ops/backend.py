@@ -97,10 +97,15 @@ _failures: dict[Kind, str] = {}
 # Kinds whose check passed in this process.
 _passed: set[Kind] = set()
 _observer: Callable[[Workload], None] | None = None
+# Counts the times that something happened after which kernels may not be chosen any more, or an
+# observer came or went.
+era = 0
 
 
 def decide_anew() -> None:
     """Forget the choices, because something new was measured."""
+    global era
+    era += 1
     _rules.clear()
 
 
@@ -115,12 +120,19 @@ def forget() -> None:
 @contextmanager
 def observed(observer: Callable[[Workload], None] | None) -> Iterator[None]:
     """Tell ``observer`` of every call that a backend is chosen for."""
-    global _observer
+    global _observer, era
     before, _observer = _observer, observer
+    era += 1
     try:
         yield
     finally:
         _observer = before
+        era += 1
+
+
+def is_settled(choice: Choice) -> bool:
+    """Whether equal calls would get this choice again until `era` changes: it is the kernels."""
+    return choice.backend == "triton" and _observer is None
 
 
 def check_backend(name: str, source: str = "backend") -> str:
@@ -368,6 +380,8 @@ def report_failure(error: Exception, required: bool, work: Workload) -> None:
     text = describe_error(error)
     if required:
         raise KernelError(f"the fused attention kernels failed: {text}") from error
+    global era
+    era += 1
     kinds = [work.kind._replace(training=training) for training in (False, True)]
     if all(kind in _failures for kind in kinds):
         return

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import ModuleType
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -63,12 +63,25 @@ def by_kernels(
     try:
         if kernels := kernels_for(backend, x):
             return run(kernels)
-    except torch.OutOfMemoryError:
-        raise  # says nothing against the kernels, and the formulas need more
     except Exception as error:
-        work = Workload.of(x, mechanism.name, terms=terms, value_dim=value_dim)
-        report_failure(error, backend == "triton", work)
+        tell(error, backend, x, value_dim, mechanism, terms)
     return None
+
+
+def tell(
+    error: Exception, backend: str, x: Tensor, value_dim: int, mechanism: Mechanism, terms: Terms
+) -> None:
+    """Say that kernels have failed, unless nothing may run in their place; as `by_kernels`.
+
+    Raises:
+        KernelError: The backend is ``triton``.
+        OutOfMemoryError: It was that, which says nothing against the kernels: the formulas need
+            more.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        raise error
+    work = Workload.of(x, mechanism.name, terms=terms, value_dim=value_dim)
+    report_failure(error, backend == "triton", work)
 
 
 def to_layout(x: Tensor, like: Tensor) -> Tensor:
@@ -87,6 +100,8 @@ def forward(
     terms: Terms,
     backend: str,
     separate: bool = False,
+    vectors: bool = False,
+    memo: dict[str, Any] | None = None,
 ) -> tuple[Tensor, LinearAttentionState]:
     """Output [B, N, h, D], contiguous, and the state.
 
@@ -98,20 +113,37 @@ def forward(
         terms: All that the attention is given besides.
         backend: As above.
         separate: Give each tensor of the state memory of its own.
+        vectors: Tensors of the state may be vectors, which `backward` takes as well; `with_shapes`
+            makes tensors of them.
+        memo: Of what the kernels prepare for calls like this one; empty at first.
 
     Raises:
         KernelError: The backend is ``triton`` and a kernel failed.
     """
-    found: tuple[Tensor, LinearAttentionState] | None = by_kernels(
-        lambda kernels: kernels.forward(q, k, v, mechanism, terms, separate),
-        backend, q, v.shape[-1], mechanism, terms,
-    )  # fmt: skip
-    if found is not None:
-        return found
+    kernels = kernels_for(backend, q)
+    if kernels is not None:  # as `by_kernels`, with fewer calls
+        try:
+            found: tuple[Tensor, LinearAttentionState] = kernels.forward(
+                q, k, v, mechanism, terms, separate, vectors, memo
+            )
+            return found
+        except Exception as error:
+            tell(error, backend, q, v.shape[-1], mechanism, terms)
     with eager.without_autocast(q):
         tokens = eager.prepare(q, k, v, mechanism, terms, own=True)
         out, state = eager.linear_attention_forward(tokens, mechanism)
     return to_layout(out, q), state
+
+
+def with_shapes(
+    state: LinearAttentionState, q: Tensor, v: Tensor, mechanism: Mechanism, terms: Terms
+) -> LinearAttentionState:
+    """The state of `forward`, whose tensors have their shapes; arguments as there."""
+    if state.state.dim() > 1:
+        return state
+    from . import triton  # whose kernels made it
+
+    return triton.with_shapes(state, q, v, mechanism, terms)
 
 
 def backward(
@@ -124,19 +156,21 @@ def backward(
     state: LinearAttentionState,
     backend: str,
     memory: LinearGradients,
+    memo: dict[str, Any] | None = None,
 ) -> None:
     """Write the gradients into memory; arguments as `forward`, and its state.
 
     Raises:
         KernelError: The backend is ``triton`` and a kernel failed.
     """
-
-    def run(kernels: ModuleType) -> bool:
-        kernels.backward(grad_out, q, k, v, mechanism, terms, state, memory)
-        return True
-
-    if by_kernels(run, backend, q, v.shape[-1], mechanism, terms):
-        return
+    kernels = kernels_for(backend, q)
+    if kernels is not None:
+        try:
+            kernels.backward(grad_out, q, k, v, mechanism, terms, state, memory, memo)
+            return
+        except Exception as error:
+            tell(error, backend, q, v.shape[-1], mechanism, terms)
+    state = with_shapes(state, q, v, mechanism, terms)
     with eager.without_autocast(q):
         tokens = eager.prepare(q, k, v, mechanism, terms, own=False)
         grad_out = grad_out.transpose(1, 2).to(state.state.dtype)

@@ -11,6 +11,7 @@ Heads stand before tokens, as in `vitlinear.ops.eager`, whose formulas these are
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,9 @@ from torch import Tensor
 from .attention_state import LinearAttentionState
 from .eager import Tokens, attention_state, mean_query, read
 from .mechanisms import Mechanism
+
+Total = Callable[..., tuple[Tensor, ...]]
+Gather = Callable[[Tensor], Tensor]
 
 
 class QueryPart(NamedTuple):
@@ -31,6 +35,11 @@ class QueryPart(NamedTuple):
 
     number: Tensor
     query: Tensor
+
+    def summed(self, total: Total, gather: Gather) -> QueryPart:
+        """That of the parts of several processes, each of which calls this with its own."""
+        number, query = total(self.number, self.number * self.query)
+        return QueryPart(number, query / number.clamp(min=1))
 
 
 class Part(NamedTuple):
@@ -51,6 +60,47 @@ class Part(NamedTuple):
     mean_v: Tensor
     query: Tensor
     logsumexp: Tensor
+
+    def summed(self, total: Total, gather: Gather) -> Part:
+        """That of the parts of several processes, each of which calls this with its own.
+
+        Args:
+            total: Sums of tensors over the processes.
+            gather: Those of all processes along a new first axis.
+        """
+        weight = rows = self.number
+        logsumexp = self.logsumexp
+        if logsumexp.numel():
+            logsumexp = gather(logsumexp).logsumexp(0)
+            weight, rows = _softmax_weights(self, logsumexp)
+        sums = [self.state * rows, self.norm, self.mean_v]
+        if self.norm.numel():
+            sums[1] = self.norm * weight
+        if self.mean_v.numel():
+            sums[2] = self.mean_v * self.number
+        number, state, norm, mean_v = total(self.number, *sums)
+        least = number.clamp(min=1)
+        if not logsumexp.numel():
+            state, norm = state / least, norm / least if norm.numel() else norm
+        mean_v = mean_v / least if mean_v.numel() else mean_v
+        return Part(number, state, norm, mean_v, self.query, logsumexp)
+
+
+def _softmax_weights(part: Part, logsumexp: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight of the norm of a part, and of the rows of its state, in a softmax over more.
+
+    Args:
+        part: With a softmax.
+        logsumexp: Over all tokens.
+    """
+    bound = logsumexp.clamp(min=torch.finfo(logsumexp.dtype).min)  # -inf less itself is NaN
+    weight = (part.logsumexp - bound).exp()
+    rows = weight.transpose(-1, -2)
+    # One weight for each row of the state. Of a softmax for each channel, the cosine encoding puts
+    # the two rows of a channel side by side.
+    if rows.shape[2] > 1:
+        rows = rows.repeat_interleave(part.state.shape[2] // rows.shape[2], 2)
+    return weight, rows
 
 
 def _number_of(tokens: Tokens) -> Tensor:
@@ -100,14 +150,8 @@ def merge_parts(a: Part, b: Part) -> Part:
     logsumexp = a.logsumexp
     if logsumexp.numel():
         logsumexp = torch.logaddexp(a.logsumexp, b.logsumexp)
-        bound = logsumexp.clamp(min=torch.finfo(logsumexp.dtype).min)  # -inf less itself is NaN
-        weight_a, weight_b = ((x.logsumexp - bound).exp() for x in (a, b))
-        # One weight for each row of the state. Of a softmax for each channel, the cosine encoding
-        # puts the two rows of a channel side by side.
-        rows_a, rows_b = (x.transpose(-1, -2) for x in (weight_a, weight_b))
-        if rows_a.shape[2] > 1:
-            repeats = a.state.shape[2] // rows_a.shape[2]
-            rows_a, rows_b = (x.repeat_interleave(repeats, 2) for x in (rows_a, rows_b))
+        weight_a, rows_a = _softmax_weights(a, logsumexp)
+        weight_b, rows_b = _softmax_weights(b, logsumexp)
     return Part(
         number,
         a.state * rows_a + b.state * rows_b,

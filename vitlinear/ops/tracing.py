@@ -6,6 +6,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+# Looked up once: these are asked in every call of an attention.
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_is_tracing = torch._C._is_tracing
+_transforms = torch._C._are_functorch_transforms_active
+_stands_for_many = torch._C._functorch.is_legacy_batchedtensor
+
 
 @torch.compiler.assume_constant_result
 def under_transforms() -> bool:
@@ -55,10 +62,17 @@ def is_watched(grad: Tensor | None = None) -> bool:
     Args:
         grad: In a backward pass, a gradient that it was given.
     """
+    return torch.compiler.is_compiling() or is_looked_at(grad)
+
+
+def is_looked_at(grad: Tensor | None = None) -> bool:
+    """`is_watched` of what is not being compiled: the questions above, without as many calls."""
     return (
-        torch.compiler.is_compiling()
-        or under_a_mode()
-        or torch._C._len_torch_function_stack() > 0
-        or wants_common_operators()
-        or (grad is not None and stands_for_many(grad))
+        _dispatch_modes() > 0
+        or _function_modes() > 0
+        or _is_tracing()
+        or _transforms()
+        or forward_ad._current_level >= 0
+        or torch.compiler.is_exporting()
+        or (grad is not None and _stands_for_many(grad))
     )

@@ -1,4 +1,4 @@
-"""What processes send each other: rows of maps, and sums. All of it has derivatives.
+"""Exchanges between processes: rows of maps, and sums. All of them have derivatives.
 
 The exchanges are registered operators, so that compilers take them as they are. Every process takes
 part in each of them, also with nothing to send, and its result is always part of what comes out:
@@ -117,7 +117,7 @@ def fetch(
     kept = (max(need[rank][0], own[0]), min(need[rank][1], own[1]))
     if not any(_common(bounds[a], need[b]) for a, b in others):  # all processes see that alike
         return x if kept == own else x.narrow(dim, kept[0] - own[0], max(kept[1] - kept[0], 0))
-    row = math.prod(n for axis, n in enumerate(x.shape) if axis != dim)
+    row = math.prod([*x.shape[:dim], *x.shape[dim + 1 :]])
     pieces, sent, received = [], [], []
     for other in range(count):
         sends = 0 if other == rank else _common(own, need[other])

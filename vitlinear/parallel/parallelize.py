@@ -19,6 +19,7 @@ from vitlinear.rows.reach import row_convs
 from vitlinear.rows.steps import Step, check_head, steps_of
 
 from .agreement import structure
+from .around import check_around, held_model, split_around
 from .exchange import register_group
 from .levels import Strided
 from .split_layers import (
@@ -65,11 +66,12 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         )
     if any(isinstance(module, SplitLayer) for module in model.modules()):
         raise UserError("the model is parallelised already")
-    steps = steps_of(model, training=True)
-    backbone: Any = model
+    backbone: Any = held_model(model)
+    steps = steps_of(backbone, training=True)
     check_head(backbone, training=True)
     plan, levels = _plan_of(steps, backbone)
     _check_places(steps)
+    pools = check_around(model, backbone)
     described = structure(model)
     for step, (before, after) in zip(steps, levels, strict=True):
         if step.strided:
@@ -84,6 +86,7 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     stem: Any = next(iter(steps[0].modules.values()))
     stem.structure = described
     _split_head(backbone)
+    split_around(pools, plan)
     register_group(mesh.get_group())
     return model
 

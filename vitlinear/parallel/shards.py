@@ -12,7 +12,9 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from vitlinear.errors import UserError
+from vitlinear.layers.attention.band_attention import merge_sums
 from vitlinear.layers.band import Band, Parts, rows_in_use, use_rows
+from vitlinear.ops.parts import Part, QueryPart
 from vitlinear.processes import lost_peer
 from vitlinear.rows.reach import Rows
 
@@ -136,15 +138,18 @@ class ImageRows:
         Raises:
             UserError: A process has no rows of a map.
         """
+        if torch.compiler.is_compiling():  # what is kept would be looked at before each call
+            return self._make_bands(plan, prefix)[number]
         key = (plan, prefix)
         if key not in self._bands:
-            level = Level(self.height, self.cuts)
-            levels = [level]
-            for layer in plan:
-                level = layer.apply(level)
-                levels.append(level)
-            self._bands[key] = [RankBand(self, level, prefix) for level in levels]
+            self._bands[key] = self._make_bands(plan, prefix)
         return self._bands[key][number]
+
+    def _make_bands(self, plan: tuple[Strided, ...], prefix: int) -> list[RankBand]:
+        levels = [Level(self.height, self.cuts)]
+        for layer in plan:
+            levels.append(layer.apply(levels[-1]))
+        return [RankBand(self, level, prefix) for level in levels]
 
     def fetch(self, x: Tensor, dim: int, bounds: Cuts, need: Cuts) -> Tensor:
         """Own rows -> those that each process needs; see `vitlinear.parallel.exchange.fetch`."""
@@ -157,8 +162,16 @@ class ImageRows:
         return tuple(part.reshape(x.shape) for part, x in zip(parts, xs, strict=True))
 
     def merge(self, parts: Parts, combine: Callable[[Parts, Parts], Parts]) -> Parts:
-        """Combine the parts of all processes, tensors of one type; see `Band.merge`."""
+        """Combine the parts of all processes, tensors of one type; see `Band.merge`.
+
+        As sums where that can be said: what is exchanged then does not grow with the processes.
+        """
         count = len(self.cuts)
+        if combine is merge_sums:
+            return type(parts)(self.total(*parts))
+        if isinstance(parts, (QueryPart, Part)):
+            summed: Any = parts.summed(self.total, lambda x: gather(x, count, self.group))
+            return summed
         flat = gather(torch.cat([x.reshape(-1) for x in parts]), count, self.group)
 
         def part_of(numbers: Tensor) -> Parts:

@@ -37,7 +37,7 @@ def _split_class(mixin: type, base: type) -> Any:
 
 
 class SplitLayer(nn.Module):
-    """What the classes share.
+    """Base of the classes.
 
     Attributes:
         split_name: Of the layer in its model, for messages.
@@ -278,7 +278,7 @@ class SplitDropout(SplitLayer):
 
 @torch.no_grad()
 def drawn(draw: Any, ones: Tensor, layer: SplitLayer) -> Tensor:
-    """What the first process draws."""
+    """Draw on the first process, for all."""
     rows = rows_here(layer.split_name)
     mask = draw(ones)
     (mask,) = rows.total(mask if rows.rank == 0 else torch.zeros_like(mask))

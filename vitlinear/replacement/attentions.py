@@ -37,13 +37,14 @@ class ReplacedAttention(nn.Module):
 
     Attributes:
         was: Name of the class of timm's that it stands for.
+        parts: What it has of the parts of that one, of `kinds.PARTS`.
     """
 
     def __init__(
         self,
         old: Any,
         mixer: Mixer,
-        keep: set[str],
+        parts: set[str],
         rope: bool = False,
         token_map: TokenMap | None = None,
         num_prefix_tokens: int = 0,
@@ -53,13 +54,14 @@ class ReplacedAttention(nn.Module):
         Args:
             old: One of `kinds.KINDS`, or a `ReplacedAttention`.
             mixer: For all channels and heads of its queries.
-            keep: Its parts that stay, of `kinds.PARTS`.
+            parts: Its parts that stay, of `kinds.PARTS`.
             rope: Whether the mixer has 2-D rotary positions.
             token_map: Where the tokens stand; None where the mixer does not need to know.
             num_prefix_tokens: Tokens before those of the map.
         """
         super().__init__()
         self.was: str = old.was if isinstance(old, ReplacedAttention) else type(old).__name__
+        self.parts = tuple(sorted(parts))
         self.num_heads: int = old.num_heads
         self.num_kv_groups: int = getattr(old, "num_kv_groups", 1)
         self.head_dim = mixer.head_dim
@@ -69,16 +71,16 @@ class ReplacedAttention(nn.Module):
         self.v_proj: nn.Module | None = getattr(old, "v_proj", None)
         self.q_bias: nn.Parameter | None = getattr(old, "q_bias", None)
         self.v_bias: nn.Parameter | None = getattr(old, "v_bias", None)
-        self.q_norm: nn.Module = _kept(old, "q_norm", "qk_norm" in keep)
-        self.k_norm: nn.Module = _kept(old, "k_norm", "qk_norm" in keep)
+        self.q_norm: nn.Module = _kept(old, "q_norm", "qk_norm" in parts)
+        self.k_norm: nn.Module = _kept(old, "k_norm", "qk_norm" in parts)
         self.mixer: Any = mixer
-        self.norm: nn.Module = _kept(old, "norm", "norm" in keep)
-        self.gate: nn.Linear | None = getattr(old, "gate", None) if "gate" in keep else None
+        self.norm: nn.Module = _kept(old, "norm", "norm" in parts)
+        self.gate: nn.Linear | None = getattr(old, "gate", None) if "gate" in parts else None
         self.proj: nn.Module = old.proj
         self.proj_drop: nn.Module = old.proj_drop
         # Tokens before those that the model's own rotary positions turn; -1 if it has none.
         turned_from = int(getattr(old, "num_prefix_tokens", 0))
-        self.turned_from: int = getattr(old, "turned_from", turned_from) if "rope" in keep else -1
+        self.turned_from: int = getattr(old, "turned_from", turned_from) if "rope" in parts else -1
         self.rotate_half = bool(getattr(old, "rotate_half", False))
         self.rope_of_mixer = rope
         self.token_map = token_map
@@ -325,10 +327,10 @@ class ReplacedRelPosAttention(ReplacedAttention):
 class ReplacedMapAttention(ReplacedAttention):
     """In the place of the attention of timm's SAM, on maps or windows of them."""
 
-    def __init__(self, old: Any, mixer: Mixer, keep: set[str], **kwargs: Any) -> None:
+    def __init__(self, old: Any, mixer: Mixer, parts: set[str], **kwargs: Any) -> None:
         """Take over an attention; arguments as `ReplacedAttention`."""
-        super().__init__(old, mixer, keep, **kwargs)
-        self.rope: Any = getattr(old, "rope", None) if "rope" in keep else None
+        super().__init__(old, mixer, parts, **kwargs)
+        self.rope: Any = getattr(old, "rope", None) if "rope" in parts else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
@@ -347,11 +349,11 @@ class ReplacedWindowAttention(ReplacedAttention):
     not see each other. Each is mixed apart, the rest of the window being padding.
     """
 
-    def __init__(self, old: Any, mixer: Mixer, keep: set[str], **kwargs: Any) -> None:
+    def __init__(self, old: Any, mixer: Mixer, parts: set[str], **kwargs: Any) -> None:
         """Take over an attention; arguments as `ReplacedAttention`."""
-        super().__init__(old, mixer, keep, **kwargs)
+        super().__init__(old, mixer, parts, **kwargs)
         self.window_size: tuple[int, int] = to_2tuple(old.window_size)
-        self.masked = "mask" in keep
+        self.masked = "mask" in parts
 
     def set_window_size(self, window_size: int | tuple[int, int]) -> None:
         """Tell the size of the windows."""

@@ -23,8 +23,8 @@ class Place(NamedTuple):
         block: Number of its block; blocks that hold several give them the same.
         name: Path of the module.
         module: The attention.
-        owner: The model that holds the block: the innermost module with a ``patch_embed`` of those
-            that hold the attention, or the outermost.
+        owner: The model that holds the block: of the modules that hold the attention, the innermost
+            that embeds patches, or the outermost.
     """
 
     block: int
@@ -50,9 +50,16 @@ def find_attentions(model: nn.Module) -> list[Place]:
         block = match.group() if match else name.rpartition(".")[0]
         parents = [name.rsplit(".", i)[0] for i in range(1, name.count(".") + 1)] + [""]
         owners = (modules[parent] for parent in parents)
-        owner = next((m for m in owners if hasattr(m, "patch_embed")), model)
+        owner = next(
+            (m for m in owners if hasattr(m, "patch_embed") or hasattr(m, "embeds")), model
+        )
         places.append(Place(numbers.setdefault(block, len(numbers)), name, module, owner))
     return places
+
+
+def _embeds_patches(module: nn.Module) -> bool:
+    """Whether a module is a model of timm's that makes tokens of an image."""
+    return hasattr(module, "patch_embed") or hasattr(module, "embeds")
 
 
 def select_blocks(blocks: str | int | slice | Sequence[int] | None, number: int) -> list[int]:

@@ -68,7 +68,7 @@ def is_attention(module: nn.Module) -> bool:
         return False
     if cls.__name__ in _REASONS:
         return True
-    named = cls.__name__.endswith(("Attention", "Attn", "Attention2d"))
+    named = cls.__name__.endswith(("Attention", "Attn", "Attention2d", "AttentionCl"))
     return named and isinstance(getattr(module, "num_heads", None), int)
 
 
@@ -84,7 +84,7 @@ def why_not(module: nn.Module) -> str | None:
     base = next((kind.__name__ for kind in KINDS if isinstance(module, kind)), None)
     if base:
         return f"{cls.__name__} is derived from {base}, and may compute something else"
-    return f"{cls.__name__} is of a kind that there is no rule for"
+    return f"{file}.{cls.__name__} is of a kind that there is no rule for"
 
 
 def parts_of(module: Any, owner: Any) -> set[str]:
@@ -103,7 +103,7 @@ def parts_of(module: Any, owner: Any) -> set[str]:
         parts.add("gate")
     turned_by = module if isinstance(module, SamAttention) else owner
     if isinstance(module, (AttentionRope, EvaAttention, SamAttention)) and (
-        getattr(turned_by, "rope", None) is not None
+        getattr(turned_by, "rope", ...) is not None
     ):
         parts.add("rope")
     tables = [

@@ -10,19 +10,26 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import timm
-from timm.models import build_model_with_cfg, is_model, register_model, split_model_name_tag
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    is_model,
+    register_model,
+    split_model_name_tag,
+)
 from torch import nn
 
-from vitlinear._timm import FeatureGetterNet
 from vitlinear.errors import did_you_mean
 
 from .replace import ARCHITECTURE, replace_attention
 
 __all__: list[str] = []  # `register_model` adds to it
 
-# Arguments of timm's factory, which are not the constructor's.
-_OF_THE_FACTORY = ("features_only", "out_indices", "feature_cls", "pretrained_model_args")
+_SOURCES = ("url", "file", "hf_hub_id", "state_dict")
 _OF_WEIGHTS = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+
+# Of every base: its own configuration goes before this one, which says that sizes may be asked for.
+default_cfgs = generate_default_cfgs({f"{ARCHITECTURE}.untrained": {"fixed_input_size": True}})
 
 
 @register_model
@@ -53,7 +60,11 @@ def replaced_attention(
     name, tag = split_model_name_tag(base)
     if not is_model(name) or name == ARCHITECTURE:
         raise ValueError(f"unknown base {base!r}{did_you_mean(name, timm.list_models())}")
-    own_weights = isinstance(kwargs.get("pretrained_cfg"), Mapping)
+    given = kwargs.get("pretrained_cfg")
+    own_weights = isinstance(given, Mapping) and any(given.get(key) for key in _SOURCES)
+    own = timm.get_pretrained_cfg(ARCHITECTURE)
+    if isinstance(given, str) or (own is not None and given == own.to_dict()):
+        kwargs["pretrained_cfg"] = None  # that of this name, which tells nothing of the base
     if tag and not kwargs.get("pretrained_cfg"):
         kwargs["pretrained_cfg"] = tag
     of_weights = {key: kwargs[key] for key in _OF_WEIGHTS if key in kwargs}
@@ -85,11 +96,10 @@ def _feature_cfg(name: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     given = {key: value for key, value in kwargs.items() if key not in _OF_WEIGHTS}
     given.pop("pretrained_model_args", None)
     wrapped: Any = timm.create_model(name, **{**given, "device": "meta"})
-    cfg: dict[str, Any] = {"feature_cls": type(wrapped)}
-    if isinstance(wrapped, FeatureGetterNet):
-        cfg["out_indices"] = wrapped.feature_info.out_indices
-    else:
-        names = [info["module"] for info in wrapped.feature_info.info]
-        cfg["out_indices"] = wrapped.feature_info.out_indices
-        cfg["flatten_sequential"] = any(name.replace(".", "_") in wrapped for name in names)
-    return cfg
+    modules = [info["module"] for info in wrapped.feature_info.info]
+    return {
+        "feature_cls": type(wrapped),
+        "out_indices": wrapped.feature_info.out_indices,
+        # timm takes it from wrappers that have no use for it.
+        "flatten_sequential": any(module.replace(".", "_") in wrapped for module in modules),
+    }

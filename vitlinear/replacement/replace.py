@@ -140,7 +140,7 @@ def _replacement(
     reason = None if again else why_not(old)
     if reason:
         raise _Refused(reason)
-    parts = set() if again else parts_of(old, place.owner)
+    parts = set(old.parts) if again else parts_of(old, place.owner)
     if "bias" in parts & keep:
         raise _Refused(
             f"adds a table of biases to its logits, which {name} has none of: leave 'bias' out of "
@@ -171,7 +171,7 @@ def _replacement(
             raise _Refused(f"{name}{' with rope' if rope else ''} {error}") from None
     cls = type(old) if again else REPLACED[type(old)]
     prefix = int(getattr(place.owner, "num_prefix_tokens", 0))
-    new = cls(old, mixer, keep, rope=rope, token_map=where, num_prefix_tokens=prefix)
+    new = cls(old, mixer, parts & keep, rope=rope, token_map=where, num_prefix_tokens=prefix)
     return new, tuple(dropped)
 
 

@@ -313,10 +313,10 @@ def test_another_resolution_compiles_nothing():
 
 def test_measured_configurations(monkeypatch):
     """Tuning changes block sizes, not results."""
-    from vitlinear.ops.triton import tuning
+    from vitlinear.ops.triton import kept, tuning
 
     monkeypatch.setattr(tuning, "_chosen", {})
-    monkeypatch.setenv(tuning.ENVIRONMENT_VARIABLE, "1")
+    monkeypatch.setattr(kept, "asked_for", "1")
     inputs = many_tokens("mala", 56, dim=32)
     expected = reference("mala", inputs)
     torch.use_deterministic_algorithms(False)

@@ -1,7 +1,5 @@
 """Block sizes that were measured are taken again, on the same GPU, by other processes."""
 
-import os
-
 import pytest
 
 pytest.importorskip("triton")
@@ -26,7 +24,7 @@ def on_a_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(tuning, "_chosen", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
-    monkeypatch.delenv(tuning.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setattr(kept, "asked_for", None)
     kernel_cache.forget()
     yield here
     kernel_cache.forget()
@@ -53,16 +51,16 @@ def test_measured_once_and_taken_from_then_on(on_a_gpu, monkeypatch):
     assert launched() == [first]
     with kept.measuring() as blocks:
         assert launched()[-1] == second
-    assert tuning.ENVIRONMENT_VARIABLE not in os.environ
+    assert kept.asked_for is None
     assert blocks == {kept.label(KEY): [*second]}
     kernel_cache.add(on_a_gpu[0], lambda known: known.blocks.update(blocks))
     kernel_cache.forget()
     assert launched() == [second]
     # what does not fit gives way, and 0 does without
     assert launched(lambda config: config != second) == [second, first]
-    monkeypatch.setenv(tuning.ENVIRONMENT_VARIABLE, "0")
+    monkeypatch.setattr(kept, "asked_for", "0")
     assert launched() == [first]
-    monkeypatch.delenv(tuning.ENVIRONMENT_VARIABLE)
+    monkeypatch.setattr(kept, "asked_for", None)
     on_a_gpu[0] = on_a_gpu[0]._replace(name="another")
     assert launched() == [first]
 

@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 import torch  # noqa: E402
 from triton.runtime.errors import OutOfResources  # noqa: E402
 
-from vitlinear.ops.triton import tuning  # noqa: E402
+from vitlinear.ops.triton import kept, tuning  # noqa: E402
 from vitlinear.ops.triton.plan import Plan  # noqa: E402
 from vitlinear.ops.triton.tuning import Config  # noqa: E402
 
@@ -24,7 +24,7 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """As far as `is_fixed` looks."""
     monkeypatch.setattr(tuning, "INTERPRETING", False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setenv(tuning.ENVIRONMENT_VARIABLE, "1")
+    monkeypatch.setattr(kept, "asked_for", "1")
     monkeypatch.setattr(tuning, "_chosen", {})
     # tests of the operators run with it on, for its poisoned memory
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
@@ -35,10 +35,10 @@ def test_nothing_is_measured_unless_told_so(
 ) -> None:
     assert not tuning.is_fixed()
     with monkeypatch.context() as patch:
-        patch.setenv(tuning.ENVIRONMENT_VARIABLE, "0")
+        patch.setattr(kept, "asked_for", "0")
         assert tuning.is_fixed()
     with monkeypatch.context() as patch:
-        patch.delenv(tuning.ENVIRONMENT_VARIABLE)
+        patch.setattr(kept, "asked_for", None)
         assert tuning.is_fixed()
     with monkeypatch.context() as patch:
         patch.setattr(tuning, "INTERPRETING", True)
@@ -91,7 +91,7 @@ def test_the_fastest_is_measured_once_for_a_key(
     tuning.run("a", PLAN, launched.append)
     assert launched == [second]
     # the same key where nothing is measured has a choice of its own
-    monkeypatch.setenv(tuning.ENVIRONMENT_VARIABLE, "0")
+    monkeypatch.setattr(kept, "asked_for", "0")
     tuning.run("a", PLAN, launched.append)
     assert launched == [second, first]
 
@@ -99,7 +99,7 @@ def test_the_fastest_is_measured_once_for_a_key(
 def test_a_configuration_that_does_not_fit_gives_way_to_the_next(
     on_a_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(tuning.ENVIRONMENT_VARIABLE, "0")
+    monkeypatch.setattr(kept, "asked_for", "0")
     configs = tuning.candidates(PLAN)
     launched: list[Config] = []
 

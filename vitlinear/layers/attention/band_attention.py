@@ -7,13 +7,22 @@ values of all.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from vitlinear.ops import RotaryTables, get_mechanism
-from vitlinear.ops.attention import check_terms, mask_of_lengths
+from vitlinear.ops import (
+    LinearAttentionState,
+    Mechanism,
+    RotaryTables,
+    get_mechanism,
+    linear_attention_state,
+    read_linear_attention_state,
+)
+from vitlinear.ops.attention import check_terms, check_tokens, is_training, mask_of_lengths
 from vitlinear.ops.eager import (
     Tokens,
     accumulation_dtype,
@@ -33,6 +42,7 @@ from vitlinear.ops.parts import (
     read_part,
 )
 from vitlinear.ops.rotary import rotate
+from vitlinear.ops.states import runs_on
 from vitlinear.ops.terms import Terms
 
 from ..band import Band
@@ -58,6 +68,7 @@ def band_attention(
     lepe: Made | None = None,
     gate: Made | None = None,
     powers: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """(Attention(q, k, v) + lepe) * gate of a band; arguments as `scriptable_attention`.
 
@@ -73,6 +84,7 @@ def band_attention(
         lepe: Like q.
         gate: Like q.
         powers: [h, D].
+        backend: One of `vitlinear.ops.BACKENDS`, for linear attention.
 
     Returns:
         [B, n, h, D].
@@ -81,6 +93,14 @@ def band_attention(
         out = _softmax(band, q, k, v, rotary, key_padding_mask)
         return epilogue(out, made(lepe), made(gate))
     mechanism = get_mechanism(attn_type)
+    passes = band.repeats or key_padding_mask is not None
+    if isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor) and not passes:
+        all_of_it = Terms(rotary, None, head_scale, made(lepe), made(gate), powers)
+        check_tokens(q, k, v)
+        check_terms(q, all_of_it, mechanism.positions)
+        chosen = runs_on(backend, q, attn_type, all_of_it, v.shape[-1], is_training(q, k, v))
+        if chosen != "eager":
+            return _by_states(band, q, k, v, mechanism, all_of_it, chosen)
 
     terms = Terms(rotary, head_scale=head_scale, powers=powers)
 
@@ -120,6 +140,66 @@ def band_attention(
     with without_autocast(example):
         out = read_part(given, mechanism, part)
         return saturate(out.transpose(1, 2), example.dtype).to(example.dtype)
+
+
+def _by_states(
+    band: Band, q: Tensor, k: Tensor, v: Tensor, mechanism: Mechanism, terms: Terms, backend: str
+) -> Tensor:
+    """`band_attention` by operators that keep their inputs alone, kernels among them."""
+    keys, values = band.own_tokens(k), band.own_tokens(v)
+    rotary = terms.rotary
+    if rotary is not None:
+        first, last = (row - band.start for row in band.own)
+        rotary = RotaryTables(rotary.rows[first:last], rotary.cols)
+    own = Terms(rotary, powers=terms.powers)
+    if mechanism.has_global_query:
+        part = _weighted_part(band, band.own_tokens(q), keys, values, mechanism, own)
+    else:
+        state = linear_attention_state(
+            keys, values,
+            mechanism=mechanism.name, rotary=rotary, powers=terms.powers, backend=backend,
+        )  # fmt: skip
+        number = state.state.new_full((q.shape[0], 1, 1, 1), keys.shape[1])
+        part = Part(number, *state.flatten())
+    number, *merged = band.merge(part, merge_parts)
+    state = LinearAttentionState.unflatten(*merged)
+    if mechanism.read_out == "clamped":  # by the number of tokens: here all, there the queries
+        share = number / q.shape[1]
+        norm = None if state.norm is None else state.norm * share
+        state = state._replace(state=state.state * share, norm=norm)
+    return read_linear_attention_state(
+        q, state,
+        mechanism=mechanism.name, rotary=terms.rotary, head_scale=terms.head_scale,
+        lepe=terms.lepe, gate=terms.gate, powers=terms.powers, backend=backend,
+    )  # fmt: skip
+
+
+def _weighted_part(
+    band: Band, q: Tensor, k: Tensor, v: Tensor, mechanism: Mechanism, terms: Terms
+) -> Part:
+    """The state of own tokens whose keys the mean query of all weighs.
+
+    No operator is given a query. So these are the formulas, which backward runs again.
+    """
+    fresh = not torch.is_grad_enabled()
+
+    def query_of(q: Tensor) -> QueryPart:
+        with without_autocast(q):
+            return query_part(prepare(q, None, None, mechanism, terms, own=fresh), mechanism)
+
+    def part_with(k: Tensor, v: Tensor, query: QueryPart) -> Part:
+        with without_autocast(k):
+            return part_of(prepare(None, k, v, mechanism, terms, own=fresh), mechanism, query)
+
+    query = band.merge(_again(query_of, q), merge_queries)
+    return _again(part_with, k, v, query)
+
+
+def _again(function: Callable[..., Any], *inputs: Any) -> Any:
+    """Run the function; backward keeps its inputs and runs it again."""
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def own_part(band: Band, tokens: Tokens) -> Tokens:

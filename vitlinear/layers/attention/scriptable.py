@@ -85,8 +85,9 @@ def scriptable_attention(
     band = band_in_use()
     if band is not None:
         return band_attention(
-            band, q, k, v, attn_type, rotary, key_padding_mask, head_scale, lepe, gate, powers
-        )
+            band, q, k, v, attn_type, rotary, key_padding_mask, head_scale, lepe, gate, powers,
+            backend,
+        )  # fmt: skip
     if attn_type == "softmax":
         out = softmax_attention(
             q, k, v, rotary=rotary, key_padding_mask=key_padding_mask, backend="eager"

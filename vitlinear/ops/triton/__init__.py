@@ -4,7 +4,7 @@ Imported when a kernel is to run, never by `import vitlinear`.
 """
 
 from .blocks import INTERPRETING
-from .launch import backward, forward
+from .launch import backward, forward, with_shapes
 from .state_launch import read_backward, read_forward, state_backward, state_forward
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "read_forward",
     "state_backward",
     "state_forward",
+    "with_shapes",
 ]

@@ -14,6 +14,8 @@ from .. import gpu, kernel_cache, measurements
 
 ENVIRONMENT_VARIABLE = "VITLINEAR_AUTOTUNE"
 
+# "1" to have block sizes measured, "0" to take none that were. Read once: each call asks.
+asked_for = os.environ.get(ENVIRONMENT_VARIABLE)
 _noted: dict[str, list[int]] | None = None
 
 
@@ -31,7 +33,7 @@ def find(key: Any) -> list[int] | None:
     device = next((part for part in key if isinstance(part, torch.device)), None)
     if device is None or device.type not in gpu.DEVICES:
         return None
-    if os.environ.get(ENVIRONMENT_VARIABLE) == "0":
+    if asked_for == "0":
         return None
     here, name = gpu.describe(device.index), label(key)
     return kernel_cache.known(here).blocks.get(name) or measurements.seeds(here.name).blocks.get(
@@ -48,14 +50,10 @@ def note(key: Any, config: Sequence[int]) -> None:
 @contextmanager
 def measuring() -> Iterator[dict[str, list[int]]]:
     """Have block sizes measured, whatever the environment says; they are noted in the mapping."""
-    global _noted
-    before, earlier = os.environ.get(ENVIRONMENT_VARIABLE), _noted
-    os.environ[ENVIRONMENT_VARIABLE], _noted = "1", {}
+    global _noted, asked_for
+    before, earlier = asked_for, _noted
+    asked_for, _noted = "1", {}
     try:
         yield _noted
     finally:
-        _noted = earlier
-        if before is None:
-            del os.environ[ENVIRONMENT_VARIABLE]
-        else:
-            os.environ[ENVIRONMENT_VARIABLE] = before
+        asked_for, _noted = before, earlier

@@ -12,8 +12,10 @@ take to launch them (benchmarks/host_cost.py).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +26,7 @@ from ..backward import LinearGradients
 from ..mechanisms import Mechanism
 from ..terms import Terms
 from . import backward_kernels, forward_kernels, tuning
-from .memory import Layout
+from .memory import Layout, with_shape
 from .plan import Plan, lanes, make_plan
 
 SHORTEST_CUT = 256  # tokens; below, one program does everything
@@ -100,7 +102,12 @@ def cuts(
 
 
 class Launch:
-    """A kernel, its grid, its plan and its constants: a launch but for tensors and sizes."""
+    """A kernel, its grid, its plan and its constants: a launch but for tensors and sizes.
+
+    Attributes:
+        runs: Functions of tensors and sizes, by `tuning.is_fixed`: the kernel with all its options,
+            once it has run in the configuration that is chosen.
+    """
 
     def __init__(
         self,
@@ -124,7 +131,9 @@ class Launch:
         self._constants = {"grid": grid, "warmup": False, **constants}
         self._key = (kernel.__name__, plan, *kind, tuple(constants.items()))
         self._names = {fixed: tuning.name(self._key, plan, fixed) for fixed in (False, True)}
-        self._options: dict[tuning.Config, dict[str, Any]] = {}
+        self.runs: list[Callable[..., Any]] = [
+            partial(self._choose_and_run, fixed) for fixed in (False, True)
+        ]
 
     def __call__(self, fixed: bool, *args: Any) -> None:
         """Run the kernel.
@@ -133,22 +142,24 @@ class Launch:
             fixed: `tuning.is_fixed`, asked once for all launches of a call.
             *args: Tensors and sizes.
         """
+        self.runs[fixed](*args)
+
+    def _choose_and_run(self, fixed: bool, *args: Any) -> None:
         config = tuning.chosen(self._names[fixed])
         if config is None:
-            tuning.run(self._key, self._plan, lambda config: self._run(config, args))
+            tuning.run(self._key, self._plan, lambda config: self._with(config)(*args))
         else:
-            self._run(config, args)
+            self.runs[fixed] = self._with(config)
+            self.runs[fixed](*args)
 
-    def _run(self, config: tuning.Config, args: tuple[Any, ...]) -> None:
-        options = self._options.get(config)
-        if options is None:
-            options = self._options[config] = {
-                "plan": replace(self._plan, block_tokens=config.block_tokens),
-                "num_warps": config.num_warps,
-                "num_stages": config.num_stages,
-                **self._constants,
-            }
-        self._kernel.run(*args, **options)
+    def _with(self, config: tuning.Config) -> Callable[..., Any]:
+        return partial(
+            self._kernel.run,
+            plan=replace(self._plan, block_tokens=config.block_tokens),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            **self._constants,
+        )
 
 
 class Slice:
@@ -156,6 +167,7 @@ class Slice:
 
     Attributes:
         channels: The slice; None where it is all of them.
+        is_first: Whether no other comes before it.
         one_kernel: Whether a single kernel does everything, forward and backward.
         forward: That kernel, forward.
         backward: Likewise, backward.
@@ -172,6 +184,7 @@ class Slice:
 
     def __init__(self, call: Call, channels: slice | None, plan: Plan) -> None:
         self.channels = channels
+        self.is_first = not plan.adds
         kind = call.kind
         summing, wide = (call.slots, call.summing.splits), (call.slots, call.wide.splits)
         self.one_kernel = call.wide.splits == 1 and plan.fits_one_kernel
@@ -199,14 +212,18 @@ class Slice:
             backward.query_kernel, wide, again, kind, with_sums=False, with_grads=True
         )
         tiles = -(-plan.rows * plan.value_dim // MERGE_BLOCK)
-        self._merge_options = {
-            "grid": (call.slots, tiles), "warmup": False,
-            "block": MERGE_BLOCK, "plan": plan, "num_warps": 4,
+        # Takes the sums of splits, their statistics, memory for both, and whether it is a softmax.
+        self.merge_of: dict[bool, Callable[..., Any]] = {
+            softmax: partial(
+                forward_kernels.merge_kernel.run, splits=call.summing.splits, softmax=softmax,
+                grid=(call.slots, tiles), warmup=False, block=MERGE_BLOCK, plan=plan, num_warps=4,
+            )
+            for softmax in (False, True)
         }  # fmt: skip
-        self._splits, self._wide_splits = call.summing.splits, call.wide.splits
+        self._wide_splits = call.wide.splits
         self._sum_options = {"grid": (call.slots, 1), "warmup": False, "num_warps": 4}
 
-    def sum(self, parts: Tensor, total: Tensor, entries: int) -> None:
+    def sum(self, parts: Tensor | None, total: Tensor | None, entries: int) -> None:
         """Sum vectors of so many entries over the splits of a pass that leaves no states."""
         forward_kernels.sum_kernel.run(
             parts, total, self._wide_splits, size=entries, block=lanes(entries),
@@ -221,10 +238,7 @@ class Slice:
         statistics: Tensor | None = None,
     ) -> None:
         """Merge the slots of all splits; with statistics, as averages under a softmax."""
-        forward_kernels.merge_kernel.run(
-            parts, statistic_parts, sums, statistics, self._splits,
-            softmax=statistics is not None, **self._merge_options,
-        )  # fmt: skip
+        self.merge_of[statistics is not None](parts, statistic_parts, sums, statistics)
 
     def of(self, x: Tensor | None) -> Tensor | None:
         """The channels of values that the slice has of a tensor; None of None."""
@@ -239,6 +253,8 @@ class Call:
     """A kind of call: its sizes, its plan, its launches, and how its memory is laid out.
 
     Attributes:
+        device: Where it runs.
+        cuda: The number of that device, if it is a GPU.
         whole: Whether there is but one slice.
         summing: The cut of passes that leave a state for each split.
         wide: The cut of those that do not.
@@ -248,8 +264,12 @@ class Call:
             logsumexp.
         backward_scratch: Memory of the gradients of state, normaliser and mean value; the same of
             each split; of each split's means under a softmax, and of its gradients of the mean
-            query; of their sums; of each sample's gradients of tau; of the gradients of powers, of
-            each split of the queries and of the keys.
+            query; of their sums; of each sample's gradients of tau; of each split's gradients of
+            powers.
+        scales: Shape of the gradients of tau in it, [B, h]; None if there are none.
+        powers: Shape of the gradients of powers in it, [splits, B, h, D]; None if there are none.
+        powers_of_queries: The splits among them that are of the pass over queries; the others, of
+            the pass over keys, follow.
     """
 
     def __init__(
@@ -263,6 +283,8 @@ class Call:
         self.batch, self.length, self.heads, dim = shape
         self.slots = self.batch * self.heads
         self.scale = dim**-0.5
+        self.device = device
+        self.cuda = device.index if device.type == "cuda" else None
         self.plan = plan
         self.summing, self.wide = cuts(plan, self.slots, self.length, dtype.itemsize, device)
         # Powers of eight, not the size itself: another resolution is seldom another key.
@@ -287,7 +309,7 @@ class Call:
         def of_each(*lead: int, shapes: tuple[tuple[int, ...] | None, ...]) -> list[Any]:
             return [None if shape is None else (*lead, *slots, *shape) for shape in shapes]
 
-        self.kept = Layout(of_each(shapes=(*state, query, logsumexp)))
+        self.kept = Layout(of_each(shapes=(*state, query, logsumexp)), self.device)
         summing, wide = self.summing.splits, self.wide.splits
         one_kernel = self.slices[0].one_kernel
         parts = state if self.merging and not one_kernel else (None, None, None)
@@ -297,13 +319,18 @@ class Call:
                 *of_each(summing, shapes=parts),
                 *of_each(summing, shapes=(logsumexp if self.merging else None,)),
             ],
-            flat=self.whole,
+            self.device,
         )
-        scales = slots if one_kernel and plan.has_scale else None
-        powers = (plan.head_dim,) if plan.has_powers else None
+        self.scales = slots if one_kernel and plan.has_scale else None
+        self.powers_of_queries = 0
+        self.powers: tuple[int, ...] | None = None
+        if plan.has_powers:
+            # Of the splits of the pass over queries, and of that over keys.
+            self.powers_of_queries = 1 if one_kernel else wide if query else summing
+            number = self.powers_of_queries + (0 if one_kernel else wide)
+            self.powers = (number, *slots, plan.head_dim)
         if one_kernel:
-            of_powers = of_each(1, shapes=(powers,))
-            self.backward_scratch = Layout([*[None] * 10, scales, *of_powers, None])
+            self.backward_scratch = Layout([*[None] * 10, self.scales, self.powers], self.device)
             return
         self.backward_scratch = Layout(
             [
@@ -311,11 +338,10 @@ class Call:
                 *of_each(summing, shapes=parts),
                 *of_each(wide, shapes=(logsumexp, query) if wide > 1 else (None, None)),
                 *of_each(shapes=(logsumexp, query)),
-                scales,
-                *of_each(wide if query else summing, shapes=(powers,)),
-                *of_each(wide, shapes=(powers,)),
+                self.scales,
+                self.powers,
             ],
-            flat=self.whole and not plan.has_scale and not plan.has_powers,
+            self.device,
         )
 
 
@@ -339,6 +365,22 @@ def prepared(q: Tensor, v: Tensor, mechanism: Mechanism, terms: Terms) -> Call:
     return call
 
 
+# What one kind of plain call has prepared, forward and backward, in the dictionary that it is from.
+Memo = dict[str, tuple[dict[tuple[Any, ...], Call], Call]]
+
+
+def _remembered(
+    memo: Memo | None, step: str, q: Tensor, v: Tensor, mechanism: Mechanism, terms: Terms
+) -> Call:
+    """As `prepared`, without looking closely at calls that have a memo."""
+    if memo is None:
+        return prepared(q, v, mechanism, terms)
+    found = memo.get(step)
+    if found is None or found[0] is not _prepared:
+        found = memo[step] = _prepared, prepared(q, v, mechanism, terms)
+    return found[1]
+
+
 class Extras(NamedTuple):
     """Terms besides the epilogue as kernels take them, and the width of the grid.
 
@@ -356,32 +398,24 @@ class Extras(NamedTuple):
     @classmethod
     def of(cls, terms: Terms) -> Extras:
         """Those of a call."""
-        tables, width = None, 1
-        if terms.rotary is not None:
-            rows, cols = terms.rotary
-            tables = (aligned(rows.float()), aligned(cols.float()), 2 * rows.shape[1])
-            width = cols.shape[0]
-        mask = counts = None
-        padding = terms.key_padding_mask
+        rotary, padding, tau, _, _, powers = terms
+        tables = mask = counts = None
+        width = 1
+        if rotary is not None:
+            rows, cols = rotary
+            if rows.dtype is not torch.float32 or cols.dtype is not torch.float32:
+                rows, cols = rows.float(), cols.float()
+            if rows.data_ptr() % 16 or not rows.is_contiguous():
+                rows = aligned(rows)
+            if cols.data_ptr() % 16 or not cols.is_contiguous():
+                cols = aligned(cols)
+            tables, width = (rows, cols, 2 * rows.shape[1]), cols.shape[0]
         if padding is not None:
             mask = (padding.view(torch.uint8), *padding.stride())
             counts = (~padding).sum(1, dtype=torch.float32)
-        tau, powers = (
-            None if x is None else x.contiguous() for x in (terms.head_scale, terms.powers)
-        )
+        powers = None if powers is None else powers.contiguous()
+        tau = None if tau is None else tau.contiguous()
         return cls(tables, mask, counts, powers, tau, width)
-
-
-class Shares(NamedTuple):
-    """A slice's shares of the gradients that are sums over all channels of the values.
-
-    Attributes:
-        head_scale: Of tau, [h]; None without one.
-        powers: [h, D]; None without them.
-    """
-
-    head_scale: Tensor | None = None
-    powers: Tensor | None = None
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -390,12 +424,14 @@ def aligned(x: Tensor) -> Tensor:
     return x.clone() if x.data_ptr() % 16 else x
 
 
-def on_device(x: Tensor) -> AbstractContextManager[Any]:
+_here = nullcontext()
+
+
+def on_device(call: Call) -> AbstractContextManager[Any]:
     """Triton launches on the current device, wherever the tensors are."""
-    device = x.device
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)
+    if call.cuda is None or call.cuda == torch.cuda.current_device():
+        return _here
+    return torch.cuda.device(call.cuda)
 
 
 def strided(x: Tensor | None) -> tuple[Any, ...] | None:
@@ -410,6 +446,8 @@ def forward(
     mechanism: Mechanism,
     terms: Terms,
     separate: bool = False,
+    vectors: bool = False,
+    memo: Memo | None = None,
 ) -> tuple[Tensor, LinearAttentionState]:
     """The forward kernels.
 
@@ -421,20 +459,37 @@ def forward(
         terms: All that the attention is given besides.
         separate: Give each tensor of the state memory of its own, as a registered operator needs
             them.
+        vectors: Tensors of the state may be vectors, which `backward` takes as well; `with_shapes`
+            makes tensors of them.
+        memo: Of calls like this one, of `backward` too; empty at first.
 
     Returns:
         Output [B, N, h, D], contiguous, and the state, in contiguous float32 tensors.
     """
-    call = prepared(q, v, mechanism, terms)
+    call = _remembered(memo, "forward", q, v, mechanism, terms)
     out = torch.empty_like(v, memory_format=torch.contiguous_format)
-    kept: list[Any] = call.kept.separate(q) if separate else call.kept.carve(q)
-    state = LinearAttentionState(*kept)
+    kept: Sequence[Any]
+    if vectors and call.whole:
+        kept = call.kept.vectors()
+    else:
+        kept = call.kept.separate() if separate else call.kept.carve()
+    state = tuple.__new__(LinearAttentionState, kept)  # as its own `_make`, in half the time
     if out.numel():
         extras, fixed = Extras.of(terms), tuning.is_fixed()
-        with on_device(q):
+        with on_device(call):
             for part in call.slices:
                 _forward(call, part, fixed, q, k, v, terms, extras, out, state)
     return out, state
+
+
+def with_shapes(
+    state: LinearAttentionState, q: Tensor, v: Tensor, mechanism: Mechanism, terms: Terms
+) -> LinearAttentionState:
+    """The state of `forward`, whose tensors have their shapes; arguments as there."""
+    if state.state.dim() > 1:
+        return state
+    kept: list[Any] = prepared(q, v, mechanism, terms).kept.shaped(state)
+    return LinearAttentionState(*kept)
 
 
 def _forward(
@@ -452,15 +507,21 @@ def _forward(
     """Launch the forward kernels for a slice of the values."""
     tables, mask, counts, powers, head_scale, width = extras
     length, heads, scale = call.length, call.heads, call.scale
-    queries, keys, values, into = (
-        strided(q), strided(k), strided(part.of(v)), strided(part.of(out)),
-    )  # fmt: skip
-    epilogue = (strided(part.of(terms.lepe)), strided(part.of(terms.gate)))
+    _, _, _, lepe, gate, _ = terms
     state_at, norm, mean, query, logsumexp = state
-    sums = part.of_sums(state_at, norm, mean)
+    sums: Sums = (state_at, norm, mean)
+    if part.channels is not None:
+        v, out, lepe, gate = (part.of(x) for x in (v, out, lepe, gate))  # type: ignore[assignment]
+        sums = part.of_sums(*sums)
+    queries, keys, values = (q, *q.stride()), (k, *k.stride()), (v, *v.stride())
+    into = (out, *out.stride())
+    epilogue = (
+        None if lepe is None else (lepe, *lepe.stride()),
+        None if gate is None else (gate, *gate.stride()),
+    )
     if part.one_kernel:
-        part.forward(
-            fixed, queries, keys, values, into, epilogue, tables, mask, counts, powers, head_scale,
+        part.forward.runs[fixed](
+            queries, keys, values, into, epilogue, tables, mask, counts, powers, head_scale,
             sums, query, logsumexp, length, width, heads, call.wide.chunk, scale,
         )  # fmt: skip
         return
@@ -468,24 +529,27 @@ def _forward(
     wide, summing = call.wide, call.summing
     query_parts, parts, statistic_parts = None, sums, logsumexp
     if call.forward_scratch.size:
-        query_parts, *some, statistics = call.forward_scratch.carve(q)
+        scratch = call.forward_scratch
+        query_parts, *some, statistics = scratch.vectors() if call.whole else scratch.carve()
         if call.merging:
-            parts, statistic_parts = part.of_sums(*some), statistics
+            parts, statistic_parts = tuple(some), statistics  # type: ignore[assignment]
+            if part.channels is not None:
+                parts = part.of_sums(*parts)
     if query is not None:
         into_query = query if query_parts is None else query_parts
-        part.mean_query(
-            fixed, queries, mask, counts, powers, into_query, length, heads, wide.chunk, scale
+        part.mean_query.runs[fixed](
+            queries, mask, counts, powers, into_query, length, heads, wide.chunk, scale
         )
         if query_parts is not None:
             part.sum(query_parts, query, call.plan.features)
-    part.state(
-        fixed, keys, values, tables, mask, counts, powers, query, parts, statistic_parts,
+    part.state.runs[fixed](
+        keys, values, tables, mask, counts, powers, query, parts, statistic_parts,
         length, width, heads, summing.chunk, scale,
     )  # fmt: skip
     if call.merging:
-        part.merge(parts, sums, statistic_parts, logsumexp)
-    part.read(
-        fixed, queries, into, epilogue, tables, mask, counts, powers, head_scale, sums,
+        part.merge_of[logsumexp is not None](parts, statistic_parts, sums, logsumexp)
+    part.read.runs[fixed](
+            queries, into, epilogue, tables, mask, counts, powers, head_scale, sums,
         length, width, heads, wide.chunk, scale,
     )  # fmt: skip
 
@@ -499,6 +563,7 @@ def backward(
     terms: Terms,
     state: LinearAttentionState,
     grads: LinearGradients,
+    memo: Memo | None = None,
 ) -> None:
     """Write the gradients of a linear attention.
 
@@ -513,21 +578,30 @@ def backward(
         grads: Memory that is written to: [B, N, h, D] with any strides, such as the slices of one
             buffer laid out like the projection that q, k, v and the gate are slices of, and [h] for
             that of head_scale. None for what there is no gradient of; for lepe without a gate too.
+        memo: As in the forward pass.
     """
     if terms.gate is None:
         terms = terms._replace(lepe=None)  # a sum has no gradient to compute
-    call = prepared(q, v, mechanism, terms)
-    shares: list[Shares] = []
-    if q.numel():
-        extras, fixed = Extras.of(terms), tuning.is_fixed()
-        with on_device(q):
-            for part in call.slices:
-                share = _backward(call, part, fixed, grad_out, q, k, v, terms, extras, state, grads)
-                shares.append(share)
-    for into, name in ((grads.head_scale, "head_scale"), (grads.powers, "powers")):
-        if into is not None:
-            found = [getattr(share, name) for share in shares]
-            into.copy_(sum(found[1:], found[0]) if found else torch.zeros(()))
+    call = _remembered(memo, "backward", q, v, mechanism, terms)
+    if not q.numel():
+        for x in (grads.head_scale, grads.powers):
+            if x is not None:
+                x.zero_()
+        return
+    extras, fixed, into = Extras.of(terms), tuning.is_fixed(), grads
+    if not call.whole:  # sums over the slices, rounded once
+        scale, powers = (
+            None if x is None else x.new_empty(x.shape, dtype=torch.float32)
+            for x in (grads.head_scale, grads.powers)
+        )
+        into = grads._replace(head_scale=scale, powers=powers)
+    with on_device(call):
+        for part in call.slices:
+            _backward(call, part, fixed, grad_out, q, k, v, terms, extras, state, into)
+    if into is not grads:
+        for x, total in ((grads.head_scale, into.head_scale), (grads.powers, into.powers)):
+            if x is not None and total is not None:
+                x.copy_(total)
 
 
 def _backward(
@@ -542,68 +616,108 @@ def _backward(
     extras: Extras,
     state: LinearAttentionState,
     grads: LinearGradients,
-) -> Shares:
+) -> None:
     """Launch the backward kernels for a slice of the values."""
     tables, mask, counts, powers, head_scale, width = extras
     length, heads, scale = call.length, call.heads, call.scale
     options = (tables, mask, counts, powers, head_scale)
-    given, keys, values = strided(part.of(grad_out)), strided(k), strided(part.of(v))
-    epilogue = (strided(part.of(terms.lepe)), strided(part.of(terms.gate)))
-    grad_lepe = strided(part.of(grads.lepe))
-    grad_epilogue = (grad_lepe, strided(part.of(grads.gate)))
-    into_keys = (strided(grads.k), strided(part.of(grads.v)))
-    query, logsumexp = state.query, state.logsumexp
-    sums = part.of_sums(state.state, state.norm, state.mean_v)
-    scratch: list[Any] = [None] * 13
+    _, _, _, lepe, gate, _ = terms
+    grad_q, grad_k, grad_v, _, grad_lepe, grad_gate, _ = grads
+    state_at, norm, mean, query, logsumexp = state
+    sums: Sums = (state_at, norm, mean)
+    if part.channels is not None:
+        some = (grad_out, v, lepe, gate, grad_v, grad_lepe, grad_gate)
+        grad_out, v, lepe, gate, grad_v, grad_lepe, grad_gate = map(part.of, some)  # type: ignore[assignment]
+        sums = part.of_sums(*sums)
+    given, queries = (grad_out, *grad_out.stride()), (q, *q.stride())
+    keys, values = (k, *k.stride()), (v, *v.stride())
+    into_queries = (grad_q, *grad_q.stride())
+    into_keys = ((grad_k, *grad_k.stride()), (grad_v, *grad_v.stride()))
+    epilogue = (
+        None if lepe is None else (lepe, *lepe.stride()),
+        None if gate is None else (gate, *gate.stride()),
+    )
+    grad_epilogue = (
+        None if grad_lepe is None else (grad_lepe, *grad_lepe.stride()),
+        None if grad_gate is None else (grad_gate, *grad_gate.stride()),
+    )
+    parts_of: Sequence[Any] = (None,) * 12
     if call.backward_scratch.size:
-        scratch = call.backward_scratch.carve(q)
-    *some, mean_parts, query_parts, mean, grad_query, scales, of_queries, of_keys = scratch
+        scratch = call.backward_scratch
+        parts_of = scratch.vectors() if call.whole else scratch.carve()
+    *some_sums, mean_parts, query_parts, key_mean, grad_query, scales, power_parts = parts_of
+    of_queries = of_keys = None
+    if power_parts is not None:
+        assert call.powers is not None
+        power_parts = with_shape(power_parts, call.powers)
+        of_queries = power_parts
+        of_keys = power_parts[call.powers_of_queries :]
     if part.one_kernel:
-        part.backward(
-            fixed, given, strided(q), keys, values, strided(grads.q), *into_keys,
+        part.backward.runs[fixed](
+            given, queries, keys, values, into_queries, *into_keys,
             epilogue, grad_epilogue, *options, scales, of_queries, sums, query, logsumexp,
             length, width, heads, call.wide.chunk, scale,
         )  # fmt: skip
-        return Shares(
-            None if scales is None else scales.sum(0),
-            None if of_queries is None else of_queries.sum((0, 1)),
-        )
+        if scales is not None:
+            assert call.scales is not None
+            _add_share(grads.head_scale, with_shape(scales, call.scales), (0,), part)
+        if power_parts is not None:
+            _add_share(grads.powers, power_parts, (0, 1), part)
+        return
 
     wide, summing = call.wide, call.summing
-    grad_sums = part.of_sums(*some[:3])
-    parts = part.of_sums(*some[3:]) if call.merging else grad_sums
-    queries = (strided(q), strided(grads.q), epilogue, grad_epilogue, *options, sums)
-    part.query(
-        fixed, given, *queries, None, parts, None if query is not None else of_queries,
+    grad_sums: Sums
+    parts: Sums
+    grad_sums, parts = tuple(some_sums[:3]), tuple(some_sums[3:])  # type: ignore[assignment]
+    if part.channels is not None:
+        grad_sums, parts = part.of_sums(*grad_sums), part.of_sums(*parts)
+    if not call.merging:
+        parts = grad_sums
+    reading = (queries, into_queries, epilogue, grad_epilogue, *options, sums)
+    part.query.runs[fixed](
+        given, *reading, None, parts, None if query is not None else of_queries,
         length, width, heads, summing.chunk, scale,
     )  # fmt: skip
     if call.merging:
-        part.merge(parts, grad_sums)
+        part.merge_of[False](parts, None, grad_sums, None)
     if logsumexp is not None:
-        part.key_mean(
-            fixed, keys, values, *options, query, logsumexp, grad_sums,
-            mean if mean_parts is None else mean_parts,
+        part.key_mean.runs[fixed](
+            keys, values, *options, query, logsumexp, grad_sums,
+            key_mean if mean_parts is None else mean_parts,
             length, width, heads, wide.chunk, scale,
         )  # fmt: skip
         if mean_parts is not None:
-            part.sum(mean_parts, mean, call.plan.statistics)
-    part.key(
-        fixed, keys, values, *into_keys, *options, query, logsumexp, grad_sums,
-        mean, grad_query if query_parts is None else query_parts, of_keys,
+            part.sum(mean_parts, key_mean, call.plan.statistics)
+    part.key.runs[fixed](
+        keys, values, *into_keys, *options, query, logsumexp, grad_sums,
+        key_mean, grad_query if query_parts is None else query_parts, of_keys,
         length, width, heads, wide.chunk, scale,
     )  # fmt: skip
     if query_parts is not None:
         part.sum(query_parts, grad_query, call.plan.features)
     if query is not None:  # what the gate and the gradient of the output have made already
-        part.query_again(
-            fixed, given if grad_lepe is None else grad_lepe, *queries, grad_query, parts,
+        part.query_again.runs[fixed](
+            grad_epilogue[0] or given, *reading, grad_query, parts,
             of_queries, length, width, heads, wide.chunk, scale,
         )  # fmt: skip
-    shares = Shares()
     if head_scale is not None:
-        grad_state = grad_sums[0]
-        assert grad_state is not None and sums[0] is not None
-        shares = shares._replace(head_scale=(grad_state * sums[0]).sum((0, 2, 3)))
-    if of_queries is not None:
-        shares = shares._replace(powers=of_queries.sum((0, 1)) + of_keys.sum((0, 1)))
-    return shares
+        # The state is [B, h, rows, channels of the slice]; a vector of it may be longer.
+        assert sums[0] is not None and grad_sums[0] is not None
+        products, plan = grad_sums[0] * sums[0], call.plan
+        if products.dim() == 1:
+            products = with_shape(products, (call.batch, heads, plan.rows, plan.values))
+        _add_share(grads.head_scale, products, (0, 2, 3), part)
+    if power_parts is not None:
+        _add_share(grads.powers, power_parts, (0, 1), part)
+
+
+def _add_share(into: Tensor | None, parts: Tensor, axes: tuple[int, ...], part: Slice) -> None:
+    """Sum a slice's parts of a gradient of all channels of values; the first slice begins it."""
+    if into is None:
+        return
+    if part.is_first and into.dtype == parts.dtype:
+        torch.sum(parts, axes, out=into)
+    elif part.is_first:
+        into.copy_(parts.sum(axes))
+    else:
+        into.add_(parts.sum(axes))

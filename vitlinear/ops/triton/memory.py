@@ -5,7 +5,10 @@ A view costs a third of an allocation, and a call has up to ten tensors for its 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from math import prod
+from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,44 +16,57 @@ from torch import Tensor
 ALIGNMENT = 64  # numbers of 4 bytes: tensors begin where separate allocations might
 
 
+def with_shape(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The tensor of a vector that may be longer."""
+    entries = prod(shape)
+    return (x if x.numel() == entries else x[:entries]).view(shape)
+
+
 class Layout:
     """Where contiguous float32 tensors of given shapes stand in one allocation."""
 
-    def __init__(self, shapes: Sequence[tuple[int, ...] | None], flat: bool = False) -> None:
+    def __init__(self, shapes: Sequence[tuple[int, ...] | None], device: torch.device) -> None:
         """Lay them out one after the other.
 
         Args:
             shapes: Their shapes; None stays None.
-            flat: Whoever takes them looks at their addresses alone: they may be vectors, which
-                take a quarter of the time.
+            device: Where they are to be.
         """
-        self._flat = flat
-        self._views: list[tuple[tuple[int, ...], tuple[int, ...], int] | None] = []
-        self._sizes: list[int] = []
-        self.size = 0
-        for shape in shapes:
-            if shape is None:
-                self._views.append(None)
-                continue
-            strides, entries = [], 1
-            for width in reversed(shape):
-                strides.append(entries)
-                entries *= width
-            self._views.append((shape, tuple(reversed(strides)), self.size))
-            self._sizes.append(-(-entries // ALIGNMENT) * ALIGNMENT)
-            self.size += self._sizes[-1]
+        self._device = device
+        self._shapes = shapes
+        entries = [prod(shape) for shape in shapes if shape is not None]
+        self._sizes = [-(-size // ALIGNMENT) * ALIGNMENT for size in entries]
+        # Of each among those that exist; the last of all for None.
+        number = iter(range(len(entries)))
+        places = [-1 if shape is None else next(number) for shape in shapes]
+        self._pick: Callable[[Any], Any] = itemgetter(*places)
+        self._several = len(self._sizes) > 1
+        self.size = sum(self._sizes)
 
-    def carve(self, like: Tensor) -> list[Tensor | None]:
-        """Fresh tensors that share one allocation, on the device of ``like``."""
-        memory = like.new_empty((self.size,), dtype=torch.float32)
-        if not self._flat:
-            return [None if view is None else memory.as_strided(*view) for view in self._views]
-        pieces = iter(memory.split_with_sizes(self._sizes))
-        return [None if view is None else next(pieces) for view in self._views]
+    def vectors(self) -> tuple[Tensor | None, ...]:
+        """Fresh memory for each, as a vector that may be longer: for who looks at addresses alone.
 
-    def separate(self, like: Tensor) -> list[Tensor | None]:
+        They take half the time of tensors that have their shapes.
+        """
+        memory = torch.empty(self.size, dtype=torch.float32, device=self._device)
+        # "Unsafe" is what autograd does not follow: nobody differentiates these.
+        pieces = memory.unsafe_split_with_sizes(self._sizes) if self._several else (memory,)
+        return self._pick((*pieces, None))
+
+    def shaped(self, vectors: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The tensors of these vectors."""
+        return [
+            None if x is None or shape is None else with_shape(x, shape)
+            for x, shape in zip(vectors, self._shapes, strict=True)
+        ]
+
+    def carve(self) -> list[Tensor | None]:
+        """Fresh tensors that share one allocation."""
+        return self.shaped(self.vectors())
+
+    def separate(self) -> list[Tensor | None]:
         """Fresh tensors, each in an allocation of its own."""
         return [
-            None if view is None else like.new_empty(view[0], dtype=torch.float32)
-            for view in self._views
+            None if shape is None else torch.empty(shape, dtype=torch.float32, device=self._device)
+            for shape in self._shapes
         ]

@@ -21,14 +21,14 @@ from .launch import Extras, Sums, aligned, on_device, prepared, strided
 def state_forward(k: Tensor, v: Tensor, mechanism: Mechanism, terms: Terms) -> LinearAttentionState:
     """The state of keys and values, each tensor of it in memory of its own."""
     call = prepared(k, v, mechanism, terms)
-    kept: list[Any] = call.kept.separate(k)
+    kept: list[Any] = call.kept.separate()
     state = LinearAttentionState(*kept)
     if not v.numel():
         return state
     tables, mask, counts, powers, _, width = Extras.of(terms)
     fixed, splits = tuning.is_fixed(), call.summing.splits
     sums, parts = state[:3], _of_splits(splits, state) if call.merging else state
-    with on_device(k):
+    with on_device(call):
         for part in call.slices:
             into = part.of_sums(*parts[:3])
             part.state(
@@ -72,7 +72,7 @@ def state_backward(
         mean_parts = _split(call.wide.splits, logsumexp)
         mean = torch.empty_like(logsumexp)
     sizes = (call.length, extras.width, call.heads, call.wide.chunk)
-    with on_device(k):
+    with on_device(call):
         for number, part in enumerate(call.slices):
             if number == 1 and norm is not None:
                 norm = torch.zeros_like(norm)  # once, not with each slice of the values
@@ -107,7 +107,7 @@ def read_forward(
     if not out.numel():
         return out
     extras, fixed, sums = Extras.of(terms), tuning.is_fixed(), _aligned(state, mechanism)
-    with on_device(q):
+    with on_device(call):
         for part in call.slices:
             epilogue = (strided(part.of(terms.lepe)), strided(part.of(terms.gate)))
             part.read(
@@ -140,7 +140,7 @@ def read_backward(
     norm = None if grads.norm is None else torch.empty_like(grads.norm)
     found = LinearAttentionState(grads.state, norm, grads.mean_v)
     parts = _of_splits(splits, found) if call.merging else found
-    with on_device(q):
+    with on_device(call):
         for part in call.slices:
             given, into = strided(part.of(grad_out)), part.of_sums(*parts[:3])
             epilogue, grad_epilogue = (

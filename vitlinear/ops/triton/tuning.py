@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,8 +12,6 @@ from triton.testing import do_bench
 from . import kept
 from .blocks import INTERPRETING
 from .plan import Plan
-
-ENVIRONMENT_VARIABLE = kept.ENVIRONMENT_VARIABLE
 
 
 class Config(NamedTuple):
@@ -71,11 +68,7 @@ def is_fixed() -> bool:
 
     Measuring compiles each kernel several times, which takes longer than many programs run.
     """
-    return (
-        INTERPRETING
-        or os.environ.get(ENVIRONMENT_VARIABLE) != "1"
-        or torch.are_deterministic_algorithms_enabled()
-    )
+    return INTERPRETING or kept.asked_for != "1" or torch.are_deterministic_algorithms_enabled()
 
 
 def name(key: object, plan: Plan, fixed: bool) -> object:
