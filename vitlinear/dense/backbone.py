@@ -16,6 +16,7 @@ from vitlinear.checkpoints.read import CheckpointError
 from vitlinear.checkpoints.translate import classifiers
 from vitlinear.create import build_model
 from vitlinear.errors import UserError, one_line
+from vitlinear.layers.band import LOCAL
 from vitlinear.models._contract import TimmBackbone
 
 from .padding import padding, valid_sizes_of, zero_padding
@@ -39,6 +40,8 @@ class MultiScaleBackbone(nn.Module):
         channels: Channels of each map, C_i.
         reductions: Stride of each map in pixels.
     """
+
+    row_rule = LOCAL
 
     def __init__(
         self,

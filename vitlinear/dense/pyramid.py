@@ -10,6 +10,7 @@ import torch
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
+from vitlinear.layers.band import LOCAL
 from vitlinear.models._valid_region import valid_region
 
 
@@ -25,6 +26,8 @@ class SimpleFeaturePyramid(nn.Module):
         channels: Of the maps given: out of C/4, C/2, C, C.
         scales: Their strides over that of the map taken: out of 1/4, 1/2, 1, 2.
     """
+
+    row_rule = LOCAL
 
     def __init__(
         self,
