@@ -107,7 +107,7 @@ def read_costs(name: str) -> Costs:
     }
     rows = json.loads((RESULTS / "rows_memory.json").read_text())["rows"]
     held = next(
-        row["tensors_MiB"] * 2**20 / row["size"] ** 2
+        row["MiB"] * 2**20 / row["size"] ** 2
         for row in rows
         if row["model"] == name and row["checkpointing"] and row["ranks"] == 1
     )

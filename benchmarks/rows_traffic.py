@@ -14,9 +14,8 @@ from torch.nn.modules.module import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 RANKS = 3  # that exchange while it is counted
-# Images: a first one, two of more rows, and one of twice its columns. Their cuts lie alike in
-# windows of 7 rows: a process has 4, 11 or 18 rows of the last map.
-SIZES = ((384, 128), (1056, 128), (1728, 128), (384, 256))
+# Images: a first one, one of twice its columns, and one of more rows.
+SIZES = ((384, 64), (384, 128), (768, 64))
 UNITS = {
     "sum": "B",
     "state": "B to each process",
@@ -99,25 +98,25 @@ def growth(*images: list[Message]) -> dict[str, Any]:
 
     Returns:
         ``passes``: for forward and backward and each kind of `UNITS`, ``calls`` and ``bytes``.
-        ``layers``: the same of each layer's forward exchanges. A halo whose rows depend on where
-        windows lie counts with the most of these images.
-
-    Raises:
-        ValueError: The exchanges of the images are not the same ones.
+        ``layers``: the same of each layer's forward exchanges. Where the exchanges of the images
+        are not the same ones, because windows end at cuts, those of the wide image count, all but
+        sums as halos.
     """
-    if len({len(messages) for messages in images}) > 1:
-        raise ValueError(f"{[len(messages) for messages in images]} exchanges")
+    first, wide, tall = images
+    alike = len(first) == len(wide) == len(tall)
+    height, width = SIZES[0]
 
     def empty() -> dict[str, dict[str, float]]:
         return {kind: {"calls": 0, "bytes": 0} for kind in UNITS}
 
     passes = {way: empty() for way in ("forward", "backward")}
     layers: dict[str, Any] = defaultdict(empty)
-    height, width = SIZES[0]
-    for same in zip(*images, strict=True):
-        first, sent = same[0], [message.sent for message in same]
-        if len(set(sent)) == 1 and first.summed:
+    for same in zip(*(images if alike else (wide,)), strict=True):
+        one, sent = same[0], [message.sent for message in same]
+        if one.summed:
             kind, size = "sum", float(sent[0])
+        elif not alike:
+            kind, size = "halo", sent[0] / SIZES[1][1]
         elif len(set(sent)) == 1:
             kind, size = "state", sent[0] / (RANKS - 1)
         elif all(
@@ -125,11 +124,10 @@ def growth(*images: list[Message]) -> dict[str, Any]:
         ):
             kind, size = "map", sent[0] / (RANKS - 1) / (height // RANKS * width)
         else:
-            kind = "halo"
-            size = max(n / columns for n, (_, columns) in zip(sent, SIZES, strict=True))
-        rows = [passes[first.way][kind]]
-        if first.way == "forward":
-            rows.append(layers[first.layer][kind])
+            kind, size = "halo", max(n / w for n, (_, w) in zip(sent, SIZES, strict=True))
+        rows = [passes[one.way][kind]]
+        if one.way == "forward":
+            rows.append(layers[one.layer][kind])
         for row in rows:
             row["calls"] += 1
             row["bytes"] += size

@@ -90,22 +90,27 @@ def test_timm_suite(
     assert run.exit_status == 0
 
 
-# Of timm's models with replaced attentions; all in nightly runs, in groups as above.
-REPLACED = ["test_replaced_dinov3"]
-REPLACED_NIGHTLY = [
+# Of timm's models with replaced attentions, in groups as above.
+REPLACED = [
     ["test_replaced_vit", "test_replaced_vit_gated", "test_replaced_deit", "test_replaced_deit3"],
     ["test_replaced_dinov2", "test_replaced_clip", "test_replaced_siglip", "test_replaced_hybrid"],
     ["test_replaced_eva02", "test_replaced_rope", "test_replaced_sapiens2", "test_replaced_beit"],
-    ["test_replaced_relpos", "test_replaced_naflexvit", "test_replaced_swin"],
+    [
+        "test_replaced_relpos",
+        "test_replaced_naflexvit",
+        "test_replaced_dinov3",
+        "test_replaced_swin",
+    ],
 ]
 
 
+@pytest.mark.nightly
 @pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
     "models",
-    [REPLACED, *(pytest.param(group, marks=pytest.mark.nightly) for group in REPLACED_NIGHTLY)],
+    REPLACED,
     ids=",".join,
 )
 def test_models_with_replaced_attentions(models: list[str], suite: Path) -> None:

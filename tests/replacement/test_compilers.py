@@ -15,16 +15,13 @@ from vitlinear import replace_attention
 nightly = pytest.mark.nightly
 CASES = [
     # One block of each kind in the ordinary run: compilers are slow.
-    ("vit, gated and normed", "mila", {"rope": True}),
+    ("dinov3", "mala", {}),
     *(
         pytest.param(*case, marks=[nightly, pytest.mark.slow])
         for case in (
-            ("vit, registers", "mala", {}),
             ("swin", "mala", {}),
-            ("dinov3", "l2", {}),
+            ("vit, gated and normed", "mila", {"rope": True}),
             ("sapiens2", "mala", {}),
-            ("beit", "mala", {}),
-            ("relpos", "mala", {}),
             ("naflexvit", "rala", {}),
         )
     ),
@@ -35,10 +32,10 @@ of_cases = pytest.mark.parametrize(("family", "attention", "arguments"), CASES)
 def replaced(family, attention, arguments, **kwargs):
     small = FAMILIES[family]
     if "depth" in small.kwargs:
-        kwargs["depth"] = 2
+        kwargs["depth"] = 1
     with set_scriptable(True):
         model = small.create(**kwargs)
-    replace_attention(model, attention, "1:", small.keep, **arguments)
+    replace_attention(model, attention, "-1:", small.keep, **arguments)
     torch.manual_seed(0)
     return model, small.images()
 
@@ -54,6 +51,7 @@ def test_export(family, attention, arguments):
 
 
 @of_cases
+@nightly
 @pytest.mark.compile
 def test_compile_without_a_break(family, attention, arguments):
     model, x = replaced(family, attention, arguments)
@@ -69,7 +67,7 @@ def test_compile_at_sizes_that_change():
     model, x = replaced("vit, registers", "mila", {"rope": True}, dynamic_img_size=True)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    for part in (x, x[..., :96, :], x[..., :64]):
+    for part in (x, x[..., :48, :], x[..., :32]):
         with torch.no_grad():
             torch.testing.assert_close(compiled(part), model(part), rtol=1e-4, atol=1e-4)
 
@@ -97,8 +95,8 @@ def test_fx(family, attention, arguments):
 @pytest.mark.parametrize(
     ("family", "attention"),
     [
-        ("swin", "mala"),
         ("dinov3", "l2"),
+        pytest.param("swin", "mala", marks=nightly),
         pytest.param("vit, registers", "mala", marks=nightly),
         pytest.param("sapiens2", "polaformer", marks=nightly),
         pytest.param("beit", "mala", marks=nightly),

@@ -47,7 +47,7 @@ ROTARY = {"classes": ("EvaAttention",)}
 
 FAMILIES: dict[str, Small] = {
     "vit": Small("test_vit", 160, {}),
-    "vit, registers": Small("test_vit2", 160, {}),
+    "vit, registers": vit("test_vit2"),
     "vit, gated and normed": vit("vit_tiny_patch16_224", qk_norm=True, scale_attn_norm=True),
     "deit, distilled": vit("deit_tiny_distilled_patch16_224"),
     "deit3": vit("deit3_small_patch16_224", embed_dim=96, num_heads=3),
@@ -68,7 +68,7 @@ FAMILIES: dict[str, Small] = {
         "naflexvit_base_patch16_gap", 64, {"depth": 3, "embed_dim": 96, "num_heads": 3}
     ),
     "pit": Small("pit_ti_224", 64, {"img_size": 64}),
-    "relpos": Small("test_vit_relpos", 160, {}, ("qk_norm",), ("RelPosAttention",)),
+    "relpos": vit("test_vit_relpos")._replace(keep=("qk_norm",), classes=("RelPosAttention",)),
     "sam": vit("samvit_base_patch16_224", embed_dim=96, num_heads=2)._replace(keep=()),
     "swin": Small("swin_tiny_patch4_window7_224", 64, SWIN, ("mask",), ("WindowAttention",)),
     "mobilevit": Small("mobilevit_xxs", 64, {}),

@@ -74,6 +74,7 @@ class _Regression(Mixer):
         year=2025,
         cost="2 N^2 D + N^2 D^2 + N D^3",
         state="2 N D",
+        onnx=False,  # no factorisation of a matrix
         order="free",
         positive=False,
         rows_sum_to_one=True,
@@ -141,6 +142,7 @@ class Lla(_Regression):
         year=2025,
         cost="4 N D^2 + D^3",
         state="2 D (D + 1)",
+        onnx=False,  # no factorisation of a matrix
         order="free",
         positive=False,
         rows_sum_to_one=True,

@@ -15,10 +15,11 @@ from vitlinear.layers.conv.depthwise_conv import DepthwiseConv
 from vitlinear.layers.conv.head_shared_conv import HeadSharedConv
 from vitlinear.models._contract import TimmBackbone
 from vitlinear.models._isotropic import IsotropicBackbone
-from vitlinear.rows.reach import check_layer, row_convs
+from vitlinear.rows.reach import row_convs
 from vitlinear.rows.steps import Step, check_head, steps_of
 
 from .agreement import structure
+from .around import check_around, held_model, split_around
 from .exchange import register_group
 from .levels import Strided
 from .split_layers import (
@@ -47,9 +48,8 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     exchanged here; wrappers such as `DistributedDataParallel` come after.
 
     Args:
-        model: A model of this package, or a module that holds one, such as `MultiScaleBackbone`.
-            Its other layers take maps after the model: they treat places one by one, or put each
-            in the place of several, or are max pooling of the last map in squares.
+        model: A model of this package, or a module that holds one, such as `MultiScaleBackbone`,
+            of which all other layers treat places one by one.
         mesh: Of one dimension: the processes that share an image.
 
     Returns:
@@ -66,21 +66,19 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         )
     if any(isinstance(module, SplitLayer) for module in model.modules()):
         raise UserError("the model is parallelised already")
-    backbone: Any = _backbone_of(model)
+    backbone: Any = held_model(model)
     steps = steps_of(backbone, training=True)
     check_head(backbone, training=True)
     plan, levels = _plan_of(steps, backbone)
     _check_places(steps)
-    pools = _pools_after(model, backbone)
+    pools = check_around(model, backbone)
     described = structure(model)
     for step, (before, after) in zip(steps, levels, strict=True):
         if step.strided:
             _split_strided(step, plan, before, after, backbone)
         else:
             _split_step(step, plan, after, backbone)
-    for name, pool in pools:
-        _split_pool(name, pool, plan)
-    for name, module in model.named_modules():
+    for name, module in backbone.named_modules():
         if isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
             split(module, SplitBatchNorm, name)
         elif isinstance(module, timm.layers.DropPath):
@@ -88,48 +86,9 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     stem: Any = next(iter(steps[0].modules.values()))
     stem.structure = described
     _split_head(backbone)
+    split_around(pools, plan)
     register_group(mesh.get_group())
     return model
-
-
-def _backbone_of(model: nn.Module) -> nn.Module:
-    """The model of this package that a module is, or that alone it holds."""
-    found = [module for module in model.modules() if isinstance(module, TimmBackbone)]
-    return found[0] if len(found) == 1 else model
-
-
-def _pools_after(model: nn.Module, backbone: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The pooling layers of a module besides the model that it holds, all its layers checked.
-
-    Raises:
-        UserError: It has a layer that cannot be split.
-    """
-    pools: list[tuple[str, nn.Module]] = []
-    inside = set(backbone.modules())
-    for name, module in model.named_modules():
-        if module in inside or isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-            continue
-        if type(module) is nn.ConvTranspose2d:
-            if module.kernel_size[0] != module.stride[0] or any(module.padding):
-                raise UserError(f"{name} cannot be split into rows: its kernels overlap")
-        elif type(module) is nn.Conv2d:
-            if module.kernel_size[0] > 1 or module.stride[0] > 1:
-                raise UserError(f"{name} cannot be split into rows: it comes after the model")
-        elif type(module) is nn.MaxPool2d:
-            if module.kernel_size != module.stride or module.padding or not module.ceil_mode:
-                raise UserError(f"{name} cannot be split into rows: it leaves some out")
-            pools.append((name, module))
-        else:
-            check_layer(name, module, training=True)
-    return pools
-
-
-def _split_pool(name: str, pool: nn.Module, plan: tuple[Strided, ...]) -> None:
-    size: Any = pool.kernel_size
-    rows = size if isinstance(size, int) else size[0]
-    longer = (*plan, Strided(name, rows, rows, 0, "ceil"))
-    place = {"plan": longer, "level": len(plan), "after": len(longer)}
-    split(pool, PlacedStrided, name, **place, moves=True, axis_after=2)
 
 
 def _plan_of(
