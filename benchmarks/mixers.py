@@ -59,8 +59,7 @@ def specs() -> dict[str, AttentionSpec]:
 
 
 def median(run: Callable[[], object], least: int, seconds: float) -> float:
-    """Median time of a call, warmed up once, over at least so many calls and so much time."""
-    run()
+    """Median time of a call that has run before, over at least so many and so much time."""
     times: list[float] = []
     while len(times) < least or sum(times) < seconds:
         start = time.perf_counter()
@@ -88,12 +87,14 @@ def measure(name: str, side: int, seconds: float) -> dict[str, Any] | None:
         layer(x).sum().backward()
 
     least = 3 if side < SIDES[-1] else 1
+    peak = held_bytes(train)[1]
+    infer()
     return {
         "attention": name,
         "tokens": side * side,
         "forward_ms": 1e3 * median(infer, least, seconds),
         "training_ms": 1e3 * median(train, least, seconds),
-        "peak_MiB": held_bytes(train)[1] / 2**20,
+        "peak_MiB": peak / 2**20,
     }
 
 

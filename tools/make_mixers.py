@@ -183,7 +183,6 @@ def render() -> str:
     speed, study = read(SPEED), read(STUDY)
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         count=len(found),
-        no_onnx=", ".join(f"`{d.name}`" for d in found if not d.onnx),
         dim=DIM,
         heads=HEADS,
         formulas=formulas(found),

@@ -8,9 +8,10 @@ import types
 import pytest
 import torch
 
-from tests.mixers.test_contract import HEADS, close, mixer_of, tokens
+from tests.mixers.test_contract import HEADS, close, mixer_of, normal, tokens
 from vitlinear.mixers import Grid, delta_scans
 from vitlinear.mixers.delta import approach
+from vitlinear.mixers.lla import eliminated
 
 
 def test_steps_approach_the_solution():
@@ -30,6 +31,9 @@ def test_steps_approach_the_solution():
     assert residuals["chebyshev"][3] < 0.7 < residuals["richardson"][3]
     exact = approach(matrix, identity, lowest, "solve", 1)
     close(approach(matrix, identity, lowest, "richardson", 2000), exact, 1e-9)
+    full = normal(40, 40)
+    full = full @ full.T + matrix
+    close(eliminated(full, identity), torch.linalg.inv(full), 1e-9)
 
 
 def test_first_step_is_linear_attention():

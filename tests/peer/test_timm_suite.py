@@ -117,7 +117,10 @@ def test_models_with_replaced_attentions(models: list[str], suite: Path) -> None
     run = peer.run_suite(suite, ",".join(models), package="replacedzoo")
     print(run.output)
     for model in models:
-        check(run, model, timm_peer.required_tests(model in run.report["token_models"]))
+        required = timm_peer.required_tests(model in run.report["token_models"])
+        if "naflexvit" in model:  # timm does not compile it with TorchScript
+            required = frozenset(name for name in required if "torchscript" not in name)
+        check(run, model, required)
     assert run.exit_status == 0
 
 

@@ -177,7 +177,6 @@ class _DeltaRule(Mixer):
         year=2024,
         cost="3 N D^2 + D^3; a scan N D (2 D + 2 C), C = 64",
         state="2 D^2",
-        onnx=False,  # no factorisation of a matrix
         order="free",
         positive=False,
         rows_sum_to_one=False,
@@ -241,7 +240,6 @@ class Delta(_DeltaRule):
         year=2025,
         cost="3 N D^2 + D^3; a scan N D (2 D + 3 C), C = 16",
         state="2 D^2",
-        onnx=False,  # no factorisation of a matrix
         order="free",
         positive=False,
         rows_sum_to_one=False,

@@ -113,7 +113,6 @@ class AttentionDescription:
         most_tokens: Number of tokens above which it refuses; None for a cost that is linear in N.
         origin: What is ours and not the paper's, in a sentence; empty for nothing.
         needs_input: Whether it reads the input of the layer beside q, k and v.
-        onnx: Whether ONNX has its operations, with the default options.
     """
 
     name: str
@@ -134,7 +133,6 @@ class AttentionDescription:
     most_tokens: int | None = None
     origin: str = ""
     needs_input: bool = False
-    onnx: bool = True
 
     @property
     def quadratic(self) -> bool:

@@ -21,7 +21,7 @@ from .registry import register
     AttentionDescription(
         name="lawcat",
         formula="f(conv(q)) S / (f(conv(q)) m), f(x) = [softmax(W x); softmax(-W x)]",
-        paper="arXiv:2509.18467",
+        paper="github.com/zeyuliu1037/LAWCAT",
         title="LAWCAT: Efficient Distillation from Quadratic to Linear Attention with Convolution "
         "across Tokens for Long Context Modeling",
         year=2025,

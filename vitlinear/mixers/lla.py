@@ -35,7 +35,22 @@ def ridged(covariance: Tensor, ridge: Tensor, energy: Tensor) -> Tensor:
 
 def solve(matrix: Tensor, right: Tensor) -> Tensor:
     """matrix^-1 right by a Cholesky factorisation, [..., D, D] and [..., D, E]."""
+    if torch.onnx.is_in_onnx_export():
+        return eliminated(matrix, right)
     return torch.cholesky_solve(right, torch.linalg.cholesky(matrix))
+
+
+def eliminated(matrix: Tensor, right: Tensor) -> Tensor:
+    """matrix^-1 right by elimination, which a positive matrix needs no pivots for.
+
+    In the steps that ONNX has: it knows no factorisations.
+    """
+    rows = torch.cat((matrix, right), dim=-1)
+    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    for i in range(matrix.shape[-1]):
+        pivot = rows[..., i : i + 1, :] / rows[..., i : i + 1, i : i + 1]
+        rows = rows - (rows[..., i : i + 1] - identity[:, i : i + 1]) * pivot
+    return rows[..., matrix.shape[-1] :]
 
 
 class _Regression(Mixer):
@@ -74,7 +89,6 @@ class _Regression(Mixer):
         year=2025,
         cost="2 N^2 D + N^2 D^2 + N D^3",
         state="2 N D",
-        onnx=False,  # no factorisation of a matrix
         order="free",
         positive=False,
         rows_sum_to_one=True,
@@ -142,7 +156,6 @@ class Lla(_Regression):
         year=2025,
         cost="4 N D^2 + D^3",
         state="2 D (D + 1)",
-        onnx=False,  # no factorisation of a matrix
         order="free",
         positive=False,
         rows_sum_to_one=True,

@@ -22,7 +22,7 @@ from .registry import register
     AttentionDescription(
         name="nats",
         formula="w1 RMSNorm(softmax over chosen windows) + w2 RMSNorm(f(q) S of the rest)",
-        paper="arXiv:2602.03681",
+        paper="github.com/automl/NeuralAttentionSearchLinear",
         title="Neural Attention Search Linear: Towards Adaptive Token-Level Hybrid Attention "
         "Models",
         year=2026,
@@ -51,7 +51,7 @@ class Nats(Mixer):
     where the first is the greater, among the K with the greatest difference; the best one always
     stays. The choice is hard, and its gradient is that of the sigmoid of the difference
     (straight-through). Both outputs go through an RMS norm of each head, and the query weighs them:
-    (w1, w2) = softmax(W' q). Source: arXiv:2602.03681 and its released code.
+    (w1, w2) = softmax(W' q). Source: the released code.
     """
 
     def __init__(

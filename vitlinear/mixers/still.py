@@ -39,7 +39,7 @@ def self_saliency(scores: Tensor, places: Tensor) -> Tensor:
     AttentionDescription(
         name="still",
         formula="(exp(s q k^T - m) v, exact keys + g f(q) f(k)^T v, the rest) / (the same sums)",
-        paper="arXiv:2602.02180",
+        paper="github.com/ZacharyMeng/STILL",
         title="STILL: Selecting Tokens for Intra-Layer Hybrid Attention to Linearize LLMs",
         year=2026,
         cost="8 N D^2 + 4 N (w^2 + K) D, w the side of a window, K exact keys",
@@ -66,7 +66,7 @@ class Still(Mixer):
     NP-Map: u = |x| W y / |W y| with y = x - 2 (x . r) r a reflection by a learned unit vector, and
     f(x) = [softmax(u); softmax(-u)], so the length of x decides how sharp f is. A token is salient
     where its own key changes its softmax over the window (`self_saliency`). W begins as the
-    identity. Source: arXiv:2602.02180 and its released code.
+    identity. Source: the released code.
     """
 
     def __init__(

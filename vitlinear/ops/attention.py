@@ -93,16 +93,21 @@ def linear_attention(
             return eager.linear_attention(q, k, v, call.row, terms)
         check_derivatives(terms, q, k, v)
         return torch.ops.vitlinear.linear_attention(q, k, v, mechanism, *terms.flatten(), chosen)[0]
-    settled = call.settled
-    if settled is not None and settled[0] == decisions.era and settled[1] == backend:
-        chosen = settled[2]
-    elif (chosen := _chosen(backend, call)) == "eager":
+    if (chosen := chosen_for(backend, call)) == "eager":
         return eager.linear_attention(q, k, v, call.row, terms)
     if rotary is not None and (rotary.rows.requires_grad or rotary.cols.requires_grad):
         check_tables_gradient(terms)
     return autograd.linear_attention(
         q, k, v, call.row, terms, chosen, call.work.training, call.memo
     )
+
+
+def chosen_for(requested: str, call: Examined) -> str:
+    """``eager``, or the backend that the operators are to be given; as settled, if it is."""
+    settled = call.settled
+    if settled is not None and settled[0] == decisions.era and settled[1] == requested:
+        return settled[2]
+    return _chosen(requested, call)
 
 
 def _chosen(requested: str, call: Examined) -> str:
@@ -160,11 +165,11 @@ def is_training(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 _known: dict[tuple[Any, ...], Examined] = {}
-_MOST_KNOWN = 4096
+MOST_KNOWN = 4096
 
 
 # Of the arguments of a plain call; others see more than their values.
-_PLAIN = frozenset({Tensor, torch.nn.Parameter})
+PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
 
 def known(q: Tensor, k: Tensor, v: Tensor, mechanism: str, terms: Terms) -> Examined | None:
@@ -173,7 +178,7 @@ def known(q: Tensor, k: Tensor, v: Tensor, mechanism: str, terms: Terms) -> Exam
     Without a loop, which would take longer than all the rest.
     """
     rotary, mask, head_scale, lepe, gate, powers = terms
-    plain = _PLAIN
+    plain = PLAIN
     if type(q) not in plain or type(k) not in plain or type(v) not in plain:
         return None
     tables = None
@@ -208,7 +213,7 @@ def known(q: Tensor, k: Tensor, v: Tensor, mechanism: str, terms: Terms) -> Exam
     if call is None:
         if q.is_meta:
             return None
-        if len(_known) >= _MOST_KNOWN:  # sizes that never come again
+        if len(_known) >= MOST_KNOWN:  # sizes that never come again
             _known.clear()
         call = _known[key] = examined(q, k, v, mechanism, terms)
     return call

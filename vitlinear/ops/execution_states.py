@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from . import backward as formulas
@@ -105,3 +106,18 @@ def for_each_sample(state: LinearAttentionState, q: Tensor) -> LinearAttentionSt
     state_, norm, mean_v = (None if x is None else x.expand(batch, -1, -1, -1) for x in state[:3])
     assert state_ is not None
     return LinearAttentionState(state_, norm, mean_v)
+
+
+def like(grad: Tensor | None, x: Tensor | None) -> Tensor | None:
+    """A gradient in the shape and type of what it belongs to; None where there is none.
+
+    Samples that share a state share its gradient, which is the sum over them. What is given and not
+    read by the mechanism has a gradient of zero.
+    """
+    if x is None:
+        return None
+    if grad is None:
+        return torch.zeros_like(x, memory_format=torch.contiguous_format)
+    if grad.shape != x.shape:
+        grad = grad.sum_to_size(x.shape)
+    return grad if grad.dtype == x.dtype else eager.saturate(grad, x.dtype).to(x.dtype)

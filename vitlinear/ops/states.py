@@ -7,24 +7,32 @@ derivatives flow through the state.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from . import eager
+from . import autograd_states, eager
 from . import registered_states as registered_states  # registers torch.ops.vitlinear.*
 from .attention import (
+    MOST_KNOWN,
+    PLAIN,
+    Examined,
     check_derivatives,
     check_mechanism,
+    check_tables_gradient,
     check_terms,
     check_tokens,
-    is_training,
+    chosen_for,
+    examined,
+    known,
     mask_of_lengths,
 )
 from .attention_state import LinearAttentionState
-from .backend import choose_backend, requested_backend
 from .mechanisms import Mechanism, get_mechanism
 from .rotary import RotaryTables
 from .terms import Terms
+from .tracing import is_looked_at
 from .workload import Workload
 
 
@@ -69,12 +77,15 @@ def linear_attention_state(
             f"{mechanism!r} weighs keys by their mean query and has no state without queries"
         )
     terms = Terms(rotary, mask_of_lengths(key_padding_mask, k), powers=powers)
-    check_tokens(k, k, v)
-    check_mechanism(k, row, powers, v.shape[-1])
-    check_terms(k, terms, row.positions)
-    chosen = runs_on(backend, k, mechanism, terms, v.shape[-1], is_training(k, k, v))
-    if chosen == "eager":
+    call = known(k, k, v, mechanism, terms) if _may_be_plain() else None
+    plain = call is not None
+    if call is None:
+        call = examined(k, k, v, mechanism, terms)
+    if (chosen := chosen_for(backend, call)) == "eager":
         return eager.linear_attention_state(k, v, row, terms)
+    if plain:
+        check_tables_gradient(terms)
+        return autograd_states.linear_attention_state(k, v, row, terms, chosen)
     check_derivatives(terms, k, v)
     rows, cols, mask, *_ = terms.flatten()
     flat = torch.ops.vitlinear.linear_attention_state(
@@ -126,17 +137,14 @@ def read_linear_attention_state(
     """
     row = get_mechanism(mechanism)
     terms = Terms(rotary, mask_of_lengths(key_padding_mask, q), head_scale, lepe, gate, powers)
-    check_tokens(q, q, q)
-    check_state(q, state, row, rotary is not None)
-    check_mechanism(q, row, powers, state.state.shape[-1])
-    check_terms(q, terms, row.positions, state.state.shape[-1])
-    given = (state.state, state.norm, state.mean_v)
-    training = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (q, *given)
-    )
-    chosen = runs_on(backend, q, mechanism, terms, state.state.shape[-1], training)
-    if chosen == "eager":
+    plain = _may_be_plain() and _is_plain(q, *state[:3], *terms.flatten())
+    call = (_known if plain else _examined)(q, state, row, terms)
+    if (chosen := chosen_for(backend, call)) == "eager":
         return eager.read_linear_attention_state(q, state, row, terms)
+    if plain:
+        check_tables_gradient(terms)
+        return autograd_states.read_linear_attention_state(q, state, row, terms, chosen)
+    given = (state.state, state.norm, state.mean_v)
     check_derivatives(terms, q, *given)
     out: Tensor = torch.ops.vitlinear.read_linear_attention_state(
         q, *given, mechanism, *terms.flatten(), chosen
@@ -155,9 +163,56 @@ def runs_on(
         ValueError: The backend is unknown, or is ``triton`` and cannot run the call.
     """
     work = Workload.of(x, mechanism, terms, training, value_dim)
-    chosen = choose_backend(backend, work).backend
-    # Unless kernels were asked for by name, the formulas may stand in.
-    return chosen if chosen in ("eager", backend) else requested_backend(backend).backend
+    return chosen_for(backend, Examined(get_mechanism(mechanism), work))
+
+
+def _may_be_plain() -> bool:
+    """Whether nobody looks at each operator."""
+    return not torch.compiler.is_compiling() and not is_looked_at()
+
+
+def _is_plain(q: Tensor, *others: Tensor | None) -> bool:
+    return not q.is_meta and all(x is None or type(x) in PLAIN for x in (q, *others))
+
+
+def _examined(
+    q: Tensor, state: LinearAttentionState, mechanism: Mechanism, terms: Terms
+) -> Examined:
+    """Look at a read.
+
+    Raises:
+        ValueError: Something does not fit; the message names it.
+    """
+    values = state.state.shape[-1]
+    check_tokens(q, q, q)
+    check_state(q, state, mechanism, terms.rotary is not None)
+    check_mechanism(q, mechanism, terms.powers, values)
+    check_terms(q, terms, mechanism.positions, values)
+    training = _is_training(q, state)
+    return Examined(mechanism, Workload.of(q, mechanism.name, terms, training, values))
+
+
+def _is_training(q: Tensor, state: LinearAttentionState) -> bool:
+    """Whether a backward pass will follow."""
+    return torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (q, *state[:3])
+    )
+
+
+_known_reads: dict[tuple[Any, ...], Examined] = {}
+
+
+def _known(q: Tensor, state: LinearAttentionState, mechanism: Mechanism, terms: Terms) -> Examined:
+    """As `_examined`, which looks but once at calls that are alike."""
+    tensors = (q, *state[:3], *terms.flatten())
+    seen = tuple([None if x is None else (x.shape, x.dtype) for x in tensors])
+    key = (mechanism.name, q.device, _is_training(q, state), seen)
+    call = _known_reads.get(key)
+    if call is None:
+        if len(_known_reads) >= MOST_KNOWN:
+            _known_reads.clear()
+        call = _known_reads[key] = _examined(q, state, mechanism, terms)
+    return call
 
 
 def check_state(

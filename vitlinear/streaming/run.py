@@ -28,6 +28,7 @@ from .memory import (
     resident,
     rows_that_fit,
 )
+from .peers import Peers
 from .record import Position, Record
 from .sinks import Writer
 from .sums import StreamedBand, Sums, Unknown
@@ -170,6 +171,7 @@ class Runner:
         record: Record | None,
         band_rows: int | None,
         progress: bool,
+        peers: Peers,
     ) -> None:
         """Keep how to run.
 
@@ -180,6 +182,7 @@ class Runner:
             record: Of what was finished; None without a folder.
             band_rows: Rows of the output in a band; None for as many as fit.
             progress: Show a progress bar.
+            peers: The processes that share the bands.
         """
         self.example = example
         # Counted once: what bands have freed the allocator keeps for the next ones.
@@ -189,13 +192,25 @@ class Runner:
         self.record = record
         self.band_rows = band_rows
         self.progress = progress
+        self.peers = peers
         self.keeping: set[int] = set()  # numbers of the steps in which bands keep what they made
 
     def make_map(self, number: int, shape: Shape, keep: bool = False) -> RowMap:
         """A map for the output of a step."""
         if self.folder is None:
             return RowMap(shape, self.example.dtype)
-        return FileMap(shape, self.example.dtype, self.folder / f"map-{number}.bin", keep)
+        path = self.folder / f"map-{number}.bin"
+        if self.peers.size == 1:
+            return FileMap(shape, self.example.dtype, path, keep)
+        # The first process makes the file, and the others open it.
+        made, failed = None, None
+        try:
+            if self.peers.rank == 0:
+                made = FileMap(shape, self.example.dtype, path, keep)
+        except UserError as error:
+            failed = error
+        self.peers.agree(failed)
+        return made or FileMap(shape, self.example.dtype, path, keep=True)
 
     def choose_cuts(self, plans: list[Plan], wanted: set[int]) -> list[Cuts]:
         """The rows of each band of each step, so that all fit into memory.
@@ -222,6 +237,8 @@ class Runner:
                 rows, keeps = self._rows_that_fit(plan, *measured[key], self.memory - held)
                 if keeps:
                     self.keeping.add(number)
+            if self.peers.size > 1:
+                rows = min(rows, -(-height // self.peers.size))
             cuts.append(tuple((a, min(a + rows, height)) for a in range(0, height, rows)))
         return cuts
 
@@ -319,11 +336,13 @@ class Runner:
             UserError: Memory or disk do not suffice, or the image cannot be read.
         """
         self.check_maps(plans, wanted)
-        cuts = self.choose_cuts(plans, wanted)
+        cuts = self.peers.first(self.choose_cuts(plans, wanted))
         kept: dict[int, RowMap] = {}
         source: Readable = image
         first = 0
         position = Position() if self.record is None else self.record.load()
+        if self.peers.size > 1:  # what a step had begun counts for one process alone
+            position = self.peers.first(Position(finished=position.finished))
         for number in sorted(position.finished):
             made = self.make_map(number, plans[number].after, keep=True)
             made.prefix = position.finished[number]
@@ -354,7 +373,7 @@ class Runner:
                 for n in old:
                     del position.finished[n]
                 self._note(position)
-                if self.record is not None:
+                if self.record is not None and self.peers.rank == 0:
                     self.record.delete_sums()
                 for n in old:
                     kept.pop(n).delete()
@@ -370,33 +389,62 @@ class Runner:
         writers: list[Writer],
         bar: Any,
     ) -> None:
+        """One step: passes over the bands until no sum is missing.
+
+        With peers, each process runs its own bands, and what is noted for a later call is the end
+        of the step.
+        """
         cuts, sums = position.cuts, position.sums
+        alone = self.peers.size == 1
         while True:
-            for i in range(position.band, len(cuts)):
-                bar.set_postfix_str(f"{plan.step.name}, band {i + 1} of {len(cuts)}")
-                own = Rows(*cuts[i])
-                try:
-                    y, prefix = run_band(plan, source, own, cuts, sums, self.example)
-                except Unknown as stopped:
-                    # The frames that were left hold the tensors of the band.
-                    traceback.clear_frames(stopped.__traceback__)
-                else:
-                    target.write(own.start, y)
-                    for writer in writers:
-                        writer.advance(own.stop)
-                    if position.prefix is None:
-                        position.prefix = prefix
-                    del y
-                self._give_back()
-                position.band = i + 1
-                self._note(position)
-            if not sums.finish_pass():
-                target.prefix = position.prefix
-                return
+            failed = None
+            bands = range(position.band, len(cuts)) if alone else self.peers.bands(len(cuts))
+            try:
+                for i in bands:
+                    bar.set_postfix_str(f"{plan.step.name}, band {i + 1} of {len(cuts)}")
+                    self._run_band(plan, source, target, position, i, writers if alone else [])
+                    self._give_back()
+                    if alone:
+                        position.band = i + 1
+                        self._note(position)
+            except UserError as error:
+                if alone:
+                    raise
+                failed = error
+            if not alone:
+                self.peers.agree(failed)
+            if not sums.finish_pass(self.peers):
+                break
             position.band = 0
-            if self.record is not None:
+            if alone and self.record is not None:
                 self.record.save_sums(position)
                 self.record.save(position)
+        prefixes = self.peers.share(position.prefix)
+        target.prefix = position.prefix = prefixes[0]
+        for writer in writers:
+            writer.advance(plan.after[0])
+
+    def _run_band(
+        self,
+        plan: Plan,
+        source: Readable,
+        target: RowMap,
+        position: Position,
+        number: int,
+        writers: list[Writer],
+    ) -> None:
+        own = Rows(*position.cuts[number])
+        try:
+            y, prefix = run_band(plan, source, own, position.cuts, position.sums, self.example)
+        except Unknown as stopped:
+            # The frames that were left hold the tensors of the band.
+            traceback.clear_frames(stopped.__traceback__)
+            return
+        target.write(own.start, y)
+        for writer in writers:
+            writer.advance(own.stop)
+        if position.prefix is None:
+            position.prefix = prefix
 
     def _give_back(self) -> None:
         """Return memory to the system before it runs short: the next band is faster on memory that
@@ -406,7 +454,7 @@ class Runner:
             give_back_memory()
 
     def _note(self, position: Position) -> None:
-        if self.record is not None:
+        if self.record is not None and self.peers.rank == 0:
             self.record.save(position)
 
 

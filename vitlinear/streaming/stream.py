@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from vitlinear.create import data_config
 from vitlinear.errors import UserError
@@ -19,6 +20,7 @@ from vitlinear.rows.steps import check_head, steps_of
 
 from .maps import RowMap
 from .memory import parse_memory
+from .peers import Peers
 from .record import Record
 from .run import Plan, Readable, Runner, module_example, plan_steps, pooled
 from .sinks import Writer, Writers, check_shape, check_sink
@@ -43,6 +45,7 @@ def stream(
     std: Sequence[float] | None = None,
     band_rows: int | None = None,
     mask: Any = None,
+    mesh: DeviceMesh | None = None,
     overwrite: bool = False,
     progress: bool = False,
 ) -> Any:
@@ -74,6 +77,9 @@ def stream(
         mask: Places of the maps that are kept, the others hold NaN: ``'tissue'``, which
             `vitlinear.streaming.tissue` defines, or an array [h, w] of truth values over the whole
             image. What is kept is what it is without a mask.
+        mesh: Of one dimension: the processes that share the bands. All make the same call, with a
+            workdir that all of them see; the first one writes the sinks, and interrupted calls go
+            on from the last finished layer.
         overwrite: Replace files that are to be written.
         progress: Show a progress bar.
 
@@ -93,6 +99,10 @@ def stream(
     if band_rows is not None and band_rows < 1:
         raise UserError(f"band_rows must be at least 1, got {band_rows}")
     budget = parse_memory(memory)
+    peers = Peers(mesh)
+    if peers.size > 1 and workdir is None:
+        raise UserError("processes that share an image need a workdir that all of them see")
+    written = sinks if peers.rank == 0 else {}
     with torch.no_grad():
         steps = steps_of(model)
         example = module_example(model)
@@ -115,7 +125,9 @@ def stream(
             folder = Path(workdir).expanduser()
             make_folder(folder)
             record = Record(folder, _description(model, image, outputs, band_rows))
-        runner = Runner(example, budget, folder, record, band_rows, progress)
+        runner = Runner(
+            example, budget, folder, record, band_rows, progress and peers.rank == 0, peers
+        )
         heads = {
             name: HeadMap(name, [plans[n].after for n in found], runner.memory, example)
             for name, found in numbers.items()
@@ -132,7 +144,7 @@ def stream(
             def open_writers(number: int, made: RowMap) -> list[Writer]:
                 stride = _stride(plans[: number + 1])
                 view: Any = made if kept is None else MaskedMap(made, kept)
-                places = [place for name, place in sinks.items() if plain.get(name) == number]
+                places = [place for name, place in written.items() if plain.get(name) == number]
                 return [writers.open(view, place, stride) for place in places]
 
             maps = runner.run(plans, image, needed, open_writers)
@@ -151,10 +163,10 @@ def stream(
                     rows = max(pixels // math.prod(made_of[0].shape[1:]), 1)
                     view = PrincipalComponents(made_of[0], kept, rows)
                 view = view if kept is None else MaskedMap(view, kept)
-                if name in sinks:
+                if name in written:
                     stride = image.shape[0] // view.shape[0]
                     writers.open(view, sinks[name], stride).advance(view.shape[0])
-                else:
+                elif name not in sinks:
                     made[name] = view.read(0, view.shape[0]).permute(0, 3, 1, 2)
         made |= sinks
         if record is not None and all(

@@ -7,6 +7,7 @@ two or three times for a linear attention.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 
 from vitlinear.layers.band import Band, Parts
+
+from .peers import Peers
 
 
 class Unknown(Exception):
@@ -28,6 +31,7 @@ class Sums:
     Attributes:
         known: Sums over all bands.
         pending: Sums over the bands so far.
+        combines: What makes one sum of two, for those that are pending.
         kept: What `Band.once` keeps.
         keeps: Whether there is memory for what `Band.keep` keeps.
         of_bands: That, by the first own row and its key.
@@ -36,6 +40,7 @@ class Sums:
     def __init__(self) -> None:
         self.known: list[Any] = []
         self.pending: list[Any] = []
+        self.combines: list[Callable[[Any, Any], Any] | None] = []
         self.kept: dict[int, Tensor] = {}
         self.keeps = False
         self.of_bands: dict[tuple[int, object], Tensor] = {}
@@ -45,13 +50,32 @@ class Sums:
         """Whether something pending is as large as the map."""
         return any(isinstance(part, Pieces) for part in self.pending)
 
-    def finish_pass(self) -> bool:
-        """Make known what is pending, all bands having been seen; whether something was."""
+    def finish_pass(self, peers: Peers) -> bool:
+        """Make known what is pending, all bands having been seen; whether something was.
+
+        Args:
+            peers: The processes that have seen some of the bands each.
+        """
+        of_all = peers.share(self.pending)
+        if peers.size > 1:
+            self.pending = peers.first(self._merged(of_all) if peers.rank == 0 else None)
         for part in self.pending:
             self.known.append(_beside(part) if isinstance(part, Pieces) else part)
         waited = bool(self.pending)
-        self.pending = []
+        self.pending, self.combines = [], []
         return waited
+
+    def _merged(self, of_all: list[list[Any]]) -> list[Any]:
+        """What is pending on all processes, each a list as long as this one's, or empty."""
+        merged = []
+        for place, combine in enumerate(self.combines):
+            parts = [pending[place] for pending in of_all if pending]
+            if combine is None:
+                pieces = [piece for part in parts for piece in part.pieces]
+                merged.append(Pieces(parts[0].axis, pieces))
+            else:
+                merged.append(functools.reduce(combine, parts))
+        return merged
 
 
 @dataclass
@@ -115,6 +139,7 @@ class StreamedBand(Band):
             pending[place] = combine(_like(parts, pending[place]), parts)
         else:
             pending.append(parts)
+            self.sums.combines.append(combine)
         if not later:
             raise Unknown
         return _like(parts, [torch.full_like(x, math.nan) for x in parts])
@@ -132,6 +157,7 @@ class StreamedBand(Band):
         place = number - len(self.sums.known)
         if place == len(pending):
             pending.append(Pieces(axis))
+            self.sums.combines.append(None)
         # Copies, so that nothing else of the band stays in memory.
         copies = [x.clone(memory_format=torch.contiguous_format) for x in parts]
         pending[place].pieces.append(copies)

@@ -1,0 +1,106 @@
+"""Processes that share the bands of an image make what one makes."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+
+import vitlinear
+from tests.parallel.ranks import Ranks
+from tests.streaming.test_exact import difference, make
+from vitlinear.errors import UserError
+from vitlinear.streaming import run
+
+# Sums and softmax, and lines passed on from band to band; at night windows and training as well.
+MODELS = ["test_ravlt", "test_lightnet"]
+MODELS += [pytest.param(x, marks=pytest.mark.nightly) for x in ("test_pola_swin", "test_vittt")]
+IMAGE = np.random.default_rng(0).standard_normal((3, 171, 64))
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    ranks = Ranks(3, str(tmp_path_factory.mktemp("group") / "store"))
+    yield ranks
+    ranks.close()
+
+
+def mesh():
+    return init_device_mesh("cpu", (3,))
+
+
+def streamed(name: str, folder: Path, **kwargs) -> dict:
+    outputs = vitlinear.stream(
+        make(name), IMAGE, output=["logits", 1], workdir=folder, mesh=mesh(), **kwargs
+    )
+    return {key: x.clone() for key, x in outputs.items()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_outputs_are_those_of_one_process(name, three, tmp_path):
+    expected = vitlinear.stream(make(name), IMAGE, output=["logits", 1])
+    for outputs in three.run(streamed, name, tmp_path):
+        assert max(difference(outputs[key], expected[key]) for key in expected) < 1e-10
+
+
+def count_bands(folder: Path) -> int:
+    bands = []
+    whole = run.run_band
+
+    def counted(*args):
+        bands.append(args[2])
+        return whole(*args)
+
+    run.run_band = counted
+    try:
+        sink = folder / "map.npy"
+        vitlinear.stream(make("test_ravlt_linear"), IMAGE, sink, output=0, band_rows=4,
+                         workdir=folder / "work", mesh=mesh())  # fmt: skip
+    finally:
+        run.run_band = whole
+    return len(bands)
+
+
+def test_each_runs_some_of_the_bands_and_the_first_writes(three, tmp_path):
+    bands = three.run(count_bands, tmp_path)
+    expected = vitlinear.stream(make("test_ravlt_linear"), IMAGE, output=0)
+    assert max(bands) - min(bands) <= 4 and min(bands) > 10
+    assert np.allclose(np.load(tmp_path / "map.npy"), expected[0], atol=1e-10)
+
+
+def fails_on_one(folder: Path) -> str:
+    image = IMAGE
+    if distributed.get_rank() == 1:
+
+        class Broken:
+            shape = IMAGE.shape
+
+            def __getitem__(self, key):
+                if key[1].start > 60 and key[1].stop - key[1].start > 1:
+                    raise OSError("bad sector")
+                return IMAGE[key]
+
+        image = Broken()
+    try:
+        vitlinear.stream(
+            make("test_ravlt_linear"), image, output=0, workdir=folder, mesh=mesh(), band_rows=4
+        )
+    except UserError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_process_that_fails_ends_all(three, tmp_path):
+    messages = three.run(fails_on_one, tmp_path)
+    assert all("bad sector" in message for message in messages)
+    assert messages[0].startswith("process 1 failed")
+
+
+def without_a_folder() -> None:
+    with pytest.raises(UserError, match="need a workdir that all of them see"):
+        vitlinear.stream(make("test_ravlt"), IMAGE, mesh=mesh())
+
+
+def test_a_folder_is_needed(three):
+    three.run(without_a_folder)

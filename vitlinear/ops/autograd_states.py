@@ -1,0 +1,144 @@
+"""States and reads of them as plain functions of autograd; when and why is told in `autograd`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import eager, execution_states, tracing
+from .attention_state import LinearAttentionState
+from .mechanisms import Mechanism
+from .rotary import RotaryTables
+from .terms import Terms
+
+
+def linear_attention_state(
+    k: Tensor, v: Tensor, mechanism: Mechanism, terms: Terms, backend: str
+) -> LinearAttentionState:
+    """The state of a plain call; arguments as `execution_states.state_forward`."""
+    powers = terms.powers
+    if torch.is_grad_enabled() and (
+        k.requires_grad or v.requires_grad or (powers is not None and powers.requires_grad)
+    ):
+        return LinearAttentionState(*_state(mechanism, terms, backend, k, v, powers))
+    return execution_states.state_forward(k, v, mechanism, terms, backend)
+
+
+def read_linear_attention_state(
+    q: Tensor, state: LinearAttentionState, mechanism: Mechanism, terms: Terms, backend: str
+) -> Tensor:
+    """The read of a plain call; arguments as `execution_states.read_forward`."""
+    _, _, head_scale, lepe, gate, powers = terms
+    learnt = (q, state.state, state.norm, state.mean_v, head_scale, lepe, gate, powers)
+    if torch.is_grad_enabled():
+        for x in learnt:
+            if x is not None and x.requires_grad:
+                return _read(mechanism, terms, backend, *learnt)
+    return execution_states.read_forward(q, state, mechanism, terms, backend)
+
+
+def _is_plain(*grads: Tensor | None) -> bool:
+    """Whether nobody looks at what is made of these gradients."""
+    return not torch.is_grad_enabled() and all(
+        grad is None or (type(grad) is Tensor and not tracing.is_watched(grad)) for grad in grads
+    )
+
+
+class _State(torch.autograd.Function):
+    """Keeps keys, values and the logsumexp, as the registered operator does."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, mechanism: Mechanism, terms: Terms, backend: str,
+        k: Tensor, v: Tensor, powers: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        state = execution_states.state_forward(k, v, mechanism, terms, backend)
+        rows, cols = terms.rotary or (None, None)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(k, v, rows, cols, terms.key_padding_mask, powers, state.logsumexp)
+        ctx.mechanism, ctx.backend = mechanism, backend
+        ctx.shapes = [None if x is None else x.shape for x in state[:3]]
+        return tuple(state)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        k, v, rows, cols, mask, powers, logsumexp = ctx.saved_tensors
+        given = [grad for grad in grads if grad is not None]
+        if not given:
+            return (None,) * 6
+        *_, of_logsumexp = grads
+        state, norm, mean_v = (  # all that the state has
+            given[0].new_zeros(shape) if grad is None and shape is not None else grad
+            for grad, shape in zip(grads[:3], ctx.shapes, strict=True)
+        )
+        assert state is not None
+        of_state = LinearAttentionState(state, norm, mean_v, None, of_logsumexp)
+        if _is_plain(*grads):
+            terms = Terms(None if rows is None else RotaryTables(rows, cols), mask, powers=powers)
+            found = execution_states.state_backward(
+                of_state, k, v, ctx.mechanism, terms, logsumexp, ctx.backend
+            )
+            grad_k, grad_v, of_powers = found
+            if of_powers is not None and powers is not None:
+                of_powers = eager.saturate(of_powers, powers.dtype).to(powers.dtype)
+            return None, None, None, grad_k, grad_v, of_powers
+        state, norm, mean_v, _, of_logsumexp = of_state.flatten()
+        kept = state.new_empty(0) if logsumexp is None else logsumexp
+        grad_k, grad_v, of_powers = torch.ops.vitlinear.linear_attention_state_backward(
+            state, norm, mean_v, of_logsumexp, k, v, ctx.mechanism.name, rows, cols, mask, powers,
+            kept, ctx.backend,
+        )  # fmt: skip
+        return None, None, None, grad_k, grad_v, None if powers is None else of_powers
+
+
+class _Read(torch.autograd.Function):
+    """Keeps its inputs, as the registered operator does."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, mechanism: Mechanism, terms: Terms, backend: str,
+        q: Tensor, state: Tensor, norm: Tensor | None, mean_v: Tensor | None, *_: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        given = LinearAttentionState(state, norm, mean_v)
+        rotary, *others = terms
+        rows, cols = rotary or (None, None)
+        ctx.save_for_backward(q, state, norm, mean_v, rows, cols, *others)
+        ctx.mechanism, ctx.backend = mechanism, backend
+        return execution_states.read_forward(q, given, mechanism, terms, backend)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        q, state, norm, mean_v, rows, cols, mask, head_scale, lepe, gate, powers = ctx.saved_tensors
+        if _is_plain(grad_out):
+            rotary = None if rows is None else RotaryTables(rows, cols)
+            terms = Terms(rotary, mask, head_scale, lepe, gate, powers)
+            found = execution_states.read_backward(
+                grad_out, q, LinearAttentionState(state, norm, mean_v), ctx.mechanism, terms,
+                ctx.backend,
+            )  # fmt: skip
+            grads = [
+                execution_states.like(grad, x)
+                for grad, x in (
+                    (found.state, state), (found.norm, norm), (found.mean_v, mean_v),
+                    (found.head_scale, head_scale),
+                )
+            ] + [found.lepe, found.gate, execution_states.like(found.powers, powers)]  # fmt: skip
+            grad_q = found.q
+        else:
+            grad_q, *returned = torch.ops.vitlinear.read_linear_attention_state_backward(
+                grad_out, q, state, norm, mean_v, ctx.mechanism.name, rows, cols, mask, head_scale,
+                lepe, gate, powers, ctx.backend,
+            )  # fmt: skip
+            inputs = (state, norm, mean_v, head_scale, lepe, gate, powers)
+            grads = [None if x is None else grad for x, grad in zip(inputs, returned, strict=True)]
+        if lepe is not None and gate is None:
+            hidden = None if mask is None else mask[..., None, None]
+            grads[4] = grad_out if hidden is None else grad_out.masked_fill(hidden, 0)
+        return None, None, None, grad_q, *grads
+
+
+# As in `autograd`.
+_state = super(torch.autograd.Function, _State).apply
+_read = super(torch.autograd.Function, _Read).apply

@@ -1,0 +1,81 @@
+"""The processes that stream one image together: each runs some of the bands.
+
+Maps lie in files of a work directory that all of them see. Sums over bands are merged when a pass
+ends; nothing else is sent.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import distributed
+from torch.distributed.device_mesh import DeviceMesh
+
+from vitlinear.errors import UserError
+from vitlinear.processes import lost_peer
+
+
+class Peers:
+    """A group of processes.
+
+    Attributes:
+        rank: Number of this process in it.
+        size: Number of the processes.
+    """
+
+    def __init__(self, mesh: DeviceMesh | None) -> None:
+        """Keep the group.
+
+        Args:
+            mesh: Of one dimension; None for this process alone.
+
+        Raises:
+            UserError: The mesh has more dimensions.
+        """
+        if mesh is not None and mesh.ndim != 1:
+            raise UserError(
+                f"bands are shared along one dimension of a mesh, got one of {mesh.ndim}: give a "
+                'part of it, such as mesh["rows"]'
+            )
+        self.group = None if mesh is None else mesh.get_group()
+        self.rank = 0 if mesh is None else mesh.get_local_rank()
+        self.size = 1 if mesh is None else mesh.size()
+
+    def bands(self, number: int) -> range:
+        """Of so many bands, those of this process: neighbours, and the first process has some."""
+        first, stop = (-(-rank * number // self.size) for rank in (self.rank, self.rank + 1))
+        return range(first, stop)
+
+    def share(self, value: Any) -> list[Any]:
+        """The values of all processes.
+
+        Raises:
+            LostPeerError: One of them is gone.
+        """
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        try:
+            distributed.all_gather_object(values, value, group=self.group)
+        except Exception as error:
+            if lost := lost_peer(error):
+                raise lost from error
+            raise
+        return values
+
+    def first(self, value: Any) -> Any:
+        """The value of the first process."""
+        return self.share(value if self.rank == 0 else None)[0]
+
+    def agree(self, error: UserError | None) -> None:
+        """Fail on all processes if one has failed; they wait for each other here.
+
+        Raises:
+            UserError: That of this process, or of the first one that has failed.
+        """
+        messages = self.share(None if error is None else str(error))
+        if error is not None:
+            raise error
+        for rank, message in enumerate(messages):
+            if message is not None:
+                raise UserError(f"process {rank} failed: {message}")
