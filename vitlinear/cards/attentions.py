@@ -85,7 +85,6 @@ def about(description: AttentionDescription) -> str:
         "keeps": ", ".join(names) or "nothing of softmax",
         "positions": f"rotary ones act {description.turns}",
         "backends": ", ".join(description.backends),
-        "exports": "ONNX too" if description.onnx else "not to ONNX",
         "limit": f"{description.most_tokens} tokens" if description.quadratic else "",
     }
     lines = [description.name, *(f"  {key:<10}{text}" for key, text in rows.items() if text)]
