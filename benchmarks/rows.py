@@ -202,8 +202,8 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
 def timing(args: argparse.Namespace) -> dict[str, Any]:
     """Prints and returns the time of steps: one size, sizes that grow, and one large image."""
     name = (args.models or ["ravlt_t_linear"])[0]
-    plan = [("strong", ranks, 768, 512, 3, False) for ranks in args.ranks]
-    plan += [("weak", ranks, 384 * ranks, 512, 3, False) for ranks in args.ranks]
+    plan = [("strong", ranks, 768, 512, 2, False) for ranks in args.ranks]
+    plan += [("weak", ranks, 384 * ranks, 512, 2, False) for ranks in args.ranks]
     if args.large:
         plan += [("large", 2, args.large, args.large, 0, True)]
     rows = []

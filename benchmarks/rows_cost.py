@@ -86,7 +86,7 @@ class Costs:
     Attributes:
         macs: Multiply-adds of a forward pass for a pixel.
         params: Parameters.
-        held: Bytes of a training step for a pixel, with checkpointing.
+        held: Bytes of a training step for a pixel, with checkpointing; NaN if not measured.
         kinds: Calls and bytes of both passes, by kind of exchange.
     """
 
@@ -107,9 +107,12 @@ def read_costs(name: str) -> Costs:
     }
     rows = json.loads((RESULTS / "rows_memory.json").read_text())["rows"]
     held = next(
-        row["MiB"] * 2**20 / row["size"] ** 2
-        for row in rows
-        if row["model"] == name and row["checkpointing"] and row["ranks"] == 1
+        (
+            row["MiB"] * 2**20 / row["size"] ** 2
+            for row in rows
+            if row["model"] == name and row["checkpointing"] and row["ranks"] == 1
+        ),
+        math.nan,
     )
     return Costs(counted["total"] / (height * width), counted["params"], held, kinds)
 

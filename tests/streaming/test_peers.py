@@ -30,9 +30,9 @@ def mesh():
     return init_device_mesh("cpu", (3,))
 
 
-def streamed(name: str, folder: Path, **kwargs) -> dict:
+def streamed(name: str, folder: Path) -> dict:
     outputs = vitlinear.stream(
-        make(name), IMAGE, output=["logits", 1], workdir=folder, mesh=mesh(), **kwargs
+        make(name), IMAGE, output=["logits", 1], workdir=folder, mesh=mesh(), band_rows=8
     )
     return {key: x.clone() for key, x in outputs.items()}
 
