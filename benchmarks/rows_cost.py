@@ -105,7 +105,8 @@ def read_costs(name: str) -> Costs:
         kind: {key: sum(one[kind][key] for one in passes.values()) for key in ("calls", "bytes")}
         for kind in passes["forward"]
     }
-    rows = json.loads((RESULTS / "rows_memory.json").read_text())["rows"]
+    measured = RESULTS / "rows_memory.json"
+    rows = json.loads(measured.read_text())["rows"] if measured.exists() else []
     held = next(
         (
             row["MiB"] * 2**20 / row["size"] ** 2
@@ -149,10 +150,11 @@ def table(name: str, machine: Machine, sides: list[int], counts_of_gpus: list[in
             parts = seconds_of(costs, machine, side, ranks)
             step = sum(parts.values())
             held = costs.held * side * side / ranks + 16 * costs.params
-            fits = "" if held < machine.memory else " (too much)"
+            memory = "" if math.isnan(held) else f"{held / 1e9:.3g}"
+            memory += " (too much)" if held >= machine.memory else ""
             cells = " | ".join(f"{1e3 * value:.3g}" for value in (*parts.values(), step))
             share = 1 - parts["compute"] / step
-            lines.append(f"| {side}² | {ranks} | {cells} | {share:.0%} | {held / 1e9:.3g}{fits} |")
+            lines.append(f"| {side}² | {ranks} | {cells} | {share:.0%} | {memory} |")
     return lines
 
 

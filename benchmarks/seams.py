@@ -37,7 +37,7 @@ LARGE = "2019_YELL_2_528000_4978000_image_crop2"
 MODEL = "test_ravlt_linear"
 TILE, CROP, BATCH = 512, 256, 4
 STRIDE = 4  # pixels in a place of the logits
-SIDE = 400  # of a panel of the picture
+SIDE = 320  # of a panel of the picture
 
 
 class SumHead(nn.Module):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import distributed, multiprocessing
 
-TIMEOUT = 60  # seconds that a process waits for others
+TIMEOUT = 240  # seconds that a process waits for others, and a test for all of them
 
 
 def _serve(rank: int, size: int, store: str, timeout: float, tasks: Any, results: Any) -> None:
@@ -68,7 +68,7 @@ class Ranks:
         expected = range(len(self.processes)) if of is None else of
         for _ in expected:
             try:
-                rank, value, error = self.results.get(timeout=2 * TIMEOUT)
+                rank, value, error = self.results.get(timeout=TIMEOUT)
             except queue.Empty:
                 failed.append("a process gave no answer")
                 break

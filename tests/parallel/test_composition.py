@@ -12,9 +12,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.parallel.comparing import LEAST, difference, make, mesh_of_all
+from tests.parallel.comparing import LEAST, difference, loss_of, make, mesh_of_all
 from tests.parallel.test_exact import check
-from vitlinear.parallel import parallelize, shard_rows
+from vitlinear.dense.backbone import MultiScaleBackbone
+from vitlinear.parallel import gather_rows, parallelize, shard_rows
 
 pytestmark = pytest.mark.process
 
@@ -165,3 +166,30 @@ def _copied() -> bool:
 
 def test_copies_are_parallelised(two):
     assert all(two.run(_copied))
+
+
+def _multi_scale(name: str) -> float:
+    torch.manual_seed(0)
+    model = MultiScaleBackbone(name, out_norms=True).double()
+    reference = copy.deepcopy(model)
+    mesh = mesh_of_all()
+    parallelize(model, mesh)
+    shard, rows = shard_rows(images_of(), mesh, sizes=(50, 55))
+    expected = reference(images_of())
+    loss_of(list(expected)).backward()
+    with rows:
+        found = [gather_rows(x, rows) for x in model(shard)]
+        loss_of(found).backward()
+    gradients = {}
+    for key, p in model.named_parameters():
+        distributed.all_reduce(p.grad)
+        gradients[key] = p.grad / mesh.size()
+    wanted = {key: p.grad for key, p in reference.named_parameters()}
+    return max(*map(difference, found, expected), worst(gradients, wanted))
+
+
+@pytest.mark.parametrize(
+    "name", ["test_linear_deit", pytest.param("test_pola_swin", marks=pytest.mark.nightly)]
+)
+def test_maps_for_detectors(two, name):
+    assert max(two.run(_multi_scale, name)) < 1e-10
