@@ -231,13 +231,11 @@ def published() -> dict[Kind, list[tuple[int, int]]]:
     """The kinds of call of the published models, and (tokens, heads) of each of their calls."""
     import timm
 
+    from vitlinear.models import our_models
     from vitlinear.report import attention_calls
 
     found: dict[Kind, set[tuple[int, int]]] = {}
-    for name in timm.list_models():
-        module = timm.models.model_entrypoint(name).__module__
-        if not module.startswith("vitlinear.") or name.startswith("test_"):
-            continue
+    for name in our_models(tests=False):
         with torch.device("meta"):
             model = timm.create_model(name)
         for attention in attention_calls(model):

@@ -91,7 +91,7 @@ def run_alone(form: str, model: str, image: Path, memory: str, threads: int, dis
 
 
 def measure(form: str, model: str, side: int, args: argparse.Namespace) -> dict[str, Any]:
-    """What one image took, from a process of its own."""
+    """Time and memory that one image took, from a process of its own."""
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         image = Path(folder) / "image.npy"
         write_image(image, side)

@@ -13,7 +13,7 @@ from .backbone import MultiScaleBackbone
 
 
 class _Decoder(nn.Module):
-    """What a segmentor does after the model of its backbone."""
+    """A segmentor without the model of its backbone."""
 
     def __init__(self, segmentor: Any) -> None:
         super().__init__()

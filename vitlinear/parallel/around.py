@@ -1,4 +1,4 @@
-"""What stands around a parallelised model in a module that holds one, such as a dense backbone."""
+"""Modules that hold a parallelised model, such as a dense backbone, and their other layers."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ class Sums:
         return waited
 
     def _merged(self, of_all: list[list[Any]]) -> list[Any]:
-        """What is pending on all processes, each a list as long as this one's, or empty."""
+        """Sums pending on all processes, each a list as long as this one's, or empty."""
         merged = []
         for place, combine in enumerate(self.combines):
             parts = [pending[place] for pending in of_all if pending]

@@ -36,7 +36,7 @@ class PCA:
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """What a module makes of one map or of several, such as the logits of a segmentor.
+    """A module on one map or on several, such as the logits of a segmentor.
 
     Attributes:
         module: Takes a map [1, C, h, w], or the list of the maps, and gives a map.
