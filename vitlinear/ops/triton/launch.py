@@ -701,12 +701,14 @@ def _backward(
             of_queries, length, width, heads, wide.chunk, scale,
         )  # fmt: skip
     if head_scale is not None:
-        # The state is [B, h, rows, channels of the slice]; a vector of it may be longer.
+        # The state is [B, h, rows, channels of the slice]; either may be a vector, which may be
+        # longer.
         assert sums[0] is not None and grad_sums[0] is not None
-        products, plan = grad_sums[0] * sums[0], call.plan
-        if products.dim() == 1:
-            products = with_shape(products, (call.batch, heads, plan.rows, plan.values))
-        _add_share(grads.head_scale, products, (0, 2, 3), part)
+        shape = (call.batch, heads, call.plan.rows, call.plan.values)
+        of_state, of_grad = (
+            with_shape(x, shape) if x.dim() == 1 else x for x in (sums[0], grad_sums[0])
+        )
+        _add_share(grads.head_scale, of_grad * of_state, (0, 2, 3), part)
     if power_parts is not None:
         _add_share(grads.powers, power_parts, (0, 1), part)
 

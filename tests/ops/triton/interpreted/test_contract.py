@@ -38,6 +38,24 @@ def test_saved_states_are_those_of_the_formula(mechanism, splits, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("splits", [False, True], ids=["one kernel", "splits"])
+def test_tau_of_the_registered_operator(splits, monkeypatch):
+    """Its states have their shapes; those of plain calls are vectors, which may be longer."""
+    if splits:
+        many_splits(monkeypatch)
+    inputs = make_inputs(grid=(6, 11), dtype=torch.float32)
+    q, k, v, _ = inputs.projection.detach().unbind(2)
+    scale = torch.tensor([-1.5, 0.5], requires_grad=True)
+    terms = inputs.terms("l2")._replace(head_scale=scale).flatten()
+
+    def gradient(backend: str) -> torch.Tensor:
+        out = library.linear_attention_op(q, k, v, "l2", *terms, backend)[0]
+        (grad,) = torch.autograd.grad(out, scale, inputs.grad)
+        return grad
+
+    torch.testing.assert_close(gradient("triton"), gradient("library"), rtol=1e-4, atol=1e-5)
+
+
 @pairwise(every=2, mechanism=ops.MECHANISMS, dtype=[torch.float16, torch.bfloat16])
 def test_half_precision(mechanism, dtype):
     """Rounded once, at the end; the interpreter cuts bfloat16 off where a GPU rounds."""
