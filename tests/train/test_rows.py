@@ -109,6 +109,34 @@ def test_groups_share_the_data(images: Path, tmp_path: Path) -> None:
     assert_same_numbers(found, expected)
 
 
+@pytest.mark.process
+@pytest.mark.nightly
+def test_with_other_ways_to_train(images: Path, tmp_path: Path) -> None:
+    """Recomputing, sharded weights and MESA give the run of one process; autocast one near it."""
+    ways = {
+        "recomputed": ["--grad-checkpointing"],
+        "sharded": ["--fsdp"],
+        "mesa": ["--mesa", 1, "--mesa-start-epoch", 0],
+        "autocast": ["--amp", "--amp-dtype", "bfloat16"],
+    }
+    train(images, tmp_path / "plain", *FLAGS)
+    train(images, tmp_path / "one-mesa", *FLAGS, *map(str, ways["mesa"]))
+    text = run_together(
+        2, *[flags(images, tmp_path / way, "--rows", 2, *more) for way, more in ways.items()]
+    )
+    assert text.count("status 0") == 8, text[-3000:]
+    plain, mesa = (read_state(tmp_path / way / "last_state.pt") for way in ("plain", "one-mesa"))
+    found = {way: read_state(tmp_path / way / "last_state.pt") for way in ways}
+    assert_same_weights(found["recomputed"], plain)
+    assert_same_weights(found["sharded"], plain)
+    assert_same_weights(found["mesa"], mesa)
+    rounded, exact = (
+        torch.cat([x.flatten() for x in state["state_dict"].values() if x.is_floating_point()])
+        for state in (found["autocast"], plain)
+    )
+    assert (rounded - exact).norm() < 0.01 * exact.norm()
+
+
 def test_what_cannot_be_split(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WORLD_SIZE", "SLURM_NTASKS"):
         monkeypatch.delenv(name, raising=False)
