@@ -50,6 +50,12 @@ def process_group(tmp_path: Path) -> Iterator[None]:
         distributed.destroy_process_group()
 
 
+@pytest.fixture
+def all_memory_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For `vitlinear.stream`, whose bound counts what this process holds: other tests left it."""
+    monkeypatch.setattr("vitlinear.streaming.run.resident", lambda: 0)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def memory_given_back() -> Iterator[None]:
     """Returns what a file's tests freed to the system: tools/run_tests.py has glibc keep it."""

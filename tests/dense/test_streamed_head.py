@@ -11,6 +11,8 @@ from vitlinear.dense.backbone import MultiScaleBackbone
 from vitlinear.dense.streamed_head import segmentor_head
 from vitlinear.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("all_memory_free")
+
 
 class Segmentor(nn.Module):
     def __init__(self):

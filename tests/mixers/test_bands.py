@@ -10,6 +10,8 @@ from vitlinear.errors import UserError
 from vitlinear.mixers import list_attentions, make_mixer
 from vitlinear.rows.reach import check_layer, definer
 
+pytestmark = pytest.mark.usefixtures("all_memory_free")
+
 BANDED = [
     name for name in list_attentions() if "row_rule" in vars(definer(make_mixer(name, 16, 2)))
 ]

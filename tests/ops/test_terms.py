@@ -58,9 +58,16 @@ def test_one_order():
 def test_kernels_take_the_same_order():
     pytest.importorskip("triton")
     launch = importlib.import_module("vitlinear.ops.triton.launch")
-    assert parameters(launch.forward) == [*TOKENS, "mechanism", "terms", "separate"]
+    assert parameters(launch.forward) == [
+        *TOKENS,
+        "mechanism",
+        "terms",
+        "separate",
+        "vectors",
+        "memo",
+    ]
     assert parameters(launch.backward) == [
-        "grad_out", *TOKENS, "mechanism", "terms", "state", "grads",
+        "grad_out", *TOKENS, "mechanism", "terms", "state", "grads", "memo",
     ]  # fmt: skip
 
 

@@ -54,6 +54,7 @@ def _summed() -> tuple[list[float], float, list[float]]:
     return [float(a), float(b)], float(merged), x.grad.tolist()
 
 
+@pytest.mark.quick("parallel", "rows")
 def test_sums_and_their_derivatives(three):
     # (1 + 2 + 3) * (1 + 2), and of the maximum one for each process.
     assert [x[0] for x in three.run(_summed)] == [[6.0, 12.0]] * 3

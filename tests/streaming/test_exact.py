@@ -12,6 +12,8 @@ from vitlinear.models._contract import TimmBackbone
 from vitlinear.models._stages import StagedBackbone
 from vitlinear.streaming import run
 
+pytestmark = pytest.mark.usefixtures("all_memory_free")
+
 # Even, odd and uneven at every stride; smaller than a window; large enough for several windows of
 # every kind, shifted ones that hold both ends of the map among them.
 SIZES = [(96, 128), (203, 97), (33, 64), (176, 104), (5, 7)]

@@ -12,6 +12,8 @@ import vitlinear
 from vitlinear.errors import UserError
 from vitlinear.streaming import run as running
 
+pytestmark = pytest.mark.usefixtures("all_memory_free")
+
 
 class Stop(BaseException):
     """Stands for a kill: nothing catches it."""

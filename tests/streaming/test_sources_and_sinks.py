@@ -10,6 +10,8 @@ from vitlinear.errors import UserError
 from vitlinear.streaming import run as running
 from vitlinear.streaming.sources import open_source
 
+pytestmark = pytest.mark.usefixtures("all_memory_free")
+
 PIXELS = np.random.default_rng(0).integers(0, 256, (300, 70, 3), dtype=np.uint8)
 
 

@@ -12,6 +12,8 @@ from vitlinear.errors import UserError
 from vitlinear.streaming import PCA, Head
 from vitlinear.streaming.tissue import CELL
 
+pytestmark = pytest.mark.usefixtures("all_memory_free")
+
 PIXELS = np.random.default_rng(0).integers(0, 256, (192, 96, 3), dtype=np.uint8)
 
 
