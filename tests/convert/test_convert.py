@@ -137,7 +137,13 @@ def test_converted_file_knows_itself(checkpoint, tmp_path, capsys):
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-@pytest.mark.parametrize("released", RELEASED)
+@pytest.mark.parametrize(
+    "released",
+    [
+        pytest.param(name, marks=pytest.mark.nightly if i % 2 else ())
+        for i, name in enumerate(RELEASED)
+    ],
+)
 def test_every_released_model_is_recognised(released):
     """From keys and shapes alone; those that another has too, from the published file."""
     name = RELEASED[released][0]

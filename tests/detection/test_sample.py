@@ -68,6 +68,7 @@ def metrics_of_test(work_dir: Path) -> dict[str, float]:
 
 @pytest.mark.process
 @pytest.mark.slow
+@pytest.mark.nightly  # a minute, most of it mmengine's own
 def test_a_killed_run_goes_on(folder: Path) -> None:
     """Killed after its first checkpoint and started again, it ends with the same weights."""
     options = ("--cfg-options", "train_cfg.max_iters=9", "train_cfg.val_interval=9")

@@ -134,7 +134,7 @@ def check_found(found: dict[str, Tensor], target: dict[str, Tensor], masks: bool
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "make, steps", [pytest.param(retinanet, 100, marks=pytest.mark.nightly), (mask_rcnn, 120)]
+    "make, steps", [(retinanet, 100), pytest.param(mask_rcnn, 120, marks=pytest.mark.nightly)]
 )
 def test_objects_are_found(make, steps, photographs):
     detector = make()

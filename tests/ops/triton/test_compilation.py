@@ -228,7 +228,7 @@ def test_other_gpus(target, dtype, kernels):
     ("mechanism", "dim", "dtype"),
     [
         *in_turn(
-            ["rala", "mala", "nala", "lightnet"], [8, 20, 48, 64, 128], DTYPES, keep=2, every=5
+            ["rala", "mala", "nala", "lightnet"], [8, 20, 48, 64, 128], DTYPES, keep=2, every=8
         ),
         pytest.param("pola", 64, torch.bfloat16, marks=pytest.mark.nightly),
         pytest.param("pola", 128, torch.float32, marks=pytest.mark.nightly),

@@ -10,6 +10,7 @@ import triton.language as tl
 from tests.ops.inputs import make_inputs
 from tests.ops.triton.cases import ROUNDING, check_exactness
 from tests.ops.triton.gpu_arithmetic import tensor_cores
+from tests.pairwise import pairwise
 from vitlinear import ops
 from vitlinear.ops.triton import blocks
 
@@ -24,8 +25,7 @@ def products_of_a_gpu(monkeypatch):
     tensor_cores(monkeypatch)
 
 
-@pytest.mark.parametrize("mechanism", ops.MECHANISMS)
-@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pairwise(every=2, mechanism=ops.MECHANISMS, dtype=ROUNDING)
 def test_as_exact_as_eager(mechanism, dtype):
     check_exactness(mechanism, make_inputs(grid=(14, 14), dim=32, batch=1, heads=1, dtype=dtype))
 
