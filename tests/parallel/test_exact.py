@@ -44,7 +44,9 @@ def cases(count: int, every: int) -> pytest.MarkDecorator:
     sizes = SIZES[count]
     params = []
     for (i, name), size, training in product(enumerate(MODELS), sizes, (False, True)):
-        chosen = i % every == 0 and size == sizes[i // every % 3] and training == bool(i // every % 2)
+        chosen = (
+            i % every == 0 and size == sizes[i // every % 3] and training == bool(i // every % 2)
+        )
         marks = () if chosen else pytest.mark.nightly
         label = f"{name}-{'x'.join(map(str, size))}-{'training' if training else 'eval'}"
         params.append(pytest.param(name, size, training, id=label, marks=marks))
