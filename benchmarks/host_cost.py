@@ -89,7 +89,7 @@ def without_launches() -> Iterator[Launched]:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from vitlinear.ops.triton import launch, tuning
+    from vitlinear.ops.triton import calls, tuning
 
     launched = Launched()
 
@@ -101,8 +101,8 @@ def without_launches() -> Iterator[Launched]:
         for owner, name, value in (
             (JITFunction, "run", nothing),
             (backend, "_interpreting", True),
-            (launch, "processors", lambda device: PROCESSORS),
-            (launch, "_prepared", {}),
+            (calls, "processors", lambda device: PROCESSORS),
+            (calls, "_prepared", {}),
             (tuning, "_chosen", {}),
             (driver, "_active", NoDriver()),
         ):

@@ -33,7 +33,8 @@ from triton.runtime.jit import JITFunction
 from vitlinear import ops
 from vitlinear.ops.backward import LinearGradients
 from vitlinear.ops.terms import Terms
-from vitlinear.ops.triton import launch, tuning
+from vitlinear.ops.triton import calls, launch, tuning
+from vitlinear.ops.triton.plan import make_plan
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results" / "kernels_sm80_sm90.json"
@@ -109,8 +110,8 @@ def only_compiling(capability: int) -> Iterator[list[tuple[Any, Any, dict[str, A
     count = PROCESSORS[capability].count
     with (
         mock.patch.object(JITFunction, "run", compile_only),
-        mock.patch.object(launch, "processors", lambda device: count),
-        mock.patch.object(launch, "_prepared", {}),
+        mock.patch.object(calls, "processors", lambda device: count),
+        mock.patch.object(calls, "_prepared", {}),
         mock.patch.object(tuning, "_chosen", {}),
         mock.patch.object(tuning, "is_fixed", lambda: True),
     ):
@@ -260,8 +261,8 @@ def programs(kind: Kind, length: int, heads: int, capability: int) -> dict[str, 
     if "rotary" in kind.terms:
         given = given._replace(rotary=tables(1, 1, kind.head_dim))
     with only_compiling(capability):
-        plan = launch.make_plan(row, torch.bfloat16, kind.head_dim, given)
-        cuts = launch.cuts(plan, heads, length, ITEM_SIZE, torch.device("cuda"))
+        plan = make_plan(row, torch.bfloat16, kind.head_dim, given)
+        cuts = calls.cuts(plan, heads, length, ITEM_SIZE, torch.device("cuda"))
     summing, wide = (cut.splits * heads for cut in cuts)
     return {
         "mechanism": kind.mechanism,

@@ -271,7 +271,7 @@ def no_gpu(wanted: Wanted) -> Iterator[None]:
     from triton.runtime.jit import JITFunction
 
     from vitlinear.ops import backend
-    from vitlinear.ops.triton import launch, tuning
+    from vitlinear.ops.triton import calls, tuning
 
     class Driver:
         """A driver for a GPU that is not there."""
@@ -287,7 +287,7 @@ def no_gpu(wanted: Wanted) -> Iterator[None]:
 
     limits = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}  # KiB of shared memory a block may have
     most = 1024 * limits.get(wanted.target, 99)
-    compile_and_launch, before = JITFunction.run, _patched_names(backend, launch, build, nvidia)
+    compile_and_launch, before = JITFunction.run, _patched_names(backend, calls, build, nvidia)
     launchers: set[str] = set()
 
     def only_compile(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
@@ -301,7 +301,7 @@ def no_gpu(wanted: Wanted) -> Iterator[None]:
 
     JITFunction.run = only_compile
     backend.find_obstacle = lambda work: None
-    launch.processors = lambda device: wanted.processors
+    calls.processors = lambda device: wanted.processors
     tuning._chosen.clear()
     with tempfile.TemporaryDirectory() as stubs:
         # What launchers are linked with is on the machine with the GPU; here, its name is enough.
@@ -331,9 +331,9 @@ class _Unloaded:
         return None
 
 
-def _patched_names(backend: Any, launch: Any, build: Any, nvidia: Any) -> dict[Any, Any]:
+def _patched_names(backend: Any, calls: Any, build: Any, nvidia: Any) -> dict[Any, Any]:
     names = (
-        (backend, "find_obstacle"), (launch, "processors"), (build, "_load_module_from_path"),
+        (backend, "find_obstacle"), (calls, "processors"), (build, "_load_module_from_path"),
         (nvidia, "library_dirs"),
     )  # fmt: skip
     return {(module, name): getattr(module, name) for module, name in names}

@@ -78,9 +78,9 @@ def check_exactness(mechanism, inputs, layout="projection"):
 
 def many_splits(monkeypatch) -> None:
     """Cut even the short sequences of tests, into splits of 32 tokens."""
-    from vitlinear.ops.triton import launch
+    from vitlinear.ops.triton import calls
 
-    monkeypatch.setattr(launch, "SHORTEST_CUT", 17)
-    monkeypatch.setattr(launch, "SHORTEST_SPLIT", 32)
-    monkeypatch.setattr(launch, "processors", lambda device: 64)
-    monkeypatch.setattr(launch, "_prepared", {})
+    monkeypatch.setattr(calls, "SHORTEST_CUT", 17)
+    monkeypatch.setattr(calls, "SHORTEST_SPLIT", 32)
+    monkeypatch.setattr(calls, "processors", lambda device: 64)
+    monkeypatch.setattr(calls, "_prepared", {})

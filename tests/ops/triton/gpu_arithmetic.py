@@ -7,7 +7,7 @@ import triton.language as tl
 from triton._C.libtriton import ir
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from vitlinear.ops.triton import launch, plan
+from vitlinear.ops.triton import calls, plan
 
 cast = InterpreterBuilder.cast_impl
 
@@ -34,7 +34,7 @@ def tensor_cores(monkeypatch) -> None:
         monkeypatch.setattr(InterpreterBuilder, name, _cast)
     monkeypatch.setattr(plan, "INTERPRETING", False)
     monkeypatch.setattr(plan, "_for_target", lambda precision: precision)
-    monkeypatch.setattr(launch, "_prepared", {})
+    monkeypatch.setattr(calls, "_prepared", {})
 
 
 def _product(self, a, b, total, input_precision, max_num_imprecise_acc):

@@ -21,7 +21,7 @@ from tests.ops.triton.cases import GRIDS  # noqa: E402
 from vitlinear import ops  # noqa: E402
 from vitlinear.ops.backward import LinearGradients  # noqa: E402
 from vitlinear.ops.terms import Terms  # noqa: E402
-from vitlinear.ops.triton import INTERPRETING, launch, state_launch, tuning  # noqa: E402
+from vitlinear.ops.triton import INTERPRETING, calls, launch, state_launch, tuning  # noqa: E402
 
 SHARED_MEMORY = 227 * 1024  # bytes that a block may have on Hopper
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -81,8 +81,8 @@ def kernels(monkeypatch, target):
         return kernel
 
     monkeypatch.setattr(JITFunction, "run", only_compile)
-    monkeypatch.setattr(launch, "processors", lambda device: 132)
-    monkeypatch.setattr(launch, "_prepared", {})
+    monkeypatch.setattr(calls, "processors", lambda device: 132)
+    monkeypatch.setattr(calls, "_prepared", {})
     monkeypatch.setattr(tuning, "_chosen", {})
     driver.set_active(Absent(target))
     yield kernels

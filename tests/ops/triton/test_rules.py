@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 import vitlinear  # noqa: E402
 from vitlinear import ops  # noqa: E402
 from vitlinear.ops.terms import Terms  # noqa: E402
-from vitlinear.ops.triton import launch  # noqa: E402
+from vitlinear.ops.triton import calls  # noqa: E402
 from vitlinear.ops.triton.plan import make_plan  # noqa: E402
 
 LARGEST_GRID = (2**31 - 1, 65535)  # of CUDA, programs along x and along y
@@ -30,17 +30,18 @@ def test_no_block_pointers():
 @pytest.mark.parametrize("mechanism", ops.MECHANISMS)
 @pytest.mark.parametrize("dim", [8, 64, 128])
 def test_grids(mechanism, dim, monkeypatch):
-    monkeypatch.setattr(launch, "processors", lambda device: 1024)
+    monkeypatch.setattr(calls, "processors", lambda device: 1024)
     monkeypatch.setattr("vitlinear.ops.triton.plan.INTERPRETING", True)
     row = ops.get_mechanism(mechanism)
     plan = make_plan(row, torch.float16, dim, Terms())
     for batch, length, heads in [(1, 2**26, 1), (2**15, 1, 2**10), (1, 49, 1), (3, 2**20, 7)]:
         shape = torch.Size((batch, length, heads, dim))
-        call = launch.Call(row, shape, torch.float16, torch.device("cpu"), plan)
+        call = calls.Call(row, shape, torch.float16, torch.device("cpu"), plan)
         for part in call.slices:
-            launches = [x for x in vars(part).values() if isinstance(x, launch.Launch)]
+            launches = [x for x in vars(part).values() if isinstance(x, calls.Launch)]
             assert launches
             merges = [merge.keywords for merge in part.merge_of.values()]
-            for options in [*(x._constants for x in launches), *merges, part._sum_options]:
+            sums = [part.sum_features.keywords, part.sum_statistics.keywords]
+            for options in [*(x._constants for x in launches), *merges, *sums]:
                 grid = options["grid"]
                 assert all(0 < n <= most for n, most in zip(grid, LARGEST_GRID, strict=True))

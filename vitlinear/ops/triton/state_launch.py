@@ -15,7 +15,8 @@ from ..attention_state import GivenGradients, LinearAttentionState, StateGradien
 from ..mechanisms import Mechanism
 from ..terms import Terms
 from . import tuning
-from .launch import Extras, Sums, aligned, on_device, prepared, strided
+from .calls import Sums, prepared
+from .launch import Extras, aligned, on_device, strided
 
 
 def state_forward(k: Tensor, v: Tensor, mechanism: Mechanism, terms: Terms) -> LinearAttentionState:
@@ -86,7 +87,7 @@ def state_backward(
                     fixed, keys, values, *options, None, logsumexp, sums, mean_parts, *sizes,
                     call.scale,
                 )  # fmt: skip
-                part.sum(mean_parts, mean, call.plan.statistics)
+                part.sum_statistics(mean_parts, mean)
                 if number == 0 and grads.logsumexp is not None:
                     mean.sub_(grads.logsumexp)
             part.key(

@@ -14,7 +14,8 @@ from vitlinear.ops import packed
 from vitlinear.ops import registered as library
 from vitlinear.ops import triton as kernels
 from vitlinear.ops.terms import Terms
-from vitlinear.ops.triton import launch
+from vitlinear.ops.triton import calls
+from vitlinear.ops.triton.plan import make_plan
 
 each_mechanism = pytest.mark.parametrize("mechanism", list(ops.MECHANISMS))
 
@@ -225,11 +226,11 @@ def test_workspace_is_bounded(length, slots, mechanism, monkeypatch):
     """By what fills the device; from 16384 tokens on by a hundredth of the inputs, or two states a
     processor and two for each head of a sample.
     """
-    monkeypatch.setattr(launch, "processors", lambda device: 132)
+    monkeypatch.setattr(calls, "processors", lambda device: 132)
     row = ops.get_mechanism(mechanism)
     terms = Terms(ops.rotary_tables(1, 1, 64))
-    plan = launch.make_plan(row, torch.bfloat16, 64, terms)
-    summing, wide = launch.cuts(plan, slots, length, 2, torch.device("cpu"))
+    plan = make_plan(row, torch.bfloat16, 64, terms)
+    summing, wide = calls.cuts(plan, slots, length, 2, torch.device("cpu"))
     for cut in (summing, wide):
         assert cut.chunk * cut.splits >= length > cut.chunk * (cut.splits - 1)
         assert cut.splits * slots <= 4 * 132 + slots
@@ -249,4 +250,4 @@ def test_workspace_is_bounded(length, slots, mechanism, monkeypatch):
 )
 def test_programs_come_in_full_rounds(slots, splits):
     """Of the 264 that 132 processors run at once: 500 in two rounds sooner than 200 in one."""
-    assert launch.splits_that_fill(slots, 264) == splits
+    assert calls.splits_that_fill(slots, 264) == splits

@@ -69,11 +69,11 @@ def check(call, tensors, options, grad):
     ids=str,
 )
 def test_two_steps(mechanism, dtype, width, splits, more, monkeypatch):
-    from vitlinear.ops.triton import launch, plan
+    from vitlinear.ops.triton import calls, plan
 
     if "slices" in more:
         monkeypatch.setattr(plan, "LARGEST_STATE", 1024)
-        monkeypatch.setattr(launch, "_prepared", {})
+        monkeypatch.setattr(calls, "_prepared", {})
     if splits:
         many_splits(monkeypatch)
     inputs = make_inputs(grid=(5, 9), dim=12, dtype=dtype, mask="mask" in more)

@@ -79,10 +79,10 @@ def test_values_of_another_width(mechanism, width, splits, monkeypatch):
 )  # fmt: skip
 def test_gradients_of_powers(largest, splits, dtype, monkeypatch):
     """Of both passes, all splits and all slices; powers may be of another type than queries."""
-    from vitlinear.ops.triton import launch, plan
+    from vitlinear.ops.triton import calls, plan
 
     monkeypatch.setattr(plan, "LARGEST_STATE", largest)
-    monkeypatch.setattr(launch, "_prepared", {})
+    monkeypatch.setattr(calls, "_prepared", {})
     if splits:
         many_splits(monkeypatch)
     inputs = make_inputs(
