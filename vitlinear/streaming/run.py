@@ -347,7 +347,7 @@ class Runner:
             made = self.make_map(number, plans[number].after, keep=True)
             made.prefix = position.finished[number]
             for writer in open_writers(number, made):
-                writer.advance(made.shape[0])
+                writer.write_until(made.shape[0])
             kept[number] = made
             source, first = made, number + 1
         bar = tqdm(total=len(plans), initial=first, disable=not self.progress, unit="step")
@@ -422,7 +422,7 @@ class Runner:
         prefixes = self.peers.share(position.prefix)
         target.prefix = position.prefix = prefixes[0]
         for writer in writers:
-            writer.advance(plan.after[0])
+            writer.write_until(plan.after[0])
 
     def _run_band(
         self,
@@ -442,7 +442,7 @@ class Runner:
             return
         target.write(own.start, y)
         for writer in writers:
-            writer.advance(own.stop)
+            writer.write_until(own.stop)
         if position.prefix is None:
             position.prefix = prefix
 

@@ -93,7 +93,7 @@ class Writer(ABC):
         self.made = made
         self.done = 0
 
-    def advance(self, stop: int) -> None:
+    def write_until(self, stop: int) -> None:
         """Write what is there and not written: whole blocks, and the end of the map.
 
         Args:

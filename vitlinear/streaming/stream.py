@@ -165,7 +165,7 @@ def stream(
                 view = view if kept is None else MaskedMap(view, kept)
                 if name in written:
                     stride = image.shape[0] // view.shape[0]
-                    writers.open(view, sinks[name], stride).advance(view.shape[0])
+                    writers.open(view, sinks[name], stride).write_until(view.shape[0])
                 elif name not in sinks:
                     made[name] = view.read(0, view.shape[0]).permute(0, 3, 1, 2)
         made |= sinks
