@@ -14,7 +14,7 @@ from .description import AttentionDescription, Option
 from .grid import Grid
 from .lla import solve
 from .mixer import Mixer
-from .norms import RMS_EPS, rms_norm, unit
+from .norms import rms_norm, rms_norm_definition, unit
 from .registry import register
 
 SOLVERS = ("solve", "richardson", "chebyshev")
@@ -163,10 +163,6 @@ class _DeltaRule(Mixer):
             out = torch.linalg.inv(matrix) @ (identity - residual) @ right
         return torch.einsum("bnhd,bhde->bnhe", q, scale * out)
 
-    def norm_definition(self, x: Tensor) -> Tensor:
-        """The norm of the output, by its definition."""
-        return x / (x.square().mean(-1, keepdim=True) + RMS_EPS).sqrt() * self.norm_weight
-
 
 @register(
     AttentionDescription(
@@ -228,7 +224,7 @@ class Delta(_DeltaRule):
         else:
             ridge = self.log_ridge.exp()[None, :, None].expand(q.shape[0], -1, self.head_dim)
             out = self.regression_definition(q, k, v, beta, ridge)
-        return self.norm_definition(out)
+        return rms_norm_definition(out, self.norm_weight)
 
 
 @register(
@@ -325,4 +321,4 @@ class KimiDelta(_DeltaRule):
         else:
             ridge = self.log_ridge.exp()[:, None] + (1 - (-falls).exp()).mean(1)
             out = self.regression_definition(q, k, v, beta, ridge)
-        return self.norm_definition(out) * gate
+        return rms_norm_definition(out, self.norm_weight) * gate

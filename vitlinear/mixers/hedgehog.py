@@ -20,6 +20,12 @@ def softmax_halves(u: Tensor) -> Tensor:
     return torch.cat((u.softmax(-1), (-u).softmax(-1)), dim=-1)
 
 
+def softmax_halves_definition(x: Tensor, weight: Tensor) -> Tensor:
+    """[softmax(W x); softmax(-W x)] of each head, for definitions: x [B, N, h, D], W [h, D, D]."""
+    u = torch.einsum("bnhd,hde->bnhe", x, weight)
+    return torch.cat((u.softmax(-1), (-u).softmax(-1)), dim=-1)
+
+
 @register(
     AttentionDescription(
         name="hedgehog",

@@ -10,7 +10,7 @@ from vitlinear.layers.conv.depthwise_conv import DepthwiseConv
 from .convolution import convolved_tokens, naive_convolution
 from .description import AttentionDescription
 from .grid import Grid
-from .hedgehog import softmax_halves
+from .hedgehog import softmax_halves, softmax_halves_definition
 from .mixer import Mixer
 from .norms import heads_matrix, identity_matrices
 from .operator import attend_features
@@ -93,8 +93,7 @@ class Lawcat(Mixer):
         ):
             prefix, image = grid.split(tokens)
             tokens = grid.join(prefix, naive_convolution(conv, image))
-            u = torch.einsum("bnhd,hde->bnhe", tokens, weight)
-            features.append(torch.cat((u.softmax(-1), (-u).softmax(-1)), dim=-1))
+            features.append(softmax_halves_definition(tokens, weight))
         weights = torch.einsum("bnhd,bmhd->bhnm", *features)
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-6 * q.shape[1])
         return torch.einsum("bhnm,bmhd->bnhd", weights, v)

@@ -61,7 +61,7 @@ class _Regression(Mixer):
         dim: int,
         num_heads: int,
         *,
-        ridge: float,
+        ridge: float = 1.0,
         backend: str = "auto",
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
@@ -108,9 +108,6 @@ class Lla(_Regression):
     sum_j w_j (1 - rho . z_j) v_j / (omega - mu . rho). By the rule of Sherman and Morrison it
     equals the formula above, in which nothing vanishes. Softmax is the limit of a large r.
     """
-
-    def __init__(self, dim: int, num_heads: int, *, ridge: float = 1.0, **kwargs: object) -> None:
-        super().__init__(dim, num_heads, ridge=ridge, **kwargs)  # type: ignore[arg-type]
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, extra: Tensor | None) -> Tensor:
         """The formula; see `Mixer.mix`."""
@@ -170,9 +167,6 @@ class Lla(_Regression):
 )
 class LlaUniform(_Regression):
     """Affine ridge regression of values on keys, once for each head and image, read by queries."""
-
-    def __init__(self, dim: int, num_heads: int, *, ridge: float = 1.0, **kwargs: object) -> None:
-        super().__init__(dim, num_heads, ridge=ridge, **kwargs)  # type: ignore[arg-type]
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, extra: Tensor | None) -> Tensor:
         """The formula; see `Mixer.mix`."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .description import AttentionDescription, Option
 from .grid import Grid
 from .grid_windows import GridWindows, hidden_scores, prefix_attention, same_window
-from .hedgehog import softmax_halves
+from .hedgehog import softmax_halves, softmax_halves_definition
 from .mixer import Mixer
 from .norms import heads_matrix, identity_matrices
 from .operator import attend_features
@@ -212,8 +212,8 @@ class Lolcats(Mixer):
     ) -> Tensor:
         """Both quadratic forms under their masks; see `Mixer.definition`."""
         near = same_window(grid, self.window, q.device)
-        halves = []
-        for t, weight in ((q, self.query_weight), (k, self.key_weight)):
-            u = torch.einsum("bnhd,hde->bnhe", t, weight)
-            halves.append(torch.cat((u.softmax(-1), (-u).softmax(-1)), dim=-1))
+        halves = [
+            softmax_halves_definition(q, self.query_weight),
+            softmax_halves_definition(k, self.key_weight),
+        ]
         return naive_shared(q, k, v, halves, near, grid, self.share.sigmoid(), 1.0, self.scale_rest)

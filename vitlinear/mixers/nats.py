@@ -13,7 +13,7 @@ from .description import AttentionDescription, Option
 from .grid import Grid
 from .grid_windows import GridWindows, hidden_scores
 from .mixer import Mixer
-from .norms import RMS_EPS, rms_norm
+from .norms import rms_norm, rms_norm_definition
 from .operator import attend_features
 from .registry import register
 
@@ -176,9 +176,5 @@ class Nats(Mixer):
         weights = weights * ((1 - exact) * of_map).unsqueeze(2) / grid.length
         linear = torch.einsum("bhnm,bmhd->bnhd", weights, v)
         share = torch.einsum("bnhd,hdc->bnhc", q, self.share).softmax(-1)
-
-        def normed(x: Tensor, weight: Tensor) -> Tensor:
-            return x / (x.square().mean(-1, keepdim=True) + RMS_EPS).sqrt() * weight
-
-        softmax = normed(softmax, self.softmax_norm) * share[..., :1]
-        return softmax + normed(linear, self.linear_norm) * share[..., 1:]
+        softmax = rms_norm_definition(softmax, self.softmax_norm) * share[..., :1]
+        return softmax + rms_norm_definition(linear, self.linear_norm) * share[..., 1:]

@@ -34,6 +34,11 @@ def rms_norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
     return x if weight is None else x * weight.to(x.dtype)
 
 
+def rms_norm_definition(x: Tensor, weight: Tensor | float = 1.0) -> Tensor:
+    """`rms_norm`, written to be read: for definitions."""
+    return x / (x.square().mean(-1, keepdim=True) + RMS_EPS).sqrt() * weight
+
+
 def heads_matrix(x: Tensor, weight: Tensor) -> Tensor:
     """A matrix of each head, or of all: x [B, N, h, D], weight [h or 1, D, E] -> [B, N, h, E]."""
     return (x.unsqueeze(-2) @ weight.to(x.dtype)).squeeze(-2)

@@ -16,7 +16,7 @@ from .description import AttentionDescription, Option
 from .grid import Grid
 from .grid_windows import GridWindows, hidden_scores, prefix_attention, same_window
 from .mixer import Mixer
-from .norms import RMS_EPS, rms_norm
+from .norms import rms_norm, rms_norm_definition
 from .operator import attend_features
 from .registry import register
 
@@ -40,10 +40,6 @@ class _HeadNorm(Mixer):
         shape = (num_heads, self.head_dim)
         self.norm_weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         nn.init.ones_(self.norm_weight)
-
-    def norm_definition(self, x: Tensor) -> Tensor:
-        """The norm by its definition."""
-        return x / (x.square().mean(-1, keepdim=True) + RMS_EPS).sqrt() * self.norm_weight
 
 
 @register(
@@ -87,7 +83,7 @@ class NormAttention(_HeadNorm):
         shift = 1 if self.map == "elu+1" else 0
         weights = torch.einsum("bnhd,bmhd->bhnm", F.elu(q) + shift, F.elu(k) + shift)
         out = torch.einsum("bhnm,bmhd->bnhd", weights / q.shape[1], v)
-        return self.norm_definition(out)
+        return rms_norm_definition(out, self.norm_weight)
 
 
 @register(
@@ -156,7 +152,7 @@ class DiagAttention(_HeadNorm):
         scores = scores.masked_fill(~same_window(grid, self.window, q.device), -torch.inf)
         weights = scores.relu() if self.scores == "relu" else scores.softmax(-1)
         out = torch.einsum("bhnm,bmhd->bnhd", weights, v)
-        return self.norm_definition(out) if self.scores == "relu" else out
+        return rms_norm_definition(out, self.norm_weight) if self.scores == "relu" else out
 
 
 @register(
@@ -260,8 +256,7 @@ class TransNormer(Mixer):
             falls = slopes(self.num_heads, q.device, q.dtype)
             weights = weights * (-falls[:, None, None] * distances(grid, q.device)).exp()
         out = torch.einsum("bhnm,bmhd->bnhd", weights, F.silu(v) if self.silu_values else v)
-        out = out.flatten(2)
-        out = out / (out.square().mean(-1, keepdim=True) + RMS_EPS).sqrt()
+        out = rms_norm_definition(out.flatten(2))
         if self.gate is not None:
             out = out * self.gate(x).sigmoid()
         return out.reshape(v.shape)

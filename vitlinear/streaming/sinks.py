@@ -117,6 +117,10 @@ class Writer(ABC):
                 ) from error
             self.done = end
 
+    def read(self, start: int, stop: int) -> Tensor:
+        """Rows of the map as [C, stop - start, W]."""
+        return self.made.read(start, stop)[0].permute(2, 0, 1)
+
     @abstractmethod
     def write(self, start: int, stop: int) -> None:
         """Write some rows."""
@@ -144,7 +148,7 @@ class ArrayWriter(Writer):
 
     def write(self, start: int, stop: int) -> None:
         """See `Writer`."""
-        part = self.made.read(start, stop)[0].permute(2, 0, 1)
+        part = self.read(start, stop)
         if isinstance(self.array, Tensor):
             self.array[:, start:stop] = part.to(self.array.device, self.array.dtype)
         else:
@@ -213,7 +217,7 @@ class NumpyWriter(FileWriter):
 
     def write(self, start: int, stop: int) -> None:
         """See `Writer`."""
-        self.array[:, start:stop] = numbers(self.made.read(start, stop)[0].permute(2, 0, 1))
+        self.array[:, start:stop] = numbers(self.read(start, stop))
         forget_pages(self.array)
 
     def end(self) -> None:
@@ -237,7 +241,7 @@ class ZarrWriter(FileWriter):
 
     def write(self, start: int, stop: int) -> None:
         """See `Writer`."""
-        self.array[:, start:stop] = numbers(self.made.read(start, stop)[0].permute(2, 0, 1))
+        self.array[:, start:stop] = numbers(self.read(start, stop))
 
 
 class TiffWriter(FileWriter):
@@ -344,7 +348,7 @@ class RasterWriter(FileWriter):
 
     def write(self, start: int, stop: int) -> None:
         """See `Writer`."""
-        rows = numbers(self.made.read(start, stop)[0].permute(2, 0, 1))
+        rows = numbers(self.read(start, stop))
         self.file.write(rows, window=((start, stop), (0, self.made.shape[1])))
 
     def end(self) -> None:
