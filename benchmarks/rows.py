@@ -37,7 +37,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh  # noqa: 
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
 from benchmarks.attention import commit, held_bytes, machine  # noqa: E402
-from benchmarks.rows_traffic import RANKS, SIZES, Traffic, by_layer, growth, summary  # noqa: E402
+from benchmarks.rows_traffic import RANKS, SIZES, Traffic, growth, table  # noqa: E402
 from benchmarks.subject import status  # noqa: E402
 from vitlinear.create import build_model  # noqa: E402
 from vitlinear.parallel import parallelize, shard_rows  # noqa: E402
@@ -173,7 +173,7 @@ def time_steps(
 def traffic(args: argparse.Namespace) -> dict[str, Any]:
     """Prints and returns what is sent."""
     found = on_ranks(RANKS, count_traffic, args.models or [*FAMILIES, *PUBLISHED])[RANKS // 2]
-    print(*summary(found), "", *by_layer(found), sep="\n")
+    print(*table(found, "pass"), "", *table(found, "layer"), sep="\n")
     return {"models": found}
 
 

@@ -134,25 +134,21 @@ def growth(*images: list[Message]) -> dict[str, Any]:
     return {"passes": passes, "layers": dict(layers)}
 
 
-def summary(found: dict[str, Any]) -> list[str]:
-    """A Markdown table of models: calls and bytes of each pass and kind."""
-    lines = ["| model | pass | " + " | ".join(f"{k}: calls, {u}" for k, u in UNITS.items()) + " |"]
+def table(found: dict[str, Any], of_each: str) -> list[str]:
+    """A Markdown table of models: calls and bytes of their exchanges.
+
+    Args:
+        found: By model, of `growth`.
+        of_each: ``pass``, or ``layer`` for those of the forward pass.
+    """
+    units = (f"{kind}: calls, {unit}" for kind, unit in UNITS.items())
+    lines = [f"| model | {of_each} | {' | '.join(units)} |"]
     lines.append("| --- " * (len(UNITS) + 2) + "|")
     for name, counts in found.items():
-        for way, kinds in counts["passes"].items():
+        for one, kinds in counts["passes" if of_each == "pass" else "layers"].items():
             cells = (_cell(kinds[kind]) for kind in UNITS)
-            lines.append(f"| `{name}` | {way} | {' | '.join(cells)} |")
-    return lines
-
-
-def by_layer(found: dict[str, Any]) -> list[str]:
-    """A Markdown table of models: calls and bytes of each layer's forward exchanges."""
-    lines = ["| model | layer | " + " | ".join(f"{k}: calls, {u}" for k, u in UNITS.items()) + " |"]
-    lines.append("| --- " * (len(UNITS) + 2) + "|")
-    for name, counts in found.items():
-        for layer, kinds in counts["layers"].items():
-            cells = (_cell(kinds[kind]) for kind in UNITS)
-            lines.append(f"| `{name}` | `{layer}` | {' | '.join(cells)} |")
+            label = one if of_each == "pass" else f"`{one}`"
+            lines.append(f"| `{name}` | {label} | {' | '.join(cells)} |")
     return lines
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from tests.as_trained import make
 from tests.mixers.test_contract import each
-from tests.streaming.test_exact import check, make
+from tests.streaming.test_exact import check
 from vitlinear.errors import UserError
 from vitlinear.mixers import list_attentions, make_mixer
 from vitlinear.rows.reach import check_layer, definer

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-import timm
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from tests.as_trained import make
 from vitlinear.parallel import gather_rows, parallelize, shard_rows
 
 # Relative to the largest value. Gradients that cancel, such as those of biases before a batch norm,
@@ -17,19 +17,6 @@ LEAST = 1e-3
 def mesh_of_all() -> DeviceMesh:
     """All processes share an image."""
     return init_device_mesh("cpu", (distributed.get_world_size(),), mesh_dim_names=("rows",))
-
-
-def make(name: str, dtype: torch.dtype = torch.float64, **kwargs: Any) -> nn.Module:
-    """A model with everything away from its initial value."""
-    torch.manual_seed(0)
-    model = timm.create_model(name, **kwargs).to(dtype).eval()
-    for parameter in model.parameters():
-        parameter.data += 0.05 * torch.randn_like(parameter)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.5, 1.5)
-    return model
 
 
 def difference(a: Tensor, b: Tensor, least: float = 1e-30) -> float:

@@ -13,7 +13,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from tests.parallel.comparing import make, mesh_of_all
+from tests.as_trained import make
+from tests.parallel.comparing import mesh_of_all
 from tests.parallel.ranks import Ranks
 from vitlinear.errors import LostPeerError, UserError
 from vitlinear.parallel import parallelize, shard_rows, split_rows

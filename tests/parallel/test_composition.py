@@ -12,7 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.parallel.comparing import LEAST, difference, loss_of, make, mesh_of_all
+from tests.as_trained import make
+from tests.parallel.comparing import LEAST, difference, loss_of, mesh_of_all
 from tests.parallel.test_exact import check
 from vitlinear.dense.backbone import MultiScaleBackbone
 from vitlinear.parallel import gather_rows, parallelize, shard_rows

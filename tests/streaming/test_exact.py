@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 import vitlinear
 import vitlinear.errors
+from tests.as_trained import make
 from tests.pairwise import pairwise
 from vitlinear.models._contract import TimmBackbone
 from vitlinear.models._stages import StagedBackbone
@@ -42,19 +43,6 @@ OURS = sorted(
     for name in timm.list_models("test_*")
     if timm.models.model_entrypoint(name).__module__.startswith("vitlinear.")
 )
-
-
-def make(name: str, **kwargs: object) -> nn.Module:
-    """A model in double precision, with everything away from its initial value."""
-    torch.manual_seed(0)
-    model = timm.create_model(name, **kwargs).double().eval()
-    for parameter in model.parameters():
-        parameter.data += 0.05 * torch.randn_like(parameter)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.5, 1.5)
-    return model
 
 
 def difference(a: Tensor, b: Tensor) -> float:

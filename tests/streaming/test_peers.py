@@ -8,8 +8,9 @@ from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 
 import vitlinear
+from tests.as_trained import make
 from tests.parallel.ranks import Ranks
-from tests.streaming.test_exact import difference, make
+from tests.streaming.test_exact import difference
 from vitlinear.errors import UserError
 from vitlinear.streaming import run
 
