@@ -2,79 +2,128 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+from typing import Any
+
+from timm.layers import LayerNorm
 from torch import Tensor, nn
 
-from vitlinear.layers import ConvMlp
-from vitlinear.layers.conv.depthwise_conv import ResidualDepthwiseConv
-from vitlinear.models._pyramid import LinearPyramid, PyramidBlock
-from vitlinear.models._stages import RotaryStage
+from vitlinear.layers import (
+    GatedAttention,
+    LinearAttention,
+    MilaAttention,
+    NormGatedAttention,
+)
+from vitlinear.models._pyramid import PyramidBlock
+from vitlinear.models._stages import RotaryStage, Stage
+from vitlinear.models.mila import MilaBlock
 from vitlinear.models.nalaformer import NaLaBlock
-from vitlinear.ops import RotaryTables
 
-from .attention import ChannelsFirstGatedAttention
-from .layers import ChannelNorm, convolution, pointwise
+from .attention import (
+    ChannelsFirstGatedAttention,
+    ChannelsFirstLinearAttention,
+    ChannelsFirstMilaAttention,
+)
+from .layers import (
+    ChannelNorm,
+    ChannelsFirstMlp,
+    NoForm,
+    convolution,
+    require,
+    require_nothing,
+)
+from .positions import MapAngles
+
+ATTENTIONS: dict[type[nn.Module], Callable[[Any, nn.LayerNorm], nn.Module]] = {
+    GatedAttention: ChannelsFirstGatedAttention,
+    NormGatedAttention: ChannelsFirstGatedAttention,
+    LinearAttention: ChannelsFirstLinearAttention,
+    MilaAttention: ChannelsFirstMilaAttention,
+}
 
 
-class ChannelsFirstMlp(nn.Module):
-    """`ConvMlp` on a map [B, C, H, W]."""
+def attention_layer(attn: nn.Module, norm: nn.Module) -> nn.Module:
+    """An attention on maps [B, C, H, W], after its norm; raises `NoForm`."""
+    make = ATTENTIONS.get(type(attn))
+    if make is None:
+        raise NoForm(type(attn).__name__)
+    require(attn, type(attn))
+    require(norm, LayerNorm)
+    assert isinstance(norm, nn.LayerNorm)
+    return make(attn, norm)
 
-    def __init__(self, mlp: ConvMlp, norm: nn.LayerNorm) -> None:
-        """Take the parameters over, those of the norm before it too."""
+
+class ChannelsFirstBlock(nn.Module):
+    """Attention and feed-forward network with norms, residuals and convolutions between.
+
+    Those that a block of the model has not are `nn.Identity`.
+    """
+
+    def __init__(self, block: nn.Module, pos1: str = "", pos2: str = "") -> None:
+        """Take the parameters over.
+
+        Args:
+            block: With norm1, attn, drop_path1, norm2, mlp, drop_path2.
+            pos1: Name of its convolution before the attention's norm; empty for none.
+            pos2: Name of that after the attention's residual.
+        """
         super().__init__()
-        first = mlp.fc1
-        self.fc1 = pointwise(first.weight, first.bias, norm)
-        self.act = nn.GELU()
-        self.dwconv = convolution(mlp.dwconv)
-        self.second_act = nn.GELU() if mlp.act2 is not None else nn.Identity()
-        self.fc2 = pointwise(mlp.fc2.weight, mlp.fc2.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, C, H, W]."""
-        return self.fc2(self.second_act(self.dwconv(self.act(self.fc1(x)))))
-
-
-class ChannelsFirstPyramidBlock(nn.Module):
-    """`PyramidBlock` on a map [B, C, H, W]."""
-
-    def __init__(self, block: PyramidBlock) -> None:
-        """Take the parameters over."""
-        super().__init__()
-        self.pos = convolution(block.pos)
+        self.attn = attention_layer(block.attn, block.norm1)
+        for name in ("drop_path1", "ls1", "drop_path2", "ls2"):
+            require_nothing(getattr(block, name, nn.Identity()))
+        self.pos1 = convolution(block.get_submodule(pos1)) if pos1 else nn.Identity()
         self.norm1 = ChannelNorm(block.norm1.eps)
-        self.attn = ChannelsFirstGatedAttention(block.attn, block.norm1)
-        self.pos2 = convolution(block.pos2) if isinstance(block, NaLaBlock) else nn.Identity()
+        self.pos2 = convolution(block.get_submodule(pos2)) if pos2 else nn.Identity()
+        require(block.norm2, LayerNorm)
         self.norm2 = ChannelNorm(block.norm2.eps)
         self.mlp = ChannelsFirstMlp(block.mlp, block.norm2)
 
-    def forward(self, x: Tensor, tables: RotaryTables) -> Tensor:
+    def forward(self, x: Tensor, *shared: Any) -> Tensor:
         """[B, C, H, W] -> [B, C, H, W]."""
-        x = self.pos(x)
-        x = self.pos2(x + self.attn(self.norm1(x), tables))
+        x = self.pos1(x)
+        x = self.pos2(x + self.attn(self.norm1(x), *shared))
         return x + self.mlp(self.norm2(x))
 
 
-class ChannelsFirstStage(nn.Module):
-    """`RotaryStage` whose blocks take maps [B, C, H, W]."""
+BLOCKS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
+    PyramidBlock: lambda block: ChannelsFirstBlock(block, "pos"),
+    NaLaBlock: lambda block: ChannelsFirstBlock(block, "pos", "pos2"),
+    MilaBlock: lambda block: ChannelsFirstBlock(block, "pos1", "pos2"),
+}
 
-    def __init__(self, stage: RotaryStage) -> None:
-        """Take the parameters over."""
+
+def block_of(block: nn.Module) -> nn.Module:
+    """A block on maps [B, C, H, W]; raises `NoForm`."""
+    make = BLOCKS.get(type(block))
+    if make is None:
+        raise NoForm(type(block).__name__)
+    require(block, type(block))
+    return make(block)
+
+
+def num_heads(block: nn.Module) -> int:
+    """Heads of the attention of a block."""
+    attn = block.attn
+    return (attn.attend if isinstance(attn, MilaAttention) else attn).num_heads
+
+
+class ChannelsFirstStage(nn.Module):
+    """`Stage` or `RotaryStage` whose blocks take maps [B, C, H, W]."""
+
+    def __init__(self, stage: Stage) -> None:
+        """Take the parameters over; raises `NoForm` if one of the blocks has none."""
         super().__init__()
+        require(stage, Stage, RotaryStage)
         self.downsample = stage.downsample
-        self.rotary = stage.rotary
-        self.blocks = nn.ModuleList(map(ChannelsFirstPyramidBlock, stage.blocks))
+        self.blocks = nn.ModuleList(map(block_of, stage.blocks))
+        self.angles: MapAngles | None = None
+        if isinstance(stage, RotaryStage) and stage.blocks:
+            self.angles = MapAngles(stage.rotary, num_heads(stage.blocks[0]))
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C_in, H, W] -> [B, C, H', W']."""
         x = self.downsample(x)
-        tables = self.rotary(x)
+        shared = () if self.angles is None else (self.angles(x),)
         for block in self.blocks:
-            x = block(x, tables)
+            x = block(x, *shared)
         return x
-
-
-@torch.no_grad()
-def channels_first(model: LinearPyramid) -> LinearPyramid:
-    """Put stages on maps [B, C, H, W] in the place of those of a fused pyramid."""
-    model.stages = nn.Sequential(*map(ChannelsFirstStage, model.stages))
-    return model
