@@ -211,7 +211,7 @@ def scans() -> list[dict[str, Any]]:
     "spec", [{"name": name} for name in NAMES] + scans(), ids=lambda spec: "-".join(spec.values())
 )
 def test_memory_grows_with_the_tokens(spec):
-    """What a training step writes does not grow like N^2, unless the description says so.
+    """A training step writes nothing that grows like N^2, unless the description says so.
 
     Nor is there a matrix for each token: heads have 64 channels, and no tensor as many maps.
     """
