@@ -68,20 +68,11 @@ def test_four(four, name, sizes, training):
     check(four, name, sizes, training)
 
 
-# One gradient of LightNet, of sums over exponentials, differs by 1.1e-5 of its largest value.
-WORSE = pytest.mark.xfail(reason="1.1e-5 in float32", strict=False)
-
-
 @pytest.mark.parametrize(
     "name",
     [
-        "test_mavit_linear",
-        pytest.param("test_lightnet", marks=[pytest.mark.nightly, WORSE]),
-        *(
-            pytest.param(name, marks=pytest.mark.nightly)
-            for name in MODELS
-            if name not in ("test_mavit_linear", "test_lightnet")
-        ),
+        name if name == "test_mavit_linear" else pytest.param(name, marks=pytest.mark.nightly)
+        for name in MODELS
     ],
 )
 def test_single_precision(two, name):

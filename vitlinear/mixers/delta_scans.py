@@ -115,13 +115,17 @@ def scan(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, falls: Tensor | None = N
     values, reads = solved.split([v.shape[-1], k.shape[-1]], dim=-1)
     later = before.T  # s > t
     similar = (within_query @ other.transpose(-1, -2)).masked_fill(later, 0)
-    outs = []
-    for i in range(count):
-        added = values[i] - reads[i] @ state
-        outs.append(query[i] @ state + similar[i] @ added)
-        state = state if kept is None else kept[i] * state
-        state = state + ending[i].transpose(-1, -2) @ added
-    out = torch.stack(outs).permute(1, 0, 3, 2, 4).flatten(1, 2)
+    states, steps = [], []
+    # Indices would make a gradient of all chunks for each chunk: time quadratic in N.
+    parts = zip(values.unbind(), reads.unbind(), ending.mT.unbind(), strict=True)
+    falling = [None] * count if kept is None else kept.unbind()
+    for (value, read, end_keys), keep in zip(parts, falling, strict=True):
+        added = value - read @ state
+        states.append(state)
+        steps.append(added)
+        state = (state if keep is None else keep * state) + end_keys @ added
+    out = query @ torch.stack(states) + similar @ torch.stack(steps)
+    out = out.permute(1, 0, 3, 2, 4).flatten(1, 2)
     return out[:, :length]
 
 

@@ -41,7 +41,13 @@ def rms_norm_definition(x: Tensor, weight: Tensor | float = 1.0) -> Tensor:
 
 def heads_matrix(x: Tensor, weight: Tensor) -> Tensor:
     """A matrix of each head, or of all: x [B, N, h, D], weight [h or 1, D, E] -> [B, N, h, E]."""
-    return (x.unsqueeze(-2) @ weight.to(x.dtype)).squeeze(-2)
+    # A product with a batch of matrices would copy them for each token.
+    weight = weight.to(x.dtype)
+    if weight.shape[0] == 1:
+        return x @ weight[0]
+    return (
+        (x.permute(2, 0, 1, 3).flatten(1, 2) @ weight).unflatten(1, x.shape[:2]).permute(1, 2, 0, 3)
+    )
 
 
 def identity_matrices(weight: Tensor) -> None:
