@@ -68,7 +68,7 @@ class Format:
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """What `export` wrote.
+    """The result of `export`.
 
     Attributes:
         differences: Norm of the difference over that of the logits in float32, by the size it was

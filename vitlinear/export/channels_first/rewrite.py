@@ -21,7 +21,7 @@ CHANNELS_FIRST, CHANNELS_LAST = "channels-first", "channels-last"
 
 @dataclass(frozen=True)
 class Rewritten:
-    """What was rewritten of a model.
+    """How much of a model was rewritten.
 
     Attributes:
         stages: Stages on maps [B, C, H, W].
