@@ -1,4 +1,4 @@
-"""What is timed: a model of timm's or ours at one size, as a module and as an ONNX program."""
+"""Models of timm or ours at one size, as modules and as ONNX programs."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def table(rows: Sequence[Row], reference: str) -> list[str]:
 
 
 def legend(reference: str, profiled: bool) -> str:
-    """What the columns are, in a paragraph."""
+    """The meaning of the columns, in a paragraph."""
     text = (
         "ms: median time of a batch; spread: 90th less 10th percentile, over the median; "
         f"of {BASE}: images/s over those of the same model, fused, in PyTorch; of {reference}: "
