@@ -31,7 +31,7 @@ from vitlinear.files import check_parent
 
 from . import onnx_file
 from .calibration import Calibration
-from .channels_first import CHANNELS_FIRST, CHANNELS_LAST, rewrite
+from .channels_first import CHANNELS_FIRST, CHANNELS_LAST, InputSize, rewrite
 from .quantise import quantise
 from .shapes import Shapes
 
@@ -316,8 +316,11 @@ def _lay_out(
     """The model to write a program of, and the layout of its maps."""
     if layout == CHANNELS_LAST or (layout == AUTO and (kind, dtype) != ("onnx", torch.float32)):
         return model, CHANNELS_LAST
-    fixed = shapes.height.fixed and shapes.width.fixed
-    model, rewritten = rewrite(model, shapes.example() if fixed else None)
+    size = None
+    if shapes.height.fixed and shapes.width.fixed:
+        batch = shapes.batch.low if shapes.batch.fixed else None
+        size = InputSize(batch, shapes.height.low, shapes.width.low)
+    model, rewritten = rewrite(model, size)
     if layout == CHANNELS_FIRST and not rewritten.stages:
         raise UserError(f"no --layout {CHANNELS_FIRST} of this model: it would be {rewritten}")
     return model, str(rewritten)

@@ -7,7 +7,9 @@ from torch.nn.functional import silu
 
 from vitlinear.layers import (
     GatedAttention,
+    HeadRmsNorm,
     InputValueAttention,
+    LightNetAttention,
     Linear,
     LinearAttention,
     MilaAttention,
@@ -16,8 +18,10 @@ from vitlinear.layers import (
 
 from .formula import Parts, attention, is_covered
 from .layers import (
-    AffineChannelNorm,
+    ChannelRmsNorm,
+    MapSize,
     NoForm,
+    affine_channel_norm,
     convolution,
     linear,
     pointwise,
@@ -37,7 +41,7 @@ def check_covered(name: str) -> str:
 class Slots:
     """The rows of a linear layer that gives queries, keys and so on, as products of their own."""
 
-    def __init__(self, layer: nn.Module, count: int, num_heads: int, norm: nn.LayerNorm | None):
+    def __init__(self, layer: nn.Module, count: int, num_heads: int, norm: nn.Module | None):
         """Note the layer.
 
         Args:
@@ -75,12 +79,13 @@ def parts_of(x: Tensor, products: nn.ModuleList, num_heads: int) -> Parts:
 class ChannelsFirstGatedAttention(nn.Module):
     """`GatedAttention` or `NormGatedAttention` on a map [B, C, H, W]."""
 
-    def __init__(self, attn: nn.Module, norm: nn.LayerNorm) -> None:
+    def __init__(self, attn: nn.Module, norm: nn.Module, size: MapSize | None) -> None:
         """Take the parameters over.
 
         Args:
             attn: The layer.
             norm: The norm before it, whose weight and bias become part of the products.
+            size: Of the map; None where it varies. The layer is the same at any.
         """
         super().__init__()
         require(attn, GatedAttention, NormGatedAttention)
@@ -98,7 +103,7 @@ class ChannelsFirstGatedAttention(nn.Module):
         self.temperature = attn.temperature
         self.norm: nn.Module | None = None
         if isinstance(attn, NormGatedAttention):
-            self.norm = AffineChannelNorm(attn.norm)
+            self.norm = affine_channel_norm(attn.norm)
         self.proj = linear(attn.proj)
 
     def forward(self, x: Tensor, angles: Angles) -> Tensor:
@@ -117,7 +122,7 @@ class ChannelsFirstGatedAttention(nn.Module):
 class ChannelsFirstLinearAttention(nn.Module):
     """`LinearAttention` on a map [B, C, H, W]."""
 
-    def __init__(self, attn: LinearAttention, norm: nn.LayerNorm) -> None:
+    def __init__(self, attn: LinearAttention, norm: nn.Module, size: MapSize | None) -> None:
         """Take the parameters over; arguments as `ChannelsFirstGatedAttention`."""
         super().__init__()
         require_nothing(attn.proj_drop)
@@ -138,7 +143,7 @@ class ChannelsFirstLinearAttention(nn.Module):
 class ChannelsFirstMilaAttention(nn.Module):
     """`MilaAttention` on a map [B, C, H, W]."""
 
-    def __init__(self, attn: MilaAttention, norm: nn.LayerNorm) -> None:
+    def __init__(self, attn: MilaAttention, norm: nn.Module, size: MapSize | None) -> None:
         """Take the parameters over; arguments as `ChannelsFirstGatedAttention`."""
         super().__init__()
         require_nothing(attn.proj_drop)
@@ -162,3 +167,25 @@ class ChannelsFirstMilaAttention(nn.Module):
         out = attention(q, k, heads_of(u, self.num_heads), self.attn_type, angles)
         out = out.reshape(u.shape) + self.lepe(u)
         return self.proj(out * silu(self.gate_proj(x)))
+
+
+class ChannelsFirstLightNetAttention(nn.Module):
+    """`LightNetAttention` on tokens [B, C, 1, N]."""
+
+    def __init__(self, attn: LightNetAttention, norm: nn.Module, size: MapSize | None) -> None:
+        """Take the parameters over; arguments as `ChannelsFirstGatedAttention`."""
+        super().__init__()
+        require_nothing(attn.proj_drop)
+        require(attn.norm, HeadRmsNorm)
+        self.num_heads = attn.num_heads
+        slots = Slots(attn.qkv, 3, attn.num_heads, norm)
+        self.q, self.k, self.v = (slots.rows(i) for i in range(3))
+        self.norm = ChannelRmsNorm(attn.norm.norm.eps, attn.num_heads)
+        self.gate = nn.Sequential(linear(attn.gate1, norm), linear(attn.gate2), nn.Sigmoid())
+        self.proj = linear(attn.proj, attn.norm)
+
+    def forward(self, x: Tensor, angles: Angles) -> Tensor:
+        """[B, C, 1, N] -> [B, C, 1, N]; x without what its norm multiplies."""
+        q, k, v = (heads_of(product(x), self.num_heads) for product in (self.q, self.k, self.v))
+        out = attention((q,), (k,), v, "lightnet", angles).reshape(x.shape)
+        return self.proj(self.norm(out) * self.gate(x))

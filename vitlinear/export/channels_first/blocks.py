@@ -1,4 +1,4 @@
-"""Blocks and stages on maps [B, C, H, W], made from those of a model."""
+"""Blocks, stages and rows of tokens on maps [B, C, H, W], made from those of a model."""
 
 from __future__ import annotations
 
@@ -9,48 +9,80 @@ from timm.layers import LayerNorm
 from torch import Tensor, nn
 
 from vitlinear.layers import (
+    ConvMlp,
     GatedAttention,
+    InLineAttention,
+    LightNetAttention,
     LinearAttention,
+    MapRotaryTables,
     MilaAttention,
+    Mlp,
     NormGatedAttention,
+    PaddedWindowAttention,
+    RmsNorm,
+    SwiGlu,
 )
+from vitlinear.models._hosts import HostBlock
+from vitlinear.models._isotropic import TokenBlock
 from vitlinear.models._pyramid import PyramidBlock
 from vitlinear.models._stages import RotaryStage, Stage
+from vitlinear.models.l2vit import L2LinearBlock, L2WindowBlock
 from vitlinear.models.mila import MilaBlock
 from vitlinear.models.nalaformer import NaLaBlock
 
 from .attention import (
     ChannelsFirstGatedAttention,
+    ChannelsFirstLightNetAttention,
     ChannelsFirstLinearAttention,
     ChannelsFirstMilaAttention,
 )
+from .inline import ChannelsFirstInLineAttention
 from .layers import (
     ChannelNorm,
+    ChannelRmsNorm,
+    ChannelsFirstConcentration,
     ChannelsFirstMlp,
+    ChannelsFirstSwiGlu,
+    MapSize,
     NoForm,
+    affine_channel_norm,
     convolution,
     require,
     require_nothing,
 )
 from .positions import MapAngles
+from .windows import ChannelsFirstWindowAttention
 
-ATTENTIONS: dict[type[nn.Module], Callable[[Any, nn.LayerNorm], nn.Module]] = {
+ATTENTIONS: dict[type[nn.Module], Callable[[Any, nn.Module, MapSize | None], nn.Module]] = {
     GatedAttention: ChannelsFirstGatedAttention,
     NormGatedAttention: ChannelsFirstGatedAttention,
     LinearAttention: ChannelsFirstLinearAttention,
     MilaAttention: ChannelsFirstMilaAttention,
+    LightNetAttention: ChannelsFirstLightNetAttention,
+    InLineAttention: ChannelsFirstInLineAttention,
+    PaddedWindowAttention: ChannelsFirstWindowAttention,
+}
+MLPS: dict[type[nn.Module], Callable[[Any, nn.Module], nn.Module]] = {
+    ConvMlp: ChannelsFirstMlp,
+    Mlp: ChannelsFirstMlp,
+    SwiGlu: ChannelsFirstSwiGlu,
 }
 
 
-def attention_layer(attn: nn.Module, norm: nn.Module) -> nn.Module:
-    """An attention on maps [B, C, H, W], after its norm; raises `NoForm`."""
-    make = ATTENTIONS.get(type(attn))
-    if make is None:
-        raise NoForm(type(attn).__name__)
-    require(attn, type(attn))
-    require(norm, LayerNorm)
-    assert isinstance(norm, nn.LayerNorm)
-    return make(attn, norm)
+def _rule(rules: dict[type[nn.Module], Any], module: nn.Module) -> Any:
+    """What makes the form of a module; raises `NoForm`."""
+    if type(module) not in rules:
+        raise NoForm(type(module).__name__)
+    require(module, type(module))
+    return rules[type(module)]
+
+
+def norm_of(norm: nn.Module) -> nn.Module:
+    """A norm over channels without weight and bias, which the next products take."""
+    require(norm, LayerNorm, RmsNorm)
+    if isinstance(norm, RmsNorm):
+        return ChannelRmsNorm(norm.eps)
+    return ChannelNorm(norm.eps)
 
 
 class ChannelsFirstBlock(nn.Module):
@@ -59,46 +91,61 @@ class ChannelsFirstBlock(nn.Module):
     Those that a block of the model has not are `nn.Identity`.
     """
 
-    def __init__(self, block: nn.Module, pos1: str = "", pos2: str = "") -> None:
+    def __init__(
+        self, block: nn.Module, size: MapSize | None, pos1: str = "", pos2: str = ""
+    ) -> None:
         """Take the parameters over.
 
         Args:
-            block: With norm1, attn, drop_path1, norm2, mlp, drop_path2.
+            block: With norm1, attn, drop_path1, norm2, mlp, drop_path2; perhaps norm3 and lcm.
+            size: Of all maps; None where it varies.
             pos1: Name of its convolution before the attention's norm; empty for none.
             pos2: Name of that after the attention's residual.
+
+        Raises:
+            NoForm: A part of it has none.
         """
         super().__init__()
-        self.attn = attention_layer(block.attn, block.norm1)
-        for name in ("drop_path1", "ls1", "drop_path2", "ls2"):
+        norm1, norm2 = norm_of(block.norm1), norm_of(block.norm2)
+        self.attn = _rule(ATTENTIONS, block.attn)(block.attn, block.norm1, size)
+        for name in ("drop_path1", "ls1", "drop_path2", "ls2", "drop_path3"):
             require_nothing(getattr(block, name, nn.Identity()))
         self.pos1 = convolution(block.get_submodule(pos1)) if pos1 else nn.Identity()
-        self.norm1 = ChannelNorm(block.norm1.eps)
+        self.norm1 = norm1
         self.pos2 = convolution(block.get_submodule(pos2)) if pos2 else nn.Identity()
-        require(block.norm2, LayerNorm)
-        self.norm2 = ChannelNorm(block.norm2.eps)
-        self.mlp = ChannelsFirstMlp(block.mlp, block.norm2)
+        self.local: nn.Module | None = None
+        if hasattr(block, "lcm"):
+            norm_of(block.norm3)
+            self.local = nn.Sequential(
+                affine_channel_norm(block.norm3), ChannelsFirstConcentration(block.lcm)
+            )
+        self.norm2 = norm2
+        self.mlp = _rule(MLPS, block.mlp)(block.mlp, block.norm2)
 
     def forward(self, x: Tensor, *shared: Any) -> Tensor:
         """[B, C, H, W] -> [B, C, H, W]."""
         x = self.pos1(x)
         x = self.pos2(x + self.attn(self.norm1(x), *shared))
+        if self.local is not None:
+            x = x + self.local(x)
         return x + self.mlp(self.norm2(x))
 
 
-BLOCKS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
-    PyramidBlock: lambda block: ChannelsFirstBlock(block, "pos"),
-    NaLaBlock: lambda block: ChannelsFirstBlock(block, "pos", "pos2"),
-    MilaBlock: lambda block: ChannelsFirstBlock(block, "pos1", "pos2"),
+# The names of the two positional convolutions of a block.
+BLOCKS: dict[type[nn.Module], tuple[str, str]] = {
+    PyramidBlock: ("pos", ""),
+    NaLaBlock: ("pos", "pos2"),
+    MilaBlock: ("pos1", "pos2"),
+    L2WindowBlock: ("pos1", "pos2"),
+    L2LinearBlock: ("pos1", ""),
+    HostBlock: ("", ""),
+    TokenBlock: ("", ""),
 }
 
 
-def block_of(block: nn.Module) -> nn.Module:
+def block_of(block: nn.Module, size: MapSize | None) -> nn.Module:
     """A block on maps [B, C, H, W]; raises `NoForm`."""
-    make = BLOCKS.get(type(block))
-    if make is None:
-        raise NoForm(type(block).__name__)
-    require(block, type(block))
-    return make(block)
+    return ChannelsFirstBlock(block, size, *_rule(BLOCKS, block))
 
 
 def num_heads(block: nn.Module) -> int:
@@ -110,15 +157,23 @@ def num_heads(block: nn.Module) -> int:
 class ChannelsFirstStage(nn.Module):
     """`Stage` or `RotaryStage` whose blocks take maps [B, C, H, W]."""
 
-    def __init__(self, stage: Stage) -> None:
-        """Take the parameters over; raises `NoForm` if one of the blocks has none."""
+    def __init__(self, stage: Stage, size: MapSize | None) -> None:
+        """Take the parameters over.
+
+        Args:
+            stage: The stage.
+            size: Of all maps that its blocks will see; None where it varies.
+
+        Raises:
+            NoForm: One of the blocks has none.
+        """
         super().__init__()
         require(stage, Stage, RotaryStage)
         self.downsample = stage.downsample
-        self.blocks = nn.ModuleList(map(block_of, stage.blocks))
+        self.blocks = nn.ModuleList(block_of(block, size) for block in stage.blocks)
         self.angles: MapAngles | None = None
         if isinstance(stage, RotaryStage) and stage.blocks:
-            self.angles = MapAngles(stage.rotary, num_heads(stage.blocks[0]))
+            self.angles = MapAngles(stage.rotary, num_heads(stage.blocks[0]), size)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C_in, H, W] -> [B, C, H', W']."""
@@ -127,3 +182,33 @@ class ChannelsFirstStage(nn.Module):
         for block in self.blocks:
             x = block(x, *shared)
         return x
+
+
+class ChannelsFirstTokens(nn.Module):
+    """All blocks of a model of one resolution, on tokens [B, C, 1, N]."""
+
+    def __init__(self, blocks: nn.ModuleList, size: MapSize | None) -> None:
+        """Take the parameters over.
+
+        Args:
+            blocks: Of the model.
+            size: Of the map; None where it varies.
+
+        Raises:
+            NoForm: One of them has none.
+        """
+        super().__init__()
+        self.blocks = nn.ModuleList(block_of(block, size) for block in blocks)
+        self.angles: MapAngles | None = None
+        attn = blocks[0].attn
+        if isinstance(attn, LightNetAttention):
+            tables = MapRotaryTables(attn.head_dim, cosine=True)
+            self.angles = MapAngles(tables, attn.num_heads, size)
+
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
+        """[B, N, C] -> [B, N, C]."""
+        shared = () if self.angles is None else (self.angles(x.new_zeros(1, 1, height, width)),)
+        x = x.mT.unsqueeze(2)
+        for block in self.blocks:
+            x = block(x, *shared)
+        return x.squeeze(2).mT

@@ -2,11 +2,44 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from vitlinear.layers import ConvMlp, DepthwiseConv, Linear, Mlp, ResidualDepthwiseConv, is_plain
+from vitlinear.layers import (
+    ConvMlp,
+    DepthwiseConv,
+    Linear,
+    LocalConcentration,
+    Mlp,
+    ResidualDepthwiseConv,
+    SwiGlu,
+    is_plain,
+)
+
+
+class MapSize(NamedTuple):
+    """The size of all maps that a layer will see.
+
+    Attributes:
+        batch: None where it varies.
+        channels: C.
+        height: H.
+        width: W.
+        dtype: Of the map.
+    """
+
+    batch: int | None
+    channels: int
+    height: int
+    width: int
+    dtype: torch.dtype
+
+    def example(self) -> Tensor:
+        """A map of this size."""
+        return torch.zeros(self.batch or 1, *self[1:4], dtype=self.dtype)
 
 
 class NoForm(Exception):
@@ -38,24 +71,49 @@ class ChannelNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H, W]."""
         x = x - x.mean(1, keepdim=True)
-        return x * ((x * x).mean(1, keepdim=True) + self.eps).rsqrt()
+        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)  # one step, without the squares
+        return x * (norm * norm * (1.0 / x.shape[1]) + self.eps).rsqrt()
 
 
-class AffineChannelNorm(ChannelNorm):
-    """Layer norm over the channels of a map [B, C, H, W], with weight and bias."""
+class ChannelRmsNorm(nn.Module):
+    """RMS norm over the channels of a map [B, C, H, W], or over those of each head.
+
+    Its weight is in the products that follow.
+    """
+
+    def __init__(self, eps: float, num_heads: int = 1) -> None:
+        super().__init__()
+        self.eps = eps
+        self.num_heads = num_heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, H, W]."""
+        y = x.unflatten(1, (self.num_heads, -1)) if self.num_heads > 1 else x
+        axis = y.dim() - 3
+        norm = torch.linalg.vector_norm(y, dim=axis, keepdim=True)
+        return (y * (norm * norm * (1.0 / y.shape[axis]) + self.eps).rsqrt()).reshape(x.shape)
+
+
+class Affine(nn.Module):
+    """The weight and the bias of a norm on a map [B, C, H, W]."""
 
     def __init__(self, norm: nn.LayerNorm) -> None:
         """Take the parameters over."""
-        super().__init__(norm.eps)
+        super().__init__()
         self.weight = nn.Parameter(norm.weight.detach()[:, None, None].clone())
         self.bias = nn.Parameter(norm.bias.detach()[:, None, None].clone())
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H, W]."""
-        return super().forward(x) * self.weight + self.bias
+        return x * self.weight + self.bias
 
 
-def pointwise(weight: Tensor, bias: Tensor | None, norm: nn.LayerNorm | None = None) -> nn.Conv2d:
+def affine_channel_norm(norm: nn.LayerNorm) -> nn.Module:
+    """Layer norm over the channels of a map [B, C, H, W], with weight and bias."""
+    return nn.Sequential(ChannelNorm(norm.eps), Affine(norm))
+
+
+def pointwise(weight: Tensor, bias: Tensor | None, norm: nn.Module | None = None) -> nn.Conv2d:
     """A 1x1 convolution that is a product with weights, after what a norm multiplies and adds.
 
     Args:
@@ -67,11 +125,12 @@ def pointwise(weight: Tensor, bias: Tensor | None, norm: nn.LayerNorm | None = N
     total = (
         torch.zeros(len(weight), dtype=torch.float64) if bias is None else bias.detach().double()
     )
-    if norm is not None and norm.bias is not None:
-        total = total + weight @ norm.bias.detach().double()
-    if norm is not None and norm.weight is not None:
+    shift = getattr(norm, "bias", None)  # an RMS norm has none
+    if shift is not None:
+        total = total + weight @ shift.detach().double()
+    if norm is not None:
         weight = weight * norm.weight.detach().double()
-    with_bias = bias is not None or (norm is not None and norm.bias is not None)
+    with_bias = bias is not None or shift is not None
     conv = nn.Conv2d(weight.shape[1], weight.shape[0], 1, bias=with_bias, dtype=dtype)
     with torch.no_grad():
         conv.weight.copy_(weight[:, :, None, None])
@@ -95,7 +154,7 @@ def convolution(layer: nn.Module) -> nn.Module:
     return conv.eval()
 
 
-def linear(layer: nn.Module, norm: nn.LayerNorm | None = None) -> nn.Conv2d:
+def linear(layer: nn.Module, norm: nn.Module | None = None) -> nn.Conv2d:
     """A linear layer as a 1x1 convolution; whoever calls this sees to its activation.
 
     Args:
@@ -138,3 +197,38 @@ class ChannelsFirstMlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H, W]; x without what its norm multiplies and adds."""
         return self.fc2(self.second_act(self.dwconv(self.act(self.fc1(x)))))
+
+
+class ChannelsFirstSwiGlu(nn.Module):
+    """`SwiGlu` on a map [B, C, H, W]."""
+
+    def __init__(self, mlp: nn.Module, norm: nn.Module) -> None:
+        """Take the parameters over; as `ChannelsFirstMlp`."""
+        super().__init__()
+        require(mlp, SwiGlu)
+        require(mlp.act, nn.SiLU)
+        require_nothing(mlp.drop1, mlp.drop2)
+        self.gate, self.value = linear(mlp.fc1_g, norm), linear(mlp.fc1_x, norm)
+        self.fc2 = linear(mlp.fc2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, H, W]; x without what its norm multiplies."""
+        return self.fc2(nn.functional.silu(self.gate(x)) * self.value(x))
+
+
+class ChannelsFirstConcentration(nn.Module):
+    """`LocalConcentration` on a map [B, C, H, W]."""
+
+    def __init__(self, lcm: nn.Module) -> None:
+        """Take the parameters over."""
+        super().__init__()
+        require(lcm, LocalConcentration)
+        require(lcm.act, nn.GELU)
+        require(lcm.bn, nn.BatchNorm2d)
+        self.steps = nn.Sequential(
+            convolution(lcm.conv1), nn.GELU(), lcm.bn, convolution(lcm.conv2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, H, W]."""
+        return self.steps(x)

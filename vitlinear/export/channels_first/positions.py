@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vitlinear.layers import MapFullWidthRotaryTables, MapRotaryTables
 from vitlinear.ops import RotaryTables
 
-from .layers import require
+from .layers import MapSize, require
 
 
 class Angles(NamedTuple):
@@ -42,12 +42,13 @@ class MapAngles(nn.Module):
     of all tokens when it loads the program.
     """
 
-    def __init__(self, maker: nn.Module, num_heads: int) -> None:
+    def __init__(self, maker: nn.Module, num_heads: int, size: MapSize | None) -> None:
         """Note what the tables are for.
 
         Args:
             maker: Of the tables of a stage.
             num_heads: Heads of its blocks.
+            size: Of all maps that will come; None where they differ.
 
         Raises:
             NoForm: The tables are others.
@@ -56,12 +57,9 @@ class MapAngles(nn.Module):
         require(maker, MapRotaryTables, MapFullWidthRotaryTables)
         self.maker = maker
         self.num_heads = num_heads
-        self.register_buffer("rows", None)
-        self.register_buffer("cols", None)
-
-    def fix(self, x: Tensor) -> None:
-        """Keep the tables of maps of this size, [B, C, H, W]: no others will come."""
-        self.rows, self.cols = self.maker(x)
+        tables = (None, None) if size is None else maker(size.example())
+        for name, table in zip(("rows", "cols"), tables, strict=True):
+            self.register_buffer(name, table)
 
     def forward(self, x: Tensor) -> Angles:
         """A map [B, C, H, W] -> its angles."""

@@ -4,19 +4,34 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from vitlinear.layers import is_plain
+from vitlinear.models._isotropic import IsotropicBackbone
 from vitlinear.models._stages import StagedBackbone
 
-from .blocks import ChannelsFirstStage
-from .layers import AffineChannelNorm, NoForm
-from .positions import MapAngles
+from .blocks import ChannelsFirstStage, ChannelsFirstTokens
+from .layers import MapSize, NoForm, affine_channel_norm
 
 CHANNELS_FIRST, CHANNELS_LAST = "channels-first", "channels-last"
+
+
+class InputSize(NamedTuple):
+    """The size of all images that a program takes.
+
+    Attributes:
+        batch: None where it varies.
+        height: In pixels.
+        width: In pixels.
+    """
+
+    batch: int | None
+    height: int
+    width: int
 
 
 @dataclass(frozen=True)
@@ -42,22 +57,27 @@ class Rewritten:
         return f"{CHANNELS_FIRST} in {self.stages} of {self.of} stages, not in those of {left}"
 
 
-def _fix_positions(model: nn.Module, example: Tensor) -> None:
-    """Make position tables constants: every input will be of this size, but for the batch."""
-    makers = [module for module in model.modules() if isinstance(module, MapAngles)]
-    hooks = [
-        maker.register_forward_pre_hook(lambda maker, inputs: maker.fix(*inputs))
-        for maker in makers
-    ]
+def _sizes(model: nn.Module, parts: list[nn.Module], size: InputSize | None) -> list[Any]:
+    """The size of the map that each part puts out; None where it varies."""
+    if size is None:
+        return [None] * len(parts)
+    sizes: dict[nn.Module, MapSize] = {}
+
+    def note(part: nn.Module, inputs: Any, out: Tensor) -> None:
+        sizes[part] = MapSize(size.batch, *out.shape[1:], out.dtype)
+
+    hooks = [part.register_forward_hook(note) for part in parts]
     try:
-        model(example)
+        dtype = next(model.parameters()).dtype
+        model(torch.zeros(1, model.in_chans, size.height, size.width, dtype=dtype))
     finally:
         for hook in hooks:
             hook.remove()
+    return [sizes[part] for part in parts]
 
 
 @torch.no_grad()
-def rewrite(model: nn.Module, example: Tensor | None = None) -> tuple[nn.Module, Rewritten]:
+def rewrite(model: nn.Module, size: InputSize | None = None) -> tuple[nn.Module, Rewritten]:
     """Make the same model with as many stages on maps [B, C, H, W] as have that form.
 
     What is made is fused. Its outputs are those of the model, but for roundings. Its parameters
@@ -65,7 +85,8 @@ def rewrite(model: nn.Module, example: Tensor | None = None) -> tuple[nn.Module,
 
     Args:
         model: In eval mode; stays as it is.
-        example: An input with the height and width of all that will come; None where they differ.
+        size: Of all inputs; None where heights and widths vary. Tables of positions are then made
+            in the program, and windows have no such form.
 
     Returns:
         The model that was made, or the same one if no stage has the form; and what was rewritten.
@@ -73,27 +94,51 @@ def rewrite(model: nn.Module, example: Tensor | None = None) -> tuple[nn.Module,
     Raises:
         ValueError: The model is in training mode.
     """
-    if not isinstance(model, StagedBackbone):
+    if not isinstance(model, StagedBackbone | IsotropicBackbone):
         return model, Rewritten(0, 1, (type(model).__name__,))
     made = copy.deepcopy(model)
     made.fuse()
-    left: dict[str, None] = {}
-    stages: list[nn.Module] = []
-    for stage in made.stages:
-        try:
-            stages.append(ChannelsFirstStage(stage))
-        except NoForm as reason:
-            left[str(reason)] = None
-            stages.append(stage)
-    done = sum(isinstance(stage, ChannelsFirstStage) for stage in stages)
-    rewritten = Rewritten(done, len(stages), tuple(left))
+    stages, left = (
+        _tokens(made, size) if isinstance(made, IsotropicBackbone) else _stages(made, size)
+    )
+    done = sum(isinstance(stage, ChannelsFirstStage | ChannelsFirstTokens) for stage in stages)
+    rewritten = Rewritten(done, len(stages), tuple(dict.fromkeys(left)))
     if not done:
         return model, rewritten
+    if isinstance(made, IsotropicBackbone):
+        made.blocks = nn.ModuleList(stages)
+        return made, rewritten
     made.stages = nn.Sequential(*stages)
     for module in list(made.modules()):
         for name, child in module.named_children():
             if is_plain(child, LayerNorm2d):
-                setattr(module, name, AffineChannelNorm(child))
-    if example is not None:
-        _fix_positions(made, example)
+                setattr(module, name, affine_channel_norm(child))
     return made, rewritten
+
+
+def _stages(model: StagedBackbone, size: InputSize | None) -> tuple[list[nn.Module], list[str]]:
+    """The stages, those in the other form that have it, and what the others lack it for."""
+    stages: list[nn.Module] = []
+    left = []
+    sizes = _sizes(model, [stage.downsample for stage in model.stages], size)
+    for stage, map_size in zip(model.stages, sizes, strict=True):
+        try:
+            stages.append(ChannelsFirstStage(stage, map_size))
+        except NoForm as reason:
+            left.append(str(reason))
+            stages.append(stage)
+    return stages, left
+
+
+def _tokens(model: IsotropicBackbone, size: InputSize | None) -> tuple[list[nn.Module], list[str]]:
+    """All blocks as one stage, likewise."""
+    map_size = None
+    if size is not None:
+        dtype = next(model.parameters()).dtype
+        x = torch.zeros(1, model.in_chans, size.height, size.width, dtype=dtype)
+        tokens, height, width = model.embed(x)
+        map_size = MapSize(size.batch, tokens.shape[2], height, width, dtype)
+    try:
+        return [ChannelsFirstTokens(model.blocks, map_size)], []
+    except NoForm as reason:
+        return [model.blocks], [str(reason)]
