@@ -9,7 +9,7 @@ from torch import Tensor
 from vitlinear.layers.linear import Linear
 from vitlinear.ops.features import elu_plus_one
 
-from .description import AttentionDescription, Option
+from .description import AttentionDescription, Change, Option
 from .grid import Grid
 from .mixer import Mixer
 from .operator import attend
@@ -36,6 +36,7 @@ from .registry import register
                 "both", "which of keys and values have one", choices=("both", "keys", "values")
             ),
         },
+        changes=(Change("gates", ("keys",), {"rows_sum_to_one": True}),),
         needs_input=True,
         origin="From general knowledge of the paper: gates by one linear layer of the input, and "
         "the gated keys in the normaliser too.",

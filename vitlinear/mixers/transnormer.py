@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vitlinear.layers.linear import Linear
 
 from .decay import distances, slopes, two_sided_sums
-from .description import AttentionDescription, Option
+from .description import AttentionDescription, Change, Option
 from .grid import Grid
 from .grid_windows import GridWindows, hidden_scores, prefix_attention, same_window
 from .mixer import Mixer
@@ -107,6 +107,7 @@ class NormAttention(_HeadNorm):
                 "softmax", "of T2, or of T1 (relu, with a norm)", choices=("softmax", "relu")
             ),
         },
+        changes=(Change("scores", ("relu",), {"rows_sum_to_one": False, "injective": False}),),
         origin="Windows of 8 x 8 for the paper's blocks of 64 tokens. Tokens before the map see "
         "all tokens, and all tokens see them.",
     )
@@ -164,6 +165,7 @@ class DiagAttention(_HeadNorm):
         title="TransNormerLLM: A Faster and Better Large Language Model with Improved TransNormer",
         year=2023,
         cost="2 N D^2; with decay N D^2 (16 + H / 16 + W / 16), and N D^2 numbers of memory",
+        changes=(Change("decay", ("two_sided",), {"order": "local", "backends": ("eager",)}),),
         state="D^2",
         order="free",
         positive=False,
@@ -205,8 +207,6 @@ class TransNormer(Mixer):
     ) -> None:
         super().__init__(dim, num_heads, backend=backend, device=device, dtype=dtype)
         self.decay = decay
-        if decay != "none":
-            self.order = "local"
         self.silu_values = silu_values
         self.gate: nn.Sequential | None = None
         if gate:
