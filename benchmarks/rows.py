@@ -24,6 +24,7 @@ import argparse
 import datetime
 import json
 import multiprocessing
+import os
 import statistics
 import sys
 import tempfile
@@ -253,6 +254,12 @@ def timing(args: argparse.Namespace, record: Record) -> None:
     """Prints and records the time of steps of one of the three kinds."""
     name = (args.models or ["ravlt_t_linear"])[0]
     size, ranks = args.size, args.ranks
+    if args.what == "large":
+        # Processes take what the C library keeps for later as well; two of them have no room for
+        # it. It reads these when a process starts, and none has been started yet.
+        for key in ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_"):
+            os.environ.pop(key, None)
+        os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)
     plan = {
         "strong": [(n, 768, 512, 2, False) for n in ranks],
         "weak": [(n, 384 * n, 512, 2, False) for n in ranks],
