@@ -12,7 +12,7 @@ from vitlinear.ops.features import elu_plus_one
 from .description import AttentionDescription, Option
 from .grid import Grid
 from .mixer import Mixer
-from .operator import attend_features
+from .operator import attend
 from .registry import register
 
 
@@ -70,13 +70,13 @@ class Saga(Mixer):
     def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, extra: Tensor | None) -> Tensor:
         """The formula; see `Mixer.mix`."""
         assert extra is not None
-        q, k = elu_plus_one(q), elu_plus_one(k)
+        row = "elu"
         gates = list(extra.to(q.dtype).sigmoid().split(self.dim, dim=-1))
         if self.gates != "values":
-            k = k * gates[0].reshape(k.shape)
+            k, row = elu_plus_one(k) * gates[0].reshape(k.shape), "elu_query"
         if self.gates != "keys":
             v = v * gates[-1].reshape(v.shape)
-        return attend_features(q, k, v, grid, backend=self.backend)
+        return attend(q, k, v, row, grid, backend=self.backend)
 
     def definition(
         self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, x: Tensor | None = None

@@ -14,7 +14,7 @@ from .description import AttentionDescription, Option
 from .grid import Grid
 from .mixer import Mixer
 from .norms import heads_matrix, rms_norm, unit
-from .operator import attend_features
+from .operator import attend
 from .registry import register
 
 Monomials = tuple[list[list[int]], list[float]]
@@ -158,7 +158,7 @@ class Based(_Narrow):
     def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, extra: Tensor | None) -> Tensor:
         """The formula; see `Mixer.mix`."""
         q, k = (taylor_features(x, 2, self.tables) for x in self.narrowed(q, k))
-        return attend_features(q, k, v, grid, backend=self.backend)
+        return attend(q, k, v, "features", grid, backend=self.backend)
 
     def definition(
         self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, x: Tensor | None = None
@@ -225,14 +225,11 @@ class Taylor(_Narrow):
     def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, extra: Tensor | None) -> Tensor:
         """The formula; see `Mixer.mix`."""
         q, k = (taylor_features(x, self.degree, self.tables) for x in self.narrowed(q, k))
-        k = grid.hide(k)
-        out = attend_features(q, k, v, grid, normalise=False, backend=self.backend)
+        row = "signed_features" if self.norm == "sum" else "identity"
+        out = attend(q, k, v, row, grid, backend=self.backend)
         if self.norm == "l2":
             return unit(out)
-        if self.norm == "rms":
-            return rms_norm(out)
-        z = (q * grid.mean(k)).sum(-1, keepdim=True)
-        return out / torch.where(z < 0, z.clamp(max=-1e-6), z.clamp(min=1e-6))
+        return rms_norm(out) if self.norm == "rms" else out
 
     def definition(
         self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, x: Tensor | None = None
