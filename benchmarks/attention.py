@@ -82,11 +82,16 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """The commit measured, with ``-dirty`` where the tree differs from it."""
-    command = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(
-        command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    ).stdout.strip()
+    """The commit measured, with ``-dirty`` where the tree differs from it, results left out."""
+
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*args: str) -> subprocess.CompletedProcess[str]:
+        command = ["git", *args]
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+
+    same = git("diff", "--quiet", "HEAD", "--", ".", ":(exclude)benchmarks/results").returncode == 0
+    return git("describe", "--always").stdout.strip() + ("" if same else "-dirty")
 
 
 def measure(

@@ -1,4 +1,4 @@
-"""What a process keeps for backward."""
+"""Memory that a process keeps for backward."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.process
 
 
 def _shares(name: str) -> float:
-    """What this process keeps, over what one keeps of the whole image."""
+    """Bytes that this process keeps, over those that one keeps of the whole image."""
     images = torch.randn(2, 3, 1024, 32)
     alone = saved_bytes(make(name, torch.float32).train(), images).total()
     mesh = mesh_of_all()

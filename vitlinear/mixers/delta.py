@@ -10,7 +10,7 @@ from vitlinear.layers.attention.scriptable_state import scriptable_read, scripta
 from vitlinear.layers.linear import Linear
 
 from .delta_scans import directional, naive_scan
-from .description import AttentionDescription, Option
+from .description import AttentionDescription, Change, Option
 from .grid import Grid
 from .lla import solve
 from .mixer import Mixer
@@ -28,6 +28,9 @@ DELTA_OPTIONS = {
     "steps": Option(2, "of an iterative solver", 1, 4),
     "ridge": Option(0.02, "r at first, learned for each head", 1e-6, 1e3),
 }
+WITH_SCANS = (
+    Change("form", ("scans_2", "scans_4"), {"order": "directional", "backends": ("eager",)}),
+)
 
 
 def approach(matrix: Tensor, right: Tensor, lowest: Tensor, solver: str, steps: int) -> Tensor:
@@ -85,8 +88,6 @@ class _DeltaRule(Mixer):
     ) -> None:
         super().__init__(dim, num_heads, backend=backend, device=device, dtype=dtype)
         self.scans = {"order_free": 0, "scans_2": 2, "scans_4": 4}[form]
-        if self.scans:
-            self.order = "directional"
         self.solver = solver
         self.steps = steps
         self.initial_ridge = ridge
@@ -180,6 +181,7 @@ class _DeltaRule(Mixer):
         injective=False,
         backends=("eager", "library", "triton"),
         options=DELTA_OPTIONS,
+        changes=WITH_SCANS,
         needs_input=True,
         origin="The order-free form is derived: the limit of steps of the rule on all tokens at "
         "once, a ridge regression weighed by b. Scans run along rows and back, or columns too, "
@@ -243,6 +245,7 @@ class Delta(_DeltaRule):
         injective=False,
         backends=("eager", "library", "triton"),
         options=DELTA_OPTIONS,
+        changes=WITH_SCANS,
         needs_input=True,
         origin="The order-free form is derived: without a direction forgetting is a ridge of each "
         "channel of the keys, a, the mean share that a token makes it forget. Scans are those of "

@@ -10,7 +10,7 @@ from torch import Tensor
 from .description import AttentionDescription, Option
 from .grid import Grid
 from .mixer import Mixer
-from .operator import attend_features
+from .operator import attend
 from .registry import register
 
 EPS = 1e-6  # inside of every product of sums, as released
@@ -67,10 +67,8 @@ class Flowformer(Mixer):
             conserved_out = conserved_out.clamp(-1.0, 1.0)
         count = grid.number(q)
         values = v * (count * grid.token_softmax(conserved_out))
-        return attend_features(
-            f * (count * conserved_in.sigmoid() / incoming), g, values, grid,
-            normalise=False, backend=self.backend,
-        )  # fmt: skip
+        f = f * (count * conserved_in.sigmoid() / incoming)
+        return attend(f, g, values, "identity", grid, backend=self.backend)
 
     def definition(
         self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, x: Tensor | None = None

@@ -15,7 +15,7 @@ from .description import AttentionDescription, Option
 from .grid import Grid
 from .mixer import Mixer
 from .norms import heads_matrix, length, unit
-from .operator import attend_features
+from .operator import attend
 from .registry import register
 
 BACKENDS = ("eager", "library", "triton")
@@ -78,8 +78,8 @@ class Focused(Mixer):
     def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, extra: Tensor | None) -> Tensor:
         """The formula; see `Mixer.mix`."""
         q, k = self.features(q), self.features(k)
-        out = attend_features(q, k, v, grid, backend=self.backend)
-        return out + local_values(self.local, v, grid)
+        local = local_values(self.local, v, grid)
+        return attend(q, k, v, "features", grid, lepe=local, backend=self.backend)
 
     def definition(
         self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, x: Tensor | None = None
@@ -150,10 +150,7 @@ class EfficientVit(Mixer):
         wide = convolved_tokens(self.gather, torch.cat((q, k, v), dim=2), grid)
         wide = heads_matrix(wide, self.gather_heads)
         both = [(q, k, v), wide.chunk(3, dim=2)]
-        outs = [
-            attend_features(q.relu(), k.relu(), v, grid, backend=self.backend).flatten(2)
-            for q, k, v in both
-        ]
+        outs = [attend(q, k, v, "relu", grid, backend=self.backend).flatten(2) for q, k, v in both]
         weight = self.merge.weight.to(q.dtype)
         return F.linear(torch.cat(outs, dim=-1), weight).reshape(v.shape)
 

@@ -9,15 +9,10 @@ from .description import AttentionDescription, Option
 from .grid import Grid
 from .mixer import Mixer
 from .norms import heads_matrix, identity_matrices
-from .operator import attend_features
+from .operator import attend
 from .registry import register
 
 MAPS = ("exp", "softmax", "exp_max", "joint_softmax")
-
-
-def softmax_halves(u: Tensor) -> Tensor:
-    """[softmax(u); softmax(-u)], each half over the channels, [..., D] -> [..., 2 D]."""
-    return torch.cat((u.softmax(-1), (-u).softmax(-1)), dim=-1)
 
 
 def softmax_halves_definition(x: Tensor, weight: Tensor) -> Tensor:
@@ -102,18 +97,18 @@ class Hedgehog(Mixer):
         k = heads_matrix(k, self.key_weight)
         if self.query_bias is not None and self.key_bias is not None:
             q, k = q + self.query_bias.to(q.dtype), k + self.key_bias.to(k.dtype)
-        q, k = self.features(q, (3,)), self.features(grid.hide(k), (1, 3))
-        return attend_features(q, k, v, grid, backend=self.backend)
+        row = "softmax_halves"
+        if self.map != "softmax":
+            q, k, row = self.features(q, (3,)), self.features(grid.hide(k), (1, 3)), "features"
+        return attend(q, k, v, row, grid, backend=self.backend)
 
     def features(self, u: Tensor, alike: tuple[int, ...]) -> Tensor:
-        """Features of u, [B, N, h, D] -> [B, N, h, 2 D].
+        """Features of u by a map that is none of the operator's, [B, N, h, D] -> [B, N, h, 2 D].
 
         Args:
             u: After W and b.
             alike: Axes over which a scale of ``exp`` divides out.
         """
-        if self.map == "softmax":
-            return softmax_halves(u)
         if self.map == "joint_softmax":
             return torch.cat((2 * u, -2 * u), dim=-1).softmax(-1)
         if self.map == "exp_max":
@@ -137,6 +132,8 @@ class Hedgehog(Mixer):
             scale_k = k.detach().abs().amax((1, 3), keepdim=True)
             q = torch.cat((q.exp(), (-q).exp()), dim=-1) / scale_q.exp()
             k = torch.cat((k.exp(), (-k).exp()), dim=-1) / scale_k.exp()
+        elif self.map == "softmax":
+            q, k = (torch.cat((x.softmax(-1), (-x).softmax(-1)), dim=-1) for x in (q, k))
         else:
             q, k = self.features(q, ()), self.features(k, ())
         weights = torch.einsum("bnhd,bmhd->bhnm", q, k)

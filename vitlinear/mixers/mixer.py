@@ -27,8 +27,7 @@ class Mixer(nn.Module):
         positions: Class attribute: the kind of position tables where `description.turns` is
             ``inside``: ``rotary``, ``cosine``, or ``full width``.
         attn_type: The name, for reports.
-        order: One of `description.ORDERS`, as the options have it: that of the description, unless
-            one of them makes the order of the tokens matter.
+        order: One of `description.ORDERS`, as the options have it that `make_mixer` was given.
     """
 
     description: ClassVar[AttentionDescription]

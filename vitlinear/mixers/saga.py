@@ -9,10 +9,10 @@ from torch import Tensor
 from vitlinear.layers.linear import Linear
 from vitlinear.ops.features import elu_plus_one
 
-from .description import AttentionDescription, Option
+from .description import AttentionDescription, Change, Option
 from .grid import Grid
 from .mixer import Mixer
-from .operator import attend_features
+from .operator import attend
 from .registry import register
 
 
@@ -36,6 +36,7 @@ from .registry import register
                 "both", "which of keys and values have one", choices=("both", "keys", "values")
             ),
         },
+        changes=(Change("gates", ("keys",), {"rows_sum_to_one": True}),),
         needs_input=True,
         origin="From general knowledge of the paper: gates by one linear layer of the input, and "
         "the gated keys in the normaliser too.",
@@ -70,13 +71,13 @@ class Saga(Mixer):
     def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, extra: Tensor | None) -> Tensor:
         """The formula; see `Mixer.mix`."""
         assert extra is not None
-        q, k = elu_plus_one(q), elu_plus_one(k)
+        row = "elu"
         gates = list(extra.to(q.dtype).sigmoid().split(self.dim, dim=-1))
         if self.gates != "values":
-            k = k * gates[0].reshape(k.shape)
+            k, row = elu_plus_one(k) * gates[0].reshape(k.shape), "elu_query"
         if self.gates != "keys":
             v = v * gates[-1].reshape(v.shape)
-        return attend_features(q, k, v, grid, backend=self.backend)
+        return attend(q, k, v, row, grid, backend=self.backend)
 
     def definition(
         self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, x: Tensor | None = None

@@ -13,7 +13,7 @@ from vitlinear.layers.linear import Linear
 from .description import AttentionDescription
 from .grid import Grid
 from .mixer import Mixer
-from .operator import attend_features
+from .operator import attend
 from .registry import register
 
 BACKENDS = ("eager", "library", "triton")
@@ -71,9 +71,7 @@ class Vssd(Mixer):
         """The formula; see `Mixer.mix`."""
         assert extra is not None
         weights = F.softplus(extra.to(q.dtype)) * self.rate.to(q.dtype).exp()
-        out = attend_features(
-            q, k, v, grid, normalise=False, key_weights=weights.unsqueeze(-1), backend=self.backend
-        )
+        out = attend(q, k * weights.unsqueeze(-1), v, "identity", grid, backend=self.backend)
         return out + v * self.skip.to(v.dtype)[:, None]
 
     def definition(
