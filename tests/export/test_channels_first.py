@@ -176,7 +176,7 @@ def test_command(sizes, command, tmp_path):
         (["test_ravlt", "o.pt2"], "--layout channels-first is for --format onnx"),
         (
             ["test_vittt", "o.onnx"],
-            "it would be channels-last, as PositionedTokenBlock has no other",
+            "be channels-last, as PositionedTokenBlock has no other",
         ),
     ],
 )
