@@ -36,6 +36,7 @@ COMMANDS = {
         "a trained model to the Hugging Face hub, or a folder of its form",
     ),
     "export": ("vitlinear.export.command", "a model as ONNX, torch.export or safetensors"),
+    "benchmark": ("vitlinear.benchmark.command", "speed in PyTorch, onnxruntime and OpenVINO"),
     "train-detector": (f"{OPENMMLAB}:train_detector", "a detector of mmdet"),
     "test-detector": (f"{OPENMMLAB}:test_detector", "its average precision"),
     "train-segmentor": (f"{OPENMMLAB}:train_segmentor", "a segmentor of mmseg"),

@@ -36,17 +36,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a c
 import vitlinear  # noqa: E402
 from benchmarks.transcription import rala  # noqa: E402
 from vitlinear import ops  # noqa: E402
-from vitlinear.train.record.environment import cpu_model  # noqa: E402
+from vitlinear.benchmark.turns import KEEP_PAGES  # noqa: E402
+from vitlinear.processor import cpu_model  # noqa: E402
 
 # (tokens on a side, heads, head_dim): stages 1 to 3 of ravlt_t at 224 x 224.
 SHAPES = ((56, 1, 64), (28, 2, 64), (14, 4, 64))
 DTYPES = (torch.float32, torch.bfloat16)
-# glibc reads these when a process starts.
-KEEP_PAGES = {
-    "MALLOC_TRIM_THRESHOLD_": "100000000000",
-    "MALLOC_TOP_PAD_": "500000000",
-    "MALLOC_MMAP_MAX_": "0",
-}
 
 
 def rala_transcribed(q: Tensor, k: Tensor, v: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
@@ -87,11 +82,16 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """The commit measured, with ``-dirty`` where the tree differs from it."""
-    command = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(
-        command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    ).stdout.strip()
+    """The commit measured, with ``-dirty`` where the tree differs from it, results left out."""
+
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*args: str) -> subprocess.CompletedProcess[str]:
+        command = ["git", *args]
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+
+    same = git("diff", "--quiet", "HEAD", "--", ".", ":(exclude)benchmarks/results").returncode == 0
+    return git("describe", "--always").stdout.strip() + ("" if same else "-dirty")
 
 
 def measure(

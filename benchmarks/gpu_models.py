@@ -26,10 +26,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout
 
 from benchmarks.gpu import machine  # noqa: E402
-from benchmarks.models import measure  # noqa: E402
 from benchmarks.models_report import best_modes, print_report  # noqa: E402
-from benchmarks.subject import Case  # noqa: E402
+from benchmarks.subject import Case, serve  # noqa: E402
 from benchmarks.transcription import SUFFIX  # noqa: E402
+from vitlinear.benchmark.turns import measure  # noqa: E402
 from vitlinear.files import write_text  # noqa: E402
 
 AT_ONCE = 4
@@ -126,7 +126,7 @@ def main() -> None:
     deadline = start + args.seconds
     for cases in plan.groups():
         options = {"at_once": AT_ONCE, "deadline": deadline}
-        record["rows"] += measure(cases, plan.rounds, TURN, TIMEOUT, **options)
+        record["rows"] += measure(serve, cases, plan.rounds, TURN, TIMEOUT, **options)
         record["seconds"] = time.monotonic() - start
         write_text(args.output, json.dumps(record, indent=1) + "\n")
     print_report(record)

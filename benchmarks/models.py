@@ -1,28 +1,21 @@
 """Speed and memory of any timm models, side by side: `python tools/benchmark.py --help`.
 
 Each model in each mode has a process of its own (`subject`), and all of one pass, size and batch
-take turns, round by round: a neighbour that takes the processor for a minute slows all of them, and
-the ratio to the reference, the median of the ratios of single rounds, hardly moves.
+take turns, round by round (`vitlinear.benchmark.turns`). The ratio to the reference is the median
+of the ratios of single rounds.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import itertools
 import json
-import math
-import multiprocessing
 import os
 import shlex
-import statistics
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm
 import torch
 
@@ -31,137 +24,12 @@ from benchmarks.attention import KEEP_PAGES, commit, machine
 from benchmarks.models_report import plot, print_report
 from benchmarks.subject import MODES, PASSES, PRECISIONS, Case, check_subject, serve
 from benchmarks.transcription import SUFFIX
+from vitlinear.benchmark.turns import measure
 from vitlinear.cli.device import choose_device
 from vitlinear.cli.parser import Parser
 from vitlinear.errors import UserError, did_you_mean
 from vitlinear.files import write_text
 from vitlinear.train.record.curves import check_plotting
-
-
-class FailedError(Exception):
-    """A subject that cannot be measured; the message says why."""
-
-
-class Process:
-    """The process of a subject, and what is said to it."""
-
-    def __init__(self, case: Case, timeout: float) -> None:
-        context = multiprocessing.get_context("forkserver")
-        # Not vitlinear: a fork server may not see the path that this checkout is on.
-        context.set_forkserver_preload(["torch._dynamo", "torch.export", "torchvision", "timm"])
-        self.timeout, self.asked = timeout, time.monotonic()
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, case))
-        self.process.start()
-        theirs.close()
-
-    def ask(self, seconds: float) -> list[float]:
-        """Times of the calls of one round."""
-        self.asked = time.monotonic()
-        with contextlib.suppress(BrokenPipeError):  # `answer` says why
-            self.connection.send(seconds)
-        return self.answer()
-
-    def answer(self, deadline: float = math.inf) -> Any:
-        """Waits for its next message; ends a process that takes longer than it may."""
-        left = min(self.asked + self.timeout, deadline) - time.monotonic()
-        if not self.connection.poll(max(left, 0)):
-            self.process.kill()
-            why = "--timeout" if math.isinf(deadline) else "no time left"
-            raise FailedError(f"gave up after {time.monotonic() - self.asked:.0f} s ({why})")
-        try:
-            kind, value = self.connection.recv()
-        except (EOFError, ConnectionResetError):
-            self.process.join()
-            code = self.process.exitcode or 0
-            cause = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
-            hint = ": out of memory, perhaps" if code == -9 else ""
-            raise FailedError(f"its process {cause}{hint}") from None
-        if kind == "error":
-            raise FailedError(value)
-        return value
-
-    def close(self) -> None:
-        """Ends it, by force if it does not listen."""
-        with contextlib.suppress(BrokenPipeError):
-            self.connection.send(None)
-            self.process.join(10)
-        if self.process.is_alive():
-            self.process.kill()
-        self.process.join()
-        self.connection.close()
-
-
-def measure(
-    cases: Sequence[Case],
-    rounds: int,
-    seconds: float,
-    timeout: float,
-    *,
-    at_once: int = 1,
-    deadline: float = math.inf,
-) -> list[dict[str, Any]]:
-    """Rows of cases that take turns.
-
-    A row has the fields of its `Case` and either ``error`` or ``facts`` of the subject,
-    ``round_ms`` (the median call of each round), ``calls`` and ``p50_ms``, ``p90_ms``, ``p99_ms``
-    over all calls, and ``images_per_s``, the batch over the median.
-
-    Args:
-        cases: What to measure.
-        rounds: How many rounds each of them gets.
-        seconds: Length of its turn in a round.
-        timeout: Seconds that it may take to prepare or to answer.
-        at_once: How many prepare at once. On CPUs more than one would slow each other down, and
-            measure each other's memory where they have to share it.
-        deadline: On the clock of `time.monotonic`: past it nothing is prepared and no further
-            round begins.
-    """
-    rows: list[dict[str, Any]] = [dataclasses.asdict(case) for case in cases]
-    processes: dict[int, Process] = {}
-    times: dict[int, list[list[float]]] = {i: [] for i in range(len(cases))}
-
-    def drop(i: int, error: FailedError) -> None:
-        rows[i]["error"] = str(error)
-        processes.pop(i).close()
-
-    try:
-        for first in range(0, len(cases), at_once):
-            together = range(first, min(first + at_once, len(cases)))
-            if time.monotonic() >= deadline:
-                for i in together:
-                    rows[i]["error"] = "skipped: no time left"
-                continue
-            for i in together:
-                processes[i] = Process(cases[i], timeout)
-            for i in together:
-                try:
-                    rows[i] |= processes[i].answer(deadline)
-                except FailedError as error:
-                    drop(i, error)
-        for turn in range(rounds):
-            if turn and time.monotonic() > deadline:
-                break
-            order = sorted(processes)
-            start = turn % max(len(order), 1)
-            for i in order[start:] + order[:start]:  # nobody always follows the same model
-                try:
-                    times[i].append(processes[i].ask(seconds))
-                except FailedError as error:
-                    drop(i, error)
-    finally:
-        for process in processes.values():
-            process.close()
-    for i, row in enumerate(rows):
-        if "error" in row:
-            continue
-        calls = [time for turn in times[i] for time in turn]
-        row["calls"] = len(calls)
-        for percent, value in zip((50, 90, 99), np.percentile(calls, (50, 90, 99)), strict=True):
-            row[f"p{percent}_ms"] = 1e3 * float(value)
-        row["round_ms"] = [1e3 * statistics.median(turn) for turn in times[i]]
-        row["images_per_s"] = 1e3 * row["batch"] / row["p50_ms"]
-    return rows
 
 
 def image_size(text: str) -> tuple[int, int]:
@@ -291,7 +159,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "benchmark.py") -> None:
             case = cases[0]
             what = f"{case.task} at {case.height} x {case.width}, batch {case.batch}"
             print(f"[{i}/{len(groups)}] {what}: {len(cases)} rows", file=sys.stderr, flush=True)
-            record["rows"] += measure(cases, args.rounds, args.seconds, args.timeout)
+            record["rows"] += measure(serve, cases, args.rounds, args.seconds, args.timeout)
             if args.output:  # whatever ends this early, what was measured is there
                 write_text(args.output, json.dumps(record, indent=1) + "\n")
     print_report(record)

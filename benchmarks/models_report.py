@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from vitlinear.benchmark.report import exponent, ratio
 from vitlinear.files import write_atomically
 
 Row = dict[str, Any]
@@ -24,12 +22,6 @@ def size(row: Row) -> str:
 def condition(row: Row) -> tuple[Any, ...]:
     """Pass, size and batch: the same for all rows that took turns."""
     return row["task"], row["height"], row["width"], row["batch"]
-
-
-def ratio(row: Row, reference: Row) -> float:
-    """Images/s over those of the reference: the median over rounds."""
-    pairs = zip(row["round_ms"], reference["round_ms"], strict=True)
-    return statistics.median(theirs / ours for ours, theirs in pairs)
 
 
 def measured(rows: Iterable[Row]) -> list[Row]:
@@ -89,11 +81,6 @@ def best_modes(rows: Sequence[Row], reference: str) -> list[str]:
             start = f"{key[0]} at {size(other)}, batch {key[3]}, each in its best mode, over "
             lines.append(f"{start}{reference} ({other['mode']}): {', '.join(found)}")
     return lines
-
-
-def exponent(pixels: Sequence[int], times: Sequence[float]) -> float:
-    """The slope of log time over log pixels by least squares: 1 is linear."""
-    return float(np.polyfit(np.log(pixels), np.log(times), 1)[0])
 
 
 def curves(rows: Sequence[Row]) -> dict[tuple[str, str, str, int], list[Row]]:

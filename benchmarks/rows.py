@@ -1,15 +1,21 @@
 """Exchanges, memory and time of processes that share an image by its rows, on CPUs.
 
     python benchmarks/rows.py traffic --output benchmarks/results/rows_traffic.json
-    python benchmarks/rows.py memory --output benchmarks/results/rows_memory.json
-    python benchmarks/rows.py time --output benchmarks/results/rows_time.json
+    python benchmarks/rows.py memory --size 512 --output benchmarks/results/rows_memory.json
+    python benchmarks/rows.py strong --output benchmarks/results/rows_time.json
+    python benchmarks/rows.py weak --output benchmarks/results/rows_time.json
+    python benchmarks/rows.py large --output benchmarks/results/rows_time.json
 
 ``traffic`` counts the bytes that the process in the middle of three sends, in sums over the image,
 halos, and gathered keys and values. It tells them apart by how they grow with the image. The counts
-depend on no machine. ``memory`` is the peak of the
-tensors that a training step makes in a process. ``time`` needs an
-idle machine: steps of one image on more processes, of images that grow with them, and one step at
-4096 x 4096. Each process has one thread; they talk over gloo.
+depend on no machine. ``memory`` is the peak of the tensors that a training step makes in a process.
+
+The others need an idle machine: ``strong`` times steps of one image on more processes, ``weak``
+those of images that grow with them, ``large`` one step at 4096 x 4096 on two processes. Each
+process has one thread; they talk over gloo.
+
+Every row is written as soon as it is measured. A file that is there gets the new rows beside its
+own, which stay unless they are measured again.
 """
 
 from __future__ import annotations
@@ -18,6 +24,7 @@ import argparse
 import datetime
 import json
 import multiprocessing
+import os
 import statistics
 import sys
 import tempfile
@@ -40,6 +47,7 @@ from benchmarks.attention import commit, held_bytes, machine  # noqa: E402
 from benchmarks.rows_traffic import RANKS, SIZES, Traffic, growth, table  # noqa: E402
 from benchmarks.subject import status  # noqa: E402
 from vitlinear.create import build_model  # noqa: E402
+from vitlinear.files import write_text  # noqa: E402
 from vitlinear.parallel import parallelize, shard_rows  # noqa: E402
 
 CLASSES = 10
@@ -170,77 +178,127 @@ def time_steps(
     }
 
 
-def traffic(args: argparse.Namespace) -> dict[str, Any]:
-    """Prints and returns what is sent."""
+class Record:
+    """A JSON file of rows, and of counts by model, of one machine.
+
+    Args:
+        path: The file; None keeps nothing.
+    """
+
+    KEYS = ("kind", "model", "size", "height", "width", "checkpointing", "ranks")
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        here = {"machine": machine(), "torch": torch.__version__}
+        self.found: dict[str, Any] = here
+        if path is None or not path.exists():
+            return
+        self.found = json.loads(path.read_text())
+        there = {key: self.found.get(key) for key in here}
+        if there != here:
+            raise SystemExit(f"{path} is of {there}, not of {here}: give another file")
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Adds a row; one of the same keys goes."""
+        rows = {self._key(one): one for one in self.found.get("rows", [])}
+        rows[self._key(row)] = self._signed(row)
+        self._write(rows=list(rows.values()))
+
+    def add_models(self, counts: dict[str, dict[str, Any]]) -> None:
+        """Adds counts by model."""
+        new = {name: self._signed(one) for name, one in counts.items()}
+        self._write(models={**self.found.get("models", {}), **new})
+
+    def _key(self, row: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(row.get(key) for key in self.KEYS)
+
+    @staticmethod
+    def _signed(row: dict[str, Any]) -> dict[str, Any]:
+        command = " ".join(["python", "benchmarks/rows.py", *sys.argv[1:]])
+        return {**row, "command": command, "commit": commit()}
+
+    def _write(self, **found: Any) -> None:
+        self.found |= found
+        if self.path:
+            write_text(self.path, json.dumps(self.found, indent=1) + "\n")
+
+
+def traffic(args: argparse.Namespace, record: Record) -> None:
+    """Prints and records what is sent."""
     found = on_ranks(RANKS, count_traffic, args.models or [*FAMILIES, *PUBLISHED])[RANKS // 2]
     print(*table(found, "pass"), "", *table(found, "layer"), sep="\n")
-    return {"models": found}
+    record.add_models(found)
 
 
-def memory(args: argparse.Namespace) -> dict[str, Any]:
-    """Prints and returns the memory of a step for each number of processes."""
-    rows = []
-    for name in args.models or ["ravlt_t_linear"]:
+def memory(args: argparse.Namespace, record: Record) -> None:
+    """Prints and records the memory of a step for each number of processes."""
+    for name in args.models or ["test_ravlt_linear", "ravlt_t_linear"]:
         for checkpointing in (False, True):
             alone = 0.0
-            for ranks in args.ranks:
+            for ranks in (1, *(n for n in args.ranks if n > 1)):
                 found = on_ranks(ranks, memory_of_step, name, args.size, checkpointing)
                 most = max(one["MiB"] for one in found)
-                alone = alone or most * ranks
+                alone = alone or most
                 row = {"model": name, "size": args.size, "checkpointing": checkpointing}
                 row |= {"ranks": ranks, "MiB": most, "of_1/ranks": most * ranks / alone}
-                rows.append(row)
+                record.add(row)
                 print(
                     f"{name}, {args.size} x {args.size}, {'' if checkpointing else 'no '}"
                     f"checkpointing, {ranks} processes: at most {most:.1f} MiB, "
                     f"{row['of_1/ranks']:.3f} of one process's over {ranks}",
                     flush=True,
                 )
-    return {"rows": rows}
 
 
-def timing(args: argparse.Namespace) -> dict[str, Any]:
-    """Prints and returns the time of steps: one size, sizes that grow, and one large image."""
+def timing(args: argparse.Namespace, record: Record) -> None:
+    """Prints and records the time of steps of one of the three kinds."""
     name = (args.models or ["ravlt_t_linear"])[0]
-    plan = [("strong", ranks, 768, 512, 2, False) for ranks in args.ranks]
-    plan += [("weak", ranks, 384 * ranks, 512, 2, False) for ranks in args.ranks]
-    if args.large:
-        plan += [("large", 2, args.large, args.large, 0, True)]
-    rows = []
-    for kind, ranks, height, width, steps, checkpointing in plan:
-        found = on_ranks(ranks, time_steps, name, height, width, steps, checkpointing)
-        row = {"kind": kind, "model": name, "ranks": ranks, "height": height, "width": width}
+    size, ranks = args.size, args.ranks
+    if args.what == "large":
+        # Processes take what the C library keeps for later as well; two of them have no room for
+        # it. It reads these when a process starts, and none has been started yet.
+        for key in ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_"):
+            os.environ.pop(key, None)
+        os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)
+    plan = {
+        "strong": [(n, 768, 512, 2, False) for n in ranks],
+        "weak": [(n, 384 * n, 512, 2, False) for n in ranks],
+        "large": [(2, size, size, 0, True)],
+    }[args.what]
+    for count, height, width, steps, checkpointing in plan:
+        found = on_ranks(count, time_steps, name, height, width, steps, checkpointing)
+        row = {"kind": args.what, "model": name, "ranks": count, "height": height, "width": width}
         row |= {"checkpointing": checkpointing, "steps": steps}
         row |= {key: max(one[key] for one in found) for key in found[0]}
-        rows.append(row)
+        record.add(row)
         print(
-            f"{kind}: {name}, {height} x {width} on {ranks}: {row['seconds']:.2f} s, "
+            f"{args.what}: {name}, {height} x {width} on {count}: {row['seconds']:.2f} s, "
             f"{row['cpu_seconds']:.2f} s of processor time in each, {row['peak_GiB']:.2f} GiB",
             flush=True,
         )
-    return {"rows": rows}
+
+
+MEASURES = {
+    "traffic": traffic,
+    "memory": memory,
+    "strong": timing,
+    "weak": timing,
+    "large": timing,
+}
 
 
 def main() -> None:
-    """Measures one of the three."""
+    """Measures one of them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("traffic", "memory", "time"))
+    parser.add_argument("what", choices=list(MEASURES))
     parser.add_argument("--models", nargs="+", metavar="NAME")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--size", type=int, default=1024, help="side of the image of memory")
-    parser.add_argument("--large", type=int, default=4096, help="side of the large one; 0: none")
-    parser.add_argument("--output", type=Path, help="JSON file")
+    parser.add_argument("--size", type=int, help="side of the image: memory 512, large 4096")
+    parser.add_argument("--output", type=Path, help="JSON file, which gets the new rows")
     args = parser.parse_args()
-    measure = {"traffic": traffic, "memory": memory, "time": timing}[args.what]
-    result = {
-        "command": " ".join(["python", "benchmarks/rows.py", *sys.argv[1:]]),
-        "machine": machine(),
-        "commit": commit(),
-        "torch": torch.__version__,
-        **measure(args),
-    }
-    if args.output:
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
+    args.size = args.size or {"memory": 512, "large": 4096}.get(args.what)
+    record = Record(args.output)
+    MEASURES[args.what](args, record)
 
 
 if __name__ == "__main__":

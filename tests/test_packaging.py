@@ -21,11 +21,14 @@ import vitlinear
 from vitlinear.checkpoints.read import read_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = {"triton", "train", "data", "openmmlab", "export", "wsi", "geo", "analysis", "dev"}
+EXTRAS = {
+    *("triton", "train", "data", "openmmlab", "export", "openvino", "wsi", "geo", "analysis"),
+    "dev",
+}
 # Heavy or optional: a user who only wants a backbone must not load them.
 LAZY = (
     *("triton", "mmengine", "mmcv", "mmdet", "mmseg", "matplotlib", "sklearn", "onnx", "fvcore"),
-    *("zarr", "tifffile", "rasterio"),
+    *("zarr", "tifffile", "rasterio", "openvino"),
 )
 
 

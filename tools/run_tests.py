@@ -20,7 +20,7 @@ import os
 
 import _venv
 
-EXTRAS = ["dev", "train", "data", "export", "wsi", "geo", "analysis", "openmmlab"]
+EXTRAS = ["dev", "train", "data", "export", "openvino", "wsi", "geo", "analysis", "openmmlab"]
 WITHOUT = os.environ.get("VITLINEAR_WITHOUT", "").split(",")
 # The one place that says how the suite is spread over processes.
 WORKERS = os.environ.get("VITLINEAR_TEST_WORKERS", "2")

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from benchmarks import models, models_report, subject
-from benchmarks.models import FailedError, Process
 from benchmarks.subject import Case, Subject
+from vitlinear.benchmark import turns
+from vitlinear.benchmark.turns import FailedError, Process
 from vitlinear.cards.count import count
 from vitlinear_cli import run
 
@@ -74,7 +75,7 @@ def test_nothing_measured(capsys):
 
 
 def test_a_process_that_is_killed_or_silent():
-    process = Process(CASE, timeout=100)
+    process = Process(subject.serve, CASE, timeout=100)
     assert process.answer()["parameters"] > 0
     assert len(process.ask(1e-9)) == 1
     os.kill(process.process.pid, signal.SIGKILL)
@@ -82,11 +83,11 @@ def test_a_process_that_is_killed_or_silent():
     with pytest.raises(FailedError, match="killed by signal 9: out of memory, perhaps"):
         process.ask(1e-9)
     process.close()
-    process = Process(CASE, timeout=0)
+    process = Process(subject.serve, CASE, timeout=0)
     with pytest.raises(FailedError, match=r"gave up after 0 s \(--timeout\)"):
         process.answer()
     process.close()
-    process = Process(CASE, timeout=100)
+    process = Process(subject.serve, CASE, timeout=100)
     with pytest.raises(FailedError, match=r"gave up after 0 s \(no time left\)"):
         process.answer(deadline=0)
     process.process.join()
@@ -158,7 +159,7 @@ def test_what_there_is_no_time_for_says_so(monkeypatch):
     clock = [0.0]
 
     class Instant:
-        def __init__(self, case, timeout):
+        def __init__(self, serve, case, timeout):
             clock[0] += 1
 
         def answer(self, deadline):
@@ -172,13 +173,13 @@ def test_what_there_is_no_time_for_says_so(monkeypatch):
         def close(self):
             pass
 
-    monkeypatch.setattr(models, "Process", Instant)
-    monkeypatch.setattr(models.time, "monotonic", lambda: clock[0])
-    rows = models.measure([CASE] * 5, 9, 1.0, 600, at_once=2, deadline=20.0)
+    monkeypatch.setattr(turns, "Process", Instant)
+    monkeypatch.setattr(turns.time, "monotonic", lambda: clock[0])
+    rows = turns.measure(subject.serve, [CASE] * 5, 9, 1.0, 600, at_once=2, deadline=20.0)
     assert [row.get("calls") for row in rows] == [1, 1, None, None, None]
     assert [row.get("error") for row in rows[2:]] == ["skipped: no time left"] * 3
     clock[0] = 0.0
-    rows = models.measure([CASE] * 3, 9, 1.0, 600, at_once=2, deadline=40.0)
+    rows = turns.measure(subject.serve, [CASE] * 3, 9, 1.0, 600, at_once=2, deadline=40.0)
     assert [row["calls"] for row in rows] == [3, 3, 3]
 
 

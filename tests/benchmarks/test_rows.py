@@ -1,7 +1,10 @@
 """The counting and the calculation of benchmarks/rows*.py, on numbers made up here."""
 
+import json
+
 import pytest
 
+from benchmarks.rows import Record
 from benchmarks.rows_cost import Costs, Machine, seconds_of
 from benchmarks.rows_traffic import SIZES, Message, growth
 
@@ -47,3 +50,19 @@ def test_the_calculated_step_is_the_formulas() -> None:
     )
     within = seconds_of(costs, machine, 1024, 8)
     assert within["sum"] == pytest.approx(2 * 1e-5 + 2 * 7 / 8 * 1600 / 450e9)
+
+
+def test_rows_are_added_to_those_of_a_file(tmp_path, monkeypatch) -> None:
+    """A row that is measured again takes the place of the first; another machine's file is kept."""
+    file = tmp_path / "rows.json"
+    Record(file).add({"kind": "weak", "ranks": 1, "seconds": 3.0})
+    Record(file).add({"kind": "weak", "ranks": 2, "seconds": 2.0})
+    Record(file).add({"kind": "weak", "ranks": 1, "seconds": 1.0})
+    Record(file).add_models({"a": {"passes": {}}})
+    Record(file).add_models({"b": {"passes": {}}})
+    found = json.loads(file.read_text())
+    assert [(row["ranks"], row["seconds"]) for row in found["rows"]] == [(1, 1.0), (2, 2.0)]
+    assert list(found["models"]) == ["a", "b"]
+    monkeypatch.setattr("benchmarks.rows.machine", lambda: "another")
+    with pytest.raises(SystemExit, match="give another file"):
+        Record(file)

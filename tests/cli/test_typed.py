@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import vitlinear
+from vitlinear.benchmark import command as benchmark
 from vitlinear.cli.flags import from_arguments, values_by_flag
 from vitlinear.cli.parser import Parser
 from vitlinear.data import check_data
@@ -31,6 +32,7 @@ COMMANDS: dict[str, tuple[ModuleType, list[str]]] = {
     "check-data": (check_data, []),
     "compare-runs": (compare_runs, ["run"]),
     "export": (export, ["test_ravlt", "out.onnx"]),
+    "benchmark": (benchmark, ["test_ravlt"]),
     "tune": (tune, []),
     "doctor": (doctor, []),
 }
@@ -121,7 +123,7 @@ def test_a_configuration_of_arguments_and_back() -> None:
 
 
 @pytest.mark.parametrize(
-    "room", ["train", "data", "evaluation", "export", "tune", "dense/openmmlab"]
+    "room", ["train", "data", "evaluation", "export", "benchmark", "tune", "dense/openmmlab"]
 )
 def test_no_function_takes_parsed_flags(room: str) -> None:
     files = sorted((Path(vitlinear.__file__).parent / room).rglob("*.py"))

@@ -16,7 +16,7 @@ from vitlinear import ops
 from vitlinear.mixers import Grid
 from vitlinear.mixers.decay import two_sided_sums
 from vitlinear.mixers.delta import approach
-from vitlinear.mixers.operator import attend_features
+from vitlinear.mixers.operator import attend
 from vitlinear.mixers.taylor import monomials, taylor_features
 
 GRID = Grid(3, 5)
@@ -71,13 +71,13 @@ def test_window_is_the_complement_of_its_linear_part():
     expected = torch.einsum("bhnm,bmhd->bnhd", masked / masked.sum(-1, keepdim=True), v)
 
     ones = torch.cat((v, torch.ones_like(v[..., :1])), dim=-1)  # values and their denominator
-    everything = attend_features(phi_q, phi_k, ones, GRID, normalise=False) * GRID.length
+    everything = attend(phi_q, phi_k, ones, "identity", GRID) * GRID.length
 
     def rows(t: torch.Tensor) -> torch.Tensor:
         return t.unflatten(1, (3, 5)).flatten(0, 1)
 
     row = Grid(1, 5)
-    inside = attend_features(rows(phi_q), rows(phi_k), rows(ones), row, normalise=False) * 5
+    inside = attend(rows(phi_q), rows(phi_k), rows(ones), "identity", row) * 5
     softmax = torch.einsum("bnhd,bmhd->bhnm", rows(q), rows(k)) * DIM**-0.5
     softmax = torch.einsum("bhnm,bmhd->bnhd", softmax.exp(), rows(ones))
     sums = everything + (softmax - inside).unflatten(0, (2, 3)).flatten(1, 2)

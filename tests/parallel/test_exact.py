@@ -68,21 +68,27 @@ def test_four(four, name, sizes, training):
     check(four, name, sizes, training)
 
 
-# One gradient of LightNet, of sums over exponentials, differs by 1.1e-5 of its largest value.
-WORSE = pytest.mark.xfail(reason="1.1e-5 in float32", strict=False)
-
-
 @pytest.mark.parametrize(
     "name",
     [
-        "test_mavit_linear",
-        pytest.param("test_lightnet", marks=[pytest.mark.nightly, WORSE]),
-        *(
-            pytest.param(name, marks=pytest.mark.nightly)
-            for name in MODELS
-            if name not in ("test_mavit_linear", "test_lightnet")
-        ),
+        name if name == "test_mavit_linear" else pytest.param(name, marks=pytest.mark.nightly)
+        for name in MODELS
     ],
 )
 def test_single_precision(two, name):
     check(two, name, SIZES[2][0], dtype=torch.float32, tolerance=1e-5)
+
+
+@pytest.mark.parametrize(
+    "types",
+    [
+        ("flowformer", "kimi_delta", "hedgehog", "efficientvim"),
+        pytest.param(("lla_uniform", "miras", "linfusion", "saga"), marks=pytest.mark.nightly),
+        pytest.param(("lawcat", "focused", "efficientvit", "taylor"), marks=pytest.mark.nightly),
+        pytest.param(("delta", "titans", "vssd", "transnormer"), marks=pytest.mark.nightly),
+    ],
+    ids=str,
+)
+def test_attentions_by_name(two, types):
+    """In training, whose gradients go through the sums over all rows."""
+    check(two, "test_ravlt", SIZES[2][1], training=True, attn_types=types)

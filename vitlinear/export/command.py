@@ -28,8 +28,18 @@ from vitlinear.files import check_no_input
 from vitlinear.revision import source_commit
 
 from . import calibration
+from .channels_first import CHANNELS_FIRST
 from .shapes import Range, Shapes
-from .write import FORMATS, check_onnx_packages, check_target, export, model_kwargs
+from .write import (
+    AUTO,
+    FORMATS,
+    LAYOUTS,
+    check_layout,
+    check_onnx_packages,
+    check_target,
+    export,
+    model_kwargs,
+)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
 RANDOM = "random"
@@ -56,6 +66,7 @@ class ProgramConfig:
     height: Range | None
     width: Range | None
     fuse: bool
+    layout: str
 
 
 @dataclass(frozen=True)
@@ -117,6 +128,11 @@ def parse_arguments(argv: Sequence[str] | None, prog: str = "vitlinear export") 
         "--dtype", choices=DTYPES, default="float32",
         help="float16, int8: onnx only; int8: products with weights, all else in float32",
     )  # fmt: skip
+    group.add_argument(
+        "--layout", choices=LAYOUTS, default=AUTO,
+        help="of maps in the program; channels-first is of the fused model, for runtimes of ONNX "
+        "(default: that for onnx in float32, where the model has it; else channels-last)",
+    )  # fmt: skip
     group = parser.add_argument_group("images to calibrate on (--dtype int8)")
     group.add_argument(
         "--data-dir", default=None, metavar="DIR", help="a folder of images, classes or not"
@@ -159,7 +175,7 @@ def _kind(config: ExportConfig) -> str:
     check_model_kwargs(source.model_kwargs)
     if kind == "safetensors":
         for flag, value in values_by_flag(config.program).items():
-            if value:
+            if value and value != AUTO:
                 raise UserError(
                     f"--{flag} is for onnx and torch-export: safetensors hold the weights of the "
                     "model as timm builds it"
@@ -170,6 +186,7 @@ def _kind(config: ExportConfig) -> str:
         for flag, value in values_by_flag(config.calibration).items():
             if value is not None:
                 raise UserError(f"--{flag.replace('_', '-')} is for --dtype int8")
+    check_layout(config.program.layout, kind)
     if source.pretrained and source.checkpoint:
         raise UserError("--pretrained and --checkpoint exclude each other")
     check_target(out, kind, config.overwrite)
@@ -276,16 +293,19 @@ def main(argv: Sequence[str] | None, prog: str = "vitlinear export") -> None:
     metadata = metadata_of(card, **about, **origin)
     if program.fuse:
         model.fuse()  # type: ignore[operator]
-    differences = export(
-        model, out, kind, shapes, card, metadata, DTYPES[dtype], images, config.overwrite
-    )
-    print(f"model         {card.model}, {card.num_classes} classes{', fused' * program.fuse}")
+    written = export(
+        model, out, kind, shapes, card, metadata, DTYPES[dtype], images, config.overwrite,
+        program.layout,
+    )  # fmt: skip
+    fused = program.fuse or written.layout.startswith(CHANNELS_FIRST)
+    print(f"model         {card.model}, {card.num_classes} classes{', fused' * fused}")
     hint = " (give --checkpoint FILE or --pretrained)" if origin["weights"] == RANDOM else ""
     print(f"weights       {origin['weights']}{hint}, licence: {origin['license']}")
     if kind != "safetensors":
         print(f"input         {shapes}, {'float32' if images else dtype}")
+        print(f"layout        {written.layout}")
     if images:
         print(f"calibrated    on {about['calibration']}")
-    for size, difference in differences.items():
+    for size, difference in written.differences.items():
         print(f"verified      {'x'.join(map(str, size))}: differs by {difference:.1e} of the norm")
     print(f"wrote         {out} ({out.stat().st_size:,} bytes)")

@@ -31,11 +31,14 @@ from vitlinear.files import check_parent
 
 from . import onnx_file
 from .calibration import Calibration
+from .channels_first import CHANNELS_FIRST, CHANNELS_LAST, rewrite
 from .quantise import quantise
 from .shapes import Shapes
 
 Run = Callable[[Tensor], Tensor]
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+AUTO = "auto"
+LAYOUTS = (AUTO, CHANNELS_FIRST, CHANNELS_LAST)
 METADATA_FILE = "metadata.json"  # beside the program, in a torch.export file
 # Greatest difference from the model in float32: the norm of it over that of the logits. What int8
 # may cost is its user's decision; beyond this it computes something else.
@@ -61,6 +64,21 @@ class Format:
     suffix: str
     write: Callable[[nn.Module, Shapes, Card, Mapping[str, str], Path], None]
     read: Callable[[Path], Run]
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """The result of `export`.
+
+    Attributes:
+        differences: Norm of the difference over that of the logits in float32, by the size it was
+            measured at.
+        layout: How maps lie in the program, and if not in all of it, why; empty for files without
+            a program.
+    """
+
+    differences: dict[tuple[int, int, int, int], float]
+    layout: str
 
 
 def _trace(model: nn.Module, shapes: Shapes, example: Tensor) -> torch.export.ExportedProgram:
@@ -217,11 +235,12 @@ def export(
     dtype: torch.dtype = torch.float32,
     calibration: Calibration | None = None,
     overwrite: bool = True,
-) -> dict[tuple[int, int, int, int], float]:
+    layout: str = AUTO,
+) -> Written:
     """Write a model, and let the file appear once it was read back and gave the same.
 
     Args:
-        model: In eval mode, in float32, on the CPU; becomes one of `dtype`.
+        model: In eval mode, in float32, on the CPU; may become one of `dtype`.
         path: The file.
         kind: Key in `FORMATS`.
         shapes: Sizes of the input that the program is for.
@@ -231,14 +250,17 @@ def export(
         calibration: For torch.int8, images to take ranges from, and others to check with, in
             place of random ones.
         overwrite: Replace a file of this name, one that appears meanwhile too.
-
-    Returns:
-        Norm of the difference over that of the logits in float32, by the size it was measured at.
+        layout: One of `LAYOUTS`: how maps lie in the program. ``'channels-first'`` is the fused
+            model, rewritten for runtimes of ONNX by `vitlinear.export.channels_first`;
+            ``'channels-last'`` the model as it is; ``'auto'`` the first where it was measured to
+            be faster, which is ONNX in float32.
 
     Raises:
-        UserError: What is written computes something else, or cannot be written; nothing is left.
+        UserError: What is written computes something else, or cannot be written; or the model has
+            not the layout asked for. Nothing is left.
     """
     check_target(path, kind, overwrite)
+    check_layout(layout, kind)
     generator = torch.Generator().manual_seed(0)
     sizes = shapes.checked(*card.data_config.input_size[1:])
     try:
@@ -254,6 +276,12 @@ def export(
             f"too little memory to compare with the model at {' or '.join(map(_times, sizes))}: "
             "give smaller --batch, --height and --width"
         ) from error
+    laid_out = ""
+    if kind != "safetensors":
+        model, laid_out = _lay_out(model, shapes, kind, dtype, layout)
+        metadata = {**metadata, "layout": laid_out}
+        if laid_out.startswith(CHANNELS_FIRST):
+            metadata["fused"] = json.dumps(True)
     try:
         with _scratch_folder(path) as folder:
             temporary = folder / path.name
@@ -279,7 +307,26 @@ def export(
             os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or one_line(error)}") from error
-    return differences
+    return Written(differences, laid_out)
+
+
+def _lay_out(
+    model: nn.Module, shapes: Shapes, kind: str, dtype: torch.dtype, layout: str
+) -> tuple[nn.Module, str]:
+    """The model to write a program of, and the layout of its maps."""
+    if layout == CHANNELS_LAST or (layout == AUTO and (kind, dtype) != ("onnx", torch.float32)):
+        return model, CHANNELS_LAST
+    fixed = shapes.height.fixed and shapes.width.fixed
+    model, rewritten = rewrite(model, shapes.example() if fixed else None)
+    if layout == CHANNELS_FIRST and not rewritten.stages:
+        raise UserError(f"no --layout {CHANNELS_FIRST} of this model: it would be {rewritten}")
+    return model, str(rewritten)
+
+
+def check_layout(layout: str, kind: str) -> None:
+    """Raises `UserError` if files of a kind do not come in a layout of `LAYOUTS`."""
+    if layout == CHANNELS_FIRST and kind != "onnx":
+        raise UserError(f"--layout {CHANNELS_FIRST} is for --format onnx")
 
 
 def _times(size: Sequence[int]) -> str:

@@ -54,7 +54,8 @@ class _Recipe(NamedTuple):
         made = self.make()
         if made.stride() != self.layout[1]:
             made = made.new_empty_strided(*self.layout).copy_(made)
-        return made.as_strided(*self.view)
+        size, stride, offset = self.view
+        return made.as_strided(size, stride, made.storage_offset() + offset)
 
 
 def _place(x: Tensor) -> int:
@@ -131,6 +132,15 @@ def recomputing(y: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> 
         detached.clear()
 
 
+class TakesRows(nn.Module):
+    """Mixin of a convolution that takes rows of a map from other processes beside its input.
+
+    Its ``forward`` takes, after the input, a list: an empty one is filled with the rows above and
+    those below, [B, rows, W, C] both. With those in it the convolution gives the same again, of
+    them and its input alone. The class after the mixin is that of the convolution.
+    """
+
+
 # Cheap, and the same whenever they run on the same input.
 _CHEAP = (nn.GELU, nn.SiLU, nn.LayerNorm, LayerNorm, RmsNorm)
 _CONVOLUTIONS = (nn.Conv2d, DepthwiseConv, ResidualDepthwiseConv)
@@ -143,9 +153,10 @@ def _can_run_again(module: nn.Module) -> bool:
         return False
     # Not their subclasses, which may be random or observe what goes through them: those that
     # quantisation, parametrizations and others make.
-    if type(module) in _CONVOLUTIONS:
+    kind = type(module).__bases__[1] if isinstance(module, TakesRows) else type(module)
+    if kind in _CONVOLUTIONS:
         return module.groups == module.in_channels
-    return type(module) in _CHEAP
+    return kind in _CHEAP
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -173,16 +184,25 @@ class _Chain:
         self.modules = [(module, _tensors(module)) for module in modules[:-1]]
         self.made: dict[int, Tensor] = {}
 
-    def run(self, count: int, x: Tensor) -> Tensor:
-        """Run the first ``count`` modules; returns the output of the last of them."""
+    def run(self, count: int, x: Tensor, *rows: Tensor) -> Tensor:
+        """Run the first ``count`` modules; returns the output of the last of them.
+
+        Args:
+            count: At least 1.
+            x: Input of the first.
+            *rows: What those of them that are `TakesRows` took beside their inputs.
+        """
         if count in self.made:
             return self.made.pop(count)
         for i, (module, held) in enumerate(self.modules[:count], 1):
+            args: tuple[Any, ...] = (x,)
+            if isinstance(module, TakesRows):
+                args, rows = (x, list(rows[:2])), rows[2:]
             now = _tensors(module)
             if all(now.get(name) is value for name, value in held.items()):
-                x = module.forward(x)
+                x = module.forward(*args)
             else:
-                x = functional_call(module, held, (x,))
+                x = functional_call(module, held, args)
             if i < count:
                 self.made[i] = x
         return x
@@ -222,23 +242,36 @@ def run_recomputing(modules: Sequence[nn.Module], x: Tensor, *args: Any) -> Tens
         args: Further arguments of the last.
     """
     *first, last = modules
-    if _compiles_for_training() and all(map(_can_run_again, first)):
+    # A compiled backward pass would take the rows from other processes again.
+    alone = not any(isinstance(module, TakesRows) for module in first)
+    if alone and _compiles_for_training() and all(map(_can_run_again, first)):
         return last(_compute_twice(first, x), *args)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         for module in first:
             x = module(x)
         return last(x, *args)
-    y = modules[0](x)
+    rows: list[Tensor] = []  # of other processes, taken so far
+
+    def run(module: nn.Module, y: Tensor, *rest: Any) -> Tensor:
+        if not isinstance(module, TakesRows):
+            z: Tensor = module(y, *rest)
+            return z
+        taken: list[Tensor] = []
+        z = module(y, taken, *rest)
+        rows.extend(taken)
+        return z
+
+    y = run(modules[0], x)
     cheap = _can_run_again(modules[0])
     chain = _Chain(modules)
     for i, module in enumerate(modules[1:], 1):
         rest = args if i == len(modules) - 1 else ()
         if cheap:
-            with recomputing(y, partial(chain.run, i), x):
-                y = module(y, *rest)
+            with recomputing(y, partial(chain.run, i), x, *rows):
+                y = run(module, y, *rest)
             cheap = _can_run_again(module)
         else:
-            y = module(y, *rest)
+            y = run(module, y, *rest)
     return y
 
 

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitlinear.layers.band import BANDED
+
 from .description import AttentionDescription, Option
 from .grid import Grid
 from .mixer import Mixer
-from .operator import attend_features
+from .operator import attend
 from .registry import register
 
 EPS = 1e-6  # inside of every product of sums, as released
@@ -50,6 +52,8 @@ class Flowformer(Mixer):
     released clamp ties all keys above the mean. Source: the released code of arXiv:2202.06258.
     """
 
+    row_rule = BANDED
+
     def __init__(self, dim: int, num_heads: int, *, clamp: bool = True, **kwargs: Any) -> None:
         super().__init__(dim, num_heads, **kwargs)
         self.clamp = clamp
@@ -59,7 +63,7 @@ class Flowformer(Mixer):
         f, g = grid.hide(q.sigmoid()), grid.hide(k.sigmoid())
 
         def flow(x: Tensor, others: Tensor) -> Tensor:
-            return ((x + EPS) * (others.sum(1, keepdim=True) + EPS)).sum(-1, keepdim=True)
+            return ((x + EPS) * (grid.sum(others) + EPS)).sum(-1, keepdim=True)
 
         incoming, outgoing = flow(f, g), flow(g, f)
         conserved_in, conserved_out = flow(f, g / outgoing), flow(g, f / incoming)
@@ -67,10 +71,8 @@ class Flowformer(Mixer):
             conserved_out = conserved_out.clamp(-1.0, 1.0)
         count = grid.number(q)
         values = v * (count * grid.token_softmax(conserved_out))
-        return attend_features(
-            f * (count * conserved_in.sigmoid() / incoming), g, values, grid,
-            normalise=False, backend=self.backend,
-        )  # fmt: skip
+        f = f * (count * conserved_in.sigmoid() / incoming)
+        return attend(f, g, values, "identity", grid, backend=self.backend)
 
     def definition(
         self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, x: Tensor | None = None

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
+from vitlinear.layers.band import BANDED
 from vitlinear.layers.conv.depthwise_conv import DepthwiseConv
 from vitlinear.layers.linear import Linear
 
@@ -15,7 +16,7 @@ from .description import AttentionDescription, Option
 from .grid import Grid
 from .mixer import Mixer
 from .norms import heads_matrix, length, unit
-from .operator import attend_features
+from .operator import attend
 from .registry import register
 
 BACKENDS = ("eager", "library", "triton")
@@ -51,6 +52,8 @@ class Focused(Mixer):
     scale and offset from general knowledge of its code.
     """
 
+    row_rule = BANDED
+
     def __init__(
         self,
         dim: int,
@@ -78,8 +81,8 @@ class Focused(Mixer):
     def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, extra: Tensor | None) -> Tensor:
         """The formula; see `Mixer.mix`."""
         q, k = self.features(q), self.features(k)
-        out = attend_features(q, k, v, grid, backend=self.backend)
-        return out + local_values(self.local, v, grid)
+        local = local_values(self.local, v, grid)
+        return attend(q, k, v, "features", grid, lepe=local, backend=self.backend)
 
     def definition(
         self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, x: Tensor | None = None
@@ -125,6 +128,8 @@ class EfficientVit(Mixer):
     Source: arXiv:2205.14756, figure 2; the operator's 1e-6 is added to means of similarities.
     """
 
+    row_rule = BANDED
+
     def __init__(
         self,
         dim: int,
@@ -150,10 +155,7 @@ class EfficientVit(Mixer):
         wide = convolved_tokens(self.gather, torch.cat((q, k, v), dim=2), grid)
         wide = heads_matrix(wide, self.gather_heads)
         both = [(q, k, v), wide.chunk(3, dim=2)]
-        outs = [
-            attend_features(q.relu(), k.relu(), v, grid, backend=self.backend).flatten(2)
-            for q, k, v in both
-        ]
+        outs = [attend(q, k, v, "relu", grid, backend=self.backend).flatten(2) for q, k, v in both]
         weight = self.merge.weight.to(q.dtype)
         return F.linear(torch.cat(outs, dim=-1), weight).reshape(v.shape)
 

@@ -5,25 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from vitlinear.layers.band import BANDED, band_in_use
+
 from .description import AttentionDescription, Option
 from .grid import Grid
 from .mixer import Mixer
 from .norms import heads_matrix, identity_matrices
-from .operator import attend_features
+from .operator import attend
 from .registry import register
 
 MAPS = ("exp", "softmax", "exp_max", "joint_softmax")
-
-
-def softmax_halves(u: Tensor) -> Tensor:
-    """[softmax(u); softmax(-u)], each half over the channels, [..., D] -> [..., 2 D]."""
-    return torch.cat((u.softmax(-1), (-u).softmax(-1)), dim=-1)
 
 
 def softmax_halves_definition(x: Tensor, weight: Tensor) -> Tensor:
     """[softmax(W x); softmax(-W x)] of each head, for definitions: x [B, N, h, D], W [h, D, D]."""
     u = torch.einsum("bnhd,hde->bnhe", x, weight)
     return torch.cat((u.softmax(-1), (-u).softmax(-1)), dim=-1)
+
+
+def _largest(a: tuple[Tensor], b: tuple[Tensor]) -> tuple[Tensor]:
+    return (torch.maximum(a[0], b[0]),)
 
 
 @register(
@@ -61,6 +62,8 @@ class Hedgehog(Mixer):
     - ``joint_softmax``: one softmax over [2 u; -2 u] with W shared by the heads, as in
       flash-linear-attention.
     """
+
+    row_rule = BANDED
 
     query_weight: Tensor
     key_weight: Tensor
@@ -102,24 +105,29 @@ class Hedgehog(Mixer):
         k = heads_matrix(k, self.key_weight)
         if self.query_bias is not None and self.key_bias is not None:
             q, k = q + self.query_bias.to(q.dtype), k + self.key_bias.to(k.dtype)
-        q, k = self.features(q, (3,)), self.features(grid.hide(k), (1, 3))
-        return attend_features(q, k, v, grid, backend=self.backend)
+        row = "softmax_halves"
+        if self.map != "softmax":
+            q, k, row = self.features(q, (3,)), self.features(grid.hide(k), (1, 3)), "features"
+        return attend(q, k, v, row, grid, backend=self.backend)
 
     def features(self, u: Tensor, alike: tuple[int, ...]) -> Tensor:
-        """Features of u, [B, N, h, D] -> [B, N, h, 2 D].
+        """Features of u by a map that is none of the operator's, [B, N, h, D] -> [B, N, h, 2 D].
 
         Args:
             u: After W and b.
             alike: Axes over which a scale of ``exp`` divides out.
         """
-        if self.map == "softmax":
-            return softmax_halves(u)
         if self.map == "joint_softmax":
             return torch.cat((2 * u, -2 * u), dim=-1).softmax(-1)
         if self.map == "exp_max":
             above, below = u.amax(-1, keepdim=True), u.amin(-1, keepdim=True)
             return torch.cat((u - above, below - u), dim=-1).exp()
-        shift = u.detach().abs().amax(alike, keepdim=True)
+        size, band = u.detach().abs(), band_in_use()
+        if band is not None and 1 in alike:
+            own = band.own_tokens(size).amax(alike, keepdim=True)
+            (shift,) = band.merge((own,), _largest)
+        else:
+            shift = size.amax(alike, keepdim=True)
         return torch.cat((u - shift, -u - shift), dim=-1).exp()
 
     def definition(
@@ -137,6 +145,8 @@ class Hedgehog(Mixer):
             scale_k = k.detach().abs().amax((1, 3), keepdim=True)
             q = torch.cat((q.exp(), (-q).exp()), dim=-1) / scale_q.exp()
             k = torch.cat((k.exp(), (-k).exp()), dim=-1) / scale_k.exp()
+        elif self.map == "softmax":
+            q, k = (torch.cat((x.softmax(-1), (-x).softmax(-1)), dim=-1) for x in (q, k))
         else:
             q, k = self.features(q, ()), self.features(k, ())
         weights = torch.einsum("bnhd,bmhd->bhnm", q, k)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from vitlinear.layers.band import BANDED
 from vitlinear.layers.conv.depthwise_conv import DepthwiseConv
 
 from .convolution import convolved_tokens, naive_convolution
 from .description import AttentionDescription
 from .grid import Grid
-from .hedgehog import softmax_halves, softmax_halves_definition
+from .hedgehog import softmax_halves_definition
 from .mixer import Mixer
 from .norms import heads_matrix, identity_matrices
-from .operator import attend_features
+from .operator import attend
 from .registry import register
 
 
@@ -44,6 +45,8 @@ class Lawcat(Mixer):
     model's attention changes little at first. The map is LoLCATs' softmax map with one matrix for
     queries and one for keys, which the published configuration builds on.
     """
+
+    row_rule = BANDED
 
     def __init__(
         self,
@@ -78,9 +81,8 @@ class Lawcat(Mixer):
     def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, extra: Tensor | None) -> Tensor:
         """The formula; see `Mixer.mix`."""
         q, k = convolved_tokens(self.conv_q, q, grid), convolved_tokens(self.conv_k, k, grid)
-        q = softmax_halves(heads_matrix(q, self.query_weight))
-        k = softmax_halves(heads_matrix(k, self.key_weight))
-        return attend_features(q, k, v, grid, backend=self.backend)
+        q, k = heads_matrix(q, self.query_weight), heads_matrix(k, self.key_weight)
+        return attend(q, k, v, "softmax_halves", grid, backend=self.backend)
 
     def definition(
         self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, x: Tensor | None = None

@@ -7,16 +7,14 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm
 from torch import Tensor, nn
 
+from vitlinear.layers.band import BANDED
 from vitlinear.layers.linear import Linear
-from vitlinear.ops.features import elu_plus_one
 
 from .description import AttentionDescription, Option
 from .grid import Grid
 from .mixer import Mixer
-from .operator import attend_features
+from .operator import attend
 from .registry import register
-
-EPS = 1e-4
 
 
 @register(
@@ -47,6 +45,8 @@ class LinFusion(Mixer):
     begins as plain linear attention of a trained model's queries and keys. Source: the released
     code of arXiv:2409.02097.
     """
+
+    row_rule = BANDED
 
     def __init__(
         self,
@@ -83,13 +83,10 @@ class LinFusion(Mixer):
     def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, extra: Tensor | None) -> Tensor:
         """The formula; see `Mixer.mix`."""
         assert extra is not None
-        q, k = (
-            elu_plus_one(t + change.to(t.dtype).reshape(t.shape))
-            for t, change in zip((q, k), extra.chunk(2, dim=-1), strict=True)
-        )
-        k = grid.hide(k)
-        out = attend_features(q, k, v, grid, normalise=False, backend=self.backend)
-        return out / ((q * grid.mean(k)).sum(-1, keepdim=True) + EPS)
+        # Taken apart as projections are: a gradient without a layout of its own is no view.
+        changes = extra.to(q.dtype).unflatten(-1, (2, *q.shape[2:])).unbind(2)
+        q, k = q + changes[0], k + changes[1]
+        return attend(q, k, v, "elu_smoothed", grid, backend=self.backend)
 
     def definition(
         self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, x: Tensor | None = None
@@ -99,5 +96,5 @@ class LinFusion(Mixer):
         q = F.elu(q + self.correct_q(x).reshape(q.shape)) + 1
         k = F.elu(k + self.correct_k(x).reshape(k.shape)) + 1
         weights = torch.einsum("bnhd,bmhd->bhnm", q, k) / q.shape[1]
-        weights = weights / (weights.sum(-1, keepdim=True) + EPS)
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-4)
         return torch.einsum("bhnm,bmhd->bnhd", weights, v)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from vitlinear.ops.features import softmax_halves
+
 from .description import AttentionDescription, Option
 from .grid import Grid
 from .grid_windows import GridWindows, hidden_scores, prefix_attention, same_window
-from .hedgehog import softmax_halves, softmax_halves_definition
+from .hedgehog import softmax_halves_definition
 from .mixer import Mixer
 from .norms import heads_matrix, identity_matrices
-from .operator import attend_features
+from .operator import attend
 from .registry import register
 
 EPS = 1e-6  # of the shared denominator
@@ -69,7 +71,7 @@ def shared_sums(
         scale_rest: Whether the rest takes the shift of the softmax, so that it does not matter.
     """
     q, k = features[0], grid.hide(features[1])
-    total = attend_features(q, k, v, grid, normalise=False, backend=backend) * grid.number(q)
+    total = attend(q, k, v, "identity", grid, backend=backend) * grid.number(q)
     mass = (q * k.sum(1, keepdim=True)).sum(-1, keepdim=True)
     total, mass = (windows.cut(x).transpose(2, 3) for x in (total, mass))
     shift = exact_parts[0][0].amax(-1, keepdim=True)

@@ -14,7 +14,7 @@ from .grid import Grid
 from .grid_windows import GridWindows, hidden_scores
 from .mixer import Mixer
 from .norms import rms_norm, rms_norm_definition
-from .operator import attend_features
+from .operator import attend
 from .registry import register
 
 
@@ -129,10 +129,8 @@ class Nats(Mixer):
         # All others: weights of the tokens of the map, by the window that they lie in.
         of_tokens = (1 - exact)[..., windows.numbers(q.device)].transpose(1, 2)
         of_tokens = torch.cat((of_tokens[:, :1].expand(-1, prefix, -1) * 0, of_tokens), dim=1)
-        linear = attend_features(
-            elu_plus_one(q), elu_plus_one(k), v, grid, normalise=False,
-            key_weights=of_tokens.unsqueeze(-1), backend=self.backend,
-        )  # fmt: skip
+        weighed = elu_plus_one(k) * of_tokens.unsqueeze(-1)
+        linear = attend(q, weighed, v, "elu_query_sum", grid, backend=self.backend)
         share = torch.einsum("bnhd,hdc->bnhc", q, self.share.to(q.dtype)).softmax(-1)
         softmax = rms_norm(softmax, self.softmax_norm) * share[..., :1]
         return softmax + rms_norm(linear, self.linear_norm) * share[..., 1:]

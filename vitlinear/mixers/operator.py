@@ -1,4 +1,4 @@
-"""Mixers that are a row of the linear attention operator, and features given to it.
+"""Mixers that are a row of the linear attention operator, or are made of one.
 
 `vitlinear.ops` has the formula, its backends and its derivatives. What is here gives it tokens of a
 `Grid`, with tokens before the map.
@@ -31,7 +31,7 @@ def attend(
     """(Attention(q, k, v) + lepe) * gate by the operator, on the tokens of a grid.
 
     Args:
-        q: Queries, [B, N, h, D]; or features of theirs, for the rows ``features`` and ``identity``.
+        q: Queries, [B, N, h, D]; or features of theirs, of any width, where phi_q is the identity.
         k: Keys, likewise.
         v: Values, [B, N, h, Dv].
         attn_type: Row of `vitlinear.ops.get_mechanism`, or ``'softmax'``.
@@ -94,43 +94,6 @@ class _RowsAhead:
         still = torch.zeros_like(rows[:1])
         still[..., 0] = 1
         return torch.cat((still.expand(self.prefix, -1, -1), rows))
-
-
-def attend_features(
-    q_features: Tensor,
-    k_features: Tensor,
-    v: Tensor,
-    grid: Grid,
-    *,
-    normalise: bool = True,
-    key_weights: Tensor | None = None,
-    query_scale: Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    """Linear attention with features that were made outside of the operator.
-
-    out_i = g_i f_i . S / (f_i . m + 1e-6), S = 1/N sum_j c_j f_j v_j^T, m = 1/N sum_j c_j f_j: the
-    row ``features`` of the operator; or without the division, its row ``identity``.
-
-    Args:
-        q_features: f_i, [B, N, h, F]. Their products with those of keys have to be positive if the
-            division is to make sense.
-        k_features: f_j, likewise.
-        v: Values, [B, N, h, Dv].
-        grid: Where the tokens stand; its position tables turn features of F channels, in S alone.
-        normalise: Whether to divide.
-        key_weights: c, [B, N, h, 1].
-        query_scale: g, [B, N, h, 1] or [B, N, h, Dv].
-        backend: One of `vitlinear.ops.BACKENDS`.
-
-    Returns:
-        [B, N, h, Dv].
-    """
-    if key_weights is not None:
-        k_features = k_features * key_weights
-    gate = None if query_scale is None else query_scale.expand(v.shape)
-    row = "features" if normalise else "identity"
-    return attend(q_features, k_features, v, row, grid, gate=gate, backend=backend)
 
 
 class OperatorMixer(Mixer):

@@ -6,13 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitlinear.layers.band import BANDED
 from vitlinear.layers.linear import Linear
 from vitlinear.ops.features import elu_plus_one
 
-from .description import AttentionDescription, Option
+from .description import AttentionDescription, Change, Option
 from .grid import Grid
 from .mixer import Mixer
-from .operator import attend_features
+from .operator import attend
 from .registry import register
 
 
@@ -36,6 +37,7 @@ from .registry import register
                 "both", "which of keys and values have one", choices=("both", "keys", "values")
             ),
         },
+        changes=(Change("gates", ("keys",), {"rows_sum_to_one": True}),),
         needs_input=True,
         origin="From general knowledge of the paper: gates by one linear layer of the input, and "
         "the gated keys in the normaliser too.",
@@ -48,6 +50,8 @@ class Saga(Mixer):
     b_j = sigmoid(W_b x_j): no matrix is made, and the state stays one sum. Gates of the keys are
     in the normaliser: with ``keys`` alone weights add up to 1.
     """
+
+    row_rule = BANDED
 
     def __init__(
         self,
@@ -70,13 +74,13 @@ class Saga(Mixer):
     def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, extra: Tensor | None) -> Tensor:
         """The formula; see `Mixer.mix`."""
         assert extra is not None
-        q, k = elu_plus_one(q), elu_plus_one(k)
+        row = "elu"
         gates = list(extra.to(q.dtype).sigmoid().split(self.dim, dim=-1))
         if self.gates != "values":
-            k = k * gates[0].reshape(k.shape)
+            k, row = elu_plus_one(k) * gates[0].reshape(k.shape), "elu_query"
         if self.gates != "keys":
             v = v * gates[-1].reshape(v.shape)
-        return attend_features(q, k, v, grid, backend=self.backend)
+        return attend(q, k, v, row, grid, backend=self.backend)
 
     def definition(
         self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, x: Tensor | None = None

@@ -6,14 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitlinear.ops.features import elu_plus_one
-
 from .description import AttentionDescription, Option
 from .grid import Grid
 from .grid_windows import hidden_scores
 from .mixer import Mixer
 from .norms import heads_matrix
-from .operator import attend_features
+from .operator import attend
 from .registry import register
 
 
@@ -102,10 +100,8 @@ class Sea(Mixer):
         of_segment = self.segment(grid, q).expand(q.shape[0], -1, -1)
         of_token = F.pad(of_segment, (0, 0, prefix, 0))
         values = of_token.unsqueeze(2).expand(-1, -1, self.num_heads, -1)
-        rough = attend_features(
-            elu_plus_one(q), elu_plus_one(k), torch.cat((v, values), dim=-1), grid,
-            backend=self.backend,
-        )  # fmt: skip
+        both = torch.cat((v, values), dim=-1)
+        rough = attend(q, k, both, "elu", grid, backend=self.backend)
         hidden = F.gelu(heads_matrix(torch.cat((q, rough), dim=-1), self.estimate_in))
         logits = heads_matrix(hidden, self.estimate_out)  # [B, N, h, K]
         occupied = (of_segment.sum(1) > 0)[:, None, None]

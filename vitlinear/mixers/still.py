@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from vitlinear.ops.features import softmax_halves
+
 from .description import AttentionDescription, Option
 from .grid import Grid
 from .grid_windows import GridWindows, prefix_attention, same_window
-from .hedgehog import softmax_halves
 from .lolcats import exact_keys, naive_shared, shared_sums
 from .mixer import Mixer
 from .norms import heads_matrix, identity_matrices, length, unit

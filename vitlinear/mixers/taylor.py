@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .description import AttentionDescription, Option
+from vitlinear.layers.band import BANDED
+
+from .description import AttentionDescription, Change, Option
 from .grid import Grid
 from .mixer import Mixer
 from .norms import heads_matrix, rms_norm, unit
-from .operator import attend_features
+from .operator import attend
 from .registry import register
 
 Monomials = tuple[list[list[int]], list[float]]
@@ -143,6 +145,8 @@ class Based(_Narrow):
     (full) and of flash-linear-attention (symmetric). They give the same numbers.
     """
 
+    row_rule = BANDED
+
     def __init__(
         self,
         dim: int,
@@ -158,7 +162,7 @@ class Based(_Narrow):
     def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, extra: Tensor | None) -> Tensor:
         """The formula; see `Mixer.mix`."""
         q, k = (taylor_features(x, 2, self.tables) for x in self.narrowed(q, k))
-        return attend_features(q, k, v, grid, backend=self.backend)
+        return attend(q, k, v, "features", grid, backend=self.backend)
 
     def definition(
         self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, x: Tensor | None = None
@@ -180,7 +184,7 @@ class Based(_Narrow):
         cost="2 N F D",
         state="F (D + 1)",
         order="free",
-        positive=False,
+        positive=True,
         rows_sum_to_one=False,
         query_magnitude=True,
         injective=False,
@@ -194,6 +198,10 @@ class Based(_Narrow):
             ),
             "feature_dim": Option(16, "channels that queries and keys are taken to", 1, 64),
         },
+        changes=(
+            Change("degree", (1, 3), {"positive": False}),
+            Change("norm", ("sum",), {"rows_sum_to_one": True}),
+        ),
         origin="Non-causal. Sums of odd order can be 0: then their magnitude is at least 1e-6, and "
         "outputs can be large.",
     )
@@ -206,6 +214,8 @@ class Taylor(_Narrow):
     linear attention with the map [1, x]. Weights of even order are positive, and with the sum add
     up to 1.
     """
+
+    row_rule = BANDED
 
     def __init__(
         self,
@@ -225,14 +235,11 @@ class Taylor(_Narrow):
     def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, extra: Tensor | None) -> Tensor:
         """The formula; see `Mixer.mix`."""
         q, k = (taylor_features(x, self.degree, self.tables) for x in self.narrowed(q, k))
-        k = grid.hide(k)
-        out = attend_features(q, k, v, grid, normalise=False, backend=self.backend)
+        row = "signed_features" if self.norm == "sum" else "identity"
+        out = attend(q, k, v, row, grid, backend=self.backend)
         if self.norm == "l2":
             return unit(out)
-        if self.norm == "rms":
-            return rms_norm(out)
-        z = (q * grid.mean(k)).sum(-1, keepdim=True)
-        return out / torch.where(z < 0, z.clamp(max=-1e-6), z.clamp(min=1e-6))
+        return rms_norm(out) if self.norm == "rms" else out
 
     def definition(
         self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, x: Tensor | None = None

@@ -8,12 +8,13 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from vitlinear.layers.attention.scriptable_state import scriptable_read, scriptable_state
+from vitlinear.layers.band import BANDED
 from vitlinear.layers.linear import Linear
 
 from .description import AttentionDescription
 from .grid import Grid
 from .mixer import Mixer
-from .operator import attend_features
+from .operator import attend
 from .registry import register
 
 BACKENDS = ("eager", "library", "triton")
@@ -47,6 +48,8 @@ class Vssd(Mixer):
     d is a factor of the token's own value, 1 at first.
     """
 
+    row_rule = BANDED
+
     def __init__(
         self,
         dim: int,
@@ -71,9 +74,7 @@ class Vssd(Mixer):
         """The formula; see `Mixer.mix`."""
         assert extra is not None
         weights = F.softplus(extra.to(q.dtype)) * self.rate.to(q.dtype).exp()
-        out = attend_features(
-            q, k, v, grid, normalise=False, key_weights=weights.unsqueeze(-1), backend=self.backend
-        )
+        out = attend(q, k * weights.unsqueeze(-1), v, "identity", grid, backend=self.backend)
         return out + v * self.skip.to(v.dtype)[:, None]
 
     def definition(
@@ -116,6 +117,8 @@ class EfficientVim(Mixer):
     image. Keys are weighed in each channel by a softmax over the tokens of a projection of the
     input. d is 1 for each head at first.
     """
+
+    row_rule = BANDED
 
     state_in: Tensor
     state_out: Tensor

@@ -245,6 +245,22 @@ def signed_powers(x: Tensor, powers: Tensor) -> Tensor:
     return _plain_signed_powers(x, powers)
 
 
+def softmax_halves(x: Tensor) -> Tensor:
+    """[softmax(x); softmax(-x)], each over the channels (arXiv:2402.04347), [..., D] -> [..., 2 D].
+
+    It is the map of Hedgehog behind its matrix.
+    """
+    return torch.cat((x.softmax(-1), (-x).softmax(-1)), dim=-1)
+
+
+def _softmax_halves_vjp(x: Tensor, grad: Tensor) -> Tensor:
+    of_x = torch.zeros_like(x)
+    for sign, half in zip((1, -1), grad.chunk(2, dim=-1), strict=True):
+        share = (sign * x).softmax(-1)
+        of_x = of_x + sign * share * (half - (half * share).sum(-1, keepdim=True))
+    return of_x
+
+
 FEATURE_MAPS = {
     "elu+1": FeatureMap(elu_plus_one, _elu_plus_one_vjp),
     "relu": FeatureMap(torch.relu, _relu_vjp),
@@ -252,5 +268,6 @@ FEATURE_MAPS = {
     "silu": FeatureMap(F.silu, _silu_vjp),
     "norm-aware": FeatureMap(norm_aware_query, _norm_aware_query_vjp, expansion=2),
     "cubed": FeatureMap(cubed_key, _cubed_key_vjp, expansion=2),
+    "softmax-halves": FeatureMap(softmax_halves, _softmax_halves_vjp, expansion=2),
     "signed-powers": FeatureMap(signed_powers, _signed_powers_vjp, expansion=2, takes_powers=True),
 }

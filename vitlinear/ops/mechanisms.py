@@ -25,14 +25,29 @@ l2         ReLU                rotary      1               1 / max(z, 100/N)  0
 lightnet   SiLU, identity      cosine      token softmax   1                  0
 identity   identity            rotary      1               1                  0
 pola       signed powers       none        1               1 / (z + eps)      0
-features   identity            rotary      1               1 / (z + eps)      0
 =========  ==================  ==========  ==============  =================  ======
 
 Rotary positions are the caller's choice for every row that names them.
 
-``features`` is for q and k that are features already, of any width, whose products are positive:
-what makes them, and weights of keys or queries, stands outside. It is no attention that a layer
-can be made of, and stands beside `MECHANISMS`.
+More rows are parts of the attentions of `vitlinear.mixers`, which put norms, gates and maps of
+their own around them. No layer is made of one by its name: they stand beside `MECHANISMS`, in
+`MIXER_ROWS`.
+
+===============  ====================  ==========================
+mechanism        phi_q, phi_k          a(z)
+===============  ====================  ==========================
+features         identity              1 / (z + eps)
+signed_features  identity              1 / z, at least 1e-6 from 0
+elu_sum          elu + 1               1
+elu_smoothed     elu + 1               1 / (z + 1e-4)
+elu_query        elu + 1, identity     1 / (z + eps)
+elu_query_sum    elu + 1, identity     1
+silu_sum         SiLU                  1
+softmax_halves   softmax of x and -x   1 / (z + eps)
+===============  ====================  ==========================
+
+Where phi is the identity, q or k are features already, of any width: what makes them, and weights
+of keys, stands outside. Where a divides by z + eps, the products of features have to be positive.
 
 ``pola`` reads the second half of the values by phi_q(-q_i), in a and b too. Its phi(-x) is phi(x)
 with halves exchanged: the second read takes the same features, and the state and m with their
@@ -44,6 +59,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .features import FEATURE_MAPS, FeatureMap
@@ -117,6 +133,28 @@ def _clamped_derivatives(z: Tensor, s: float, n: Count) -> tuple[Factor, Factor]
     return -(n * total.reciprocal()).square() * (total == n * z), 0.0
 
 
+def _smoothed(z: Tensor, s: float, n: Count) -> tuple[Factor, Factor]:
+    return (z + 1e-4).reciprocal(), 0.0
+
+
+def _smoothed_derivatives(z: Tensor, s: float, n: Count) -> tuple[Factor, Factor]:
+    return -(z + 1e-4).reciprocal().square(), 0.0
+
+
+def _away_from_zero(z: Tensor) -> Tensor:
+    """z with a magnitude of at least 1e-6, the sign kept; 0 is positive."""
+    return torch.where(z < 0, z.clamp(max=-1e-6), z.clamp(min=1e-6))
+
+
+def _signed(z: Tensor, s: float, n: Count) -> tuple[Factor, Factor]:
+    return _away_from_zero(z).reciprocal(), 0.0
+
+
+def _signed_derivatives(z: Tensor, s: float, n: Count) -> tuple[Factor, Factor]:
+    bounded = _away_from_zero(z)
+    return -bounded.reciprocal().square() * (bounded == z), 0.0
+
+
 def _constant(z: Tensor, s: float, n: Count) -> tuple[Factor, Factor]:
     return 1.0, 0.0
 
@@ -130,6 +168,8 @@ READ_OUTS = {
     "magnitude-aware": ReadOut(_magnitude_aware, _magnitude_aware_derivatives, uses_mean=True),
     "injective": ReadOut(_injective, _injective_derivatives, uses_mean=True),
     "clamped": ReadOut(_clamped, _clamped_derivatives),
+    "smoothed": ReadOut(_smoothed, _smoothed_derivatives),
+    "signed": ReadOut(_signed, _signed_derivatives),
     "constant": ReadOut(_constant, _constant_derivatives, uses_norm=False),
 }
 
@@ -246,20 +286,36 @@ MECHANISMS = {
     )
 }
 
-# For features that the caller makes.
-FEATURES = Mechanism("features", "identity", "identity")
+# Parts of the attentions of `vitlinear.mixers`.
+MIXER_ROWS = {
+    m.name: m
+    for m in (
+        Mechanism("features", "identity", "identity"),
+        # Taylor polynomials of odd order.
+        Mechanism("signed_features", "identity", "identity", read_out="signed"),
+        # NormAttention of TransNormer (arXiv:2210.10340), before its norm.
+        Mechanism("elu_sum", "elu+1", "elu+1", read_out="constant"),
+        # LinFusion (arXiv:2409.02097).
+        Mechanism("elu_smoothed", "elu+1", "elu+1", read_out="smoothed"),
+        # Keys that have gates or weights behind their feature map.
+        Mechanism("elu_query", "elu+1", "identity"),
+        Mechanism("elu_query_sum", "elu+1", "identity", read_out="constant"),
+        # TransNormerLLM (arXiv:2307.14995), before its norm.
+        Mechanism("silu_sum", "silu", "silu", read_out="constant"),
+        # Hedgehog (arXiv:2402.04347) and LAWCAT, behind their matrices.
+        Mechanism("softmax_halves", "softmax-halves", "softmax-halves"),
+    )
+}
 
 
 def get_mechanism(name: str) -> Mechanism:
-    """Look a mechanism up by name: one of `MECHANISMS`, or `FEATURES`.
+    """Look a mechanism up by name: one of `MECHANISMS`, or of `MIXER_ROWS`.
 
     Raises:
-        ValueError: No mechanism has this name; the message lists those that exist.
+        ValueError: No mechanism has this name; the message lists those of `MECHANISMS`.
     """
-    if name == FEATURES.name:
-        return FEATURES
-    try:
-        return MECHANISMS[name]
-    except KeyError:
+    row = MECHANISMS.get(name) or MIXER_ROWS.get(name)
+    if row is None:
         known = ", ".join(MECHANISMS)
-        raise ValueError(f"unknown attention mechanism {name!r}; choose from: {known}") from None
+        raise ValueError(f"unknown attention mechanism {name!r}; choose from: {known}")
+    return row

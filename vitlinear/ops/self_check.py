@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import backward, eager
 from .backward import LinearGradients
-from .mechanisms import FEATURES, Mechanism, get_mechanism
+from .mechanisms import MIXER_ROWS, Mechanism, get_mechanism
 from .rotary import RotaryTables, full_width_rotary_tables, lrpe_tables, rotary_tables
 from .terms import Terms
 from .workload import Kind
@@ -104,7 +104,7 @@ def _inputs(kind: Kind, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, 
         v, gate, lepe, grad = normal(4, kind.value_dim)
     else:
         q, k, v, gate, lepe, grad = normal(6, dim)
-    if kind.mechanism == FEATURES.name:  # whose products are positive
+    if kind.mechanism in MIXER_ROWS:  # which divide by products that are to be positive
         q, k = q.abs(), k.abs()
     terms = make_terms(kind, *grid, BATCH, HEADS)
     if terms.lepe is not None:

@@ -93,12 +93,13 @@ def _common(a: Range, b: Range) -> int:
     return max(min(a[1], b[1]) - max(a[0], b[0]), 0)
 
 
-def fetch(
+def fetch_parts(
     x: Tensor, dim: int, bounds: Sequence[Range], need: Sequence[Range], rank: int, group: str
-) -> Tensor:
-    """Own rows -> the rows that each process needs, whoever has them.
+) -> list[Tensor]:
+    """Own rows -> of every process, from the top, those of its rows that this one needs.
 
-    Backward sends their gradients back, and adds them.
+    The own ones alone, if no process needs rows of another. Backward sends gradients back, and adds
+    them.
 
     Args:
         x: The own rows along ``dim``, those of ``bounds[rank]``.
@@ -107,16 +108,14 @@ def fetch(
         need: Rows that each process wants, inside of those of all.
         rank: Number of this process in the group.
         group: Name of the group.
-
-    Returns:
-        The rows of ``need[rank]``.
     """
     count = len(bounds)
-    others = [(a, b) for a in range(count) for b in range(count) if a != b]
     own = bounds[rank]
-    kept = (max(need[rank][0], own[0]), min(need[rank][1], own[1]))
+    first, last = (min(max(row, own[0]), own[1]) for row in need[rank])
+    kept = x if (first, last) == own else x.narrow(dim, first - own[0], max(last - first, 0))
+    others = [(a, b) for a in range(count) for b in range(count) if a != b]
     if not any(_common(bounds[a], need[b]) for a, b in others):  # all processes see that alike
-        return x if kept == own else x.narrow(dim, kept[0] - own[0], max(kept[1] - kept[0], 0))
+        return [kept]
     row = math.prod([*x.shape[:dim], *x.shape[dim + 1 :]])
     pieces, sent, received = [], [], []
     for other in range(count):
@@ -133,9 +132,17 @@ def fetch(
         return numbers.reshape([*shape[:dim], numbers.shape[0] // max(row, 1), *shape[dim + 1 :]])
 
     parts = [rows_of(piece) for piece in came.split(received)]
-    if kept[1] > kept[0]:
-        parts[rank] = x.narrow(dim, kept[0] - own[0], kept[1] - kept[0])
-    return torch.cat(parts, dim)
+    if kept.shape[dim]:
+        parts[rank] = kept
+    return parts
+
+
+def fetch(
+    x: Tensor, dim: int, bounds: Sequence[Range], need: Sequence[Range], rank: int, group: str
+) -> Tensor:
+    """Own rows -> the rows of ``need[rank]``, whoever has them; arguments as `fetch_parts`."""
+    parts = fetch_parts(x, dim, bounds, need, rank, group)
+    return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
 
 
 def total(x: Tensor, group: str) -> Tensor:

@@ -19,7 +19,7 @@ from vitlinear.processes import lost_peer
 from vitlinear.rows.reach import Rows
 
 from .agreement import check_agreement, image_facts
-from .exchange import fetch, gather, register_group, total
+from .exchange import fetch, fetch_parts, gather, register_group, total
 from .levels import Cuts, Level, Strided
 
 MULTIPLE = 32  # pixels in a row of the last map of models of four stages; two patches of others
@@ -76,6 +76,17 @@ class RankBand(Band):
             whole = (start - offset) // length, -((offset - stop) // length)
             need.append(Rows(*(n * length + offset for n in whole)))
         return self._wider(x, tuple(need))
+
+    def beside(self, x: Tensor, reach: int) -> tuple[Tensor, Tensor]:
+        """The rows above and below that `around` adds to a map of the own rows, [B, rows, ...]."""
+        self.check_rows(x.shape[1])
+        cuts, rank = self.level.cuts, self.rows.rank
+        need = tuple(Rows(max(a - reach, 0), min(b + reach, self.height)) for a, b in cuts)
+        parts = self.rows.fetch_parts(x, 1, cuts, need)
+        none = x.new_empty(x.shape[0], 0, *x.shape[2:])
+        if len(parts) == 1:
+            return none, none
+        return torch.cat([*parts[:rank], none], 1), torch.cat([none, *parts[rank + 1 :]], 1)
 
     def _wider(self, x: Tensor, need: Cuts) -> tuple[Band, Tensor]:
         need = tuple(Rows(max(a, 0), min(b, self.height)) for a, b in need)
@@ -154,6 +165,10 @@ class ImageRows:
     def fetch(self, x: Tensor, dim: int, bounds: Cuts, need: Cuts) -> Tensor:
         """Own rows -> those that each process needs; see `vitlinear.parallel.exchange.fetch`."""
         return fetch(x, dim, bounds, need, self.rank, self.group)
+
+    def fetch_parts(self, x: Tensor, dim: int, bounds: Cuts, need: Cuts) -> list[Tensor]:
+        """As `fetch`, by process; see `vitlinear.parallel.exchange.fetch_parts`."""
+        return fetch_parts(x, dim, bounds, need, self.rank, self.group)
 
     def total(self, *xs: Tensor) -> tuple[Tensor, ...]:
         """The sums of tensors of one type over the processes, in one exchange."""

@@ -6,6 +6,7 @@ Parameters, buffers and their names stay. An instance gets a subclass of its own
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from timm.layers import global_pool_nlc
 from torch import Tensor, nn
 
 from vitlinear.layers.band import band_in_use, use_band
+from vitlinear.layers.recompute import TakesRows, can_recompute, recomputing
 from vitlinear.models._valid_region import valid_region
 from vitlinear.ops import accumulation_dtype
 from vitlinear.rows.reach import Rows
@@ -158,6 +160,24 @@ def check_shard(x: Tensor, rows: ImageRows) -> None:
         )
 
 
+def run_on(layer: Callable[[Tensor], Tensor], parts: Sequence[Tensor]) -> Tensor:
+    """A layer on maps [B, rows, W, C], one above the other.
+
+    Backward keeps the maps, which other layers often keep too, and puts them together again.
+    """
+
+    def together(*parts: Tensor) -> Tensor:
+        return torch.cat(parts, 1)
+
+    if len(parts) == 1:
+        return layer(parts[0])
+    x = together(*parts)
+    if not can_recompute(x):
+        return layer(x)
+    with recomputing(x, together, *parts):
+        return layer(x)
+
+
 class StridedConv(SplitLayer):
     """A convolution of a stem or a downsampling, [B, C, rows, W], which knows its level.
 
@@ -183,12 +203,21 @@ class StridedConv(SplitLayer):
             last = (stop - 1) * stride - padding + kernel
             need.append(Rows(max(first, 0), max(min(last, before.height), 0)))
         own = after.cuts[rows.rank]
-        x = super().forward(fetch_rows(rows, x, before, tuple(need)))
+        parts = rows.fetch_parts(x.permute(0, 2, 3, 1), 1, before.cuts, tuple(need))
+        x = run_on(self.on_rows, parts)
         return x.narrow(2, own.start - need[rows.rank].start // stride, own.stop - own.start)
 
+    def on_rows(self, x: Tensor) -> Tensor:
+        """The layer on any map [B, rows, W, C]."""
+        y: Tensor = super().forward(x.permute(0, 3, 1, 2))
+        return y
 
-class MapConv(SplitLayer):
+
+class MapConv(SplitLayer, TakesRows):
     """A convolution in a block, which keeps the size; in windows it sees them whole.
+
+    For backward it keeps its input, which others often keep too, and the rows of other processes,
+    but not the map made of both.
 
     Attributes:
         axis: Of the rows in its input.
@@ -198,18 +227,44 @@ class MapConv(SplitLayer):
     axis: int
     padding_rows: int
 
-    def forward(self, x: Tensor) -> Tensor:
-        """As the layer."""
-        band = band_in_use()
+    def forward(self, x: Tensor, taken: list[Tensor] | None = None) -> Tensor:
+        """As the layer.
+
+        Args:
+            x: Its input.
+            taken: As `TakesRows` says.
+        """
+        if self.axis == 2:
+            return self.convolved(x.permute(0, 2, 3, 1), taken).permute(0, 3, 1, 2)
+        return self.convolved(x, taken)
+
+    def convolved(self, x: Tensor, taken: list[Tensor] | None) -> Tensor:
+        """[B, rows, W, C] -> as `forward`."""
+        above, below = taken or self.taken(x)
+        if taken is not None and not taken:
+            taken += [above, below]
+        if not above.shape[1] + below.shape[1]:
+            return self.on_rows(x)
+        y = run_on(self.on_rows, (above, x, below))
+        # Else the next layer would copy it, and both were kept.
+        return y.narrow(1, above.shape[1], x.shape[1]).contiguous()
+
+    def taken(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows of other processes above and below."""
+        band: Any = band_in_use()
         if band is None:
-            return super().forward(x)
+            none = x.new_empty(x.shape[0], 0, *x.shape[2:])
+            return none, none
+        above, below = band.beside(x, self.padding_rows)
+        return above, below
+
+    def on_rows(self, x: Tensor) -> Tensor:
+        """The layer on any map [B, rows, W, C]."""
         if self.axis == 2:
-            x = x.permute(0, 2, 3, 1)
-        wide, x = band.around(x, self.padding_rows)
-        if self.axis == 2:
-            y = super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-            return band.within(wide, y).permute(0, 3, 1, 2)
-        return band.within(wide, super().forward(x))
+            y: Tensor = super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            return y
+        y = super().forward(x)
+        return y
 
 
 class SplitBatchNorm(SplitLayer):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vitlinear.ops import RotaryTables, get_mechanism, linear_attention, packed, softmax_attention
 from vitlinear.ops.eager import epilogue
-from vitlinear.ops.mechanisms import FEATURES
+from vitlinear.ops.mechanisms import MIXER_ROWS
 
 from ..band import band_in_use
 from .band_attention import band_attention
@@ -18,10 +18,13 @@ def check_attn_type(attn_type: str) -> str:
 
     Raises:
         ValueError: It is neither; or it is a mechanism whose powers a layer of its own learns, or
-            whose features a mixer makes.
+            a part of a mixer.
     """
-    if attn_type == FEATURES.name:
-        raise ValueError(f"{attn_type!r} takes features, which layers by their names do not make")
+    if attn_type in MIXER_ROWS:
+        raise ValueError(
+            f"{attn_type!r} is a part of attentions by name (vitlinear.list_attentions()), and no "
+            "mechanism of a layer"
+        )
     if attn_type != "softmax" and get_mechanism(attn_type).takes_powers:
         raise ValueError(f"{attn_type!r} learns powers, which only layers of its own family have")
     return attn_type

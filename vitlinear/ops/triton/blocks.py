@@ -478,6 +478,22 @@ def _join_signs(x, grad, plan: tl.constexpr):
 
 
 @triton.jit
+def _softmax(x, plan: tl.constexpr):
+    """Softmax over the channels of a head, 0 in lanes beyond them."""
+    _, exists = channel_lanes(plan.block_dim, plan)
+    x = tl.where(exists[None, :], x, -float("inf"))
+    power = tl.exp(x - tl.max(x, 1)[:, None])
+    return power / tl.sum(power, 1)[:, None]
+
+
+@triton.jit
+def _softmax_vjp(x, grad, plan: tl.constexpr):
+    """Gradient of x from that of its softmax."""
+    share = _softmax(x, plan)
+    return share * (grad - tl.sum(grad * share, 1)[:, None])
+
+
+@triton.jit
 def _power_bound(powers):
     """The largest |x| whose power does not saturate; see `features._largest_feature`."""
     return tl.exp2(48.0 / powers)  # float32's largest number to the power of 3/8
@@ -502,6 +518,8 @@ def _feature_map(x, powers, name: tl.constexpr, plan: tl.constexpr):
     elif name == "norm-aware":
         norm, _, u = _direction(x)
         return _split_signs(u, _power(tl.abs(u), 3.0 * (0.5 + _tanh(norm))), plan)
+    elif name == "softmax-halves":
+        return beside(_softmax(x, plan), _softmax(-x, plan), plan)
     else:
         tl.static_assert(name == "identity")
         return x
@@ -533,6 +551,9 @@ def _feature_map_vjp(x, grad, name: tl.constexpr, plan: tl.constexpr):
     elif name == "cubed":
         _, signed = _join_signs(x, grad, plan)
         return signed * (3.0 * x * x)
+    elif name == "softmax-halves":
+        positive, negative = halves(grad, plan)
+        return _softmax_vjp(x, positive, plan) - _softmax_vjp(-x, negative, plan)
     elif name == "norm-aware":
         norm, inverse, u = _direction(x)
         tanh = _tanh(norm)
@@ -588,6 +609,12 @@ def phi_k_vjp(x, grad, powers, plan: tl.constexpr):
 
 
 @triton.jit
+def _away_from_zero(z):
+    """z with a magnitude of at least 1e-6, the sign kept; see `mechanisms._away_from_zero`."""
+    return tl.where(z < 0.0, smaller(z, -1e-6), larger(z, 1e-6))
+
+
+@triton.jit
 def read_factors(z, scale, count, plan: tl.constexpr):
     """The factors a and b of the formula; see `vitlinear.ops.mechanisms`."""
     if plan.read_out == "normalised":
@@ -598,6 +625,10 @@ def read_factors(z, scale, count, plan: tl.constexpr):
         return tl.zeros_like(z) + scale, 1.0 - scale * z
     elif plan.read_out == "clamped":
         return count / larger(count * z, 100.0), tl.zeros_like(z)
+    elif plan.read_out == "smoothed":
+        return 1.0 / (z + 1e-4), tl.zeros_like(z)
+    elif plan.read_out == "signed":
+        return 1.0 / _away_from_zero(z), tl.zeros_like(z)
     else:
         tl.static_assert(plan.read_out == "constant")
         return tl.zeros_like(z) + 1.0, tl.zeros_like(z)
@@ -619,5 +650,11 @@ def read_slopes(z, scale, count, plan: tl.constexpr):
         total = count * z
         ratio = count / larger(total, 100.0)
         return tl.where(total < 100.0, 0.0, -ratio * ratio), zero
+    elif plan.read_out == "smoothed":
+        inverse = 1.0 / (z + 1e-4)
+        return -inverse * inverse, zero
+    elif plan.read_out == "signed":
+        bounded = _away_from_zero(z)
+        return tl.where(bounded == z, -1.0 / (bounded * bounded), 0.0), zero
     else:
         return zero, zero

@@ -18,6 +18,7 @@ import torch
 import vitlinear
 from vitlinear.errors import UserError
 from vitlinear.files import write_atomically, write_text
+from vitlinear.processor import cpu_model
 from vitlinear.revision import git
 
 from .folder import ENVIRONMENT
@@ -116,16 +117,6 @@ def hardware(device: torch.device) -> dict[str, Any]:
         "cores": {"machine": os.cpu_count(), "usable": usable, "torch": torch.get_num_threads()},
         "memory_gib": memory_gib(),
     }
-
-
-def cpu_model() -> str:
-    """Returns the processor's name, or what kind it is where the system does not tell."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
 
 
 def memory_gib() -> float | None:

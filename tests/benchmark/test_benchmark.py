@@ -1,0 +1,196 @@
+"""`vitlinear benchmark`: a run in every runtime, rows of files, and mistakes in one line."""
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from tests.commands import Command
+from vitlinear.benchmark import report, runtimes, subject
+from vitlinear.benchmark.command import parse_size
+from vitlinear.benchmark.programs import Size, images, multiply_adds
+from vitlinear.benchmark.subject import Case
+
+MODEL = "test_linear_deit"
+QUICK = ("--rounds", 2, "--seconds", 0.001, "--threads", 1)
+SIZE = Size(2, 32, 48)
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command sets variables of its process."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+
+
+@pytest.fixture(scope="module")
+def means(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An ONNX program of any size that takes the means of channels, times a 3 x 3 matrix."""
+    path = tmp_path_factory.mktemp("onnx") / "means.onnx"
+    kind, helper = onnx.TensorProto.FLOAT, onnx.helper
+    weight = onnx.numpy_helper.from_array(2 * np.eye(3, dtype=np.float32), "w")
+    axes = onnx.numpy_helper.from_array(np.array([2, 3]), "axes")
+    graph = helper.make_graph(
+        [
+            helper.make_node("ReduceMean", ["x", "axes"], ["m"], keepdims=0),
+            helper.make_node("MatMul", ["m", "w"], ["y"]),
+        ],
+        "means",
+        [helper.make_tensor_value_info("x", kind, ["batch", 3, "height", 48])],
+        [helper.make_tensor_value_info("y", kind, ["batch", 3])],
+        [weight, axes],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    helper.set_model_props(model, {"model": MODEL})
+    onnx.save(model, path)
+    return path
+
+
+@pytest.mark.process
+@pytest.mark.quick
+def test_every_runtime(command: Command, tmp_path: Path, means: Path) -> None:
+    output, picture = tmp_path / "rows.json", tmp_path / "rows.svg"
+    names = ["pytorch", "onnxruntime", "openvino"]
+    flags = ["--sizes", "32x48", "-b", 2, *QUICK, "--profile"]
+    files = ["--output", output, "--plot", picture]
+    result = command("benchmark", MODEL, means, "--runtime", *names, *flags, *files)
+    assert result.code == 0, result.err
+    record = json.loads(output.read_text())
+    assert record["command"].startswith(f"vitlinear benchmark {MODEL} ")
+    assert "1 threads used" in record["machine"] and record["reference"] == MODEL
+    assert {"torch", "timm", "onnxruntime", "openvino"} <= set(record["versions"])
+    rows = record["rows"]
+    assert [(row["model"], row["runtime"]) for row in rows] == [
+        *((MODEL, name) for name in names),
+        *((means.name, name) for name in names[1:]),
+    ]
+    for row in rows:
+        assert "error" not in row, row
+        assert len(row["round_ms"]) == 2 <= row["calls"]
+        assert 0 < row["p10_ms"] <= row["p50_ms"] <= row["p90_ms"]
+        assert row["images_per_s"] == pytest.approx(2e3 / row["p50_ms"])
+        assert 0 < row["multiplying_ms"] < sum(row["kinds_ms"].values())
+        if row["model"] == MODEL:
+            assert row["difference"] < 1e-4 and row["gmacs"] > 1e-3
+    assert result.out.count(f"\n| {MODEL}") == 3 and "of pytorch" in result.out
+    assert str(tmp_path) not in output.read_text().replace(record["command"], "")
+    assert picture.read_text().lstrip().startswith("<?xml")
+    assert sorted(tmp_path.iterdir()) == [output, picture]
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_a_file_is_run_at_the_size_asked_for(runtime: str, means: Path) -> None:
+    ready = runtimes.RUNTIMES[runtime].prepare("means", str(means), SIZE, 1)
+    expected = 2 * images(SIZE).mean((2, 3))
+    torch.testing.assert_close(torch.from_numpy(ready.run()), expected, atol=1e-6, rtol=1e-4)
+    assert "MatMul" in "".join(ready.profile()) or "FullyConnected" in ready.profile()
+
+
+def test_logits_of_another_model_are_refused(means: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "other.npy", np.ones((2, 3), np.float32))
+    expected = str(tmp_path / "other.npy")
+    case = Case("means", "onnxruntime", 2, 32, 48, 1, "", str(means), expected, None, False)
+    with pytest.raises(ArithmeticError, match="logits differ from those of the model"):
+        subject.prepare(case)
+
+
+def test_multiply_adds_of_a_linear_model() -> None:
+    """Each column of patches costs the same."""
+    costs = [multiply_adds(MODEL, Size(1, 32, 16 * columns)) for columns in (2, 3, 4)]
+    assert costs[2] - costs[1] == costs[1] - costs[0] > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["ravlt_x"], ["unknown model 'ravlt_x'", "did you mean ravlt_"]),
+        (["test_vit", "--sizes", "8"], ["test_vit takes no images of 8 x 8 pixels"]),
+        ([MODEL, "--sizes", "8x"], ["--sizes: '8x' is neither a side"]),
+        ([MODEL, "--runtime", "tvm"], ["tvm", "openvino"]),
+        ([MODEL, MODEL], ["two MODELs have the same name"]),
+        ([MODEL, "--reference", "test_vi"], ["--reference test_vi is not among"]),
+        ([MODEL, "--plot", "a.bmp"], ["--plot a.bmp", ".png or .svg"]),
+        ([MODEL, "--output", "none/a.json"], ["cannot write none/a.json"]),
+        (["none.onnx"], ["none.onnx does not exist"]),
+        (["none.onnx", "--runtime", "pytorch"], ["none.onnx is a file", "openvino"]),
+        (["README.onnx"], ["README.onnx is no ONNX program"]),
+        (["{means}", "--sizes", "32"], ["takes images of batch x 3 x height x 48, not 1 x 3 x 32"]),
+    ],
+)
+def test_mistakes(
+    flags: list[str],
+    says: list[str],
+    command: Command,
+    means: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("README.onnx").write_text("no program")
+    result = command("benchmark", *(flag.format(means=means) for flag in flags))
+    assert result.code == 2 and result.err.count("\n") == 1, result.err
+    assert result.err.startswith("error: ") and all(part in result.err for part in says), result.err
+    assert [path.name for path in tmp_path.iterdir()] == ["README.onnx"]
+
+
+@pytest.mark.parametrize(
+    ("missing", "flags", "says"),
+    [
+        ("openvino", [], "--runtime openvino needs openvino: pip install 'vitlinear[export,openvi"),
+        ("onnxruntime", ["--runtime", "onnxruntime"], "pip install 'vitlinear[export]'"),
+        ("matplotlib", ["--runtime", "pytorch", "--plot", "a.png"], "--plot needs matplotlib"),
+    ],
+)
+def test_what_is_not_installed(
+    missing: str, flags: list[str], says: str, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == missing else find(name)
+    )
+    result = command("benchmark", MODEL, "--sizes", 32, *flags)
+    assert result.code == 2 and says in result.err, result.err
+
+
+def test_sizes() -> None:
+    assert parse_size("224", 3) == Size(3, 224, 224) and parse_size("480x640", 1).width == 640
+
+
+def row(model: str, runtime: str, side: int, ms: float, **more: object) -> dict[str, object]:
+    """A row that was measured."""
+    times = {f"p{percent}_ms": ms for percent in (10, 50, 90, 99)}
+    size = {"batch": 1, "height": side, "width": side}
+    rest = {"origin": model, "round_ms": [ms, ms], "images_per_s": 1e3 / ms}
+    return {"model": model, "runtime": runtime, **size, **times, **rest, **more}
+
+
+def test_table() -> None:
+    """Ratios are to the same model in PyTorch, and to the reference in the same runtime."""
+    rows = [
+        row("a", "pytorch", 224, 8.0, multiplying_ms=4.0),
+        row("a", "openvino", 224, 4.0, multiplying_ms=3.2),
+        row("a8.onnx", "openvino", 224, 2.0, origin="a"),
+        row("b", "openvino", 224, 6.0),
+        row("a", "openvino", 448, 16.0),
+        {**row("b", "pytorch", 224, 1.0), "error": "out | of memory"},
+    ]
+    lines = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in report.table(rows, "b")[2:]
+    ]
+    assert len({len(line) for line in lines}) == 1
+    assert [line[6] for line in lines[:5]] == ["1.00", "2.00", "4.00", "", ""]
+    assert [line[7] for line in lines[:5]] == ["", "1.50", "3.00", "1.00", ""]
+    assert lines[0][8:] == ["4", "2.00"] and lines[1][9] == "1.25"
+    assert lines[5][3] == "out / of memory"
+    (line,) = report.exponents(rows)
+    assert line == "a, openvino, batch 1: pixels^1.000, 224x224 to 448x448"
+
+
+def test_a_plot_of_several_sizes(tmp_path: Path) -> None:
+    rows = [row("a", name, side, side / 8) for name in runtimes.RUNTIMES for side in (224, 448)]
+    report.plot({"rows": rows, "machine": "a machine"}, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

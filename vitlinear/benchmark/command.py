@@ -1,0 +1,216 @@
+"""The ``benchmark`` command: models in the runtimes of CPUs, timed in turns."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import os
+import shlex
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vitlinear.cli.flags import COUNT, POSITIVE, from_arguments
+from vitlinear.cli.parser import Parser
+from vitlinear.errors import UserError, did_you_mean
+from vitlinear.files import check_no_input, check_parent, write_text
+from vitlinear.processor import cpu_model
+from vitlinear.revision import source_commit
+
+from . import programs
+from .programs import Program, Size
+from .report import plot, print_report
+from .runtimes import RUNTIMES, check_runtime
+from .subject import Case, serve
+from .turns import KEEP_PAGES, measure
+
+PICTURES = (".png", ".svg")
+PACKAGES = ("torch", "timm", "onnxruntime", "openvino", "vitlinear")
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """The flags of ``vitlinear benchmark``."""
+
+    models: tuple[str, ...]
+    runtime: tuple[str, ...]
+    sizes: tuple[str, ...]
+    batch_size: int
+    threads: int
+    reference: str | None
+    profile: bool
+    rounds: int
+    seconds: float
+    timeout: float
+    output: Path | None
+    plot: Path | None
+
+
+def parse_arguments(
+    argv: Sequence[str] | None, prog: str = "vitlinear benchmark"
+) -> BenchmarkConfig:
+    """Returns the configuration that a command line asks for."""
+    parser = Parser(
+        prog=prog,
+        description="Time of models in PyTorch (fused, inference mode), onnxruntime and OpenVINO "
+        "on this CPU, in float32 with random weights. All of one size take turns.",
+    )
+    parser.add_argument(
+        "models", nargs="+", metavar="MODEL",
+        help="a model of this package or of timm, or an ONNX file, such as one in int8",
+    )  # fmt: skip
+    parser.add_argument(
+        "--runtime", nargs="+", choices=RUNTIMES, default=["pytorch", "onnxruntime", "openvino"]
+    )
+    parser.add_argument(
+        "--sizes", nargs="+", default=["224"], metavar="SIZE", help="224, or 480x640: height first"
+    )
+    parser.add_argument("-b", "--batch-size", type=COUNT, default=1, metavar="N", help="images")
+    parser.add_argument("--threads", type=COUNT, default=torch.get_num_threads(), metavar="N")
+    parser.add_argument(
+        "--reference", default=None, metavar="MODEL", help="of the last ratio (default: the first)"
+    )
+    parser.add_argument(
+        "--profile", action="store_true",
+        help="also ask each runtime what its products and convolutions take",
+    )  # fmt: skip
+    group = parser.add_argument_group("measurement")
+    group.add_argument("--rounds", type=COUNT, default=7, metavar="N", help="turns of each row")
+    group.add_argument("--seconds", type=POSITIVE, default=0.5, metavar="S", help="of a turn")
+    group.add_argument(
+        "--timeout", type=POSITIVE, default=600.0, metavar="S", help="to prepare or answer in"
+    )
+    group = parser.add_argument_group("results")
+    group.add_argument("--output", type=_path, default=None, metavar="FILE.json")
+    group.add_argument(
+        "--plot", type=_path, default=None, metavar="FILE", help="images/s, as .png or .svg"
+    )
+    return from_arguments(BenchmarkConfig, parser.parse_args(argv))
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
+
+
+def parse_size(text: str, batch: int) -> Size:
+    """Returns the size that ``224`` or ``480x640`` means, height first.
+
+    Raises:
+        UserError: It is neither.
+    """
+    sides = text.lower().split("x")
+    if not (1 <= len(sides) <= 2 and all(side.isdecimal() and int(side) for side in sides)):
+        raise UserError(f"--sizes: '{text}' is neither a side in pixels nor HEIGHTxWIDTH")
+    return Size(batch, int(sides[0]), int(sides[-1]))
+
+
+def _check(config: BenchmarkConfig, sizes: Sequence[Size]) -> None:
+    """Raises `UserError` for what cannot be measured, before anything is."""
+    for name in config.runtime:
+        check_runtime(name)
+    files = any(RUNTIMES[name].takes_files for name in config.runtime)
+    for model, size in itertools.product(config.models, sizes):
+        if not programs.is_file(model):
+            programs.multiply_adds(model, size)
+        elif not files:
+            raise UserError(f"{model} is a file: add --runtime onnxruntime or openvino")
+        else:
+            check_runtime("onnxruntime")
+            programs.check_file(model, size)
+    names = [Path(each).name if programs.is_file(each) else each for each in config.models]
+    if len(set(names)) < len(names):
+        raise UserError("two MODELs have the same name: give each once")
+    if config.reference not in (None, *names):
+        hint = did_you_mean(str(config.reference), names)
+        raise UserError(f"--reference {config.reference} is not among the models{hint}")
+    for path in (config.output, config.plot):
+        check_parent(str(path) if path else None)
+        if path and path.is_dir():
+            raise UserError(f"cannot write {path}: it is a folder")
+        if path:
+            check_no_input(path, config.models)
+    if config.plot and config.plot.suffix not in PICTURES:
+        raise UserError(f"--plot {config.plot}: its name has to end with {' or '.join(PICTURES)}")
+    if config.plot and importlib.util.find_spec("matplotlib") is None:
+        raise UserError("--plot needs matplotlib: pip install 'vitlinear[train]'")
+
+
+def _rows(config: BenchmarkConfig, size: Size) -> list[dict[str, Any]]:
+    """The rows of one size, which take turns."""
+    with_file = any(RUNTIMES[name].takes_files for name in config.runtime)
+    cases = []
+    with tempfile.TemporaryDirectory(prefix="vitlinear-benchmark-") as folder:
+        for model in config.models:
+            if programs.is_file(model):
+                program = programs.of_file(model, size)
+            else:
+                program = programs.of_model(model, size, Path(folder), with_file)
+            cases += _cases(config, size, program)
+        rows = measure(serve, cases, config.rounds, config.seconds, config.timeout)
+    for row in rows:
+        for name in ("file", "expected", "profiled"):  # of this run alone
+            del row[name]
+    return rows
+
+
+def _cases(config: BenchmarkConfig, size: Size, program: Program) -> list[Case]:
+    return [
+        Case(
+            program.model,
+            runtime,
+            size.batch,
+            size.height,
+            size.width,
+            config.threads,
+            program.origin,
+            program.file if RUNTIMES[runtime].takes_files else None,
+            program.expected,
+            program.gmacs,
+            config.profile,
+        )
+        for runtime in dict.fromkeys(config.runtime)
+        if RUNTIMES[runtime].takes_files or not programs.is_file(program.model)
+    ]
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        if importlib.util.find_spec(name) is not None:
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def main(argv: Sequence[str] | None, prog: str = "vitlinear benchmark") -> None:
+    """Runs ``vitlinear benchmark``."""
+    argv = sys.argv[1:] if argv is None else argv
+    config = parse_arguments(argv, prog)
+    sizes = list(dict.fromkeys(parse_size(each, config.batch_size) for each in config.sizes))
+    _check(config, sizes)
+    os.environ.update(KEEP_PAGES)
+    record: dict[str, Any] = {
+        "command": shlex.join(["vitlinear", "benchmark", *argv]),
+        "machine": f"{cpu_model()}, {os.cpu_count()} cores; {config.threads} threads used",
+        "load": os.getloadavg()[0],
+        "commit": source_commit() or "not known",
+        "versions": _versions(),
+        "reference": config.reference or Path(config.models[0]).name,
+        "rows": [],
+    }
+    for count, size in enumerate(sizes, 1):
+        print(f"[{count}/{len(sizes)}] {size}", file=sys.stderr, flush=True)
+        record["rows"] += _rows(config, size)
+    print_report(record)
+    if all("error" in row for row in record["rows"]):
+        raise UserError("nothing could be measured; the table says why")
+    if config.output:
+        write_text(config.output, json.dumps(record, indent=1) + "\n")
+    if config.plot:
+        plot(record, config.plot)

@@ -1,0 +1,171 @@
+"""Models of timm or ours at one size, as modules and as ONNX programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.utils import reparameterize_model
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from vitlinear.checkpoints.card import Card
+from vitlinear.create import build_model, check_model_name, data_config
+from vitlinear.errors import UserError, one_line
+from vitlinear.export import Shapes, export
+from vitlinear.export.shapes import Range
+
+SUFFIX = ".onnx"
+SEED = 0  # of weights and images: each process makes the same
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Images of a batch, and their height and width in pixels."""
+
+    batch: int
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.batch} x {self.height} x {self.width}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A model at one size.
+
+    Attributes:
+        model: Its name, or that of its file.
+        origin: Name of the model that it was made of; empty if it is not known.
+        file: ONNX; None where none is needed.
+        expected: File with the logits of the fused model, [B, classes]; None if nobody knows them.
+        gmacs: Multiply-adds of one image, in units of 1e9; None if nobody knows them.
+    """
+
+    model: str
+    origin: str
+    file: str | None
+    expected: str | None
+    gmacs: float | None
+
+
+def images(size: Size) -> Tensor:
+    """Random images, always the same, [B, 3, H, W]."""
+    generator = torch.Generator().manual_seed(SEED)
+    return torch.randn(size.batch, 3, size.height, size.width, generator=generator)
+
+
+def fused(name: str, size: Size) -> nn.Module:
+    """A model for images of that size as one runs it: random weights, eval mode, fused.
+
+    Raises:
+        UserError: No model of this name can be built for that size.
+    """
+    torch.manual_seed(SEED)
+    model = build_model(name, input_size=(3, size.height, size.width)).eval()
+    fuse = getattr(model, "fuse", None)
+    return fuse() if callable(fuse) else reparameterize_model(model)
+
+
+def multiply_adds(name: str, size: Size) -> float:
+    """Multiply-adds of one image in convolutions, linear layers and matrix products.
+
+    Those of attention too; nothing else. Nothing is computed.
+
+    Raises:
+        UserError: The model is unknown, or takes no images of that size.
+    """
+    check_model_name(name)
+    sides = (3, size.height, size.width)
+    model = build_model(name, device="meta", input_size=sides).eval()
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(torch.empty(1, *sides, device="meta"))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise UserError(
+            f"{name} takes no images of {size.height} x {size.width} pixels: {one_line(error)}; "
+            "give other --sizes"
+        ) from error
+    return counter.get_total_flops() / 2
+
+
+def is_file(model: str) -> bool:
+    """Whether a model is given as an ONNX file."""
+    return model.endswith(SUFFIX)
+
+
+def check_file(path: str, size: Size) -> str:
+    """Returns the name of the model that an ONNX file says it was made of; empty if it does not.
+
+    Raises:
+        UserError: There is no such file, or it is no ONNX program for images of that size.
+    """
+    import onnx
+
+    if not Path(path).expanduser().is_file():
+        raise UserError(f"{path} does not exist")
+    try:
+        program = onnx.load(Path(path).expanduser(), load_external_data=False)
+        takes = program.graph.input[0].type.tensor_type.shape.dim
+    except Exception as error:  # protobuf's own classes
+        raise UserError(f"{path} is no ONNX program: {one_line(error)}") from error
+    wanted = (size.batch, 3, size.height, size.width)
+    fits = len(takes) == 4 and all(
+        not each.HasField("dim_value") or each.dim_value == side
+        for each, side in zip(takes, wanted, strict=True)
+    )
+    if not fits:
+        fixed = " x ".join(str(each.dim_value or each.dim_param) for each in takes)
+        asked = " x ".join(map(str, wanted))
+        raise UserError(f"{path} takes images of {fixed}, not {asked}: give other --sizes")
+    return next((each.value for each in program.metadata_props if each.key == "model"), "")
+
+
+def of_file(path: str, size: Size) -> Program:
+    """The program of a file."""
+    file = Path(path).expanduser()
+    return Program(file.name, check_file(path, size), str(file.resolve()), None, None)
+
+
+def of_model(name: str, size: Size, folder: Path, with_file: bool) -> Program:
+    """The program of a model.
+
+    Args:
+        name: Of timm's or ours.
+        size: Of the images.
+        folder: For files, which nobody else writes to.
+        with_file: Write ONNX, as `vitlinear export` does at fixed sizes: verified.
+
+    Raises:
+        UserError: It cannot be built or exported.
+    """
+    cost = multiply_adds(name, size) / 1e9
+    model = fused(name, size)
+    with torch.inference_mode():
+        logits = model(images(size))
+    np.save(folder / f"{name}.npy", logits.numpy())
+    file = folder / f"{name}{SUFFIX}" if with_file else None
+    if file:
+        write(model, name, size, file)
+    expected = str(folder / f"{name}.npy")
+    return Program(name, name, str(file) if file else None, expected, cost)
+
+
+def write(model: nn.Module, name: str, size: Size, file: Path) -> None:
+    """Writes the ONNX program of a fused model for that size alone."""
+    shapes = Shapes.of(
+        name,
+        3,
+        Range(size.batch, size.batch),
+        Range(size.height, size.height),
+        Range(size.width, size.width),
+    )
+    config = dataclasses.replace(data_config(model, {}), input_size=(3, size.height, size.width))
+    classes: Any = model.num_classes
+    card = Card(name, {}, classes, 3, config, "RGB")
+    export(model, file, "onnx", shapes, card, {"model": name, "fused": json.dumps(True)})

@@ -1,0 +1,200 @@
+"""The runtimes: a program made ready in each, and the times of its parts by the runtime itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import tempfile
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vitlinear.errors import UserError
+
+from .programs import Size, fused, images
+
+Run = Callable[[], np.ndarray]
+PROFILED = 3  # calls, of which the fastest counts
+# Of `torch.compile`: our maps stay in the layout they have (docs/compile.md).
+KEEP_LAYOUT: dict[str, Any] = {"layout_optimization": False}
+# How runtimes name what multiplies: products of matrices, convolutions, softmax attention.
+MULTIPLIES = {
+    "pytorch": ("mm", "linear", "convolution", "scaled_dot_product", "flash_attention"),
+    "onnxruntime": ("MatMul", "Gemm", "Conv", "Attention"),
+    "openvino": ("FullyConnected", "MatMul", "Convolution", "ScaledDotProductAttention"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Ready:
+    """A program that is ready to run.
+
+    Attributes:
+        run: Runs it on the images of its size and returns the logits, [B, classes].
+        profile: Milliseconds of the fastest of some calls, by the runtime's own kinds of node.
+    """
+
+    run: Run
+    profile: Callable[[], Mapping[str, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Runtime:
+    """A runtime.
+
+    Attributes:
+        packages: What has to be installed.
+        extra: Extras of this package that bring them.
+        takes_files: Whether it runs ONNX; otherwise it runs models by their names.
+        prepare: Makes a program ready: the model's name, the ONNX file, size and threads.
+    """
+
+    packages: tuple[str, ...]
+    extra: str
+    takes_files: bool
+    prepare: Callable[[str, str, Size, int], Ready]
+
+
+def _fastest(calls: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
+    kinds = min(calls, key=lambda call: sum(call.values()))
+    return dict(sorted(kinds.items(), key=lambda kind: -kind[1]))
+
+
+def _pytorch(name: str, file: str, size: Size, threads: int, compiled: bool = False) -> Ready:
+    torch.set_num_threads(threads)
+    model, x = fused(name, size), images(size)
+    if compiled:
+        ours = type(model).__module__.startswith("vitlinear.")
+        model = torch.compile(model, options=KEEP_LAYOUT if ours else None)  # type: ignore[assignment]
+
+    def run() -> np.ndarray:
+        with torch.inference_mode():
+            logits: np.ndarray = model(x).numpy()
+        return logits
+
+    def profile() -> Mapping[str, float]:
+        activities, calls = [torch.profiler.ProfilerActivity.CPU], []
+        for _ in range(PROFILED):
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Warning: Profiler clears events")
+                with torch.profiler.profile(activities=activities) as trace:
+                    run()
+            averages = trace.key_averages()
+            calls.append({each.key: each.self_cpu_time_total / 1e3 for each in averages})
+        return _fastest(calls)
+
+    return Ready(run, profile)
+
+
+def _compiled(name: str, file: str, size: Size, threads: int) -> Ready:
+    return _pytorch(name, file, size, threads, compiled=True)
+
+
+def _onnxruntime(name: str, file: str, size: Size, threads: int) -> Ready:
+    import onnxruntime
+
+    x = images(size).numpy()
+
+    def session(**options: Any) -> Any:
+        chosen = onnxruntime.SessionOptions()
+        chosen.intra_op_num_threads = threads
+        for key, value in options.items():
+            setattr(chosen, key, value)
+        return onnxruntime.InferenceSession(file, chosen, providers=["CPUExecutionProvider"])
+
+    plain = session()
+    feed = {plain.get_inputs()[0].name: x}
+
+    def run() -> np.ndarray:
+        logits: np.ndarray = plain.run(None, feed)[0]
+        return logits
+
+    def profile() -> Mapping[str, float]:
+        with tempfile.TemporaryDirectory() as folder:
+            measured = session(enable_profiling=True, profile_file_prefix=f"{folder}/trace")
+            for _ in range(1 + PROFILED):
+                measured.run(None, feed)
+            trace = json.loads(Path(measured.end_profiling()).read_text(encoding="utf-8"))
+        of_node: dict[str, list[tuple[str, float]]] = {}
+        for event in trace:
+            if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+                kind, ms = event["args"]["op_name"], event["dur"] / 1e3
+                of_node.setdefault(event["name"], []).append((kind, ms))
+        calls = [defaultdict[str, float](float) for _ in range(1 + PROFILED)]
+        for events in of_node.values():
+            for kinds, (kind, ms) in zip(calls, events, strict=True):
+                kinds[kind] += ms
+        return _fastest(calls[1:])  # the first one allocates
+
+    return Ready(run, profile)
+
+
+def _openvino(name: str, file: str, size: Size, threads: int) -> Ready:
+    import openvino
+
+    x = images(size).numpy()
+
+    def request(**options: Any) -> Any:
+        core = openvino.Core()
+        model = core.read_model(file)
+        if model.is_dynamic():
+            model.reshape(list(x.shape))
+        settings = {
+            "INFERENCE_NUM_THREADS": threads,
+            "PERFORMANCE_HINT": "LATENCY",
+            # Of processors with bfloat16 it would take that otherwise.
+            "INFERENCE_PRECISION_HINT": "f32",
+            **options,
+        }
+        return core.compile_model(model, "CPU", settings).create_infer_request()
+
+    plain = request()
+
+    def run() -> np.ndarray:
+        logits: np.ndarray = plain.infer({0: x})[0]
+        return logits
+
+    def profile() -> Mapping[str, float]:
+        measured, calls = request(PERF_COUNT=True), []
+        measured.infer({0: x})  # allocates
+        for _ in range(PROFILED):
+            measured.infer({0: x})
+            kinds: dict[str, float] = defaultdict(float)
+            for node in measured.profiling_info:
+                if node.status == node.Status.EXECUTED:
+                    kinds[node.node_type] += node.real_time.total_seconds() * 1e3
+            calls.append(kinds)
+        return _fastest(calls)
+
+    return Ready(run, profile)
+
+
+FILES = ("onnx", "onnxscript", "onnxruntime")  # write and verify ONNX
+RUNTIMES = {
+    "pytorch": Runtime((), "", False, _pytorch),
+    "pytorch-compiled": Runtime((), "", False, _compiled),
+    "onnxruntime": Runtime(FILES, "export", True, _onnxruntime),
+    "openvino": Runtime((*FILES, "openvino"), "export,openvino", True, _openvino),
+}
+
+
+def check_runtime(name: str) -> None:
+    """Raises `UserError` if what a runtime needs is not installed."""
+    runtime = RUNTIMES[name]
+    missing = [each for each in runtime.packages if importlib.util.find_spec(each) is None]
+    if missing:
+        raise UserError(
+            f"--runtime {name} needs {', '.join(missing)}: pip install 'vitlinear[{runtime.extra}]'"
+        )
+
+
+def multiplying(runtime: str, kinds: Mapping[str, float]) -> float:
+    """Milliseconds of a profile in products, convolutions and softmax attention."""
+    marks = MULTIPLIES[runtime.partition("-")[0]]
+    return sum(ms for kind, ms in kinds.items() if any(mark in kind for mark in marks))

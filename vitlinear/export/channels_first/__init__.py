@@ -1,0 +1,9 @@
+"""Models as programs whose maps are [B, C, H, W] throughout, for what runs exported programs.
+
+In PyTorch maps are channels-last, and heads are views of one projection. Runtimes of ONNX know no
+views: there each becomes a copy. `rewrite` makes the same model of steps that need few.
+"""
+
+from .rewrite import CHANNELS_FIRST, CHANNELS_LAST, Rewritten, rewrite
+
+__all__ = ["CHANNELS_FIRST", "CHANNELS_LAST", "Rewritten", "rewrite"]
