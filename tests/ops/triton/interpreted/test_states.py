@@ -13,6 +13,7 @@ from tests.parallel.ranks import Ranks
 from vitlinear import ops
 from vitlinear.layers.attention.band_attention import band_attention
 from vitlinear.parallel import split_rows
+from vitlinear.parallel.levels import plan_of
 
 TERMS_OF_KEYS = ("rotary", "key_padding_mask", "powers")
 
@@ -254,7 +255,7 @@ def _of_own_rows(mechanism: str, sizes: tuple[int, ...], width: int) -> dict[str
     def parts(backend):
         leaves = {name: own(x).clone().requires_grad_() for name, x in tensors.items()}
         out = band_attention(
-            rows.band((), 0),
+            rows.band(plan_of(()), 0),
             attn_type=mechanism,
             rotary=ops.RotaryTables(tables.rows[start:stop], tables.cols),
             backend=backend,
