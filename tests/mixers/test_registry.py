@@ -65,6 +65,28 @@ def test_descriptions():
         assert find_mixer(name).__doc__
 
 
+def test_options_change_descriptions():
+    """A description with an option says what the option changes."""
+    describe = vitlinear.describe_attention
+    assert describe("delta").order == "free"
+    assert describe("delta", form="scans_2").order == "directional"
+    assert describe("transnormer", decay="two_sided").order == "local"
+    assert describe("saga", gates="keys").rows_sum_to_one
+    assert not describe("saga", gates="values").rows_sum_to_one
+    assert describe("taylor", norm="sum", degree=3).rows_sum_to_one
+    assert not describe("taylor", norm="sum", degree=3).positive
+    with pytest.raises(ValueError, match="did you mean"):
+        describe("delta", from_="scans_2")
+    for name in list_attentions():
+        description = find_mixer(name).description
+        assert describe(name) == description  # true of the default options
+        for change in description.changes:
+            for value in change.values:
+                changed = describe(name, **{change.option: value})
+                for field, expected in change.fields.items():
+                    assert getattr(changed, field) == expected != getattr(description, field)
+
+
 def test_filters():
     assert vitlinear.list_attentions("*net") == ["lightnet"]
     assert "softmax" in list_attentions(lambda d: d.quadratic)

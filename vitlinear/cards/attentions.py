@@ -90,4 +90,13 @@ def about(description: AttentionDescription) -> str:
     lines = [description.name, *(f"  {key:<10}{text}" for key, text in rows.items() if text)]
     for name, option in description.options.items():
         lines.append(f"  option    {name} = {option.default!r} ({option.range}): {option.meaning}")
+    for change in description.changes:
+        values = " or ".join(map(str, change.values))
+        then = ", ".join(f"{field} is {words(value)}" for field, value in change.fields.items())
+        lines.append(f"  then      with {change.option} {values}: {then}")
     return "\n".join(lines)
+
+
+def words(value: object) -> str:
+    """A value of a description in words."""
+    return "/".join(value) if isinstance(value, tuple) else str(value)

@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitlinear.layers.attention.scriptable_state import scriptable_read, scriptable_state
+from vitlinear.layers.band import BANDED
 from vitlinear.layers.linear import Linear
 
 from .delta_scans import directional, naive_scan
-from .description import AttentionDescription, Option
+from .description import AttentionDescription, Change, Option
 from .grid import Grid
 from .lla import solve
 from .mixer import Mixer
@@ -28,6 +29,9 @@ DELTA_OPTIONS = {
     "steps": Option(2, "of an iterative solver", 1, 4),
     "ridge": Option(0.02, "r at first, learned for each head", 1e-6, 1e3),
 }
+WITH_SCANS = (
+    Change("form", ("scans_2", "scans_4"), {"order": "directional", "backends": ("eager",)}),
+)
 
 
 def approach(matrix: Tensor, right: Tensor, lowest: Tensor, solver: str, steps: int) -> Tensor:
@@ -85,8 +89,6 @@ class _DeltaRule(Mixer):
     ) -> None:
         super().__init__(dim, num_heads, backend=backend, device=device, dtype=dtype)
         self.scans = {"order_free": 0, "scans_2": 2, "scans_4": 4}[form]
-        if self.scans:
-            self.order = "directional"
         self.solver = solver
         self.steps = steps
         self.initial_ridge = ridge
@@ -119,7 +121,8 @@ class _DeltaRule(Mixer):
             grid: Where the tokens stand.
         """
         mask = grid.key_padding_mask
-        state = scriptable_state(k, torch.cat((k, v), dim=-1) * beta, mask, self.backend)
+        both = torch.cat((k, v), dim=-1) * beta
+        state = scriptable_state(k, both, mask, self.backend, later=False)
         matrix, right = state.split(self.head_dim, dim=-1)
         # The trace of the mean is at most 1, and with it every eigenvalue.
         lowest = ridge.amin(-1)[..., None, None]
@@ -180,6 +183,7 @@ class _DeltaRule(Mixer):
         injective=False,
         backends=("eager", "library", "triton"),
         options=DELTA_OPTIONS,
+        changes=WITH_SCANS,
         needs_input=True,
         origin="The order-free form is derived: the limit of steps of the rule on all tokens at "
         "once, a ridge regression weighed by b. Scans run along rows and back, or columns too, "
@@ -194,6 +198,8 @@ class Delta(_DeltaRule):
     a scan, S <- S + b k (v - S^T k)^T and out = S^T q. Its short convolutions stay outside. The
     output goes through an RMS norm of each head. Source: arXiv:2406.06484.
     """
+
+    row_rule = BANDED
 
     def from_input(self, x: Tensor, grid: Grid) -> Tensor | None:
         """Logits of the steps, [B, N, h]."""
@@ -243,6 +249,7 @@ class Delta(_DeltaRule):
         injective=False,
         backends=("eager", "library", "triton"),
         options=DELTA_OPTIONS,
+        changes=WITH_SCANS,
         needs_input=True,
         origin="The order-free form is derived: without a direction forgetting is a ridge of each "
         "channel of the keys, a, the mean share that a token makes it forget. Scans are those of "
@@ -258,6 +265,8 @@ class KimiDelta(_DeltaRule):
     output goes through an RMS norm of each head and the gate sigmoid(W4 W3 x), both with D channels
     between. Source: arXiv:2510.26692.
     """
+
+    row_rule = BANDED
 
     def __init__(
         self,

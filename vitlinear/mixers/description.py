@@ -86,11 +86,26 @@ class Option:
 
 
 @dataclasses.dataclass(frozen=True)
+class Change:
+    """A description differs so where an option has one of some values.
+
+    Attributes:
+        option: Its name.
+        values: Of the option.
+        fields: Fields of `AttentionDescription` with what they are then.
+    """
+
+    option: str
+    values: tuple[Any, ...]
+    fields: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
 class AttentionDescription:
     """An attention as the registry knows it.
 
-    In formulas and costs, N is the number of tokens, D that of channels of a head, F that of
-    features.
+    It is true of the default options; `with_options` has that of others. In formulas and costs, N
+    is the number of tokens, D that of channels of a head, F that of features.
 
     Attributes:
         name: That of the paper, in lower case.
@@ -113,6 +128,7 @@ class AttentionDescription:
         most_tokens: Number of tokens above which it refuses; None for a cost that is linear in N.
         origin: What is ours and not the paper's, in a sentence; empty for nothing.
         needs_input: Whether it reads the input of the layer beside q, k and v.
+        changes: What other options change.
     """
 
     name: str
@@ -133,6 +149,7 @@ class AttentionDescription:
     most_tokens: int | None = None
     origin: str = ""
     needs_input: bool = False
+    changes: tuple[Change, ...] = ()
 
     @property
     def quadratic(self) -> bool:
@@ -157,6 +174,22 @@ class AttentionDescription:
             name: option.check(self.name, name, given.get(name, option.default))
             for name, option in self.options.items()
         }
+
+    def with_options(self, options: Mapping[str, Any]) -> AttentionDescription:
+        """The description of the attention with these options.
+
+        Args:
+            options: Some or all of them, by name.
+
+        Raises:
+            ValueError: One is unknown or out of range; one line.
+        """
+        values = self.check_options(options)
+        fields: dict[str, Any] = {}
+        for change in self.changes:
+            if values[change.option] in change.values:
+                fields.update(change.fields)
+        return dataclasses.replace(self, **fields)
 
     def check_length(self, length: int) -> None:
         """Refuse more tokens than a quadratic attention is meant for.
@@ -185,4 +218,8 @@ class AttentionDescription:
             for name, option in self.options.items()
         }
         fields["backends"] = list(self.backends)
+        fields["changes"] = [
+            {"option": change.option, "values": list(change.values), **change.fields}
+            for change in self.changes
+        ]
         return fields

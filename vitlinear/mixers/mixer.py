@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from vitlinear.layers.band import of_method
 from vitlinear.layers.heads import split_heads
 from vitlinear.ops import accumulation_dtype
 from vitlinear.ops.backend import check_backend
@@ -27,12 +28,12 @@ class Mixer(nn.Module):
         positions: Class attribute: the kind of position tables where `description.turns` is
             ``inside``: ``rotary``, ``cosine``, or ``full width``.
         attn_type: The name, for reports.
-        order: One of `description.ORDERS`, as the options have it: that of the description, unless
-            one of them makes the order of the tokens matter.
+        order: One of `description.ORDERS`, as the options have it that `make_mixer` was given.
     """
 
     description: ClassVar[AttentionDescription]
     positions: ClassVar[str] = "rotary"
+    row_rule: ClassVar[str] = of_method("mix")
 
     def __init__(
         self,

@@ -45,9 +45,10 @@ def heads_matrix(x: Tensor, weight: Tensor) -> Tensor:
     weight = weight.to(x.dtype)
     if weight.shape[0] == 1:
         return x @ weight[0]
-    return (
-        (x.permute(2, 0, 1, 3).flatten(1, 2) @ weight).unflatten(1, x.shape[:2]).permute(1, 2, 0, 3)
-    )
+    out = x.permute(2, 0, 1, 3).flatten(1, 2) @ weight
+    # Tokens come first before their axis is split: the ONNX exporter leaves out two reshapes with
+    # nothing but the product in between, and then multiplies samples by the matrices of heads.
+    return out.transpose(0, 1).unflatten(0, x.shape[:2])
 
 
 def identity_matrices(weight: Tensor) -> None:

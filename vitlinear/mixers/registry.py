@@ -53,13 +53,19 @@ def find_mixer(name: str) -> type[Mixer]:
     return mixer
 
 
-def describe_attention(name: str) -> AttentionDescription:
+def describe_attention(name: str, **options: Any) -> AttentionDescription:
     """The description of an attention.
 
+    Args:
+        name: One of `list_attentions`.
+        **options: Those of the attention, which may change its order or its cost; the others have
+            their defaults.
+
     Raises:
-        ValueError: There is none of this name; one line, with the nearest match.
+        ValueError: There is none of this name, or an option is unknown or out of range; one line,
+            with the nearest match.
     """
-    return find_mixer(name).description
+    return find_mixer(name).description.with_options(options)
 
 
 def list_attentions(
@@ -119,5 +125,7 @@ def make_mixer(spec: AttentionSpec, dim: int, num_heads: int, **kwargs: Any) -> 
         ValueError: A name or option is unknown or out of range, or the sizes do not fit; one line.
     """
     name, options = split_spec(spec)
-    mixer = find_mixer(name)
-    return mixer(dim, num_heads, **mixer.description.check_options(options), **kwargs)
+    kind = find_mixer(name)
+    mixer = kind(dim, num_heads, **kind.description.check_options(options), **kwargs)
+    mixer.order = kind.description.with_options(options).order
+    return mixer

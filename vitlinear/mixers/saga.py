@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitlinear.layers.band import BANDED
 from vitlinear.layers.linear import Linear
 from vitlinear.ops.features import elu_plus_one
 
-from .description import AttentionDescription, Option
+from .description import AttentionDescription, Change, Option
 from .grid import Grid
 from .mixer import Mixer
 from .operator import attend
@@ -36,6 +37,7 @@ from .registry import register
                 "both", "which of keys and values have one", choices=("both", "keys", "values")
             ),
         },
+        changes=(Change("gates", ("keys",), {"rows_sum_to_one": True}),),
         needs_input=True,
         origin="From general knowledge of the paper: gates by one linear layer of the input, and "
         "the gated keys in the normaliser too.",
@@ -48,6 +50,8 @@ class Saga(Mixer):
     b_j = sigmoid(W_b x_j): no matrix is made, and the state stays one sum. Gates of the keys are
     in the normaliser: with ``keys`` alone weights add up to 1.
     """
+
+    row_rule = BANDED
 
     def __init__(
         self,

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .description import AttentionDescription, Option
+from vitlinear.layers.band import BANDED
+
+from .description import AttentionDescription, Change, Option
 from .grid import Grid
 from .mixer import Mixer
 from .norms import heads_matrix, rms_norm, unit
@@ -143,6 +145,8 @@ class Based(_Narrow):
     (full) and of flash-linear-attention (symmetric). They give the same numbers.
     """
 
+    row_rule = BANDED
+
     def __init__(
         self,
         dim: int,
@@ -180,7 +184,7 @@ class Based(_Narrow):
         cost="2 N F D",
         state="F (D + 1)",
         order="free",
-        positive=False,
+        positive=True,
         rows_sum_to_one=False,
         query_magnitude=True,
         injective=False,
@@ -194,6 +198,10 @@ class Based(_Narrow):
             ),
             "feature_dim": Option(16, "channels that queries and keys are taken to", 1, 64),
         },
+        changes=(
+            Change("degree", (1, 3), {"positive": False}),
+            Change("norm", ("sum",), {"rows_sum_to_one": True}),
+        ),
         origin="Non-causal. Sums of odd order can be 0: then their magnitude is at least 1e-6, and "
         "outputs can be large.",
     )
@@ -206,6 +214,8 @@ class Taylor(_Narrow):
     linear attention with the map [1, x]. Weights of even order are positive, and with the sum add
     up to 1.
     """
+
+    row_rule = BANDED
 
     def __init__(
         self,

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitlinear.layers.band import BANDED
 from vitlinear.layers.linear import Linear
 
 from .decay import distances, slopes, two_sided_sums
-from .description import AttentionDescription, Option
+from .description import AttentionDescription, Change, Option
 from .grid import Grid
 from .grid_windows import GridWindows, hidden_scores, prefix_attention, same_window
 from .mixer import Mixer
@@ -65,6 +66,8 @@ class _HeadNorm(Mixer):
 class NormAttention(_HeadNorm):
     """Linear attention without a division: a norm of the output takes its place."""
 
+    row_rule = BANDED
+
     def __init__(self, dim: int, num_heads: int, *, map: str = "elu+1", **kwargs: Any) -> None:
         super().__init__(dim, num_heads, **kwargs)
         self.map = map
@@ -107,6 +110,7 @@ class NormAttention(_HeadNorm):
                 "softmax", "of T2, or of T1 (relu, with a norm)", choices=("softmax", "relu")
             ),
         },
+        changes=(Change("scores", ("relu",), {"rows_sum_to_one": False, "injective": False}),),
         origin="Windows of 8 x 8 for the paper's blocks of 64 tokens. Tokens before the map see "
         "all tokens, and all tokens see them.",
     )
@@ -164,6 +168,7 @@ class DiagAttention(_HeadNorm):
         title="TransNormerLLM: A Faster and Better Large Language Model with Improved TransNormer",
         year=2023,
         cost="2 N D^2; with decay N D^2 (16 + H / 16 + W / 16), and N D^2 numbers of memory",
+        changes=(Change("decay", ("two_sided",), {"order": "local", "backends": ("eager",)}),),
         state="D^2",
         order="free",
         positive=False,
@@ -191,6 +196,8 @@ class TransNormer(Mixer):
     and gate; slopes from general knowledge, without their change from layer to layer.
     """
 
+    row_rule = BANDED
+
     def __init__(
         self,
         dim: int,
@@ -205,8 +212,6 @@ class TransNormer(Mixer):
     ) -> None:
         super().__init__(dim, num_heads, backend=backend, device=device, dtype=dtype)
         self.decay = decay
-        if decay != "none":
-            self.order = "local"
         self.silu_values = silu_values
         self.gate: nn.Sequential | None = None
         if gate:
@@ -230,6 +235,7 @@ class TransNormer(Mixer):
 
     def decayed(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> Tensor:
         """Sums over keys whose weight falls with their distance on the map, [B, N, h, D]."""
+        grid.needs_whole_map("transnormer with decay")
         prefix = grid.num_prefix_tokens
         products = grid.split(k.unsqueeze(-1) * v.unsqueeze(-2))[1]
         falls = slopes(self.num_heads, q.device, q.dtype)
