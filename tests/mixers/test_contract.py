@@ -294,6 +294,8 @@ def test_compile(name):
 @each
 @pytest.mark.nightly
 @pytest.mark.compile
+@pytest.mark.process
+@pytest.mark.slow
 def test_inductor(name):
     """Compiled by Inductor, as users do; without gradients, since each loop is compiled by C++."""
     torch._dynamo.reset()
