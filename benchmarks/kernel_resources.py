@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results" / "kernels_sm80_sm90.json"
 ACCOUNT = ROOT / "accounts" / "kernels.md"
 TABLE_BEGINS, TABLE_ENDS = "<!-- table begins -->", "<!-- table ends -->"
-SHORT, LONG = (14, 14), (56, 56)  # one kernel, and splits
+WINDOW, SHORT, LONG = (7, 7), (14, 14), (56, 56)  # one kernel, for several maps and for one; splits
 ITEM_SIZE = 2  # bytes of bfloat16
 
 
@@ -174,7 +174,7 @@ def resources(kernel: Any, capability: int, warps: int) -> dict[str, Any]:
 
 
 def measure(
-    kind: Kind, capability: int, grids: Sequence[tuple[int, int]] = (SHORT, LONG)
+    kind: Kind, capability: int, grids: Sequence[tuple[int, int]] = (WINDOW, SHORT, LONG)
 ) -> list[Any]:
     """A row for each kernel that a kind of call runs on, on GPUs of a capability."""
     rows: dict[str, dict[str, Any]] = {}
@@ -187,6 +187,8 @@ def measure(
             continue  # sums of splits, no tokens
         if options.get("with_sums") is False:
             name = "query again"
+        if options["plan"].window:
+            name += ", windows"
         config = {
             "block_tokens": options["plan"].block_tokens,
             "num_warps": options["num_warps"],
@@ -225,7 +227,7 @@ def tensors(kernel: str, kind: Kind) -> int:
         "key_mean": 2,
         "key": 4,
         "query again": 3,
-    }[kernel]
+    }[kernel.removesuffix(", windows")]
 
 
 def published() -> dict[Kind, list[tuple[int, int]]]:

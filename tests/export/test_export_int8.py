@@ -55,19 +55,21 @@ def test_graph(written):
         kind: [[source(name) for name in n.input] for n in graph.node if n.op_type == kind]
         for kind in ("MatMul", "Gemm", "Conv")
     }
-    quantised = [row for row in sources["MatMul"] if row[1] is not None]
-    assert len(quantised) == 4 * DEPTH and len(sources["Gemm"]) == 1
+    quantised = sources["Gemm"] + [row for row in sources["MatMul"] if row[1] is not None]
+    assert len(quantised) == 4 * DEPTH + 1
     # States and what they give: three products of two activations in each block.
     assert [row for row in sources["MatMul"] if row[1] is None] == 3 * DEPTH * [[None, None]]
-    assert sources["Conv"] == [[None, None]]  # patches of 16 x 16
-    for activation, weight, *_ in quantised + sources["Gemm"]:
+    assert sources["Conv"] == [[None, None]]  # patches of 16 x 16, of the images
+    for activation, weight, *_ in quantised:
         assert activation.op_type == "QuantizeLinear"
         assert weight.dtype == np.int8 and np.abs(weight).max() == 64
-    assert sum(weight.size for _, weight, *_ in quantised + sources["Gemm"]) == sum(
-        module.weight.numel() for module in quantise.projections(model)
+        assert constants[activation.input[2]] == 128  # one that is not makes OpenVINO subtract it
+    products = quantise.projections(model, 3)
+    assert sum(weight.size for _, weight, *_ in quantised) == sum(
+        module.weight.numel() for module in products
     )
     weights = 4 * sum(p.numel() for p in model.parameters())
-    saved = 3 * sum(module.weight.numel() for module in quantise.projections(model))
+    saved = 3 * sum(module.weight.numel() for module in products)
     assert sum(array.nbytes for array in constants.values()) < weights - saved + 30_000  # scales
     others = {n.op_type for n in graph.node} - {"QuantizeLinear", "DequantizeLinear"}
     assert not any("Integer" in kind or "QLinear" in kind for kind in others)
@@ -80,6 +82,8 @@ def test_any_size(written, images):
     assert (inputs.type, inputs.shape) == ("tensor(float)", ["batch", 3, "height", "width"])
     assert json.loads(metadata["num_classes"]) == 7 and metadata["dtype"] == "int8"
     assert metadata["calibration"] == f"20 images of {images}"
+    assert metadata["float32"].startswith("1 convolution of images, ")
+    assert f"{3 * DEPTH} products of two activations" in metadata["float32"]
     mean, std = (torch.tensor(json.loads(metadata[key])).view(3, 1, 1) for key in ("mean", "std"))
     torch.manual_seed(0)
     for size in ((1, 3, 48, 320), (5, 3, 101, 229)):
@@ -112,8 +116,10 @@ def graph_of(kind, weight=None, first=None, **attributes):
         (graph_of("MatMul", (4, 4)), True),
         (graph_of("Gemm", (4, 4), transB=1), True),
         (graph_of("Conv", (4, 4, 1, 1)), True),
-        (graph_of("Conv", (4, 4, 3, 3)), False),
-        (graph_of("Conv", (4, 1, 1, 1), group=4), False),
+        (graph_of("Conv", (4, 4, 3, 3)), True),
+        (graph_of("Conv", (4, 1, 3, 3), group=4), True),
+        (graph_of("Conv", (4, 3, 3, 3)), False),  # of the images
+        (graph_of("Conv"), False),
         (graph_of("MatMul", (2, 4, 4)), False),
         (graph_of("MatMul"), False),
         (graph_of("MatMul", first=(4, 4)), False),
@@ -122,7 +128,7 @@ def graph_of(kind, weight=None, first=None, **attributes):
     ],
 )
 def test_products(graph, quantised):
-    assert [node.name for node in quantise.products(graph)] == ["product"] * quantised
+    assert [node.name for node in quantise.products(graph, 3)] == ["product"] * quantised
 
 
 def test_runs_in_integers(written, images, command, tmp_path):
@@ -136,8 +142,8 @@ def test_runs_in_integers(written, images, command, tmp_path):
         options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
         onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         kinds = [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node]
-        assert kinds.count("MatMulIntegerToFloat") == 4 * DEPTH
-        assert kinds.count("Gemm") <= 1  # the classifier
+        assert kinds.count("QGemm") == 4 * DEPTH + 1
+        assert "Gemm" not in kinds
 
 
 def test_batches_are_full():
@@ -216,5 +222,5 @@ def test_every_projection(complete, tmp_path):
             torch.from_numpy(y), x @ kept.weight.detach().T, atol=0.1, rtol=0
         )
     else:
-        with pytest.raises(UserError, match="30 of 60 weights of projections became int8"):
+        with pytest.raises(UserError, match="30 of 60 weights of products became int8"):
             quantise.quantise(path, model, shapes, calibration)

@@ -293,6 +293,20 @@ def test_compile(name):
 
 @each
 @pytest.mark.nightly
+@pytest.mark.compile
+@pytest.mark.process
+@pytest.mark.slow
+def test_inductor(name):
+    """Compiled by Inductor, as users do; without gradients, since each loop is compiled by C++."""
+    torch._dynamo.reset()
+    layer, x = layer_of(name, torch.float32), torch.randn(2, 4, 6, HEADS * DIM)
+    with torch.no_grad():
+        found = torch.compile(layer, fullgraph=True)(x)
+        torch.testing.assert_close(found, layer(x), rtol=2e-3, atol=2e-3)
+
+
+@each
+@pytest.mark.nightly
 def test_export(name):
     """Exported alone, for any size of the map."""
     layer, x = layer_of(name, torch.float32), torch.randn(2, 8, 12, HEADS * DIM)

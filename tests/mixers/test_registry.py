@@ -66,7 +66,7 @@ def test_descriptions():
 
 
 def test_options_change_descriptions():
-    """What an option changes, the description with it says, for layers too."""
+    """A description with an option says what the option changes."""
     describe = vitlinear.describe_attention
     assert describe("delta").order == "free"
     assert describe("delta", form="scans_2").order == "directional"

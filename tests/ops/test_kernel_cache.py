@@ -38,11 +38,11 @@ def test_what_is_added_is_read():
         f"Some-GPU-80GB-PCIe_driver-580.1_triton-3.6.0_{kernel_cache.sources_hash()}.json"
     )
     kernel_cache.add(GPU, lambda known: known.rows.append(ROW))
-    kernel_cache.add(GPU, lambda known: known.blocks.update(k=[64, 8, 3]))
+    kernel_cache.add(GPU, lambda known: known.blocks.update(k=[64, 8, 3, 0]))
     kernel_cache.forget()
     found = kernel_cache.known(GPU)
     assert found.checks == {"a": "", "b": "too wrong"}
-    assert found.rows == [ROW] and found.blocks == {"k": [64, 8, 3]}
+    assert found.rows == [ROW] and found.blocks == {"k": [64, 8, 3, 0]}
     assert kernel_cache.known(GPU._replace(driver="581")).checks == {}
     assert [each.suffix for each in sorted(path.parent.iterdir())] == [".json", ".lock"]
 
@@ -56,7 +56,7 @@ def test_what_is_added_is_read():
         (b'{"format": 99}', "format 99, not 1"),
         (b'{"format": 1, "checks": {}, "rows": []}', "no 'blocks'"),
         (b'{"format": 1, "checks": {}, "rows": [{}], "blocks": {}}', "not a measurement"),
-        (b'{"format": 1, "checks": {}, "rows": [], "blocks": {"k": [1, "2", 3]}}', "three numbers"),
+        (b'{"format": 1, "checks": {}, "rows": [], "blocks": {"k": [1, "2", 3]}}', "four numbers"),
     ],
 )
 def test_a_damaged_file_costs_one_warning(content, reason):

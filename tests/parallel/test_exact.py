@@ -77,3 +77,18 @@ def test_four(four, name, sizes, training):
 )
 def test_single_precision(two, name):
     check(two, name, SIZES[2][0], dtype=torch.float32, tolerance=1e-5)
+
+
+@pytest.mark.parametrize(
+    "types",
+    [
+        ("flowformer", "kimi_delta", "hedgehog", "efficientvim"),
+        pytest.param(("lla_uniform", "miras", "linfusion", "saga"), marks=pytest.mark.nightly),
+        pytest.param(("lawcat", "focused", "efficientvit", "taylor"), marks=pytest.mark.nightly),
+        pytest.param(("delta", "titans", "vssd", "transnormer"), marks=pytest.mark.nightly),
+    ],
+    ids=str,
+)
+def test_attentions_by_name(two, types):
+    """In training, whose gradients go through the sums over all rows."""
+    check(two, "test_ravlt", SIZES[2][1], training=True, attn_types=types)

@@ -126,7 +126,7 @@ def parse_arguments(argv: Sequence[str] | None, prog: str = "vitlinear export") 
         )  # fmt: skip
     group.add_argument(
         "--dtype", choices=DTYPES, default="float32",
-        help="float16, int8: onnx only; int8: products with weights, all else in float32",
+        help="float16, int8: onnx only; int8: what has weights, all else in float32",
     )  # fmt: skip
     group.add_argument(
         "--layout", choices=LAYOUTS, default=AUTO,
@@ -306,6 +306,7 @@ def main(argv: Sequence[str] | None, prog: str = "vitlinear export") -> None:
         print(f"layout        {written.layout}")
     if images:
         print(f"calibrated    on {about['calibration']}")
+        print(f"in float32    {written.left}")
     for size, difference in written.differences.items():
         print(f"verified      {'x'.join(map(str, size))}: differs by {difference:.1e} of the norm")
     print(f"wrote         {out} ({out.stat().st_size:,} bytes)")

@@ -1,31 +1,38 @@
-"""Int8 in an ONNX program: matrix products with weights, and nothing else.
+"""Int8 in an ONNX program: products and convolutions with weights.
 
-Quantised are the products of activations with constant weights: projections, feed-forward
-networks and 1 x 1 convolutions. What linear attention computes from them stays in float32: feature
-maps, states, normalisers, softmaxes and the products of two activations, whose ranges depend on the
-number of tokens, and so do norms, other convolutions, and the small products that make the kernels
-of InLine's convolution.
+Quantised is what multiplies activations with constant weights: projections, feed-forward networks
+and convolutions, but for the one that reads the images. What linear attention computes from them
+stays in float32: feature maps, states, normalisers, softmaxes and the products of two activations,
+whose ranges depend on the number of tokens, and so do norms, sums, and the small products that make
+the kernels of InLine's convolution.
 
 Post-training, static, as QuantizeLinear and DequantizeLinear around each product, which any runtime
-of ONNX can run and onnxruntime fuses with it:
+of ONNX can run. The form is the one that onnxruntime (1.32) and OpenVINO (2026.4) both turn into
+integer kernels:
 
-- Inputs are uint8 with one range for a tensor, the least and the greatest value on the calibration
-  images. Ranges taken while running (dynamic quantisation) would be those of a whole batch, so that
-  an image's logits depend on the images beside it.
+- Activations are uint8 with one range for a tensor, the least and the greatest value on the
+  calibration images. Ranges taken while running (dynamic quantisation) would be those of a whole
+  batch, so that an image's logits depend on the images beside it.
+- The range of what a matrix product reads is symmetric, so that its zero is 128. Of another zero
+  OpenVINO makes a subtraction before each product.
 - Weights are int8, symmetric, one scale for each output channel, from -64 to 64: a processor
   without VNNI adds pairs of products in 16 bits, which 128 * 255 * 2 would overflow. So what was
   checked on one machine holds on others.
-- Outputs are float32 sums; they are not rounded again.
-- Biases are rows, [1, C]. Of a product and a bias [C] onnxruntime (1.32) makes one Gemm where sizes
-  are fixed, turns its int8 weights into float32 at every run, and multiplies in float32.
+- Outputs of matrix products are float32 sums, not rounded again. Those of convolutions are uint8:
+  of a convolution with float32 outputs onnxruntime makes one that multiplies in float32.
+- A product and its bias are one Gemm on rows, [B N, C]. Of a product [B, N, C] and a bias
+  onnxruntime makes a Gemm where sizes are fixed, after it has looked for integers: it would
+  multiply in float32.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from vitlinear.errors import UserError
@@ -36,11 +43,21 @@ from .shapes import Shapes
 
 KINDS = ("MatMul", "Gemm", "Conv")
 BATCH = 8  # images that are calibrated on at a time, for the sake of memory
+LEFT = "float32"  # key of the file's metadata: what stays so
 
 
-def products(graph: Any) -> list[Any]:
-    """The nodes of an ONNX graph that multiply activations with constant weights."""
+def products(graph: Any, channels: int) -> list[Any]:
+    """The nodes of an ONNX graph that multiply activations with constant weights.
+
+    Not the convolution that reads the images: it has few channels to add up, and the most to lose.
+
+    Args:
+        graph: Of the program.
+        channels: Of the images.
+    """
     constants = {tensor.name: tensor for tensor in graph.initializer}
+    convs = [node for node in graph.node if node.op_type == "Conv" and node.input[1] in constants]
+    reads_images = next((c for c in convs if constants[c.input[1]].dims[1] == channels), None)
 
     def is_product(node: Any) -> bool:
         if node.op_type not in KINDS or node.input[0] in constants:
@@ -48,47 +65,115 @@ def products(graph: Any) -> list[Any]:
         weight = constants.get(node.input[1])
         if weight is None:
             return False
-        if node.op_type != "Conv":
-            return len(weight.dims) == 2  # of three, the kernels of InLine's convolution by head
-        groups = next((each.i for each in node.attribute if each.name == "group"), 1)
-        return groups == 1 and math.prod(weight.dims[2:]) == 1
+        if node.op_type == "Conv":
+            return node is not reads_images
+        return len(weight.dims) == 2  # of three, the kernels of InLine's convolution by head
 
     return [node for node in graph.node if is_product(node)]
 
 
-def projections(model: nn.Module) -> list[nn.Module]:
-    """The modules whose products these are."""
+def projections(model: nn.Module, channels: int) -> list[nn.Module]:
+    """The modules whose products these are.
+
+    Args:
+        model: What the program is of.
+        channels: Of the images.
+    """
+    convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    reads_images = next((conv for conv in convs if conv.in_channels == channels), None)
     return [
         module
         for module in model.modules()
-        if isinstance(module, nn.Linear)
-        or (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1)
+        if isinstance(module, nn.Linear | nn.Conv2d) and module is not reads_images
     ]
 
 
-def biases_to_rows(graph: Any, sums: set[str]) -> None:
-    """Reshape the constants [C] that are added to some values to [1, C], in place.
+def biases_into_products(graph: Any) -> None:
+    """Make one Gemm of each MatMul with a constant [C, D] and the Add of a constant [D], in place.
+
+    It multiplies rows: what is before and behind it has the shape that it had.
 
     Args:
-        graph: Of the program; the values have two dimensions or more.
-        sums: Names of the values.
+        graph: Of the program.
     """
+    from onnx import helper, numpy_helper
+
     constants = {tensor.name: tensor for tensor in graph.initializer}
-    rows = {}
+    users: dict[str, list[Any]] = {}
     for node in graph.node:
-        if node.op_type != "Add" or not sums.intersection(node.input):
+        for name in node.input:
+            users.setdefault(name, []).append(node)
+    outputs = {each.name for each in graph.output}
+    nodes, done = [], set()
+
+    def constant(name: str, values: list[int]) -> str:
+        graph.initializer.append(numpy_helper.from_array(np.array(values, np.int64), name))
+        return name
+
+    for node in graph.node:
+        if id(node) in done:
             continue
-        for place, name in enumerate(node.input):
-            if name in constants and len(constants[name].dims) == 1:
-                row = rows.setdefault(name, type(constants[name])())
-                row.CopyFrom(constants[name])
-                row.name = f"{name}_row"
-                row.dims.insert(0, 1)
-                node.input[place] = row.name
-    used = {name for node in graph.node for name in node.input}
-    kept = [tensor for name, tensor in constants.items() if name in used]
-    del graph.initializer[:]
-    graph.initializer.extend([*kept, *rows.values()])
+        weight = constants.get(node.input[1]) if node.op_type == "MatMul" else None
+        adds = users.get(node.output[0], ())
+        bias = None
+        if weight is not None and len(weight.dims) == 2 and len(adds) == 1:
+            (add,) = adds
+            others = [name for name in add.input if name != node.output[0]]
+            if add.op_type == "Add" and len(others) == 1 and node.output[0] not in outputs:
+                bias = constants.get(others[0])
+        if weight is None or bias is None or len(bias.dims) != 1:
+            nodes.append(node)
+            continue
+        name = node.name or node.output[0]
+        width = constant(f"{name}_width", [weight.dims[1]])
+        rows = constant(f"{name}_rows", [-1, weight.dims[0]])
+        nodes += [
+            helper.make_node("Shape", [node.input[0]], [f"{name}_shape"], f"{name}_shape", end=-1),
+            helper.make_node(
+                "Concat", [f"{name}_shape", width], [f"{name}_sides"], f"{name}_sides", axis=0
+            ),
+            helper.make_node("Reshape", [node.input[0], rows], [f"{name}_in"], f"{name}_in"),
+            helper.make_node(
+                "Gemm", [f"{name}_in", weight.name, bias.name], [f"{name}_out"], f"{name}_gemm"
+            ),
+            helper.make_node(
+                "Reshape", [f"{name}_out", f"{name}_sides"], [add.output[0]], f"{name}_reshape"
+            ),
+        ]
+        done.add(id(add))
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def left_in_float32(graph: Any, quantised: set[str]) -> str:
+    """What multiplies, or is looked at in a whole row, and is not quantised: for people.
+
+    Args:
+        graph: Of the program in float32.
+        quantised: Names of the nodes that are not.
+    """
+    constants = {tensor.name for tensor in graph.initializer}
+    names = {
+        "Softmax": "softmaxes",
+        "LayerNormalization": "norms",
+        "RMSNormalization": "norms",
+        "ReduceMean": "means",
+    }
+    counts: Counter[str] = Counter()
+    for node in graph.node:
+        if node.name in quantised:
+            continue
+        if node.op_type == "Conv":
+            made = node.input[1] not in constants
+            counts["convolutions with computed kernels" if made else "convolution of images"] += 1
+        elif node.op_type in ("MatMul", "Gemm"):
+            both = not constants.intersection(node.input[:2])
+            counts["products of two activations" if both else "other products"] += 1
+        elif node.op_type in names:
+            counts[names[node.op_type]] += 1
+    return ", ".join(
+        [*(f"{count} {kind}" for kind, count in counts.items()), "sums and activations"]
+    )
 
 
 class _Batches:
@@ -102,7 +187,7 @@ class _Batches:
         return None if batch is None else {self.name: batch.numpy()}
 
 
-def quantise(path: Path, model: nn.Module, shapes: Shapes, calibration: Calibration) -> None:
+def quantise(path: Path, model: nn.Module, shapes: Shapes, calibration: Calibration) -> str:
     """Quantise the program in a file, in place.
 
     Args:
@@ -111,6 +196,9 @@ def quantise(path: Path, model: nn.Module, shapes: Shapes, calibration: Calibrat
         shapes: Sizes that it takes.
         calibration: Images to take ranges from.
 
+    Returns:
+        What stays in float32, which the file says of itself too.
+
     Raises:
         UserError: Some product of the model would be left in float32.
     """
@@ -118,7 +206,11 @@ def quantise(path: Path, model: nn.Module, shapes: Shapes, calibration: Calibrat
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
     program = onnx.load(path)
-    nodes = products(program.graph)
+    biases_into_products(program.graph)
+    nodes = products(program.graph, shapes.channels)
+    left = left_in_float32(program.graph, {node.name for node in nodes})
+    onnx.save(program, path)
+    read = {node.input[0] for node in nodes if node.op_type != "Conv"}
     quantize_static(
         path,
         path,
@@ -131,19 +223,24 @@ def quantise(path: Path, model: nn.Module, shapes: Shapes, calibration: Calibrat
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
         calibrate_method=CalibrationMethod.MinMax,
-        extra_options={"OpTypesToExcludeOutputQuantization": list(KINDS)},
+        extra_options={
+            "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"],
+            "TensorQuantOverrides": {name: [{"symmetric": True}] for name in read},
+        },
     )
     written = onnx.load(path)
-    biases_to_rows(written.graph, {node.output[0] for node in nodes if node.op_type == "MatMul"})
-    onnx_file.save(written, path, {each.key: each.value for each in program.metadata_props})
+    metadata = {each.key: each.value for each in program.metadata_props}
+    onnx_file.save(written, path, {**metadata, LEFT: left})
     quantised = sum(
         math.prod(tensor.dims)
         for tensor in written.graph.initializer
         if tensor.data_type == onnx.TensorProto.INT8 and len(tensor.dims) > 1
     )
-    expected = sum(module.weight.numel() for module in projections(model))  # type: ignore[operator, union-attr]
+    modules = projections(model, shapes.channels)
+    expected = sum(module.weight.numel() for module in modules)  # type: ignore[operator, union-attr]
     if quantised != expected:
         raise UserError(
-            f"{quantised:,} of {expected:,} weights of projections became int8, and the rest would "
+            f"{quantised:,} of {expected:,} weights of products became int8, and the rest would "
             "stay in float32: report this model, with the versions of torch and onnxscript"
         )
+    return left

@@ -75,10 +75,12 @@ class Written:
             measured at.
         layout: How maps lie in the program, and if not in all of it, why; empty for files without
             a program.
+        left: What an int8 program computes in float32, for people; empty for others.
     """
 
     differences: dict[tuple[int, int, int, int], float]
     layout: str
+    left: str = ""
 
 
 def _trace(model: nn.Module, shapes: Shapes, example: Tensor) -> torch.export.ExportedProgram:
@@ -253,7 +255,7 @@ def export(
         layout: One of `LAYOUTS`: how maps lie in the program. ``'channels-first'`` is the fused
             model, rewritten for runtimes of ONNX by `vitlinear.export.channels_first`;
             ``'channels-last'`` the model as it is; ``'auto'`` the first where it was measured to
-            be faster, which is ONNX in float32.
+            be faster, which is ONNX in float32 and int8.
 
     Raises:
         UserError: What is written computes something else, or cannot be written; or the model has
@@ -276,7 +278,7 @@ def export(
             f"too little memory to compare with the model at {' or '.join(map(_times, sizes))}: "
             "give smaller --batch, --height and --width"
         ) from error
-    laid_out = ""
+    laid_out = left = ""
     if kind != "safetensors":
         model, laid_out = _lay_out(model, shapes, kind, dtype, layout)
         metadata = {**metadata, "layout": laid_out}
@@ -290,7 +292,7 @@ def export(
                     model = model.to(dtype)
                 FORMATS[kind].write(model, shapes, card, metadata, temporary)
                 if calibration:
-                    quantise(temporary, model, shapes, calibration)
+                    left = quantise(temporary, model, shapes, calibration)
                 run = FORMATS[kind].read(temporary)
                 differences = {
                     size: _difference(run(x), logits)
@@ -307,14 +309,14 @@ def export(
             os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or one_line(error)}") from error
-    return Written(differences, laid_out)
+    return Written(differences, laid_out, left)
 
 
 def _lay_out(
     model: nn.Module, shapes: Shapes, kind: str, dtype: torch.dtype, layout: str
 ) -> tuple[nn.Module, str]:
     """The model to write a program of, and the layout of its maps."""
-    if layout == CHANNELS_LAST or (layout == AUTO and (kind, dtype) != ("onnx", torch.float32)):
+    if layout == CHANNELS_LAST or (layout == AUTO and (kind != "onnx" or dtype == torch.float16)):
         return model, CHANNELS_LAST
     size = None
     if shapes.height.fixed and shapes.width.fixed:

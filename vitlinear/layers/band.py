@@ -12,6 +12,7 @@ Every layer says in the class that defines its ``forward`` how rows reach it, in
 - `LOCAL`: it is made of its members and of steps on single places. What it needs of other rows is
   what its members need.
 - `BANDED`: it asks `band_in_use` itself.
+- ``of_method("mix")``: the class that defines this method, which ``forward`` calls, has the rule.
 
 A layer that needs rows above and below beyond those of its members gives their number by a method
 ``row_reach(height)``; height is that of the whole map. One that gathers values of all rows, as
@@ -34,6 +35,17 @@ from torch import Tensor
 
 LOCAL = "local"
 BANDED = "banded"
+
+
+def of_method(name: str) -> str:
+    """The rule of a ``forward`` that leaves it to a method what rows meet."""
+    return f"of {name}"
+
+
+def method_of(rule: str | None) -> str | None:
+    """The method that a rule of `of_method` names; None for another rule."""
+    return rule.removeprefix("of ") if rule is not None and rule.startswith("of ") else None
+
 
 Parts = TypeVar("Parts", bound=tuple[Tensor, ...])
 

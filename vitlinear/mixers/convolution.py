@@ -5,13 +5,20 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitlinear.layers.band import band_in_use
 from vitlinear.layers.conv.depthwise_conv import DepthwiseConv
 
 from .grid import Grid
 
 
 def convolved(conv: DepthwiseConv, x: Tensor) -> Tensor:
-    """A convolution of a map [B, H, W, ...] whose last axes are channels, zeros around it."""
+    """A convolution of a map [B, H, W, ...] whose last axes are channels, zeros around it.
+
+    In the type of the map, which may be wider than that of the parameters.
+    """
+    if x.dtype == conv.weight.dtype or band_in_use() is not None:
+        # The module itself, which those who split rows over processes have to see.
+        return conv(x.flatten(3).to(conv.weight.dtype)).to(x.dtype).reshape(x.shape)
     image = x.flatten(3).permute(0, 3, 1, 2)
     bias = None if conv.bias is None else conv.bias.to(x.dtype)
     out = F.conv2d(image, conv.weight.to(x.dtype), bias, 1, conv.padding, 1, conv.groups)

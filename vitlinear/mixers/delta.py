@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitlinear.layers.attention.scriptable_state import scriptable_read, scriptable_state
+from vitlinear.layers.band import BANDED
 from vitlinear.layers.linear import Linear
 
 from .delta_scans import directional, naive_scan
@@ -120,7 +121,8 @@ class _DeltaRule(Mixer):
             grid: Where the tokens stand.
         """
         mask = grid.key_padding_mask
-        state = scriptable_state(k, torch.cat((k, v), dim=-1) * beta, mask, self.backend)
+        both = torch.cat((k, v), dim=-1) * beta
+        state = scriptable_state(k, both, mask, self.backend, later=False)
         matrix, right = state.split(self.head_dim, dim=-1)
         # The trace of the mean is at most 1, and with it every eigenvalue.
         lowest = ridge.amin(-1)[..., None, None]
@@ -197,6 +199,8 @@ class Delta(_DeltaRule):
     output goes through an RMS norm of each head. Source: arXiv:2406.06484.
     """
 
+    row_rule = BANDED
+
     def from_input(self, x: Tensor, grid: Grid) -> Tensor | None:
         """Logits of the steps, [B, N, h]."""
         return self.step(x)
@@ -261,6 +265,8 @@ class KimiDelta(_DeltaRule):
     output goes through an RMS norm of each head and the gate sigmoid(W4 W3 x), both with D channels
     between. Source: arXiv:2510.26692.
     """
+
+    row_rule = BANDED
 
     def __init__(
         self,

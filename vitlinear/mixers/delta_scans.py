@@ -57,6 +57,7 @@ def directional(
         [B, N, h, D].
     """
     given = [q, k, v, beta] if falls is None else [q, k, v, beta, falls]
+    grid.needs_whole_map("a scan of the delta rule")
     lines = [torch.cat([order(x, grid, i) for i in range(count)]) for x in given]
     if half is not None and runs_fused(q, half):
         out = fused_scan()(half, *lines).to(q.dtype)

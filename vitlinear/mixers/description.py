@@ -87,7 +87,7 @@ class Option:
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """What a description says otherwise where an option has one of some values.
+    """A description differs so where an option has one of some values.
 
     Attributes:
         option: Its name.

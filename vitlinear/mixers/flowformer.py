@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitlinear.layers.band import BANDED
+
 from .description import AttentionDescription, Option
 from .grid import Grid
 from .mixer import Mixer
@@ -50,6 +52,8 @@ class Flowformer(Mixer):
     released clamp ties all keys above the mean. Source: the released code of arXiv:2202.06258.
     """
 
+    row_rule = BANDED
+
     def __init__(self, dim: int, num_heads: int, *, clamp: bool = True, **kwargs: Any) -> None:
         super().__init__(dim, num_heads, **kwargs)
         self.clamp = clamp
@@ -59,7 +63,7 @@ class Flowformer(Mixer):
         f, g = grid.hide(q.sigmoid()), grid.hide(k.sigmoid())
 
         def flow(x: Tensor, others: Tensor) -> Tensor:
-            return ((x + EPS) * (others.sum(1, keepdim=True) + EPS)).sum(-1, keepdim=True)
+            return ((x + EPS) * (grid.sum(others) + EPS)).sum(-1, keepdim=True)
 
         incoming, outgoing = flow(f, g), flow(g, f)
         conserved_in, conserved_out = flow(f, g / outgoing), flow(g, f / incoming)

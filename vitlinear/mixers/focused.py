@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
+from vitlinear.layers.band import BANDED
 from vitlinear.layers.conv.depthwise_conv import DepthwiseConv
 from vitlinear.layers.linear import Linear
 
@@ -50,6 +51,8 @@ class Focused(Mixer):
     channel, 0 at first, and 1e-6 is added to ReLU(x). Source: arXiv:2308.00442, equations 4 to 8;
     scale and offset from general knowledge of its code.
     """
+
+    row_rule = BANDED
 
     def __init__(
         self,
@@ -124,6 +127,8 @@ class EfficientVit(Mixer):
     the first, then a matrix of each head. Tokens before the map go through the matrix alone.
     Source: arXiv:2205.14756, figure 2; the operator's 1e-6 is added to means of similarities.
     """
+
+    row_rule = BANDED
 
     def __init__(
         self,

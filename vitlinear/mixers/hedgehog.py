@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from vitlinear.layers.band import BANDED, band_in_use
+
 from .description import AttentionDescription, Option
 from .grid import Grid
 from .mixer import Mixer
@@ -19,6 +21,10 @@ def softmax_halves_definition(x: Tensor, weight: Tensor) -> Tensor:
     """[softmax(W x); softmax(-W x)] of each head, for definitions: x [B, N, h, D], W [h, D, D]."""
     u = torch.einsum("bnhd,hde->bnhe", x, weight)
     return torch.cat((u.softmax(-1), (-u).softmax(-1)), dim=-1)
+
+
+def _largest(a: tuple[Tensor], b: tuple[Tensor]) -> tuple[Tensor]:
+    return (torch.maximum(a[0], b[0]),)
 
 
 @register(
@@ -56,6 +62,8 @@ class Hedgehog(Mixer):
     - ``joint_softmax``: one softmax over [2 u; -2 u] with W shared by the heads, as in
       flash-linear-attention.
     """
+
+    row_rule = BANDED
 
     query_weight: Tensor
     key_weight: Tensor
@@ -114,7 +122,12 @@ class Hedgehog(Mixer):
         if self.map == "exp_max":
             above, below = u.amax(-1, keepdim=True), u.amin(-1, keepdim=True)
             return torch.cat((u - above, below - u), dim=-1).exp()
-        shift = u.detach().abs().amax(alike, keepdim=True)
+        size, band = u.detach().abs(), band_in_use()
+        if band is not None and 1 in alike:
+            own = band.own_tokens(size).amax(alike, keepdim=True)
+            (shift,) = band.merge((own,), _largest)
+        else:
+            shift = size.amax(alike, keepdim=True)
         return torch.cat((u - shift, -u - shift), dim=-1).exp()
 
     def definition(

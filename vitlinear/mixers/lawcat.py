@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from vitlinear.layers.band import BANDED
 from vitlinear.layers.conv.depthwise_conv import DepthwiseConv
 
 from .convolution import convolved_tokens, naive_convolution
@@ -44,6 +45,8 @@ class Lawcat(Mixer):
     model's attention changes little at first. The map is LoLCATs' softmax map with one matrix for
     queries and one for keys, which the published configuration builds on.
     """
+
+    row_rule = BANDED
 
     def __init__(
         self,

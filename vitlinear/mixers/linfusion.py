@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm
 from torch import Tensor, nn
 
+from vitlinear.layers.band import BANDED
 from vitlinear.layers.linear import Linear
 
 from .description import AttentionDescription, Option
@@ -45,6 +46,8 @@ class LinFusion(Mixer):
     code of arXiv:2409.02097.
     """
 
+    row_rule = BANDED
+
     def __init__(
         self,
         dim: int,
@@ -80,10 +83,9 @@ class LinFusion(Mixer):
     def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, extra: Tensor | None) -> Tensor:
         """The formula; see `Mixer.mix`."""
         assert extra is not None
-        q, k = (
-            t + change.to(t.dtype).reshape(t.shape)
-            for t, change in zip((q, k), extra.chunk(2, dim=-1), strict=True)
-        )
+        # Taken apart as projections are: a gradient without a layout of its own is no view.
+        changes = extra.to(q.dtype).unflatten(-1, (2, *q.shape[2:])).unbind(2)
+        q, k = q + changes[0], k + changes[1]
         return attend(q, k, v, "elu_smoothed", grid, backend=self.backend)
 
     def definition(

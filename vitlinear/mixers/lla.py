@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vitlinear.layers.attention.scriptable_state import scriptable_read, scriptable_state
+from vitlinear.layers.band import BANDED
 
 from .description import AttentionDescription, Option
 from .grid import Grid
@@ -168,12 +169,14 @@ class Lla(_Regression):
 class LlaUniform(_Regression):
     """Affine ridge regression of values on keys, once for each head and image, read by queries."""
 
+    row_rule = BANDED
+
     def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, extra: Tensor | None) -> Tensor:
         """The formula; see `Mixer.mix`."""
         mask, mean_k, mean_v = grid.key_padding_mask, grid.mean(k), grid.mean(v)
         q, k = q - mean_k, grid.hide(k - mean_k)
         both = torch.cat((k, grid.hide(v - mean_v)), dim=-1)
-        state = scriptable_state(k, both, mask, self.backend)
+        state = scriptable_state(k, both, mask, self.backend, later=False)
         covariance, cross = state.split(self.head_dim, dim=-1)
         energy = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
         matrix = ridged(covariance, self.ridge(q.dtype)[:, None, None], energy)

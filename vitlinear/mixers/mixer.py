@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from vitlinear.layers.band import of_method
 from vitlinear.layers.heads import split_heads
 from vitlinear.ops import accumulation_dtype
 from vitlinear.ops.backend import check_backend
@@ -32,6 +33,7 @@ class Mixer(nn.Module):
 
     description: ClassVar[AttentionDescription]
     positions: ClassVar[str] = "rotary"
+    row_rule: ClassVar[str] = of_method("mix")
 
     def __init__(
         self,

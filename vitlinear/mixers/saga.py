@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitlinear.layers.band import BANDED
 from vitlinear.layers.linear import Linear
 from vitlinear.ops.features import elu_plus_one
 
@@ -49,6 +50,8 @@ class Saga(Mixer):
     b_j = sigmoid(W_b x_j): no matrix is made, and the state stays one sum. Gates of the keys are
     in the normaliser: with ``keys`` alone weights add up to 1.
     """
+
+    row_rule = BANDED
 
     def __init__(
         self,

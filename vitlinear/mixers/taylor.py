@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitlinear.layers.band import BANDED
+
 from .description import AttentionDescription, Change, Option
 from .grid import Grid
 from .mixer import Mixer
@@ -143,6 +145,8 @@ class Based(_Narrow):
     (full) and of flash-linear-attention (symmetric). They give the same numbers.
     """
 
+    row_rule = BANDED
+
     def __init__(
         self,
         dim: int,
@@ -210,6 +214,8 @@ class Taylor(_Narrow):
     linear attention with the map [1, x]. Weights of even order are positive, and with the sum add
     up to 1.
     """
+
+    row_rule = BANDED
 
     def __init__(
         self,

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitlinear.layers.attention.scriptable_state import scriptable_read, scriptable_state
+from vitlinear.layers.band import BANDED
 from vitlinear.layers.linear import Linear
 
 from .description import AttentionDescription, Option
@@ -90,6 +91,8 @@ class Titans(_Memory):
     equations 9 to 14, for a linear memory.
     """
 
+    row_rule = BANDED
+
     def __init__(self, dim: int, num_heads: int, *, steps: int = 2, **kwargs: object) -> None:
         super().__init__(dim, num_heads, steps=steps, rates=1, **kwargs)  # type: ignore[arg-type]
         like = self.decay
@@ -165,6 +168,8 @@ class Miras(_Memory):
     variant Yaad.
     """
 
+    row_rule = BANDED
+
     def __init__(self, dim: int, num_heads: int, *, steps: int = 2, **kwargs: object) -> None:
         super().__init__(dim, num_heads, steps=steps, rates=2, **kwargs)  # type: ignore[arg-type]
 
@@ -181,7 +186,8 @@ class Miras(_Memory):
             errors = v - scriptable_read(k, memory, None, mask, self.backend)
             size = length(errors)
             weights = theta * torch.where(size > delta, delta / size.clamp(min=1e-30), 1.0)
-            memory = keeps * memory + scriptable_state(k, errors * weights, mask, self.backend)
+            step = scriptable_state(k, errors * weights, mask, self.backend, later=False)
+            memory = keeps * memory + step
         return scriptable_read(q, memory, None, mask, self.backend)
 
     def definition(

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitlinear.layers.band import BANDED
 from vitlinear.layers.linear import Linear
 
 from .decay import distances, slopes, two_sided_sums
@@ -64,6 +65,8 @@ class _HeadNorm(Mixer):
 )
 class NormAttention(_HeadNorm):
     """Linear attention without a division: a norm of the output takes its place."""
+
+    row_rule = BANDED
 
     def __init__(self, dim: int, num_heads: int, *, map: str = "elu+1", **kwargs: Any) -> None:
         super().__init__(dim, num_heads, **kwargs)
@@ -193,6 +196,8 @@ class TransNormer(Mixer):
     and gate; slopes from general knowledge, without their change from layer to layer.
     """
 
+    row_rule = BANDED
+
     def __init__(
         self,
         dim: int,
@@ -230,6 +235,7 @@ class TransNormer(Mixer):
 
     def decayed(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> Tensor:
         """Sums over keys whose weight falls with their distance on the map, [B, N, h, D]."""
+        grid.needs_whole_map("transnormer with decay")
         prefix = grid.num_prefix_tokens
         products = grid.split(k.unsqueeze(-1) * v.unsqueeze(-2))[1]
         falls = slopes(self.num_heads, q.device, q.dtype)

@@ -8,6 +8,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from vitlinear.layers.attention.scriptable_state import scriptable_read, scriptable_state
+from vitlinear.layers.band import BANDED
 from vitlinear.layers.linear import Linear
 
 from .description import AttentionDescription
@@ -46,6 +47,8 @@ class Vssd(Mixer):
     of it is a weight c_j of each token and head: the step softplus(w x_j + b) times a rate exp(a).
     d is a factor of the token's own value, 1 at first.
     """
+
+    row_rule = BANDED
 
     def __init__(
         self,
@@ -114,6 +117,8 @@ class EfficientVim(Mixer):
     image. Keys are weighed in each channel by a softmax over the tokens of a projection of the
     input. d is 1 for each head at first.
     """
+
+    row_rule = BANDED
 
     state_in: Tensor
     state_out: Tensor

@@ -43,7 +43,7 @@ class Known:
         checks: The label of a kind of call (`workload.Kind.label`) -> why its kernels failed the
             self-check; empty for those that passed.
         rows: Measured calls.
-        blocks: The name of a kernel and its plan -> block of tokens, warps, stages.
+        blocks: The name of a kernel and its plan -> block of tokens, warps, stages, most registers.
     """
 
     checks: dict[str, str] = field(default_factory=dict)
@@ -140,8 +140,8 @@ def _read(path: Path) -> Known:
         rows = [Measurement.of(row) for row in content["rows"]]
         if not all(isinstance(value, str) for value in checks.values()):
             raise ValueError("a check that is no text")
-        if not all([type(n) for n in sizes] == [int] * 3 for sizes in blocks.values()):
-            raise ValueError("block sizes that are not three numbers")
+        if not all([type(n) for n in sizes] == [int] * 4 for sizes in blocks.values()):
+            raise ValueError("block sizes that are not four numbers")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else one_line(error)
         _complain(path, f"{path} is damaged and is written anew: {reason}")

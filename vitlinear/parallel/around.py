@@ -10,8 +10,9 @@ from vitlinear.errors import UserError
 from vitlinear.models._contract import TimmBackbone
 from vitlinear.rows.reach import check_layer
 
+from .levels import Plan
 from .shards import rows_here
-from .split_layers import Plan, SplitLayer, split
+from .split_layers import SplitLayer, split
 
 
 def held_model(module: nn.Module) -> nn.Module:
@@ -78,7 +79,7 @@ class SplitMaxPool(SplitLayer):
     """A pooling of the last map of a model, [B, C, rows, W].
 
     Attributes:
-        plan: The strided layers of the model.
+        plan: Of the model.
     """
 
     plan: Plan
@@ -91,7 +92,7 @@ class SplitMaxPool(SplitLayer):
         """
         pool: Any = self
         stride = pool.stride if isinstance(pool.stride, int) else pool.stride[0]
-        level = rows_here(self.split_name).band(self.plan, len(self.plan)).level
+        level = rows_here(self.split_name).band(self.plan, len(self.plan.layers)).level
         for start, _ in level.cuts:
             if start % stride:
                 raise UserError(

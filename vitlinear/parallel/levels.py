@@ -7,6 +7,7 @@ height and any cut of the image is exact.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from vitlinear.errors import UserError
 from vitlinear.rows.reach import Rows
@@ -84,3 +85,35 @@ class Strided:
         scale = 1 if self.rounding == "pad" else self.stride
         ends = [min(stop * scale, level.height) for _, stop in after[:-1]] + [level.height]
         return tuple(Rows(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True))
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The strided layers of a model; one object in a process for models of the same.
+
+    Attributes:
+        layers: In order.
+        prefix: Tokens before those of the maps, in blocks.
+        number: Of this plan in this process.
+    """
+
+    layers: tuple[Strided, ...]
+    prefix: int
+    number: int
+
+    def __reduce__(self) -> Any:
+        """Copies are this one; another process has a number of its own."""
+        return plan_of, (self.layers, self.prefix)
+
+
+_plans: dict[tuple[tuple[Strided, ...], int], Plan] = {}
+
+
+def plan_of(layers: tuple[Strided, ...], prefix: int = 0) -> Plan:
+    """The plan of these layers."""
+    return _plans.setdefault((layers, prefix), Plan(layers, prefix, len(_plans)))
+
+
+def known_plans() -> tuple[Plan, ...]:
+    """All plans that models of this process were given."""
+    return tuple(_plans.values())

@@ -21,7 +21,7 @@ from vitlinear.rows.steps import Step, check_head, steps_of
 from .agreement import structure
 from .around import check_around, held_model, split_around
 from .exchange import register_group
-from .levels import Strided
+from .levels import Plan, Strided, plan_of
 from .split_layers import (
     MapConv,
     Placed,
@@ -77,7 +77,7 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         if step.strided:
             _split_strided(step, plan, before, after, backbone)
         else:
-            _split_step(step, plan, after, backbone)
+            _split_step(step, plan, after)
     for name, module in backbone.named_modules():
         if isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
             split(module, SplitBatchNorm, name)
@@ -91,17 +91,15 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     return model
 
 
-def _plan_of(
-    steps: list[Step], model: TimmBackbone
-) -> tuple[tuple[Strided, ...], list[tuple[int, int]]]:
-    """The strided layers of a model, and for each step how many lie before and after it."""
-    plan: list[Strided] = []
+def _plan_of(steps: list[Step], model: TimmBackbone) -> tuple[Plan, list[tuple[int, int]]]:
+    """The plan of a model, and for each step how many strided layers lie before and after it."""
+    layers: list[Strided] = []
     levels = []
     for step in steps:
-        before = len(plan)
-        plan += _strided_of(step, model)
-        levels.append((before, len(plan)))
-    return tuple(plan), levels
+        before = len(layers)
+        layers += _strided_of(step, model)
+        levels.append((before, len(layers)))
+    return plan_of(tuple(layers), getattr(model, "num_prefix_tokens", 0)), levels
 
 
 def _strided_of(step: Step, model: TimmBackbone) -> list[Strided]:
@@ -152,12 +150,10 @@ def _check_places(steps: list[Step]) -> None:
                 )
 
 
-def _split_strided(
-    step: Step, plan: tuple[Strided, ...], before: int, after: int, model: TimmBackbone
-) -> None:
+def _split_strided(step: Step, plan: Plan, before: int, after: int, model: TimmBackbone) -> None:
     (name, top), *more = step.modules.items()
     assert not more
-    pads = plan[before].rounding == "pad"
+    pads = plan.layers[before].rounding == "pad"
     patches = _is_patches(step)
     if not patches:
         convs = {conv.name: conv for conv in row_convs(name, top, training=True)}
@@ -182,8 +178,7 @@ def _split_strided(
     )
 
 
-def _split_step(step: Step, plan: tuple[Strided, ...], level: int, model: TimmBackbone) -> None:
-    prefix = getattr(model, "num_prefix_tokens", 0)
+def _split_step(step: Step, plan: Plan, level: int) -> None:
     for name, top in step.modules.items():
         if isinstance(top, SplitLayer):  # what the blocks of a stage share
             continue
@@ -193,7 +188,7 @@ def _split_step(step: Step, plan: tuple[Strided, ...], level: int, model: TimmBa
                 reach = module.dilation[0] * (module.kernel_size[0] - 1) // 2
                 split(module, MapConv, path, axis=axis, padding_rows=reach)
         if type(top) is not nn.Dropout:
-            split(top, Placed, name, plan=plan, level=level, prefix=prefix)
+            split(top, Placed, name, plan=plan, level=level, prefix=plan.prefix)
 
 
 def _split_head(model: Any) -> None:

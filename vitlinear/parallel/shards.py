@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -20,7 +21,7 @@ from vitlinear.rows.reach import Rows
 
 from .agreement import check_agreement, image_facts
 from .exchange import fetch, fetch_parts, gather, register_group, total
-from .levels import Cuts, Level, Strided
+from .levels import Cuts, Level, Plan, known_plans
 
 MULTIPLE = 32  # pixels in a row of the last map of models of four stages; two patches of others
 
@@ -114,7 +115,7 @@ class ImageRows:
         self.rank = rank
         self.process_group = process_group
         self.group = register_group(process_group)
-        self._bands: dict[Any, list[RankBand]] = {}
+        self._bands: dict[tuple[int, int], list[RankBand]] = {}
         self._entered: list[Any] = []
 
     @property
@@ -123,6 +124,8 @@ class ImageRows:
         return self.cuts[self.rank]
 
     def __enter__(self) -> ImageRows:
+        if not torch.compiler.is_compiling():
+            self._make_known_bands()
         context = use_rows(self)
         context.__enter__()
         self._entered.append(context)
@@ -138,29 +141,38 @@ class ImageRows:
         if error is not None and (lost := lost_peer(error)):
             raise lost from error
 
-    def band(self, plan: tuple[Strided, ...], number: int, prefix: int = 0) -> RankBand:
+    def band(self, plan: Plan, number: int, prefix: int = 0) -> RankBand:
         """The band of this process on a map.
 
         Args:
-            plan: The strided layers of the model, in order.
-            number: How many of them lie before the map.
-            prefix: Tokens before those of the map.
+            plan: Of the model.
+            number: How many of its layers lie before the map.
+            prefix: Tokens before those of the map: none, or as many as the plan says.
 
         Raises:
             UserError: A process has no rows of a map.
         """
-        if torch.compiler.is_compiling():  # what is kept would be looked at before each call
-            return self._make_bands(plan, prefix)[number]
-        key = (plan, prefix)
-        if key not in self._bands:
-            self._bands[key] = self._make_bands(plan, prefix)
-        return self._bands[key][number]
+        key = (plan.number, prefix)
+        if key in self._bands:
+            return self._bands[key][number]
+        bands = self._make_bands(plan, prefix)
+        # What a compiled program sees of this object must not change when it is traced.
+        if not torch.compiler.is_compiling():
+            self._bands[key] = bands
+        return bands[number]
 
-    def _make_bands(self, plan: tuple[Strided, ...], prefix: int) -> list[RankBand]:
+    def _make_bands(self, plan: Plan, prefix: int) -> list[RankBand]:
         levels = [Level(self.height, self.cuts)]
-        for layer in plan:
+        for layer in plan.layers:
             levels.append(layer.apply(levels[-1]))
         return [RankBand(self, level, prefix) for level in levels]
+
+    def _make_known_bands(self) -> None:
+        """Make the bands of all models, so that compilers need not look at how they are made."""
+        for plan in known_plans():
+            with contextlib.suppress(UserError):  # the model that runs says so itself
+                for prefix in {0, plan.prefix}:
+                    self.band(plan, 0, prefix)
 
     def fetch(self, x: Tensor, dim: int, bounds: Cuts, need: Cuts) -> Tensor:
         """Own rows -> those that each process needs; see `vitlinear.parallel.exchange.fetch`."""

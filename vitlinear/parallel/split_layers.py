@@ -20,11 +20,8 @@ from vitlinear.ops import accumulation_dtype
 from vitlinear.rows.reach import Rows
 
 from .agreement import check_agreement, model_facts
-from .levels import Level, Strided
+from .levels import Level, Plan
 from .shards import ImageRows, rows_here
-
-Plan = tuple[Strided, ...]
-
 
 _CLASSES: dict[tuple[type, type], Any] = {}
 
@@ -70,7 +67,7 @@ class Placed(SplitLayer):
     """Runs under the band of its map: blocks, norms, positions, rotary tables.
 
     Attributes:
-        plan: The strided layers of the model.
+        plan: Of the model.
         level: How many of them lie before it.
         prefix: Tokens before those of its map.
     """
@@ -90,7 +87,7 @@ class PlacedStrided(SplitLayer):
     """A layer from one map [B, C, rows, W] to a smaller one.
 
     Attributes:
-        plan: The strided layers of the model.
+        plan: Of the model.
         level: How many of them lie before it.
         after: How many of them lie before its output.
         moves: Rows move first, so that nothing of it looks at those of others, or where it adds
@@ -128,7 +125,7 @@ class PlacedStrided(SplitLayer):
             check_shard(x, rows)
         before.check_rows(x.shape[2])
         if self.moves:
-            need = self.plan[self.level].aligned(before.level)
+            need = self.plan.layers[self.level].aligned(before.level)
             x = fetch_rows(rows, x, before.level, need)
         # Convolutions have levels of their own; positions ask for that of the output.
         with use_band(after):
@@ -182,7 +179,7 @@ class StridedConv(SplitLayer):
     """A convolution of a stem or a downsampling, [B, C, rows, W], which knows its level.
 
     Attributes:
-        plan: The strided layers of the model.
+        plan: Of the model.
         level: How many of them lie before it.
         reach: Rows of its input from the first that it takes to the last, stride, zeros above.
     """

@@ -10,12 +10,12 @@ import timm.layers
 from torch import nn
 
 from vitlinear.errors import UserError
-from vitlinear.layers.band import BANDED, LOCAL
+from vitlinear.layers.band import BANDED, LOCAL, method_of
 
 # Layers of PyTorch and timm that treat places one by one, or hand on to their members.
 _LOCAL_LAYERS = {
     nn.modules.batchnorm._BatchNorm, nn.Conv2d,
-    nn.Dropout, nn.GELU, nn.Identity, nn.LayerNorm, nn.Linear, nn.ReLU,
+    nn.Dropout, nn.GELU, nn.Identity, nn.LayerNorm, nn.LeakyReLU, nn.Linear, nn.ReLU,
     nn.RMSNorm, nn.Sequential, nn.Sigmoid, nn.SiLU, nn.SyncBatchNorm, timm.layers.DropPath,
     timm.layers.LayerNorm, timm.layers.LayerNorm2d, timm.layers.LayerScale,
     timm.layers.LayerScale2d, timm.layers.PatchEmbed,
@@ -36,6 +36,16 @@ def definer(module: nn.Module, method: str = "forward") -> type:
     return next(kind for kind in type(module).__mro__ if method in vars(kind))
 
 
+def row_rule(module: nn.Module, method: str = "forward") -> str | None:
+    """How rows reach a method of a module, as its class says; None if that is not known."""
+    kind = definer(module, method)
+    if kind in _LOCAL_LAYERS:
+        return LOCAL
+    rule: str | None = vars(kind).get("row_rule")
+    inner = method_of(rule)
+    return rule if inner is None else row_rule(module, inner)
+
+
 def check_layer(
     name: str, module: nn.Module, method: str = "forward", training: bool = False
 ) -> None:
@@ -50,10 +60,8 @@ def check_layer(
     Raises:
         UserError: It does not, or what it does depends on more than its class.
     """
-    kind = definer(module, method)
     what = f"{name} ({type(module).__name__})"
-    known = kind in _LOCAL_LAYERS or vars(kind).get("row_rule") in (LOCAL, BANDED)
-    if not known or method in module.__dict__:
+    if row_rule(module, method) not in (LOCAL, BANDED) or method in module.__dict__:
         raise UserError(
             f"{what} cannot run on bands of rows: nothing says how it mixes them; its class needs "
             "a row_rule (vitlinear/layers/band.py)"

@@ -149,7 +149,8 @@ def _time(
         for work in bar:
             bar.set_postfix_str(f"{work.kind.label}, {work.length} tokens")
             # What is wrong is not timed, lest it be taken.
-            implementations = names if work.kind in failed else ("triton", *names)
+            kernels = ("triton", "states") if measure.has_states(work) else ("triton",)
+            implementations = names if work.kind in failed else (*kernels, *names)
             each = measure.time_call(work, implementations)
             if work.kind in failed:
                 each.errors["triton"] = "failed its check"
@@ -171,7 +172,7 @@ def _replace(rows: list[Measurement], new: Iterable[Measurement]) -> None:
 def table(timed: Iterable[measure.Timed], bandwidth: float) -> str:
     """The times for people, with what `auto` takes from now on."""
     header = ("attention", "B x N x h x D", "terms", "use", "kernels ms", "share of copy",
-              "eager ms", "compiled ms", "auto takes")  # fmt: skip
+              "by states ms", "eager ms", "compiled ms", "auto takes")  # fmt: skip
     rows = [header]
     for each in timed:
         work, share = each.work, each.share(bandwidth)
@@ -180,7 +181,7 @@ def table(timed: Iterable[measure.Timed], bandwidth: float) -> str:
             name: f"{each.milliseconds[name]:.3f}"
             if name in each.milliseconds
             else each.errors.get(name, "")
-            for name in ("triton", "eager", "compiled")
+            for name in ("triton", "states", "eager", "compiled")
         }
         rows.append(
             (
@@ -190,6 +191,7 @@ def table(timed: Iterable[measure.Timed], bandwidth: float) -> str:
                 "training" if work.training else "inference",
                 cells["triton"],
                 "" if share is None else f"{share:.0%}",
+                cells["states"],
                 cells["eager"],
                 cells["compiled"],
                 choice.backend,

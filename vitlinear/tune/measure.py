@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitlinear.ops import Workload, get_mechanism, linear_attention
+from vitlinear.ops import (
+    Workload,
+    get_mechanism,
+    linear_attention,
+    linear_attention_state,
+    read_linear_attention_state,
+)
 from vitlinear.ops.backend import describe_error
 from vitlinear.ops.measurements import Measurement
 from vitlinear.ops.self_check import device_of, make_terms
@@ -54,7 +60,8 @@ class Timed:
 
     Attributes:
         work: The call.
-        milliseconds: By ``triton``, ``eager`` and ``compiled``.
+        milliseconds: By ``triton``, ``eager`` and ``compiled``; and of the kernels in two steps,
+            ``states``, as streams and parallel processes call them.
         errors: Why one of these has no time.
     """
 
@@ -95,7 +102,7 @@ def time_call(work: Workload, implementations: tuple[str, ...]) -> Timed:
 
     Args:
         work: The call, with its device.
-        implementations: Of ``triton``, ``eager`` and ``compiled``.
+        implementations: Of ``triton``, ``states``, ``eager`` and ``compiled``.
     """
     timed = Timed(work, {}, {})
     for name in implementations:
@@ -135,12 +142,14 @@ def _step(work: Workload, name: str) -> Callable[[], object]:
         for key in ("lepe", "head_scale", "powers")
         if isinstance(value := getattr(terms, key, None), Tensor)
     }
-    backend = "triton" if name == "triton" else "eager"
+    backend = "triton" if name in ("triton", "states") else "eager"
 
     def attend(projections: list[Tensor], learnt: dict[str, Tensor]) -> Tensor:
         q, k, v, *gate = [x for projection in projections for x in projection.unbind(2)]
         options: dict[str, Any] = {**terms._asdict(), **learnt}
         options["gate"] = gate[0] if gate else None
+        if name == "states":
+            return _in_two_steps(work.mechanism, q, k, v, options)
         return linear_attention(q, k, v, mechanism=work.mechanism, **options, backend=backend)
 
     call: Any = torch.compile(attend, dynamic=False) if name == "compiled" else attend
@@ -160,6 +169,20 @@ def _step(work: Workload, name: str) -> Callable[[], object]:
 
     both()
     return both
+
+
+def has_states(work: Workload) -> bool:
+    """Whether keys and values have a state without queries."""
+    return not get_mechanism(work.mechanism).has_global_query
+
+
+def _in_two_steps(
+    mechanism: str, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
+) -> Tensor:
+    """The state of keys and values, and queries that read it."""
+    of_keys = {name: options[name] for name in ("rotary", "key_padding_mask", "powers")}
+    state = linear_attention_state(k, v, mechanism=mechanism, **of_keys, backend="triton")
+    return read_linear_attention_state(q, state, mechanism=mechanism, **options, backend="triton")
 
 
 def _grid(length: int) -> tuple[int, int]:

@@ -131,8 +131,8 @@ def test_compiles(grid, kernels):
 
 
 def test_another_resolution_compiles_nothing(kernels):
-    call("mala", SHORT, dim=16)
-    call("mala", LONG, dim=16)
+    for grid in (GRIDS[1], GRIDS[17], GRIDS[49], SHORT, LONG):  # blocks of windows, and the rest
+        call("mala", grid, dim=16)
     del kernels[:]
     for grid in (*GRIDS.values(), (100, 152), (131, 77)):
         call("mala", grid, dim=16)

@@ -263,16 +263,17 @@ def merge_sums(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tens
     return a[0] + b[0], a[1] + b[1]
 
 
-def band_state(band: Band, k: Tensor, v: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+def band_state(
+    band: Band, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, later: bool = True
+) -> Tensor:
     """Mean of k v^T over the tokens of all bands; see `scriptable_state`.
-
-    NaN where it is not known yet: no other sum of a layer may depend on it.
 
     Args:
         band: Which the tokens are of.
         k: Keys, [B, n, h, D].
         v: Values, [B, n, h, Dv].
         key_padding_mask: [B, n] bool.
+        later: As `Band.merge`: the result may be NaN, and no other sum of the layer depends on it.
     """
     dtype = accumulation_dtype(k.dtype)
     with without_autocast(k):
@@ -282,5 +283,5 @@ def band_state(band: Band, k: Tensor, v: Tensor, key_padding_mask: Tensor | None
             valid = ~band.own_tokens(key_padding_mask)
             k = k.masked_fill(~valid[:, None, :, None], 0)
             number = valid.sum(1).to(dtype).reshape(number.shape)
-        total, number = band.merge((k.transpose(-1, -2) @ v, number), merge_sums, later=True)
+        total, number = band.merge((k.transpose(-1, -2) @ v, number), merge_sums, later)
     return total / number.clamp(min=1)

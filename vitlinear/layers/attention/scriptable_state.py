@@ -19,7 +19,11 @@ from .band_attention import band_state
 
 
 def scriptable_state(
-    k: Tensor, v: Tensor, key_padding_mask: Tensor | None = None, backend: str = "auto"
+    k: Tensor,
+    v: Tensor,
+    key_padding_mask: Tensor | None = None,
+    backend: str = "auto",
+    later: bool = True,
 ) -> Tensor:
     """Mean of k v^T over the tokens, the state of the mechanism ``identity``.
 
@@ -28,6 +32,8 @@ def scriptable_state(
         v: Values, [B, N, h, Dv].
         key_padding_mask: [B, N] bool, True for padding.
         backend: One of `vitlinear.ops.BACKENDS`.
+        later: On bands of rows: whether NaN may stand for the state until it is known, as where it
+            is read and nothing else. Sums of the layer that depend on it, and solvers, forbid that.
 
     Returns:
         [B, h, D, Dv], float32, or float64 for float64.
@@ -39,7 +45,7 @@ def scriptable_state(
     else:  # noqa: RET505  TorchScript leaves out the branch not taken, but not what follows it
         band = band_in_use()
         if band is not None:
-            return band_state(band, k, v, key_padding_mask)
+            return band_state(band, k, v, key_padding_mask, later)
         return linear_attention_state(
             k, v, mechanism="identity", key_padding_mask=key_padding_mask, backend=backend
         ).state

@@ -19,6 +19,7 @@ from .blocks import (
     by_half,
     computed_once,
     encode,
+    end_of,
     load_positions,
     load_powers,
     load_scale,
@@ -57,6 +58,7 @@ from .forward_kernels import (
     outputs,
     program,
     store_sums,
+    whole,
 )
 
 
@@ -75,7 +77,7 @@ def epilogue_pass(
     tables, mask, place, powers = span
     b, h, first, last, width, count, _, scale = place
     opposite = opposite_norm(norm, plan)
-    for start in steps(first, last, plan.block_tokens):
+    for start in steps(first, end_of(first, last, plan), plan.block_tokens):
         n = start + tl.arange(0, plan.block_tokens)
         inside = n < last
         valid = valid_tokens(mask, b, n, inside, plan)
@@ -141,7 +143,7 @@ def _query_loop(
     grad_opposite = zeros(plan.block_features)
     transposed = tl.trans(state)
     with_slopes: tl.constexpr = of_queries or (of_vectors and plan.uses_norm)
-    for start in steps(first, last, plan.block_tokens):
+    for start in steps(first, end_of(first, last, plan), plan.block_tokens):
         n = start + tl.arange(0, plan.block_tokens)
         inside = n < last
         valid = valid_tokens(mask, b, n, inside, plan)
@@ -245,7 +247,7 @@ def key_mean(k, v, query, statistic, grad_state, grad_norm, span, plan: tl.const
     _, _, first, last, _, count, _, _ = place
     total = count * 0.0 if plan.key_weights == "global_query" else zeros(plan.block_features)
     transposed = tl.trans(grad_state)
-    for start in steps(first, last, plan.block_tokens):
+    for start in steps(first, end_of(first, last, plan), plan.block_tokens):
         n = start + tl.arange(0, plan.block_tokens)
         features, weights, y, _valid, _cos, _sin, _x = key_terms(
             k, v, n, query, statistic, transposed, grad_norm, span, plan
@@ -275,7 +277,7 @@ def key_pass(
     grad_query = zeros(plan.block_features)
     grad_powers = zeros(plan.block_dim)
     transposed = tl.trans(grad_state)
-    for start in steps(first, last, plan.block_tokens):
+    for start in steps(first, end_of(first, last, plan), plan.block_tokens):
         n = start + tl.arange(0, plan.block_tokens)
         features, weights, y, valid, cos, sin, x = key_terms(
             k, v, n, query, statistic, transposed, grad_norm, span, plan
@@ -320,10 +322,31 @@ def load_softmax(query_at, statistics, slot, plan: tl.constexpr):
 def backward_kernel(
     grad_out, q, k, v, grad_q, grad_k, grad_v, epilogue, grad_epilogue, tables, mask, counts,
     powers, head_scale, grad_scale, grad_powers, sums, query_at, statistics,
-    length, width, heads, chunk, scale, plan: tl.constexpr,
+    length, width, heads, slots, scale, plan: tl.constexpr,
 ):  # fmt: skip
-    """Everything for one head of one sample."""
-    slot, h, _, place = program(counts, length, width, heads, chunk, scale, plan)
+    """Everything for one head of one sample, or for several in turn where a block holds one."""
+    if plan.window:
+        for slot in steps(tl.program_id(0).to(tl.int64), slots, tl.num_programs(0)):
+            _backward(
+                slot, grad_out, q, k, v, grad_q, grad_k, grad_v, epilogue,
+                grad_epilogue, tables, mask, counts, powers, head_scale, grad_scale, grad_powers,
+                sums, query_at, statistics, length, width, heads, scale, plan,
+            )  # fmt: skip
+    else:
+        _backward(
+            tl.program_id(0).to(tl.int64), grad_out, q, k, v, grad_q, grad_k, grad_v, epilogue,
+            grad_epilogue, tables, mask, counts, powers, head_scale, grad_scale, grad_powers,
+            sums, query_at, statistics, length, width, heads, scale, plan,
+        )  # fmt: skip
+
+
+@triton.jit
+def _backward(
+    slot, grad_out, q, k, v, grad_q, grad_k, grad_v, epilogue, grad_epilogue, tables, mask, counts,
+    powers, head_scale, grad_scale, grad_powers, sums, query_at, statistics,
+    length, width, heads, scale, plan: tl.constexpr,
+):  # fmt: skip
+    h, place = whole(slot, counts, length, width, heads, scale, plan)
     _, _, _, _, _, count, _, _ = place
     span = (tables, mask, place, load_powers(powers, h, plan))
     state, norm, mean = load_sums(sums, slot, plan)

@@ -228,6 +228,19 @@ def _store(at, exists, value, valid, plan: tl.constexpr):
 
 
 @triton.jit
+def end_of(first, last, plan: tl.constexpr):
+    """Where a loop over the tokens of a span ends, of which ``last`` is the first outside.
+
+    That of a window, which lies in one block, is a constant. No loop over tokens remains then, and
+    the loop over windows is the one that loads ahead.
+    """
+    if plan.window:
+        return first + plan.window
+    else:
+        return last
+
+
+@triton.jit
 def valid_tokens(mask, b, n, inside, plan: tl.constexpr):
     """Tokens that exist and are no padding."""
     if plan.has_mask:

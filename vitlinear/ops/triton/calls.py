@@ -80,6 +80,12 @@ def splits_that_fill(slots: int, at_once: int) -> int:
     return min(range(1, most + 1), key=lambda splits: -(-slots * splits // at_once) / splits)
 
 
+def programs_of_windows(slots: int, at_once: int) -> int:
+    """The programs that share so many maps of one block: no more than run at once, all as long."""
+    each = max(-(-slots // at_once), 1)
+    return -(-slots // each)
+
+
 def cuts(
     plan: Plan, slots: int, length: int, itemsize: int, device: torch.device
 ) -> tuple[Cut, Cut]:
@@ -154,6 +160,7 @@ class Launch:
             plan=replace(self._plan, block_tokens=config.block_tokens),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
+            **tuning.limited(config),
             **self._constants,
         )
 
@@ -188,8 +195,10 @@ class Slice:
         self.one_kernel = call.wide.splits == 1 and plan.fits_one_kernel
         one_query = plan.key_weights == "global_query"
         forward, backward = forward_kernels, backward_kernels
-        self.forward = Launch(forward.forward_kernel, wide, plan, kind)
-        self.backward = Launch(backward.backward_kernel, wide, plan, kind)
+        self.forward, self.backward = (
+            self._of_one_kernel(kernel, plan, call, kernel is backward.backward_kernel)
+            for kernel in (forward.forward_kernel, backward.backward_kernel)
+        )
         self.mean_query = Launch(forward.mean_query_kernel, wide, plan, kind)
         self.state = Launch(forward.state_kernel, summing, plan, kind)
         self.read = Launch(forward.read_kernel, wide, plan, kind)
@@ -226,6 +235,16 @@ class Slice:
             )
             for entries in (plan.features, plan.statistics)
         )  # fmt: skip
+
+    def _of_one_kernel(self, kernel: Any, plan: Plan, call: Call, backward: bool) -> Launch:
+        """The launch of a kernel that does everything."""
+        if self.one_kernel:
+            plan = plan.of_windows(call.length, backward)
+        programs = call.slots
+        if plan.window:
+            at_once = plan.programs_per_processor * processors(call.device)
+            programs = programs_of_windows(call.slots, at_once)
+        return Launch(kernel, (programs, 1), plan, call.kind)
 
     def merge(
         self,

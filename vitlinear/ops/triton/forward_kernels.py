@@ -1,8 +1,9 @@
 """The forward kernels: sums over keys into the state, and queries that read it.
 
 Programs are numbered (sample and head, split of the tokens). With one split a single kernel does
-everything; with more, each split leaves its sums in a slot of its own, slots are merged in their
-order, and a second kernel reads the state. No sum depends on which program ends first.
+everything, for several heads where maps are short; with more, each split leaves its sums in a slot
+of its own, slots are merged in their order, and a second kernel reads the state. No sum depends on
+which program ends first.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from .blocks import (
     computed_once,
     count_tokens,
     encode,
+    end_of,
     larger,
     load_channels,
     load_positions,
@@ -47,7 +49,7 @@ from .blocks import (
 )
 
 # No compilation anew for another resolution or another stage.
-RUN_TIME = ("length", "width", "heads", "chunk", "splits")
+RUN_TIME = ("length", "width", "heads", "chunk", "splits", "slots")
 
 
 @triton.jit
@@ -61,13 +63,27 @@ def program(counts, length, width, heads, chunk, scale, plan: tl.constexpr):
     """
     slot = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
-    b, h = slot // heads, slot % heads
     first = split * chunk
     last = tl.minimum(first + chunk, length)
+    h, place = _place(slot, first, last, counts, length, width, heads, scale, plan)
+    return slot, h, split, place
+
+
+@triton.jit
+def whole(slot, counts, length, width, heads, scale, plan: tl.constexpr):
+    """All tokens of a slot: its head and the place, as in `program`."""
+    # Of a window a constant, or its loop would remain; a constant takes more registers in a loop.
+    first = 0 if plan.window else tl.program_id(1) * length
+    return _place(slot, first, length, counts, length, width, heads, scale, plan)
+
+
+@triton.jit
+def _place(slot, first, last, counts, length, width, heads, scale, plan: tl.constexpr):
+    b, h = slot // heads, slot % heads
     count = count_tokens(counts, b, length, plan)
     empty = count < 0.5
     count = larger(count, 1.0)
-    return slot, h, split, (b, h, first, last, width, count, empty, scale)
+    return h, (b, h, first, last, width, count, empty, scale)
 
 
 @triton.jit
@@ -76,7 +92,7 @@ def mean_query(q, span, plan: tl.constexpr):
     _, mask, place, powers = span
     b, h, first, last, _, count, _, _ = place
     total = zeros(plan.block_features)
-    for start in steps(first, last, plan.block_tokens):
+    for start in steps(first, end_of(first, last, plan), plan.block_tokens):
         n = start + tl.arange(0, plan.block_tokens)
         valid = valid_tokens(mask, b, n, n < last, plan)
         features = phi_q(load_tokens(q, b, h, n, valid, plan), powers, plan)
@@ -99,7 +115,7 @@ def key_sums(k, v, query, span, plan: tl.constexpr):
     mean = zeros(plan.block_values)
     total = zeros(plan.block_features) if plan.key_weights == "token_softmax" else weight * 0.0
     top = total - float("inf")
-    for start in steps(first, last, plan.block_tokens):
+    for start in steps(first, end_of(first, last, plan), plan.block_tokens):
         n = start + tl.arange(0, plan.block_tokens)
         inside = n < last
         valid = valid_tokens(mask, b, n, inside, plan)
@@ -193,7 +209,7 @@ def read_state(q, out, epilogue, state, norm, mean, span, plan: tl.constexpr):
     tables, mask, place, powers = span
     b, h, first, last, width, count, _, scale = place
     opposite = opposite_norm(norm, plan)
-    for start in steps(first, last, plan.block_tokens):
+    for start in steps(first, end_of(first, last, plan), plan.block_tokens):
         n = start + tl.arange(0, plan.block_tokens)
         inside = n < last
         valid = valid_tokens(mask, b, n, inside, plan)
@@ -242,10 +258,28 @@ def load_sums(sums, slot, plan: tl.constexpr):
 @triton.jit(do_not_specialize=RUN_TIME)
 def forward_kernel(
     q, k, v, out, epilogue, tables, mask, counts, powers, head_scale, sums, query_at, statistics,
-    length, width, heads, chunk, scale, plan: tl.constexpr,
+    length, width, heads, slots, scale, plan: tl.constexpr,
 ):  # fmt: skip
-    """Everything for one head of one sample."""
-    slot, h, _, place = program(counts, length, width, heads, chunk, scale, plan)
+    """Everything for one head of one sample, or for several in turn where a block holds one."""
+    if plan.window:
+        for slot in steps(tl.program_id(0).to(tl.int64), slots, tl.num_programs(0)):
+            _forward(
+                slot, q, k, v, out, epilogue, tables, mask, counts, powers,
+                head_scale, sums, query_at, statistics, length, width, heads, scale, plan,
+            )  # fmt: skip
+    else:
+        _forward(
+            tl.program_id(0).to(tl.int64), q, k, v, out, epilogue, tables, mask, counts, powers,
+            head_scale, sums, query_at, statistics, length, width, heads, scale, plan,
+        )  # fmt: skip
+
+
+@triton.jit
+def _forward(
+    slot, q, k, v, out, epilogue, tables, mask, counts, powers, head_scale, sums, query_at,
+    statistics, length, width, heads, scale, plan: tl.constexpr,
+):  # fmt: skip
+    h, place = whole(slot, counts, length, width, heads, scale, plan)
     span = (tables, mask, place, load_powers(powers, h, plan))
     query = zeros(plan.block_features)
     if plan.key_weights == "global_query":

@@ -26,7 +26,7 @@ def label(key: Any) -> str:
 
 
 def find(key: Any) -> list[int] | None:
-    """Block of tokens, warps and stages for a key of `tuning`; None if nothing is kept.
+    """Block of tokens, warps, stages, most registers for a key of `tuning`; None if none is kept.
 
     ``VITLINEAR_AUTOTUNE=0`` does without.
     """

@@ -162,7 +162,7 @@ def _forward(
     if part.one_kernel:
         part.forward.runs[fixed](
             queries, keys, values, into, epilogue, tables, mask, counts, powers, head_scale,
-            sums, query, logsumexp, length, width, heads, call.wide.chunk, scale,
+            sums, query, logsumexp, length, width, heads, call.slots, scale,
         )  # fmt: skip
         return
 
@@ -296,7 +296,7 @@ def _backward(
         part.backward.runs[fixed](
             given, queries, keys, values, into_queries, *into_keys,
             epilogue, grad_epilogue, *options, scales, of_queries, sums, query, logsumexp,
-            length, width, heads, call.wide.chunk, scale,
+            length, width, heads, call.slots, scale,
         )  # fmt: skip
         if scales is not None:
             assert call.scales is not None

@@ -25,6 +25,7 @@ PRECISIONS = {
     torch.float32: ("ieee", "ieee"),
 }
 
+LONGEST_WINDOW = 64  # tokens
 LARGEST_STATE = 128 * 128  # entries; two as operands in 32 bits, and a third one that is summed
 
 
@@ -55,6 +56,8 @@ class Plan:
         full_width: Whether position tables turn all heads side by side as one vector.
         first_value: The first channel of the slice.
         adds: Whether gradients of queries and keys are added to those of slices before.
+        window: Lanes for the tokens of a map that lies in one block, for programs that take one
+            such map after the other; 0 for those that take one alone.
         block_tokens: Tokens that a program holds at once.
     """
 
@@ -80,6 +83,7 @@ class Plan:
     full_width: bool = False
     first_value: int = 0
     adds: bool = False
+    window: int = 0
     block_tokens: int = 0  # decided by `tuning`
 
     def __hash__(self) -> int:
@@ -136,17 +140,44 @@ class Plan:
 
         As compiled (benchmarks/accounts/kernels.md); some kernels fit more often, some less.
         """
-        entries = self.block_rows * self.block_values
-        return 4 if entries <= 32 * 32 else 2
+        if self.window:
+            return 16 // self.window_warps
+        return 4 if self.is_small else 2
+
+    @property
+    def is_small(self) -> bool:
+        """Whether the state is one of those that a program of four warps holds."""
+        return self.block_rows * self.block_values <= 32 * 32
+
+    @property
+    def window_warps(self) -> int:
+        """Warps of a program that takes one window after the other."""
+        return 8 if self.window > 32 else 4
+
+    def of_windows(self, length: int, backward: bool) -> Plan:
+        """The plan of a kernel that does everything for maps of so many tokens.
+
+        A program takes one map after the other, and loads ahead those that come, where the
+        registers of all that it has of a map at once let others share the processor: where states
+        are small and no lane is empty, and in backward for the plainest calls.
+        """
+        fits = length <= LONGEST_WINDOW and self.is_small and not self.reads_opposite
+        fits &= (self.head_dim, self.values) == (self.block_dim, self.block_values)
+        if backward:
+            fits &= self.read_out in ("constant", "injective") and self.positions == "none"
+            fits &= not (self.has_gate or self.has_scale)
+        return replace(self, window=lanes(length)) if fits else self
 
     @property
     def query_loops(self) -> int:
         """Loops of the backward pass over the queries.
 
         A small state and its gradient lie in registers at once, if there is no epilogue; others in
-        one loop each.
+        one loop each. A window has no loop.
         """
-        return 1 if self.block_rows * self.block_values <= 32 * 32 and not self.has_gate else 2
+        if self.window:
+            return 1
+        return 1 if self.is_small and not self.has_gate else 2
 
     @property
     def table_entries(self) -> int:

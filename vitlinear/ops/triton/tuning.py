@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from triton.runtime import driver
 from triton.runtime.errors import OutOfResources
 from triton.testing import do_bench
 
@@ -21,12 +22,16 @@ class Config(NamedTuple):
         block_tokens: Tokens that a program holds at once.
         num_warps: Warps of a program.
         num_stages: Stages of the software pipeline.
+        max_registers: The most registers of a thread; 0 lets the compiler choose.
     """
 
     block_tokens: int
     num_warps: int
     num_stages: int
+    max_registers: int = 0
 
+
+TWO_PROGRAMS = 65536 // (2 * 8 * 32)  # registers of a thread of two programs of eight warps
 
 _chosen: dict[object, Config] = {}
 
@@ -38,24 +43,60 @@ def candidates(plan: Plan, kernel: str = "") -> list[Config]:
     choice is the largest at which no kernel of a published model spills registers
     (benchmarks/accounts/kernels.md). A state of 128 x 64 or more takes the registers of eight
     warps; products in full float32 run without tensor cores and want small blocks. So does the
-    pass over queries (backward) with a larger state or two reads, which keeps more of each token
-    than other kernels.
+    pass over queries (backward) with a larger state, a gate or two reads, which keeps more of each
+    token than other kernels.
+
+    With 128 registers a thread two programs of eight warps share a processor. Those kernels have
+    that limit that the compiler would give a few more, and that spill nothing without them.
     """
     if INTERPRETING:
-        return [Config(32, 4, 1)]
-    wide = plan.block_rows * plan.block_values >= 128 * 64
-    if "ieee" in (plan.sums, plan.reads):
+        return [Config(plan.window or 32, 4, 1)]
+    ieee = "ieee" in (plan.sums, plan.reads)
+    if plan.window:
+        return _for_windows(plan, ieee)
+    entries = plan.block_rows * plan.block_values
+    wide = entries >= 128 * 64
+    sizes: list[tuple[int, ...]]
+    if ieee:
         sizes = [(32, 8, 1), (16, 8, 1)] if wide else [(32, 4, 2), (64, 8, 1), (16, 4, 1)]
-    elif wide:
+        return [Config(*size) for size in sizes]
+    if wide:
         sizes = [(32, 8, 3), (64, 8, 3), (64, 8, 2), (32, 8, 1), (16, 8, 1)]
-    elif plan.block_rows * plan.block_values <= 32 * 32:
+    elif plan.is_small:
         sizes = [(32, 4, 3), (64, 4, 3), (64, 8, 3), (128, 8, 2), (32, 4, 1)]
     else:
         sizes = [(32, 8, 3), (64, 8, 3), (32, 4, 3), (64, 8, 2), (128, 8, 2), (16, 4, 1)]
-    large = plan.block_rows * plan.block_values > 128 * 64
-    if kernel == "query_kernel" and "ieee" not in (plan.sums, plan.reads):
-        sizes = [(16, 8, 3), *sizes] if large or plan.reads_opposite else sizes
+    if plan.reads_opposite or wide:
+        if kernel == "query_kernel":
+            shares = plan.expansion == 1 and plan.value_dim <= 64 and plan.sums == "bf16"
+            sizes = [(16, 8, 3, TWO_PROGRAMS if shares else 0), *sizes]
+    elif not plan.is_small and plan.sums == "bf16":
+        if kernel == "query_kernel" and plan.has_gate:
+            sizes = [(16, 8, 3, TWO_PROGRAMS), *sizes]
+        elif kernel in ("query_kernel", "key_kernel") or (
+            kernel == "backward_kernel" and not plan.has_gate
+        ):
+            sizes = [(32, 8, 3, TWO_PROGRAMS), *sizes]
     return [Config(*size) for size in sizes]
+
+
+def _for_windows(plan: Plan, ieee: bool) -> list[Config]:
+    """Likewise for programs that take one short map after the other, each in one block."""
+    block, warps = plan.window, plan.window_warps
+    if ieee:
+        return [Config(block, warps, 1), Config(block, 8, 1)]
+    limit = TWO_PROGRAMS if plan.sums == "bf16" else 0
+    return [
+        Config(block, warps, 3, limit), Config(block, warps, 2, limit), Config(block, 8, 3),
+        Config(block, 8, 1),
+    ]  # fmt: skip
+
+
+def limited(config: Config) -> dict[str, int]:
+    """The option of a launch for the limit of registers, which NVIDIA's compiler alone takes."""
+    if config.max_registers and driver.active.get_current_target().backend == "cuda":
+        return {"maxnreg": config.max_registers}
+    return {}
 
 
 def _candidates(key: Any, plan: Plan) -> list[Config]:

@@ -5,10 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
 from tests.ops.inputs import make_inputs, powers_of
 from tests.ops.triton.cases import ROUNDING, error, many_splits
+from tests.parallel.ranks import Ranks
 from vitlinear import ops
+from vitlinear.layers.attention.band_attention import band_attention
+from vitlinear.parallel import split_rows
+from vitlinear.parallel.levels import plan_of
 
 TERMS_OF_KEYS = ("rotary", "key_padding_mask", "powers")
 
@@ -220,3 +225,62 @@ def test_layer_of_vittt(mask, monkeypatch):
         results.append([out, *torch.autograd.grad(out, wanted, grad.to(dtype))])
     for found, expected in zip(*results, strict=True):
         assert error(found, expected) < 3e-6
+
+
+def _of_own_rows(mechanism: str, sizes: tuple[int, ...], width: int) -> dict[str, float]:
+    """Errors of output and gradients of own rows, over those that are allowed."""
+    height, heads, dim = sum(sizes), 2, 8
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, height * width, heads, dim)
+    q, k, v, lepe, gate, grad = torch.randn(6, *shape, generator=generator).unbind()
+    tensors = {"q": q, "k": k, "v": v, "lepe": lepe, "gate": gate}
+    make_tables = ops.lrpe_tables if mechanism == "lightnet" else ops.rotary_tables
+    tables = make_tables(height, width, dim)
+
+    def whole(convert):
+        leaves = {name: convert(x).requires_grad_() for name, x in tensors.items()}
+        out = ops.linear_attention(
+            **leaves, mechanism=mechanism, rotary=wide(tables), backend="eager"
+        )
+        return [out, *torch.autograd.grad(out, [*leaves.values()], convert(grad))]
+
+    exact = whole(lambda x: x.double())
+    mesh = init_device_mesh("cpu", (len(sizes),), mesh_dim_names=("rows",))
+    rows = split_rows(height, mesh, sizes=sizes)
+    start, stop = rows.own
+
+    def own(x):
+        return x.unflatten(1, (height, width))[:, start:stop].flatten(1, 2)
+
+    def parts(backend):
+        leaves = {name: own(x).clone().requires_grad_() for name, x in tensors.items()}
+        out = band_attention(
+            rows.band(plan_of(()), 0),
+            attn_type=mechanism,
+            rotary=ops.RotaryTables(tables.rows[start:stop], tables.cols),
+            backend=backend,
+            **leaves,
+        )
+        return [out, *torch.autograd.grad(out, [*leaves.values()], own(grad))]
+
+    found = {}
+    names = ("output", *tensors)
+    for name, ours, plain, expected in zip(
+        names, parts("triton"), parts("eager"), map(own, exact), strict=True
+    ):
+        allowed = 2 * error(plain, expected) + ROUNDING[torch.float32]
+        found[name] = error(ours, expected) / allowed
+    return found
+
+
+@pytest.mark.nightly
+@pytest.mark.process
+@pytest.mark.parametrize("mechanism", ["mala", "rala", "lightnet"])
+def test_states_of_several_processes(mechanism, tmp_path):
+    """Each has some rows; states are merged between the kernels, and their gradients after."""
+    ranks = Ranks(2, str(tmp_path / "store"))
+    try:
+        for found in ranks.run(_of_own_rows, mechanism, (3, 2), 5):
+            assert max(found.values()) <= 1, found
+    finally:
+        ranks.close()

@@ -55,6 +55,7 @@ def choice(mechanism: str = "mala", training: bool = False) -> ops.Choice:
     return ops.choose_backend("auto", work, may_check=False)
 
 
+@pytest.mark.slow
 def test_what_is_faster_is_kept(device, command, tmp_path, monkeypatch):
     file = tmp_path / "seeds.json"
     result = command("tune", *FLAGS, "--export", file)
@@ -64,6 +65,9 @@ def test_what_is_faster_is_kept(device, command, tmp_path, monkeypatch):
     assert f"{NAME}, copy" in lines[2]
     assert [line.split()[-1] for line in lines[5:9]] == ["triton"] * 4
     assert "mala       2 x 15 x 2 x 8  rotary  inference  1.000" in lines[5]
+    # by a state and a read: a launch each, and two more in backward
+    assert "2.000" in lines[5].split() and "4.000" in lines[6].split()
+    assert {"state_kernel", "read_kernel", "query_kernel", "key_kernel"} <= set(device.launched)
     assert choice() == (
         "triton",
         "auto: 4 times the speed of eager at 2 x 15 x 2, measured here",
