@@ -146,7 +146,7 @@ def biases_into_products(graph: Any) -> None:
 
 
 def left_in_float32(graph: Any, quantised: set[str]) -> str:
-    """What multiplies, or is looked at in a whole row, and is not quantised: for people.
+    """Names, for people, the products, norms, means and softmaxes that are not quantised.
 
     Args:
         graph: Of the program in float32.
