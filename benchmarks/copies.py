@@ -1,6 +1,7 @@
-"""Counts the copies of a forward pass: tensors laid out anew, by a profile of PyTorch.
+"""Counts the copies of a pass: tensors laid out anew, by a profile of PyTorch.
 
     python benchmarks/copies.py ravlt_t l2vit_tiny swin_tiny_patch4_window7_224
+    python benchmarks/copies.py ravlt_t --train --backend library
 
 Counts and MiB are the same on every run and machine with one version of PyTorch; the share of time
 is not. Reorderings inside oneDNN's convolutions and products are theirs, and not seen.
@@ -19,27 +20,37 @@ from torch.profiler import ProfilerActivity, profile
 import vitlinear  # noqa: F401  registers the models
 
 # Each makes a tensor of what stands in others. clone, contiguous and pad show as copy_.
-COPIES = ("aten::copy_", "aten::cat", "aten::roll")
+COPIES = ("aten::copy_", "aten::cat", "aten::roll", "aten::stack")
 
 
-@torch.no_grad()
-def copies_of(model: nn.Module, images: torch.Tensor) -> tuple[int, int, float, float]:
-    """Count the copies of one forward pass.
+def copies_of(
+    model: nn.Module, images: torch.Tensor
+) -> tuple[int, int, float, tuple[float, float]]:
+    """Count the copies of one forward pass; in training mode, of the backward pass too.
 
     Returns:
-        Copies made by copy_, by cat and roll, MiB that copy_ wrote (of numbers of 4 bytes), and
-        the share of all in the time of the operators, from 0 to 1.
+        Copies made by copy_, by the others, MiB that copy_ wrote (of numbers of 4 bytes), and the
+        share of copy_ and that of the others in the time of the operators, from 0 to 1.
     """
-    model(images)
+
+    def run_once() -> None:
+        if model.training:
+            model.zero_grad()
+            model(images).sum().backward()
+        else:
+            with torch.no_grad():
+                model(images)
+
+    run_once()
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as run:
-        model(images)
+        run_once()
     events = run.events()
     copied = [event for event in events if event.name == COPIES[0]]
     others = [event for event in events if event.name in COPIES[1:]]
     size = sum(prod(event.input_shapes[0]) for event in copied)
     time = sum(event.self_cpu_time_total for event in events)
-    share = sum(event.self_cpu_time_total for event in copied + others) / time
-    return len(copied), len(others), size * 4 / 2**20, share
+    first, second = (sum(e.self_cpu_time_total for e in part) / time for part in (copied, others))
+    return len(copied), len(others), size * 4 / 2**20, (first, second)
 
 
 def main() -> None:
@@ -48,15 +59,21 @@ def main() -> None:
     parser.add_argument("models", nargs="+")
     parser.add_argument("--size", type=int, nargs=2, default=(224, 224), help="height and width")
     parser.add_argument("--batch-size", "-b", type=int, default=1)
+    parser.add_argument("--train", action="store_true", help="a training step instead")
+    parser.add_argument("--backend", help="attn_backend of the models; default: their own")
     args = parser.parse_args()
+    options = {"attn_backend": args.backend} if args.backend else {}
     torch.set_num_threads(1)
     images = torch.randn(args.batch_size, 3, *args.size)
-    print("| model | copies | cat, roll | MiB copied | share of time |")
-    print("| --- | --- | --- | --- | --- |")
+    print("| model | copies | cat, roll, stack | MiB copied | time of copies | of the others |")
+    print("| --- | --- | --- | --- | --- | --- |")
     for name in args.models:
-        model = timm.create_model(name).eval()
-        count, others, size, share = copies_of(model, images)
-        print(f"| `{name}` | {count} | {others} | {size:.1f} | {share:.1%} |", flush=True)
+        model = timm.create_model(name, **options).train(args.train)
+        count, others, size, (first, second) = copies_of(model, images)
+        print(
+            f"| `{name}` | {count} | {others} | {size:.1f} | {first:.1%} | {second:.1%} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

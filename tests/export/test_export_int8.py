@@ -30,6 +30,7 @@ def written(images, tmp_path_factory):
     folder = tmp_path_factory.mktemp("int8")
     weights, path = folder / "weights.safetensors", folder / "int8.onnx"
     flags = [MODEL, path, "--checkpoint", weights, *CALIBRATE, images, "--calibration-images", 20]
+    flags += ["--layout", "channels-last"]
     sizes = ["--batch", "1:8", "--height", "48:320", "--width", "48:320"]
     assert main(["export", MODEL, str(weights), "--num-classes", "7"]) == 0
     assert main(["export", *(str(flag) for flag in [*flags, *sizes])]) == 0
@@ -135,15 +136,31 @@ def test_runs_in_integers(written, images, command, tmp_path):
     """Also at fixed sizes, where onnxruntime joins products and biases that it can."""
     fixed, folder = tmp_path / "fixed.onnx", written[1].parent
     flags = [MODEL, fixed, "--checkpoint", folder / "weights.safetensors", *CALIBRATE, images]
-    sizes = ["--batch", 1, "--height", 64, "--width", 96]
-    assert command("export", *flags, "--calibration-images", 12, *sizes).code == 0
+    flags += ["--calibration-images", 12, "--batch", 1, "--height", 64, "--width", 96]
+    assert command("export", *flags, "--layout", "channels-last").code == 0
     for path in (written[1], fixed):
-        options = onnxruntime.SessionOptions()
-        options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
-        onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        kinds = [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node]
+        kinds = run_kinds(path, tmp_path)
         assert kinds.count("QGemm") == 4 * DEPTH + 1
         assert "Gemm" not in kinds
+
+
+def test_maps_run_in_integers(written, images, command, tmp_path):
+    """Where maps are channels-first, products are convolutions."""
+    path, folder = tmp_path / "maps.onnx", written[1].parent
+    flags = [MODEL, path, "--checkpoint", folder / "weights.safetensors", *CALIBRATE, images]
+    flags += ["--calibration-images", 12, "--batch", 1, "--height", 64, "--width", 96]
+    assert command("export", *flags, "--layout", "channels-first").code == 0
+    kinds = run_kinds(path, tmp_path)
+    assert kinds.count("QLinearConv") == 6 * DEPTH  # q, k, v, their projection, two of the MLP
+    assert kinds.count("Conv") == 1  # patches of the images
+
+
+def run_kinds(path, folder):
+    """Kinds of the nodes that onnxruntime runs."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(folder / "optimised.onnx")
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return [node.op_type for node in onnx.load(folder / "optimised.onnx").graph.node]
 
 
 def test_batches_are_full():

@@ -70,7 +70,7 @@ MLPS: dict[type[nn.Module], Callable[[Any, nn.Module], nn.Module]] = {
 
 
 def _rule(rules: dict[type[nn.Module], Any], module: nn.Module) -> Any:
-    """What makes the form of a module; raises `NoForm`."""
+    """Function that makes the form of a module; raises `NoForm`."""
     if type(module) not in rules:
         raise NoForm(type(module).__name__)
     require(module, type(module))
