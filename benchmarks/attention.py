@@ -21,7 +21,6 @@ import itertools
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -38,6 +37,7 @@ from benchmarks.transcription import rala  # noqa: E402
 from vitlinear import ops  # noqa: E402
 from vitlinear.benchmark.turns import KEEP_PAGES  # noqa: E402
 from vitlinear.processor import cpu_model  # noqa: E402
+from vitlinear.revision import git  # noqa: E402
 
 # (tokens on a side, heads, head_dim): stages 1 to 3 of ravlt_t at 224 x 224.
 SHAPES = ((56, 1, 64), (28, 2, 64), (14, 4, 64))
@@ -83,15 +83,10 @@ def machine() -> str:
 
 def commit() -> str:
     """The commit measured, with ``-dirty`` where the tree differs from it, results left out."""
-
     root = Path(__file__).resolve().parent.parent
-
-    def git(*args: str) -> subprocess.CompletedProcess[str]:
-        command = ["git", *args]
-        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-
-    same = git("diff", "--quiet", "HEAD", "--", ".", ":(exclude)benchmarks/results").returncode == 0
-    return git("describe", "--always").stdout.strip() + ("" if same else "-dirty")
+    described = git(root, "describe", "--always") or b""
+    same = git(root, "diff", "--quiet", "HEAD", "--", ".", ":(exclude)benchmarks/results")
+    return described.decode().strip() + ("-dirty" if same is None else "")
 
 
 def measure(

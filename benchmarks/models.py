@@ -24,20 +24,13 @@ from benchmarks.attention import KEEP_PAGES, commit, machine
 from benchmarks.models_report import plot, print_report
 from benchmarks.subject import MODES, PASSES, PRECISIONS, Case, check_subject, serve
 from benchmarks.transcription import SUFFIX
+from vitlinear.benchmark.programs import parse_sides
 from vitlinear.benchmark.turns import measure
 from vitlinear.cli.device import choose_device
 from vitlinear.cli.parser import Parser
 from vitlinear.errors import UserError, did_you_mean
 from vitlinear.files import write_text
 from vitlinear.train.record.curves import check_plotting
-
-
-def image_size(text: str) -> tuple[int, int]:
-    """``224`` or ``480x640``, height first."""
-    sides = text.lower().split("x")
-    if not (1 <= len(sides) <= 2 and all(side.isdecimal() and int(side) for side in sides)):
-        raise UserError(f"--sizes: '{text}' is neither a side in pixels nor HEIGHTxWIDTH")
-    return int(sides[0]), int(sides[-1])
 
 
 def parser(prog: str) -> Parser:
@@ -92,7 +85,7 @@ def checked(args: Any) -> list[list[Case]]:
     if min(args.batch_sizes) < 1:
         raise UserError("--batch-sizes must be at least 1")
     device = str(choose_device(args.device))
-    sizes = [image_size(text) for text in args.sizes]
+    sizes = [parse_sides(text) for text in args.sizes]
     groups = []
     for task, (height, width), batch in itertools.product(args.passes, sizes, args.batch_sizes):
         modes = [mode for mode in args.modes if task == "forward" or MODES[mode]]

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vitlinear.benchmark.report import exponent, ratio
+from vitlinear.benchmark.report import (
+    curves,
+    error_cell,
+    exponents,
+    line_style,
+    mark_sides,
+    measured,
+    ratio,
+)
 from vitlinear.files import write_atomically
 
 Row = dict[str, Any]
 COLUMNS = ("model", "mode", "pass", "size", "batch", "images/s", "ratio", "p50, ms", "p90", "p99",
            "calls", "memory, MiB", "tensors", "GMACs", "img/s/GMAC", "GMACs/s")  # fmt: skip
+BY = ("model", "mode", "task", "batch")  # of curves
 
 
 def size(row: Row) -> str:
@@ -22,11 +31,6 @@ def size(row: Row) -> str:
 def condition(row: Row) -> tuple[Any, ...]:
     """Pass, size and batch: the same for all rows that took turns."""
     return row["task"], row["height"], row["width"], row["batch"]
-
-
-def measured(rows: Iterable[Row]) -> list[Row]:
-    """Those that ran."""
-    return [row for row in rows if "error" not in row]
 
 
 def reference_of(row: Row, rows: Sequence[Row], name: str) -> Row | None:
@@ -44,8 +48,7 @@ def table(rows: Sequence[Row], reference: str) -> list[str]:
     for row in rows:
         cells = [row["model"], row["mode"], row["task"], size(row), str(row["batch"])]
         if "error" in row:
-            # A bar would begin a cell; the file has the whole text.
-            cells.append(row["error"].replace("|", "/")[:160])
+            cells.append(error_cell(row))  # the file has the whole text
             cells += [""] * (len(COLUMNS) - len(cells))
         else:
             other, memory = reference_of(row, rows, reference), row["memory_MiB"]
@@ -83,26 +86,6 @@ def best_modes(rows: Sequence[Row], reference: str) -> list[str]:
     return lines
 
 
-def curves(rows: Sequence[Row]) -> dict[tuple[str, str, str, int], list[Row]]:
-    """Rows that ran by model, mode, pass and batch, each in the order of pixels."""
-    found: dict[tuple[str, str, str, int], list[Row]] = {}
-    for row in sorted(measured(rows), key=lambda row: row["height"] * row["width"]):
-        found.setdefault((row["model"], row["mode"], row["task"], row["batch"]), []).append(row)
-    return found
-
-
-def exponents(rows: Sequence[Row]) -> list[str]:
-    """How the time of each model and mode grows with pixels, where several sizes ran."""
-    lines = []
-    for (model, mode, task, batch), points in curves(rows).items():
-        pixels = [row["height"] * row["width"] for row in points]
-        if len(set(pixels)) > 1:
-            power = exponent(pixels, [row["p50_ms"] for row in points])
-            span = f"{size(points[0])} to {size(points[-1])}"
-            lines.append(f"{model}, {mode}, {task}, batch {batch}: pixels^{power:.3f}, {span}")
-    return lines
-
-
 def print_report(record: dict[str, Any]) -> None:
     """The table and what follows from it, on standard output."""
     rows, reference = record["rows"], record["reference"]
@@ -110,7 +93,7 @@ def print_report(record: dict[str, Any]) -> None:
     print("\n".join(table(rows, reference)))
     for title, lines in (
         (None, best_modes(rows, reference)),
-        ("Time grows with", exponents(rows)),
+        ("Time grows with", exponents(rows, BY)),
     ):
         if lines:
             print("", *([title] if title else []), *(f"- {line}" for line in lines), sep="\n")
@@ -119,9 +102,8 @@ def print_report(record: dict[str, Any]) -> None:
 def plot(record: dict[str, Any], path: Path) -> None:
     """Draws images/s and peak memory against the resolution, a column for each pass."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogFormatter, NullLocator
 
-    lines = curves(record["rows"])
+    lines = curves(record["rows"], BY)
     tasks = list(dict.fromkeys(row["task"] for row in record["rows"]))
     models = list(dict.fromkeys(row["model"] for row in record["rows"]))
     modes = list(dict.fromkeys(row["mode"] for row in record["rows"]))
@@ -146,18 +128,11 @@ def plot(record: dict[str, Any], path: Path) -> None:
                     axes.loglog(
                         *zip(*points, strict=True),
                         label=", ".join([*text, *([f"batch {batch}"] * (len(batches) > 1))]),
-                        color=f"C{models.index(model)}",
-                        linestyle=("-", "--", ":", "-.")[modes.index(mode) % 4],
-                        marker="os^Dv<>"[batches.index(batch) % 7],
+                        **line_style(models.index(model), modes.index(mode), batches.index(batch)),
                     )
-            axes.set_xticks(sorted(sides), [f"{side:.0f}" for side in sorted(sides)])
-            axes.xaxis.set_minor_locator(NullLocator())
-            axes.yaxis.set_major_formatter(LogFormatter())
-            axes.yaxis.set_minor_formatter(LogFormatter())
-            axes.set_xlabel("side of the image in pixels (square root of their number)")
+            mark_sides(axes, sides)
             axes.set_ylabel(label)
             axes.set_title("inference" if task == "forward" else "training step")
-            axes.grid(alpha=0.3, which="both")
     handles = {line.get_label(): line for axes in panels.flat for line in axes.lines}
     if handles:
         where = {"loc": "outside lower center", "ncols": 2 * len(tasks), "fontsize": "small"}

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout
 
-from benchmarks.models import image_size  # noqa: E402
 from benchmarks.subject import build  # noqa: E402
+from vitlinear.benchmark.programs import parse_sides  # noqa: E402
 
 BLOCK = re.compile(r"(.*?\bblocks\.\d+)(?:\.(.*))?$")
 
@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--size", default="224", metavar="SIZE", help="224 or 480x640")
     parser.add_argument("--amp", action="store_true", help="under bfloat16 autocast")
     args = parser.parse_args()
-    size = (3, *image_size(args.size))
+    size = (3, *parse_sides(args.size))
     for name in args.models:
         model, images = build(name, size).train(), torch.randn(args.batch_size, *size)
         with torch.autocast("cpu", torch.bfloat16, enabled=args.amp):

@@ -11,7 +11,6 @@ import copy
 import ctypes
 import dataclasses
 import gc
-import signal
 import time
 import warnings
 from collections.abc import Callable
@@ -22,16 +21,16 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from timm.utils import reparameterize_model
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.attention import held_bytes
 from benchmarks.transcription import SUFFIX, check_transcribed, transcribe
+from vitlinear.benchmark.programs import counted, folded
+from vitlinear.benchmark.turns import Turn, answer_orders
 from vitlinear.create import build_model, check_model_name
 from vitlinear.errors import UserError, one_line
+from vitlinear.layers.layout import KEEP_LAYOUT
 from vitlinear.ops.backend import check_backend
-from vitlinear.train.compilation import KEEP_LAYOUT
 
 # Of those, the ones that a training step can run.
 MODES = {
@@ -108,22 +107,17 @@ def build(name: str, size: tuple[int, int, int]) -> nn.Module:
 
 
 def multiply_adds(model: nn.Module, size: tuple[int, int, int]) -> int:
-    """Multiply-adds of one image in convolutions, linear layers and matrix products.
+    """Multiply-adds of one image: `vitlinear.benchmark.programs.counted`.
 
-    Those of attention too, fused or not; nothing else. On the meta device: nothing is computed. Of
-    our models that is projections and attention of `vitlinear.cards.count`, in eager mode.
+    Of our models that is projections and attention of `vitlinear.cards.count`, in eager mode.
     """
-    model = copy.deepcopy(model).to("meta").eval()
-    image = torch.empty(1, *size, device="meta", dtype=next(model.parameters()).dtype)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(image)
-    return counter.get_total_flops() // 2
+    return counted(copy.deepcopy(model).to("meta").eval(), size)
 
 
 def prepared(model: nn.Module, mode: str, images: Tensor) -> nn.Module:
     """The model in a mode; a new module, or the same one changed in place."""
     if mode.startswith("fused"):
-        model = model.fuse() if hasattr(model, "fuse") else reparameterize_model(model)
+        model = folded(model)
     if mode == "compiled":
         return torch.compile(model)
     if mode.endswith("as-is"):
@@ -282,20 +276,17 @@ def reason(error: BaseException) -> str:
 
 
 def serve(connection: Connection, case: Case) -> None:
-    """The process of one subject: answers orders for rounds until it is told, or left, to end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asks ends this one
-    with contextlib.suppress(OSError):
-        # When memory runs out, this process is to be killed, not somebody else's.
-        Path("/proc/self/oom_score_adj").write_text("1000")
-    try:
+    """The process of one subject, as `vitlinear.benchmark.turns.Serve` says."""
+
+    def ready() -> tuple[dict[str, Any], Turn]:
         subject = Subject(case)
         subject.rest()
-        connection.send(("facts", subject.facts))
-        while (seconds := connection.recv()) is not None:
+
+        def turn(seconds: float) -> list[float]:
             times = subject.round(seconds)
             subject.rest()
-            connection.send(("times", times))
-    except (EOFError, BrokenPipeError):
-        return
-    except Exception as error:
-        connection.send(("error", reason(error)))
+            return times
+
+        return subject.facts, turn
+
+    answer_orders(connection, ready, reason)

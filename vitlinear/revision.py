@@ -1,7 +1,10 @@
-"""The commit of the running code, and git's answers about a folder."""
+"""The commit of the running code, versions of packages, and git's answers about a folder."""
 
+import contextlib
+import importlib.metadata
 import os
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 GIT_SECONDS = 60  # on a slow network disk
@@ -14,6 +17,15 @@ def source_commit() -> str | None:
         return None
     commit = git(source, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
     return commit.decode().strip() if commit else None
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Returns the versions of those of the packages that are installed."""
+    found = {}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def git(place: Path, *arguments: str) -> bytes | None:

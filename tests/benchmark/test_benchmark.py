@@ -12,8 +12,7 @@ import torch
 
 from tests.commands import Command
 from vitlinear.benchmark import report, runtimes, subject
-from vitlinear.benchmark.command import parse_size
-from vitlinear.benchmark.programs import Size, images, multiply_adds
+from vitlinear.benchmark.programs import Size, images, multiply_adds, parse_sides
 from vitlinear.benchmark.subject import Case
 
 MODEL = "test_linear_deit"
@@ -157,7 +156,7 @@ def test_what_is_not_installed(
 
 
 def test_sizes() -> None:
-    assert parse_size("224", 3) == Size(3, 224, 224) and parse_size("480x640", 1).width == 640
+    assert parse_sides("224") == (224, 224) and parse_sides("480x640")[1] == 640
 
 
 def row(model: str, runtime: str, side: int, ms: float, **more: object) -> dict[str, object]:

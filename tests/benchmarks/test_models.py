@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import models, models_report, subject
 from benchmarks.subject import Case, Subject
-from vitlinear.benchmark import turns
+from vitlinear.benchmark import report, turns
 from vitlinear.benchmark.turns import FailedError, Process
 from vitlinear.cards.count import count
 from vitlinear_cli import run
@@ -207,7 +207,7 @@ def test_memory_is_that_of_a_call():
 @pytest.mark.quick
 def test_exponents_and_ratios():
     pixels = [side**2 for side in (512, 724, 1024, 2048)]
-    assert models_report.exponent(pixels, [3e-5 * n**1.3 for n in pixels]) == pytest.approx(1.3)
+    assert report.exponent(pixels, [3e-5 * n**1.3 for n in pixels]) == pytest.approx(1.3)
     row = {"mode": "eager", "task": "forward", "height": 8, "width": 8, "batch": 1}
     row |= {"memory_MiB": None, "tensors_MiB": 1.0, "calls": 3, "gmacs": 2.0}
     slow = {**row, "model": "a", "round_ms": [20.0, 200.0, 22.0]}

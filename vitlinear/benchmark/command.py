@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import itertools
 import json
@@ -17,12 +16,12 @@ from typing import Any
 
 import torch
 
-from vitlinear.cli.flags import COUNT, POSITIVE, from_arguments
+from vitlinear.cli.flags import COUNT, POSITIVE, from_arguments, path
 from vitlinear.cli.parser import Parser
 from vitlinear.errors import UserError, did_you_mean
 from vitlinear.files import check_no_input, check_parent, write_text
 from vitlinear.processor import cpu_model
-from vitlinear.revision import source_commit
+from vitlinear.revision import source_commit, versions
 
 from . import programs
 from .programs import Program, Size
@@ -88,27 +87,11 @@ def parse_arguments(
         "--timeout", type=POSITIVE, default=600.0, metavar="S", help="to prepare or answer in"
     )
     group = parser.add_argument_group("results")
-    group.add_argument("--output", type=_path, default=None, metavar="FILE.json")
+    group.add_argument("--output", type=path, default=None, metavar="FILE.json")
     group.add_argument(
-        "--plot", type=_path, default=None, metavar="FILE", help="images/s, as .png or .svg"
+        "--plot", type=path, default=None, metavar="FILE", help="images/s, as .png or .svg"
     )
     return from_arguments(BenchmarkConfig, parser.parse_args(argv))
-
-
-def _path(text: str) -> Path:
-    return Path(text).expanduser()
-
-
-def parse_size(text: str, batch: int) -> Size:
-    """Returns the size that ``224`` or ``480x640`` means, height first.
-
-    Raises:
-        UserError: It is neither.
-    """
-    sides = text.lower().split("x")
-    if not (1 <= len(sides) <= 2 and all(side.isdecimal() and int(side) for side in sides)):
-        raise UserError(f"--sizes: '{text}' is neither a side in pixels nor HEIGHTxWIDTH")
-    return Size(batch, int(sides[0]), int(sides[-1]))
 
 
 def _check(config: BenchmarkConfig, sizes: Sequence[Size]) -> None:
@@ -130,12 +113,12 @@ def _check(config: BenchmarkConfig, sizes: Sequence[Size]) -> None:
     if config.reference not in (None, *names):
         hint = did_you_mean(str(config.reference), names)
         raise UserError(f"--reference {config.reference} is not among the models{hint}")
-    for path in (config.output, config.plot):
-        check_parent(str(path) if path else None)
-        if path and path.is_dir():
-            raise UserError(f"cannot write {path}: it is a folder")
-        if path:
-            check_no_input(path, config.models)
+    for target in (config.output, config.plot):
+        check_parent(str(target) if target else None)
+        if target and target.is_dir():
+            raise UserError(f"cannot write {target}: it is a folder")
+        if target:
+            check_no_input(target, config.models)
     if config.plot and config.plot.suffix not in PICTURES:
         raise UserError(f"--plot {config.plot}: its name has to end with {' or '.join(PICTURES)}")
     if config.plot and importlib.util.find_spec("matplotlib") is None:
@@ -180,19 +163,12 @@ def _cases(config: BenchmarkConfig, size: Size, program: Program) -> list[Case]:
     ]
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        if importlib.util.find_spec(name) is not None:
-            found[name] = importlib.metadata.version(name)
-    return found
-
-
 def main(argv: Sequence[str] | None, prog: str = "vitlinear benchmark") -> None:
     """Runs ``vitlinear benchmark``."""
     argv = sys.argv[1:] if argv is None else argv
     config = parse_arguments(argv, prog)
-    sizes = list(dict.fromkeys(parse_size(each, config.batch_size) for each in config.sizes))
+    sides = dict.fromkeys(programs.parse_sides(each) for each in config.sizes)
+    sizes = [Size(config.batch_size, *each) for each in sides]
     _check(config, sizes)
     os.environ.update(KEEP_PAGES)
     record: dict[str, Any] = {
@@ -200,7 +176,7 @@ def main(argv: Sequence[str] | None, prog: str = "vitlinear benchmark") -> None:
         "machine": f"{cpu_model()}, {os.cpu_count()} cores; {config.threads} threads used",
         "load": os.getloadavg()[0],
         "commit": source_commit() or "not known",
-        "versions": _versions(),
+        "versions": versions(PACKAGES),
         "reference": config.reference or Path(config.models[0]).name,
         "rows": [],
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,18 @@ class Program:
     gmacs: float | None
 
 
+def parse_sides(text: str) -> tuple[int, int]:
+    """Returns the height and width that ``224`` or ``480x640`` mean.
+
+    Raises:
+        UserError: It is neither.
+    """
+    sides = text.lower().split("x")
+    if not (1 <= len(sides) <= 2 and all(side.isdecimal() and int(side) for side in sides)):
+        raise UserError(f"--sizes: '{text}' is neither a side in pixels nor HEIGHTxWIDTH")
+    return int(sides[0]), int(sides[-1])
+
+
 def images(size: Size) -> Tensor:
     """Random images, always the same, [B, 3, H, W]."""
     generator = torch.Generator().manual_seed(SEED)
@@ -68,14 +81,33 @@ def fused(name: str, size: Size) -> nn.Module:
     """
     torch.manual_seed(SEED)
     model = build_model(name, input_size=(3, size.height, size.width)).eval()
+    return folded(model)
+
+
+def folded(model: nn.Module) -> nn.Module:
+    """A model with what its family folds for inference; a new module, or the same one changed."""
     fuse = getattr(model, "fuse", None)
     return fuse() if callable(fuse) else reparameterize_model(model)
 
 
-def multiply_adds(name: str, size: Size) -> float:
+def counted(model: nn.Module, sides: tuple[int, int, int]) -> int:
     """Multiply-adds of one image in convolutions, linear layers and matrix products.
 
-    Those of attention too; nothing else. Nothing is computed.
+    Those of attention too, fused or not; nothing else. Nothing is computed.
+
+    Args:
+        model: On the meta device, in eval mode.
+        sides: Channels, height and width of the image.
+    """
+    image = torch.empty(1, *sides, device="meta", dtype=next(model.parameters()).dtype)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(image)
+    return counter.get_total_flops() // 2
+
+
+@functools.cache  # of each model asked for twice: before anything is measured, and in its row
+def multiply_adds(name: str, size: Size) -> int:
+    """Multiply-adds of one image, as `counted` has them.
 
     Raises:
         UserError: The model is unknown, or takes no images of that size.
@@ -84,14 +116,12 @@ def multiply_adds(name: str, size: Size) -> float:
     sides = (3, size.height, size.width)
     model = build_model(name, device="meta", input_size=sides).eval()
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(torch.empty(1, *sides, device="meta"))
+        return counted(model, sides)
     except (RuntimeError, ValueError, AssertionError) as error:
         raise UserError(
             f"{name} takes no images of {size.height} x {size.width} pixels: {one_line(error)}; "
             "give other --sizes"
         ) from error
-    return counter.get_total_flops() / 2
 
 
 def is_file(model: str) -> bool:

@@ -13,6 +13,7 @@ from vitlinear.files import write_atomically
 
 Row = Mapping[str, Any]
 BASE = "pytorch"  # the runtime that the others are compared with
+BY = ("model", "runtime", "batch")
 
 
 def ratio(row: Row, reference: Row) -> float:
@@ -45,6 +46,12 @@ def size(row: Row) -> str:
     return f"{row['batch']} x {row['height']} x {row['width']}"
 
 
+def error_cell(row: Row) -> str:
+    """Why a row has no times, short and without bars, which would begin cells."""
+    text: str = row["error"].replace("|", "/")[:160]
+    return text
+
+
 def table(rows: Sequence[Row], reference: str) -> list[str]:
     """A Markdown table; see `legend` for its columns."""
     profiled = any("multiplying_ms" in row for row in rows)
@@ -54,7 +61,7 @@ def table(rows: Sequence[Row], reference: str) -> list[str]:
     for row in rows:
         cells = [row["model"], row["runtime"], size(row)]
         if "error" in row:
-            cells.append(row["error"].replace("|", "/")[:160])  # a bar would begin a cell
+            cells.append(error_cell(row))
         else:
             spread = (row["p90_ms"] - row["p10_ms"]) / row["p50_ms"]
             cells += [f"{row['p50_ms']:.4g}", f"{spread:.0%}", f"{row['images_per_s']:.4g}"]
@@ -86,23 +93,28 @@ def legend(reference: str, profiled: bool) -> str:
     return text
 
 
-def curves(rows: Sequence[Row]) -> dict[tuple[str, str, int], list[Row]]:
-    """Rows that ran by model, runtime and batch, each in the order of pixels."""
-    found: dict[tuple[str, str, int], list[Row]] = {}
+def curves(rows: Sequence[Row], by: Sequence[str] = BY) -> dict[tuple[Any, ...], list[Row]]:
+    """Rows that ran by some of their fields, each in the order of pixels."""
+    found: dict[tuple[Any, ...], list[Row]] = {}
     for row in sorted(measured(rows), key=lambda row: row["height"] * row["width"]):
-        found.setdefault((row["model"], row["runtime"], row["batch"]), []).append(row)
+        found.setdefault(tuple(row[name] for name in by), []).append(row)
     return found
 
 
-def exponents(rows: Sequence[Row]) -> list[str]:
-    """How time grows with pixels, where several sizes ran."""
+def exponents(rows: Sequence[Row], by: Sequence[str] = BY) -> list[str]:
+    """How time grows with pixels, where several sizes ran.
+
+    Args:
+        rows: All of them.
+        by: Fields that tell the curves apart; the last is the batch.
+    """
     lines = []
-    for (model, runtime, batch), points in curves(rows).items():
+    for (*names, batch), points in curves(rows, by).items():
         pixels = [row["height"] * row["width"] for row in points]
         if len(set(pixels)) > 1:
             power = exponent(pixels, [row["p50_ms"] for row in points])
             span = " to ".join(f"{row['height']}x{row['width']}" for row in (points[0], points[-1]))
-            lines.append(f"{model}, {runtime}, batch {batch}: pixels^{power:.3f}, {span}")
+            lines.append(f"{', '.join(names)}, batch {batch}: pixels^{power:.3f}, {span}")
     return lines
 
 
@@ -117,6 +129,28 @@ def print_report(record: Mapping[str, Any]) -> None:
         print("\nTime grows with", *(f"- {line}" for line in lines), sep="\n")
 
 
+def mark_sides(axes: Any, sides: Iterable[float]) -> None:
+    """Labels a horizontal axis of resolutions, and both axes with plain numbers."""
+    from matplotlib.ticker import LogFormatter, NullLocator
+
+    ticks = sorted(sides)
+    axes.set_xticks(ticks, [f"{side:.0f}" for side in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter())
+    axes.set_xlabel("side of the image in pixels (square root of their number)")
+    axes.grid(alpha=0.3, which="both")
+
+
+def line_style(model: int, mode: int, batch: int) -> dict[str, str]:
+    """The look of a line by the numbers of its model, its mode or runtime, and its batch."""
+    return {
+        "color": f"C{model}",
+        "linestyle": ("-", "--", ":", "-.")[mode % 4],
+        "marker": "os^Dv<>"[batch % 7],
+    }
+
+
 def plot(record: Mapping[str, Any], path: Path) -> None:
     """Draws images/s against the side of the image; for one side, as bars.
 
@@ -125,13 +159,12 @@ def plot(record: Mapping[str, Any], path: Path) -> None:
         path: PNG or SVG, by its suffix.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogFormatter, NullLocator
 
     lines = curves(record["rows"])
     models = list(dict.fromkeys(model for model, _, _ in lines))
     runtimes = list(dict.fromkeys(runtime for _, runtime, _ in lines))
     batches = list(dict.fromkeys(batch for _, _, batch in lines))
-    sides = sorted({(row["height"] * row["width"]) ** 0.5 for row in measured(record["rows"])})
+    sides = {(row["height"] * row["width"]) ** 0.5 for row in measured(record["rows"])}
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for (model, runtime, batch), rows in lines.items():
@@ -143,22 +176,16 @@ def plot(record: Mapping[str, Any], path: Path) -> None:
             [(row["height"] * row["width"]) ** 0.5 for row in rows],
             [row["images_per_s"] for row in rows],
             label=label,
-            color=f"C{models.index(model)}",
-            linestyle=("-", "--", ":", "-.")[runtimes.index(runtime) % 4],
-            marker="os^Dv<>"[batches.index(batch) % 7],
+            **line_style(models.index(model), runtimes.index(runtime), batches.index(batch)),
         )
     if len(sides) == 1:
         axes.invert_yaxis()
-        axes.set_xlabel(f"images/s at {sides[0]:.0f} x {sides[0]:.0f} pixels")
+        (side,) = sides
+        axes.set_xlabel(f"images/s at {side:.0f} x {side:.0f} pixels")
         axes.grid(alpha=0.3, axis="x")
     else:
-        axes.set_xticks(sides, [f"{side:.0f}" for side in sides])
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(LogFormatter())
-        axes.yaxis.set_minor_formatter(LogFormatter())
-        axes.set_xlabel("side of the image in pixels (square root of their number)")
+        mark_sides(axes, sides)
         axes.set_ylabel("images/s")
-        axes.grid(alpha=0.3, which="both")
         figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     axes.set_title(record["machine"], fontsize="small")
     kind = path.suffix.removeprefix(".")

@@ -16,13 +16,12 @@ import numpy as np
 import torch
 
 from vitlinear.errors import UserError
+from vitlinear.layers.layout import KEEP_LAYOUT
 
 from .programs import Size, fused, images
 
 Run = Callable[[], np.ndarray]
 PROFILED = 3  # calls, of which the fastest counts
-# Of `torch.compile`: our maps stay in the layout they have (docs/compile.md).
-KEEP_LAYOUT: dict[str, Any] = {"layout_optimization": False}
 # How runtimes name what multiplies: products of matrices, convolutions, softmax attention.
 MULTIPLIES = {
     "pytorch": ("mm", "linear", "convolution", "scaled_dot_product", "flash_attention"),

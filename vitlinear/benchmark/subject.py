@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import signal
 import time
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +14,7 @@ from vitlinear.errors import UserError, one_line
 
 from .programs import Size
 from .runtimes import RUNTIMES, multiplying
+from .turns import Turn, answer_orders
 
 # Greatest difference from the fused model in PyTorch: its norm over that of the logits.
 TOLERANCE = 1e-3
@@ -83,23 +81,23 @@ def prepare(case: Case) -> tuple[Any, dict[str, Any]]:
 
 def serve(connection: Connection, case: Case) -> None:
     """The process of a subject, as `turns.Serve` says."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asks ends this one
-    with contextlib.suppress(OSError):
-        # When memory runs out, this process is to be killed, not somebody else's.
-        Path("/proc/self/oom_score_adj").write_text("1000")
-    try:
+
+    def ready() -> tuple[dict[str, Any], Turn]:
         run, facts = prepare(case)
-        connection.send(("facts", facts))
-        while (seconds := connection.recv()) is not None:
+
+        def turn(seconds: float) -> list[float]:
             run()  # finds cold caches after others ran
             times: list[float] = []
             while not times or sum(times) < seconds:
                 start = time.perf_counter()
                 run()
                 times.append(time.perf_counter() - start)
-            connection.send(("times", times))
-    except (EOFError, BrokenPipeError):
-        return
-    except Exception as error:
+            return times
+
+        return facts, turn
+
+    def reason(error: Exception) -> str:
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        connection.send(("error", kind + one_line(error)))
+        return kind + one_line(error)
+
+    answer_orders(connection, ready, reason)

@@ -12,10 +12,12 @@ import contextlib
 import dataclasses
 import math
 import multiprocessing
+import signal
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,9 +29,39 @@ KEEP_PAGES = {
     "MALLOC_TOP_PAD_": "500000000",
     "MALLOC_MMAP_MAX_": "0",
 }
-# The process of a subject. It sends ("facts", ...), or ("error", text) and ends; then, for each
-# number of seconds that it receives, ("times", [...]); it ends when it receives None.
+# The process of a subject, which calls `answer_orders`.
 Serve = Callable[[Connection, Any], None]
+Turn = Callable[[float], list[float]]  # seconds -> times of its calls
+
+
+def answer_orders(
+    connection: Connection,
+    prepare: Callable[[], tuple[dict[str, Any], Turn]],
+    reason: Callable[[Exception], str],
+) -> None:
+    """Times a subject, in a process of its own, until it is told, or left, to end.
+
+    It sends ("facts", ...), or ("error", text) and ends; then, for each number of seconds that it
+    receives, ("times", [...]); it ends when it receives None.
+
+    Args:
+        connection: To the process that asks.
+        prepare: Makes the subject ready: its facts, and what runs one turn of it.
+        reason: Why it cannot be measured, in a line.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asks ends this one
+    with contextlib.suppress(OSError):
+        # When memory runs out, this process is to be killed, not somebody else's.
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    try:
+        facts, turn = prepare()
+        connection.send(("facts", facts))
+        while (seconds := connection.recv()) is not None:
+            connection.send(("times", turn(seconds)))
+    except (EOFError, BrokenPipeError):
+        return
+    except Exception as error:
+        connection.send(("error", reason(error)))
 
 
 class FailedError(Exception):

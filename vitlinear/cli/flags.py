@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 Configuration = TypeVar("Configuration")
@@ -30,6 +31,11 @@ COUNT = _at_least(1, int)
 NATURAL = _at_least(0, int)
 RATE = _at_least(0.0, float)
 POSITIVE = _at_least(1e-6, float)
+
+
+def path(text: str) -> Path:
+    """Returns the path that a flag names, ``~`` replaced; an argparse type."""
+    return Path(text).expanduser()
 
 
 def from_arguments(kind: type[Configuration], args: argparse.Namespace) -> Configuration:

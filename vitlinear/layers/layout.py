@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+# Option of `torch.compile`: maps stay in the layout they have (docs/compile.md).
+KEEP_LAYOUT: dict[str, Any] = {"layout_optimization": False}
 
 
 def known_layout(x: Tensor) -> Tensor:

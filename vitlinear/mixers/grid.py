@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vitlinear.layers.attention.band_attention import merge_sums
 from vitlinear.layers.attention.scriptable_state import turned
 from vitlinear.layers.band import Band, band_in_use
 from vitlinear.layers.layout import split_axis
@@ -99,7 +98,7 @@ class Grid(NamedTuple):
             mask = band.own_tokens(mask)
         count = (~mask).sum(1).to(x.dtype)[:, None, None, None]
         if band is not None:
-            count, _ = band.merge((count, count), merge_sums)
+            (count,) = band.merge((count,), _added)
         return count.clamp(min=1)
 
     def hide(self, x: Tensor) -> Tensor:
@@ -120,7 +119,7 @@ class Grid(NamedTuple):
         if band is None:
             return x.sum(1, keepdim=True)
         own = band.own_tokens(x).sum(1, keepdim=True)
-        total, _ = band.merge((own, own[..., :0]), merge_sums)
+        (total,) = band.merge((own,), _added)
         return total
 
     def token_softmax(self, logits: Tensor) -> Tensor:
@@ -133,6 +132,10 @@ class Grid(NamedTuple):
             seen = ~mask | mask.all(1, keepdim=True)
             logits = logits.masked_fill(~seen[:, :, None, None], -torch.inf)
         return logits.softmax(1)
+
+
+def _added(a: tuple[Tensor], b: tuple[Tensor]) -> tuple[Tensor]:
+    return (a[0] + b[0],)
 
 
 def _softmax_of_bands(band: Band, logits: Tensor, mask: Tensor | None) -> Tensor:

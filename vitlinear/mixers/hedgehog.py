@@ -19,7 +19,10 @@ MAPS = ("exp", "softmax", "exp_max", "joint_softmax")
 
 def softmax_halves_definition(x: Tensor, weight: Tensor) -> Tensor:
     """[softmax(W x); softmax(-W x)] of each head, for definitions: x [B, N, h, D], W [h, D, D]."""
-    u = torch.einsum("bnhd,hde->bnhe", x, weight)
+    return _halves(torch.einsum("bnhd,hde->bnhe", x, weight))
+
+
+def _halves(u: Tensor) -> Tensor:
     return torch.cat((u.softmax(-1), (-u).softmax(-1)), dim=-1)
 
 
@@ -146,7 +149,7 @@ class Hedgehog(Mixer):
             q = torch.cat((q.exp(), (-q).exp()), dim=-1) / scale_q.exp()
             k = torch.cat((k.exp(), (-k).exp()), dim=-1) / scale_k.exp()
         elif self.map == "softmax":
-            q, k = (torch.cat((x.softmax(-1), (-x).softmax(-1)), dim=-1) for x in (q, k))
+            q, k = _halves(q), _halves(k)
         else:
             q, k = self.features(q, ()), self.features(k, ())
         weights = torch.einsum("bnhd,bmhd->bhnm", q, k)

@@ -68,7 +68,7 @@ class RankBand(Band):
 
     def around(self, x: Tensor, reach: int) -> tuple[Band, Tensor]:
         """See `Band`."""
-        return self._wider(x, tuple(Rows(a - reach, b + reach) for a, b in self.level.cuts))
+        return self._wider(x, self._reached(reach))
 
     def around_windows(self, x: Tensor, length: int, offset: int = 0) -> tuple[Band, Tensor]:
         """See `Band`."""
@@ -81,16 +81,21 @@ class RankBand(Band):
     def beside(self, x: Tensor, reach: int) -> tuple[Tensor, Tensor]:
         """The rows above and below that `around` adds to a map of the own rows, [B, rows, ...]."""
         self.check_rows(x.shape[1])
-        cuts, rank = self.level.cuts, self.rows.rank
-        need = tuple(Rows(max(a - reach, 0), min(b + reach, self.height)) for a, b in cuts)
-        parts = self.rows.fetch_parts(x, 1, cuts, need)
+        rank = self.rows.rank
+        parts = self.rows.fetch_parts(x, 1, self.level.cuts, self._inside(self._reached(reach)))
         none = x.new_empty(x.shape[0], 0, *x.shape[2:])
         if len(parts) == 1:
             return none, none
         return torch.cat([*parts[:rank], none], 1), torch.cat([none, *parts[rank + 1 :]], 1)
 
+    def _reached(self, reach: int) -> Cuts:
+        return tuple(Rows(a - reach, b + reach) for a, b in self.level.cuts)
+
+    def _inside(self, need: Cuts) -> Cuts:
+        return tuple(Rows(max(a, 0), min(b, self.height)) for a, b in need)
+
     def _wider(self, x: Tensor, need: Cuts) -> tuple[Band, Tensor]:
-        need = tuple(Rows(max(a, 0), min(b, self.height)) for a, b in need)
+        need = self._inside(need)
         if need == self.level.cuts:
             return self, x
         self.check_rows(x.shape[1])

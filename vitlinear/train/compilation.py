@@ -8,9 +8,7 @@ from torch._inductor import list_mode_options
 
 from vitlinear.cli.parser import Parser
 from vitlinear.errors import UserError, one_line
-
-# Of `torch.compile`: tensors stay in the layout they have (`docs/compile.md`).
-KEEP_LAYOUT = {"layout_optimization": False}
+from vitlinear.layers.layout import KEEP_LAYOUT
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,12 @@ def require_nothing(*modules: nn.Module) -> None:
         require(module, nn.Identity, nn.Dropout, DropPath)
 
 
+def over_rms(x: Tensor, axis: int, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) over an axis, by the norm: one step, without the squares."""
+    norm = torch.linalg.vector_norm(x, dim=axis, keepdim=True)
+    return x * (norm * norm * (1.0 / x.shape[axis]) + eps).rsqrt()
+
+
 class ChannelNorm(nn.Module):
     """Layer norm over the channels of a map [B, C, H, W], without weight and bias.
 
@@ -70,9 +76,7 @@ class ChannelNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H, W]."""
-        x = x - x.mean(1, keepdim=True)
-        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)  # one step, without the squares
-        return x * (norm * norm * (1.0 / x.shape[1]) + self.eps).rsqrt()
+        return over_rms(x - x.mean(1, keepdim=True), 1, self.eps)
 
 
 class ChannelRmsNorm(nn.Module):
@@ -89,9 +93,7 @@ class ChannelRmsNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H, W]."""
         y = x.unflatten(1, (self.num_heads, -1)) if self.num_heads > 1 else x
-        axis = y.dim() - 3
-        norm = torch.linalg.vector_norm(y, dim=axis, keepdim=True)
-        return (y * (norm * norm * (1.0 / y.shape[axis]) + self.eps).rsqrt()).reshape(x.shape)
+        return over_rms(y, y.dim() - 3, self.eps).reshape(x.shape)
 
 
 class Affine(nn.Module):

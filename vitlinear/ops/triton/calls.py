@@ -195,10 +195,8 @@ class Slice:
         self.one_kernel = call.wide.splits == 1 and plan.fits_one_kernel
         one_query = plan.key_weights == "global_query"
         forward, backward = forward_kernels, backward_kernels
-        self.forward, self.backward = (
-            self._of_one_kernel(kernel, plan, call, kernel is backward.backward_kernel)
-            for kernel in (forward.forward_kernel, backward.backward_kernel)
-        )
+        self.forward = self._of_one_kernel(forward.forward_kernel, plan, call, False)
+        self.backward = self._of_one_kernel(backward.backward_kernel, plan, call, True)
         self.mean_query = Launch(forward.mean_query_kernel, wide, plan, kind)
         self.state = Launch(forward.state_kernel, summing, plan, kind)
         self.read = Launch(forward.read_kernel, wide, plan, kind)

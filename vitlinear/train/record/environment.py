@@ -1,8 +1,6 @@
 """The software and hardware of a run: ``environment.json``, an entry for each of its starts."""
 
-import contextlib
 import datetime
-import importlib.metadata
 import json
 import os
 import platform
@@ -19,7 +17,7 @@ import vitlinear
 from vitlinear.errors import UserError
 from vitlinear.files import write_atomically, write_text
 from vitlinear.processor import cpu_model
-from vitlinear.revision import git
+from vitlinear.revision import git, versions
 
 from .folder import ENVIRONMENT
 
@@ -87,13 +85,9 @@ def read_starts(path: Path) -> list[dict[str, Any]]:
 
 def software() -> dict[str, Any]:
     """Returns versions: of Python, the packages a run may use, CUDA, cuDNN, the system."""
-    versions = {"vitlinear": vitlinear.__version__}
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
     return {
         "python": platform.python_version(),
-        "packages": versions,
+        "packages": {"vitlinear": vitlinear.__version__, **versions(PACKAGES)},
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
         "cudnn": torch.backends.cudnn.version(),
