@@ -19,7 +19,7 @@ from vitlinear.checkpoints.card import IMAGE_MODES, Card, read_card
 from vitlinear.checkpoints.download import digest
 from vitlinear.checkpoints.load import load_model
 from vitlinear.checkpoints.read import read_metadata
-from vitlinear.cli.flags import COUNT, from_arguments, values_by_flag
+from vitlinear.cli.flags import COUNT, from_arguments, path, values_by_flag
 from vitlinear.cli.parser import KeyValues, Parser
 from vitlinear.create import build_model, check_model_kwargs, data_config
 from vitlinear.errors import UserError
@@ -100,7 +100,7 @@ def parse_arguments(argv: Sequence[str] | None, prog: str = "vitlinear export") 
         "if it computes the same as the model.",
     )
     parser.add_argument("model", metavar="MODEL", help="name, with a tag or without")
-    parser.add_argument("out", metavar="OUT", type=_path, help="file: .onnx, .pt2 or .safetensors")
+    parser.add_argument("out", metavar="OUT", type=path, help="file: .onnx, .pt2 or .safetensors")
     parser.add_argument("--format", choices=FORMATS, default=None, help="default: by OUT's suffix")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     group = parser.add_argument_group("model")
@@ -131,7 +131,7 @@ def parse_arguments(argv: Sequence[str] | None, prog: str = "vitlinear export") 
     group.add_argument(
         "--layout", choices=LAYOUTS, default=AUTO,
         help="of maps in the program; channels-first is of the fused model, for runtimes of ONNX "
-        "(default: that for onnx in float32, where the model has it; else channels-last)",
+        "(default: that for onnx but in float16, where the model has it; else channels-last)",
     )  # fmt: skip
     group = parser.add_argument_group("images to calibrate on (--dtype int8)")
     group.add_argument(
@@ -148,10 +148,6 @@ def parse_arguments(argv: Sequence[str] | None, prog: str = "vitlinear export") 
         help=f"how many (default: {calibration.IMAGES})",
     )  # fmt: skip
     return from_arguments(ExportConfig, parser.parse_args(argv))
-
-
-def _path(text: str) -> Path:
-    return Path(text).expanduser()
 
 
 def _range(text: str) -> Range:
