@@ -29,13 +29,7 @@ from .blocks import (
     load_vector,
     opposite_state,
     opposite_vector,
-    phi_k,
-    phi_k_vjp,
-    phi_q,
-    phi_q_vjp,
-    read_factors,
     read_product,
-    read_slopes,
     second_half,
     seen_tokens,
     smaller,
@@ -51,6 +45,7 @@ from .blocks import (
     zero_block,
     zeros,
 )
+from .feature_maps import phi_k, phi_k_vjp, phi_q, phi_q_vjp, read_factors, read_slopes
 from .forward_kernels import (
     RUN_TIME,
     load_sums,

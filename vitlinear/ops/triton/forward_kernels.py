@@ -29,9 +29,6 @@ from .blocks import (
     load_vector,
     opposite_state,
     opposite_vector,
-    phi_k,
-    phi_q,
-    read_factors,
     read_product,
     seen_tokens,
     steps,
@@ -47,6 +44,7 @@ from .blocks import (
     zero_block,
     zeros,
 )
+from .feature_maps import phi_k, phi_q, read_factors
 
 # No compilation anew for another resolution or another stage.
 RUN_TIME = ("length", "width", "heads", "chunk", "splits", "slots")
