@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +34,7 @@ class Inputs(NamedTuple):
     head_scale: Tensor | None = None
     epilogue: tuple[str, ...] = ()  # which of gate and lepe there are
     powers: Tensor | None = None  # of mechanisms that take them, where they are not as `powers_of`
+    key_weights: Tensor | None = None  # likewise, where they are not as `weights_of`
 
     def tables(self, attention: str) -> RotaryTables | None:
         """Position tables of the kind that an attention takes."""
@@ -52,10 +54,17 @@ class Inputs(NamedTuple):
     def terms(self, attention: str, projection: Tensor | None = None) -> Terms:
         """All that an attention is given besides q, k and v."""
         lepe, gate = self.epilogue_terms(projection)
-        powers = None
-        if attention != "softmax" and ops.get_mechanism(attention).takes_powers:
+        powers = key_weights = None
+        row = None if attention == "softmax" else ops.get_mechanism(attention)
+        if row is not None and row.takes_powers:
             powers = powers_of(self.projection) if self.powers is None else self.powers
-        return Terms(self.tables(attention), self.mask, self.head_scale, lepe, gate, powers)
+        if row is not None and row.takes_key_weights:
+            key_weights = self.key_weights
+            if key_weights is None:
+                key_weights = weights_of(self.projection, attention)
+        return Terms(
+            self.tables(attention), self.mask, self.head_scale, lepe, gate, powers, key_weights
+        )
 
 
 def powers_of(projection: Tensor) -> Tensor:
@@ -64,6 +73,15 @@ def powers_of(projection: Tensor) -> Tensor:
     dtype = torch.float64 if projection.dtype == torch.float64 else torch.float32
     powers = torch.linspace(1, 5, heads * dim, dtype=dtype, device=projection.device)
     return (8 * powers).round().view(heads, dim) / 8
+
+
+def weights_of(projection: Tensor, mechanism: str) -> Tensor:
+    """Weights of keys from 0 to 2, [B, N, h, 1 or F], which every type holds exactly."""
+    numbers = ops.get_mechanism(mechanism).weights_per_key(projection.shape[-1])
+    shape = (*projection.shape[:2], projection.shape[3], numbers)
+    places = torch.arange(math.prod(shape), device=projection.device).reshape(shape)
+    dtype = torch.float64 if projection.dtype == torch.float64 else torch.float32
+    return (places * 7 % 17).to(dtype) / 8
 
 
 def make_inputs(
@@ -142,5 +160,7 @@ def oracle(attention: str, inputs: Inputs) -> tuple[Tensor, Tensor]:
     inputs = inputs._replace(rotary=double(inputs.rotary), cosine=double(inputs.cosine))
     if inputs.head_scale is not None:
         inputs = inputs._replace(head_scale=inputs.head_scale.detach().double())
+    if inputs.key_weights is not None:
+        inputs = inputs._replace(key_weights=inputs.key_weights.detach().double())
     out = attend(attention, inputs, "naive", projection)
     return out, torch.autograd.grad(out, projection, inputs.grad.double())[0]

@@ -47,11 +47,23 @@ FORMULAS = {
     "signed_features": (lambda x: x, lambda x: x, lambda z: z.sign() / z.abs().clamp(min=1e-6)),
     "elu_sum": (elu, elu, torch.ones_like),
     "elu_smoothed": (elu, elu, lambda z: 1 / (z + 1e-4)),
-    "elu_query": (elu, lambda x: x, lambda z: 1 / (z + 1e-6)),
-    "elu_query_sum": (elu, lambda x: x, torch.ones_like),
     "silu_sum": (F.silu, F.silu, torch.ones_like),
     "softmax_halves": (halves, halves, lambda z: 1 / (z + 1e-6)),
+    "weighted_identity": (lambda x: x, lambda x: x, torch.ones_like),
+    "weighted_elu_sum": (elu, elu, torch.ones_like),
+    "gated_identity": (lambda x: x, lambda x: x, torch.ones_like),
+    "gated_elu": (elu, elu, lambda z: 1 / (z + 1e-6)),
 }
+
+
+def weights_for(row):
+    """Weights of keys of the tokens below, of both signs where nothing divides by their sum."""
+    numbers = ops.get_mechanism(row).weights_per_key(6)
+    if not numbers:
+        return None
+    if ops.get_mechanism(row).reads.uses_norm:
+        return torch.rand(2, 11, 2, numbers, dtype=torch.float64)
+    return torch.randn(2, 11, 2, numbers, dtype=torch.float64)
 
 
 @each_row
@@ -62,10 +74,12 @@ def test_formula(row, backend):
     if row == "signed_features":  # sums of both signs
         q[:, ::2] *= -1
     v = torch.randn(2, 11, 2, 5, dtype=torch.float64)
-    inputs = [x.requires_grad_() for x in (q, k, v)]
-    out = ops.linear_attention(*inputs, mechanism=row, backend=backend)
+    w = weights_for(row)
+    inputs = [x.requires_grad_() for x in (q, k, v, w) if x is not None]
+    out = ops.linear_attention(q, k, v, mechanism=row, key_weights=w, backend=backend)
     phi_q, phi_k, factor = FORMULAS[row]
-    weights = torch.einsum("bnhd,bmhd->bhnm", phi_q(q), phi_k(k)) / 11
+    features = phi_k(k) if w is None else phi_k(k) * w
+    weights = torch.einsum("bnhd,bmhd->bhnm", phi_q(q), features) / 11
     weights = weights * factor(weights.sum(-1, keepdim=True))
     expected = torch.einsum("bhnm,bmhd->bnhd", weights, v)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
@@ -79,9 +93,10 @@ def test_formula(row, backend):
 def test_states_are_read_in_two_steps(row):
     q, k = torch.rand(2, 2, 11, 2, 6, dtype=torch.float64)
     v = torch.randn(2, 11, 2, 5, dtype=torch.float64)
-    state = ops.linear_attention_state(k, v, mechanism=row)
+    w = weights_for(row)
+    state = ops.linear_attention_state(k, v, mechanism=row, key_weights=w)
     out = ops.read_linear_attention_state(q, state, mechanism=row)
-    expected = ops.linear_attention(q, k, v, mechanism=row)
+    expected = ops.linear_attention(q, k, v, mechanism=row, key_weights=w)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
 
 

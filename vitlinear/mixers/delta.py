@@ -121,8 +121,8 @@ class _DeltaRule(Mixer):
             grid: Where the tokens stand.
         """
         mask = grid.key_padding_mask
-        both = torch.cat((k, v), dim=-1) * beta
-        state = scriptable_state(k, both, mask, self.backend, later=False)
+        both = torch.cat((k, v), dim=-1)
+        state = scriptable_state(k, both, mask, self.backend, later=False, key_weights=beta)
         matrix, right = state.split(self.head_dim, dim=-1)
         # The trace of the mean is at most 1, and with it every eigenvalue.
         lowest = ridge.amin(-1)[..., None, None]

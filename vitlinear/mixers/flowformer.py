@@ -70,9 +70,9 @@ class Flowformer(Mixer):
         if self.clamp:
             conserved_out = conserved_out.clamp(-1.0, 1.0)
         count = grid.number(q)
-        values = v * (count * grid.token_softmax(conserved_out))
+        weights = count * grid.token_softmax(conserved_out)
         f = f * (count * conserved_in.sigmoid() / incoming)
-        return attend(f, g, values, "identity", grid, backend=self.backend)
+        return attend(f, g, v, "weighted_identity", grid, key_weights=weights, backend=self.backend)
 
     def definition(
         self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, x: Tensor | None = None

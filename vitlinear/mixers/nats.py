@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitlinear.layers.linear import Linear
-from vitlinear.ops.features import elu_plus_one
 
 from .description import AttentionDescription, Option
 from .grid import Grid
@@ -129,8 +128,10 @@ class Nats(Mixer):
         # All others: weights of the tokens of the map, by the window that they lie in.
         of_tokens = (1 - exact)[..., windows.numbers(q.device)].transpose(1, 2)
         of_tokens = torch.cat((of_tokens[:, :1].expand(-1, prefix, -1) * 0, of_tokens), dim=1)
-        weighed = elu_plus_one(k) * of_tokens.unsqueeze(-1)
-        linear = attend(q, weighed, v, "elu_query_sum", grid, backend=self.backend)
+        linear = attend(
+            q, k, v, "weighted_elu_sum", grid,
+            key_weights=of_tokens.unsqueeze(-1), backend=self.backend,
+        )  # fmt: skip
         share = torch.einsum("bnhd,hdc->bnhc", q, self.share.to(q.dtype)).softmax(-1)
         softmax = rms_norm(softmax, self.softmax_norm) * share[..., :1]
         return softmax + rms_norm(linear, self.linear_norm) * share[..., 1:]

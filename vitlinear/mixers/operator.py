@@ -26,6 +26,7 @@ def attend(
     lepe: Tensor | None = None,
     gate: Tensor | None = None,
     powers: Tensor | None = None,
+    key_weights: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """(Attention(q, k, v) + lepe) * gate by the operator, on the tokens of a grid.
@@ -40,6 +41,7 @@ def attend(
         lepe: Added, like v.
         gate: Multiplies the sum, like v.
         powers: [h, D].
+        key_weights: [B, N, h, 1 or F], of rows that are given them.
         backend: One of `vitlinear.ops.BACKENDS`.
 
     Returns:
@@ -49,8 +51,9 @@ def attend(
     prefix = grid.num_prefix_tokens
     if rotary is None or prefix == 0:
         return scriptable_attention(
-            q, k, v, attn_type, rotary, mask, head_scale, lepe, gate, powers, backend=backend
-        )
+            q, k, v, attn_type, rotary, mask, head_scale, lepe, gate, powers, key_weights,
+            backend=backend,
+        )  # fmt: skip
     if band_in_use() is not None:
         raise ValueError(
             "rotary positions with tokens before the map cannot run on bands of rows: leave the "
@@ -67,7 +70,9 @@ def attend(
         head_scale,
         None if lepe is None else ahead.put(lepe),
         None if gate is None else ahead.put(gate),
-        powers, backend=backend,
+        powers,
+        None if key_weights is None else ahead.put(key_weights),
+        backend=backend,
     )  # fmt: skip
     return ahead.take(out)
 

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from vitlinear.layers.band import BANDED
 from vitlinear.layers.linear import Linear
-from vitlinear.ops.features import elu_plus_one
 
 from .description import AttentionDescription, Change, Option
 from .grid import Grid
@@ -74,13 +73,13 @@ class Saga(Mixer):
     def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, extra: Tensor | None) -> Tensor:
         """The formula; see `Mixer.mix`."""
         assert extra is not None
-        row = "elu"
-        gates = list(extra.to(q.dtype).sigmoid().split(self.dim, dim=-1))
+        gates = [x.sigmoid() for x in extra.to(q.dtype).split(self.dim, dim=-1)]
+        row, of_keys = "elu", None
         if self.gates != "values":
-            k, row = elu_plus_one(k) * gates[0].reshape(k.shape), "elu_query"
+            row, of_keys = "gated_elu", gates[0].reshape(k.shape)
         if self.gates != "keys":
             v = v * gates[-1].reshape(v.shape)
-        return attend(q, k, v, row, grid, backend=self.backend)
+        return attend(q, k, v, row, grid, key_weights=of_keys, backend=self.backend)
 
     def definition(
         self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, x: Tensor | None = None

@@ -103,8 +103,9 @@ class Titans(_Memory):
         assert extra is not None
         mask = grid.key_padding_mask
         q, k = unit(F.silu(q)), unit(F.silu(k))
-        theta = grid.hide(extra.to(q.dtype).sigmoid().unsqueeze(-1))
-        state = scriptable_state(k, torch.cat((k, v), dim=-1) * theta, mask, self.backend)
+        theta = extra.to(q.dtype).sigmoid().unsqueeze(-1)
+        both = torch.cat((k, v), dim=-1)
+        state = scriptable_state(k, both, mask, self.backend, key_weights=theta)
         matrix, right = state.split(self.head_dim, dim=-1)
         keeps = 1 - self.decay.to(q.dtype).sigmoid()[:, None, None]
         momentum = self.momentum.to(q.dtype).sigmoid()[:, None, None]
@@ -186,7 +187,7 @@ class Miras(_Memory):
             errors = v - scriptable_read(k, memory, None, mask, self.backend)
             size = length(errors)
             weights = theta * torch.where(size > delta, delta / size.clamp(min=1e-30), 1.0)
-            step = scriptable_state(k, errors * weights, mask, self.backend, later=False)
+            step = scriptable_state(k, errors, mask, self.backend, later=False, key_weights=weights)
             memory = keeps * memory + step
         return scriptable_read(q, memory, None, mask, self.backend)
 

@@ -74,7 +74,10 @@ class Vssd(Mixer):
         """The formula; see `Mixer.mix`."""
         assert extra is not None
         weights = F.softplus(extra.to(q.dtype)) * self.rate.to(q.dtype).exp()
-        out = attend(q, k * weights.unsqueeze(-1), v, "identity", grid, backend=self.backend)
+        out = attend(
+            q, k, v, "weighted_identity", grid,
+            key_weights=weights.unsqueeze(-1), backend=self.backend,
+        )  # fmt: skip
         return out + v * self.skip.to(v.dtype)[:, None]
 
     def definition(
@@ -150,7 +153,7 @@ class EfficientVim(Mixer):
         assert extra is not None
         weights = grid.token_softmax(extra.to(q.dtype).reshape(k.shape)) * grid.number(q)
         mask = grid.key_padding_mask
-        state = scriptable_state(weights * k, v, mask, self.backend)
+        state = scriptable_state(k, v, mask, self.backend, key_weights=weights)
         a, z = (state @ self.state_in.to(state.dtype)).chunk(2, dim=-1)
         a = a * F.silu(z) + a * self.skip.to(a.dtype)[:, None, None]
         return scriptable_read(q, a @ self.state_out.to(a.dtype), None, mask, self.backend)

@@ -31,6 +31,7 @@ def linear_attention(
     lepe: Tensor | None = None,
     gate: Tensor | None = None,
     powers: Tensor | None = None,
+    key_weights: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Attention whose cost grows linearly with the number of tokens.
@@ -39,7 +40,7 @@ def linear_attention(
     (`vitlinear.ops.mechanisms` has the table), positions R, and sums over the N tokens::
 
         out_i = a(z_i) R(phi_q(q_i))^T tau S + b(z_i) vbar        z_i = phi_q(q_i) . m
-        S = 1/N sum_j w_j R(phi_k(k_j)) v_j^T    m = 1/N sum_j w_j phi_k(k_j)
+        S = 1/N sum_j R(w_j phi_k(k_j)) v_j^T    m = 1/N sum_j w_j phi_k(k_j)
 
     and, where they are given, (out_i + lepe_i) * gate_i, elementwise, rounded once.
 
@@ -62,6 +63,9 @@ def linear_attention(
         gate: Multiplies the sum of output and lepe, like v.
         powers: Powers of a feature map that learns them (``pola``), above 0, for each channel of
             each head, [h, D], floating-point of any type.
+        key_weights: w_j of a mechanism that is given them, [B, N, h, 1], or for each feature (gates
+            of the keys), [B, N, h, F], floating-point of any type. They are factors as they are: no
+            softmax, no division by their sum.
         backend: ``auto``, ``eager``, ``library`` or ``triton``; see `vitlinear.ops.backend`.
 
     Returns:
@@ -83,7 +87,7 @@ def linear_attention(
         KernelError: The backend is ``triton`` and a kernel failed.
     """
     mask = None if key_padding_mask is None else mask_of_lengths(key_padding_mask, q)
-    terms = Terms(rotary, mask, head_scale, lepe, gate, powers)
+    terms = Terms(rotary, mask, head_scale, lepe, gate, powers, key_weights)
     call = None
     if not torch.compiler.is_compiling() and not is_looked_at():
         call = known(q, k, v, mechanism, terms)
@@ -154,6 +158,7 @@ def examined(q: Tensor, k: Tensor, v: Tensor, mechanism: str, terms: Terms) -> E
     row = get_mechanism(mechanism)
     check_tokens(q, k, v)
     check_mechanism(q, row, terms.powers, v.shape[-1])
+    check_key_weights(k, row, terms.key_weights)
     check_terms(q, terms, row.positions, v.shape[-1])
     training = is_training(q, k, v)
     return Examined(row, Workload.of(q, mechanism, terms, training, v.shape[-1]))
@@ -177,7 +182,7 @@ def known(q: Tensor, k: Tensor, v: Tensor, mechanism: str, terms: Terms) -> Exam
 
     Without a loop, which would take longer than all the rest.
     """
-    rotary, mask, head_scale, lepe, gate, powers = terms
+    rotary, mask, head_scale, lepe, gate, powers, weights = terms
     plain = PLAIN
     if type(q) not in plain or type(k) not in plain or type(v) not in plain:
         return None
@@ -197,6 +202,8 @@ def known(q: Tensor, k: Tensor, v: Tensor, mechanism: str, terms: Terms) -> Exam
         return None
     if powers is not None and type(powers) not in plain:
         return None
+    if weights is not None and type(weights) not in plain:
+        return None
     training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     key = (
         mechanism, q.device, training, q.dtype, q.shape, k.dtype, k.shape, v.dtype,
@@ -208,6 +215,7 @@ def known(q: Tensor, k: Tensor, v: Tensor, mechanism: str, terms: Terms) -> Exam
         None if lepe is None else (lepe.dtype, lepe.shape),
         None if gate is None else (gate.dtype, gate.shape),
         None if powers is None else (powers.dtype, powers.shape),
+        None if weights is None else (weights.dtype, weights.shape),
     )  # fmt: skip
     call = _known.get(key)
     if call is None:
@@ -334,6 +342,27 @@ def check_mechanism(q: Tensor, mechanism: Mechanism, powers: Tensor | None, valu
         raise ValueError(
             f"mechanism {name!r} reads the two halves of the values differently and needs an even "
             f"number of channels, got {value_dim}"
+        )
+
+
+def check_key_weights(k: Tensor, mechanism: Mechanism, weights: Tensor | None) -> None:
+    """Check that weights of keys [B, N, h, D] are given where, and as, a mechanism takes them.
+
+    Raises:
+        ValueError: They are not; the message says why.
+    """
+    numbers = mechanism.weights_per_key(k.shape[3])
+    if not numbers and weights is None:
+        return
+    name, shape = mechanism.name, (*k.shape[:3], numbers)
+    if weights is None:
+        raise ValueError(f"mechanism {name!r} needs key_weights, [B, N, h, {numbers}] = {shape}")
+    if not numbers:
+        raise ValueError(f"mechanism {name!r} takes no key_weights")
+    if weights.shape != shape or not weights.is_floating_point():
+        raise ValueError(
+            f"key_weights must be floating-point and [B, N, h, {numbers}] = {shape}, "
+            f"got {tuple(weights.shape)} {weights.dtype}"
         )
 
 

@@ -45,11 +45,13 @@ class StateGradients(NamedTuple):
         k: [B, N, h, D].
         v: [B, N, h, Dv].
         powers: [h, D]; None without powers.
+        key_weights: [B, N, h, 1 or F]; None where the mechanism takes none.
     """
 
     k: Tensor
     v: Tensor
     powers: Tensor | None
+    key_weights: Tensor | None
 
 
 class GivenGradients(NamedTuple):

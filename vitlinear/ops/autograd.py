@@ -37,12 +37,13 @@ def linear_attention(
         training: Whether queries, keys or values want a gradient.
         memo: As there.
     """
-    _, _, head_scale, lepe, gate, powers = terms
+    _, _, head_scale, lepe, gate, powers, key_weights = terms
     if training or (
-        torch.is_grad_enabled()
-        and any(x is not None and x.requires_grad for x in (head_scale, lepe, gate, powers))
+        torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in terms[2:])
     ):
-        return _apply(mechanism, terms, backend, memo, q, k, v, head_scale, lepe, gate, powers)
+        return _apply(
+            mechanism, terms, backend, memo, q, k, v, head_scale, lepe, gate, powers, key_weights
+        )
     return execution.forward(q, k, v, mechanism, terms, backend, False, True, memo)[0]
 
 

@@ -18,11 +18,11 @@ def linear_attention_state(
     k: Tensor, v: Tensor, mechanism: Mechanism, terms: Terms, backend: str
 ) -> LinearAttentionState:
     """The state of a plain call; arguments as `execution_states.state_forward`."""
-    powers = terms.powers
-    if torch.is_grad_enabled() and (
-        k.requires_grad or v.requires_grad or (powers is not None and powers.requires_grad)
-    ):
-        return LinearAttentionState(*_state(mechanism, terms, backend, k, v, powers))
+    learnt = (k, v, terms.powers, terms.key_weights)
+    if torch.is_grad_enabled():
+        for x in learnt:
+            if x is not None and x.requires_grad:
+                return LinearAttentionState(*_state(mechanism, terms, backend, *learnt))
     return execution_states.state_forward(k, v, mechanism, terms, backend)
 
 
@@ -30,7 +30,7 @@ def read_linear_attention_state(
     q: Tensor, state: LinearAttentionState, mechanism: Mechanism, terms: Terms, backend: str
 ) -> Tensor:
     """The read of a plain call; arguments as `execution_states.read_forward`."""
-    _, _, head_scale, lepe, gate, powers = terms
+    _, _, head_scale, lepe, gate, powers, _ = terms
     learnt = (q, state.state, state.norm, state.mean_v, head_scale, lepe, gate, powers)
     if torch.is_grad_enabled():
         for x in learnt:
@@ -52,22 +52,25 @@ class _State(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, mechanism: Mechanism, terms: Terms, backend: str,
-        k: Tensor, v: Tensor, powers: Tensor | None,
+        k: Tensor, v: Tensor, *_: Tensor | None,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
         state = execution_states.state_forward(k, v, mechanism, terms, backend)
         rows, cols = terms.rotary or (None, None)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(k, v, rows, cols, terms.key_padding_mask, powers, state.logsumexp)
+        ctx.save_for_backward(
+            k, v, rows, cols, terms.key_padding_mask, terms.powers, terms.key_weights,
+            state.logsumexp,
+        )  # fmt: skip
         ctx.mechanism, ctx.backend = mechanism, backend
         ctx.shapes = [None if x is None else x.shape for x in state[:3]]
         return tuple(state)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        k, v, rows, cols, mask, powers, logsumexp = ctx.saved_tensors
+        k, v, rows, cols, mask, powers, weights, logsumexp = ctx.saved_tensors
         given = [grad for grad in grads if grad is not None]
         if not given:
-            return (None,) * 6
+            return (None,) * 7
         *_, of_logsumexp = grads
         state, norm, mean_v = (  # all that the state has
             given[0].new_zeros(shape) if grad is None and shape is not None else grad
@@ -76,21 +79,25 @@ class _State(torch.autograd.Function):
         assert state is not None
         of_state = LinearAttentionState(state, norm, mean_v, None, of_logsumexp)
         if _is_plain(*grads):
-            terms = Terms(None if rows is None else RotaryTables(rows, cols), mask, powers=powers)
+            rotary = None if rows is None else RotaryTables(rows, cols)
+            terms = Terms(rotary, mask, powers=powers, key_weights=weights)
             found = execution_states.state_backward(
                 of_state, k, v, ctx.mechanism, terms, logsumexp, ctx.backend
             )
-            grad_k, grad_v, of_powers = found
+            grad_k, grad_v, of_powers, of_weights = found
             if of_powers is not None and powers is not None:
                 of_powers = eager.saturate(of_powers, powers.dtype).to(powers.dtype)
-            return None, None, None, grad_k, grad_v, of_powers
+            return None, None, None, grad_k, grad_v, of_powers, of_weights
         state, norm, mean_v, _, of_logsumexp = of_state.flatten()
         kept = state.new_empty(0) if logsumexp is None else logsumexp
-        grad_k, grad_v, of_powers = torch.ops.vitlinear.linear_attention_state_backward(
+        grad_k, grad_v, *others = torch.ops.vitlinear.linear_attention_state_backward(
             state, norm, mean_v, of_logsumexp, k, v, ctx.mechanism.name, rows, cols, mask, powers,
-            kept, ctx.backend,
+            weights, kept, ctx.backend,
         )  # fmt: skip
-        return None, None, None, grad_k, grad_v, None if powers is None else of_powers
+        of_powers, of_weights = (
+            None if x is None else grad for x, grad in zip((powers, weights), others, strict=True)
+        )
+        return None, None, None, grad_k, grad_v, of_powers, of_weights
 
 
 class _Read(torch.autograd.Function):
@@ -102,7 +109,7 @@ class _Read(torch.autograd.Function):
         q: Tensor, state: Tensor, norm: Tensor | None, mean_v: Tensor | None, *_: Tensor | None,
     ) -> Tensor:  # fmt: skip
         given = LinearAttentionState(state, norm, mean_v)
-        rotary, *others = terms
+        rotary, *others = terms[:-1]
         rows, cols = rotary or (None, None)
         ctx.save_for_backward(q, state, norm, mean_v, rows, cols, *others)
         ctx.mechanism, ctx.backend = mechanism, backend

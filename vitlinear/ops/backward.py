@@ -41,6 +41,7 @@ class LinearGradients(NamedTuple):
         lepe: Like v; None without a gate: it then is the gradient of the output.
         gate: Like v; None without a gate.
         powers: [h, D]; None without powers.
+        key_weights: [B, h, N, 1 or F]; None where the mechanism takes none.
     """
 
     q: Tensor
@@ -50,6 +51,7 @@ class LinearGradients(NamedTuple):
     lepe: Tensor | None
     gate: Tensor | None
     powers: Tensor | None = None
+    key_weights: Tensor | None = None
 
 
 class ReadGradients(NamedTuple):
@@ -82,12 +84,14 @@ class KeyGradients(NamedTuple):
         v: [B, h, N, Dv].
         powers: [h, D]; None without powers.
         query: Of the mean query, [B, h, 1, F]; None where no query weighs the keys.
+        key_weights: As in `LinearGradients`.
     """
 
     k: Tensor
     v: Tensor
     powers: Tensor | None
     query: Tensor | None
+    key_weights: Tensor | None
 
 
 def linear_attention_backward(
@@ -115,6 +119,9 @@ def linear_attention_backward(
 
         dphi(k_j) = c_j (y_j - sum_n c_n y_n)
 
+    Weights w_j that were given have the gradient phi(k_j) y_j / N, elementwise if w_j is a vector,
+    and summed over the features if it is a number.
+
     An epilogue (out_i + lepe_i) gate_i comes first; its outputs are computed anew::
 
         dgate_i = g_i (out_i + lepe_i)      dlepe_i = g_i gate_i, the g_i of all of the above
@@ -131,8 +138,9 @@ def linear_attention_backward(
     if powers is not None and of_keys.powers is not None:
         powers = powers + of_keys.powers
     return LinearGradients(
-        grad_q, of_keys.k, of_keys.v, read.head_scale, read.lepe, read.gate, powers
-    )
+        grad_q, of_keys.k, of_keys.v, read.head_scale, read.lepe, read.gate, powers,
+        of_keys.key_weights,
+    )  # fmt: skip
 
 
 def query_gradients(
@@ -233,7 +241,7 @@ def state_backward(
     assert k is not None and v is not None
     query, logsumexp = saved.query, saved.logsumexp
     scale, positions = k.shape[-1] ** -0.5, mechanism.positions
-    grad_query = None
+    grad_query = grad_weights = None
 
     features = _own_features(mechanism.phi_k, k, tokens.powers)
     y = encode(v @ grad_state.transpose(-1, -2), table, positions, inverse=True)
@@ -258,7 +266,11 @@ def state_backward(
             subtracted = subtracted - grad_logsumexp
         grad_features = y.sub_(subtracted).mul_(weighted)
     else:
-        weight = (torch.ones_like(k[..., :1]) if valid is None else valid) / num_valid
+        weight = torch.ones_like(k[..., :1]) if valid is None else valid
+        if tokens.key_weights is not None:
+            weight = tokens.key_weights
+            grad_weights = (features * y).sum_to_size(weight.shape) / num_valid
+        weight = weight / num_valid
         grad_features = y.mul_(weight)
         weighted = features.mul_(weight)
     grad_v = encode(weighted, table, positions) @ grad_state
@@ -268,9 +280,11 @@ def state_backward(
 
     grad_k, powers = mechanism.phi_k.pull_back(k, grad_features, tokens.powers)
     if valid is not None:
-        for grad in (grad_k, grad_v):
-            grad.masked_fill_(~valid, 0)
-    return KeyGradients(grad_k, grad_v, None if powers is None else powers.sum((0, 2)), grad_query)
+        for grad in (grad_k, grad_v, grad_weights):
+            if grad is not None:
+                grad.masked_fill_(~valid, 0)
+    powers = None if powers is None else powers.sum((0, 2))
+    return KeyGradients(grad_k, grad_v, powers, grad_query, grad_weights)
 
 
 def _times(x: Tensor, factor: Factor) -> Tensor:

@@ -94,6 +94,7 @@ class Tokens(NamedTuple):
     lepe: Tensor | None = None  # [B, h, N, D], any strides, any type
     gate: Tensor | None = None  # likewise
     powers: Tensor | None = None  # of feature maps, [h, 1, D]
+    key_weights: Tensor | None = None  # that the caller gave, [B, h, N, 1 or F], 0 for padding
 
 
 def prepare(
@@ -120,7 +121,7 @@ def prepare(
             three times faster on it, and `linear_attention_forward` may write to it; but autograd
             would keep the copies.
     """
-    rotary, key_padding_mask, head_scale, lepe, gate, powers = terms
+    rotary, key_padding_mask, head_scale, lepe, gate, powers, key_weights = terms
     given = k if q is None else q
     assert given is not None
     length, heads, head_dim = given.shape[1:]
@@ -130,6 +131,8 @@ def prepare(
         head_scale = head_scale.to(dtype)[:, None, None]
     if powers is not None:
         powers = widen(powers, dtype)[:, None, :]
+    if key_weights is not None:
+        key_weights = widen(key_weights.transpose(1, 2), dtype)
     # A change of type makes a copy anyway: it might as well be contiguous.
     own = own or dtype != given.dtype
     q, k, v = (None if x is None else widen(x.transpose(1, 2), dtype) for x in (q, k, v))
@@ -142,12 +145,14 @@ def prepare(
     if table is not None and mechanism is not None and mechanism.phi_q.expansion > 1:
         table = torch.cat([table] * mechanism.phi_q.expansion, dim=-2)  # each D-wide part alike
     if key_padding_mask is None:
-        return Tokens(q, k, v, table, None, length, head_scale, lepe, gate, powers)
+        return Tokens(q, k, v, table, None, length, head_scale, lepe, gate, powers, key_weights)
     valid = ~key_padding_mask[:, None, :, None]
     # Whatever stands in padding, NaN included, must not reach a sum as 0 * NaN.
-    q, k, v = (None if x is None else x.masked_fill(~valid, 0) for x in (q, k, v))
+    q, k, v, key_weights = (
+        None if x is None else x.masked_fill(~valid, 0) for x in (q, k, v, key_weights)
+    )
     num_valid = valid.sum(2, keepdim=True).clamp(min=1).to(dtype)
-    return Tokens(q, k, v, table, valid, num_valid, head_scale, lepe, gate, powers)
+    return Tokens(q, k, v, table, valid, num_valid, head_scale, lepe, gate, powers, key_weights)
 
 
 def table_of_heads(tables: RotaryTables, positions: str, heads: int, head_dim: int) -> Tensor:
@@ -230,6 +235,9 @@ def attention_state(
         weights = cpu.exp(logits - logsumexp)  # w_j / N
         weighted = cpu.times(k_features, weights) if mechanism.has_global_query else weights
         per_token = 1.0
+    elif mechanism.takes_key_weights:
+        assert tokens.key_weights is not None
+        weighted = cpu.times(k_features, tokens.key_weights)
     else:
         weighted = k_features if valid is None else cpu.times(k_features, valid)
 

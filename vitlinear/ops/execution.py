@@ -179,10 +179,10 @@ def backward(
         into, grad = getattr(memory, name), getattr(found, name)
         if into is not None:
             into.copy_(eager.saturate(grad, into.dtype))
-    for name in ("q", "k", "v", "lepe", "gate"):
+    for name in ("q", "k", "v", "lepe", "gate", "key_weights"):
         into, grad = getattr(memory, name), getattr(found, name)
         if into is not None:
-            into.copy_(eager.saturate(grad.transpose(1, 2), q.dtype))
+            into.copy_(eager.saturate(grad.transpose(1, 2), into.dtype))
 
 
 class GradientMemory(NamedTuple):
@@ -197,6 +197,7 @@ class GradientMemory(NamedTuple):
         values: v, and the gate if there is one, where they do not fit the buffer,
             [B, N, 1 or 2, h, Dv].
         powers: [h, D].
+        key_weights: [B, N, h, 1 or F].
     """
 
     buffer: Tensor
@@ -204,19 +205,21 @@ class GradientMemory(NamedTuple):
     lepe: Tensor | None
     values: Tensor | None
     powers: Tensor | None
+    key_weights: Tensor | None
 
     @classmethod
     def of_operator(
         cls, returned: tuple[Tensor, ...], q: Tensor, v: Tensor, terms: Terms
     ) -> GradientMemory:
         """The memory that the registered operator returns, with empty tensors for None."""
-        buffer, scale, lepe, values, powers = returned
+        buffer, scale, lepe, values, powers, key_weights = returned
         return cls(
             buffer,
             None if terms.head_scale is None else scale,
             None if terms.lepe is None or terms.gate is None else lepe,
             None if v.shape[-1] == q.shape[-1] else values,
             None if terms.powers is None else powers,
+            None if terms.key_weights is None else key_weights,
         )
 
 
@@ -234,6 +237,7 @@ def gradient_memory(
     """
     batch, length, heads, dim = q.shape
     gate, head_scale, powers = terms.gate, terms.head_scale, terms.powers
+    weights = terms.key_weights
     like_values, alike = 1 if gate is None else 2, v.shape[-1] == dim and slices != 2
     return GradientMemory(
         q.new_empty((batch, length, max(2 + like_values if alike else 2, slices), heads, dim)),
@@ -241,18 +245,19 @@ def gradient_memory(
         None if gate is None or terms.lepe is None else q.new_empty(v.shape),
         None if alike else q.new_empty((batch, length, like_values, heads, v.shape[-1])),
         None if powers is None else q.new_empty(powers.shape, dtype=powers.dtype),
+        None if weights is None else q.new_empty(weights.shape, dtype=weights.dtype),
     )
 
 
 def one_by_one(memory: GradientMemory) -> LinearGradients:
-    """Name what is in the memory: [B, N, h, D], but for the gradients of tau and powers."""
+    """Name what is in the memory: [B, N, h, ...], but for the gradients of tau and powers."""
     parts = [*memory.buffer.unbind(2)]
     if memory.values is not None:
         parts += memory.values.unbind(2)
     grad_q, grad_k, grad_v, *gate = parts
     return LinearGradients(
         grad_q, grad_k, grad_v, memory.head_scale, memory.lepe, gate[0] if gate else None,
-        memory.powers,
+        memory.powers, memory.key_weights,
     )  # fmt: skip
 
 

@@ -37,7 +37,7 @@ def state_backward(
     logsumexp: Tensor | None,
     backend: str,
 ) -> StateGradients:
-    """Gradients of keys, values and powers from those of the state, and its logsumexp."""
+    """Gradients of what a state is made of, from those of the state and its logsumexp."""
     found: StateGradients | None = by_kernels(
         lambda kernels: kernels.state_backward(grads, k, v, mechanism, terms, logsumexp),
         backend, k, v.shape[-1], mechanism, terms,
@@ -50,7 +50,11 @@ def state_backward(
         of_keys = formulas.state_backward(
             tokens, mechanism, saved, grads.state, grads.norm, grads.mean_v, grads.logsumexp
         )
-    return StateGradients(to_layout(of_keys.k, k), to_layout(of_keys.v, v), of_keys.powers)
+    weights, like = of_keys.key_weights, terms.key_weights
+    of_weights = None if weights is None or like is None else to_layout(weights, like)
+    return StateGradients(
+        to_layout(of_keys.k, k), to_layout(of_keys.v, v), of_keys.powers, of_weights
+    )
 
 
 def read_forward(

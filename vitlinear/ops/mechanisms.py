@@ -3,14 +3,14 @@
 Per head, with N tokens, queries, keys and values q, k, v, channels D, s = D^-0.5, and means taken
 over the tokens::
 
-    S = (1/N) sum_j w_j R(phi_k(k_j)) v_j^T      state, [F, D]
+    S = (1/N) sum_j R(w_j phi_k(k_j)) v_j^T      state, [F, D]
     m = (1/N) sum_j w_j phi_k(k_j)               normaliser state, [F]
     z_i = phi_q(q_i) . m                         vbar = (1/N) sum_j v_j
     out_i = a(z_i) R(phi_q(q_i)) tau S + b(z_i) vbar
 
 R is the 2-D encoding of the token's position (`vitlinear.ops.rotary`) or nothing. It acts in the
 numerator only: the normaliser sees features without it. tau is a scalar per head, 1 unless the
-caller gives one.
+caller gives one. w_j weighs keys, not values: vbar is the plain mean.
 
 =========  ==================  ==========  ==============  =================  ======
 mechanism  phi_q, phi_k        R           w_j             a(z)               b(z)
@@ -33,21 +33,24 @@ More rows are parts of the attentions of `vitlinear.mixers`, which put norms, ga
 their own around them. No layer is made of one by its name: they stand beside `MECHANISMS`, in
 `MIXER_ROWS`.
 
-===============  ====================  ==========================
-mechanism        phi_q, phi_k          a(z)
-===============  ====================  ==========================
-features         identity              1 / (z + eps)
-signed_features  identity              1 / z, at least 1e-6 from 0
-elu_sum          elu + 1               1
-elu_smoothed     elu + 1               1 / (z + 1e-4)
-elu_query        elu + 1, identity     1 / (z + eps)
-elu_query_sum    elu + 1, identity     1
-silu_sum         SiLU                  1
-softmax_halves   softmax of x and -x   1 / (z + eps)
-===============  ====================  ==========================
+=================  ====================  ===============  ==========================
+mechanism          phi_q, phi_k          w_j              a(z)
+=================  ====================  ===============  ==========================
+features           identity              1                1 / (z + eps)
+signed_features    identity              1                1 / z, at least 1e-6 from 0
+elu_sum            elu + 1               1                1
+elu_smoothed       elu + 1               1                1 / (z + 1e-4)
+silu_sum           SiLU                  1                1
+softmax_halves     softmax of x and -x   1                1 / (z + eps)
+weighted_identity  identity              a number         1
+weighted_elu_sum   elu + 1               a number         1
+gated_identity     identity              a vector         1
+gated_elu          elu + 1               a vector         1 / (z + eps)
+=================  ====================  ===============  ==========================
 
-Where phi is the identity, q or k are features already, of any width: what makes them, and weights
-of keys, stands outside. Where a divides by z + eps, the products of features have to be positive.
+Where phi is the identity, q or k are features already, of any width: what makes them stands
+outside. Where a divides by z + eps, the products of features have to be positive. The last four
+take their w_j from the caller: a number for each token and head, or one for each feature.
 
 ``pola`` reads the second half of the values by phi_q(-q_i), in a and b too. Its phi(-x) is phi(x)
 with halves exchanged: the second read takes the same features, and the state and m with their
@@ -187,6 +190,8 @@ class Mechanism:
             over tokens.
             ``'token_softmax'``: each channel of phi(k) goes through a softmax over the tokens,
             times N; a weight for each token and channel.
+            ``'given'``: w_j is a number that the caller gives, for each token and head.
+            ``'gates'``: w_j is a vector that the caller gives, with a number for each feature.
         read_out: Key in `READ_OUTS`: a and b.
         positions: What R does with position tables: ``'rotary'`` turns neighbouring channels,
             ``'cosine'`` puts [x cos; x sin] for x; ``'none'`` takes no tables.
@@ -223,6 +228,15 @@ class Mechanism:
     def takes_powers(self) -> bool:
         """Whether feature maps take powers from the caller."""
         return self.phi_q.takes_powers or self.phi_k.takes_powers
+
+    @property
+    def takes_key_weights(self) -> bool:
+        """Whether the caller gives the weights of the keys."""
+        return self.key_weights in ("given", "gates")
+
+    def weights_per_key(self, head_dim: int) -> int:
+        """Numbers that the caller gives for a key of a head of D channels; 0 if none."""
+        return {"given": 1, "gates": self.feature_dim(head_dim)}.get(self.key_weights, 0)
 
     @property
     def read_count(self) -> int:
@@ -297,13 +311,23 @@ MIXER_ROWS = {
         Mechanism("elu_sum", "elu+1", "elu+1", read_out="constant"),
         # LinFusion (arXiv:2409.02097).
         Mechanism("elu_smoothed", "elu+1", "elu+1", read_out="smoothed"),
-        # Keys that have gates or weights behind their feature map.
-        Mechanism("elu_query", "elu+1", "identity"),
-        Mechanism("elu_query_sum", "elu+1", "identity", read_out="constant"),
         # TransNormerLLM (arXiv:2307.14995), before its norm.
         Mechanism("silu_sum", "silu", "silu", read_out="constant"),
         # Hedgehog (arXiv:2402.04347) and LAWCAT, behind their matrices.
         Mechanism("softmax_halves", "softmax-halves", "softmax-halves"),
+        # VSSD (arXiv:2407.18559), Flowformer (arXiv:2202.06258), and memories whose tokens have a
+        # step each: the delta rule, Titans (arXiv:2501.00663), Miras (arXiv:2504.13173).
+        Mechanism(
+            "weighted_identity", "identity", "identity", key_weights="given", read_out="constant"
+        ),
+        # NAtS-L, before its norm.
+        Mechanism("weighted_elu_sum", "elu+1", "elu+1", key_weights="given", read_out="constant"),
+        # EfficientViM (arXiv:2411.15241), before what stands between state and read.
+        Mechanism(
+            "gated_identity", "identity", "identity", key_weights="gates", read_out="constant"
+        ),
+        # SAGA (arXiv:2509.12817).
+        Mechanism("gated_elu", "elu+1", "elu+1", key_weights="gates"),
     )
 }
 

@@ -66,6 +66,7 @@ def linear_attention_weights(
     key_padding_mask: Tensor | None = None,
     head_scale: Tensor | None = None,
     powers: Tensor | None = None,
+    key_weights: Tensor | None = None,
 ) -> Tensor:
     """The matrix A of a linear attention, for which out = A v, as [B, h, N, N].
 
@@ -82,6 +83,9 @@ def linear_attention_weights(
 
     if row.key_weights == "uniform":
         k_features = k_features * keep
+    elif row.takes_key_weights:
+        assert key_weights is not None
+        k_features = k_features * keep * key_weights
     elif row.key_weights == "global_query":
         global_query = (q_features * keep).sum(1, keepdim=True) / count
         logits = scale * (global_query * k_features).sum(-1, keepdim=True)
@@ -119,6 +123,7 @@ def linear_attention(
     lepe: Tensor | None = None,
     gate: Tensor | None = None,
     powers: Tensor | None = None,
+    key_weights: Tensor | None = None,
 ) -> Tensor:
     """Linear attention by its definition; see `vitlinear.ops.linear_attention`."""
     reads = [(q, v)]
@@ -128,7 +133,7 @@ def linear_attention(
     outs = []
     for query, values in reads:
         weights = linear_attention_weights(
-            query, k, mechanism, rotary, key_padding_mask, head_scale, powers
+            query, k, mechanism, rotary, key_padding_mask, head_scale, powers, key_weights
         )
         outs.append(torch.einsum("bhnm,bmhd->bnhd", weights, values))
     out = torch.cat(outs, dim=-1)

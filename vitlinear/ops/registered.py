@@ -45,11 +45,14 @@ def linear_attention_op(
     lepe: Tensor | None = None,
     gate: Tensor | None = None,
     powers: Tensor | None = None,
+    key_weights: Tensor | None = None,
     backend: str = "library",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output [B, N, h, D], and the five tensors of a flattened `LinearAttentionState`."""
     row = get_mechanism(mechanism)
-    terms = Terms.unflatten(rows, cols, key_padding_mask, head_scale, lepe, gate, powers)
+    terms = Terms.unflatten(
+        rows, cols, key_padding_mask, head_scale, lepe, gate, powers, key_weights
+    )
     out, state = execution.forward(q, k, v, row, terms, backend, separate=True)
     return out, *state.flatten()
 
@@ -76,20 +79,23 @@ def linear_attention_backward_op(
     lepe: Tensor | None,
     gate: Tensor | None,
     powers: Tensor | None,
+    key_weights: Tensor | None,
     state: Tensor,
     norm: Tensor,
     mean_v: Tensor,
     query: Tensor,
     logsumexp: Tensor,
     backend: str = "library",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and the gate in one or two buffers, of head_scale, lepe, and powers.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and the gate in one or two buffers, and of the other terms.
 
     As `execution.gradient_memory` has them, and empty for None. An operator may not return views of
     one another, so slicing the buffer is left to the autograd formula.
     """
     row = get_mechanism(mechanism)
-    terms = Terms.unflatten(rows, cols, key_padding_mask, head_scale, lepe, gate, powers)
+    terms = Terms.unflatten(
+        rows, cols, key_padding_mask, head_scale, lepe, gate, powers, key_weights
+    )
     saved = LinearAttentionState.unflatten(state, norm, mean_v, query, logsumexp)
     memory = execution.gradient_memory(q, v, terms)
     into = execution.one_by_one(memory)
@@ -97,13 +103,15 @@ def linear_attention_backward_op(
     return _returned(state, memory)
 
 
-Returned = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Returned = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _returned(state: Tensor, memory: execution.GradientMemory) -> Returned:
     """Memory of gradients as the operator returns it."""
-    buffer, scale, lepe, values, powers = (state.new_empty(0) if x is None else x for x in memory)
-    return buffer, scale, lepe, values, powers
+    buffer, scale, lepe, values, powers, key_weights = (
+        state.new_empty(0) if x is None else x for x in memory
+    )
+    return buffer, scale, lepe, values, powers, key_weights
 
 
 @linear_attention_backward_op.register_fake
@@ -120,10 +128,13 @@ def _(
     lepe: Tensor | None,
     gate: Tensor | None,
     powers: Tensor | None,
+    key_weights: Tensor | None,
     state: Tensor,
     *others: Any,
 ) -> Returned:
-    terms = Terms.unflatten(rows, cols, key_padding_mask, head_scale, lepe, gate, powers)
+    terms = Terms.unflatten(
+        rows, cols, key_padding_mask, head_scale, lepe, gate, powers, key_weights
+    )
     return _returned(state, execution.gradient_memory(q, v, terms))
 
 
@@ -200,9 +211,7 @@ def _linear_gradients(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | 
     )
     found = execution.one_by_one(execution.GradientMemory.of_operator(returned, q, v, terms))
     found = execution.with_lepe(found, grad_out, terms)
-    of_terms = FlatTerms(
-        head_scale=found.head_scale, lepe=found.lepe, gate=found.gate, powers=found.powers
-    )
+    of_terms = FlatTerms(None, None, None, *found[3:])
     return found.q, found.k, found.v, None, *of_terms, None
 
 

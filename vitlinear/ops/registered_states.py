@@ -32,11 +32,12 @@ def linear_attention_state_op(
     cols: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
     powers: Tensor | None = None,
+    key_weights: Tensor | None = None,
     backend: str = "library",
 ) -> FlatState:
     """The five tensors of a flattened `LinearAttentionState`."""
     row = get_mechanism(mechanism)
-    terms = Terms.unflatten(rows, cols, key_padding_mask, None, None, None, powers)
+    terms = Terms.unflatten(rows, cols, key_padding_mask, None, None, None, powers, key_weights)
     return execution_states.state_forward(k, v, row, terms, backend).flatten()
 
 
@@ -83,18 +84,20 @@ def linear_attention_state_backward_op(
     cols: Tensor | None,
     key_padding_mask: Tensor | None,
     powers: Tensor | None,
+    key_weights: Tensor | None,
     logsumexp: Tensor,
     backend: str = "library",
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of k, v and powers; empty for what is not there, as the gradients of the state."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of k, v, powers and weights; empty for what is not there, as those of the state."""
     row = get_mechanism(mechanism)
-    terms = Terms.unflatten(rows, cols, key_padding_mask, None, None, None, powers)
+    terms = Terms.unflatten(rows, cols, key_padding_mask, None, None, None, powers, key_weights)
     grads = LinearAttentionState.unflatten(
         grad_state, grad_norm, grad_mean_v, grad_state.new_empty(0), grad_logsumexp
     )
     saved = LinearAttentionState.unflatten(grad_state, *[grad_state.new_empty(0)] * 3, logsumexp)
     found = execution_states.state_backward(grads, k, v, row, terms, saved.logsumexp, backend)
-    return found.k, found.v, _like(found.powers, powers, k)
+    weights = k.new_empty(0) if found.key_weights is None else found.key_weights
+    return found.k, found.v, _like(found.powers, powers, k), weights
 
 
 @linear_attention_state_backward_op.register_fake
@@ -110,10 +113,12 @@ def _(
     cols: Tensor | None,
     key_padding_mask: Tensor | None,
     powers: Tensor | None,
+    key_weights: Tensor | None,
     logsumexp: Tensor,
     backend: str = "library",
-) -> tuple[Tensor, Tensor, Tensor]:
-    return k.new_empty(k.shape), v.new_empty(v.shape), _empty_like(powers, k)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    others = _empty_like(powers, k), _empty_like(key_weights, k)
+    return k.new_empty(k.shape), v.new_empty(v.shape), *others
 
 
 @custom_op("vitlinear::read_linear_attention_state", mutates_args=())
@@ -231,11 +236,14 @@ def _state_gradients(
     grad_logsumexp: Tensor,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     k, v, *terms, logsumexp = ctx.saved_tensors
-    grad_k, grad_v, of_powers = torch.ops.vitlinear.linear_attention_state_backward(
+    grad_k, grad_v, *others = torch.ops.vitlinear.linear_attention_state_backward(
         grad_state, grad_norm, grad_mean_v, grad_logsumexp, k, v, ctx.mechanism, *terms, logsumexp,
         ctx.backend,
     )  # fmt: skip
-    return grad_k, grad_v, None, None, None, None, None if terms[-1] is None else of_powers, None
+    of_powers, of_weights = (
+        None if x is None else grad for x, grad in zip(terms[-2:], others, strict=True)
+    )
+    return grad_k, grad_v, None, None, None, None, of_powers, of_weights, None
 
 
 def _save_read(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -141,6 +141,11 @@ def make_terms(kind: Kind, height: int, width: int, batch: int, heads: int) -> T
             batch, length, heads, kind.value_dim or dim, dtype=kind.dtype, device=device
         )
 
+    def weights() -> Tensor:
+        numbers = get_mechanism(kind.mechanism).weights_per_key(dim)
+        some = torch.linspace(2, 0, batch * length * heads * numbers, dtype=kind.dtype)
+        return some.view(batch, length, heads, numbers).to(device)
+
     made: dict[str, Callable[[], Any]] = {
         "rotary": lambda: tables(height, width, dim * (heads if kind.full_width else 1), device),
         "key_padding_mask": mask,
@@ -150,6 +155,7 @@ def make_terms(kind: Kind, height: int, width: int, batch: int, heads: int) -> T
         ).view(heads, dim),
         "lepe": ones,
         "gate": ones,
+        "key_weights": weights,
     }
     return Terms(**{name: made[name]() for name in kind.terms})
 
@@ -193,6 +199,7 @@ def _run(
         lepe=torch.empty_like(v) if gated and terms.lepe is not None else None,
         gate=grad_gate[0] if gated else None,
         powers=None if terms.powers is None else torch.empty_like(terms.powers),
+        key_weights=None if terms.key_weights is None else torch.empty_like(terms.key_weights),
     )
     kernels.backward(grad, q, k, v, row, terms, state, grads)
     return {"output": out, **dict(_named(grads))}

@@ -44,13 +44,14 @@ def linear_attention_state(
     rotary: RotaryTables | None = None,
     key_padding_mask: Tensor | None = None,
     powers: Tensor | None = None,
+    key_weights: Tensor | None = None,
     backend: str = "auto",
 ) -> LinearAttentionState:
     """The state of a linear attention: sums over keys and values.
 
     With the notation of `vitlinear.ops.linear_attention`::
 
-        S = 1/N sum_j w_j R(phi_k(k_j)) v_j^T    m = 1/N sum_j w_j phi_k(k_j)
+        S = 1/N sum_j R(w_j phi_k(k_j)) v_j^T    m = 1/N sum_j w_j phi_k(k_j)
         vbar = 1/N sum_j v_j
 
     Args:
@@ -60,6 +61,8 @@ def linear_attention_state(
         rotary: Position tables of the keys.
         key_padding_mask: Tokens that count nowhere, as for `vitlinear.ops.linear_attention`.
         powers: Powers of a feature map that learns them, [h, D].
+        key_weights: w_j of a mechanism that is given them, as for
+            `vitlinear.ops.linear_attention`. A read of the state takes none.
         backend: ``auto``, ``eager``, ``library`` or ``triton``; see `vitlinear.ops.backend`.
 
     Returns:
@@ -76,7 +79,8 @@ def linear_attention_state(
         raise ValueError(
             f"{mechanism!r} weighs keys by their mean query and has no state without queries"
         )
-    terms = Terms(rotary, mask_of_lengths(key_padding_mask, k), powers=powers)
+    mask = mask_of_lengths(key_padding_mask, k)
+    terms = Terms(rotary, mask, powers=powers, key_weights=key_weights)
     call = known(k, k, v, mechanism, terms) if _may_be_plain() else None
     plain = call is not None
     if call is None:
@@ -87,9 +91,9 @@ def linear_attention_state(
         check_tables_gradient(terms)
         return autograd_states.linear_attention_state(k, v, row, terms, chosen)
     check_derivatives(terms, k, v)
-    rows, cols, mask, *_ = terms.flatten()
+    rows, cols, *_ = terms.flatten()
     flat = torch.ops.vitlinear.linear_attention_state(
-        k, v, mechanism, rows, cols, mask, powers, chosen
+        k, v, mechanism, rows, cols, mask, powers, key_weights, chosen
     )
     return LinearAttentionState.unflatten(*flat)
 
@@ -147,7 +151,7 @@ def read_linear_attention_state(
     given = (state.state, state.norm, state.mean_v)
     check_derivatives(terms, q, *given)
     out: Tensor = torch.ops.vitlinear.read_linear_attention_state(
-        q, *given, mechanism, *terms.flatten(), chosen
+        q, *given, mechanism, *terms.flatten()[:-1], chosen
     )
     return out
 

@@ -25,6 +25,7 @@ class FlatTerms(NamedTuple):
         lepe: [B, N, h, Dv].
         gate: [B, N, h, Dv].
         powers: [h, D].
+        key_weights: [B, N, h, 1 or F].
     """
 
     rows: Tensor | None = None
@@ -34,6 +35,7 @@ class FlatTerms(NamedTuple):
     lepe: Tensor | None = None
     gate: Tensor | None = None
     powers: Tensor | None = None
+    key_weights: Tensor | None = None
 
 
 class Terms(NamedTuple):
@@ -46,6 +48,7 @@ class Terms(NamedTuple):
         lepe: Added to the output, [B, N, h, Dv].
         gate: Multiplies the sum of output and lepe, [B, N, h, Dv].
         powers: Of a feature map that learns them, [h, D].
+        key_weights: Of keys, for mechanisms that do not make them, [B, N, h, 1 or F].
     """
 
     rotary: RotaryTables | None = None
@@ -54,6 +57,7 @@ class Terms(NamedTuple):
     lepe: Tensor | None = None
     gate: Tensor | None = None
     powers: Tensor | None = None
+    key_weights: Tensor | None = None
 
     def flatten(self) -> FlatTerms:
         """The same with the position tables as two tensors."""

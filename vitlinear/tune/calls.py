@@ -65,10 +65,14 @@ def of_mechanism(
 ) -> Workload:
     """A call with queries [B, N, h, D], and what the mechanism takes of these terms.
 
-    Powers are always given where there is room for them.
+    Powers and weights of keys are always given where there is room for them.
     """
     row = get_mechanism(mechanism)
-    names = {*terms, "powers"} - ({"powers"} if not row.takes_powers else set())
+    names = {*terms} - {"powers", "key_weights"}
+    if row.takes_powers:
+        names.add("powers")
+    if row.takes_key_weights:
+        names.add("key_weights")
     if row.positions == "none":
         names.discard("rotary")
     batch, length, heads, dim = shape

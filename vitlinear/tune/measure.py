@@ -51,7 +51,10 @@ def least_bytes(work: Workload) -> int:
         if "gate" in terms:  # itself, its gradient, and lepe with its own
             tensors += 2 + 2 * ("lepe" in terms)
     size = torch.finfo(work.dtype).bits // 8
-    return tensors * work.tokens * work.head_dim * size
+    weights = get_mechanism(work.mechanism).weights_per_key(work.head_dim)
+    if work.training:  # once more, and their gradient
+        weights *= 3
+    return (tensors * work.head_dim + weights) * work.tokens * size
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ def _step(work: Workload, name: str) -> Callable[[], object]:
         projections = [normal(2, work.head_dim), normal(1 + gated, width)]
     learnt = {
         key: value.requires_grad_(work.training)
-        for key in ("lepe", "head_scale", "powers")
+        for key in ("lepe", "head_scale", "powers", "key_weights")
         if isinstance(value := getattr(terms, key, None), Tensor)
     }
     backend = "triton" if name in ("triton", "states") else "eager"
@@ -180,7 +183,9 @@ def _in_two_steps(
     mechanism: str, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
 ) -> Tensor:
     """The state of keys and values, and queries that read it."""
+    key_weights = options.pop("key_weights")
     of_keys = {name: options[name] for name in ("rotary", "key_padding_mask", "powers")}
+    of_keys["key_weights"] = key_weights
     state = linear_attention_state(k, v, mechanism=mechanism, **of_keys, backend="triton")
     return read_linear_attention_state(q, state, mechanism=mechanism, **options, backend="triton")
 

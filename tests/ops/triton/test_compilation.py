@@ -20,6 +20,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 from tests.ops.triton.cases import GRIDS  # noqa: E402
 from vitlinear import ops  # noqa: E402
 from vitlinear.ops.backward import LinearGradients  # noqa: E402
+from vitlinear.ops.mechanisms import MIXER_ROWS  # noqa: E402
 from vitlinear.ops.terms import Terms  # noqa: E402
 from vitlinear.ops.triton import INTERPRETING, calls, launch, state_launch, tuning  # noqa: E402
 
@@ -33,9 +34,9 @@ pytestmark = [
 ]
 
 
-HOPPER = GPUTarget("cuda", 90, 32)
+HOPPER, AMPERE = GPUTarget("cuda", 90, 32), GPUTarget("cuda", 80, 32)
 OTHERS = [
-    GPUTarget("cuda", 80, 32),
+    AMPERE,
     GPUTarget("cuda", 100, 32),
     GPUTarget("hip", "gfx90a", 64),
     GPUTarget("hip", "gfx942", 64),
@@ -103,9 +104,13 @@ def call(
     if full_width:
         rotary = ops.full_width_rotary_tables(*grid, heads * dim)
     powers = torch.ones(heads, dim) if row.takes_powers else None
+    weights = None
+    if row.takes_key_weights:
+        weights = torch.zeros(2, length, heads, row.weights_per_key(dim), dtype=dtype)
     terms = Terms(
         rotary=rotary,
         powers=powers,
+        key_weights=weights,
         key_padding_mask=torch.zeros(2, length, dtype=torch.bool) if mask else None,
         head_scale=torch.ones(heads) if mask else None,
         lepe=lepe if epilogue else None,
@@ -121,6 +126,7 @@ def call(
         lepe=grad_lepe if epilogue else None,
         gate=grad_gate if epilogue else None,
         powers=powers,
+        key_weights=weights,
     )
     launch.backward(out, q, k, v, row, terms, state, grads)
 
@@ -205,6 +211,22 @@ def test_every_mechanism_compiles(mechanism, dtype, rotary, grid, kernels):
         for name, kernel in kernels:
             dropping = re.findall(r"\b(?:max|min)\.(?:ftz\.)?f\d+", kernel.asm["ptx"])
             assert not dropping, f"{name} takes a number where an operand is NaN"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mechanism", "target", "dtype", "grid"),
+    in_turn(list(MIXER_ROWS), [HOPPER, AMPERE], DTYPES, [SHORT, LONG], keep=2, every=5),
+    ids=lambda value: f"sm_{value.arch}" if isinstance(value, GPUTarget) else str(value),
+)
+def test_rows_of_mixers_compile(mechanism, target, dtype, grid, kernels):
+    """To the binary, for the GPUs that most have."""
+    call(mechanism, grid, dtype)
+    names = {name for name, kernel in kernels if kernel.asm["cubin"]}
+    found = (
+        {"forward_kernel", "backward_kernel"} if grid == SHORT else {"state_kernel", "key_kernel"}
+    )
+    assert names >= found
 
 
 @pytest.mark.slow

@@ -22,7 +22,13 @@ from vitlinear.ops import (
     linear_attention_state,
     read_linear_attention_state,
 )
-from vitlinear.ops.attention import check_terms, check_tokens, is_training, mask_of_lengths
+from vitlinear.ops.attention import (
+    check_key_weights,
+    check_terms,
+    check_tokens,
+    is_training,
+    mask_of_lengths,
+)
 from vitlinear.ops.eager import (
     Tokens,
     accumulation_dtype,
@@ -68,6 +74,7 @@ def band_attention(
     lepe: Made | None = None,
     gate: Made | None = None,
     powers: Tensor | None = None,
+    key_weights: Made | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """(Attention(q, k, v) + lepe) * gate of a band; arguments as `scriptable_attention`.
@@ -84,6 +91,7 @@ def band_attention(
         lepe: Like q.
         gate: Like q.
         powers: [h, D].
+        key_weights: [B, n, h, 1 or F].
         backend: One of `vitlinear.ops.BACKENDS`, for linear attention.
 
     Returns:
@@ -95,8 +103,11 @@ def band_attention(
     mechanism = get_mechanism(attn_type)
     passes = band.repeats or key_padding_mask is not None
     if isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor) and not passes:
-        all_of_it = Terms(rotary, None, head_scale, made(lepe), made(gate), powers)
+        all_of_it = Terms(
+            rotary, None, head_scale, made(lepe), made(gate), powers, made(key_weights)
+        )
         check_tokens(q, k, v)
+        check_key_weights(k, mechanism, all_of_it.key_weights)
         check_terms(q, all_of_it, mechanism.positions)
         chosen = runs_on(backend, q, attn_type, all_of_it, v.shape[-1], is_training(q, k, v))
         if chosen != "eager":
@@ -114,6 +125,9 @@ def band_attention(
         all_terms = terms._replace(key_padding_mask=mask_of_lengths(key_padding_mask, given))
         if ends:
             all_terms = all_terms._replace(lepe=made(lepe), gate=made(gate))
+        if k is not None:
+            all_terms = all_terms._replace(key_weights=made(key_weights))
+            check_key_weights(k, mechanism, all_terms.key_weights)
         check_terms(given, all_terms, mechanism.positions)
         with without_autocast(given):
             own = not torch.is_grad_enabled()
@@ -151,13 +165,16 @@ def _by_states(
     if rotary is not None:
         first, last = (row - band.start for row in band.own)
         rotary = RotaryTables(rotary.rows[first:last], rotary.cols)
+    weights = terms.key_weights
+    weights = None if weights is None else band.own_tokens(weights)
     own = Terms(rotary, powers=terms.powers)
     if mechanism.has_global_query:
         part = _weighted_part(band, band.own_tokens(q), keys, values, mechanism, own)
     else:
         state = linear_attention_state(
             keys, values,
-            mechanism=mechanism.name, rotary=rotary, powers=terms.powers, backend=backend,
+            mechanism=mechanism.name, rotary=rotary, powers=terms.powers, key_weights=weights,
+            backend=backend,
         )  # fmt: skip
         number = state.state.new_full((q.shape[0], 1, 1, 1), keys.shape[1])
         part = Part(number, *state.flatten())
@@ -214,6 +231,7 @@ def own_part(band: Band, tokens: Tokens) -> Tokens:
         v=own(tokens.v, 2),
         table=own(tokens.table, -3),
         valid=own(tokens.valid, 2),
+        key_weights=own(tokens.key_weights, 2),
     )
     given = part.k if part.q is None else part.q
     assert given is not None
@@ -264,7 +282,12 @@ def merge_sums(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tens
 
 
 def band_state(
-    band: Band, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, later: bool = True
+    band: Band,
+    k: Tensor,
+    v: Tensor,
+    key_padding_mask: Tensor | None,
+    later: bool = True,
+    key_weights: Tensor | None = None,
 ) -> Tensor:
     """Mean of k v^T over the tokens of all bands; see `scriptable_state`.
 
@@ -274,14 +297,21 @@ def band_state(
         v: Values, [B, n, h, Dv].
         key_padding_mask: [B, n] bool.
         later: As `Band.merge`: the result may be NaN, and no other sum of the layer depends on it.
+        key_weights: [B, n, h, 1 or D].
     """
     dtype = accumulation_dtype(k.dtype)
     with without_autocast(k):
         k, v = (band.own_tokens(x).transpose(1, 2).to(dtype) for x in (k, v))
+        weights = None
+        if key_weights is not None:
+            weights = band.own_tokens(key_weights).transpose(1, 2).to(dtype)
         number = k.new_full((k.shape[0], 1, 1, 1), k.shape[2])
         if key_padding_mask is not None:
             valid = ~band.own_tokens(key_padding_mask)
-            k = k.masked_fill(~valid[:, None, :, None], 0)
+            padding = ~valid[:, None, :, None]
+            k = k.masked_fill(padding, 0)
+            weights = None if weights is None else weights.masked_fill(padding, 0)
             number = valid.sum(1).to(dtype).reshape(number.shape)
+        k = k if weights is None else k * weights
         total, number = band.merge((k.transpose(-1, -2) @ v, number), merge_sums, later)
     return total / number.clamp(min=1)

@@ -61,6 +61,7 @@ def scriptable_attention(
     lepe: Tensor | None = None,
     gate: Tensor | None = None,
     powers: Tensor | None = None,
+    key_weights: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """(Attention(q, k, v) + lepe) * gate, of what is given, [B, N, h, D] -> [B, N, h, D].
@@ -79,17 +80,19 @@ def scriptable_attention(
         lepe: Added to the attention, like q.
         gate: Multiplies the sum, like q.
         powers: Of a feature map that learns them, [h, D].
+        key_weights: Of the keys, of mechanisms that are given them, [B, N, h, 1 or F].
         backend: One of `vitlinear.ops.BACKENDS`.
     """
     if torch.jit.is_scripting():
         return _scripted_attention(
-            q, k, v, attn_type, rotary, key_padding_mask, head_scale, lepe, gate, powers
-        )
+            q, k, v, attn_type, rotary, key_padding_mask, head_scale, lepe, gate, powers,
+            key_weights,
+        )  # fmt: skip
     band = band_in_use()
     if band is not None:
         return band_attention(
             band, q, k, v, attn_type, rotary, key_padding_mask, head_scale, lepe, gate, powers,
-            backend,
+            key_weights, backend,
         )  # fmt: skip
     if attn_type == "softmax":
         out = softmax_attention(
@@ -98,7 +101,8 @@ def scriptable_attention(
         return epilogue(out, lepe, gate)
     return linear_attention(
         q, k, v, mechanism=attn_type, rotary=rotary, key_padding_mask=key_padding_mask,
-        head_scale=head_scale, lepe=lepe, gate=gate, powers=powers, backend=backend,
+        head_scale=head_scale, lepe=lepe, gate=gate, powers=powers, key_weights=key_weights,
+        backend=backend,
     )  # fmt: skip
 
 
@@ -113,6 +117,7 @@ def _scripted_attention(
     lepe: Tensor | None,
     gate: Tensor | None,
     powers: Tensor | None,
+    key_weights: Tensor | None,
 ) -> Tensor:
     """`scriptable_attention` in TorchScript, of registered operators alone."""
     rows: Tensor | None = None
@@ -121,8 +126,9 @@ def _scripted_attention(
         rows, cols = rotary
     if attn_type != "softmax":
         return torch.ops.vitlinear.linear_attention(
-            q, k, v, attn_type, rows, cols, key_padding_mask, head_scale, lepe, gate, powers
-        )[0]
+            q, k, v, attn_type, rows, cols, key_padding_mask, head_scale, lepe, gate, powers,
+            key_weights,
+        )[0]  # fmt: skip
     out = torch.ops.vitlinear.softmax_attention(q, k, v, rows, cols, key_padding_mask)[0]
     out = out if lepe is None else lepe + out
     return out if gate is None else out * gate

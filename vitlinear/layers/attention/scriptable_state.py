@@ -24,6 +24,7 @@ def scriptable_state(
     key_padding_mask: Tensor | None = None,
     backend: str = "auto",
     later: bool = True,
+    key_weights: Tensor | None = None,
 ) -> Tensor:
     """Mean of k v^T over the tokens, the state of the mechanism ``identity``.
 
@@ -34,21 +35,28 @@ def scriptable_state(
         backend: One of `vitlinear.ops.BACKENDS`.
         later: On bands of rows: whether NaN may stand for the state until it is known, as where it
             is read and nothing else. Sums of the layer that depend on it, and solvers, forbid that.
+        key_weights: Factors of the keys, of each token and head, [B, N, h, 1], or of each channel,
+            [B, N, h, D].
 
     Returns:
         [B, h, D, Dv], float32, or float64 for float64.
     """
+    mechanism = "identity"
+    if key_weights is not None:
+        of_each_channel = key_weights.shape[3] > 1
+        mechanism = "gated_identity" if of_each_channel else "weighted_identity"
     if torch.jit.is_scripting():
         return torch.ops.vitlinear.linear_attention_state(
-            k, v, "identity", None, None, key_padding_mask, None
+            k, v, mechanism, None, None, key_padding_mask, None, key_weights
         )[0]
     else:  # noqa: RET505  TorchScript leaves out the branch not taken, but not what follows it
         band = band_in_use()
         if band is not None:
-            return band_state(band, k, v, key_padding_mask, later)
+            return band_state(band, k, v, key_padding_mask, later, key_weights)
         return linear_attention_state(
-            k, v, mechanism="identity", key_padding_mask=key_padding_mask, backend=backend
-        ).state
+            k, v, mechanism=mechanism, key_padding_mask=key_padding_mask, key_weights=key_weights,
+            backend=backend,
+        ).state  # fmt: skip
 
 
 def scriptable_read(

@@ -27,6 +27,7 @@ from .blocks import (
     load_tokens,
     load_values,
     load_vector,
+    load_weights,
     opposite_state,
     opposite_vector,
     read_product,
@@ -39,6 +40,7 @@ from .blocks import (
     store_statistic,
     store_values,
     store_vector,
+    store_weight_gradients,
     sum_product,
     valid_tokens,
     vector_lanes,
@@ -202,7 +204,7 @@ def _query_loop(
 
 
 @triton.jit
-def key_terms(k, v, n, query, statistic, transposed, grad_norm, span, plan: tl.constexpr):
+def key_terms(k, v, given, n, query, statistic, transposed, grad_norm, span, plan: tl.constexpr):
     """The terms of a block of keys that both passes over the keys take.
 
     Returns:
@@ -227,6 +229,8 @@ def key_terms(k, v, n, query, statistic, transposed, grad_norm, span, plan: tl.c
         _, exists = vector_lanes(plan)
         weights = tl.exp(smaller(features - statistic[None, :], 0.0))
         weights = tl.where(seen[:, None] & exists[None, :], weights, 0.0)
+    elif plan.has_weights:
+        weights = computed_once(load_weights(given, b, h, n, valid, plan), valid) / count
     else:
         weights = tl.where(valid, 1.0 / count, 0.0)[:, None]
     return features, weights, y, valid, cos, sin, x
@@ -245,7 +249,7 @@ def key_mean(k, v, query, statistic, grad_state, grad_norm, span, plan: tl.const
     for start in steps(first, end_of(first, last, plan), plan.block_tokens):
         n = start + tl.arange(0, plan.block_tokens)
         features, weights, y, _valid, _cos, _sin, _x = key_terms(
-            k, v, n, query, statistic, transposed, grad_norm, span, plan
+            k, v, None, n, query, statistic, transposed, grad_norm, span, plan
         )
         if plan.key_weights == "global_query":
             along = tl.sum(features * y, 1)[:, None]
@@ -259,10 +263,10 @@ def key_mean(k, v, query, statistic, grad_state, grad_norm, span, plan: tl.const
 
 @triton.jit
 def key_pass(
-    k, v, grad_k, grad_v, query, statistic, grad_state, grad_norm, grad_mean, subtracted, span,
-    plan: tl.constexpr,
+    k, v, weighing, grad_k, grad_v, query, statistic, grad_state, grad_norm, grad_mean, subtracted,
+    span, plan: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a span's keys and values.
+    """Gradients of a span's keys, values, and weights of keys that were given.
 
     Returns:
         Its share of the gradients of the mean query and of powers.
@@ -272,10 +276,13 @@ def key_pass(
     grad_query = zeros(plan.block_features)
     grad_powers = zeros(plan.block_dim)
     transposed = tl.trans(grad_state)
+    given = None
+    if plan.has_weights:
+        given, grad_given = weighing
     for start in steps(first, end_of(first, last, plan), plan.block_tokens):
         n = start + tl.arange(0, plan.block_tokens)
         features, weights, y, valid, cos, sin, x = key_terms(
-            k, v, n, query, statistic, transposed, grad_norm, span, plan
+            k, v, given, n, query, statistic, transposed, grad_norm, span, plan
         )
         if plan.key_weights == "global_query":
             along = tl.sum(features * y, 1)[:, None]
@@ -287,6 +294,9 @@ def key_pass(
             grad = weights * (y - subtracted[None, :])
             weighted = weights
         else:
+            if plan.has_weights:
+                of_weights = features * y / count
+                store_weight_gradients(grad_given, of_weights, b, h, n, n < last, valid, plan)
             grad = y * weights
             weighted = features * weights
         grad, of_powers = phi_k_vjp(x, grad, powers, plan)
@@ -308,37 +318,37 @@ def load_softmax(query_at, statistics, slot, plan: tl.constexpr):
     statistic = 0.0
     if plan.key_weights == "global_query":
         query = load_vector(query_at, slot, plan)
-    if plan.key_weights != "uniform":
+    if plan.has_softmax:
         statistic = load_statistic(statistics, slot, plan)
     return query, statistic
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def backward_kernel(
-    grad_out, q, k, v, grad_q, grad_k, grad_v, epilogue, grad_epilogue, tables, mask, counts,
-    powers, head_scale, grad_scale, grad_powers, sums, query_at, statistics,
+    grad_out, q, k, v, weighing, grad_q, grad_k, grad_v, epilogue, grad_epilogue, tables, mask,
+    counts, powers, head_scale, grad_scale, grad_powers, sums, query_at, statistics,
     length, width, heads, slots, scale, plan: tl.constexpr,
 ):  # fmt: skip
     """Everything for one head of one sample, or for several in turn where a block holds one."""
     if plan.window:
         for slot in steps(tl.program_id(0).to(tl.int64), slots, tl.num_programs(0)):
             _backward(
-                slot, grad_out, q, k, v, grad_q, grad_k, grad_v, epilogue,
+                slot, grad_out, q, k, v, weighing, grad_q, grad_k, grad_v, epilogue,
                 grad_epilogue, tables, mask, counts, powers, head_scale, grad_scale, grad_powers,
                 sums, query_at, statistics, length, width, heads, scale, plan,
             )  # fmt: skip
     else:
         _backward(
-            tl.program_id(0).to(tl.int64), grad_out, q, k, v, grad_q, grad_k, grad_v, epilogue,
-            grad_epilogue, tables, mask, counts, powers, head_scale, grad_scale, grad_powers,
-            sums, query_at, statistics, length, width, heads, scale, plan,
+            tl.program_id(0).to(tl.int64), grad_out, q, k, v, weighing, grad_q, grad_k, grad_v,
+            epilogue, grad_epilogue, tables, mask, counts, powers, head_scale, grad_scale,
+            grad_powers, sums, query_at, statistics, length, width, heads, scale, plan,
         )  # fmt: skip
 
 
 @triton.jit
 def _backward(
-    slot, grad_out, q, k, v, grad_q, grad_k, grad_v, epilogue, grad_epilogue, tables, mask, counts,
-    powers, head_scale, grad_scale, grad_powers, sums, query_at, statistics,
+    slot, grad_out, q, k, v, weighing, grad_q, grad_k, grad_v, epilogue, grad_epilogue, tables,
+    mask, counts, powers, head_scale, grad_scale, grad_powers, sums, query_at, statistics,
     length, width, heads, scale, plan: tl.constexpr,
 ):  # fmt: skip
     h, place = whole(slot, counts, length, width, heads, scale, plan)
@@ -360,11 +370,11 @@ def _backward(
         tl.store(grad_scale + slot, tl.sum(tl.sum(grad_state * state, 1), 0))
     grad_state = grad_state * tau
     subtracted = 0.0
-    if plan.key_weights != "uniform":
+    if plan.has_softmax:
         subtracted = key_mean(k, v, query, statistic, grad_state, grad_norm, span, plan)
     grad_query, of_keys = key_pass(
-        k, v, grad_k, grad_v, query, statistic, grad_state, grad_norm, grad_mean, subtracted, span,
-        plan,
+        k, v, weighing, grad_k, grad_v, query, statistic, grad_state, grad_norm, grad_mean,
+        subtracted, span, plan,
     )  # fmt: skip
     if plan.key_weights == "global_query":
         _, _, _, of_queries = query_pass(
@@ -419,8 +429,9 @@ def key_mean_kernel(
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def key_kernel(
-    k, v, grad_k, grad_v, tables, mask, counts, powers, head_scale, query_at, statistics, grad_sums,
-    mean_at, grad_query_parts, power_parts, length, width, heads, chunk, scale, plan: tl.constexpr,
+    k, v, weighing, grad_k, grad_v, tables, mask, counts, powers, head_scale, query_at, statistics,
+    grad_sums, mean_at, grad_query_parts, power_parts, length, width, heads, chunk, scale,
+    plan: tl.constexpr,
 ):  # fmt: skip
     """The pass over the keys of a split."""
     slot, h, split, place = program(counts, length, width, heads, chunk, scale, plan)
@@ -430,11 +441,11 @@ def key_kernel(
     grad_state, grad_norm, grad_mean = load_sums(grad_sums, slot, plan)
     grad_state = grad_state * load_scale(head_scale, h, plan)
     subtracted = 0.0
-    if plan.key_weights != "uniform":
+    if plan.has_softmax:
         subtracted = load_statistic(mean_at, slot, plan)
     grad_query, grad_powers = key_pass(
-        k, v, grad_k, grad_v, query, statistic, grad_state, grad_norm, grad_mean, subtracted, span,
-        plan,
+        k, v, weighing, grad_k, grad_v, query, statistic, grad_state, grad_norm, grad_mean,
+        subtracted, span, plan,
     )  # fmt: skip
     store_power_gradients(power_parts, split * slots + slot, grad_powers, plan)
     if plan.key_weights == "global_query":

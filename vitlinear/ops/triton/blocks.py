@@ -200,6 +200,36 @@ def load_values(x, b, h, n, inside, plan: tl.constexpr):
 
 
 @triton.jit
+def _weight_lanes(plan: tl.constexpr):
+    """Index of the number in each lane of a key's weights, and whether it exists."""
+    if plan.key_weights == "gates":
+        return vector_lanes(plan)
+    else:
+        number = tl.arange(0, 1)
+        return number, number < 1
+
+
+@triton.jit
+def load_weights(x, b, h, n, valid, plan: tl.constexpr):
+    """Weights of keys that were given, in float32: [tokens, 1 or features], zeros for padding."""
+    number, exists = _weight_lanes(plan)
+    at, exists = _token_pointers(x, b, h, n, valid, number, exists)
+    return tl.load(at, mask=exists, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_weight_gradients(x, value, b, h, n, inside, valid, plan: tl.constexpr):
+    """Store gradients of given weights, of those of each feature, or add them to what is there."""
+    number, exists = _weight_lanes(plan)
+    at, exists = _token_pointers(x, b, h, n, inside, number, exists)
+    if plan.key_weights == "given":
+        value = tl.sum(value, 1)[:, None]
+    if plan.adds:
+        value += tl.load(at, mask=exists, other=0.0).to(tl.float32)
+    _store(at, exists, value, valid, plan)
+
+
+@triton.jit
 def store_gradients(x, value, b, h, n, inside, valid, plan: tl.constexpr):
     """Store gradients of queries or keys, or add them to what is there."""
     channel, in_head = channel_lanes(plan.block_dim, plan)

@@ -27,6 +27,7 @@ from .blocks import (
     load_tokens,
     load_values,
     load_vector,
+    load_weights,
     opposite_state,
     opposite_vector,
     read_product,
@@ -99,7 +100,7 @@ def mean_query(q, span, plan: tl.constexpr):
 
 
 @triton.jit
-def key_sums(k, v, query, span, plan: tl.constexpr):
+def key_sums(k, v, given, query, span, plan: tl.constexpr):
     """State, normaliser, mean value and logsumexp of a span.
 
     With a softmax over keys, state and normaliser are averages under the softmax of this span, as
@@ -123,6 +124,9 @@ def key_sums(k, v, query, span, plan: tl.constexpr):
         seen = seen_tokens(valid, inside, empty, plan)
         if plan.key_weights == "uniform":
             features = tl.where(valid[:, None], features, 0.0) * weight
+        elif plan.has_weights:
+            features *= load_weights(given, b, h, n, valid, plan) * weight
+            features = computed_once(features, valid)
         elif plan.key_weights == "global_query":
             logits = tl.sum(features * query[None, :], 1) * scale
             logits = tl.where(seen, logits, -float("inf"))
@@ -153,7 +157,7 @@ def key_sums(k, v, query, span, plan: tl.constexpr):
             mean += tl.sum(values, 0) * weight
         encoded = encode(features, cos, sin, False, plan)
         state = sum_product(encoded, values, state, plan)
-    if plan.key_weights != "uniform":
+    if plan.has_softmax:
         present = tl.where(total == 0, 1.0, total)  # nothing seen: zeros, of weight exp(-inf)
         norm = norm / present
         top = tl.where(total == 0, top, top + tl.log(present))
@@ -255,26 +259,26 @@ def load_sums(sums, slot, plan: tl.constexpr):
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def forward_kernel(
-    q, k, v, out, epilogue, tables, mask, counts, powers, head_scale, sums, query_at, statistics,
-    length, width, heads, slots, scale, plan: tl.constexpr,
+    q, k, v, weights, out, epilogue, tables, mask, counts, powers, head_scale, sums, query_at,
+    statistics, length, width, heads, slots, scale, plan: tl.constexpr,
 ):  # fmt: skip
     """Everything for one head of one sample, or for several in turn where a block holds one."""
     if plan.window:
         for slot in steps(tl.program_id(0).to(tl.int64), slots, tl.num_programs(0)):
             _forward(
-                slot, q, k, v, out, epilogue, tables, mask, counts, powers,
+                slot, q, k, v, weights, out, epilogue, tables, mask, counts, powers,
                 head_scale, sums, query_at, statistics, length, width, heads, scale, plan,
             )  # fmt: skip
     else:
         _forward(
-            tl.program_id(0).to(tl.int64), q, k, v, out, epilogue, tables, mask, counts, powers,
-            head_scale, sums, query_at, statistics, length, width, heads, scale, plan,
+            tl.program_id(0).to(tl.int64), q, k, v, weights, out, epilogue, tables, mask, counts,
+            powers, head_scale, sums, query_at, statistics, length, width, heads, scale, plan,
         )  # fmt: skip
 
 
 @triton.jit
 def _forward(
-    slot, q, k, v, out, epilogue, tables, mask, counts, powers, head_scale, sums, query_at,
+    slot, q, k, v, weights, out, epilogue, tables, mask, counts, powers, head_scale, sums, query_at,
     statistics, length, width, heads, scale, plan: tl.constexpr,
 ):  # fmt: skip
     h, place = whole(slot, counts, length, width, heads, scale, plan)
@@ -283,9 +287,9 @@ def _forward(
     if plan.key_weights == "global_query":
         query = mean_query(q, span, plan)
         store_vector(query_at, slot, query, plan)
-    state, norm, mean, statistic = key_sums(k, v, query, span, plan)
+    state, norm, mean, statistic = key_sums(k, v, weights, query, span, plan)
     store_sums(sums, slot, state, norm, mean, plan)
-    if plan.key_weights != "uniform":
+    if plan.has_softmax:
         store_statistic(statistics, slot, statistic, plan)
     state = opposite_state(state * load_scale(head_scale, h, plan), plan)
     read_state(q, out, epilogue, state, norm, mean, span, plan)
@@ -303,7 +307,7 @@ def mean_query_kernel(
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def state_kernel(
-    k, v, tables, mask, counts, powers, query_at, sums, statistics,
+    k, v, weights, tables, mask, counts, powers, query_at, sums, statistics,
     length, width, heads, chunk, scale, plan: tl.constexpr,
 ):  # fmt: skip
     """The sums over the keys of a split."""
@@ -313,10 +317,10 @@ def state_kernel(
     query = zeros(plan.block_features)
     if plan.key_weights == "global_query":
         query = load_vector(query_at, slot, plan)
-    state, norm, mean, statistic = key_sums(k, v, query, span, plan)
+    state, norm, mean, statistic = key_sums(k, v, weights, query, span, plan)
     slot = split * slots + slot
     store_sums(sums, slot, state, norm, mean, plan)
-    if plan.key_weights != "uniform":
+    if plan.has_softmax:
         store_statistic(statistics, slot, statistic, plan)
 
 

@@ -38,7 +38,7 @@ class Extras(NamedTuple):
     @classmethod
     def of(cls, terms: Terms) -> Extras:
         """Those of a call."""
-        rotary, padding, tau, _, _, powers = terms
+        rotary, padding, tau, _, _, powers, _ = terms
         tables = mask = counts = None
         width = 1
         if rotary is not None:
@@ -147,7 +147,7 @@ def _forward(
     """Launch the forward kernels for a slice of the values."""
     tables, mask, counts, powers, head_scale, width = extras
     length, heads, scale = call.length, call.heads, call.scale
-    _, _, _, lepe, gate, _ = terms
+    _, _, _, lepe, gate, _, weights = terms
     state_at, norm, mean, query, logsumexp = state
     sums: Sums = (state_at, norm, mean)
     if part.channels is not None:
@@ -155,13 +155,14 @@ def _forward(
         sums = part.of_sums(*sums)
     queries, keys, values = (q, *q.stride()), (k, *k.stride()), (v, *v.stride())
     into = (out, *out.stride())
+    given = None if weights is None else (weights, *weights.stride())
     epilogue = (
         None if lepe is None else (lepe, *lepe.stride()),
         None if gate is None else (gate, *gate.stride()),
     )
     if part.one_kernel:
         part.forward.runs[fixed](
-            queries, keys, values, into, epilogue, tables, mask, counts, powers, head_scale,
+            queries, keys, values, given, into, epilogue, tables, mask, counts, powers, head_scale,
             sums, query, logsumexp, length, width, heads, call.slots, scale,
         )  # fmt: skip
         return
@@ -183,7 +184,7 @@ def _forward(
         if query_parts is not None:
             part.sum_features(query_parts, query)
     part.state.runs[fixed](
-        keys, values, tables, mask, counts, powers, query, parts, statistic_parts,
+        keys, values, given, tables, mask, counts, powers, query, parts, statistic_parts,
         length, width, heads, summing.chunk, scale,
     )  # fmt: skip
     if call.merging:
@@ -261,8 +262,8 @@ def _backward(
     tables, mask, counts, powers, head_scale, width = extras
     length, heads, scale = call.length, call.heads, call.scale
     options = (tables, mask, counts, powers, head_scale)
-    _, _, _, lepe, gate, _ = terms
-    grad_q, grad_k, grad_v, _, grad_lepe, grad_gate, _ = grads
+    _, _, _, lepe, gate, _, weights = terms
+    grad_q, grad_k, grad_v, _, grad_lepe, grad_gate, _, grad_weights = grads
     state_at, norm, mean, query, logsumexp = state
     sums: Sums = (state_at, norm, mean)
     if part.channels is not None:
@@ -271,6 +272,9 @@ def _backward(
         sums = part.of_sums(*sums)
     given, queries = (grad_out, *grad_out.stride()), (q, *q.stride())
     keys, values = (k, *k.stride()), (v, *v.stride())
+    weighing = None
+    if weights is not None and grad_weights is not None:
+        weighing = (weights, *weights.stride()), (grad_weights, *grad_weights.stride())
     into_queries = (grad_q, *grad_q.stride())
     into_keys = ((grad_k, *grad_k.stride()), (grad_v, *grad_v.stride()))
     epilogue = (
@@ -294,7 +298,7 @@ def _backward(
         of_keys = power_parts[call.powers_of_queries :]
     if part.one_kernel:
         part.backward.runs[fixed](
-            given, queries, keys, values, into_queries, *into_keys,
+            given, queries, keys, values, weighing, into_queries, *into_keys,
             epilogue, grad_epilogue, *options, scales, of_queries, sums, query, logsumexp,
             length, width, heads, call.slots, scale,
         )  # fmt: skip
@@ -329,7 +333,7 @@ def _backward(
         if mean_parts is not None:
             part.sum_statistics(mean_parts, key_mean)
     part.key.runs[fixed](
-        keys, values, *into_keys, *options, query, logsumexp, grad_sums,
+        keys, values, weighing, *into_keys, *options, query, logsumexp, grad_sums,
         key_mean, grad_query if query_parts is None else query_parts, of_keys,
         length, width, heads, wide.chunk, scale,
     )  # fmt: skip

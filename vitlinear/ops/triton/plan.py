@@ -127,7 +127,17 @@ class Plan:
     @property
     def statistics(self) -> int:
         """Numbers that a softmax over keys leaves for a head."""
-        return {"uniform": 0, "global_query": 1, "token_softmax": self.features}[self.key_weights]
+        return {"global_query": 1, "token_softmax": self.features}.get(self.key_weights, 0)
+
+    @property
+    def has_softmax(self) -> bool:
+        """Whether keys go through a softmax over the tokens."""
+        return self.statistics > 0
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the caller gives weights of keys."""
+        return self.key_weights in ("given", "gates")
 
     @property
     def fits_one_kernel(self) -> bool:

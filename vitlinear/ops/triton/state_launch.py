@@ -33,9 +33,9 @@ def state_forward(k: Tensor, v: Tensor, mechanism: Mechanism, terms: Terms) -> L
         for part in call.slices:
             into = part.of_sums(*parts[:3])
             part.state(
-                fixed, strided(k), strided(part.of(v)), tables, mask, counts, powers, None,
-                into, parts.logsumexp, call.length, width, call.heads, call.summing.chunk,
-                call.scale,
+                fixed, strided(k), strided(part.of(v)), strided(terms.key_weights), tables, mask,
+                counts, powers, None, into, parts.logsumexp, call.length, width, call.heads,
+                call.summing.chunk, call.scale,
             )  # fmt: skip
             if call.merging:
                 part.merge(into, part.of_sums(*sums), parts.logsumexp, state.logsumexp)
@@ -50,7 +50,7 @@ def state_backward(
     terms: Terms,
     logsumexp: Tensor | None,
 ) -> StateGradients:
-    """Gradients of keys, values and powers.
+    """Gradients of keys, values, powers, and weights of keys.
 
     Args:
         grads: Of all that the state holds.
@@ -63,8 +63,12 @@ def state_backward(
     call = prepared(k, v, mechanism, terms)
     grad_k, grad_v = k.new_empty(k.shape), v.new_empty(v.shape)
     powers, shares = _of_powers(k, terms, call.wide.splits)
+    weights, weighing, grad_weights = terms.key_weights, None, None
+    if weights is not None:
+        grad_weights = weights.new_empty(weights.shape)
+        weighing = strided(weights), strided(grad_weights)
     if not v.numel():
-        return StateGradients(grad_k, grad_v, powers)
+        return StateGradients(grad_k, grad_v, powers, grad_weights)
     extras, fixed = Extras.of(terms), tuning.is_fixed()
     options = (extras.tables, extras.mask, extras.counts, extras.powers, None)
     state, norm, mean_value = _aligned(grads, mechanism)
@@ -91,12 +95,12 @@ def state_backward(
                 if number == 0 and grads.logsumexp is not None:
                     mean.sub_(grads.logsumexp)
             part.key(
-                fixed, keys, values, strided(grad_k), strided(part.of(grad_v)), *options, None,
-                logsumexp, sums, mean, None, shares, *sizes, call.scale,
+                fixed, keys, values, weighing, strided(grad_k), strided(part.of(grad_v)), *options,
+                None, logsumexp, sums, mean, None, shares, *sizes, call.scale,
             )  # fmt: skip
             if powers is not None and shares is not None:
                 powers += shares.sum((0, 1))
-    return StateGradients(grad_k, grad_v, powers)
+    return StateGradients(grad_k, grad_v, powers, grad_weights)
 
 
 def read_forward(
