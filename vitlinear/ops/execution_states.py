@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,11 +16,16 @@ from .terms import Terms
 
 
 def state_forward(
-    k: Tensor, v: Tensor, mechanism: Mechanism, terms: Terms, backend: str
+    k: Tensor,
+    v: Tensor,
+    mechanism: Mechanism,
+    terms: Terms,
+    backend: str,
+    memo: dict[str, Any] | None = None,
 ) -> LinearAttentionState:
-    """The state of keys and values, [B, N, h, D] and [B, N, h, Dv]."""
+    """The state of keys and values, [B, N, h, D] and [B, N, h, Dv]; memo as in `execution`."""
     state: LinearAttentionState | None = by_kernels(
-        lambda kernels: kernels.state_forward(k, v, mechanism, terms),
+        lambda kernels: kernels.state_forward(k, v, mechanism, terms, memo),
         backend, k, v.shape[-1], mechanism, terms,
     )  # fmt: skip
     if state is not None:
@@ -36,10 +43,11 @@ def state_backward(
     terms: Terms,
     logsumexp: Tensor | None,
     backend: str,
+    memo: dict[str, Any] | None = None,
 ) -> StateGradients:
     """Gradients of keys, values and powers from those of the state, and its logsumexp."""
     found: StateGradients | None = by_kernels(
-        lambda kernels: kernels.state_backward(grads, k, v, mechanism, terms, logsumexp),
+        lambda kernels: kernels.state_backward(grads, k, v, mechanism, terms, logsumexp, memo),
         backend, k, v.shape[-1], mechanism, terms,
     )  # fmt: skip
     if found is not None:
@@ -54,11 +62,16 @@ def state_backward(
 
 
 def read_forward(
-    q: Tensor, state: LinearAttentionState, mechanism: Mechanism, terms: Terms, backend: str
+    q: Tensor,
+    state: LinearAttentionState,
+    mechanism: Mechanism,
+    terms: Terms,
+    backend: str,
+    memo: dict[str, Any] | None = None,
 ) -> Tensor:
     """Outputs [B, N, h, Dv] of queries that read a state; samples may share it."""
     out: Tensor | None = by_kernels(
-        lambda kernels: kernels.read_forward(q, for_each_sample(state, q), mechanism, terms),
+        lambda kernels: kernels.read_forward(q, for_each_sample(state, q), mechanism, terms, memo),
         backend, q, state.state.shape[-1], mechanism, terms,
     )  # fmt: skip
     if out is not None:
@@ -75,11 +88,12 @@ def read_backward(
     mechanism: Mechanism,
     terms: Terms,
     backend: str,
+    memo: dict[str, Any] | None = None,
 ) -> GivenGradients:
     """Gradients of all that a read is given."""
     given: GivenGradients | None = by_kernels(
         lambda kernels: kernels.read_backward(
-            grad_out, q, for_each_sample(state, q), mechanism, terms
+            grad_out, q, for_each_sample(state, q), mechanism, terms, memo
         ),
         backend, q, state.state.shape[-1], mechanism, terms,
     )  # fmt: skip
@@ -103,9 +117,14 @@ def read_backward(
 def for_each_sample(state: LinearAttentionState, q: Tensor) -> LinearAttentionState:
     """A state with an entry for each sample of the queries."""
     batch = q.shape[0]
-    state_, norm, mean_v = (None if x is None else x.expand(batch, -1, -1, -1) for x in state[:3])
-    assert state_ is not None
-    return LinearAttentionState(state_, norm, mean_v)
+    sums, norm, mean_v, *_ = state
+    if sums.shape[0] != batch:
+        sums = sums.expand(batch, -1, -1, -1)
+    if norm is not None and norm.shape[0] != batch:
+        norm = norm.expand(batch, -1, -1, -1)
+    if mean_v is not None and mean_v.shape[0] != batch:
+        mean_v = mean_v.expand(batch, -1, -1, -1)
+    return LinearAttentionState(sums, norm, mean_v)
 
 
 def like(grad: Tensor | None, x: Tensor | None) -> Tensor | None:

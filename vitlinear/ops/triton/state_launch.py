@@ -15,20 +15,23 @@ from ..attention_state import GivenGradients, LinearAttentionState, StateGradien
 from ..mechanisms import Mechanism
 from ..terms import Terms
 from . import tuning
-from .calls import Sums, prepared
+from .calls import Call, Memo, Sums, remembered
 from .launch import Extras, aligned, on_device, strided
 
 
-def state_forward(k: Tensor, v: Tensor, mechanism: Mechanism, terms: Terms) -> LinearAttentionState:
-    """The state of keys and values, each tensor of it in memory of its own."""
-    call = prepared(k, v, mechanism, terms)
+def state_forward(
+    k: Tensor, v: Tensor, mechanism: Mechanism, terms: Terms, memo: Memo | None = None
+) -> LinearAttentionState:
+    """The state of keys and values, each tensor of it in memory of its own; memo as in `launch`."""
+    call = remembered(memo, "forward", k, v, mechanism, terms)
     kept: list[Any] = call.kept.separate()
     state = LinearAttentionState(*kept)
-    if not v.numel():
+    if not call.size:
         return state
-    tables, mask, counts, powers, _, width = Extras.of(terms)
-    fixed, splits = tuning.is_fixed(), call.summing.splits
-    sums, parts = state[:3], _of_splits(splits, state) if call.merging else state
+    tables, mask, counts, powers, _, width = Extras.of(terms, call)
+    fixed, sums, parts = tuning.is_fixed(), state[:3], state
+    if call.merging:
+        parts = _of_splits(call)
     with on_device(call):
         for part in call.slices:
             into = part.of_sums(*parts[:3])
@@ -49,6 +52,7 @@ def state_backward(
     mechanism: Mechanism,
     terms: Terms,
     logsumexp: Tensor | None,
+    memo: Memo | None = None,
 ) -> StateGradients:
     """Gradients of keys, values and powers.
 
@@ -59,13 +63,14 @@ def state_backward(
         mechanism: The row of the table.
         terms: As in the forward pass.
         logsumexp: From the forward pass; None without a softmax over keys.
+        memo: As in `launch.forward`.
     """
-    call = prepared(k, v, mechanism, terms)
-    grad_k, grad_v = k.new_empty(k.shape), v.new_empty(v.shape)
+    call = remembered(memo, "backward", k, v, mechanism, terms)
+    grad_k, grad_v = _like(k), _like(v)
     powers, shares = _of_powers(k, terms, call.wide.splits)
-    if not v.numel():
+    if not call.size:
         return StateGradients(grad_k, grad_v, powers)
-    extras, fixed = Extras.of(terms), tuning.is_fixed()
+    extras, fixed = Extras.of(terms, call), tuning.is_fixed()
     options = (extras.tables, extras.mask, extras.counts, extras.powers, None)
     state, norm, mean_value = _aligned(grads, mechanism)
     mean = mean_parts = None
@@ -100,14 +105,19 @@ def state_backward(
 
 
 def read_forward(
-    q: Tensor, state: LinearAttentionState, mechanism: Mechanism, terms: Terms
+    q: Tensor,
+    state: LinearAttentionState,
+    mechanism: Mechanism,
+    terms: Terms,
+    memo: Memo | None = None,
 ) -> Tensor:
-    """Outputs of queries that read a state, contiguous."""
-    out = q.new_empty((*q.shape[:3], state.state.shape[-1]))
-    call = prepared(q, out, mechanism, terms)
-    if not out.numel():
+    """Outputs of queries that read a state, contiguous; memo as in `launch.forward`."""
+    values = state.state.shape[-1]
+    out = _like(q) if values == q.shape[-1] else q.new_empty((*q.shape[:3], values))
+    call = remembered(memo, "forward", q, out, mechanism, terms)
+    if not call.size:
         return out
-    extras, fixed, sums = Extras.of(terms), tuning.is_fixed(), _aligned(state, mechanism)
+    extras, fixed, sums = Extras.of(terms, call), tuning.is_fixed(), _aligned(state, mechanism)
     with on_device(call):
         for part in call.slices:
             epilogue = (strided(part.of(terms.lepe)), strided(part.of(terms.gate)))
@@ -120,27 +130,36 @@ def read_forward(
 
 
 def read_backward(
-    grad_out: Tensor, q: Tensor, state: LinearAttentionState, mechanism: Mechanism, terms: Terms
+    grad_out: Tensor,
+    q: Tensor,
+    state: LinearAttentionState,
+    mechanism: Mechanism,
+    terms: Terms,
+    memo: Memo | None = None,
 ) -> GivenGradients:
-    """Gradients of all that a read is given; ``grad_out`` has any strides."""
+    """Gradients of all that a read is given; ``grad_out`` has any strides, memo as there."""
     if terms.gate is None:
         terms = terms._replace(lepe=None)  # a sum has no gradient to compute
-    call = prepared(q, grad_out, mechanism, terms)
-    sums, splits = _aligned(state, mechanism), call.summing.splits
-    powers, shares = _of_powers(q, terms, splits)
-    state_, norm, mean = (None if x is None else torch.zeros_like(x) for x in sums)
-    scale, lepe, gate = (
-        None if x is None else x.new_empty(x.shape)
-        for x in (terms.head_scale, terms.lepe, terms.gate)
-    )
+    call = remembered(memo, "backward", q, grad_out, mechanism, terms)
+    sums = _aligned(state, mechanism)
+    powers, shares = _of_powers(q, terms, call.summing.splits)
+    state_, norm, mean = (None if x is None else torch.empty_like(x) for x in sums)
     assert state_ is not None
-    grads = GivenGradients(q.new_empty(q.shape), state_, norm, mean, scale, lepe, gate, powers)
-    if not grad_out.numel():
+    scale, lepe, gate = terms.head_scale, terms.lepe, terms.gate
+    grads = GivenGradients(
+        _like(q), state_, norm, mean, None, None if lepe is None else _like(lepe),
+        None if gate is None else _like(gate), powers,
+    )  # fmt: skip
+    if not call.size:
+        for x in (state_, norm, mean):
+            if x is not None:
+                x.zero_()
         return grads if scale is None else grads._replace(head_scale=torch.zeros_like(scale))
-    extras, fixed = Extras.of(terms), tuning.is_fixed()
-    norm = None if grads.norm is None else torch.empty_like(grads.norm)
-    found = LinearAttentionState(grads.state, norm, grads.mean_v)
-    parts = _of_splits(splits, found) if call.merging else found
+    if norm is not None and not call.whole:  # a sum over slices of the values
+        grads = grads._replace(norm=torch.zeros_like(norm))
+    extras, fixed = Extras.of(terms, call), tuning.is_fixed()
+    found = LinearAttentionState(state_, norm, mean)
+    parts = _of_splits(call) if call.merging else found
     with on_device(call):
         for part in call.slices:
             given, into = strided(part.of(grad_out)), part.of_sums(*parts[:3])
@@ -154,9 +173,10 @@ def read_backward(
             )  # fmt: skip
             if call.merging:
                 part.merge(into, part.of_sums(*found[:3]))
-            for total, share in ((grads.norm, norm), (powers, shares)):
-                if total is not None and share is not None:
-                    total += share.sum((0, 1)) if share is shares else share
+            if norm is not None and norm is not grads.norm:
+                grads.norm.add_(norm)
+            if powers is not None and shares is not None:
+                powers += shares.sum((0, 1))
     if terms.head_scale is not None:
         grads = grads._replace(head_scale=(grads.state * state.state).sum((0, 2, 3)))
         grads.state.mul_(terms.head_scale[:, None, None])
@@ -168,10 +188,17 @@ def _split(splits: int, x: Tensor) -> Tensor:
     return x.new_empty((splits, *x.shape))
 
 
-def _of_splits(splits: int, state: LinearAttentionState) -> LinearAttentionState:
-    """Memory for the sums of each split."""
-    some: list[Any] = [None if x is None else _split(splits, x) for x in state]
-    return LinearAttentionState(*some)
+def _like(x: Tensor) -> Tensor:
+    """Contiguous memory for a tensor like this one."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _of_splits(call: Call) -> LinearAttentionState:
+    """Memory for the sums of each split, as launches take it."""
+    scratch = call.forward_scratch
+    _, *some, logsumexp = scratch.vectors() if call.whole else scratch.carve()
+    sums: list[Any] = some
+    return LinearAttentionState(*sums, logsumexp=logsumexp)
 
 
 def _aligned(state: LinearAttentionState, mechanism: Mechanism) -> Sums:
