@@ -96,7 +96,7 @@ AGREEING = [name for name, entry in counts().items() if "agreement" in entry]
     "name",
     # The tests of each family compare the same outputs in every run.
     [
-        pytest.param(name, marks=pytest.mark.nightly if i % 4 else ())
+        pytest.param(name, marks=pytest.mark.nightly if i % 8 else ())
         for i, name in enumerate(AGREEING)
     ],
 )

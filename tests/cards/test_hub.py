@@ -94,13 +94,19 @@ def test_card_on_the_hub(hub):
 
 
 @pytest.mark.slow
-def test_a_card_for_every_model():
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name.startswith("test_") else pytest.mark.nightly)
+        for name in our_models()
+    ],
+)
+def test_a_card_for_every_model(name):
     """Licence and paper are those of the family's card."""
     by_paper = {f"arxiv:{family.paper['arxiv']}": family for family in families().values()}
-    for name in our_models():
-        card = model_card(timm.create_model(name, device="meta"))
-        family = next(by_paper[tag] for tag in card["tags"] if tag in by_paper)
-        assert card["license"] == family.hub_license and name in card["details"]["Model"]
+    card = model_card(timm.create_model(name, device="meta"))
+    family = next(by_paper[tag] for tag in card["tags"] if tag in by_paper)
+    assert card["license"] == family.hub_license and name in card["details"]["Model"]
 
 
 def test_own_licence():

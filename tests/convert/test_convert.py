@@ -140,7 +140,7 @@ def test_converted_file_knows_itself(checkpoint, tmp_path, capsys):
 @pytest.mark.parametrize(
     "released",
     [
-        pytest.param(name, marks=pytest.mark.nightly if i % 2 else ())
+        pytest.param(name, marks=pytest.mark.nightly if i % 4 else ())
         for i, name in enumerate(RELEASED)
     ],
 )

@@ -91,7 +91,8 @@ def converted(detector) -> Path:
     [
         ("rala", "RAVLT_T", "ravlt_t", (0, 1, 2, 3), ["--model", "ravlt_t"]),
         ("l2vit", "L2ViT_Tiny", "l2vit_tiny", (1, 2, 3), []),
-        ("mlla", "mlla_t", "mila_tiny", (0, 1, 2, 3), []),  # with rotary tables, which are left out
+        # with rotary tables, which are left out
+        pytest.param("mlla", "mlla_t", "mila_tiny", (0, 1, 2, 3), [], marks=pytest.mark.nightly),
     ],
 )
 def test_features(tmp_path, capsys, family, released, name, indices, args):
@@ -227,7 +228,7 @@ def test_fine_tuning(detector, converted, tmp_path, ravlt):
         pytest.param(
             {"backbone.extra_norms.7.norm.bias": 1},
             "1 unexpected.* such as norms.7.bias",
-            marks=pytest.mark.slow,
+            marks=(pytest.mark.slow, pytest.mark.nightly),
         ),
         ({"backbone.extra_norms.1.norm.bias": None}, "1 missing keys.* such as norms.1.bias"),
         ({"backbone.layers.3.blocks.1.pos.bias": None}, "1 missing.* model.stages.3.blocks.1.pos"),

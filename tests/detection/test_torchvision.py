@@ -132,10 +132,9 @@ def check_found(found: dict[str, Tensor], target: dict[str, Tensor], masks: bool
         assert (overlap > 0.75).all()
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "make, steps", [(retinanet, 100), pytest.param(mask_rcnn, 120, marks=pytest.mark.nightly)]
-)
+@pytest.mark.parametrize("make, steps", [(retinanet, 100), (mask_rcnn, 120)])
 def test_objects_are_found(make, steps, photographs):
     detector = make()
     images, targets = photographs

@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.as_trained import make
 from vitlinear.export.channels_first import InputSize, rewrite
@@ -31,27 +32,34 @@ MECHANISMS = ("elu", "relu", "inline", "l2", "lightnet", "identity")
 
 
 @torch.no_grad()
-def check(model, any_size=True):
-    """Made for any size, and for one, in float64: what is left are roundings of another order."""
-    for size in ((2, 3, 70, 97), (1, 3, 33, 64)):
-        x = torch.randn(size, dtype=torch.float64)
-        expected = model(x)
-        known = [InputSize(None, *size[2:]), InputSize(size[0], *size[2:])]
-        for each in [None, *known] if any_size else known:
-            made, rewritten = rewrite(model, each)
-            assert str(rewritten) == "channels-first"
-            torch.testing.assert_close(made(x), expected, rtol=1e-10, atol=1e-10)
+def check(model, *sizes):
+    """Of float64: what is left are roundings of another order.
+
+    Args:
+        model: To be rewritten.
+        sizes: Of the inputs that it is made for; None for any.
+    """
+    images = [torch.randn(size, dtype=torch.float64) for size in ((2, 3, 70, 97), (1, 3, 33, 64))]
+    for size in sizes:
+        made, rewritten = rewrite(model, size)
+        assert str(rewritten) == "channels-first"
+        for x in images:
+            if size is None or size[1:] == x.shape[2:]:
+                torch.testing.assert_close(made(x), model(x), rtol=1e-10, atol=1e-10)
+
+
+KNOWN = (InputSize(2, 70, 97), InputSize(None, 33, 64))
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize("name", MODELS)
 def test_same_outputs(name):
-    check(make(name, **MODELS[name]), name not in ONE_SIZE)
+    check(make(name, **MODELS[name]), *KNOWN, *[None] * (name not in ONE_SIZE))
 
 
 @pytest.mark.parametrize("mechanism", MECHANISMS)
 def test_same_outputs_of_mechanisms(mechanism):
-    check(make("test_ravlt", depths=(1, 1, 0, 0), attn_types=(mechanism,) * 4))
+    check(make("test_ravlt", depths=(1, 0, 0, 0), attn_types=(mechanism,) * 4), None)
 
 
 @torch.no_grad()
@@ -104,10 +112,21 @@ def test_hooks_are_kept():
     assert str(rewrite(model)[1]).startswith("channels-first in 3 of 4 stages")
 
 
-# Nodes of ONNX that move data or only name it anew, in all blocks of a small model of `MODELS`.
-# Transposes are of the last two axes before a product, which runtimes make part of it; those of
-# L2ViT's windows are copies. Nothing else may appear.
-MOVES = ("Concat", "Split", "Slice", "Transpose", "Gather", "Squeeze", "Unsqueeze", "Reshape")
+# What moves data in all blocks of a small model of `MODELS`. Transposes are of the last two axes
+# before a product, which runtimes make part of it; those of L2ViT's windows are copies.
+MOVES = {
+    "test_ravlt": {"Transpose": 20, "Concat": 4},
+    "test_mavit": {"Transpose": 12, "Concat": 4},
+    "test_nalaformer_linear": {"Transpose": 32},
+    "test_mila": {"Transpose": 16},
+    "test_inline_pvt": {"Transpose": 8},
+    "test_lightnet": {"Transpose": 2},
+    "test_linear_deit": {"Transpose": 2},
+    "test_l2vit": {"Transpose": 16, "Slice": 4},
+    "test_inline_swin": {"Transpose": 6},
+}
+# Nodes of ONNX in the same blocks, and around the tokens of LightNet and LinearDeiT; those that
+# only name data anew too. Nothing else of `NODES` may appear.
 COUNTS = {
     "test_ravlt": {"Reshape": 24, "Transpose": 18, "Concat": 4},
     "test_mavit": {"Reshape": 24, "Transpose": 12, "Concat": 4},
@@ -119,39 +138,60 @@ COUNTS = {
     "test_l2vit": {"Reshape": 24, "Transpose": 16, "Slice": 4},
     "test_inline_swin": {"Reshape": 33, "Transpose": 6},
 }
-COUNTED_IN_EVERY_RUN = ("test_ravlt", "test_lightnet")
+NODES = ("Concat", "Split", "Slice", "Transpose", "Gather", "Squeeze", "Unsqueeze", "Reshape")
+NODE_OF = {
+    **dict.fromkeys(("cat", "stack"), "Concat"),
+    **dict.fromkeys(("split", "split_with_sizes", "unbind"), "Split"),
+    **dict.fromkeys(("slice", "select"), "Slice"),
+    **dict.fromkeys(("transpose", "permute", "t"), "Transpose"),
+    **dict.fromkeys(("index", "index_select", "gather"), "Gather"),
+}
+SIZE = InputSize(2, 96, 64)
 
 
-FIXED = (Range(2, 2), Range(96, 96), Range(64, 64))
+class Moves(TorchDispatchMode):
+    """Counts operators that exporters make nodes of `NODE_OF`."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if node := NODE_OF.get(func._opname):
+            self.counts[node] += 1
+        return func(*args, **(kwargs or {}))
 
 
-def moves(name):
-    """Blocks of a small model, and their nodes that move data."""
-    model, shapes = make(name, torch.float32, **MODELS[name]), Shapes.of(name, 3, *FIXED)
-    made, _ = rewrite(model, InputSize(2, 96, 64))
-    example = shapes.example()
-    with torch.no_grad():
-        program = torch.onnx.export(
-            _trace(made, shapes, example), (example,), dynamo=True, verbose=False
-        )
-    counts = Counter()
-    for node in program.model_proto.graph.node:
-        scopes = next(x.value for x in node.metadata_props if x.key == "pkg.torch.onnx.name_scopes")
-        if "blocks." in scopes and node.op_type in MOVES:
-            counts[node.op_type] += 1
-    return dict(counts)
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+def test_few_moves(name):
+    made, _ = rewrite(make(name, torch.float32, **MODELS[name]), SIZE)
+    moves = Moves()
+    for block in made.modules():
+        if type(block).__name__ == "ChannelsFirstBlock":
+            block.register_forward_pre_hook(lambda *args: moves.__enter__() and None)
+            block.register_forward_hook(lambda *args: moves.__exit__(None, None, None))
+    made(torch.randn(SIZE.batch, 3, *SIZE[1:]))
+    assert dict(moves.counts) == MOVES[name]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name in COUNTED_IN_EVERY_RUN else pytest.mark.nightly)
-        for name in COUNTS
-    ],
-)
-def test_few_moves(name):
-    assert moves(name) == COUNTS[name]
+@pytest.mark.nightly
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+def test_few_nodes(name):
+    shapes = Shapes.of(name, 3, *(Range(size, size) for size in SIZE))
+    made, _ = rewrite(make(name, torch.float32, **MODELS[name]), SIZE)
+    example = shapes.example()
+    program = torch.onnx.export(
+        _trace(made, shapes, example), (example,), dynamo=True, verbose=False
+    )
+    counts = Counter()
+    for node in program.model_proto.graph.node:
+        scopes = next(x.value for x in node.metadata_props if x.key == "pkg.torch.onnx.name_scopes")
+        if "blocks." in scopes and node.op_type in NODES:
+            counts[node.op_type] += 1
+    assert dict(counts) == COUNTS[name]
 
 
 @pytest.mark.slow

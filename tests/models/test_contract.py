@@ -62,8 +62,6 @@ FEWER_BLOCKS = {
 
 # Tracing them for any size takes 20 s each: tests/layers has their attention alone.
 ADAPTIVE_WINDOWS = ("test_inline_swin", "test_inline_cswin", "test_pola_swin")
-# The fastest; tests/export exports all families.
-IN_ONNX = ("test_lightnet",)
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -106,7 +104,13 @@ def test_conversion_to_sync_batch_norm_changes_nothing(name):
     assert torch.equal(nn.SyncBatchNorm.convert_sync_batchnorm(model)(x), before)
 
 
-@each_model
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.nightly if i % 3 else ())
+        for i, n in enumerate(TEST_MODELS)
+    ],
+)
 @pytest.mark.slow
 def test_large_image(name):
     with torch.no_grad():
@@ -359,11 +363,9 @@ def test_export_any_size(name):
         torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.nightly  # tests/export has programs of all families in every run
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=() if name in IN_ONNX else pytest.mark.nightly) for name in PROGRAMS],
-)
+@each_program
 def test_onnx_any_size(name, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

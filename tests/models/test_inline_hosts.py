@@ -76,7 +76,9 @@ def loaded():
         ("inline_pvt_tiny", (192, 256)),
         ("inline_swin_tiny", (224, 224)),
         ("inline_cswin_tiny", (224, 224)),
-        pytest.param("inline_swin_base_384", (384, 384), marks=pytest.mark.slow),
+        pytest.param(
+            "inline_swin_base_384", (384, 384), marks=(pytest.mark.slow, pytest.mark.nightly)
+        ),
     ],
 )
 @pytest.mark.parametrize("backend", ["eager", "library"])

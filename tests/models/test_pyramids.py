@@ -240,8 +240,7 @@ def test_pretrained_cfg_is_complete(released):
         assert cfg.license == ("mit" if name.startswith("ravlt") else None)
 
 
-@pytest.mark.parametrize("released", RELEASED)
-@pytest.mark.parametrize("backend", ["eager", "library"])
+@pairwise(every=2, released=RELEASED, backend=["eager", "library"])
 def test_multiply_adds_of_released_code(released, backend):
     """As counted on the authors' models."""
     row = RELEASED[released]

@@ -76,6 +76,7 @@ def test_compile_fullgraph(attention, backend):
     assert relative_error(grad, expected_grad) < 1e-12
 
 
+@pytest.mark.nightly
 @pytest.mark.process
 @pytest.mark.compile
 @pytest.mark.slow

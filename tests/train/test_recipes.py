@@ -236,7 +236,14 @@ def released_decay(released: str) -> tuple[set[str], set[str]]:
     return renamed[0], renamed[1]
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if "." not in name])
+@pytest.mark.parametrize(
+    "name",
+    # Sizes of a family have the same names of parameters.
+    [
+        pytest.param(name, marks=pytest.mark.nightly if i % 3 else ())
+        for i, name in enumerate(name for name in RECIPES if "." not in name)
+    ],
+)
 def test_weight_decay_spares_what_the_released_script_spares(name: str) -> None:
     """Name by name, though layer-scales and temperatures have fewer axes here."""
     released = next(f.models[name].released for f in families().values() if name in f.models)

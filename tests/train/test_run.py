@@ -61,7 +61,9 @@ def assert_same_run(first: Path, second: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.process)])
+@pytest.mark.parametrize(
+    "workers", [0, pytest.param(2, marks=(pytest.mark.process, pytest.mark.nightly))]
+)
 def test_same_seed_same_bits_and_resumed_equals_whole(
     folder: Path, tmp_path: Path, workers: int
 ) -> None:

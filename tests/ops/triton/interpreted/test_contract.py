@@ -75,7 +75,7 @@ def test_half_precision(mechanism, dtype):
         "zero queries", "constant keys", "vanishing normaliser", "large", "huge", "zeros", "alone",
     ],
     dtype=[torch.float32, torch.float16],
-    every=2,
+    every=3,
 )  # fmt: skip
 def test_finite(mechanism, dtype, case, monkeypatch):
     many_splits(monkeypatch)
@@ -123,7 +123,16 @@ def test_one_key_with_all_the_weight(mechanism, scale):
         assert relative_error(fused, exact) <= 2 * relative_error(eager, exact) + 1e-6
 
 
-@each_mechanism
+@pytest.mark.parametrize(
+    "mechanism",
+    # One of each kind of weights of keys in every run.
+    [
+        pytest.param(
+            name, marks=() if name in ("rala", "lightnet", "pola") else pytest.mark.nightly
+        )
+        for name in ops.MECHANISMS
+    ],
+)
 def test_repeats_are_bit_equal(mechanism, monkeypatch):
     many_splits(monkeypatch)
     inputs = make_inputs(grid=(7, 9), batch=1, dtype=torch.float32)
@@ -160,8 +169,7 @@ def test_compile_fullgraph():
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("number", [3, 4])
-@pytest.mark.parametrize("mechanism", ["rala", "mala"])
+@pairwise(every=2, number=[3, 4], mechanism=["rala", "mala"])
 def test_packed_projection(mechanism, number, monkeypatch):
     """Gradients of kernels in one buffer, with that of LePE added, and a slice that is free."""
     many_splits(monkeypatch)

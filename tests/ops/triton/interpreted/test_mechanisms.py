@@ -88,10 +88,7 @@ def test_without_positions(mechanism):
     check(mechanism, make_inputs(grid=(5, 9), batch=1, dtype=torch.float32, rotary=False))
 
 
-@each_mechanism
-@pytest.mark.parametrize(
-    "layout", ["channels first", pytest.param("heads first", marks=pytest.mark.nightly)]
-)
+@pairwise(every=4, mechanism=ops.MECHANISMS, layout=["channels first", "heads first"])
 def test_layouts(mechanism, layout):
     check(mechanism, make_inputs(grid=(3, 11), dim=12, dtype=torch.float32), layout)
 
@@ -112,9 +109,10 @@ def test_epilogue(mechanism, splits, monkeypatch):
         assert error(grad[:, :, part], expected[1][:, :, part]) < 3e-6
 
 
-@pytest.mark.parametrize("mechanism", ["rala", "mala"])
-@pytest.mark.parametrize("term", ["lepe", "gate"])
-@pytest.mark.parametrize("layout", ["channels first", "projection"])
+@pairwise(
+    every=2, term=["lepe", "gate"], layout=["channels first", "projection"],
+    mechanism=["rala", "mala"],
+)  # fmt: skip
 def test_half_an_epilogue(mechanism, term, layout, monkeypatch):
     many_splits(monkeypatch)
     inputs = make_inputs(grid=(3, 12), heads=1, batch=1, dtype=torch.float32, epilogue=(term,))
@@ -125,8 +123,7 @@ def test_half_an_epilogue(mechanism, term, layout, monkeypatch):
         assert error(grad[:, :, part], expected[1][:, :, part]) < 3e-6
 
 
-@pytest.mark.parametrize("mechanism", ["nala", "lightnet", "inline", "pola"])
-@pytest.mark.parametrize("splits", [False, True], ids=["whole", "splits"])
+@pairwise(every=2, mechanism=["nala", "lightnet", "inline", "pola"], splits=[False, True])
 def test_states_in_slices(mechanism, splits, monkeypatch):
     """Slices of unequal width, as large states of wide heads are computed in."""
     from vitlinear.ops.triton import plan
