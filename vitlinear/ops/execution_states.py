@@ -10,7 +10,7 @@ from torch import Tensor
 from . import backward as formulas
 from . import eager
 from .attention_state import GivenGradients, LinearAttentionState, StateGradients
-from .execution import by_kernels, to_layout
+from .execution import by_kernels, kernels_for, tell, to_layout
 from .mechanisms import Mechanism
 from .terms import Terms
 
@@ -70,12 +70,13 @@ def read_forward(
     memo: dict[str, Any] | None = None,
 ) -> Tensor:
     """Outputs [B, N, h, Dv] of queries that read a state; samples may share it."""
-    out: Tensor | None = by_kernels(
-        lambda kernels: kernels.read_forward(q, for_each_sample(state, q), mechanism, terms, memo),
-        backend, q, state.state.shape[-1], mechanism, terms,
-    )  # fmt: skip
-    if out is not None:
-        return out
+    kernels = kernels_for(backend, q)
+    if kernels is not None:  # as `by_kernels`, with fewer calls
+        try:
+            out: Tensor = kernels.read_forward(q, for_each_sample(state, q), mechanism, terms, memo)
+            return out
+        except Exception as error:
+            tell(error, backend, q, state.state.shape[-1], mechanism, terms)
     with eager.without_autocast(q):
         tokens = eager.prepare(q, None, None, mechanism, terms, own=True)
         return to_layout(eager.read(tokens, state, mechanism), q)

@@ -84,7 +84,8 @@ def linear_attention_state(
     if (chosen := chosen_for(backend, call)) == "eager":
         return eager.linear_attention_state(k, v, row, terms)
     if plain:
-        check_tables_gradient(terms)
+        if rotary is not None and (rotary.rows.requires_grad or rotary.cols.requires_grad):
+            check_tables_gradient(terms)
         return autograd_states.linear_attention_state(
             k, v, row, terms, chosen, call.work.training, call.memo
         )
@@ -138,7 +139,8 @@ def read_linear_attention_state(
         KernelError: The backend is ``triton`` and a kernel failed.
     """
     row = get_mechanism(mechanism)
-    terms = Terms(rotary, mask_of_lengths(key_padding_mask, q), head_scale, lepe, gate, powers)
+    mask = None if key_padding_mask is None else mask_of_lengths(key_padding_mask, q)
+    terms = Terms(rotary, mask, head_scale, lepe, gate, powers)
     call = _known(q, state, row, terms) if _may_be_plain() else None
     plain = call is not None
     if call is None:
@@ -146,7 +148,8 @@ def read_linear_attention_state(
     if (chosen := chosen_for(backend, call)) == "eager":
         return eager.read_linear_attention_state(q, state, row, terms)
     if plain:
-        check_tables_gradient(terms)
+        if rotary is not None and (rotary.rows.requires_grad or rotary.cols.requires_grad):
+            check_tables_gradient(terms)
         return autograd_states.read_linear_attention_state(
             q, state, row, terms, chosen, call.work.training, call.memo
         )

@@ -304,9 +304,9 @@ def _backward(
         )  # fmt: skip
         if scales is not None:
             assert call.scales is not None
-            _add_share(grads.head_scale, with_shape(scales, call.scales), (0,), part)
+            add_share(grads.head_scale, with_shape(scales, call.scales), (0,), part)
         if power_parts is not None:
-            _add_share(grads.powers, power_parts, (0, 1), part)
+            add_share(grads.powers, power_parts, (0, 1), part)
         return
 
     wide, summing = call.wide, call.summing
@@ -352,12 +352,12 @@ def _backward(
         of_state, of_grad = (
             with_shape(x, shape) if x.dim() == 1 else x for x in (sums[0], grad_sums[0])
         )
-        _add_share(grads.head_scale, of_grad * of_state, (0, 2, 3), part)
+        add_share(grads.head_scale, of_grad * of_state, (0, 2, 3), part)
     if power_parts is not None:
-        _add_share(grads.powers, power_parts, (0, 1), part)
+        add_share(grads.powers, power_parts, (0, 1), part)
 
 
-def _add_share(into: Tensor | None, parts: Tensor, axes: tuple[int, ...], part: Slice) -> None:
+def add_share(into: Tensor | None, parts: Tensor, axes: tuple[int, ...], part: Slice) -> None:
     """Sum a slice's parts of a gradient of all channels of values; the first slice begins it."""
     if into is None:
         return

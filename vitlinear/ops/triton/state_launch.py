@@ -16,7 +16,7 @@ from ..mechanisms import Mechanism
 from ..terms import Terms
 from . import tuning
 from .calls import Call, Memo, Sums, remembered
-from .launch import Extras, aligned, on_device, strided
+from .launch import Extras, add_share, aligned, on_device, strided
 
 
 def state_forward(
@@ -69,10 +69,12 @@ def state_backward(
     grad_k, grad_v = _like(k), _like(v)
     powers, shares = _of_powers(k, terms, call.wide.splits)
     if not call.size:
+        if powers is not None:
+            powers.zero_()
         return StateGradients(grad_k, grad_v, powers)
     extras, fixed = Extras.of(terms, call), tuning.is_fixed()
     options = (extras.tables, extras.mask, extras.counts, extras.powers, None)
-    state, norm, mean_value = _aligned(grads, mechanism)
+    state, norm, mean_value = _aligned(grads, call)
     mean = mean_parts = None
     if logsumexp is not None:
         mean_parts = _split(call.wide.splits, logsumexp)
@@ -100,7 +102,7 @@ def state_backward(
                 logsumexp, sums, mean, None, shares, *sizes, call.scale,
             )  # fmt: skip
             if powers is not None and shares is not None:
-                powers += shares.sum((0, 1))
+                add_share(powers, shares, (0, 1), part)
     return StateGradients(grad_k, grad_v, powers)
 
 
@@ -117,13 +119,15 @@ def read_forward(
     call = remembered(memo, "forward", q, out, mechanism, terms)
     if not call.size:
         return out
-    extras, fixed, sums = Extras.of(terms, call), tuning.is_fixed(), _aligned(state, mechanism)
+    tables, mask, counts, powers, head_scale, width = Extras.of(terms, call)
+    fixed, sums = tuning.is_fixed(), _aligned(state, call)
+    _, _, _, lepe, gate, *_ = terms
     with on_device(call):
         for part in call.slices:
-            epilogue = (strided(part.of(terms.lepe)), strided(part.of(terms.gate)))
-            part.read(
-                fixed, strided(q), strided(part.of(out)), epilogue, *extras[:5],
-                part.of_sums(*sums), call.length, extras.width, call.heads, call.wide.chunk,
+            epilogue = (strided(part.of(lepe)), strided(part.of(gate)))
+            part.read.runs[fixed](
+                strided(q), strided(part.of(out)), epilogue, tables, mask, counts, powers,
+                head_scale, part.of_sums(*sums), call.length, width, call.heads, call.wide.chunk,
                 call.scale,
             )  # fmt: skip
     return out
@@ -141,7 +145,7 @@ def read_backward(
     if terms.gate is None:
         terms = terms._replace(lepe=None)  # a sum has no gradient to compute
     call = remembered(memo, "backward", q, grad_out, mechanism, terms)
-    sums = _aligned(state, mechanism)
+    sums = _aligned(state, call)
     powers, shares = _of_powers(q, terms, call.summing.splits)
     state_, norm, mean = (None if x is None else torch.empty_like(x) for x in sums)
     assert state_ is not None
@@ -151,7 +155,7 @@ def read_backward(
         None if gate is None else _like(gate), powers,
     )  # fmt: skip
     if not call.size:
-        for x in (state_, norm, mean):
+        for x in (state_, norm, mean, powers):
             if x is not None:
                 x.zero_()
         return grads if scale is None else grads._replace(head_scale=torch.zeros_like(scale))
@@ -163,11 +167,10 @@ def read_backward(
     with on_device(call):
         for part in call.slices:
             given, into = strided(part.of(grad_out)), part.of_sums(*parts[:3])
-            epilogue, grad_epilogue = (
-                (strided(part.of(x.lepe)), strided(part.of(x.gate))) for x in (terms, grads)
-            )
-            part.query_of_read(
-                fixed, given, strided(q), strided(grads.q), epilogue, grad_epilogue, *extras[:5],
+            epilogue = (strided(part.of(terms.lepe)), strided(part.of(terms.gate)))
+            grad_epilogue = (strided(part.of(grads.lepe)), strided(part.of(grads.gate)))
+            part.query_of_read.runs[fixed](
+                given, strided(q), strided(grads.q), epilogue, grad_epilogue, *extras[:5],
                 part.of_sums(*sums), None, into, shares, call.length, extras.width, call.heads,
                 call.summing.chunk, call.scale,
             )  # fmt: skip
@@ -176,7 +179,7 @@ def read_backward(
             if norm is not None and norm is not grads.norm:
                 grads.norm.add_(norm)
             if powers is not None and shares is not None:
-                powers += shares.sum((0, 1))
+                add_share(powers, shares, (0, 1), part)
     if terms.head_scale is not None:
         grads = grads._replace(head_scale=(grads.state * state.state).sum((0, 2, 3)))
         grads.state.mul_(terms.head_scale[:, None, None])
@@ -201,18 +204,18 @@ def _of_splits(call: Call) -> LinearAttentionState:
     return LinearAttentionState(*sums, logsumexp=logsumexp)
 
 
-def _aligned(state: LinearAttentionState, mechanism: Mechanism) -> Sums:
+def _aligned(state: LinearAttentionState, call: Call) -> Sums:
     """State, normaliser and mean value as kernels take them, as far as the mechanism reads them."""
-    reads = mechanism.reads
-    norm = aligned(state.norm) if state.norm is not None and reads.uses_norm else None
-    mean = aligned(state.mean_v) if state.mean_v is not None and reads.uses_mean else None
-    return aligned(state.state), norm, mean
+    sums, norm, mean, *_ = state
+    norm = aligned(norm) if norm is not None and call.plan.uses_norm else None
+    mean = aligned(mean) if mean is not None and call.plan.uses_mean else None
+    return aligned(sums), norm, mean
 
 
 def _of_powers(x: Tensor, terms: Terms, splits: int) -> tuple[Tensor | None, Tensor | None]:
-    """Zeros for the gradient of powers, and memory for the shares of splits and samples."""
+    """Memory for the gradient of powers, and for the shares of splits and samples."""
     if terms.powers is None:
         return None, None
     batch, _, heads, dim = x.shape
-    zeros = x.new_zeros((heads, dim), dtype=torch.float32)
-    return zeros, zeros.new_empty((splits, batch, heads, dim))
+    powers = x.new_empty((heads, dim), dtype=torch.float32)
+    return powers, powers.new_empty((splits, batch, heads, dim))
