@@ -6,6 +6,7 @@ Tokens are [B, N, h, D] with any strides, states contiguous with one entry for e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -176,7 +177,7 @@ def read_backward(
             )  # fmt: skip
             if call.merging:
                 part.merge(into, part.of_sums(*found[:3]))
-            if norm is not None and norm is not grads.norm:
+            if norm is not None and grads.norm is not None and norm is not grads.norm:
                 grads.norm.add_(norm)
             if powers is not None and shares is not None:
                 add_share(powers, shares, (0, 1), part)
@@ -199,9 +200,9 @@ def _like(x: Tensor) -> Tensor:
 def _of_splits(call: Call) -> LinearAttentionState:
     """Memory for the sums of each split, as launches take it."""
     scratch = call.forward_scratch
-    _, *some, logsumexp = scratch.vectors() if call.whole else scratch.carve()
-    sums: list[Any] = some
-    return LinearAttentionState(*sums, logsumexp=logsumexp)
+    memory: Sequence[Any] = scratch.vectors() if call.whole else scratch.carve()
+    _, state, norm, mean, logsumexp = memory
+    return LinearAttentionState(state, norm, mean, logsumexp=logsumexp)
 
 
 def _aligned(state: LinearAttentionState, call: Call) -> Sums:
