@@ -155,13 +155,13 @@ def test_opcheck(mechanism):
     inputs = make_inputs(dtype=torch.float32, mask=True, epilogue=("gate", "lepe"))
     q, k, v, *_ = inputs.projection.unbind(2)
     terms = inputs.terms(mechanism).flatten()
-    arguments = (k, v, mechanism, *terms[:3], terms.powers, "triton")
+    arguments = (k, v, mechanism, *terms[:3], terms.powers, None, "triton")
     operators = torch.ops.vitlinear
     torch.library.opcheck(operators.linear_attention_state.default, arguments)
     state = operators.linear_attention_state(*arguments)
     given = ops.LinearAttentionState.unflatten(*(x.detach() for x in state))[:3]
     given = [None if x is None else x.requires_grad_() for x in given]
-    arguments = (q, *given, mechanism, *terms, "triton")
+    arguments = (q, *given, mechanism, *terms[:-1], "triton")
     torch.library.opcheck(operators.read_linear_attention_state.default, arguments)
 
 
