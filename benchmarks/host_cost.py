@@ -3,8 +3,9 @@
     python benchmarks/host_cost.py --json benchmarks/results/host_cost_intel.json
 
 Launches do nothing, so this needs no GPU: time runs from the call of `linear_attention` to its
-return, forward, and backward from that of `torch.autograd.grad`. It is the least of many calls.
-What Triton itself takes for a launch, and the driver, is not in it.
+return, forward, and backward from that of `torch.autograd.grad`; likewise of
+`linear_attention_state` and of `read_linear_attention_state`. It is the least of many calls. What
+Triton itself takes for a launch, and the driver, is not in it.
 
 Each time is compared with that of an empty autograd function: it takes the same tensors, keeps them
 for backward, allocates as many tensors of the same sizes, and launches nothing.
@@ -38,10 +39,11 @@ PROCESSORS = 132
 
 
 class Cost(NamedTuple):
-    """Microseconds of one attention, forward or backward.
+    """Microseconds of one call, forward or backward.
 
     Attributes:
         mechanism: Key in `vitlinear.ops.MECHANISMS`.
+        call: ``attention``, ``state`` of keys and values, or ``read`` of a state.
         step: ``forward`` or ``backward``.
         launches: Kernels that are launched.
         ours: Microseconds.
@@ -49,6 +51,7 @@ class Cost(NamedTuple):
     """
 
     mechanism: str
+    call: str
     step: str
     launches: int
     ours: float
@@ -114,11 +117,13 @@ class Sizes(NamedTuple):
     """Numbers of float32 of each tensor that kernels are given besides inputs and outputs.
 
     Attributes:
+        outputs: Their shapes where they are sums; none where there is one, like the first input.
         kept: Of those that forward leaves for backward.
         forward: Of the scratch memory of forward.
         backward: Of that of backward.
     """
 
+    outputs: list[torch.Size]
     kept: list[int]
     forward: list[int]
     backward: list[int]
@@ -128,9 +133,15 @@ class Empty(torch.autograd.Function):
     """Allocates and keeps tensors, and computes nothing."""
 
     @staticmethod
-    def forward(ctx: Any, sizes: Sizes, others: tuple[Tensor, ...], *tensors: Tensor) -> Tensor:
-        """An output like the first tensor; others are kept too, and have no gradient."""
-        out = torch.empty_like(tensors[0], memory_format=torch.contiguous_format)
+    def forward(
+        ctx: Any, sizes: Sizes, others: tuple[Tensor, ...], *tensors: Tensor
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Outputs; others are kept as the tensors are, and have no gradient."""
+        out: Any
+        if sizes.outputs:
+            out = tuple([torch.empty(shape, dtype=torch.float32) for shape in sizes.outputs])
+        else:
+            out = torch.empty_like(tensors[0], memory_format=torch.contiguous_format)
         kept = [torch.empty(size, dtype=torch.float32) for size in sizes.kept]
         for size in sizes.forward:
             torch.empty(size, dtype=torch.float32)
@@ -139,7 +150,7 @@ class Empty(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Gradients of the tensors."""
         saved = ctx.saved_tensors
         for size in ctx.sizes:
@@ -149,7 +160,10 @@ class Empty(torch.autograd.Function):
 
 
 class Subject:
-    """One mechanism with its epilogue, and the empty function beside it."""
+    """One attention with its epilogue, and the empty function beside it."""
+
+    name = "attention"
+    takes = ("q", "k", "v", "lepe", "gate", "powers")
 
     def __init__(self, mechanism: str, launched: Launched) -> None:
         """Make the tensors; inside of `without_launches`."""
@@ -157,15 +171,29 @@ class Subject:
         row = ops.get_mechanism(mechanism)
         tables = ops.lrpe_tables if row.positions == "cosine" else ops.rotary_tables
         self.rotary = None if row.positions == "none" else tables(SIDE, SIDE, DIM)
-        self.powers = torch.ones(HEADS, DIM, requires_grad=True) if row.takes_powers else None
+        powers = torch.ones(HEADS, DIM, requires_grad=True) if row.takes_powers else None
         projection = torch.zeros(BATCH, SIDE**2, 5, HEADS, DIM, dtype=torch.bfloat16)
-        self.leaves = [x.requires_grad_() for x in projection.unbind(2)]
-        if self.powers is not None:
-            self.leaves.append(self.powers)
-        self.grad = torch.zeros(self.leaves[0].shape, dtype=torch.bfloat16)
-        self.sizes = self._sizes()
+        q, k, v, gate, lepe = (x.requires_grad_() for x in projection.unbind(2))
+        given = {"q": q, "k": k, "v": v, "lepe": lepe, "gate": gate, "powers": powers}
+        self.given: dict[str, Any] = {name: given[name] for name in self.takes}
+        self.options: dict[str, Any] = {
+            "mechanism": mechanism, "rotary": self.rotary, "backend": "triton"
+        }  # fmt: skip
+        self.leaves = self._leaves()
+        outputs = self._outputs()
+        self.grads = [torch.zeros_like(x) for x in outputs]
+        self.sizes = self._sizes([x.shape for x in outputs])
 
-    def _sizes(self) -> Sizes:
+    def _leaves(self) -> list[Tensor]:
+        """All that gradients are computed of."""
+        return [x for x in self.given.values() if x is not None]
+
+    def _outputs(self) -> list[Tensor]:
+        """All that the call returns, and has a gradient."""
+        out = self.call()
+        return [out] if isinstance(out, Tensor) else [x for x in out if x is not None]
+
+    def _sizes(self, outputs: list[torch.Size]) -> Sizes:
         """Memory that the launches of a call are given besides."""
         from vitlinear.ops.triton import memory
 
@@ -179,25 +207,27 @@ class Subject:
 
         with mock.patch.object(memory.Layout, "vectors", counted):
             out = self.call()
-            (kept, *scratch), of_forward = found[:], len(found)
+            of_forward = len(found)
             self.differentiate(out)
-        return Sizes(kept, sum(scratch, []), sum(found[of_forward:], []))
+        keeps = self.name == "attention"
+        kept = found[0] if keeps else []
+        scratch = sum(found[keeps:of_forward], [])
+        sums = outputs if self.name == "state" else []
+        return Sizes(sums, kept, scratch, sum(found[of_forward:], []))
 
-    def call(self) -> Tensor:
+    def call(self) -> Any:
         """Our forward pass."""
-        q, k, v, gate, lepe = self.leaves[:5]
-        return ops.linear_attention(
-            q, k, v, mechanism=self.mechanism, rotary=self.rotary, lepe=lepe, gate=gate,
-            powers=self.powers, backend="triton",
-        )  # fmt: skip
+        return ops.linear_attention(**self.given, **self.options)
 
-    def empty(self) -> Tensor:
+    def empty(self) -> Any:
         """The empty forward pass."""
         return Empty.apply(self.sizes, self.rotary or (), *self.leaves)
 
-    def differentiate(self, out: Tensor) -> None:
+    def differentiate(self, out: Any) -> None:
         """The backward pass of either."""
-        torch.autograd.grad(out, self.leaves, self.grad)
+        if not isinstance(out, Tensor):
+            out = [x for x in out if x is not None]
+        torch.autograd.grad(out, self.leaves, self.grads)
 
     def launches(self) -> tuple[int, int]:
         """Kernels that are launched forward and backward."""
@@ -226,10 +256,66 @@ class Subject:
                 out = timed(who, "forward", run)
                 timed(who, "backward", lambda out=out: self.differentiate(out))
         forward, backward = (
-            Cost(self.mechanism, step, launches[step], least["ours", step], least["empty", step])
+            Cost(
+                self.mechanism,
+                self.name,
+                step,
+                launches[step],
+                least["ours", step],
+                least["empty", step],
+            )
             for step in ("forward", "backward")
         )
         return forward, backward
+
+
+class StateSubject(Subject):
+    """The state of keys and values."""
+
+    name = "state"
+    takes = ("k", "v", "powers")
+
+    def call(self) -> Any:
+        """Our forward pass."""
+        return ops.linear_attention_state(**self.given, **self.options)
+
+
+class ReadSubject(Subject):
+    """A read of a state, which has a gradient too."""
+
+    name = "read"
+    takes = ("q", "lepe", "gate", "powers")
+
+    def _leaves(self) -> list[Tensor]:
+        q = self.given["q"]
+        row = ops.get_mechanism(self.mechanism)
+        rows = row.state_dim(DIM, self.rotary is not None)
+        shapes = {
+            "state": (rows, DIM),
+            "norm": (1, row.feature_dim(DIM)) if row.reads.uses_norm else None,
+            "mean_v": (1, DIM) if row.reads.uses_mean else None,
+        }
+        sums = {
+            name: torch.zeros(BATCH, HEADS, *shape, requires_grad=True)
+            for name, shape in shapes.items()
+            if shape is not None
+        }
+        self.given["state"] = ops.LinearAttentionState(**sums)
+        others = [x for x in self.given.values() if isinstance(x, Tensor) and x is not q]
+        return [q, *sums.values(), *others]
+
+    def call(self) -> Any:
+        """Our forward pass."""
+        return ops.read_linear_attention_state(**self.given, **self.options)
+
+
+def subjects(launched: Launched) -> Iterator[Subject]:
+    """All calls of all mechanisms; inside of `without_launches`."""
+    for name in ops.MECHANISMS:
+        yield Subject(name, launched)
+        if not ops.get_mechanism(name).has_global_query:
+            yield StateSubject(name, launched)
+        yield ReadSubject(name, launched)
 
 
 def main() -> None:
@@ -240,14 +326,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     with without_launches() as launched:
-        costs = [
-            cost for name in ops.MECHANISMS for cost in Subject(name, launched).costs(args.calls)
-        ]
-    print("| mechanism | step | launches | us | us, empty function | ratio |")
-    print("| --- | --- | --- | --- | --- | --- |")
+        costs = [cost for subject in subjects(launched) for cost in subject.costs(args.calls)]
+    print("| mechanism | call | step | launches | us | us, empty function | ratio |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     for cost in costs:
         print(
-            f"| {cost.mechanism} | {cost.step} | {cost.launches} | {cost.ours:.0f} | "
+            f"| {cost.mechanism} | {cost.call} | {cost.step} | {cost.launches} | {cost.ours:.0f} | "
             f"{cost.empty:.0f} | {cost.ratio:.2f} |"
         )
     if args.json:

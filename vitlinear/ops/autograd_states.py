@@ -15,35 +15,61 @@ from .terms import Terms
 
 
 def linear_attention_state(
-    k: Tensor, v: Tensor, mechanism: Mechanism, terms: Terms, backend: str
-) -> LinearAttentionState:
-    """The state of a plain call; arguments as `execution_states.state_forward`."""
+    k: Tensor, v: Tensor, mechanism: Mechanism, terms: Terms, backend: str,
+    training: bool, memo: dict[str, Any],
+) -> LinearAttentionState:  # fmt: skip
+    """The state of a plain call.
+
+    Args:
+        k: Keys, as in `execution_states.state_forward`, like the others.
+        v: Values.
+        mechanism: The row of the table.
+        terms: All that the state is given besides.
+        backend: One of those there.
+        training: Whether keys or values want a gradient.
+        memo: As in `execution.forward`.
+    """
     powers = terms.powers
-    if torch.is_grad_enabled() and (
-        k.requires_grad or v.requires_grad or (powers is not None and powers.requires_grad)
-    ):
-        return LinearAttentionState(*_state(mechanism, terms, backend, k, v, powers))
-    return execution_states.state_forward(k, v, mechanism, terms, backend)
+    if training or (torch.is_grad_enabled() and powers is not None and powers.requires_grad):
+        return LinearAttentionState(*_state(mechanism, terms, backend, memo, k, v, powers))
+    return execution_states.state_forward(k, v, mechanism, terms, backend, memo)
 
 
 def read_linear_attention_state(
-    q: Tensor, state: LinearAttentionState, mechanism: Mechanism, terms: Terms, backend: str
-) -> Tensor:
-    """The read of a plain call; arguments as `execution_states.read_forward`."""
-    _, _, head_scale, lepe, gate, powers = terms
-    learnt = (q, state.state, state.norm, state.mean_v, head_scale, lepe, gate, powers)
-    if torch.is_grad_enabled():
-        for x in learnt:
-            if x is not None and x.requires_grad:
-                return _read(mechanism, terms, backend, *learnt)
-    return execution_states.read_forward(q, state, mechanism, terms, backend)
+    q: Tensor, state: LinearAttentionState, mechanism: Mechanism, terms: Terms, backend: str,
+    training: bool, memo: dict[str, Any],
+) -> Tensor:  # fmt: skip
+    """The read of a plain call.
+
+    Args:
+        q: Queries, as in `execution_states.read_forward`, like the others.
+        state: What they read.
+        mechanism: The row of the table.
+        terms: All that the read is given besides.
+        backend: One of those there.
+        training: Whether queries or the state want a gradient.
+        memo: As in `execution.forward`.
+    """
+    _, _, head_scale, lepe, gate, powers, *_ = terms
+    if training or (
+        torch.is_grad_enabled()
+        and any(x is not None and x.requires_grad for x in (head_scale, lepe, gate, powers))
+    ):
+        return _read(
+            mechanism, terms, backend, memo, q, state.state, state.norm, state.mean_v,
+            head_scale, lepe, gate, powers,
+        )  # fmt: skip
+    return execution_states.read_forward(q, state, mechanism, terms, backend, memo)
 
 
 def _is_plain(*grads: Tensor | None) -> bool:
     """Whether nobody looks at what is made of these gradients."""
-    return not torch.is_grad_enabled() and all(
-        grad is None or (type(grad) is Tensor and not tracing.is_watched(grad)) for grad in grads
-    )
+    if torch.is_grad_enabled() or tracing.is_watched():
+        return False
+    for grad in grads:
+        if grad is not None and (type(grad) is not Tensor or tracing.stands_for_many(grad)):
+            return False
+    return True
 
 
 class _State(torch.autograd.Function):
@@ -51,14 +77,14 @@ class _State(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, mechanism: Mechanism, terms: Terms, backend: str,
+        ctx: Any, mechanism: Mechanism, terms: Terms, backend: str, memo: dict[str, Any],
         k: Tensor, v: Tensor, powers: Tensor | None,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
-        state = execution_states.state_forward(k, v, mechanism, terms, backend)
+        state = execution_states.state_forward(k, v, mechanism, terms, backend, memo)
         rows, cols = terms.rotary or (None, None)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(k, v, rows, cols, terms.key_padding_mask, powers, state.logsumexp)
-        ctx.mechanism, ctx.backend = mechanism, backend
+        ctx.mechanism, ctx.backend, ctx.memo = mechanism, backend, memo
         ctx.shapes = [None if x is None else x.shape for x in state[:3]]
         return tuple(state)
 
@@ -67,30 +93,31 @@ class _State(torch.autograd.Function):
         k, v, rows, cols, mask, powers, logsumexp = ctx.saved_tensors
         given = [grad for grad in grads if grad is not None]
         if not given:
-            return (None,) * 6
-        *_, of_logsumexp = grads
-        state, norm, mean_v = (  # all that the state has
-            given[0].new_zeros(shape) if grad is None and shape is not None else grad
-            for grad, shape in zip(grads[:3], ctx.shapes, strict=True)
-        )
+            return (None,) * 7
+        state, norm, mean_v, _, of_logsumexp = grads
+        if state is None or norm is None or mean_v is None:  # all that the state has
+            state, norm, mean_v = (
+                given[0].new_zeros(shape) if grad is None and shape is not None else grad
+                for grad, shape in zip(grads[:3], ctx.shapes, strict=True)
+            )
         assert state is not None
         of_state = LinearAttentionState(state, norm, mean_v, None, of_logsumexp)
         if _is_plain(*grads):
             terms = Terms(None if rows is None else RotaryTables(rows, cols), mask, powers=powers)
             found = execution_states.state_backward(
-                of_state, k, v, ctx.mechanism, terms, logsumexp, ctx.backend
+                of_state, k, v, ctx.mechanism, terms, logsumexp, ctx.backend, ctx.memo
             )
             grad_k, grad_v, of_powers = found
             if of_powers is not None and powers is not None:
                 of_powers = eager.saturate(of_powers, powers.dtype).to(powers.dtype)
-            return None, None, None, grad_k, grad_v, of_powers
+            return None, None, None, None, grad_k, grad_v, of_powers
         state, norm, mean_v, _, of_logsumexp = of_state.flatten()
         kept = state.new_empty(0) if logsumexp is None else logsumexp
         grad_k, grad_v, of_powers = torch.ops.vitlinear.linear_attention_state_backward(
             state, norm, mean_v, of_logsumexp, k, v, ctx.mechanism.name, rows, cols, mask, powers,
             kept, ctx.backend,
         )  # fmt: skip
-        return None, None, None, grad_k, grad_v, None if powers is None else of_powers
+        return None, None, None, None, grad_k, grad_v, None if powers is None else of_powers
 
 
 class _Read(torch.autograd.Function):
@@ -98,15 +125,15 @@ class _Read(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, mechanism: Mechanism, terms: Terms, backend: str,
+        ctx: Any, mechanism: Mechanism, terms: Terms, backend: str, memo: dict[str, Any],
         q: Tensor, state: Tensor, norm: Tensor | None, mean_v: Tensor | None, *_: Tensor | None,
     ) -> Tensor:  # fmt: skip
         given = LinearAttentionState(state, norm, mean_v)
         rotary, *others = terms
         rows, cols = rotary or (None, None)
         ctx.save_for_backward(q, state, norm, mean_v, rows, cols, *others)
-        ctx.mechanism, ctx.backend = mechanism, backend
-        return execution_states.read_forward(q, given, mechanism, terms, backend)
+        ctx.mechanism, ctx.backend, ctx.memo = mechanism, backend, memo
+        return execution_states.read_forward(q, given, mechanism, terms, backend, memo)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -116,7 +143,7 @@ class _Read(torch.autograd.Function):
             terms = Terms(rotary, mask, head_scale, lepe, gate, powers)
             found = execution_states.read_backward(
                 grad_out, q, LinearAttentionState(state, norm, mean_v), ctx.mechanism, terms,
-                ctx.backend,
+                ctx.backend, ctx.memo,
             )  # fmt: skip
             grads = [
                 execution_states.like(grad, x)
@@ -136,7 +163,7 @@ class _Read(torch.autograd.Function):
         if lepe is not None and gate is None:
             hidden = None if mask is None else mask[..., None, None]
             grads[4] = grad_out if hidden is None else grad_out.masked_fill(hidden, 0)
-        return None, None, None, grad_q, *grads
+        return None, None, None, None, grad_q, *grads
 
 
 # As in `autograd`.

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import backward as formulas
 from . import eager
 from .attention_state import GivenGradients, LinearAttentionState, StateGradients
-from .execution import by_kernels, to_layout
+from .execution import by_kernels, kernels_for, tell, to_layout
 from .mechanisms import Mechanism
 from .terms import Terms
 
 
 def state_forward(
-    k: Tensor, v: Tensor, mechanism: Mechanism, terms: Terms, backend: str
+    k: Tensor,
+    v: Tensor,
+    mechanism: Mechanism,
+    terms: Terms,
+    backend: str,
+    memo: dict[str, Any] | None = None,
 ) -> LinearAttentionState:
-    """The state of keys and values, [B, N, h, D] and [B, N, h, Dv]."""
+    """The state of keys and values, [B, N, h, D] and [B, N, h, Dv]; memo as in `execution`."""
     state: LinearAttentionState | None = by_kernels(
-        lambda kernels: kernels.state_forward(k, v, mechanism, terms),
+        lambda kernels: kernels.state_forward(k, v, mechanism, terms, memo),
         backend, k, v.shape[-1], mechanism, terms,
     )  # fmt: skip
     if state is not None:
@@ -36,10 +43,11 @@ def state_backward(
     terms: Terms,
     logsumexp: Tensor | None,
     backend: str,
+    memo: dict[str, Any] | None = None,
 ) -> StateGradients:
     """Gradients of keys, values and powers from those of the state, and its logsumexp."""
     found: StateGradients | None = by_kernels(
-        lambda kernels: kernels.state_backward(grads, k, v, mechanism, terms, logsumexp),
+        lambda kernels: kernels.state_backward(grads, k, v, mechanism, terms, logsumexp, memo),
         backend, k, v.shape[-1], mechanism, terms,
     )  # fmt: skip
     if found is not None:
@@ -54,15 +62,21 @@ def state_backward(
 
 
 def read_forward(
-    q: Tensor, state: LinearAttentionState, mechanism: Mechanism, terms: Terms, backend: str
+    q: Tensor,
+    state: LinearAttentionState,
+    mechanism: Mechanism,
+    terms: Terms,
+    backend: str,
+    memo: dict[str, Any] | None = None,
 ) -> Tensor:
     """Outputs [B, N, h, Dv] of queries that read a state; samples may share it."""
-    out: Tensor | None = by_kernels(
-        lambda kernels: kernels.read_forward(q, for_each_sample(state, q), mechanism, terms),
-        backend, q, state.state.shape[-1], mechanism, terms,
-    )  # fmt: skip
-    if out is not None:
-        return out
+    kernels = kernels_for(backend, q)
+    if kernels is not None:  # as `by_kernels`, with fewer calls
+        try:
+            out: Tensor = kernels.read_forward(q, for_each_sample(state, q), mechanism, terms, memo)
+            return out
+        except Exception as error:
+            tell(error, backend, q, state.state.shape[-1], mechanism, terms)
     with eager.without_autocast(q):
         tokens = eager.prepare(q, None, None, mechanism, terms, own=True)
         return to_layout(eager.read(tokens, state, mechanism), q)
@@ -75,11 +89,12 @@ def read_backward(
     mechanism: Mechanism,
     terms: Terms,
     backend: str,
+    memo: dict[str, Any] | None = None,
 ) -> GivenGradients:
     """Gradients of all that a read is given."""
     given: GivenGradients | None = by_kernels(
         lambda kernels: kernels.read_backward(
-            grad_out, q, for_each_sample(state, q), mechanism, terms
+            grad_out, q, for_each_sample(state, q), mechanism, terms, memo
         ),
         backend, q, state.state.shape[-1], mechanism, terms,
     )  # fmt: skip
@@ -103,9 +118,14 @@ def read_backward(
 def for_each_sample(state: LinearAttentionState, q: Tensor) -> LinearAttentionState:
     """A state with an entry for each sample of the queries."""
     batch = q.shape[0]
-    state_, norm, mean_v = (None if x is None else x.expand(batch, -1, -1, -1) for x in state[:3])
-    assert state_ is not None
-    return LinearAttentionState(state_, norm, mean_v)
+    sums, norm, mean_v, *_ = state
+    if sums.shape[0] != batch:
+        sums = sums.expand(batch, -1, -1, -1)
+    if norm is not None and norm.shape[0] != batch:
+        norm = norm.expand(batch, -1, -1, -1)
+    if mean_v is not None and mean_v.shape[0] != batch:
+        mean_v = mean_v.expand(batch, -1, -1, -1)
+    return LinearAttentionState(sums, norm, mean_v)
 
 
 def like(grad: Tensor | None, x: Tensor | None) -> Tensor | None:

@@ -84,8 +84,11 @@ def linear_attention_state(
     if (chosen := chosen_for(backend, call)) == "eager":
         return eager.linear_attention_state(k, v, row, terms)
     if plain:
-        check_tables_gradient(terms)
-        return autograd_states.linear_attention_state(k, v, row, terms, chosen)
+        if rotary is not None and (rotary.rows.requires_grad or rotary.cols.requires_grad):
+            check_tables_gradient(terms)
+        return autograd_states.linear_attention_state(
+            k, v, row, terms, chosen, call.work.training, call.memo
+        )
     check_derivatives(terms, k, v)
     rows, cols, mask, *_ = terms.flatten()
     flat = torch.ops.vitlinear.linear_attention_state(
@@ -136,14 +139,20 @@ def read_linear_attention_state(
         KernelError: The backend is ``triton`` and a kernel failed.
     """
     row = get_mechanism(mechanism)
-    terms = Terms(rotary, mask_of_lengths(key_padding_mask, q), head_scale, lepe, gate, powers)
-    plain = _may_be_plain() and _is_plain(q, *state[:3], *terms.flatten())
-    call = (_known if plain else _examined)(q, state, row, terms)
+    mask = None if key_padding_mask is None else mask_of_lengths(key_padding_mask, q)
+    terms = Terms(rotary, mask, head_scale, lepe, gate, powers)
+    call = _known(q, state, row, terms) if _may_be_plain() else None
+    plain = call is not None
+    if call is None:
+        call = _examined(q, state, row, terms)
     if (chosen := chosen_for(backend, call)) == "eager":
         return eager.read_linear_attention_state(q, state, row, terms)
     if plain:
-        check_tables_gradient(terms)
-        return autograd_states.read_linear_attention_state(q, state, row, terms, chosen)
+        if rotary is not None and (rotary.rows.requires_grad or rotary.cols.requires_grad):
+            check_tables_gradient(terms)
+        return autograd_states.read_linear_attention_state(
+            q, state, row, terms, chosen, call.work.training, call.memo
+        )
     given = (state.state, state.norm, state.mean_v)
     check_derivatives(terms, q, *given)
     out: Tensor = torch.ops.vitlinear.read_linear_attention_state(
@@ -169,10 +178,6 @@ def runs_on(
 def _may_be_plain() -> bool:
     """Whether nobody looks at each operator."""
     return not torch.compiler.is_compiling() and not is_looked_at()
-
-
-def _is_plain(q: Tensor, *others: Tensor | None) -> bool:
-    return not q.is_meta and all(x is None or type(x) in PLAIN for x in (q, *others))
 
 
 def _examined(
@@ -202,13 +207,59 @@ def _is_training(q: Tensor, state: LinearAttentionState) -> bool:
 _known_reads: dict[tuple[Any, ...], Examined] = {}
 
 
-def _known(q: Tensor, state: LinearAttentionState, mechanism: Mechanism, terms: Terms) -> Examined:
-    """As `_examined`, which looks but once at calls that are alike."""
-    tensors = (q, *state[:3], *terms.flatten())
-    seen = tuple([None if x is None else (x.shape, x.dtype) for x in tensors])
-    key = (mechanism.name, q.device, _is_training(q, state), seen)
+def _known(
+    q: Tensor, state: LinearAttentionState, mechanism: Mechanism, terms: Terms
+) -> Examined | None:
+    """As `_examined`, which looks but once at calls that are alike; None of one that is not plain.
+
+    Without a loop, as `attention.known`.
+    """
+    sums, norm, mean_v, *_ = state
+    rotary, mask, head_scale, lepe, gate, powers, *_ = terms
+    plain = PLAIN
+    if type(q) not in plain or type(sums) not in plain:
+        return None
+    if norm is not None and type(norm) not in plain:
+        return None
+    if mean_v is not None and type(mean_v) not in plain:
+        return None
+    tables = None
+    if rotary is not None:
+        rows, cols = rotary
+        if type(rows) not in plain or type(cols) not in plain:
+            return None
+        tables = rows.dtype, cols.dtype, rows.shape, cols.shape
+    if mask is not None and type(mask) not in plain:
+        return None
+    if head_scale is not None and type(head_scale) not in plain:
+        return None
+    if lepe is not None and type(lepe) not in plain:
+        return None
+    if gate is not None and type(gate) not in plain:
+        return None
+    if powers is not None and type(powers) not in plain:
+        return None
+    training = torch.is_grad_enabled() and (
+        q.requires_grad
+        or sums.requires_grad
+        or (norm is not None and norm.requires_grad)
+        or (mean_v is not None and mean_v.requires_grad)
+    )
+    key = (
+        mechanism.name, q.device, training, q.dtype, q.shape, sums.dtype, sums.shape, tables,
+        torch.get_float32_matmul_precision() if q.dtype is torch.float32 else None,
+        None if norm is None else (norm.dtype, norm.shape),
+        None if mean_v is None else (mean_v.dtype, mean_v.shape),
+        None if mask is None else (mask.dtype, mask.shape),
+        None if head_scale is None else (head_scale.dtype, head_scale.shape),
+        None if lepe is None else (lepe.dtype, lepe.shape),
+        None if gate is None else (gate.dtype, gate.shape),
+        None if powers is None else (powers.dtype, powers.shape),
+    )  # fmt: skip
     call = _known_reads.get(key)
     if call is None:
+        if q.is_meta:
+            return None
         if len(_known_reads) >= MOST_KNOWN:
             _known_reads.clear()
         call = _known_reads[key] = _examined(q, state, mechanism, terms)

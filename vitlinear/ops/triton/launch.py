@@ -36,26 +36,30 @@ class Extras(NamedTuple):
     width: int
 
     @classmethod
-    def of(cls, terms: Terms) -> Extras:
+    def of(cls, terms: Terms, call: Call) -> Extras:
         """Those of a call."""
         rotary, padding, tau, _, _, powers = terms
         tables = mask = counts = None
         width = 1
         if rotary is not None:
-            rows, cols = rotary
-            if rows.dtype is not torch.float32 or cols.dtype is not torch.float32:
-                rows, cols = rows.float(), cols.float()
-            if rows.data_ptr() % 16 or not rows.is_contiguous():
-                rows = aligned(rows)
-            if cols.data_ptr() % 16 or not cols.is_contiguous():
-                cols = aligned(cols)
-            tables, width = (rows, cols, 2 * rows.shape[1]), cols.shape[0]
+            seen = call.tables
+            if seen is None or seen[0][0] is not rotary[0] or seen[0][1] is not rotary[1]:
+                seen = _tables(*rotary)
+                if seen[0][0] is rotary[0] and seen[0][1] is rotary[1]:
+                    call.tables = seen  # not copies, of what may change
+            tables, width = seen
         if padding is not None:
             mask = (padding.view(torch.uint8), *padding.stride())
             counts = (~padding).sum(1, dtype=torch.float32)
         powers = None if powers is None else powers.contiguous()
         tau = None if tau is None else tau.contiguous()
         return cls(tables, mask, counts, powers, tau, width)
+
+
+def _tables(rows: Tensor, cols: Tensor) -> tuple[tuple[Tensor, Tensor, int], int]:
+    """Position tables as kernels take them, and the width of the grid."""
+    rows, cols = aligned(rows.float()), aligned(cols.float())
+    return (rows, cols, 2 * rows.shape[1]), cols.shape[0]
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -114,8 +118,8 @@ def forward(
     else:
         kept = call.kept.separate() if separate else call.kept.carve()
     state = tuple.__new__(LinearAttentionState, kept)  # as its own `_make`, in half the time
-    if out.numel():
-        extras, fixed = Extras.of(terms), tuning.is_fixed()
+    if call.size:
+        extras, fixed = Extras.of(terms, call), tuning.is_fixed()
         with on_device(call):
             for part in call.slices:
                 _forward(call, part, fixed, q, k, v, terms, extras, out, state)
@@ -154,7 +158,7 @@ def _forward(
         v, out, lepe, gate = (part.of(x) for x in (v, out, lepe, gate))  # type: ignore[assignment]
         sums = part.of_sums(*sums)
     queries, keys, values = (q, *q.stride()), (k, *k.stride()), (v, *v.stride())
-    into = (out, *out.stride())
+    into = (out, *call.out_stride)
     epilogue = (
         None if lepe is None else (lepe, *lepe.stride()),
         None if gate is None else (gate, *gate.stride()),
@@ -223,12 +227,12 @@ def backward(
     if terms.gate is None:
         terms = terms._replace(lepe=None)  # a sum has no gradient to compute
     call = remembered(memo, "backward", q, v, mechanism, terms)
-    if not q.numel():
+    if not call.size:
         for x in (grads.head_scale, grads.powers):
             if x is not None:
                 x.zero_()
         return
-    extras, fixed, into = Extras.of(terms), tuning.is_fixed(), grads
+    extras, fixed, into = Extras.of(terms, call), tuning.is_fixed(), grads
     if not call.whole:  # sums over the slices, rounded once
         scale, powers = (
             None if x is None else x.new_empty(x.shape, dtype=torch.float32)
@@ -300,9 +304,9 @@ def _backward(
         )  # fmt: skip
         if scales is not None:
             assert call.scales is not None
-            _add_share(grads.head_scale, with_shape(scales, call.scales), (0,), part)
+            add_share(grads.head_scale, with_shape(scales, call.scales), (0,), part)
         if power_parts is not None:
-            _add_share(grads.powers, power_parts, (0, 1), part)
+            add_share(grads.powers, power_parts, (0, 1), part)
         return
 
     wide, summing = call.wide, call.summing
@@ -348,12 +352,12 @@ def _backward(
         of_state, of_grad = (
             with_shape(x, shape) if x.dim() == 1 else x for x in (sums[0], grad_sums[0])
         )
-        _add_share(grads.head_scale, of_grad * of_state, (0, 2, 3), part)
+        add_share(grads.head_scale, of_grad * of_state, (0, 2, 3), part)
     if power_parts is not None:
-        _add_share(grads.powers, power_parts, (0, 1), part)
+        add_share(grads.powers, power_parts, (0, 1), part)
 
 
-def _add_share(into: Tensor | None, parts: Tensor, axes: tuple[int, ...], part: Slice) -> None:
+def add_share(into: Tensor | None, parts: Tensor, axes: tuple[int, ...], part: Slice) -> None:
     """Sum a slice's parts of a gradient of all channels of values; the first slice begins it."""
     if into is None:
         return

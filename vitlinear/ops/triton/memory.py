@@ -32,7 +32,6 @@ class Layout:
             shapes: Their shapes; None stays None.
             device: Where they are to be.
         """
-        self._device = device
         self._shapes = shapes
         entries = [prod(shape) for shape in shapes if shape is not None]
         self._sizes = [-(-size // ALIGNMENT) * ALIGNMENT for size in entries]
@@ -42,13 +41,17 @@ class Layout:
         self._pick: Callable[[Any], Any] = itemgetter(*places)
         self._several = len(self._sizes) > 1
         self.size = sum(self._sizes)
+        # Memory like a tensor's is had in two thirds of the time that memory of a size takes.
+        entry = torch.empty(1, dtype=torch.float32, device=device)
+        self._like = entry.expand(self.size)
+        self._like_each = [None if shape is None else entry.expand(shape) for shape in shapes]
 
     def vectors(self) -> tuple[Tensor | None, ...]:
         """Fresh memory for each, as a vector that may be longer: for who looks at addresses alone.
 
         They take half the time of tensors that have their shapes.
         """
-        memory = torch.empty(self.size, dtype=torch.float32, device=self._device)
+        memory = torch.empty_like(self._like, memory_format=torch.contiguous_format)
         # "Unsafe" is what autograd does not follow: nobody differentiates these.
         pieces = memory.unsafe_split_with_sizes(self._sizes) if self._several else (memory,)
         return self._pick((*pieces, None))
@@ -67,6 +70,6 @@ class Layout:
     def separate(self) -> list[Tensor | None]:
         """Fresh tensors, each in an allocation of its own."""
         return [
-            None if shape is None else torch.empty(shape, dtype=torch.float32, device=self._device)
-            for shape in self._shapes
+            None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+            for x in self._like_each
         ]

@@ -6,6 +6,7 @@ Tokens are [B, N, h, D] with any strides, states contiguous with one entry for e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,20 +16,23 @@ from ..attention_state import GivenGradients, LinearAttentionState, StateGradien
 from ..mechanisms import Mechanism
 from ..terms import Terms
 from . import tuning
-from .calls import Sums, prepared
-from .launch import Extras, aligned, on_device, strided
+from .calls import Call, Memo, Sums, remembered
+from .launch import Extras, add_share, aligned, on_device, strided
 
 
-def state_forward(k: Tensor, v: Tensor, mechanism: Mechanism, terms: Terms) -> LinearAttentionState:
-    """The state of keys and values, each tensor of it in memory of its own."""
-    call = prepared(k, v, mechanism, terms)
+def state_forward(
+    k: Tensor, v: Tensor, mechanism: Mechanism, terms: Terms, memo: Memo | None = None
+) -> LinearAttentionState:
+    """The state of keys and values, each tensor of it in memory of its own; memo as in `launch`."""
+    call = remembered(memo, "forward", k, v, mechanism, terms)
     kept: list[Any] = call.kept.separate()
     state = LinearAttentionState(*kept)
-    if not v.numel():
+    if not call.size:
         return state
-    tables, mask, counts, powers, _, width = Extras.of(terms)
-    fixed, splits = tuning.is_fixed(), call.summing.splits
-    sums, parts = state[:3], _of_splits(splits, state) if call.merging else state
+    tables, mask, counts, powers, _, width = Extras.of(terms, call)
+    fixed, sums, parts = tuning.is_fixed(), state[:3], state
+    if call.merging:
+        parts = _of_splits(call)
     with on_device(call):
         for part in call.slices:
             into = part.of_sums(*parts[:3])
@@ -49,6 +53,7 @@ def state_backward(
     mechanism: Mechanism,
     terms: Terms,
     logsumexp: Tensor | None,
+    memo: Memo | None = None,
 ) -> StateGradients:
     """Gradients of keys, values and powers.
 
@@ -59,15 +64,18 @@ def state_backward(
         mechanism: The row of the table.
         terms: As in the forward pass.
         logsumexp: From the forward pass; None without a softmax over keys.
+        memo: As in `launch.forward`.
     """
-    call = prepared(k, v, mechanism, terms)
-    grad_k, grad_v = k.new_empty(k.shape), v.new_empty(v.shape)
+    call = remembered(memo, "backward", k, v, mechanism, terms)
+    grad_k, grad_v = _like(k), _like(v)
     powers, shares = _of_powers(k, terms, call.wide.splits)
-    if not v.numel():
+    if not call.size:
+        if powers is not None:
+            powers.zero_()
         return StateGradients(grad_k, grad_v, powers)
-    extras, fixed = Extras.of(terms), tuning.is_fixed()
+    extras, fixed = Extras.of(terms, call), tuning.is_fixed()
     options = (extras.tables, extras.mask, extras.counts, extras.powers, None)
-    state, norm, mean_value = _aligned(grads, mechanism)
+    state, norm, mean_value = _aligned(grads, call)
     mean = mean_parts = None
     if logsumexp is not None:
         mean_parts = _split(call.wide.splits, logsumexp)
@@ -95,68 +103,84 @@ def state_backward(
                 logsumexp, sums, mean, None, shares, *sizes, call.scale,
             )  # fmt: skip
             if powers is not None and shares is not None:
-                powers += shares.sum((0, 1))
+                add_share(powers, shares, (0, 1), part)
     return StateGradients(grad_k, grad_v, powers)
 
 
 def read_forward(
-    q: Tensor, state: LinearAttentionState, mechanism: Mechanism, terms: Terms
+    q: Tensor,
+    state: LinearAttentionState,
+    mechanism: Mechanism,
+    terms: Terms,
+    memo: Memo | None = None,
 ) -> Tensor:
-    """Outputs of queries that read a state, contiguous."""
-    out = q.new_empty((*q.shape[:3], state.state.shape[-1]))
-    call = prepared(q, out, mechanism, terms)
-    if not out.numel():
+    """Outputs of queries that read a state, contiguous; memo as in `launch.forward`."""
+    values = state.state.shape[-1]
+    out = _like(q) if values == q.shape[-1] else q.new_empty((*q.shape[:3], values))
+    call = remembered(memo, "forward", q, out, mechanism, terms)
+    if not call.size:
         return out
-    extras, fixed, sums = Extras.of(terms), tuning.is_fixed(), _aligned(state, mechanism)
+    tables, mask, counts, powers, head_scale, width = Extras.of(terms, call)
+    fixed, sums = tuning.is_fixed(), _aligned(state, call)
+    _, _, _, lepe, gate, *_ = terms
     with on_device(call):
         for part in call.slices:
-            epilogue = (strided(part.of(terms.lepe)), strided(part.of(terms.gate)))
-            part.read(
-                fixed, strided(q), strided(part.of(out)), epilogue, *extras[:5],
-                part.of_sums(*sums), call.length, extras.width, call.heads, call.wide.chunk,
+            epilogue = (strided(part.of(lepe)), strided(part.of(gate)))
+            part.read.runs[fixed](
+                strided(q), strided(part.of(out)), epilogue, tables, mask, counts, powers,
+                head_scale, part.of_sums(*sums), call.length, width, call.heads, call.wide.chunk,
                 call.scale,
             )  # fmt: skip
     return out
 
 
 def read_backward(
-    grad_out: Tensor, q: Tensor, state: LinearAttentionState, mechanism: Mechanism, terms: Terms
+    grad_out: Tensor,
+    q: Tensor,
+    state: LinearAttentionState,
+    mechanism: Mechanism,
+    terms: Terms,
+    memo: Memo | None = None,
 ) -> GivenGradients:
-    """Gradients of all that a read is given; ``grad_out`` has any strides."""
+    """Gradients of all that a read is given; ``grad_out`` has any strides, memo as there."""
     if terms.gate is None:
         terms = terms._replace(lepe=None)  # a sum has no gradient to compute
-    call = prepared(q, grad_out, mechanism, terms)
-    sums, splits = _aligned(state, mechanism), call.summing.splits
-    powers, shares = _of_powers(q, terms, splits)
-    state_, norm, mean = (None if x is None else torch.zeros_like(x) for x in sums)
-    scale, lepe, gate = (
-        None if x is None else x.new_empty(x.shape)
-        for x in (terms.head_scale, terms.lepe, terms.gate)
-    )
+    call = remembered(memo, "backward", q, grad_out, mechanism, terms)
+    sums = _aligned(state, call)
+    powers, shares = _of_powers(q, terms, call.summing.splits)
+    state_, norm, mean = (None if x is None else torch.empty_like(x) for x in sums)
     assert state_ is not None
-    grads = GivenGradients(q.new_empty(q.shape), state_, norm, mean, scale, lepe, gate, powers)
-    if not grad_out.numel():
+    scale, lepe, gate = terms.head_scale, terms.lepe, terms.gate
+    grads = GivenGradients(
+        _like(q), state_, norm, mean, None, None if lepe is None else _like(lepe),
+        None if gate is None else _like(gate), powers,
+    )  # fmt: skip
+    if not call.size:
+        for x in (state_, norm, mean, powers):
+            if x is not None:
+                x.zero_()
         return grads if scale is None else grads._replace(head_scale=torch.zeros_like(scale))
-    extras, fixed = Extras.of(terms), tuning.is_fixed()
-    norm = None if grads.norm is None else torch.empty_like(grads.norm)
-    found = LinearAttentionState(grads.state, norm, grads.mean_v)
-    parts = _of_splits(splits, found) if call.merging else found
+    if norm is not None and not call.whole:  # a sum over slices of the values
+        grads = grads._replace(norm=torch.zeros_like(norm))
+    extras, fixed = Extras.of(terms, call), tuning.is_fixed()
+    found = LinearAttentionState(state_, norm, mean)
+    parts = _of_splits(call) if call.merging else found
     with on_device(call):
         for part in call.slices:
             given, into = strided(part.of(grad_out)), part.of_sums(*parts[:3])
-            epilogue, grad_epilogue = (
-                (strided(part.of(x.lepe)), strided(part.of(x.gate))) for x in (terms, grads)
-            )
-            part.query_of_read(
-                fixed, given, strided(q), strided(grads.q), epilogue, grad_epilogue, *extras[:5],
+            epilogue = (strided(part.of(terms.lepe)), strided(part.of(terms.gate)))
+            grad_epilogue = (strided(part.of(grads.lepe)), strided(part.of(grads.gate)))
+            part.query_of_read.runs[fixed](
+                given, strided(q), strided(grads.q), epilogue, grad_epilogue, *extras[:5],
                 part.of_sums(*sums), None, into, shares, call.length, extras.width, call.heads,
                 call.summing.chunk, call.scale,
             )  # fmt: skip
             if call.merging:
                 part.merge(into, part.of_sums(*found[:3]))
-            for total, share in ((grads.norm, norm), (powers, shares)):
-                if total is not None and share is not None:
-                    total += share.sum((0, 1)) if share is shares else share
+            if norm is not None and grads.norm is not None and norm is not grads.norm:
+                grads.norm.add_(norm)
+            if powers is not None and shares is not None:
+                add_share(powers, shares, (0, 1), part)
     if terms.head_scale is not None:
         grads = grads._replace(head_scale=(grads.state * state.state).sum((0, 2, 3)))
         grads.state.mul_(terms.head_scale[:, None, None])
@@ -168,24 +192,31 @@ def _split(splits: int, x: Tensor) -> Tensor:
     return x.new_empty((splits, *x.shape))
 
 
-def _of_splits(splits: int, state: LinearAttentionState) -> LinearAttentionState:
-    """Memory for the sums of each split."""
-    some: list[Any] = [None if x is None else _split(splits, x) for x in state]
-    return LinearAttentionState(*some)
+def _like(x: Tensor) -> Tensor:
+    """Contiguous memory for a tensor like this one."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _aligned(state: LinearAttentionState, mechanism: Mechanism) -> Sums:
+def _of_splits(call: Call) -> LinearAttentionState:
+    """Memory for the sums of each split, as launches take it."""
+    scratch = call.forward_scratch
+    memory: Sequence[Any] = scratch.vectors() if call.whole else scratch.carve()
+    _, state, norm, mean, logsumexp = memory
+    return LinearAttentionState(state, norm, mean, logsumexp=logsumexp)
+
+
+def _aligned(state: LinearAttentionState, call: Call) -> Sums:
     """State, normaliser and mean value as kernels take them, as far as the mechanism reads them."""
-    reads = mechanism.reads
-    norm = aligned(state.norm) if state.norm is not None and reads.uses_norm else None
-    mean = aligned(state.mean_v) if state.mean_v is not None and reads.uses_mean else None
-    return aligned(state.state), norm, mean
+    sums, norm, mean, *_ = state
+    norm = aligned(norm) if norm is not None and call.plan.uses_norm else None
+    mean = aligned(mean) if mean is not None and call.plan.uses_mean else None
+    return aligned(sums), norm, mean
 
 
 def _of_powers(x: Tensor, terms: Terms, splits: int) -> tuple[Tensor | None, Tensor | None]:
-    """Zeros for the gradient of powers, and memory for the shares of splits and samples."""
+    """Memory for the gradient of powers, and for the shares of splits and samples."""
     if terms.powers is None:
         return None, None
     batch, _, heads, dim = x.shape
-    zeros = x.new_zeros((heads, dim), dtype=torch.float32)
-    return zeros, zeros.new_empty((splits, batch, heads, dim))
+    powers = x.new_empty((heads, dim), dtype=torch.float32)
+    return powers, powers.new_empty((splits, batch, heads, dim))
