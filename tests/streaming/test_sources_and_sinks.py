@@ -252,7 +252,7 @@ def test_slide_library(model, tmp_path):
     assert torch.equal(streamed, vitlinear.stream(model, PIXELS, output=1))
 
 
-def test_geotiff_keeps_its_place_on_the_earth(model, features, tmp_path):
+def test_cog_keeps_its_place_on_the_earth(model, features, tmp_path):
     rasterio = pytest.importorskip("rasterio")
     transform = rasterio.transform.from_origin(500000, 4600000, 10, 10)
     profile = {"driver": "GTiff", "dtype": "uint8", "count": 3, "height": 300, "width": 70}
@@ -264,6 +264,8 @@ def test_geotiff_keeps_its_place_on_the_earth(model, features, tmp_path):
         assert file.crs == "EPSG:32633"
         assert file.transform == transform * transform.scale(8, 8)
         assert np.array_equal(file.read(), features[0])
+        assert file.tags(ns="IMAGE_STRUCTURE")["LAYOUT"] == "COG" and np.isnan(file.nodata)
+    assert {file.name for file in tmp_path.iterdir()} == {"scene.tif", "map.tif"}
 
 
 def test_command(command, tmp_path, features, model):

@@ -318,7 +318,10 @@ class TiffWriter(FileWriter):
 
 
 class RasterWriter(FileWriter):
-    """A GeoTIFF of tiles, over the ground that a raster of rasterio covers."""
+    """A cloud-optimised GeoTIFF (COG), over the ground that a raster of rasterio covers.
+
+    GDAL makes COGs of whole rasters alone, so the rows are kept in a GeoTIFF beside it until then.
+    """
 
     def __init__(self, made: Rows, path: Path, raster: Any, stride: int) -> None:
         """Make the file.
@@ -331,6 +334,7 @@ class RasterWriter(FileWriter):
         """
         self.raster = raster
         self.stride = stride
+        self.collected = path.with_name(f".{path.stem}.rows{path.suffix}")
         super().__init__(made, path)
 
     def begin(self) -> None:
@@ -344,7 +348,9 @@ class RasterWriter(FileWriter):
             "width": width, "crs": self.raster.crs, "transform": transform, "tiled": True,
             "blockxsize": TILE, "blockysize": TILE, "BIGTIFF": "IF_SAFER",
         }  # fmt: skip
-        self.file = rasterio.open(self.unfinished, "w", **profile)
+        if np.issubdtype(self.dtype, np.floating):
+            profile["nodata"] = np.nan  # what a mask leaves out, which means of levels pass over
+        self.file = rasterio.open(self.collected, "w", **profile)
 
     def write(self, start: int, stop: int) -> None:
         """See `Writer`."""
@@ -352,8 +358,18 @@ class RasterWriter(FileWriter):
         self.file.write(rows, window=((start, stop), (0, self.made.shape[1])))
 
     def end(self) -> None:
-        """See `FileWriter`."""
+        """See `FileWriter`: the COG, with its smaller levels."""
         self.file.close()
+        load_library("rasterio.shutil", "geo").copy(
+            self.collected, self.unfinished, driver="COG", blocksize=TILE, compress="NONE",
+            overview_resampling="AVERAGE", bigtiff="IF_SAFER",
+        )  # fmt: skip
+        self.collected.unlink()
+
+    def discard(self) -> None:
+        """See `FileWriter`."""
+        super().discard()
+        self.collected.unlink(missing_ok=True)
 
 
 class Writers:
