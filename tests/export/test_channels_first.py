@@ -10,9 +10,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.as_trained import make
-from vitlinear.export.channels_first import InputSize, rewrite
+from vitlinear.export.channels_first import RUNTIMES, InputSize, rewrite
 from vitlinear.export.shapes import Range, Shapes
-from vitlinear.export.write import _trace
+from vitlinear.export.write import _trace, takes_channels_first
 
 SHALLOW = {"depths": (1, 1, 1, 1)}
 MODELS = {
@@ -210,6 +210,16 @@ def test_command(sizes, command, tmp_path):
     assert metadata["layout"] == "channels-first" and json.loads(metadata["fused"])
 
 
+def test_openvino_keeps_tokens():
+    """Of models of one resolution it runs the model's own steps faster: no layout, that one."""
+    layouts = {
+        name: [takes_channels_first(make(name), "onnx", torch.float32, each) for each in RUNTIMES]
+        for name in ("test_linear_deit", "test_ravlt")
+    }
+    assert RUNTIMES == ("onnxruntime", "openvino")
+    assert layouts == {"test_linear_deit": [True, False], "test_ravlt": [True, True]}
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -217,6 +227,10 @@ def test_command(sizes, command, tmp_path):
         (
             ["test_vittt", "o.onnx"],
             "be channels-last, as PositionedTokenBlock has no other",
+        ),
+        (
+            ["test_ravlt", "o.onnx", "--runtime", "openvino"],
+            "--runtime openvino is for --format onnx and --layout auto",
         ),
     ],
 )

@@ -127,14 +127,14 @@ def _check(config: BenchmarkConfig, sizes: Sequence[Size]) -> None:
 
 def _rows(config: BenchmarkConfig, size: Size) -> list[dict[str, Any]]:
     """The rows of one size, which take turns."""
-    with_file = any(RUNTIMES[name].takes_files for name in config.runtime)
+    runtimes = [name for name in config.runtime if RUNTIMES[name].takes_files]
     cases = []
     with tempfile.TemporaryDirectory(prefix="vitlinear-benchmark-") as folder:
         for model in config.models:
             if programs.is_file(model):
                 program = programs.of_file(model, size)
             else:
-                program = programs.of_model(model, size, Path(folder), with_file)
+                program = programs.of_model(model, size, Path(folder), runtimes)
             cases += _cases(config, size, program)
         rows = measure(serve, cases, config.rounds, config.seconds, config.timeout)
     for row in rows:
@@ -153,7 +153,7 @@ def _cases(config: BenchmarkConfig, size: Size, program: Program) -> list[Case]:
             size.width,
             config.threads,
             program.origin,
-            program.file if RUNTIMES[runtime].takes_files else None,
+            program.files.get(runtime),
             program.expected,
             program.gmacs,
             config.profile,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from vitlinear.checkpoints.card import Card
 from vitlinear.create import build_model, check_model_name, data_config
 from vitlinear.errors import UserError, one_line
 from vitlinear.export import Shapes, export
+from vitlinear.export.channels_first import RUNTIMES, pays
 from vitlinear.export.shapes import Range
 
 SUFFIX = ".onnx"
@@ -43,14 +45,14 @@ class Program:
     Attributes:
         model: Its name, or that of its file.
         origin: Name of the model that it was made of; empty if it is not known.
-        file: ONNX; None where none is needed.
+        files: ONNX, for each runtime that takes files; those of several may be one.
         expected: File with the logits of the fused model, [B, classes]; None if nobody knows them.
         gmacs: Multiply-adds of one image, in units of 1e9; None if nobody knows them.
     """
 
     model: str
     origin: str
-    file: str | None
+    files: Mapping[str, str]
     expected: str | None
     gmacs: float | None
 
@@ -159,17 +161,18 @@ def check_file(path: str, size: Size) -> str:
 def of_file(path: str, size: Size) -> Program:
     """The program of a file."""
     file = Path(path).expanduser()
-    return Program(file.name, check_file(path, size), str(file.resolve()), None, None)
+    files = dict.fromkeys(RUNTIMES, str(file.resolve()))
+    return Program(file.name, check_file(path, size), files, None, None)
 
 
-def of_model(name: str, size: Size, folder: Path, with_file: bool) -> Program:
+def of_model(name: str, size: Size, folder: Path, runtimes: Sequence[str]) -> Program:
     """The program of a model.
 
     Args:
         name: Of timm's or ours.
         size: Of the images.
         folder: For files, which nobody else writes to.
-        with_file: Write ONNX, as `vitlinear export` does at fixed sizes: verified.
+        runtimes: To write ONNX for, as `vitlinear export` does at fixed sizes: verified.
 
     Raises:
         UserError: It cannot be built or exported.
@@ -179,15 +182,19 @@ def of_model(name: str, size: Size, folder: Path, with_file: bool) -> Program:
     with torch.inference_mode():
         logits = model(images(size))
     np.save(folder / f"{name}.npy", logits.numpy())
-    file = folder / f"{name}{SUFFIX}" if with_file else None
-    if file:
-        write(model, name, size, file)
-    expected = str(folder / f"{name}.npy")
-    return Program(name, name, str(file) if file else None, expected, cost)
+    written: dict[bool, str] = {}
+    for runtime in runtimes:
+        form = pays(model, runtime)
+        if form not in written:
+            file = folder / f"{name}-{len(written)}{SUFFIX}"
+            write(model, name, size, file, runtime)
+            written[form] = str(file)
+    files = {runtime: written[pays(model, runtime)] for runtime in runtimes}
+    return Program(name, name, files, str(folder / f"{name}.npy"), cost)
 
 
-def write(model: nn.Module, name: str, size: Size, file: Path) -> None:
-    """Writes the ONNX program of a fused model for that size alone."""
+def write(model: nn.Module, name: str, size: Size, file: Path, runtime: str) -> None:
+    """Writes the ONNX program of a fused model for that size and for the speed of a runtime."""
     shapes = Shapes.of(
         name,
         3,
@@ -198,4 +205,5 @@ def write(model: nn.Module, name: str, size: Size, file: Path) -> None:
     config = dataclasses.replace(data_config(model, {}), input_size=(3, size.height, size.width))
     classes: Any = model.num_classes
     card = Card(name, {}, classes, 3, config, "RGB")
-    export(model, file, "onnx", shapes, card, {"model": name, "fused": json.dumps(True)})
+    metadata = {"model": name, "fused": json.dumps(True)}
+    export(model, file, "onnx", shapes, card, metadata, runtime=runtime)

@@ -28,7 +28,7 @@ from vitlinear.files import check_no_input
 from vitlinear.revision import source_commit
 
 from . import calibration
-from .channels_first import CHANNELS_FIRST
+from .channels_first import CHANNELS_FIRST, ONNXRUNTIME, RUNTIMES
 from .shapes import Range, Shapes
 from .write import (
     AUTO,
@@ -67,6 +67,7 @@ class ProgramConfig:
     width: Range | None
     fuse: bool
     layout: str
+    runtime: str | None
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,11 @@ def parse_arguments(argv: Sequence[str] | None, prog: str = "vitlinear export") 
         help="of maps in the program; channels-first is of the fused model, for runtimes of ONNX "
         "(default: that for onnx but in float16, where the model has it; else channels-last)",
     )  # fmt: skip
+    group.add_argument(
+        "--runtime", choices=RUNTIMES, default=None,
+        help="for whose speed the layout is chosen; the program runs in any (onnx, default: "
+        f"{ONNXRUNTIME})",
+    )  # fmt: skip
     group = parser.add_argument_group("images to calibrate on (--dtype int8)")
     group.add_argument(
         "--data-dir", default=None, metavar="DIR", help="a folder of images, classes or not"
@@ -183,6 +189,10 @@ def _kind(config: ExportConfig) -> str:
             if value is not None:
                 raise UserError(f"--{flag.replace('_', '-')} is for --dtype int8")
     check_layout(config.program.layout, kind)
+    if config.program.runtime and (kind != "onnx" or config.program.layout != AUTO):
+        raise UserError(
+            f"--runtime {config.program.runtime} is for --format onnx and --layout {AUTO}"
+        )
     if source.pretrained and source.checkpoint:
         raise UserError("--pretrained and --checkpoint exclude each other")
     check_target(out, kind, config.overwrite)
@@ -291,7 +301,7 @@ def main(argv: Sequence[str] | None, prog: str = "vitlinear export") -> None:
         model.fuse()  # type: ignore[operator]
     written = export(
         model, out, kind, shapes, card, metadata, DTYPES[dtype], images, config.overwrite,
-        program.layout,
+        program.layout, program.runtime or ONNXRUNTIME,
     )  # fmt: skip
     fused = program.fuse or written.layout.startswith(CHANNELS_FIRST)
     print(f"model         {card.model}, {card.num_classes} classes{', fused' * fused}")

@@ -31,7 +31,7 @@ from vitlinear.files import check_parent
 
 from . import onnx_file
 from .calibration import Calibration
-from .channels_first import CHANNELS_FIRST, CHANNELS_LAST, InputSize, rewrite
+from .channels_first import CHANNELS_FIRST, CHANNELS_LAST, ONNXRUNTIME, InputSize, pays, rewrite
 from .quantise import quantise
 from .shapes import Shapes
 
@@ -238,6 +238,7 @@ def export(
     calibration: Calibration | None = None,
     overwrite: bool = True,
     layout: str = AUTO,
+    runtime: str = ONNXRUNTIME,
 ) -> Written:
     """Write a model, and let the file appear once it was read back and gave the same.
 
@@ -256,6 +257,8 @@ def export(
             model, rewritten for runtimes of ONNX by `vitlinear.export.channels_first`;
             ``'channels-last'`` the model as it is; ``'auto'`` the first where it was measured to
             be faster, which is ONNX in float32 and int8.
+        runtime: One of `channels_first.RUNTIMES`, for whose speed ``'auto'`` chooses in float32.
+            The program runs in any.
 
     Raises:
         UserError: What is written computes something else, or cannot be written; or the model has
@@ -280,7 +283,9 @@ def export(
         ) from error
     laid_out = left = ""
     if kind != "safetensors":
-        model, laid_out = _lay_out(model, shapes, kind, dtype, layout)
+        if layout == AUTO and not takes_channels_first(model, kind, dtype, runtime):
+            layout = CHANNELS_LAST
+        model, laid_out = _lay_out(model, shapes, layout)
         metadata = {**metadata, "layout": laid_out}
         if laid_out.startswith(CHANNELS_FIRST):
             metadata["fused"] = json.dumps(True)
@@ -312,11 +317,16 @@ def export(
     return Written(differences, laid_out, left)
 
 
-def _lay_out(
-    model: nn.Module, shapes: Shapes, kind: str, dtype: torch.dtype, layout: str
-) -> tuple[nn.Module, str]:
+def takes_channels_first(model: nn.Module, kind: str, dtype: torch.dtype, runtime: str) -> bool:
+    """Whether a program is to be channels-first if the model has that form."""
+    if kind != "onnx" or dtype == torch.float16:
+        return False
+    return dtype != torch.float32 or pays(model, runtime)
+
+
+def _lay_out(model: nn.Module, shapes: Shapes, layout: str) -> tuple[nn.Module, str]:
     """The model to write a program of, and the layout of its maps."""
-    if layout == CHANNELS_LAST or (layout == AUTO and (kind != "onnx" or dtype == torch.float16)):
+    if layout == CHANNELS_LAST:
         return model, CHANNELS_LAST
     size = None
     if shapes.height.fixed and shapes.width.fixed:

@@ -188,10 +188,9 @@ def known(q: Tensor, k: Tensor, v: Tensor, mechanism: str, terms: Terms) -> Exam
         return None
     tables = None
     if rotary is not None:
-        rows, cols = rotary
-        if type(rows) not in plain or type(cols) not in plain:
+        tables = facts_of_tables(*rotary)
+        if tables is None:
             return None
-        tables = rows.dtype, cols.dtype, rows.shape, cols.shape
     if mask is not None and type(mask) not in plain:
         return None
     if head_scale is not None and type(head_scale) not in plain:
@@ -225,6 +224,24 @@ def known(q: Tensor, k: Tensor, v: Tensor, mechanism: str, terms: Terms) -> Exam
             _known.clear()
         call = _known[key] = examined(q, k, v, mechanism, terms)
     return call
+
+
+# The position tables that were looked at last, and what was seen: the attentions of a stage are all
+# given the same.
+_tables: tuple[Tensor | None, Tensor | None, tuple[Any, ...] | None] = None, None, None
+
+
+def facts_of_tables(rows: Tensor, cols: Tensor) -> tuple[Any, ...] | None:
+    """All of position tables that a check of a call may depend on; None if they are not plain."""
+    global _tables
+    last = _tables
+    if rows is last[0] and cols is last[1]:
+        return last[2]
+    if type(rows) not in PLAIN or type(cols) not in PLAIN:
+        return None
+    facts = rows.dtype, cols.dtype, rows.shape, cols.shape
+    _tables = rows, cols, facts
+    return facts
 
 
 def softmax_attention(

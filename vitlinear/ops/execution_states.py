@@ -122,13 +122,13 @@ def read_backward(
 def for_each_sample(state: LinearAttentionState, q: Tensor) -> LinearAttentionState:
     """A state with an entry for each sample of the queries."""
     batch = q.shape[0]
-    sums, norm, mean_v, *_ = state
-    if sums.shape[0] != batch:
-        sums = sums.expand(batch, -1, -1, -1)
-    if norm is not None and norm.shape[0] != batch:
-        norm = norm.expand(batch, -1, -1, -1)
-    if mean_v is not None and mean_v.shape[0] != batch:
-        mean_v = mean_v.expand(batch, -1, -1, -1)
+    for x in state[:3]:
+        if x is not None and x.shape[0] != batch:
+            break
+    else:
+        return state
+    sums, norm, mean_v = (None if x is None else x.expand(batch, -1, -1, -1) for x in state[:3])
+    assert sums is not None
     return LinearAttentionState(sums, norm, mean_v)
 
 

@@ -25,6 +25,7 @@ from .attention import (
     check_tokens,
     chosen_for,
     examined,
+    facts_of_tables,
     known,
     mask_of_lengths,
 )
@@ -229,10 +230,9 @@ def _known(
         return None
     tables = None
     if rotary is not None:
-        rows, cols = rotary
-        if type(rows) not in plain or type(cols) not in plain:
+        tables = facts_of_tables(*rotary)
+        if tables is None:
             return None
-        tables = rows.dtype, cols.dtype, rows.shape, cols.shape
     if mask is not None and type(mask) not in plain:
         return None
     if head_scale is not None and type(head_scale) not in plain:

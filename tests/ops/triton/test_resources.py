@@ -64,15 +64,20 @@ def test_no_kernel_spills():
     assert not spilling
 
 
+# Of a state of 128 x 128 lanes: with fewer registers, or more warps, some kernels spill
+# (benchmarks/accounts/kernels.md).
+MORE_REGISTERS = {("mala", 96, 80), ("rala", 96, 80), ("nala", 96, 80), ("nala", 96, 90)}
+
+
 def test_registers_of_the_pass_over_queries():
-    """Below 192, up to 64 channels and with an epilogue on sm_90; two programs where it is 128."""
+    """Below 192 but for the named ones; two programs share a processor where it is 128."""
     rows = [row for row in RECORD["kernels"] if row["kernel"] == "query"]
-    registers = [
-        row["registers"]
+    more = {
+        (row["mechanism"], row["head_dim"], row["capability"])
         for row in rows
-        if row["head_dim"] <= 64 or (row["capability"] == 90 and "gate" in row["terms"])
-    ]
-    assert registers and max(registers) < 192
+        if row["registers"] >= 192
+    }
+    assert rows and more == MORE_REGISTERS
     shared = {
         row["programs_per_processor"]
         for row in rows

@@ -4,6 +4,24 @@ In PyTorch maps are channels-last, and heads are views of one projection. Runtim
 views: there each becomes a copy. `rewrite` makes the same model of steps that need few.
 """
 
-from .rewrite import CHANNELS_FIRST, CHANNELS_LAST, InputSize, Rewritten, rewrite
+from .rewrite import (
+    CHANNELS_FIRST,
+    CHANNELS_LAST,
+    ONNXRUNTIME,
+    RUNTIMES,
+    InputSize,
+    Rewritten,
+    pays,
+    rewrite,
+)
 
-__all__ = ["CHANNELS_FIRST", "CHANNELS_LAST", "InputSize", "Rewritten", "rewrite"]
+__all__ = [
+    "CHANNELS_FIRST",
+    "CHANNELS_LAST",
+    "ONNXRUNTIME",
+    "RUNTIMES",
+    "InputSize",
+    "Rewritten",
+    "pays",
+    "rewrite",
+]

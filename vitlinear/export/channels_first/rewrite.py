@@ -18,6 +18,8 @@ from .blocks import ChannelsFirstStage, ChannelsFirstTokens
 from .layers import MapSize, NoForm, affine_channel_norm
 
 CHANNELS_FIRST, CHANNELS_LAST = "channels-first", "channels-last"
+ONNXRUNTIME, OPENVINO = "onnxruntime", "openvino"
+RUNTIMES = (ONNXRUNTIME, OPENVINO)
 
 
 class InputSize(NamedTuple):
@@ -55,6 +57,15 @@ class Rewritten:
         if not self.stages:
             return f"{CHANNELS_LAST}, as {left} has no other form"
         return f"{CHANNELS_FIRST} in {self.stages} of {self.of} stages, not in those of {left}"
+
+
+def pays(model: nn.Module, runtime: str) -> bool:
+    """Whether a runtime of `RUNTIMES` is no slower with what `rewrite` makes of a model's kind.
+
+    Measured in float32 (docs/export.md). OpenVINO keeps tokens [B, N, C] of one resolution as they
+    are from product to product; maps it takes from and to that order in either form.
+    """
+    return runtime != OPENVINO or not isinstance(model, IsotropicBackbone)
 
 
 def _sizes(model: nn.Module, parts: list[nn.Module], size: InputSize | None) -> list[Any]:

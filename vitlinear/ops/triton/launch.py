@@ -53,7 +53,8 @@ class Extras(NamedTuple):
             counts = (~padding).sum(1, dtype=torch.float32)
         powers = None if powers is None else powers.contiguous()
         tau = None if tau is None else tau.contiguous()
-        return cls(tables, mask, counts, powers, tau, width)
+        # As its constructor, in half the time.
+        return tuple.__new__(cls, (tables, mask, counts, powers, tau, width))
 
 
 def _tables(rows: Tensor, cols: Tensor) -> tuple[tuple[Tensor, Tensor, int], int]:

@@ -120,9 +120,9 @@ def read_forward(
     memo: Memo | None = None,
 ) -> Tensor:
     """Outputs of queries that read a state, contiguous; memo as in `launch.forward`."""
-    values = state.state.shape[-1]
-    out = _like(q) if values == q.shape[-1] else q.new_empty((*q.shape[:3], values))
-    call = remembered(memo, "forward", q, out, mechanism, terms)
+    call = remembered(memo, "forward", q, state.state, mechanism, terms)
+    values = call.plan.values
+    out = _like(q) if values == call.plan.head_dim else q.new_empty((*q.shape[:3], values))
     if not call.size:
         return out
     tables, mask, counts, powers, head_scale, width = Extras.of(terms, call)
