@@ -107,7 +107,7 @@ class ChannelsFirstGatedAttention(nn.Module):
         self.proj = linear(attn.proj)
 
     def forward(self, x: Tensor, angles: Angles) -> Tensor:
-        """[B, C, H, W] -> [B, C, H, W]; x after the division by its norm alone."""
+        """[B, C, H, W] -> [B, C, H, W]; x without what its norm multiplies and adds."""
         q, k = (parts_of(x, products, self.num_heads) for products in (self.q, self.k))
         values = self.v(x)
         v = heads_of(values, self.num_heads)
@@ -116,7 +116,7 @@ class ChannelsFirstGatedAttention(nn.Module):
         gate = self.o(x)
         if self.norm is not None:
             out, gate = self.norm(out), silu(gate)
-        return self.proj(gate * out)  # OpenVINO writes a product over its first factor
+        return self.proj(out * gate)
 
 
 class ChannelsFirstLinearAttention(nn.Module):
@@ -134,7 +134,7 @@ class ChannelsFirstLinearAttention(nn.Module):
         self.proj = linear(attn.proj)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, C, H, W]; x after the division by its norm alone."""
+        """[B, C, H, W] -> [B, C, H, W]; x without what its norm multiplies and adds."""
         q, k, v = (heads_of(product(x), self.num_heads) for product in (self.q, self.k, self.v))
         out = attention((q,), (k,), v, self.attn_type, None, self.temperature)
         return self.proj(out.reshape(x.shape))
@@ -161,12 +161,12 @@ class ChannelsFirstMilaAttention(nn.Module):
         self.proj = linear(attn.proj)
 
     def forward(self, x: Tensor, angles: Angles) -> Tensor:
-        """[B, C, H, W] -> [B, C, H, W]; x after the division by its norm alone."""
+        """[B, C, H, W] -> [B, C, H, W]; x without what its norm multiplies and adds."""
         u = silu(self.dwconv(self.in_proj(x)))
         q, k = (parts_of(u, products, self.num_heads) for products in (self.q, self.k))
         out = attention(q, k, heads_of(u, self.num_heads), self.attn_type, angles)
         out = out.reshape(u.shape) + self.lepe(u)
-        return self.proj(silu(self.gate_proj(x)) * out)
+        return self.proj(out * silu(self.gate_proj(x)))
 
 
 class ChannelsFirstLightNetAttention(nn.Module):
@@ -185,7 +185,7 @@ class ChannelsFirstLightNetAttention(nn.Module):
         self.proj = linear(attn.proj, attn.norm)
 
     def forward(self, x: Tensor, angles: Angles) -> Tensor:
-        """[B, C, 1, N] -> [B, C, 1, N]; x after the division by its norm alone."""
+        """[B, C, 1, N] -> [B, C, 1, N]; x without what its norm multiplies."""
         q, k, v = (heads_of(product(x), self.num_heads) for product in (self.q, self.k, self.v))
         out = attention((q,), (k,), v, "lightnet", angles).reshape(x.shape)
         return self.proj(self.norm(out) * self.gate(x))

@@ -103,10 +103,9 @@ class ChannelsFirstInLineAttention(nn.Module):
         self.proj = linear(attn.proj)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, C, H, W]; x after the division by its norm alone."""
+        """[B, C, H, W] -> [B, C, H, W]; x without what its norm multiplies and adds."""
         values = self.v(x)
         q, k, v = (heads_of(y, self.num_heads) for y in (self.q(x), self.k(x), values))
-        mean = torch.mean(x, (2, 3), keepdim=True)
-        local = self.local(values, mean - mean.mean(1, keepdim=True))
+        local = self.local(values, torch.mean(x, (2, 3), keepdim=True))
         out = attention((q,), (k,), v, "inline")
         return self.proj(out.reshape(x.shape) + local)

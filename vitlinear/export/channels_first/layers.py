@@ -65,26 +65,10 @@ def over_rms(x: Tensor, axis: int, eps: float) -> Tensor:
 
 
 class ChannelNorm(nn.Module):
-    """Division by the standard deviation of the channels of a map [B, C, H, W].
+    """Layer norm over the channels of a map [B, C, H, W], without weight and bias.
 
-    The rest of a layer norm is in the products that follow, the subtraction of the mean too: see
-    `pointwise`. So a map is read twice and written once.
+    Those are in the products that follow: see `pointwise`.
     """
-
-    def __init__(self, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, C, H, W]."""
-        mean = x.mean(1, keepdim=True)
-        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-        variance = norm * norm * (1.0 / x.shape[1]) - mean * mean
-        return x * (variance.clamp(min=0) + self.eps).rsqrt()  # rounding may take it below 0
-
-
-class CentredChannelNorm(nn.Module):
-    """Layer norm over the channels of a map [B, C, H, W], without weight and bias."""
 
     def __init__(self, eps: float) -> None:
         super().__init__()
@@ -128,17 +112,16 @@ class Affine(nn.Module):
 
 def affine_channel_norm(norm: nn.LayerNorm) -> nn.Module:
     """Layer norm over the channels of a map [B, C, H, W], with weight and bias."""
-    return nn.Sequential(CentredChannelNorm(norm.eps), Affine(norm))
+    return nn.Sequential(ChannelNorm(norm.eps), Affine(norm))
 
 
 def pointwise(weight: Tensor, bias: Tensor | None, norm: nn.Module | None = None) -> nn.Conv2d:
-    """A 1x1 convolution that is a product with weights, after the part of a norm that is linear.
+    """A 1x1 convolution that is a product with weights, after what a norm multiplies and adds.
 
     Args:
         weight: [C_out, C_in].
         bias: [C_out]; None for none.
-        norm: Its weight and bias become part of the convolution, and of a layer norm the
-            subtraction of the mean, which takes its mean from each row of weights.
+        norm: Its weight and bias become part of the convolution.
     """
     dtype, weight = weight.dtype, weight.detach().double()
     total = (
@@ -149,8 +132,6 @@ def pointwise(weight: Tensor, bias: Tensor | None, norm: nn.Module | None = None
         total = total + weight @ shift.detach().double()
     if norm is not None:
         weight = weight * norm.weight.detach().double()
-    if isinstance(norm, nn.LayerNorm):
-        weight = weight - weight.mean(1, keepdim=True)
     with_bias = bias is not None or shift is not None
     conv = nn.Conv2d(weight.shape[1], weight.shape[0], 1, bias=with_bias, dtype=dtype)
     with torch.no_grad():
@@ -216,7 +197,7 @@ class ChannelsFirstMlp(nn.Module):
         self.fc2 = linear(mlp.fc2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, C, H, W]; x after the division by its norm alone."""
+        """[B, C, H, W] -> [B, C, H, W]; x without what its norm multiplies and adds."""
         return self.fc2(self.second_act(self.dwconv(self.act(self.fc1(x)))))
 
 
@@ -233,7 +214,7 @@ class ChannelsFirstSwiGlu(nn.Module):
         self.fc2 = linear(mlp.fc2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, C, H, W]; x after the division by its norm alone."""
+        """[B, C, H, W] -> [B, C, H, W]; x without what its norm multiplies."""
         return self.fc2(nn.functional.silu(self.gate(x)) * self.value(x))
 
 

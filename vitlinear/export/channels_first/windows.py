@@ -50,11 +50,10 @@ class ChannelsFirstWindowAttention(nn.Module):
         return x.reshape(x.shape[0], -1, self.rows * self.side, self.cols * self.side)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, C, H, W]; x after the division by its norm alone."""
+        """[B, C, H, W] -> [B, C, H, W]; x without what its norm multiplies and adds."""
         height, width = x.shape[2], x.shape[3]
         if self.affine is not None:
-            x = self.affine(x - x.mean(1, keepdim=True))
-            x = F.pad(x, (0, self.beyond, 0, self.below))
+            x = F.pad(self.affine(x), (0, self.beyond, 0, self.below))
         q, k, v = (self.to_windows(product(x)) for product in (self.q, self.k, self.v))
         q = q * q.shape[4] ** -0.5
         out = self.from_windows(v @ (q.mT @ k).softmax(-1).mT)
