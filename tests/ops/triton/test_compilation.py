@@ -216,7 +216,7 @@ def test_every_mechanism_compiles(mechanism, dtype, rotary, grid, kernels):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mechanism", "target", "dtype", "grid"),
-    in_turn(list(MIXER_ROWS), [HOPPER, AMPERE], DTYPES, [SHORT, LONG], keep=2, every=5),
+    in_turn(list(MIXER_ROWS), [HOPPER, AMPERE], DTYPES, [SHORT, LONG], keep=2, every=10),
     ids=lambda value: f"sm_{value.arch}" if isinstance(value, GPUTarget) else str(value),
 )
 def test_rows_of_mixers_compile(mechanism, target, dtype, grid, kernels):

@@ -42,7 +42,7 @@ def check(row, inputs):
 
 @pairwise(
     row=ROWS, dtype=[torch.float32, torch.float16, torch.bfloat16],
-    way=["splits", "one kernel", "slices"], mask=[False, True], every=3,
+    way=["splits", "one kernel", "slices"], mask=[False, True], every=4,
 )  # fmt: skip
 def test_gradients(row, dtype, way, mask, monkeypatch):
     monkeypatch.setattr(calls, "_prepared", {})
