@@ -93,7 +93,6 @@ def test_card_on_the_hub(hub):
     assert f'timm.create_model("hf-hub:{REPO}", pretrained=True)' in text
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

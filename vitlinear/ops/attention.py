@@ -178,14 +178,36 @@ PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
 
 def known(q: Tensor, k: Tensor, v: Tensor, mechanism: str, terms: Terms) -> Examined | None:
-    """As `examined`, which looks but once at calls that are alike; None of one that is not plain.
+    """As `examined`, which looks but once at calls that are alike; None of what is not plain."""
+    if type(q) not in PLAIN or type(k) not in PLAIN or type(v) not in PLAIN:
+        return None
+    given = facts_of_terms(terms)
+    if given is None:
+        return None
+    training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    key = (
+        mechanism, q.device, training, q.dtype, q.shape, k.dtype, k.shape, v.dtype,
+        v.shape, given,
+        # Of which kernels depend.
+        torch.get_float32_matmul_precision() if q.dtype is torch.float32 else None,
+    )  # fmt: skip
+    call = _known.get(key)
+    if call is None:
+        if q.is_meta:
+            return None
+        if len(_known) >= MOST_KNOWN:  # sizes that never come again
+            _known.clear()
+        call = _known[key] = examined(q, k, v, mechanism, terms)
+    return call
+
+
+def facts_of_terms(terms: Terms) -> tuple[Any, ...] | None:
+    """All of the terms that a check of a call may depend on; None if one of them is not plain.
 
     Without a loop, which would take longer than all the rest.
     """
     rotary, mask, head_scale, lepe, gate, powers, weights = terms
     plain = PLAIN
-    if type(q) not in plain or type(k) not in plain or type(v) not in plain:
-        return None
     tables = None
     if rotary is not None:
         tables = facts_of_tables(*rotary)
@@ -203,27 +225,15 @@ def known(q: Tensor, k: Tensor, v: Tensor, mechanism: str, terms: Terms) -> Exam
         return None
     if weights is not None and type(weights) not in plain:
         return None
-    training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    key = (
-        mechanism, q.device, training, q.dtype, q.shape, k.dtype, k.shape, v.dtype,
-        v.shape, tables,
-        # Of which kernels depend.
-        torch.get_float32_matmul_precision() if q.dtype is torch.float32 else None,
+    return (
+        tables,
         None if mask is None else (mask.dtype, mask.shape),
         None if head_scale is None else (head_scale.dtype, head_scale.shape),
         None if lepe is None else (lepe.dtype, lepe.shape),
         None if gate is None else (gate.dtype, gate.shape),
         None if powers is None else (powers.dtype, powers.shape),
         None if weights is None else (weights.dtype, weights.shape),
-    )  # fmt: skip
-    call = _known.get(key)
-    if call is None:
-        if q.is_meta:
-            return None
-        if len(_known) >= MOST_KNOWN:  # sizes that never come again
-            _known.clear()
-        call = _known[key] = examined(q, k, v, mechanism, terms)
-    return call
+    )
 
 
 # The position tables that were looked at last, and what was seen: the attentions of a stage are all

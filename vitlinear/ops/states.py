@@ -25,7 +25,7 @@ from .attention import (
     check_tokens,
     chosen_for,
     examined,
-    facts_of_tables,
+    facts_of_terms,
     known,
     mask_of_lengths,
 )
@@ -215,33 +215,16 @@ _known_reads: dict[tuple[Any, ...], Examined] = {}
 def _known(
     q: Tensor, state: LinearAttentionState, mechanism: Mechanism, terms: Terms
 ) -> Examined | None:
-    """As `_examined`, which looks but once at calls that are alike; None of one that is not plain.
-
-    Without a loop, as `attention.known`.
-    """
+    """As `_examined`, which looks but once at calls that are alike; None of what is not plain."""
     sums, norm, mean_v, *_ = state
-    rotary, mask, head_scale, lepe, gate, powers, *_ = terms
-    plain = PLAIN
-    if type(q) not in plain or type(sums) not in plain:
+    if type(q) not in PLAIN or type(sums) not in PLAIN:
         return None
-    if norm is not None and type(norm) not in plain:
+    if norm is not None and type(norm) not in PLAIN:
         return None
-    if mean_v is not None and type(mean_v) not in plain:
+    if mean_v is not None and type(mean_v) not in PLAIN:
         return None
-    tables = None
-    if rotary is not None:
-        tables = facts_of_tables(*rotary)
-        if tables is None:
-            return None
-    if mask is not None and type(mask) not in plain:
-        return None
-    if head_scale is not None and type(head_scale) not in plain:
-        return None
-    if lepe is not None and type(lepe) not in plain:
-        return None
-    if gate is not None and type(gate) not in plain:
-        return None
-    if powers is not None and type(powers) not in plain:
+    given = facts_of_terms(terms)
+    if given is None:
         return None
     training = torch.is_grad_enabled() and (
         q.requires_grad
@@ -250,15 +233,10 @@ def _known(
         or (mean_v is not None and mean_v.requires_grad)
     )
     key = (
-        mechanism.name, q.device, training, q.dtype, q.shape, sums.dtype, sums.shape, tables,
+        mechanism.name, q.device, training, q.dtype, q.shape, sums.dtype, sums.shape, given,
         torch.get_float32_matmul_precision() if q.dtype is torch.float32 else None,
         None if norm is None else (norm.dtype, norm.shape),
         None if mean_v is None else (mean_v.dtype, mean_v.shape),
-        None if mask is None else (mask.dtype, mask.shape),
-        None if head_scale is None else (head_scale.dtype, head_scale.shape),
-        None if lepe is None else (lepe.dtype, lepe.shape),
-        None if gate is None else (gate.dtype, gate.shape),
-        None if powers is None else (powers.dtype, powers.shape),
     )  # fmt: skip
     call = _known_reads.get(key)
     if call is None:

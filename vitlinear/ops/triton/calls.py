@@ -269,6 +269,11 @@ class Call:
     Attributes:
         device: Where it runs.
         cuda: The number of that device, if it is a GPU.
+        size: Products of queries with values; 0 where there is nothing to compute.
+        out_stride: Strides of the output, [B, N, h, Dv], which is contiguous.
+        tables: The position tables that were used last, as kernels take them, and the width of the
+            grid: the attentions of a stage share theirs, and a close look at them takes as long as
+            the launch of a kernel.
         whole: Whether there is but one slice.
         summing: The cut of passes that leave a state for each split.
         wide: The cut of those that do not.
@@ -280,11 +285,6 @@ class Call:
             each split; of each split's means under a softmax, and of its gradients of the mean
             query; of their sums; of each sample's gradients of tau; of each split's gradients of
             powers.
-        size: Products of queries with values; 0 where there is nothing to compute.
-        out_stride: Strides of the output, [B, N, h, Dv], which is contiguous.
-        tables: The position tables that were used last, as kernels take them, and the width of the
-            grid: the attentions of a stage share theirs, and a close look at them takes as long as
-            the launch of a kernel.
         scales: Shape of the gradients of tau in it, [B, h]; None if there are none.
         powers: Shape of the gradients of powers in it, [splits, B, h, D]; None if there are none.
         powers_of_queries: The splits among them that are of the pass over queries; the others, of
