@@ -8,7 +8,8 @@ Triton finds a kernel by a hash of its source, of itself (libtriton.so is anothe
 and of the target. So ``make`` has to run under the Python and the Triton of the machine with the
 GPU, from the same sources of the kernels; the archive says which. It makes the calls of
 `benchmarks/first_contact.py` and the tests for a GPU that is not there (sm_90 by default), builds
-the launchers that Triton would compile with gcc, and stops at an archive larger than 64 MiB.
+the launchers that Triton would compile with gcc, and stops at an archive larger than 64 MiB. Each
+mechanism is a process of its own, ``--jobs`` of them at a time.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import multiprocessing
 import os
 import platform
 import subprocess
@@ -23,6 +25,7 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -45,12 +48,14 @@ class Wanted(NamedTuple):
         processors: Of the GPU: they decide how calls are cut.
         parts: Of the calls: those of first_contact.py, and those of the tests.
         mechanisms: Keys in `MECHANISMS`; None for all.
+        jobs: Processes at a time.
     """
 
     target: int
     processors: int
     parts: tuple[str, ...]
     mechanisms: list[str] | None
+    jobs: int
 
 
 def main() -> None:
@@ -69,13 +74,13 @@ def main() -> None:
         flags.add_argument("--processors", type=int, default=132, help="of the GPU")
         flags.add_argument("--only", choices=PARTS, default=None, help="of the calls")
         flags.add_argument("--mechanisms", nargs="+", default=None, metavar="M", help="these alone")
+        flags.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (all cores)")
     args = parser.parse_args()
     if args.command == "unpack":
         unpack(args.archive, args.folder)
         return
-    wanted = Wanted(
-        args.target, args.processors, PARTS if args.only is None else (args.only,), args.mechanisms
-    )
+    parts = PARTS if args.only is None else (args.only,)
+    wanted = Wanted(args.target, args.processors, parts, args.mechanisms, args.jobs)
     if args.command == "make":
         make(args.archive, wanted)
     else:
@@ -88,8 +93,9 @@ def make(archive: Path, wanted: Wanted) -> None:
         archive.parent.mkdir(parents=True)
     with tempfile.TemporaryDirectory() as folder:
         cache, made_of = Path(folder) / "cache", environment()
-        found, compiled = compile_calls(cache, wanted)
-        about = {**made_of, "target": f"sm_{wanted.target}", "number": found + compiled}
+        compile_calls(cache, wanted)
+        number = sum(1 for _ in cache.rglob("*.cubin"))
+        about = {**made_of, "target": f"sm_{wanted.target}", "number": number}
         (cache / ABOUT).write_text(json.dumps(about) + "\n")
         unfinished = archive.with_name(f".{archive.name}.partial")
         try:
@@ -103,7 +109,7 @@ def make(archive: Path, wanted: Wanted) -> None:
             unfinished.replace(archive)
         finally:
             unfinished.unlink(missing_ok=True)
-    print(f"{compiled} kernels, {size / 2**20:.1f} MiB in {archive}: {json.dumps(about)}")
+    print(f"{number} kernels, {size / 2**20:.1f} MiB in {archive}: {json.dumps(about)}")
 
 
 def unpack(archive: Path, folder: Path) -> None:
@@ -145,12 +151,29 @@ def environment() -> dict[str, str]:
 
 
 def compile_calls(cache: Path, wanted: Wanted) -> tuple[int, int]:
-    """Make all calls for a GPU that is not there; kernels found in the cache, and compiled."""
+    """Make all calls for a GPU that is not there; kernels found in the cache, and compiled.
+
+    A kernel that two processes call is counted in both.
+    """
+    from vitlinear import ops
+
     cache.mkdir(parents=True, exist_ok=True)
     os.environ["TRITON_CACHE_DIR"] = str(cache)
     os.environ["TRITON_STORE_BINARY_ONLY"] = "1"
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         sys.exit("error: TRITON_INTERPRET is set, and interpreted kernels are not compiled")
+    names = wanted.mechanisms or list(ops.MECHANISMS)
+    tasks = [wanted._replace(mechanisms=[name]) for name in names]
+    found = compiled = 0
+    with ProcessPoolExecutor(wanted.jobs, multiprocessing.get_context("spawn")) as pool:
+        for task, counts in zip(tasks, pool.map(compile_some, tasks), strict=True):
+            found, compiled = found + counts[0], compiled + counts[1]
+            print(f"{task.mechanisms}: {counts[0]} found, {counts[1]} compiled", file=sys.stderr)
+    return found, compiled
+
+
+def compile_some(wanted: Wanted) -> tuple[int, int]:
+    """The same in one process, into the folder that the environment names."""
     from benchmarks.first_contact import CacheCount
     from vitlinear.ops.triton import kept
 

@@ -110,16 +110,18 @@ class AxisTpe(nn.Module):
         with without_autocast(x):
             y = x.to(dtype).unflatten(-1, [self.num_heads, self.head_dim])
             rows = torch.arange(y.shape[2], device=x.device)
-            starts, stops = torch.tensor(band.cuts, device=x.device).T
             out = torch.einsum("hnm,blmhd->blnhd", self.kernel(len(rows), dtype), y)
             (sums,) = band.gather(2, self._decayed_sum(y, rows.flip(0)).unsqueeze(2))
-            above = stops <= band.start
-            carried = self._decayed_sum(sums[:, :, above], band.start - stops[above])
+            # Bands lie in order, so those above are the first ones, those below the last.
+            above = [band.start - stop for _, stop in band.cuts if stop <= band.start]
+            distance = torch.tensor(above, device=x.device, dtype=torch.int64)
+            carried = self._decayed_sum(sums[:, :, : len(above)], distance)
             out = out + self._decayed(carried, rows + 1, dtype)
             if self.bidirectional:
                 (sums,) = band.gather(2, self._decayed_sum(y, rows).unsqueeze(2))
-                below = starts >= band.stop
-                carried = self._decayed_sum(sums[:, :, below], starts[below] - band.stop)
+                below = [start - band.stop for start, _ in band.cuts if start >= band.stop]
+                distance = torch.tensor(below, device=x.device, dtype=torch.int64)
+                carried = self._decayed_sum(sums[:, :, len(band.cuts) - len(below) :], distance)
                 out = out + self._decayed(carried, rows.flip(0) + 1, dtype)
             y = self.norm(out)
         return self.proj(y.to(x.dtype))
