@@ -8,7 +8,9 @@
 A skeleton is a model of the library with sizes that make about a million parameters; attentions
 differ in the argument ``attn_types`` or ``attn_type`` alone, so a run is one call of ``vitlinear
 train`` with ``benchmarks/fashion_mnist.yaml``. Runs go seed by seed, and each leaves one JSON file;
-started again, the script goes on where it was stopped. A run that fails is recorded with its error.
+started again, the script goes on where it was stopped. On another machine it does so with
+``--known-runs``, which names results that ``--table`` wrote. A run that fails is recorded with its
+error.
 
 ``--mixers`` is the same study of every attention of `vitlinear.list_attentions`, in the isotropic
 skeleton alone: three seeds of each, one seed of the forms that scan the map. It trains in float32:
@@ -160,6 +162,10 @@ def train_all(args: argparse.Namespace) -> None:
     data = write_subset(args.data_dir, args.output / "data", args.images, args.test_images)
     records = args.output / "runs"
     records.mkdir(exist_ok=True)
+    if args.known_runs:
+        for run in json.loads(args.known_runs.read_text())["runs"]:
+            name = f"{run['skeleton']}-{run['images']}-{run['attention']}-{run['seed']}.json"
+            (records / name).write_text(json.dumps(run, indent=1) + "\n")
     for seed, attention, skeleton in itertools.product(args.seeds, args.only, args.skeletons):
         if args.mixers and attention in DIRECTIONAL and seed != args.seeds[0]:
             continue
@@ -243,6 +249,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--test-images", type=int, default=None, help="default: all")
     parser.add_argument("--data-dir", type=Path, default=FASHION_MNIST_DEBIAN)
     parser.add_argument("--seconds", type=float, default=2.0, help="per speed measurement")
+    parser.add_argument("--known-runs", type=Path, help="begin with those of this results file")
     parser.add_argument("--commit", default=None, help="recorded; default: that of the checkout")
     args = parser.parse_args(argv)
     args.commit = args.commit or commit()

@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a c
 
 import vitlinear  # noqa: E402
 from benchmarks import registry  # noqa: E402
+from vitlinear.processor import cpu_model  # noqa: E402
 
 COPIED = 2**30  # bytes of the tensor that the copy bandwidth is measured with
 LAUNCH_BOUND = 196  # tokens up to which every implementation is timed as a CUDA graph too
@@ -146,7 +147,7 @@ def git(*command: str) -> str:
 def machine(device: torch.device) -> dict[str, Any]:
     """Where and with what this ran."""
     found: dict[str, Any] = {
-        "device": platform.processor() or platform.machine(),
+        "device": cpu_model(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,

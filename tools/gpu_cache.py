@@ -168,7 +168,8 @@ def compile_calls(cache: Path, wanted: Wanted) -> tuple[int, int]:
     with ProcessPoolExecutor(wanted.jobs, multiprocessing.get_context("spawn")) as pool:
         for task, counts in zip(tasks, pool.map(compile_some, tasks), strict=True):
             found, compiled = found + counts[0], compiled + counts[1]
-            print(f"{task.mechanisms}: {counts[0]} found, {counts[1]} compiled", file=sys.stderr)
+            line = f"{task.mechanisms[0]}: {counts[0]} kernels found, {counts[1]} compiled"
+            print(line, file=sys.stderr, flush=True)
     return found, compiled
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.commands import Command
+from vitlinear.benchmark import command as benchmark_command
 from vitlinear.benchmark import report, runtimes, subject
 from vitlinear.benchmark.programs import Size, images, multiply_adds, parse_sides
 from vitlinear.benchmark.subject import Case
@@ -79,6 +80,22 @@ def test_every_runtime(command: Command, tmp_path: Path, means: Path) -> None:
     assert str(tmp_path) not in output.read_text().replace(record["command"], "")
     assert picture.read_text().lstrip().startswith("<?xml")
     assert sorted(tmp_path.iterdir()) == [output, picture]
+
+
+def test_rows_of_a_size_are_written_before_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "rows.json"
+
+    def rows(config: object, size: Size) -> list[dict[str, object]]:
+        if size.height == 64:
+            raise KeyboardInterrupt
+        return [{"model": MODEL}]
+
+    monkeypatch.setattr(benchmark_command, "_rows", rows)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark_command.main([MODEL, "--sizes", "32", "64", "--output", str(output)])
+    assert json.loads(output.read_text())["rows"] == [{"model": MODEL}]
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])

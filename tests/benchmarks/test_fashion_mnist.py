@@ -113,6 +113,14 @@ def test_study_of_the_registry(tmp_path, monkeypatch):
     seeds = {row["attention"]: row["seeds"] for row in record["summary"]}
     assert seeds == {n: [0] if n in fashion_mnist.DIRECTIONAL else [0, 1] for n in only}
 
+    # Another machine goes on from the results; nothing is left to do there.
+    results = tmp_path / "results" / "fashion_mnist_mixers_cpu.json"
+    there = ["--mixers", "--output", str(tmp_path / "there"), "--only", *only, "--seeds", "0", "1"]
+    there += ["--data-dir", str(data), "--images", "32", "--known-runs", str(results)]
+    monkeypatch.setattr(fashion_mnist, "train_one", None)
+    fashion_mnist.main(there)
+    assert {path.name for path in (tmp_path / "there" / "runs").iterdir()} == names
+
 
 def test_paired_difference():
     ours, theirs = [83.2, 84.1, 83.0], [82.0, 83.5, 82.1]

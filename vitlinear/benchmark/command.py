@@ -183,10 +183,11 @@ def main(argv: Sequence[str] | None, prog: str = "vitlinear benchmark") -> None:
     for count, size in enumerate(sizes, 1):
         print(f"[{count}/{len(sizes)}] {size}", file=sys.stderr, flush=True)
         record["rows"] += _rows(config, size)
+        measured = any("error" not in row for row in record["rows"])
+        if config.output and measured:  # now: a later size may be interrupted
+            write_text(config.output, json.dumps(record, indent=1) + "\n")
     print_report(record)
-    if all("error" in row for row in record["rows"]):
+    if not measured:
         raise UserError("nothing could be measured; the table says why")
-    if config.output:
-        write_text(config.output, json.dumps(record, indent=1) + "\n")
     if config.plot:
         plot(record, config.plot)

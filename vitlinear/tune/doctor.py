@@ -20,6 +20,7 @@ from vitlinear.create import build_model, data_config
 from vitlinear.errors import UserError
 from vitlinear.ops import backend, gpu, kernel_cache
 from vitlinear.ops.measurements import seeds
+from vitlinear.processor import cpu_model
 from vitlinear.report import backend_report
 
 from .command import DTYPES
@@ -95,8 +96,7 @@ def _versions() -> Iterator[str]:
 
 
 def _devices() -> Iterator[str]:
-    cpu = platform.processor() or platform.machine()
-    yield f"cpu: {cpu}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()}"
+    yield f"cpu: {cpu_model()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()}"
     if not torch.cuda.is_available():
         yield "no GPU: torch sees none"
     for index in range(torch.cuda.device_count()):
