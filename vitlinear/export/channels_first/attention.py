@@ -41,7 +41,15 @@ def check_covered(name: str) -> str:
 class Slots:
     """The rows of a linear layer that gives queries, keys and so on, as products of their own."""
 
-    def __init__(self, layer: nn.Module, count: int, num_heads: int, norm: nn.Module | None):
+    def __init__(
+        self,
+        layer: nn.Module,
+        count: int,
+        num_heads: int,
+        norm: nn.Module | None,
+        outputs: slice = slice(None),
+        part: tuple[int, int] = (0, 1),
+    ) -> None:
         """Note the layer.
 
         Args:
@@ -49,12 +57,18 @@ class Slots:
             count: Of queries, keys and so on.
             num_heads: h.
             norm: The norm before the layer, which becomes part of the products; None for none.
+            outputs: Those of the layer that are meant, if it gives more.
+            part: Which one of how many parts of the heads is meant, with `num_heads` each.
         """
         require(layer, Linear, nn.Linear)
         assert isinstance(layer, nn.Linear)
-        sizes = (count, num_heads, -1)
-        self.weight, self.norm = layer.weight.detach().unflatten(0, sizes), norm
-        self.bias = None if layer.bias is None else layer.bias.detach().unflatten(0, sizes)
+
+        def heads(x: Tensor) -> Tensor:
+            index, parts = part
+            return x.detach()[outputs].unflatten(0, (count, parts, num_heads, -1))[:, index]
+
+        self.weight, self.norm = heads(layer.weight), norm
+        self.bias = None if layer.bias is None else heads(layer.bias)
 
     def rows(self, slot: int, step: slice = slice(None)) -> nn.Conv2d:
         """The product of one slot, with all channels of the heads or with some."""

@@ -22,13 +22,20 @@ from vitlinear.layers import (
     RmsNorm,
     SwiGlu,
 )
-from vitlinear.models._hosts import HostBlock
+from vitlinear.layers.attention.cross_shaped_attention import CrossShapedAttention
+from vitlinear.layers.attention.inline_attention import InLineTokenAttention
+from vitlinear.layers.attention.pola_attention import PolaAttention
+from vitlinear.layers.attention.shifted_window_attention import ShiftedWindowAttention
+from vitlinear.layers.attention.ttt_attention import TttAttention
+from vitlinear.models._hosts import HostBlock, MapMerging
 from vitlinear.models._isotropic import TokenBlock
 from vitlinear.models._pyramid import PyramidBlock
 from vitlinear.models._stages import RotaryStage, Stage
+from vitlinear.models.inline_cswin import CrossShapedBlock
 from vitlinear.models.l2vit import L2LinearBlock, L2WindowBlock
 from vitlinear.models.mila import MilaBlock
 from vitlinear.models.nalaformer import NaLaBlock
+from vitlinear.models.vittt import HViTTTBlock, PositionedTokenBlock
 
 from .attention import (
     ChannelsFirstGatedAttention,
@@ -36,11 +43,13 @@ from .attention import (
     ChannelsFirstLinearAttention,
     ChannelsFirstMilaAttention,
 )
-from .inline import ChannelsFirstInLineAttention
+from .cross_shaped import ChannelsFirstCrossShapedAttention
+from .inline import ChannelsFirstInLineAttention, ChannelsFirstInLineTokenAttention
 from .layers import (
     ChannelNorm,
     ChannelRmsNorm,
     ChannelsFirstConcentration,
+    ChannelsFirstMerging,
     ChannelsFirstMlp,
     ChannelsFirstSwiGlu,
     MapSize,
@@ -50,8 +59,10 @@ from .layers import (
     require,
     require_nothing,
 )
+from .pola import ChannelsFirstPolaAttention
 from .positions import MapAngles
-from .windows import ChannelsFirstWindowAttention
+from .ttt import ChannelsFirstTttAttention
+from .windows import ChannelsFirstShiftedAttention, ChannelsFirstWindowAttention
 
 ATTENTIONS: dict[type[nn.Module], Callable[[Any, nn.Module, MapSize | None], nn.Module]] = {
     GatedAttention: ChannelsFirstGatedAttention,
@@ -60,7 +71,12 @@ ATTENTIONS: dict[type[nn.Module], Callable[[Any, nn.Module, MapSize | None], nn.
     MilaAttention: ChannelsFirstMilaAttention,
     LightNetAttention: ChannelsFirstLightNetAttention,
     InLineAttention: ChannelsFirstInLineAttention,
+    InLineTokenAttention: ChannelsFirstInLineTokenAttention,
+    CrossShapedAttention: ChannelsFirstCrossShapedAttention,
+    ShiftedWindowAttention: ChannelsFirstShiftedAttention,
     PaddedWindowAttention: ChannelsFirstWindowAttention,
+    PolaAttention: ChannelsFirstPolaAttention,
+    TttAttention: ChannelsFirstTttAttention,
 }
 MLPS: dict[type[nn.Module], Callable[[Any, nn.Module], nn.Module]] = {
     ConvMlp: ChannelsFirstMlp,
@@ -119,12 +135,16 @@ class ChannelsFirstBlock(nn.Module):
             self.local = nn.Sequential(
                 affine_channel_norm(block.norm3), ChannelsFirstConcentration(block.lcm)
             )
+        # Attention whose kernels come from what has no norm.
+        self.sees_input = isinstance(block, CrossShapedBlock)
         self.norm2 = norm2
         self.mlp = _rule(MLPS, block.mlp)(block.mlp, block.norm2)
 
     def forward(self, x: Tensor, *shared: Any) -> Tensor:
         """[B, C, H, W] -> [B, C, H, W]."""
         x = self.pos1(x)
+        if self.sees_input:
+            shared = (x, *shared)
         x = self.pos2(x + self.attn(self.norm1(x), *shared))
         if self.local is not None:
             x = x + self.local(x)
@@ -138,7 +158,10 @@ BLOCKS: dict[type[nn.Module], tuple[str, str]] = {
     MilaBlock: ("pos1", "pos2"),
     L2WindowBlock: ("pos1", "pos2"),
     L2LinearBlock: ("pos1", ""),
+    HViTTTBlock: ("pos", ""),
     HostBlock: ("", ""),
+    CrossShapedBlock: ("", ""),
+    PositionedTokenBlock: ("pos", ""),
     TokenBlock: ("", ""),
 }
 
@@ -170,6 +193,8 @@ class ChannelsFirstStage(nn.Module):
         super().__init__()
         require(stage, Stage, RotaryStage)
         self.downsample = stage.downsample
+        if isinstance(stage.downsample, MapMerging):
+            self.downsample = ChannelsFirstMerging(stage.downsample)
         self.blocks = nn.ModuleList(block_of(block, size) for block in stage.blocks)
         self.angles: MapAngles | None = None
         if isinstance(stage, RotaryStage) and stage.blocks:
@@ -185,7 +210,10 @@ class ChannelsFirstStage(nn.Module):
 
 
 class ChannelsFirstTokens(nn.Module):
-    """All blocks of a model of one resolution, on tokens [B, C, 1, N]."""
+    """All blocks of a model of one resolution, on tokens [B, C, 1, N], or on maps [B, C, H, W].
+
+    Maps where its blocks see neighbours; all tokens are of the map then.
+    """
 
     def __init__(self, blocks: nn.ModuleList, size: MapSize | None) -> None:
         """Take the parameters over.
@@ -198,17 +226,21 @@ class ChannelsFirstTokens(nn.Module):
             NoForm: One of them has none.
         """
         super().__init__()
+        self.takes_maps = any(isinstance(block, PositionedTokenBlock) for block in blocks)
         self.blocks = nn.ModuleList(block_of(block, size) for block in blocks)
         self.angles: MapAngles | None = None
         attn = blocks[0].attn
+        self.tells_size = isinstance(attn, InLineTokenAttention)
         if isinstance(attn, LightNetAttention):
             tables = MapRotaryTables(attn.head_dim, cosine=True)
             self.angles = MapAngles(tables, attn.num_heads, size)
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
         """[B, N, C] -> [B, N, C]."""
-        shared = () if self.angles is None else (self.angles(x.new_zeros(1, 1, height, width)),)
-        x = x.mT.unsqueeze(2)
+        shared: tuple[Any, ...] = (height, width) if self.tells_size else ()
+        if self.angles is not None:
+            shared = (self.angles(x.new_zeros(1, 1, height, width)),)
+        x = x.mT.unflatten(2, (height if self.takes_maps else 1, -1))
         for block in self.blocks:
             x = block(x, *shared)
-        return x.squeeze(2).mT
+        return x.flatten(2).mT

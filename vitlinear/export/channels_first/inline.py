@@ -1,4 +1,4 @@
-"""InLine attention on maps [B, C, H, W]: one window, with a local term whose kernel is computed."""
+"""InLine attention on maps [B, C, H, W], with a local term whose kernel is computed."""
 
 from __future__ import annotations
 
@@ -7,23 +7,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitlinear.layers import DynamicConv, InjectiveAttention, InLineAttention
+from vitlinear.layers.attention.inline_attention import InLineTokenAttention
 from vitlinear.layers.conv.dynamic_conv import TokenConv
 from vitlinear.layers.windows import equal_windows
 
 from .attention import Slots, heads_of
+from .conv import conv_per_sample
 from .formula import attention
 from .layers import MapSize, NoForm, linear, require, require_nothing
+from .windows import Windows
 
 
 class ChannelsFirstDynamicConv(nn.Module):
     """`DynamicConv` on a map [B, C, H, W]."""
 
-    def __init__(self, conv: nn.Module, norm: nn.LayerNorm, batch: int | None) -> None:
+    def __init__(self, conv: nn.Module, norm: nn.LayerNorm | None, batch: int | None) -> None:
         """Take the parameters over.
 
         Args:
             conv: The convolution.
-            norm: The norm of the tokens whose mean its kernels come from, which becomes part of it.
+            norm: The norm of the tokens whose mean its kernels come from, which becomes part of it;
+                None where the mean is of what has no norm.
             batch: Of all inputs; None where it varies. With one, all samples are one convolution.
         """
         super().__init__()
@@ -33,13 +37,15 @@ class ChannelsFirstDynamicConv(nn.Module):
             require(part, TokenConv)
         require(conv.act, nn.GELU)
         self.batch = batch
-        groups = conv.fc1.groups
+        groups, dtype = conv.fc1.groups, conv.fc1.weight.dtype
         weight = conv.fc1.weight.detach()[:, :, 0].unflatten(0, (groups, -1)).double()
-        scale = norm.weight.detach().double().unflatten(0, (groups, 1, -1))
-        shift = norm.bias.detach().double().unflatten(0, (groups, -1, 1))
-        bias = conv.fc1.bias.detach().double() + (weight @ shift).flatten()
-        self.weight1 = nn.Parameter((weight * scale).mT.to(norm.weight.dtype).contiguous())
-        self.bias1 = nn.Parameter(bias.to(norm.weight.dtype))
+        bias = conv.fc1.bias.detach().double()
+        if norm is not None:
+            shift = norm.bias.detach().double().unflatten(0, (groups, -1, 1))
+            bias = bias + (weight @ shift).flatten()
+            weight = weight * norm.weight.detach().double().unflatten(0, (groups, 1, -1))
+        self.weight1 = nn.Parameter(weight.mT.to(dtype).contiguous())
+        self.bias1 = nn.Parameter(bias.to(dtype))
         weight = conv.fc2.weight.detach()[:, :, 0].unflatten(0, (groups, -1))
         self.weight2 = nn.Parameter(weight.mT.contiguous())
         self.bias2 = nn.Parameter(conv.fc2.bias.detach().clone())
@@ -54,25 +60,56 @@ class ChannelsFirstDynamicConv(nn.Module):
 
     def forward(self, x: Tensor, mean: Tensor) -> Tensor:
         """[B, C, H, W], and mean tokens as `kernels` takes them -> [B, C, H, W]."""
-        taps = self.kernels(mean)
-        _, channels, height, width = x.shape
-        if self.batch is not None:
-            count = self.batch * channels
-            maps, kernel = x.reshape(1, count, height, width), taps.reshape(count, 1, 3, 3)
-            return F.conv2d(maps, kernel, padding=1, groups=count).reshape(x.shape)
-        x = F.pad(x, (1, 1, 1, 1))
-        columns = [x[..., i : i + width] for i in range(3)]
-        rows = []
-        for i in range(3):
-            row = columns[0] * taps[:, :, 3 * i, None, None]
-            for j in (1, 2):
-                row = row + columns[j] * taps[:, :, 3 * i + j, None, None]
-            rows.append(row[:, :, i : i + height])
-        return rows[0] + rows[1] + rows[2]
+        return conv_per_sample(x, self.kernels(mean), self.batch)
+
+
+class ChannelsFirstInjectiveAttention(nn.Module):
+    """Products with q, k and v, and `InjectiveAttention` of them, on a map [B, C, H, W]."""
+
+    def __init__(
+        self, slots: Slots, attend: nn.Module, norm: nn.LayerNorm | None, batch: int | None
+    ) -> None:
+        """Take the parameters over.
+
+        Args:
+            slots: What gives q, k and v.
+            attend: The attention.
+            norm: Of what the mean is taken of; see `ChannelsFirstDynamicConv`.
+            batch: Of all maps, windows too; None where it varies.
+        """
+        super().__init__()
+        require(attend, InjectiveAttention)
+        assert isinstance(attend, InjectiveAttention)
+        self.num_heads, self.prefix = attend.num_heads, attend.num_prefix_tokens
+        self.q, self.k, self.v = (slots.rows(i) for i in range(3))
+        self.local = ChannelsFirstDynamicConv(attend.local, norm, batch)
+
+    def forward(
+        self, x: Tensor, mean: Tensor, grid: tuple[int, int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Attend.
+
+        Args:
+            x: [B, C, H, W], or tokens [B, C, 1, N].
+            mean: Of the tokens that the kernels come from, [B, C, 1, 1].
+            grid: Rows and columns of the map whose tokens are the last ones of x; None for those
+                of x.
+
+        Returns:
+            What comes out, and the values, [B, C', H, W] each.
+        """
+        values = self.v(x)
+        q, k, v = (heads_of(y, self.num_heads) for y in (self.q(x), self.k(x), values))
+        out = attention((q,), (k,), v, "inline").reshape(values.shape)
+        if grid is None:
+            return out + self.local(values, mean), values
+        tokens = values[:, :, 0, self.prefix :]
+        local = self.local(tokens.unflatten(2, grid), mean).flatten(2).unsqueeze(2)
+        return out + F.pad(local, (self.prefix, 0)), values
 
 
 class ChannelsFirstInLineAttention(nn.Module):
-    """`InLineAttention` on a map [B, C, H, W] that is one window."""
+    """`InLineAttention` on a map [B, C, H, W]."""
 
     def __init__(self, attn: nn.Module, norm: nn.LayerNorm, size: MapSize | None) -> None:
         """Take the parameters over.
@@ -83,29 +120,47 @@ class ChannelsFirstInLineAttention(nn.Module):
             size: Of the map; None where it varies.
 
         Raises:
-            NoForm: There are several windows, or it depends on the size.
+            NoForm: There are windows that do not fit the map, or they depend on its size.
         """
         super().__init__()
         require(attn, InLineAttention)
         assert isinstance(attn, InLineAttention)
-        require(attn.attend, InjectiveAttention)
         require_nothing(attn.proj_drop)
-        if attn.window_size > 0 and (
-            size is None
-            or any(equal_windows(n, attn.window_size)[0] > 1 for n in (size.height, size.width))
-        ):
-            raise NoForm("InLineAttention in windows")
-        self.num_heads = attn.attend.num_heads
-        slots = Slots(attn.qkv, 3, self.num_heads, norm)
-        self.q, self.k, self.v = (slots.rows(i) for i in range(3))
+        self.windows: Windows | None = None
         batch = None if size is None else size.batch
-        self.local = ChannelsFirstDynamicConv(attn.attend.local, norm, batch)
+        if attn.window_size > 0:
+            if size is None:
+                raise NoForm("InLineAttention in windows at any size")
+            sides = (equal_windows(n, attn.window_size) for n in (size.height, size.width))
+            self.windows = Windows(size, *sides)
+            batch = self.windows.batch
+        slots = Slots(attn.qkv, 3, attn.attend.num_heads, norm)
+        self.attend = ChannelsFirstInjectiveAttention(slots, attn.attend, norm, batch)
         self.proj = linear(attn.proj)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H, W]; x without what its norm multiplies and adds."""
-        values = self.v(x)
-        q, k, v = (heads_of(y, self.num_heads) for y in (self.q(x), self.k(x), values))
-        local = self.local(values, torch.mean(x, (2, 3), keepdim=True))
-        out = attention((q,), (k,), v, "inline")
-        return self.proj(out.reshape(x.shape) + local)
+        if self.windows is not None:
+            x = self.windows.of_map(x)
+        out = self.proj(self.attend(x, torch.mean(x, (2, 3), keepdim=True))[0])
+        return out if self.windows is None else self.windows.to_map(out)
+
+
+class ChannelsFirstInLineTokenAttention(nn.Module):
+    """`InLineTokenAttention` on tokens [B, C, 1, N]."""
+
+    def __init__(self, attn: nn.Module, norm: nn.LayerNorm, size: MapSize | None) -> None:
+        """Take the parameters over; arguments as `ChannelsFirstInLineAttention`."""
+        super().__init__()
+        require(attn, InLineTokenAttention)
+        assert isinstance(attn, InLineTokenAttention)
+        require_nothing(attn.proj_drop)
+        slots = Slots(attn.qkv, 3, attn.attend.num_heads, norm)
+        batch = None if size is None else size.batch
+        self.attend = ChannelsFirstInjectiveAttention(slots, attn.attend, norm, batch)
+        self.proj = linear(attn.proj)
+
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
+        """[B, C, 1, N] -> [B, C, 1, N]; x without what its norm multiplies and adds."""
+        mean = torch.mean(x, (2, 3), keepdim=True)
+        return self.proj(self.attend(x, mean, (height, width))[0])

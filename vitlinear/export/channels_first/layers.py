@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from timm.layers import DropPath
+import torch.nn.functional as F
+from timm.layers import DropPath, LayerNorm
 from torch import Tensor, nn
 
 from vitlinear.layers import (
@@ -18,6 +19,8 @@ from vitlinear.layers import (
     SwiGlu,
     is_plain,
 )
+from vitlinear.layers.attention.cross_shaped_attention import WindowConv
+from vitlinear.models._hosts import MapMerging
 
 
 class MapSize(NamedTuple):
@@ -143,7 +146,7 @@ def pointwise(weight: Tensor, bias: Tensor | None, norm: nn.Module | None = None
 
 def convolution(layer: nn.Module) -> nn.Module:
     """A depthwise convolution of maps [B, H, W, C] as one of [B, C, H, W], the same parameters."""
-    require(layer, DepthwiseConv, ResidualDepthwiseConv)
+    require(layer, DepthwiseConv, ResidualDepthwiseConv, WindowConv)
     assert isinstance(layer, DepthwiseConv)
     if isinstance(layer, ResidualDepthwiseConv):
         layer = layer.fuse()
@@ -234,3 +237,23 @@ class ChannelsFirstConcentration(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H, W]."""
         return self.steps(x)
+
+
+class ChannelsFirstMerging(nn.Module):
+    """`MapMerging` with one copy of the map: neighbours become channels."""
+
+    def __init__(self, merging: nn.Module) -> None:
+        """Take the parameters over."""
+        super().__init__()
+        require(merging, MapMerging)
+        assert isinstance(merging, MapMerging)
+        require(merging.norm, LayerNorm)
+        self.norm = ChannelNorm(merging.norm.eps)
+        self.reduction = linear(merging.reduction, merging.norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, 2 C, ceil(H / 2), ceil(W / 2)], zeros beyond an odd side."""
+        height, width = (x.shape[2] + 1) // 2, (x.shape[3] + 1) // 2
+        x = F.pad(x, (0, 2 * width - x.shape[3], 0, 2 * height - x.shape[2]))
+        x = x.unflatten(3, (width, 2)).unflatten(2, (height, 2))
+        return self.reduction(self.norm(x.permute(0, 5, 3, 1, 2, 4).flatten(1, 3)))

@@ -1,0 +1,101 @@
+"""Attention in cross-shaped windows on maps [B, C, H, W]: each branch has products of its own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vitlinear.layers.attention.cross_shaped_attention import (
+    CrossShapedAttention,
+    InjectiveStripe,
+    SoftmaxStripe,
+)
+from vitlinear.layers.windows import equal_windows
+
+from .attention import Slots
+from .inline import ChannelsFirstInjectiveAttention
+from .layers import MapSize, NoForm, convolution, linear, pointwise, require, require_nothing
+from .windows import SoftmaxHeads, Windows
+
+
+class ChannelsFirstStripe(nn.Module):
+    """A branch of `CrossShapedAttention` with its share of the output projection."""
+
+    def __init__(self, branch: nn.Module, slots: Slots, proj: nn.Conv2d, size: MapSize) -> None:
+        """Take the parameters over.
+
+        Args:
+            branch: The branch.
+            slots: What gives its q, k and v.
+            proj: Its share of the output.
+            size: Of the map.
+
+        Raises:
+            NoForm: Its windows reach beyond the map.
+        """
+        super().__init__()
+        require(branch, InjectiveStripe, SoftmaxStripe)
+        assert isinstance(branch, InjectiveStripe | SoftmaxStripe)
+        sides = (
+            equal_windows(n, limit)
+            for n, limit in zip((size.height, size.width), branch.limits, strict=True)
+        )
+        self.windows = Windows(size, *sides)
+        self.injective: nn.Module | None = None
+        self.softmax: nn.Module | None = None
+        if isinstance(branch, InjectiveStripe):
+            batch = self.windows.batch
+            self.injective = ChannelsFirstInjectiveAttention(slots, branch.attend, None, batch)
+        else:
+            self.softmax = SoftmaxHeads(slots, branch.attend)
+        self.lepe = convolution(branch.lepe)
+        self.proj = proj
+
+    def forward(self, x: Tensor, source: Tensor) -> Tensor:
+        """[B, C, H, W] twice -> [B, C, H, W]; the second tells kernels, by its mean."""
+        x = self.windows.of_map(x)
+        if self.injective is not None:
+            mean = torch.mean(self.windows.of_map(source), (2, 3), keepdim=True)
+            out, values = self.injective(x, mean)
+        else:
+            assert self.softmax is not None
+            out, values = self.softmax(x)
+        return self.windows.to_map(self.proj(out + self.lepe(values)))
+
+
+class ChannelsFirstCrossShapedAttention(nn.Module):
+    """`CrossShapedAttention` on a map [B, C, H, W] of one size."""
+
+    def __init__(self, attn: nn.Module, norm: nn.LayerNorm, size: MapSize | None) -> None:
+        """Take the parameters over; as `ChannelsFirstInLineAttention`."""
+        super().__init__()
+        require(attn, CrossShapedAttention)
+        assert isinstance(attn, CrossShapedAttention)
+        require_nothing(attn.proj_drop)
+        if size is None:
+            raise NoForm("CrossShapedAttention at any size")
+        count = len(attn.branches)
+        columns = linear(attn.proj).weight[:, :, 0, 0].detach().chunk(count, 1)
+        biases = (attn.proj.bias, *(None for _ in range(count - 1)))
+        self.branches = nn.ModuleList(
+            ChannelsFirstStripe(
+                branch,
+                Slots(attn.qkv, 3, branch.attend.num_heads, norm, part=(i, count)),
+                pointwise(columns[i], biases[i]),
+                size,
+            )
+            for i, branch in enumerate(attn.branches)
+        )
+
+    def forward(self, x: Tensor, source: Tensor) -> Tensor:
+        """Attend.
+
+        Args:
+            x: [B, C, H, W] without what its norm multiplies and adds.
+            source: The same before the norm.
+
+        Returns:
+            [B, C, H, W].
+        """
+        outs = [branch(x, source) for branch in self.branches]
+        return outs[0] if len(outs) == 1 else outs[0] + outs[1]
