@@ -122,7 +122,8 @@ def test_hooks_are_kept():
 
 
 # What moves data in all blocks of a small model of `MODELS`. Transposes are of the last two axes
-# before a product, which runtimes make part of it; those of L2ViT's windows are copies.
+# before a product, which runtimes make part of it, but for two copies of each block in windows.
+# Slices are of neighbours, where each sample has a kernel of its own.
 MOVES = {
     "test_ravlt": {"Transpose": 20, "Concat": 4},
     "test_mavit": {"Transpose": 12, "Concat": 4},
@@ -131,8 +132,14 @@ MOVES = {
     "test_inline_pvt": {"Transpose": 8},
     "test_lightnet": {"Transpose": 2},
     "test_linear_deit": {"Transpose": 2},
-    "test_l2vit": {"Transpose": 16, "Slice": 4},
-    "test_inline_swin": {"Transpose": 6},
+    "test_l2vit": {"Transpose": 12, "Slice": 4},
+    "test_inline_swin": {"Transpose": 12, "Slice": 8, "Concat": 4},
+    "test_inline_deit": {"Transpose": 2, "Slice": 1},
+    "test_inline_cswin": {"Transpose": 12},
+    "test_pola_pvt": {"Transpose": 32},
+    "test_pola_swin": {"Transpose": 38, "Slice": 16, "Concat": 8},
+    "test_vittt": {"Transpose": 4, "Slice": 12, "Concat": 1},
+    "test_h_vittt": {"Transpose": 16, "Slice": 48, "Concat": 4},
 }
 # Nodes of ONNX in the same blocks, and around the tokens of LightNet and LinearDeiT; those that
 # only name data anew too. Nothing else of `NODES` may appear.
@@ -144,8 +151,14 @@ COUNTS = {
     "test_inline_pvt": {"Reshape": 44, "Transpose": 8},
     "test_lightnet": {"Reshape": 5, "Transpose": 4, "Squeeze": 1, "Unsqueeze": 1},
     "test_linear_deit": {"Reshape": 4, "Transpose": 4, "Squeeze": 1, "Unsqueeze": 1},
-    "test_l2vit": {"Reshape": 24, "Transpose": 16, "Slice": 4},
-    "test_inline_swin": {"Reshape": 33, "Transpose": 6},
+    "test_l2vit": {"Reshape": 24, "Slice": 4, "Transpose": 12},
+    "test_inline_swin": {"Concat": 4, "Reshape": 47, "Slice": 8, "Transpose": 12},
+    "test_inline_deit": {"Reshape": 11, "Slice": 1, "Transpose": 4, "Squeeze": 1, "Unsqueeze": 1},
+    "test_inline_cswin": {"Reshape": 38, "Transpose": 12},
+    "test_pola_pvt": {"Reshape": 24, "Transpose": 16},
+    "test_pola_swin": {"Concat": 8, "Reshape": 48, "Slice": 16, "Transpose": 26},
+    "test_vittt": {"Concat": 1, "Reshape": 12, "Slice": 12, "Transpose": 4},
+    "test_h_vittt": {"Concat": 4, "Reshape": 40, "Slice": 48, "Transpose": 8},
 }
 NODES = ("Concat", "Split", "Slice", "Transpose", "Gather", "Squeeze", "Unsqueeze", "Reshape")
 NODE_OF = {
@@ -155,7 +168,11 @@ NODE_OF = {
     **dict.fromkeys(("transpose", "permute", "t"), "Transpose"),
     **dict.fromkeys(("index", "index_select", "gather"), "Gather"),
 }
-SIZE = InputSize(2, 96, 96)
+
+
+def size_of(name):
+    """A size that the windows of the model fit."""
+    return InputSize(*WINDOWED.get(name, ((2, 96, 64),))[0])
 
 
 class Moves(TorchDispatchMode):
@@ -168,19 +185,22 @@ class Moves(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if node := NODE_OF.get(func._opname):
             self.counts[node] += 1
+        if func._opname == "roll":  # along each axis
+            self.counts.update({"Slice": 2 * len(args[2]), "Concat": len(args[2])})
         return func(*args, **(kwargs or {}))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", MODELS)
 def test_few_moves(name):
-    made, _ = rewrite(make(name, torch.float32, **MODELS[name]), SIZE)
+    size = size_of(name)
+    made, _ = rewrite(make(name, torch.float32, **MODELS[name]), size)
     moves = Moves()
     for block in made.modules():
         if type(block).__name__ == "ChannelsFirstBlock":
             block.register_forward_pre_hook(lambda *args: moves.__enter__() and None)
             block.register_forward_hook(lambda *args: moves.__exit__(None, None, None))
-    made(torch.randn(SIZE.batch, 3, *SIZE[1:]))
+    made(torch.randn(size.batch, 3, *size[1:]))
     assert dict(moves.counts) == MOVES[name]
 
 
@@ -189,8 +209,9 @@ def test_few_moves(name):
 @torch.no_grad()
 @pytest.mark.parametrize("name", MODELS)
 def test_few_nodes(name):
-    shapes = Shapes.of(name, 3, *(Range(size, size) for size in SIZE))
-    made, _ = rewrite(make(name, torch.float32, **MODELS[name]), SIZE)
+    size = size_of(name)
+    shapes = Shapes.of(name, 3, *(Range(n, n) for n in size))
+    made, _ = rewrite(make(name, torch.float32, **MODELS[name]), size)
     example = shapes.example()
     program = torch.onnx.export(
         _trace(made, shapes, example), (example,), dynamo=True, verbose=False
@@ -201,6 +222,26 @@ def test_few_nodes(name):
         if "blocks." in scopes and node.op_type in NODES:
             counts[node.op_type] += 1
     assert dict(counts) == COUNTS[name]
+
+
+@pytest.mark.slow
+@pytest.mark.compile
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name == "test_inline_pvt" else pytest.mark.nightly)
+        for name in MODELS
+        if name not in WINDOWED
+    ],
+)
+def test_programs_of_any_size(name):
+    """Of models whose maps have sides that are rounded down, too."""
+    made, _ = rewrite(make(name, torch.float32, **MODELS[name]))
+    shapes = Shapes.of(name, 3, Range(1, 4096), Range(64, 4096), Range(64, 4096))
+    example = shapes.example()
+    program = _trace(made, shapes, example).module()
+    x = torch.randn(2, 3, 99, 64)
+    torch.testing.assert_close(program(x), made(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ from vitlinear.layers.attention.inline_attention import InLineTokenAttention
 from vitlinear.layers.attention.pola_attention import PolaAttention
 from vitlinear.layers.attention.shifted_window_attention import ShiftedWindowAttention
 from vitlinear.layers.attention.ttt_attention import TttAttention
+from vitlinear.layers.layout import known_strides, split_axis
 from vitlinear.models._hosts import HostBlock, MapMerging
 from vitlinear.models._isotropic import TokenBlock
 from vitlinear.models._pyramid import PyramidBlock
@@ -240,7 +241,10 @@ class ChannelsFirstTokens(nn.Module):
         shared: tuple[Any, ...] = (height, width) if self.tells_size else ()
         if self.angles is not None:
             shared = (self.angles(x.new_zeros(1, 1, height, width)),)
-        x = x.mT.unflatten(2, (height if self.takes_maps else 1, -1))
+        if self.takes_maps:
+            x = known_strides(split_axis(known_strides(x), 1, [height, width]).permute(0, 3, 1, 2))
+        else:
+            x = x.mT.unsqueeze(2)
         for block in self.blocks:
             x = block(x, *shared)
-        return x.flatten(2).mT
+        return (x.flatten(2) if self.takes_maps else x.squeeze(2)).mT

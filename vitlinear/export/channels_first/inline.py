@@ -103,8 +103,9 @@ class ChannelsFirstInjectiveAttention(nn.Module):
         out = attention((q,), (k,), v, "inline").reshape(values.shape)
         if grid is None:
             return out + self.local(values, mean), values
-        tokens = values[:, :, 0, self.prefix :]
-        local = self.local(tokens.unflatten(2, grid), mean).flatten(2).unsqueeze(2)
+        count, channels = values.shape[:2]
+        tokens = values[..., self.prefix :].reshape(count, channels, *grid)
+        local = self.local(tokens, mean).reshape(count, channels, 1, grid[0] * grid[1])
         return out + F.pad(local, (self.prefix, 0)), values
 
 

@@ -20,6 +20,7 @@ from vitlinear.layers import (
     is_plain,
 )
 from vitlinear.layers.attention.cross_shaped_attention import WindowConv
+from vitlinear.layers.layout import known_strides
 from vitlinear.models._hosts import MapMerging
 
 
@@ -79,6 +80,7 @@ class ChannelNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H, W]."""
+        x = known_strides(x)
         return over_rms(x - x.mean(1, keepdim=True), 1, self.eps)
 
 

@@ -67,8 +67,10 @@ class ChannelsFirstPolaAttention(nn.Module):
         self.powers = nn.Parameter(inner.powers().detach().unsqueeze(2))
         self.grid_size = attn.grid_size
         self.positional_encoding = attn.positional_encoding
-        positions = None if grid is None else attn.positions(*grid)
-        self.register_buffer("positions", None if positions is None else _of_channels(positions))
+        positions = None
+        if grid is not None:
+            positions = attn.positions(*grid).detach().permute(0, 3, 1, 2).contiguous()
+        self.register_buffer("positions", positions)
 
     def features(self, x: Tensor) -> Parts:
         """Powers of what is positive, and of what is negative, [B, h, D, N]."""
@@ -83,7 +85,7 @@ class ChannelsFirstPolaAttention(nn.Module):
         if positions is None:
             learned, (height, width) = self.positional_encoding, x.shape[2:]
             learned = resized_positions(learned, self.grid_size, height, width, "bicubic")
-            positions = _of_channels(learned)
+            positions = learned.permute(0, 3, 1, 2)
         keys = self.k(x) + positions
         q, k = (self.features(heads_of(y, self.num_heads)) for y in (self.q(x), keys))
         out: Tensor | None = None
@@ -95,11 +97,6 @@ class ChannelsFirstPolaAttention(nn.Module):
             out = self.projs[i](read) if out is None else out + self.projs[i](read)
         assert out is not None
         return out if self.windows is None else self.windows.to_map(out)
-
-
-def _of_channels(positions: Tensor) -> Tensor:
-    """[1, H, W, C] -> [1, C, H, W]."""
-    return positions.permute(0, 3, 1, 2).contiguous()
 
 
 def _some_channels(conv: nn.Module, num_heads: int, channels: slice) -> nn.Conv2d:
