@@ -260,14 +260,15 @@ def test_command(sizes, command, tmp_path):
     assert metadata["layout"] == "channels-first" and json.loads(metadata["fused"])
 
 
-def test_openvino_keeps_tokens():
-    """Of models of one resolution it runs the model's own steps faster: no layout, that one."""
+def test_openvino_keeps_models_of_products():
+    """It runs their own steps faster: without a layout that is asked for, it gets those."""
+    names = ("test_linear_deit", "test_vittt", "test_inline_swin", "test_pola_pvt")
     layouts = {
         name: [takes_channels_first(make(name), "onnx", torch.float32, each) for each in RUNTIMES]
-        for name in ("test_linear_deit", "test_ravlt")
+        for name in (*names, "test_ravlt", "test_inline_pvt", "test_h_vittt")
     }
     assert RUNTIMES == ("onnxruntime", "openvino")
-    assert layouts == {"test_linear_deit": [True, False], "test_ravlt": [True, True]}
+    assert layouts == {name: [True, name not in names] for name in layouts}
 
 
 @pytest.mark.parametrize(
@@ -275,8 +276,8 @@ def test_openvino_keeps_tokens():
     [
         (["test_ravlt", "o.pt2"], "--layout channels-first is for --format onnx"),
         (
-            ["test_vittt", "o.onnx"],
-            "be channels-last, as PositionedTokenBlock has no other",
+            ["test_l2vit", "o.onnx"],
+            "be channels-last, as PaddedWindowAttention at any size has no other",
         ),
         (
             ["test_ravlt", "o.onnx", "--runtime", "openvino"],

@@ -13,6 +13,10 @@ from torch import Tensor, nn
 from vitlinear.layers import is_plain
 from vitlinear.models._isotropic import IsotropicBackbone
 from vitlinear.models._stages import StagedBackbone
+from vitlinear.models.inline_cswin import InLineCSwin
+from vitlinear.models.inline_swin import InLineSwin
+from vitlinear.models.pola_pvt import PolaPVT
+from vitlinear.models.pola_swin import PolaSwin
 
 from .blocks import ChannelsFirstStage, ChannelsFirstTokens
 from .layers import MapSize, NoForm, affine_channel_norm
@@ -20,6 +24,8 @@ from .layers import MapSize, NoForm, affine_channel_norm
 CHANNELS_FIRST, CHANNELS_LAST = "channels-first", "channels-last"
 ONNXRUNTIME, OPENVINO = "onnxruntime", "openvino"
 RUNTIMES = (ONNXRUNTIME, OPENVINO)
+# Models whose blocks have no convolution but in their attention.
+OF_PRODUCTS = (IsotropicBackbone, InLineCSwin, InLineSwin, PolaPVT, PolaSwin)
 
 
 class InputSize(NamedTuple):
@@ -62,10 +68,10 @@ class Rewritten:
 def pays(model: nn.Module, runtime: str) -> bool:
     """Whether a runtime of `RUNTIMES` is no slower with what `rewrite` makes of a model's kind.
 
-    Measured in float32 (docs/export.md). OpenVINO keeps tokens [B, N, C] of one resolution as they
-    are from product to product; maps it takes from and to that order in either form.
+    Measured in float32 (docs/export.md). OpenVINO keeps [B, N, C] as it is from product to product,
+    so the own steps of models that have little else are faster there.
     """
-    return runtime != OPENVINO or not isinstance(model, IsotropicBackbone)
+    return runtime != OPENVINO or not isinstance(model, OF_PRODUCTS)
 
 
 def _sizes(model: nn.Module, parts: list[nn.Module], size: InputSize | None) -> list[Any]:
