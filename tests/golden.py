@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitlinear import ops
+
 FOLDER = Path(__file__).parent / "data" / "golden"
 
 # Rules for the value of an entry, first that fits; n is standard normal, seeded by the key.
@@ -146,3 +148,21 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Norm of the difference over the norm of the expected, in float64."""
     actual, expected = actual.detach().double(), expected.detach().double()
     return float((actual - expected).norm() / expected.norm())
+
+
+def full_width_tables(height: int, width: int, dim: int) -> ops.RotaryTables:
+    """`ops.full_width_rotary_tables`, float64, as made by the processor that the outputs are from.
+
+    Their numbers are float32 arithmetic, as released. Of 96 channels one power, 10000^(10/24), was
+    rounded to the nearest number there, and is rounded to the next one where torch takes AVX2.
+    """
+    tables = ops.full_width_rotary_tables(height, width, dim, dtype=torch.float64)
+    if dim == 96:
+        step = torch.tensor(10 / 24, dtype=torch.float32).double()
+        frequency = torch.pow(10000.0, step).float().reciprocal()
+        for table in tables:
+            angles = torch.arange(len(table), dtype=torch.float32) * frequency
+            exact = torch.stack((angles.cos(), angles.sin()), -1).double()
+            assert (table[:, 10] - exact).abs().max() < 1e-6
+            table[:, 10] = exact
+    return tables

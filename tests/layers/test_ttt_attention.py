@@ -40,7 +40,7 @@ def test_golden_attention(name, backend):
     layer = TttAttention(case["C"], case["heads"], backend=backend).double()
     own = layer.state_dict()
     layer.load_state_dict({k: v.reshape(own[k].shape) for k, v in case["weights"].items()})
-    rotary = tables(*size, case["C"]) if name.startswith("h_") else None
+    rotary = golden.full_width_tables(*size, case["C"]) if name.startswith("h_") else None
     x = case["x"].requires_grad_()
     out = layer(x.unflatten(1, size), rotary).flatten(1, 2)
     assert golden.relative_error(out, case["out"]) < 1e-14

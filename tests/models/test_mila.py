@@ -81,7 +81,7 @@ def test_golden_attention(case, backend):
     rotations = case["weights"].pop("rope.rotations")
     module.load_state_dict(case["weights"])
     H, W = case["H"], case["W"]
-    rotary = ops.full_width_rotary_tables(H, W, case["C"], dtype=torch.float64)
+    rotary = golden.full_width_tables(H, W, case["C"])
     assert rotary.rows.shape[1] + rotary.cols.shape[1] == rotations.shape[2]
 
     x = case["x"].unflatten(1, (H, W)).requires_grad_()
@@ -102,7 +102,7 @@ def test_golden_block(case, backend):
     theirs = {f"layers.0.blocks.0.{k}": v for k, v in case["weights"].items()}
     converted = MAPPING.convert(theirs, ours)
     block.load_state_dict({k.partition("blocks.0.")[2]: v for k, v in converted.items()})
-    rotary = ops.full_width_rotary_tables(H, W, case["C"], dtype=torch.float64)
+    rotary = golden.full_width_tables(H, W, case["C"])
 
     found = []
     for block.grad_checkpointing in (False, True):

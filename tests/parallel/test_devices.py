@@ -46,7 +46,7 @@ class _Exchanges(TorchDispatchMode):
 
 
 def _exchanged(name: str, training: bool) -> list[tuple[str, torch.dtype, bool]]:
-    """What a forward pass exchanges; processes compare no values, as there are none."""
+    """Tensors that a forward pass exchanges; processes compare no values, as there are none."""
     model = timm.create_model(name, attn_backend="eager").train(training)
     parallelize(model, mesh_of_all())
     rows = split_rows(105, mesh_of_all(), sizes=(64, 41))
