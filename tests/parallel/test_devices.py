@@ -12,6 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.pairwise import pairwise
 from tests.parallel.comparing import mesh_of_all, outputs_of
 from tests.streaming.test_exact import MODELS
 from vitlinear.parallel import parallelize, split_rows
@@ -63,8 +64,7 @@ def _exchanged(name: str, training: bool) -> list[tuple[str, torch.dtype, bool]]
     return exchanges.found
 
 
-@pytest.mark.parametrize("training", [False, pytest.param(True, marks=pytest.mark.nightly)])
-@pytest.mark.parametrize("name", MODELS)
+@pairwise(every=4, name=MODELS, training=[False, True])
 def test_exchanges_are_on_the_device_of_the_image(two, name, training):
     for found in two.run(_exchanged, name, training):
         assert found

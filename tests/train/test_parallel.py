@@ -186,7 +186,9 @@ def test_compiled(images: Path, tmp_path: Path) -> None:
 
 @pytest.mark.process
 @pytest.mark.slow
-@pytest.mark.parametrize("death", ["unreadable", "SIGKILL"])
+@pytest.mark.parametrize(
+    "death", [pytest.param("unreadable", marks=pytest.mark.nightly), "SIGKILL"]
+)
 def test_a_process_that_dies_ends_the_run(tmp_path: Path, death: str) -> None:
     """The launcher ends, soon, with the cause, once."""
     data = image_folder(tmp_path / "data", train=24)

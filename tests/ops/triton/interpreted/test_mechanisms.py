@@ -110,7 +110,7 @@ def test_epilogue(mechanism, splits, monkeypatch):
 
 
 @pairwise(
-    every=2, term=["lepe", "gate"], layout=["channels first", "projection"],
+    every=4, term=["lepe", "gate"], layout=["channels first", "projection"],
     mechanism=["rala", "mala"],
 )  # fmt: skip
 def test_half_an_epilogue(mechanism, term, layout, monkeypatch):

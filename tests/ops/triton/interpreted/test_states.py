@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from tests.ops.inputs import make_inputs, powers_of
 from tests.ops.triton.cases import ROUNDING, error, many_splits
+from tests.pairwise import pairwise
 from tests.parallel.ranks import Ranks
 from vitlinear import ops
 from vitlinear.layers.attention.band_attention import band_attention
@@ -102,8 +103,7 @@ def test_two_steps(mechanism, dtype, width, splits, more, monkeypatch):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("mechanism", ["identity", "rala", "inline"])
-@pytest.mark.parametrize("splits", [False, True])
+@pairwise(every=2, mechanism=["identity", "rala", "inline"], splits=[False, True])
 def test_learned_state_that_samples_share(mechanism, splits, monkeypatch):
     """With what the mechanism does not read, whose gradient is zero."""
     if splits:
@@ -128,8 +128,7 @@ def test_learned_state_that_samples_share(mechanism, splits, monkeypatch):
     check(read, tensors, {"rotary": inputs.rotary}, grad)
 
 
-@pytest.mark.parametrize("mechanism", ["identity", "mala", "lightnet"])
-@pytest.mark.parametrize("largest", [16384, 512], ids=["whole", "slices"])
+@pairwise(every=2, mechanism=["identity", "mala", "lightnet"], largest=[16384, 512])
 def test_gradients_of_a_state_itself(mechanism, largest, monkeypatch):
     """Of all that it holds, the logsumexp of a softmax over keys included."""
     from vitlinear.ops.triton import plan

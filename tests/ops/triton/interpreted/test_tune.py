@@ -127,6 +127,7 @@ def test_a_model_is_timed_at_its_own_shapes(device, command, monkeypatch):
     assert "2 calls" not in told and "measured here" in told
 
 
+@pytest.mark.nightly
 def test_a_model_of_states_is_timed_as_attention(device, command, monkeypatch):
     monkeypatch.setattr(self_check, "failure", lambda kind: None)
     result = command("tune", "test_vittt", "--sizes", 32, *FLAGS)
