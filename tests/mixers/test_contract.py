@@ -191,6 +191,17 @@ def test_adversarial_numbers(name, dtype):
             close(out.double(), expected, allowed)
 
 
+@each
+def test_gradients_of_a_small_map(name):
+    """No part that is 0 there, such as what one window leaves over, has a steep norm behind it."""
+    grid, mixer = Grid(3, 4), mixer_of(name)
+    q, k, v, x = tokens(grid)
+    inputs = [t.requires_grad_() for t in (q, k, v, x)]
+    out = mixer(*inputs[:3], grid, x)
+    gradients = torch.autograd.grad(out, inputs, normal(*out.shape), allow_unused=True)
+    assert all(g is None or g.norm() < 50 * out.numel() ** 0.5 for g in gradients)
+
+
 class Written(TorchDispatchMode):
     """Counts the numbers that operators write into new memory: of all, and of the greatest."""
 

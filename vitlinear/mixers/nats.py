@@ -132,6 +132,10 @@ class Nats(Mixer):
             q, k, v, "weighted_elu_sum", grid,
             key_weights=of_tokens.unsqueeze(-1), backend=self.backend,
         )  # fmt: skip
+        # Where no window is left this is 0, of which a norm has a derivative of 1 / sqrt(eps). What
+        # is not there passes no gradient on.
+        left = (exists & (hard == 0)).any(-1)
+        linear = linear.masked_fill(~left[:, None, :, None], 0)
         share = torch.einsum("bnhd,hdc->bnhc", q, self.share.to(q.dtype)).softmax(-1)
         softmax = rms_norm(softmax, self.softmax_norm) * share[..., :1]
         return softmax + rms_norm(linear, self.linear_norm) * share[..., 1:]
@@ -174,6 +178,8 @@ class Nats(Mixer):
         of_map = torch.arange(grid.length) >= prefix
         weights = weights * ((1 - exact) * of_map).unsqueeze(2) / grid.length
         linear = torch.einsum("bhnm,bmhd->bnhd", weights, v)
+        left = ((exact.detach() < 0.5) & of_map).any(-1)  # none, none of the gradient either
+        linear = linear.masked_fill(~left[:, None, :, None], 0)
         share = torch.einsum("bnhd,hdc->bnhc", q, self.share).softmax(-1)
         softmax = rms_norm_definition(softmax, self.softmax_norm) * share[..., :1]
         return softmax + rms_norm_definition(linear, self.linear_norm) * share[..., 1:]
