@@ -157,6 +157,20 @@ def train_one(
     return record
 
 
+def record_path(records: Path, skeleton: str, images: int, attention: str, seed: int) -> Path:
+    """Where the record of a run is."""
+    return records / f"{skeleton}-{images}-{attention}-{seed}.json"
+
+
+def write_record(records: Path, run: dict[str, Any]) -> None:
+    """Write the record of a run, whole or not at all."""
+    where = (run[key] for key in ("skeleton", "images", "attention", "seed"))
+    path = record_path(records, *where)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(run, indent=1) + "\n")
+    partial.rename(path)
+
+
 def train_all(args: argparse.Namespace) -> None:
     """Run what has no record yet."""
     data = write_subset(args.data_dir, args.output / "data", args.images, args.test_images)
@@ -164,21 +178,18 @@ def train_all(args: argparse.Namespace) -> None:
     records.mkdir(exist_ok=True)
     if args.known_runs:
         for run in json.loads(args.known_runs.read_text())["runs"]:
-            name = f"{run['skeleton']}-{run['images']}-{run['attention']}-{run['seed']}.json"
-            (records / name).write_text(json.dumps(run, indent=1) + "\n")
+            write_record(records, run)
     for seed, attention, skeleton in itertools.product(args.seeds, args.only, args.skeletons):
         if args.mixers and attention in DIRECTIONAL and seed != args.seeds[0]:
             continue
-        path = records / f"{skeleton}-{args.images}-{attention}-{seed}.json"
+        path = record_path(records, skeleton, args.images, attention, seed)
         if path.exists():
             continue
         record = train_one(
             skeleton, attention, seed, data, args.output / "last_run", not args.mixers
         )
         record |= {"images": args.images, "commit": args.commit, "torch": torch.__version__}
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(record, indent=1) + "\n")
-        partial.rename(path)
+        write_record(records, record)
         print(time.strftime("%H:%M:%S"), path.stem, record.get("eval_top1", "failed"), flush=True)
 
 

@@ -8,11 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def _columns(x: Tensor) -> list[Tensor]:
+    """Neighbours to the left, own places and neighbours to the right, [B, C, H + 2, W] each."""
+    width = x.shape[3]
+    x = F.pad(x, (1, 1, 1, 1))
+    return [x[..., j : j + width] for j in range(3)]
+
+
 def neighbours(x: Tensor) -> Iterator[Tensor]:
     """Maps of the nine neighbours of each place, row by row, 0 beyond the map."""
-    height, width = x.shape[2:]
-    x = F.pad(x, (1, 1, 1, 1))
-    columns = [x[..., j : j + width] for j in range(3)]
+    height, columns = x.shape[2], _columns(x)
     for i in range(3):
         for column in columns:
             yield column[:, :, i : i + height]
@@ -34,8 +39,7 @@ def conv_per_sample(x: Tensor, kernels: Tensor, batch: int | None) -> Tensor:
         count = batch * channels
         maps, kernel = x.reshape(1, count, height, width), kernels.reshape(count, 1, 3, 3)
         return F.conv2d(maps, kernel, padding=1, groups=count).reshape(x.shape)
-    x = F.pad(x, (1, 1, 1, 1))
-    columns = [x[..., j : j + width] for j in range(3)]
+    columns = _columns(x)
     rows = []  # summed before they are shifted: three slices of rows instead of nine
     for i in range(3):
         row = columns[0] * kernels[:, :, 3 * i, None, None]

@@ -56,11 +56,10 @@ class ChannelsFirstTttAttention(nn.Module):
         self.q, self.k, self.v = of_heads.pair(0), of_heads.pair(1), of_heads.rows(2)
         self.conv_q, self.conv_k, self.conv_v = (of_conv.rows(i) for i in range(3))
         # Transposed, and by even and odd channels of what goes in.
-        for name in ("w1", "w2"):
-            matrix = getattr(attn, name).detach().mT.unsqueeze(0)
-            for i in (0, 1):
-                part = nn.Parameter(matrix[..., i::2].contiguous())
-                self.register_parameter(f"{name}_{i}", part)
+        self.w1, self.w2 = (
+            nn.ParameterList(w.detach().mT.unsqueeze(0)[..., i::2].contiguous() for i in (0, 1))
+            for w in (attn.w1, attn.w2)
+        )
         self.w3 = nn.Parameter(attn.w3.detach().flatten(1).clone())
         columns = linear(attn.proj).weight[:, :, 0, 0]
         self.proj = pointwise(columns[:, :dim], attn.proj.bias)
@@ -78,7 +77,7 @@ class ChannelsFirstTttAttention(nn.Module):
 
     def gated_unit(self, q: Parts, k: Parts, v: Tensor) -> Tensor:
         """f of heads in parts, [B, h, D/2, N] each -> [B, h, D, N]."""
-        first = [(getattr(self, f"{name}_0"), getattr(self, f"{name}_1")) for name in ("w1", "w2")]
+        first = (tuple(self.w1), tuple(self.w2))
         a, b = (_read(weights, k) for weights in first)
         sigma = b.sigmoid()
         values = (v * (b * sigma), v * a * (sigma * (1 + b * (1 - sigma))))
