@@ -41,25 +41,22 @@ class ChannelsFirstStripe(nn.Module):
             for n, limit in zip((size.height, size.width), branch.limits, strict=True)
         )
         self.windows = Windows(size, *sides)
-        self.injective: nn.Module | None = None
-        self.softmax: nn.Module | None = None
-        if isinstance(branch, InjectiveStripe):
-            batch = self.windows.batch
-            self.injective = ChannelsFirstInjectiveAttention(slots, branch.attend, None, batch)
-        else:
-            self.softmax = SoftmaxHeads(slots, branch.attend)
+        self.takes_mean = isinstance(branch, InjectiveStripe)
+        self.attend: nn.Module = (
+            ChannelsFirstInjectiveAttention(slots, branch.attend, None, self.windows.batch)
+            if self.takes_mean
+            else SoftmaxHeads(slots, branch.attend)
+        )
         self.lepe = convolution(branch.lepe)
         self.proj = proj
 
     def forward(self, x: Tensor, source: Tensor) -> Tensor:
         """[B, C, H, W] twice -> [B, C, H, W]; the second tells kernels, by its mean."""
         x = self.windows.of_map(x)
-        if self.injective is not None:
-            mean = torch.mean(self.windows.of_map(source), (2, 3), keepdim=True)
-            out, values = self.injective(x, mean)
-        else:
-            assert self.softmax is not None
-            out, values = self.softmax(x)
+        given = ()
+        if self.takes_mean:
+            given = (torch.mean(self.windows.of_map(source), (2, 3), keepdim=True),)
+        out, values = self.attend(x, *given)
         return self.windows.to_map(self.proj(out + self.lepe(values)))
 
 
