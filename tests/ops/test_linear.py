@@ -269,6 +269,34 @@ def test_threads_that_pack_and_threads_that_do_not():
 
 
 @needs_onednn
+def test_no_product_takes_memory_from_other_threads():
+    """Which may read it at that moment, packed or not."""
+    ours, x = fused_and_used()
+    kept = ours.weight.untyped_storage()._vitlinear_packed
+    address = torch._C._data_address(ours.weight)
+
+    def untouched() -> bool:
+        return torch._C._data_address(ours.weight) == address and kept.fits(ours.weight)
+
+    expected = F.linear(x, ours.weight, ours.bias)
+    x.requires_grad_()
+    torch.testing.assert_close(ours(x), expected, rtol=1e-5, atol=1e-5)
+    assert untouched()
+    (grad,) = torch.autograd.grad(ours(x).square().sum(), x, create_graph=True)
+    torch.testing.assert_close(grad, 2 * expected @ ours.weight, rtol=1e-5, atol=1e-5)
+    assert untouched()
+    grad.sum().backward()
+    assert untouched()
+    for call in (torch.no_grad(), torch.enable_grad()):
+        with call:
+            part = ours.some(x, 8, 16)
+            torch.testing.assert_close(part, expected[:, 8:16], rtol=1e-5, atol=1e-5)
+            assert untouched()
+            linear(x, ours.weight, ours.bias)  # as a layer that shares the weight
+            assert untouched()
+
+
+@needs_onednn
 @torch.no_grad()
 def test_packed_weights_live_no_longer_than_weights():
     ours, _ = fused_and_used()

@@ -53,7 +53,7 @@ class Linear(nn.Linear):
     def some(self, x: Tensor, start: int, stop: int) -> Tensor:
         """Channels of the output from one to another, without making the others."""
         bias = None if self.bias is None else self.bias[start:stop]
-        return cpu.linear(x, self.weight[start:stop], bias, self.activation)
+        return cpu.linear(x, self.weight[start:stop], bias, self.activation, self.frozen)
 
     @torch.jit.ignore
     def fuse(self) -> Linear:

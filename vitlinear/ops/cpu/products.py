@@ -116,7 +116,7 @@ class _Packed(NamedTuple):
 
 # Attribute of a storage. No dictionary with weak keys: `torch.utils.swap_tensors` forbids those.
 _KEPT = "_vitlinear_packed"
-# Making a lazy copy, and giving up one, are no steps that two threads may take at a time.
+# Two threads may not make a lazy copy of one weight at a time, nor read it to copy it meanwhile.
 _LOCK = threading.Lock()
 
 
@@ -135,15 +135,31 @@ def _packed(weight: Tensor) -> Tensor | None:
     None where somebody might change the weight unseen: through an array that shares its memory by
     now, a file, or another process.
     """
-    kept = getattr(weight.untyped_storage(), _KEPT, None)
+    kept: _Packed | None = getattr(weight.untyped_storage(), _KEPT, None)
     if kept is None or not kept.fits(weight):
         with _LOCK:
             kept = _pack(weight)
     return None if kept is None else kept.weight
 
 
+def _private(weight: Tensor) -> Tensor:
+    """A copy of a weight that other threads may read, for oneDNN to read unpacked.
+
+    oneDNN asks for memory as if to write. A weight with a lazy copy would move to other memory, and
+    what it leaves is freed, with threads that still read it.
+    """
+    with _LOCK:
+        return weight.clone()
+
+
+def _is_whole(weight: Tensor) -> bool:
+    """Whether a weight is all of its memory, in order; parts and transposes are not packed."""
+    return weight.is_contiguous() and weight.nbytes == weight.untyped_storage().nbytes()
+
+
 def _pack(weight: Tensor) -> _Packed | None:
-    _drop(weight)
+    if hasattr(weight.untyped_storage(), _KEPT):
+        delattr(weight.untyped_storage(), _KEPT)
     if _owners(weight) != _ALONE:
         return None
     try:
@@ -158,13 +174,6 @@ def _pack(weight: Tensor) -> _Packed | None:
     return kept
 
 
-def _drop(weight: Tensor) -> None:
-    """Forget the packed weight, and end the sharing of memory while that needs no copy."""
-    if hasattr(weight.untyped_storage(), _KEPT):
-        delattr(weight.untyped_storage(), _KEPT)
-        weight.data_ptr()
-
-
 def product(
     x: Tensor,
     weight: Tensor,
@@ -174,11 +183,10 @@ def product(
 ) -> Tensor:
     """`linear` by oneDNN, where `runs_on_onednn`; no gradient."""
     x, bias = _dense(x), _contiguous(bias)
-    packed = _packed(weight) if frozen else None
+    packed = _packed(weight) if frozen and _is_whole(weight) else None
     if packed is None:
-        if _is_cow(weight):
-            with _LOCK:
-                _drop(weight)
+        if frozen or _is_cow(weight):
+            weight = _private(weight)
         rows = x.numel() // x.shape[-1]
         weight = packed = _dense(weight)
         if not MKL_KEEPS_UP and rows >= PACK_ROWS and weight.shape[0] > weight.shape[1]:
@@ -255,30 +263,31 @@ class _Linear(torch.autograd.Function):
     """x weight^T + bias; its gradients are products of the same kind."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        needs_x, needs_weight, _ = ctx.needs_input_grad
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, frozen: bool) -> Tensor:
+        needs_x, needs_weight, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
-        return _product(x, weight, bias)
+        ctx.frozen = frozen
+        return _product(x, weight, bias, frozen=frozen)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         plain = stands_for_many(grad)
         rows = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_weight = None
         if needs_x:
-            grad_x = grad @ weight if plain else _Linear.apply(grad, weight.t(), None)
+            grad_x = grad @ weight if plain else _Linear.apply(grad, weight.t(), None, ctx.frozen)
         if needs_weight:
             inputs = x.reshape(-1, x.shape[-1])
             if MKL_KEEPS_UP or plain:
                 grad_weight = rows.t() @ inputs
             elif rows.shape[1] > inputs.shape[1]:
                 # oneDNN copies its first operand where that is a transpose: the narrower one.
-                grad_weight = _Linear.apply(inputs.t(), rows.t(), None).t()
+                grad_weight = _Linear.apply(inputs.t(), rows.t(), None, False).t()
             else:
-                grad_weight = _Linear.apply(rows.t(), inputs.t(), None)
-        return grad_x, grad_weight, rows.sum(0) if needs_bias else None
+                grad_weight = _Linear.apply(rows.t(), inputs.t(), None, False)
+        return grad_x, grad_weight, rows.sum(0) if needs_bias else None, None
 
 
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -307,8 +316,8 @@ def linear(
         bias: [C_out], or None.
         activation: ``'none'``, or ``'gelu'``, which is part of the product where nothing is kept
             for a gradient.
-        frozen: The weight will hardly change again: where nothing is kept for a gradient, a copy in
-            a layout that saves a tenth of the time may be kept until it does.
+        frozen: The weight will hardly change again: a copy in a layout that saves a tenth of the
+            time may be kept until it does.
 
     Returns:
         [..., C_out].
@@ -318,7 +327,7 @@ def linear(
     elif not torch.is_grad_enabled():
         return _product(x, weight, bias, activation, frozen)
     else:
-        out = _Linear.apply(x, weight, bias)
+        out = _Linear.apply(x, weight, bias, frozen)
     return F.gelu(out) if activation == "gelu" else out
 
 
