@@ -56,6 +56,13 @@ def all_memory_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vitlinear.streaming.run.resident", lambda: 0)
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled_yet(request: pytest.FixtureRequest) -> None:
+    """Programs are made for the sizes of one test: others seen before make sizes dynamic."""
+    if request.node.get_closest_marker("compile"):
+        torch._dynamo.reset()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def memory_given_back() -> Iterator[None]:
     """Returns what a file's tests freed to the system: tools/run_tests.py has glibc keep it."""

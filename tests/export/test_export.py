@@ -115,10 +115,10 @@ ONE_SIZE = ["--height", 64, "--width", 96]
 
 # In every run: positions that are learned, and a pyramid.
 HALF_PRECISION = [
-    ("test_linear_deit", []),
     ("test_ravlt", [*ONE_SIZE, *SHALLOW]),
 ]
 HALF_PRECISION_BY_NIGHT = [
+    ("test_linear_deit", []),
     ("test_ravlt", SHALLOW),
     ("test_inline_swin", ONE_SIZE),
     ("test_inline_deit", ["--model-kwargs", "depth=1"]),

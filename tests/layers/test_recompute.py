@@ -239,7 +239,6 @@ def test_compiled_gradients(checkpointing):
 
     mlp = ConvMlp(4, 8)
     parameters = list(mlp.parameters())
-    torch._dynamo.reset()
     compiled = torch.compile(forward, backend="aot_eager", fullgraph=True, dynamic=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for size in (5, 6):

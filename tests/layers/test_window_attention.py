@@ -68,7 +68,6 @@ def test_compiled_windows_give_the_same_gradients():
 @torch.no_grad()
 def test_compiled_once_for_all_sizes(layer):
     """One window or many, whole ones and not, fewer than 16 and more."""
-    torch._dynamo.reset()
     counter, args = CompileCounter(), 2 if isinstance(layer, CrossShapedAttention) else 1
     compiled = torch.compile(layer.eval(), backend=counter, fullgraph=True, dynamic=True)
     for size in ((2, 12, 14), (3, 30, 31), (5, 3, 4), (2, 24, 55)):

@@ -292,7 +292,6 @@ def test_many_in_one_program(names):
 @pytest.mark.compile
 def test_compile(name):
     """Compiled as one graph, forward and backward; what writes the kernels is left to others."""
-    torch._dynamo.reset()
     layer, x = layer_of(name, torch.float32).train(), torch.randn(2, 4, 6, HEADS * DIM)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for run in (compiled, layer):
@@ -313,7 +312,6 @@ def test_compile(name):
 @pytest.mark.slow
 def test_inductor(name):
     """Compiled by Inductor, as users do; without gradients, since each loop is compiled by C++."""
-    torch._dynamo.reset()
     layer, x = layer_of(name, torch.float32), torch.randn(2, 4, 6, HEADS * DIM)
     with torch.no_grad():
         found = torch.compile(layer, fullgraph=True)(x)

@@ -17,6 +17,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vitlinear
+from tests.golden import relative_error
 from vitlinear.export.shapes import shortest_side
 from vitlinear.layers import MapRotaryTables
 from vitlinear.models import our_models
@@ -36,8 +37,12 @@ each_model = pytest.mark.parametrize(
 )
 # The siblings that are linear throughout run the same code: slow compilers see it once.
 PROGRAMS = [name for name in TEST_MODELS if not name.endswith("_linear")]
-# Of those, one of each skeleton in every run of the slowest tests; the others in nightly runs.
+# Of those, one of each skeleton in every run of the slow tests; the others in nightly runs.
 EVERY_RUN = ("test_inline_deit", "test_l2vit", "test_ravlt")
+# The slowest tests share the skeletons out: models of one resolution, pyramids, windows.
+COMPILED_AT_ANY_SIZE = ("test_inline_deit", "test_ravlt")
+EXPORTED_AT_ANY_SIZE = ("test_inline_deit", "test_l2vit")
+COMPILED_WITH_OPERATORS = ("test_inline_deit", "test_ravlt")
 each_program = pytest.mark.parametrize("name", PROGRAMS)
 each_program_by_night = pytest.mark.parametrize(
     "name",
@@ -267,13 +272,12 @@ def test_copies(name):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(n, marks=() if n in EVERY_RUN else pytest.mark.nightly)
+        pytest.param(n, marks=() if n in COMPILED_AT_ANY_SIZE else pytest.mark.nightly)
         for n in PROGRAMS
         if n not in ADAPTIVE_WINDOWS
     ],
 )
 def test_compiled_once_for_all_sizes(name):
-    torch._dynamo.reset()
     counter = CompileCounter()
     compiled = torch.compile(make_program(name), backend=counter, fullgraph=True, dynamic=True)
     for size in ((64, 96), (80, 64), (128, 128), (97, 161)):
@@ -283,11 +287,32 @@ def test_compiled_once_for_all_sizes(name):
 
 @pytest.mark.compile
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=() if n == "test_inline_deit" else pytest.mark.nightly)
+        for n in PROGRAMS
+    ],
+)
+def test_training_compiles_for_sizes_that_change(name):
+    """PyTorch's own gradient of resized positions fails in programs for any size."""
+    model = make_program(name)
+    compiled = torch.compile(model, backend="aot_eager")
+    for size in ((64, 64), (96, 64), (128, 96)):
+        x = torch.randn(2, 3, *size)
+        found, expected = (
+            torch.autograd.grad(f(x).square().sum(), model.parameters()) for f in (compiled, model)
+        )
+        flat = (torch.cat([x.flatten() for x in grads]) for grads in (found, expected))
+        assert relative_error(*flat) < 1e-5
+
+
+@pytest.mark.compile
+@pytest.mark.slow
 @pytest.mark.nightly  # a minute each; tests/layers compiles layers that recompute in every run
 @pytest.mark.parametrize("name", ["test_ravlt", "test_l2vit"])
 def test_checkpointed_training_compiles_for_any_size(name):
     """Numbers that Dynamo takes for inputs, as constants of a module, fail inside such parts."""
-    torch._dynamo.reset()
     model = make_program(name).train()
     expected = deepcopy(model)
     model.set_grad_checkpointing()
@@ -324,7 +349,7 @@ def test_rotary_tables_stay_exact_in_half_precision():
     "name, backend",
     # With the formula models are compiled above too, for all sizes at once.
     [
-        pytest.param(n, backend, marks=() if n in EVERY_RUN else pytest.mark.nightly)
+        pytest.param(n, backend, marks=() if n in COMPILED_WITH_OPERATORS else pytest.mark.nightly)
         for n, backend in [(n, "library") for n in PROGRAMS]
         + [(n, "eager") for n in ADAPTIVE_WINDOWS]
     ],

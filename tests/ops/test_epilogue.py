@@ -108,7 +108,6 @@ def test_export_any_size(backend):
 @pytest.mark.compile
 @each_backend
 def test_compile_fullgraph(backend):
-    torch._dynamo.reset()
     inputs = make_inputs(grid=(4, 6), epilogue=BOTH)
     out = torch.compile(attend, backend="aot_eager", fullgraph=True)("rala", inputs, backend)
     (grad,) = torch.autograd.grad(out, inputs.projection, inputs.grad)

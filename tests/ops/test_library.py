@@ -66,7 +66,6 @@ def test_opcheck_backward_with_strided_gradient(attention):
 @each_attention
 @each_backend
 def test_compile_fullgraph(attention, backend):
-    torch._dynamo.reset()  # one function, compiled anew for each name
     inputs = make_inputs(grid=(4, 6), mask=True)
     compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
     out = compiled(attention, inputs, backend)
@@ -82,7 +81,6 @@ def test_compile_fullgraph(attention, backend):
 @pytest.mark.slow
 def test_eager_formula_compiles_with_inductor():
     """The real compiler, forward and backward, in float32 as models run."""
-    torch._dynamo.reset()
     inputs = make_inputs(grid=(4, 6), dtype=torch.float32)
     out = torch.compile(attend, fullgraph=True)("rala", inputs, "eager")
     (grad,) = torch.autograd.grad(out, inputs.projection, inputs.grad)

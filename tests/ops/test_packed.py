@@ -161,7 +161,6 @@ def test_compiled_and_exported():
     expected = Packed()(projection)
     program = torch.export.export(Packed(), (projection,))
     torch.testing.assert_close(program.module()(projection), expected)
-    torch._dynamo.reset()
     out = torch.compile(Packed(), backend="aot_eager", fullgraph=True)(projection)
     grads = (torch.autograd.grad(x.sum(), projection)[0] for x in (out, expected))
     torch.testing.assert_close(*grads)

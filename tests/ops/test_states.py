@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.golden import relative_error
 from tests.ops.inputs import BACKENDS, Inputs, attend, double, make_inputs, oracle
+from tests.pairwise import pairwise
 from vitlinear import ops
 from vitlinear.ops import naive
 
@@ -41,8 +42,7 @@ def test_two_steps_are_the_attention(mechanism, backend, mask):
     assert relative_error(grad, expected_grad) < 1e-12
 
 
-@each_mechanism
-@each_backend
+@pairwise(every=2, mechanism=MECHANISMS, backend=BACKENDS)
 def test_gradcheck(mechanism, backend):
     inputs = make_inputs(grid=(2, 3), dim=4, mask=True)
     assert torch.autograd.gradcheck(
@@ -147,8 +147,7 @@ def test_padding_alone(mechanism, backend, dtype):
     assert out.isfinite().all() and grad.isfinite().all()
 
 
-@pytest.mark.parametrize("mechanism", MECHANISMS)
-@pytest.mark.parametrize("mask", [False, True])
+@pairwise(every=2, mechanism=MECHANISMS, mask=[False, True])
 def test_opcheck(mechanism, mask):
     inputs = make_inputs(dtype=torch.float32, mask=mask, epilogue=("gate", "lepe"))
     q, k, v, *_ = inputs.projection.unbind(2)
@@ -202,7 +201,6 @@ def test_flop_formulas_count_what_runs(mechanism, epilogue):
 @pytest.mark.parametrize("mechanism", ["identity", "mala", "pola"])
 @each_backend
 def test_compile_fullgraph(mechanism, backend):
-    torch._dynamo.reset()
     inputs = make_inputs(grid=(4, 6), mask=True)
     compiled = torch.compile(in_two_steps, backend="aot_eager", fullgraph=True)
     out = compiled(mechanism, inputs, backend)

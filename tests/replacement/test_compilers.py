@@ -55,7 +55,6 @@ def test_export(family, attention, arguments):
 @pytest.mark.compile
 def test_compile_without_a_break(family, attention, arguments):
     model, x = replaced(family, attention, arguments)
-    torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
 
@@ -65,7 +64,6 @@ def test_compile_without_a_break(family, attention, arguments):
 @pytest.mark.slow
 def test_compile_at_sizes_that_change():
     model, x = replaced("vit, registers", "mila", {"rope": True}, dynamic_img_size=True)
-    torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     for part in (x, x[..., :48, :], x[..., :32]):
         with torch.no_grad():

@@ -287,7 +287,7 @@ def start_weights(config: TrainConfig, folder: Path) -> list[str]:
     RECIPES
     if ALL
     else [
-        pytest.param(name, marks=pytest.mark.nightly if i % 2 else ())
+        pytest.param(name, marks=pytest.mark.nightly if i % 4 else ())
         for i, name in enumerate(SMALLEST.split())
     ],
 )

@@ -15,6 +15,15 @@ from ..padding_rule import SIZES
 from ..windows import join_maps
 
 
+def in_compiled_training(positions: Tensor) -> bool:
+    """Whether a program is compiled that holds the gradient of positions.
+
+    In one for any size PyTorch's own gradient of resizing with antialiasing fails: "Expected
+    IntList but got GenericList".
+    """
+    return torch.compiler.is_compiling() and torch.is_grad_enabled() and positions.requires_grad
+
+
 def resizing(length: int, size: int, x: Tensor) -> Tensor:
     """Bicubic resizing of an axis with antialiasing, as a matrix [size, length].
 
@@ -142,7 +151,8 @@ class AddTokenPositions(nn.Module):
         """
         # Two conditions, for TorchScript to leave out what it cannot read.
         if not torch.jit.is_scripting():  # noqa: SIM102
-            if is_followed(height):
+            resizes = (height, width) != grid_size
+            if is_followed(height) or (resizes and in_compiled_training(pos_embed)):
                 before, tokens = pos_embed.tensor_split([self.num_prefix_tokens], 1)
                 tokens = tokens.float().reshape(*grid_size, -1)
                 tokens = resized_by_products(tokens, height, width).flatten(0, 1)[None]

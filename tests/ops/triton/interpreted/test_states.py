@@ -151,7 +151,7 @@ def test_gradients_of_a_state_itself(mechanism, largest, monkeypatch):
 
 @pytest.mark.parametrize("mechanism", ["identity", "mala", "pola"])
 def test_opcheck(mechanism):
-    inputs = make_inputs(dtype=torch.float32, mask=True, epilogue=("gate", "lepe"))
+    inputs = make_inputs(batch=1, dtype=torch.float32, mask=True, epilogue=("gate", "lepe"))
     q, k, v, *_ = inputs.projection.unbind(2)
     terms = inputs.terms(mechanism).flatten()
     arguments = (k, v, mechanism, *terms[:3], terms.powers, None, "triton")

@@ -116,14 +116,14 @@ def test_what_does_not_fit_has_no_row(device, command, monkeypatch, error, said)
 
 def test_a_model_is_timed_at_its_own_shapes(device, command, monkeypatch):
     monkeypatch.setattr(self_check, "failure", lambda kind: None)
-    result = command("tune", "test_mavit", "--sizes", 32, 64, *FLAGS)
+    result = command("tune", "test_mavit", "--sizes", 16, 32, *FLAGS)
     assert result.code == 0, result.err
     rows = [line.split("  ") for line in result.out.splitlines() if line.startswith("mala")]
     assert {row[0] for row in rows} == {"mala"} and len(rows) >= 4
     found = kernel_cache.known(device.gpu).rows
     assert {row.terms for row in found} == {("rotary", "lepe", "gate")}
     assert {row.batch for row in found} == {2, 1}, "four times the pixels"
-    told = command("doctor", "test_mavit", "--size", 32, "--batch-size", 2, "--device", "cpu").out
+    told = command("doctor", "test_mavit", "--size", 16, "--batch-size", 2, "--device", "cpu").out
     assert "2 calls" not in told and "measured here" in told
 
 
