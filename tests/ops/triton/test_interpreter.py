@@ -1,4 +1,4 @@
-"""Runs the tests in ``interpreted/``, each file in a process of its own.
+"""Runs the tests in ``interpreted/`` in processes of their own, some files in each.
 
 Triton decides when it is imported whether kernels are compiled or interpreted, so the environment
 has to say so before; and what it says must not reach other tests.
@@ -17,19 +17,28 @@ pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
 FILES = sorted(path.name for path in (HERE / "interpreted").glob("test_*.py"))
+# Files of a process: a process of its own for each would spend a tenth of the time on imports.
+PROCESSES = 5
+TOGETHER = [FILES[i::PROCESSES] for i in range(PROCESSES)]
 IN_QUICK = "test_mechanisms.py"  # has the quick tests: the others would be found empty
 
 
 @pytest.mark.slow
 @pytest.mark.process
 @pytest.mark.parametrize(
-    "file",
-    [pytest.param(file, marks=pytest.mark.quick if file == IN_QUICK else ()) for file in FILES],
+    "files",
+    [
+        pytest.param(
+            files, marks=pytest.mark.quick if IN_QUICK in files else (), id=",".join(files)
+        )
+        for files in TOGETHER
+    ],
 )
-def test_interpreted(file, pytestconfig):
+def test_interpreted(files, pytestconfig):
     """With the outer run's choice, so that ``-m "not slow"`` leaves out the slow ones inside."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    command += ["-m", pytestconfig.getoption("markexpr"), str(HERE / "interpreted" / file)]
+    command += ["-m", pytestconfig.getoption("markexpr")]
+    command += [str(HERE / "interpreted" / file) for file in files]
     command += [flag for flag in ("--quick", "--nightly") if pytestconfig.getoption(flag)]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     # What pytest-xdist tells its own processes.
