@@ -63,7 +63,7 @@ from .layers import (
 from .pola import ChannelsFirstPolaAttention
 from .positions import MapAngles
 from .ttt import ChannelsFirstTttAttention
-from .windows import ChannelsFirstShiftedAttention, ChannelsFirstWindowAttention
+from .windows import ChannelsFirstWindowAttention
 
 ATTENTIONS: dict[type[nn.Module], Callable[[Any, nn.Module, MapSize | None], nn.Module]] = {
     GatedAttention: ChannelsFirstGatedAttention,
@@ -74,7 +74,7 @@ ATTENTIONS: dict[type[nn.Module], Callable[[Any, nn.Module, MapSize | None], nn.
     InLineAttention: ChannelsFirstInLineAttention,
     InLineTokenAttention: ChannelsFirstInLineTokenAttention,
     CrossShapedAttention: ChannelsFirstCrossShapedAttention,
-    ShiftedWindowAttention: ChannelsFirstShiftedAttention,
+    ShiftedWindowAttention: ChannelsFirstWindowAttention,
     PaddedWindowAttention: ChannelsFirstWindowAttention,
     PolaAttention: ChannelsFirstPolaAttention,
     TttAttention: ChannelsFirstTttAttention,

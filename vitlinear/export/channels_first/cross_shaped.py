@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from vitlinear.layers.attention.cross_shaped_attention import (
@@ -21,17 +20,26 @@ from .windows import SoftmaxHeads, Windows
 class ChannelsFirstStripe(nn.Module):
     """A branch of `CrossShapedAttention` with its share of the output projection."""
 
-    def __init__(self, branch: nn.Module, slots: Slots, proj: nn.Conv2d, size: MapSize) -> None:
+    hidden: Tensor | None
+
+    def __init__(
+        self,
+        branch: nn.Module,
+        qkv: nn.Module,
+        part: tuple[int, int],
+        norm: nn.LayerNorm,
+        proj: nn.Conv2d,
+        size: MapSize,
+    ) -> None:
         """Take the parameters over.
 
         Args:
             branch: The branch.
-            slots: What gives its q, k and v.
+            qkv: What gives q, k and v of all branches.
+            part: Which one of how many branches this is.
+            norm: Before them.
             proj: Its share of the output.
             size: Of the map.
-
-        Raises:
-            NoForm: Its windows reach beyond the map.
         """
         super().__init__()
         require(branch, InjectiveStripe, SoftmaxStripe)
@@ -40,7 +48,14 @@ class ChannelsFirstStripe(nn.Module):
             equal_windows(n, limit)
             for n, limit in zip((size.height, size.width), branch.limits, strict=True)
         )
-        self.windows = Windows(size, *sides)
+        self.windows = Windows(size, *sides, norm)
+        hidden = None
+        if self.windows.is_padded:  # 0, and -inf for keys beyond the map
+            hidden = self.windows.inside[: self.windows.count].log().flatten(2).unsqueeze(2)
+        self.register_buffer("hidden", hidden)
+        slots = Slots(
+            qkv, 3, branch.attend.num_heads, None if self.windows.is_padded else norm, part=part
+        )
         self.takes_mean = isinstance(branch, InjectiveStripe)
         self.attend: nn.Module = (
             ChannelsFirstInjectiveAttention(slots, branch.attend, None, self.windows.batch)
@@ -52,12 +67,14 @@ class ChannelsFirstStripe(nn.Module):
 
     def forward(self, x: Tensor, source: Tensor) -> Tensor:
         """[B, C, H, W] twice -> [B, C, H, W]; the second tells kernels, by its mean."""
-        x = self.windows.of_map(x)
-        given = ()
+        windows = self.windows
+        x = windows.of_map(x)
         if self.takes_mean:
-            given = (torch.mean(self.windows.of_map(source), (2, 3), keepdim=True),)
-        out, values = self.attend(x, *given)
-        return self.windows.to_map(self.proj(out + self.lepe(values)))
+            out, values = self.attend(x, windows.mean(windows.cut(source)), windows=windows)
+        else:
+            out, values = self.attend(x, self.hidden)
+            values = windows.without_padding(values)
+        return windows.to_map(self.proj(out + self.lepe(values)))
 
 
 class ChannelsFirstCrossShapedAttention(nn.Module):
@@ -76,10 +93,7 @@ class ChannelsFirstCrossShapedAttention(nn.Module):
         biases = (attn.proj.bias, *(None for _ in range(count - 1)))
         self.branches = nn.ModuleList(
             ChannelsFirstStripe(
-                branch,
-                Slots(attn.qkv, 3, branch.attend.num_heads, norm, part=(i, count)),
-                pointwise(columns[i], biases[i]),
-                size,
+                branch, attn.qkv, (i, count), norm, pointwise(columns[i], biases[i]), size
             )
             for i, branch in enumerate(attn.branches)
         )

@@ -8,6 +8,7 @@ concatenation, and a product over all channels is the sum of those over the part
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,7 +98,7 @@ def is_covered(name: str) -> bool:
 
 def linear_attention(
     q: Parts, k: Parts, v: Tensor, mechanism: Mechanism, angles: Angles | None,
-    head_scale: Tensor | None = None,
+    head_scale: Tensor | None = None, tokens: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`vitlinear.ops.linear_attention` on heads [B, h, D, N]; see `vitlinear.ops.mechanisms`.
 
@@ -108,11 +109,19 @@ def linear_attention(
         mechanism: Row of the table.
         angles: Positions of the map; None for none.
         head_scale: tau, [h].
+        tokens: How many of each sample there are, [B, 1, 1, 1], where the others are padding: their
+            keys and values are 0, and have to be 0 after feature maps. None where all of them are.
 
     Returns:
         [B, h, Dv, N].
     """
-    length = v.shape[-1]
+    length: Any = v.shape[-1] if tokens is None else tokens
+
+    def mean(x: Tensor) -> Tensor:
+        if tokens is None:
+            return x.mean(-1, keepdim=True)
+        return x.sum(-1, keepdim=True) * (1.0 / tokens)
+
     s = float(sum(x.shape[2] for x in q)) ** -0.5
     q, k = FEATURES[mechanism.query_map](q), FEATURES[mechanism.key_map](k)
     values = v
@@ -131,7 +140,7 @@ def linear_attention(
         elif mechanism.has_key_softmax:
             norm = tuple(x.sum(-1, keepdim=True) for x in k)
         else:
-            norm = tuple(x.mean(-1, keepdim=True) for x in k)
+            norm = tuple(map(mean, k))
         a, b = reads.factors(product(norm, q), s, length)
     if angles is not None:
         place = encode if mechanism.positions == "cosine" else rotate
@@ -148,7 +157,7 @@ def linear_attention(
     assert out is not None
     if not isinstance(a, float) or a != 1.0:
         out = out * a
-    return out + b * v.mean(-1, keepdim=True) if reads.uses_mean else out
+    return out + b * mean(v) if reads.uses_mean else out
 
 
 def softmax_attention(q: Parts, k: Parts, v: Tensor, angles: Angles | None) -> Tensor:
@@ -164,9 +173,9 @@ def softmax_attention(q: Parts, k: Parts, v: Tensor, angles: Angles | None) -> T
 
 def attention(
     q: Parts, k: Parts, v: Tensor, name: str, angles: Angles | None = None,
-    head_scale: Tensor | None = None,
+    head_scale: Tensor | None = None, tokens: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Softmax attention or a linear mechanism by its name; as `linear_attention`."""
+    """Softmax attention, of all tokens, or a linear mechanism by name; as `linear_attention`."""
     if name == "softmax":
         return softmax_attention(q, k, v, angles)
-    return linear_attention(q, k, v, MECHANISMS[name], angles, head_scale)
+    return linear_attention(q, k, v, MECHANISMS[name], angles, head_scale, tokens)

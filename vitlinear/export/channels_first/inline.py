@@ -85,7 +85,11 @@ class ChannelsFirstInjectiveAttention(nn.Module):
         self.local = ChannelsFirstDynamicConv(attend.local, norm, batch)
 
     def forward(
-        self, x: Tensor, mean: Tensor, grid: tuple[int, int] | None = None
+        self,
+        x: Tensor,
+        mean: Tensor,
+        grid: tuple[int, int] | None = None,
+        windows: Windows | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Attend.
 
@@ -94,13 +98,17 @@ class ChannelsFirstInjectiveAttention(nn.Module):
             mean: Of the tokens that the kernels come from, [B, C, 1, 1].
             grid: Rows and columns of the map whose tokens are the last ones of x; None for those
                 of x.
+            windows: Those that x is of; None where it is of whole maps.
 
         Returns:
             What comes out, and the values, [B, C', H, W] each.
         """
-        values = self.v(x)
-        q, k, v = (heads_of(y, self.num_heads) for y in (self.q(x), self.k(x), values))
-        out = attention((q,), (k,), v, "inline").reshape(values.shape)
+        keys, values, tokens = self.k(x), self.v(x), None
+        if windows is not None:
+            keys, values = windows.without_padding(keys), windows.without_padding(values)
+            tokens = windows.tokens_of(x)
+        q, k, v = (heads_of(y, self.num_heads) for y in (self.q(x), keys, values))
+        out = attention((q,), (k,), v, "inline", tokens=tokens).reshape(values.shape)
         if grid is None:
             return out + self.local(values, mean), values
         count, channels = values.shape[:2]
@@ -121,30 +129,33 @@ class ChannelsFirstInLineAttention(nn.Module):
             size: Of the map; None where it varies.
 
         Raises:
-            NoForm: There are windows that do not fit the map, or they depend on its size.
+            NoForm: There are windows that depend on the size of the map.
         """
         super().__init__()
         require(attn, InLineAttention)
         assert isinstance(attn, InLineAttention)
         require_nothing(attn.proj_drop)
         self.windows: Windows | None = None
+        products_norm: nn.Module | None = norm
         batch = None if size is None else size.batch
         if attn.window_size > 0:
             if size is None:
                 raise NoForm("InLineAttention in windows at any size")
             sides = (equal_windows(n, attn.window_size) for n in (size.height, size.width))
-            self.windows = Windows(size, *sides)
+            self.windows = Windows(size, *sides, norm)
+            products_norm = None if self.windows.is_padded else norm
             batch = self.windows.batch
-        slots = Slots(attn.qkv, 3, attn.attend.num_heads, norm)
-        self.attend = ChannelsFirstInjectiveAttention(slots, attn.attend, norm, batch)
+        slots = Slots(attn.qkv, 3, attn.attend.num_heads, products_norm)
+        self.attend = ChannelsFirstInjectiveAttention(slots, attn.attend, products_norm, batch)
         self.proj = linear(attn.proj)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H, W]; x without what its norm multiplies and adds."""
-        if self.windows is not None:
-            x = self.windows.of_map(x)
-        out = self.proj(self.attend(x, torch.mean(x, (2, 3), keepdim=True))[0])
-        return out if self.windows is None else self.windows.to_map(out)
+        if self.windows is None:
+            return self.proj(self.attend(x, x.mean((2, 3), keepdim=True))[0])
+        x = self.windows.of_map(x)
+        out, _ = self.attend(x, self.windows.mean(x), windows=self.windows)
+        return self.windows.to_map(self.proj(out))
 
 
 class ChannelsFirstInLineTokenAttention(nn.Module):

@@ -32,8 +32,8 @@ class ChannelsFirstPolaAttention(nn.Module):
             size: Of the map; None where it varies, and positions are resized in the program.
 
         Raises:
-            NoForm: There are windows that reach beyond the map or depend on its size, or its scale
-                is not part of the projection.
+            NoForm: There are windows that depend on the size of the map, or the scale is not part
+                of the projection.
         """
         super().__init__()
         require(attn, PolaAttention)
@@ -41,20 +41,22 @@ class ChannelsFirstPolaAttention(nn.Module):
         require(attn.attend, PolarityAttention)
         require_nothing(attn.proj_drop)
         self.windows: Windows | None = None
+        products_norm: nn.Module | None = norm
         grid = None if size is None else (size.height, size.width)
         if attn.window_size > 0:
             if size is None:
                 raise NoForm("PolaAttention in windows at any size")
             sides = (size.height, size.width)
             rows, cols, shift = square_windows(*sides, attn.window_size, attn.shift)
-            self.windows = Windows(size, rows, cols, shift, shift)
+            self.windows = Windows(size, rows, cols, norm, shift, shift)
+            products_norm = None if self.windows.is_padded else norm
             grid = (rows[1], cols[1])
         if attn.scale is not None:
             raise NoForm("PolaAttention with a scale of its own")
         inner = attn.attend
         heads, width = inner.num_heads, inner.head_dim
         self.num_heads = heads
-        slots = Slots(attn.qkvg, 4, heads, norm)
+        slots = Slots(attn.qkvg, 4, heads, products_norm)
         self.q, self.k = slots.rows(0), slots.rows(1)
         halves = (slice(width // 2), slice(width // 2, None))
         self.values = nn.ModuleList(slots.rows(2, half) for half in halves)
@@ -79,24 +81,30 @@ class ChannelsFirstPolaAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H, W]; x without what its norm multiplies and adds."""
-        if self.windows is not None:
-            x = self.windows.of_map(x)
+        windows, tokens = self.windows, None
+        if windows is not None:
+            x = windows.of_map(x)
+            tokens = windows.tokens_of(x)
         positions = self.positions
         if positions is None:
             learned, (height, width) = self.positional_encoding, x.shape[2:]
             learned = resized_positions(learned, self.grid_size, height, width, "bicubic")
             positions = learned.permute(0, 3, 1, 2)
         keys = self.k(x) + positions
+        if windows is not None:
+            keys = windows.without_padding(keys)
         q, k = (self.features(heads_of(y, self.num_heads)) for y in (self.q(x), keys))
         out: Tensor | None = None
         for i, reader in enumerate((q, q[::-1])):
             values = self.values[i](x)
+            if windows is not None:
+                values = windows.without_padding(values)
             v = heads_of(values, self.num_heads)
-            read = linear_attention(reader, k, v, MIXER_ROWS["features"], None)
+            read = linear_attention(reader, k, v, MIXER_ROWS["features"], None, tokens=tokens)
             read = (read.reshape(values.shape) + self.lepes[i](values)) * self.gates[i](x)
             out = self.projs[i](read) if out is None else out + self.projs[i](read)
         assert out is not None
-        return out if self.windows is None else self.windows.to_map(out)
+        return out if windows is None else windows.to_map(out)
 
 
 def _some_channels(conv: nn.Module, num_heads: int, channels: slice) -> nn.Conv2d:

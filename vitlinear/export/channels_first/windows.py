@@ -1,4 +1,4 @@
-"""Softmax attention in windows of maps [B, C, H, W].
+"""Windows of maps [B, C, H, W], and softmax attention in them.
 
 A map is copied to windows before anything is projected, and back after: two copies, where queries,
 keys, values and output would be four.
@@ -24,35 +24,67 @@ from .layers import Affine, MapSize, NoForm, linear, require, require_nothing
 Side = tuple[int, int]
 
 
-class Windows:
+class Windows(nn.Module):
     """Windows of maps of one size, as more maps: [B, C, H, W] and [B * windows, C, h, w].
+
+    Where they reach beyond the map they are zeros, after what the norm before them multiplies and
+    adds: that is a step of its own then, and not part of the products that follow.
 
     Attributes:
         batch: B * windows; None where B varies.
         count: Windows of a map.
+        is_padded: Whether they reach beyond the map. Products then take nothing of the norm.
     """
 
-    def __init__(self, size: MapSize, rows: Side, cols: Side, down: int = 0, right: int = 0):
+    inside: Tensor
+    tokens: Tensor
+
+    def __init__(
+        self,
+        size: MapSize,
+        rows: Side,
+        cols: Side,
+        norm: nn.Module,
+        down: int = 0,
+        right: int = 0,
+    ) -> None:
         """Note the sizes.
 
         Args:
             size: Of the maps.
             rows: Number and height of windows along the first side.
             cols: Number and width of windows along the second.
+            norm: Before what attends in the windows.
             down: Rows by which windows are shifted; those above come last.
             right: Columns, likewise.
 
         Raises:
-            NoForm: They reach beyond the map.
+            NoForm: They are padded after a norm of another kind than layer norm.
         """
-        if (rows[0] * rows[1], cols[0] * cols[1]) != (size.height, size.width):
-            raise NoForm("windows that reach beyond the map")
+        super().__init__()
         self.rows, self.cols, self.shift = rows, cols, (down, right)
+        self.size = (size.height, size.width)
+        self.beyond = (0, cols[0] * cols[1] - size.width, 0, rows[0] * rows[1] - size.height)
         self.count = rows[0] * cols[0]
         self.batch = None if size.batch is None else size.batch * self.count
+        self.is_padded = any(self.beyond)
+        self.affine: nn.Module = nn.Identity()
+        if self.is_padded:
+            if not isinstance(norm, nn.LayerNorm):
+                raise NoForm(f"windows that reach beyond the map after {type(norm).__name__}")
+            self.affine = Affine(norm)
+            inside = self.cut(torch.ones(size.batch or 1, 1, *self.size, dtype=size.dtype))
+            self.register_buffer("inside", inside)
+            self.register_buffer("tokens", inside.sum((2, 3), keepdim=True))
 
     def of_map(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] without what the norm multiplies and adds -> [B * windows, C, h, w]."""
+        return self.cut(self.affine(x))
+
+    def cut(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B * windows, C, h, w]."""
+        if self.is_padded:
+            x = F.pad(x, self.beyond)
         if any(self.shift):
             x = x.roll([-n for n in self.shift], [2, 3])
         if self.count == 1:
@@ -65,7 +97,28 @@ class Windows:
         if self.count > 1:
             x = x.unflatten(0, (-1, self.rows[0], self.cols[0]))
             x = x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
-        return x.roll(self.shift, [2, 3]) if any(self.shift) else x
+        if any(self.shift):
+            x = x.roll(self.shift, [2, 3])
+        return x[:, :, : self.size[0], : self.size[1]] if self.is_padded else x
+
+    def without_padding(self, x: Tensor) -> Tensor:
+        """Zeros beyond the map, [B * windows, C, h, w]."""
+        return x * self._of_each(self.inside, x) if self.is_padded else x
+
+    def tokens_of(self, x: Tensor) -> Tensor | None:
+        """How many tokens of each window are of the map, [B * windows, 1, 1, 1]; None for all."""
+        return self._of_each(self.tokens, x) if self.is_padded else None
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Over the tokens of each window, which are 0 beyond the map; [B * windows, C, 1, 1]."""
+        tokens = self.tokens_of(x)
+        if tokens is None:
+            return x.mean((2, 3), keepdim=True)
+        return x.sum((2, 3), keepdim=True) * (1.0 / tokens)
+
+    def _of_each(self, table: Tensor, x: Tensor) -> Tensor:
+        """A table of the windows of one map for those of all, if their number varies."""
+        return table if self.batch is not None else table.repeat(x.shape[0] // self.count, 1, 1, 1)
 
 
 class SoftmaxHeads(nn.Module):
@@ -105,63 +158,46 @@ class SoftmaxHeads(nn.Module):
 
 
 class ChannelsFirstWindowAttention(nn.Module):
-    """`PaddedWindowAttention` on a map [B, C, H, W] of one size."""
+    """`PaddedWindowAttention` or `ShiftedWindowAttention` on a map [B, C, H, W] of one size."""
+
+    bias: Tensor | None
 
     def __init__(self, attn: nn.Module, norm: nn.LayerNorm, size: MapSize | None) -> None:
         """Take the parameters over; as `ChannelsFirstInLineAttention`."""
         super().__init__()
-        require(attn, PaddedWindowAttention)
-        assert isinstance(attn, PaddedWindowAttention)
+        require(attn, PaddedWindowAttention, ShiftedWindowAttention)
+        assert isinstance(attn, PaddedWindowAttention | ShiftedWindowAttention)
         require_nothing(attn.proj_drop)
         if size is None:
-            raise NoForm("PaddedWindowAttention at any size")
-        rows, cols = (fixed_windows(n, attn.window_size) for n in (size.height, size.width))
-        whole = size._replace(height=rows[0] * rows[1], width=cols[0] * cols[1])
-        self.beyond = (0, whole.width - size.width, 0, whole.height - size.height)
-        self.windows = Windows(whole, rows, cols)
-        # Padding is zeros after what the norm multiplies and adds, which then stays on its own.
-        self.affine = Affine(norm) if any(self.beyond) else None
-        slots = Slots(attn.qkv, 3, attn.attend.num_heads, None if self.affine else norm)
+            raise NoForm(f"{type(attn).__name__} at any size")
+        bias = None
+        if isinstance(attn, ShiftedWindowAttention):
+            rows, cols, down, right = attn.split(size.height, size.width)
+            bias = _biases(attn, size)
+        else:
+            rows, cols = (fixed_windows(n, attn.window_size) for n in (size.height, size.width))
+            down = right = 0
+        self.windows = Windows(size, rows, cols, norm, down, right)
+        self.register_buffer("bias", bias)
+        slots = Slots(attn.qkv, 3, attn.attend.num_heads, None if self.windows.is_padded else norm)
         self.attend = SoftmaxHeads(slots, attn.attend)
-        self.proj = linear(attn.proj)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, C, H, W]; x without what its norm multiplies and adds."""
-        height, width = x.shape[2], x.shape[3]
-        if self.affine is not None:
-            x = F.pad(self.affine(x), self.beyond)
-        out, _ = self.attend(self.windows.of_map(x))
-        out = self.windows.to_map(self.proj(out))
-        return out if self.affine is None else out[:, :, :height, :width]
-
-
-class ChannelsFirstShiftedAttention(nn.Module):
-    """`ShiftedWindowAttention` on a map [B, C, H, W] of one size, which whole windows cover."""
-
-    def __init__(self, attn: nn.Module, norm: nn.LayerNorm, size: MapSize | None) -> None:
-        """Take the parameters over; as `ChannelsFirstInLineAttention`."""
-        super().__init__()
-        require(attn, ShiftedWindowAttention)
-        assert isinstance(attn, ShiftedWindowAttention)
-        require(attn.rel_pos, WindowBias)
-        require_nothing(attn.proj_drop)
-        if size is None:
-            raise NoForm("ShiftedWindowAttention at any size")
-        rows, cols, down, right = attn.split(size.height, size.width)
-        self.windows = Windows(size, rows, cols, down, right)
-        slots = Slots(attn.qkv, 3, attn.attend.num_heads, norm)
-        self.attend = SoftmaxHeads(slots, attn.attend)
-        logits = torch.zeros(1, dtype=size.dtype)
-        device = logits.device
-        regions = window_regions((1, size.height, size.width), rows, cols, down, right, device)
-        if regions is not None:
-            hidden = regions[:, None, :, None] != regions[:, None, None, :]
-            logits = torch.zeros(hidden.shape, dtype=size.dtype).masked_fill(hidden, -torch.inf)
-        bias = attn.rel_pos(logits, None, rows[1]).detach().to(size.dtype)
-        self.register_buffer("bias", bias.reshape(-1, *bias.shape[-3:]))
         self.proj = linear(attn.proj)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H, W]; x without what its norm multiplies and adds."""
         out, _ = self.attend(self.windows.of_map(x), self.bias)
         return self.windows.to_map(self.proj(out))
+
+
+def _biases(attn: ShiftedWindowAttention, size: MapSize) -> Tensor:
+    """What is added to logits, [windows or 1, h, N, N]: biases, and what hides keys."""
+    require(attn.rel_pos, WindowBias)
+    rows, cols, down, right = attn.split(size.height, size.width)
+    logits = torch.zeros(1, dtype=size.dtype)
+    map_size = (1, size.height, size.width)
+    regions = window_regions(map_size, rows, cols, down, right, logits.device)
+    if regions is not None:
+        hidden = regions[:, None, :, None] != regions[:, None, None, :]
+        logits = torch.zeros(hidden.shape, dtype=size.dtype).masked_fill(hidden, -torch.inf)
+    bias = attn.rel_pos(logits, None, rows[1]).detach().to(size.dtype)
+    return bias.reshape(-1, *bias.shape[-3:])
