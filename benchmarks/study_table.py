@@ -46,9 +46,10 @@ def read_runs(folder: Path) -> list[dict[str, Any]]:
 
 
 def summarise(runs: list[dict[str, Any]], attentions: Sequence[str]) -> list[dict[str, Any]]:
-    """A row for each attention in each skeleton and schedule, over the seeds that all have.
+    """A row for each attention in each skeleton and schedule, over its own seeds.
 
-    A run that failed leaves its attention without a mean.
+    Differences are those of the seeds that both attentions have. A run that failed leaves its
+    attention without a mean.
     """
     groups: dict[tuple[str, int], dict[str, dict[int, float | None]]] = {}
     for run in runs:
@@ -56,21 +57,26 @@ def summarise(runs: list[dict[str, Any]], attentions: Sequence[str]) -> list[dic
         group.setdefault(run["attention"], {})[run["seed"]] = run.get("eval_top1")
     rows: list[dict[str, Any]] = []
     for (skeleton, images), group in groups.items():
-        seeds = sorted(set.intersection(*(set(found) for found in group.values())))
-        if not seeds:
-            continue
-        values = {name: [group[name][seed] for seed in seeds] for name in group}
         for name in (attention for attention in attentions if attention in group):
-            row = {"skeleton": skeleton, "images": images, "attention": name, "seeds": seeds}
-            row["top1"] = values[name]
-            if None not in values[name]:
-                row["mean"] = statistics.fmean(values[name])
-                row["sd"] = statistics.stdev(values[name]) if len(seeds) > 1 else None
+            mine = dict(sorted(group[name].items()))
+            row: dict[str, Any] = {"skeleton": skeleton, "images": images, "attention": name}
+            row |= {"seeds": [*mine], "top1": [*mine.values()]}
+            values = [x for x in mine.values() if x is not None]
+            if len(values) == len(mine):
+                row["mean"] = statistics.fmean(values)
+                row["sd"] = statistics.stdev(values) if len(values) > 1 else None
                 for base in BASELINES:
-                    if name != base and None not in values.get(base, [None]):
-                        row[f"minus_{base}"] = paired_difference(values[name], values[base])
+                    theirs = group.get(base, {})
+                    pairs = [(x, theirs.get(seed)) for seed, x in mine.items()]
+                    both = [(x, y) for x, y in pairs if x is not None and y is not None]
+                    if name != base and both:
+                        row[f"minus_{base}"] = paired_difference(*zip(*both, strict=True))
             rows.append(row)
     return rows
+
+
+def _top1(value: float | None) -> str:
+    return "failed" if value is None else f"{value:.2f}"
 
 
 def _difference(value: Difference | None) -> str:
@@ -87,14 +93,15 @@ def accuracy_tables(rows: list[dict[str, Any]]) -> str:
     tables = []
     for skeleton, images in dict.fromkeys((row["skeleton"], row["images"]) for row in rows):
         mine = [row for row in rows if (row["skeleton"], row["images"]) == (skeleton, images)]
-        seeds = mine[0]["seeds"]
+        seeds = sorted({seed for row in mine for seed in row["seeds"]})
         header = ["attention", *(f"seed {seed}" for seed in seeds), "mean", "sd"]
         header += [f"minus {base}" for base in BASELINES]
         lines = [f"Top-1 in %, {skeleton}, one pass over {images:,} images:", ""]
         lines += [" | ".join(["", *header, ""]).strip()]
         lines += ["|" + " --- |" * len(header)]
         for row in mine:
-            cells = ["failed" if value is None else f"{value:.2f}" for value in row["top1"]]
+            found = dict(zip(row["seeds"], row["top1"], strict=True))
+            cells = [_top1(found[seed]) if seed in found else "" for seed in seeds]
             cells += [f"{row[k]:.2f}" if row.get(k) is not None else "" for k in ("mean", "sd")]
             cells += [_difference(row.get(f"minus_{base}")) for base in BASELINES]
             lines.append(f"| {row['attention']} | " + " | ".join(cells) + " |")

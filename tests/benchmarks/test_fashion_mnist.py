@@ -134,7 +134,7 @@ def test_paired_difference():
     assert not study_table.paired_difference([1.0, 3.0], [2.0, 1.0]).is_significant
 
 
-def test_only_seeds_that_all_have_are_compared():
+def test_only_seeds_that_both_have_are_compared():
     def run(attention, seed, top1):
         found = {"eval_top1": top1} if top1 is not None else {"error": "no"}
         return {"skeleton": "s", "images": 9, "attention": attention, "seed": seed, **found}
@@ -144,8 +144,13 @@ def test_only_seeds_that_all_have_are_compared():
     rows = {
         row["attention"]: row for row in study_table.summarise(runs, ("softmax", "elu", "relu"))
     }
-    assert rows["softmax"]["seeds"] == [0, 1] and rows["softmax"]["mean"] == 80.5
-    assert rows["elu"]["minus_softmax"].mean == -9.5
+    assert rows["softmax"]["seeds"] == [0, 1, 2] and rows["softmax"]["mean"] == 81
+    assert rows["elu"]["seeds"] == [0, 1] and rows["elu"]["minus_softmax"].mean == -9.5
+    assert rows["softmax"]["minus_elu"] == (9.5, rows["elu"]["minus_softmax"].half_width)
     assert rows["relu"]["top1"] == [None, None] and "mean" not in rows["relu"]
+    table = study_table.accuracy_tables([*rows.values()])
+    assert (
+        "| elu | 70.00 | 72.00 |  | 71.00 |" in table and "| relu | failed | failed |  |" in table
+    )
     late = [run("softmax", 0, 1.0), run("elu", 1, 2.0)]
-    assert study_table.summarise(late, ("softmax", "elu")) == []
+    assert not any("minus" in key for row in study_table.summarise(late, ("elu",)) for key in row)
