@@ -12,16 +12,19 @@ from vitlinear._timm import register_notrace_module
 from ..band import BANDED, Band, band_in_use
 from ..layout import is_followed
 from ..padding_rule import SIZES
-from ..windows import join_maps
+from ..windows import join_maps, varies
 
 
-def in_compiled_training(positions: Tensor) -> bool:
-    """Whether a program is compiled that holds the gradient of positions.
+def needs_products(positions: Tensor, height: int, width: int) -> bool:
+    """Whether a program for any size is made that has no other way to resize these positions.
 
-    In one for any size PyTorch's own gradient of resizing with antialiasing fails: "Expected
-    IntList but got GenericList".
+    The older exporter to ONNX has no antialiasing. In compiled programs for any size, PyTorch's own
+    gradient of it fails: "Expected IntList but got GenericList".
     """
-    return torch.compiler.is_compiling() and torch.is_grad_enabled() and positions.requires_grad
+    if is_followed(height):
+        return True
+    wanted = torch.is_grad_enabled() and positions.requires_grad
+    return wanted and (varies(height) or varies(width))
 
 
 def resizing(length: int, size: int, x: Tensor) -> Tensor:
@@ -151,8 +154,7 @@ class AddTokenPositions(nn.Module):
         """
         # Two conditions, for TorchScript to leave out what it cannot read.
         if not torch.jit.is_scripting():  # noqa: SIM102
-            resizes = (height, width) != grid_size
-            if is_followed(height) or (resizes and in_compiled_training(pos_embed)):
+            if needs_products(pos_embed, height, width):
                 before, tokens = pos_embed.tensor_split([self.num_prefix_tokens], 1)
                 tokens = tokens.float().reshape(*grid_size, -1)
                 tokens = resized_by_products(tokens, height, width).flatten(0, 1)[None]
