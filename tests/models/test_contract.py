@@ -345,6 +345,7 @@ def test_rotary_tables_stay_exact_in_half_precision():
 
 
 @pytest.mark.compile
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, backend",
     # With the formula models are compiled above too, for all sizes at once.

@@ -114,6 +114,7 @@ def test_what_does_not_fit_has_no_row(device, command, monkeypatch, error, said)
     assert result.out.count(said) == 4 and not kernel_cache.known(device.gpu).rows
 
 
+@pytest.mark.slow
 def test_a_model_is_timed_at_its_own_shapes(device, command, monkeypatch):
     monkeypatch.setattr(self_check, "failure", lambda kind: None)
     result = command("tune", "test_mavit", "--sizes", 16, 32, *FLAGS)
