@@ -190,7 +190,7 @@ class ChannelsFirstWindowAttention(nn.Module):
 
 
 def _biases(attn: ShiftedWindowAttention, size: MapSize) -> Tensor:
-    """What is added to logits, [windows or 1, h, N, N]: biases, and what hides keys."""
+    """Biases and what hides keys, for logits, [windows or 1, h, N, N]."""
     require(attn.rel_pos, WindowBias)
     rows, cols, down, right = attn.split(size.height, size.width)
     logits = torch.zeros(1, dtype=size.dtype)
