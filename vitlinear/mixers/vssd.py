@@ -73,7 +73,10 @@ class Vssd(Mixer):
     def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, extra: Tensor | None) -> Tensor:
         """The formula; see `Mixer.mix`."""
         assert extra is not None
-        weights = F.softplus(extra.to(q.dtype)) * self.rate.to(q.dtype).exp()
+        steps = extra.to(q.dtype)
+        # softplus, of which PyTorch's compilers take the gradient for one in another order.
+        steps = torch.logaddexp(steps, torch.zeros_like(steps))
+        weights = steps * self.rate.to(q.dtype).exp()
         out = attend(
             q, k, v, "weighted_identity", grid,
             key_weights=weights.unsqueeze(-1), backend=self.backend,
