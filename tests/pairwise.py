@@ -1,6 +1,6 @@
-"""Parametrisation by products, of which most tests run every pair of values only."""
+"""Parametrisation of which nightly runs see all, and other runs pairs of values, or some."""
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from itertools import combinations, product
 from typing import Any
 
@@ -55,3 +55,20 @@ def pairwise(every: int = 1, **axes: Iterable[Any]) -> pytest.MarkDecorator:
         marks = () if places in chosen else pytest.mark.nightly
         cases.append(pytest.param(*row, id=name, marks=marks))
     return pytest.mark.parametrize(list(axes), cases)
+
+
+def some_by_night(
+    name: str, values: Iterable[Any], every_run: Container[Any]
+) -> pytest.MarkDecorator:
+    """Parametrises with values of which all but some are left to nightly runs.
+
+    Args:
+        name: Of the test's argument.
+        values: Of the argument.
+        every_run: Those that run every time.
+    """
+    cases = [
+        pytest.param(value, marks=() if value in every_run else pytest.mark.nightly)
+        for value in values
+    ]
+    return pytest.mark.parametrize(name, cases)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from tests.pairwise import some_by_night
 from vitlinear import ops
 from vitlinear.cards.count import Cost, count
 from vitlinear.errors import UserError
@@ -66,13 +67,7 @@ SMALLEST = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name in SMALLEST else pytest.mark.nightly)
-        for name in our_models(tests=False)
-    ],
-)
+@some_by_night("name", our_models(tests=False), SMALLEST)
 def test_recount(name):
     recount(name)
 

@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.as_trained import make
+from tests.pairwise import some_by_night
 from vitlinear.export.channels_first import RUNTIMES, InputSize, rewrite
 from vitlinear.export.shapes import Range, Shapes
 from vitlinear.export.write import _trace, takes_channels_first
@@ -226,13 +227,8 @@ def test_few_nodes(name):
 
 @pytest.mark.slow
 @pytest.mark.compile
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name == "test_inline_pvt" else pytest.mark.nightly)
-        for name in MODELS
-        if name not in WINDOWED
-    ],
+@some_by_night(
+    "name", [name for name in MODELS if name not in WINDOWED], every_run=("test_inline_pvt",)
 )
 def test_programs_of_any_size(name):
     """Of models whose maps have sides that are rounded down, too."""

@@ -113,7 +113,7 @@ FROM_64 = ["--height", "64:4096", "--width", "64:4096"]  # NaLaFormer's bound, s
 ONE_SIZE = ["--height", 64, "--width", 96]
 
 
-# In every run: positions that are learned, and a pyramid.
+# In every run: a pyramid.
 HALF_PRECISION = [
     ("test_ravlt", [*ONE_SIZE, *SHALLOW]),
 ]

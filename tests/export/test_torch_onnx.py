@@ -7,6 +7,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
+from tests.pairwise import some_by_night
 from vitlinear.layers.positions.learned import resized_by_products
 
 onnx = pytest.importorskip("onnx")
@@ -61,10 +62,7 @@ EVERY_RUN = ("test_lightnet",)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(k, marks=() if k in EVERY_RUN else pytest.mark.nightly) for k in KINDS],
-)
+@some_by_night("name", KINDS, EVERY_RUN)
 def test_one_image_stands_for_a_batch(name, tmp_path):
     pytest.importorskip("onnxscript")
     model = make(name)

@@ -10,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.saved import saved_bytes
 from tests.models.test_contract import TEST_MODELS
+from tests.pairwise import some_by_night
 from vitlinear.ops import packed
 
 
@@ -77,10 +78,7 @@ EVERY_RUN = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=() if n in EVERY_RUN else pytest.mark.nightly) for n in TEST_MODELS],
-)
+@some_by_night("name", TEST_MODELS, EVERY_RUN)
 def test_copies_of_a_training_step(name):
     """With kernels that do nothing: of what is launched, all is there."""
     pytest.importorskip("triton")

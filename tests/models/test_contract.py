@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vitlinear
 from tests.golden import relative_error
+from tests.pairwise import some_by_night
 from vitlinear.export.shapes import shortest_side
 from vitlinear.layers import MapRotaryTables
 from vitlinear.models import our_models
@@ -39,15 +40,9 @@ each_model = pytest.mark.parametrize(
 PROGRAMS = [name for name in TEST_MODELS if not name.endswith("_linear")]
 # Of those, one of each skeleton in every run of the slow tests; the others in nightly runs.
 EVERY_RUN = ("test_inline_deit", "test_l2vit", "test_ravlt")
-# The slowest tests share the skeletons out: models of one resolution, pyramids, windows.
-COMPILED_AT_ANY_SIZE = ("test_inline_deit", "test_ravlt")
-EXPORTED_AT_ANY_SIZE = ("test_inline_deit", "test_l2vit")
-COMPILED_WITH_OPERATORS = ("test_inline_deit", "test_ravlt")
+# Windows are exported then, and compiled by night: of all, they take Dynamo the longest.
+COMPILED = ("test_inline_deit", "test_ravlt")
 each_program = pytest.mark.parametrize("name", PROGRAMS)
-each_program_by_night = pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=() if n in EVERY_RUN else pytest.mark.nightly) for n in PROGRAMS],
-)
 # For the same reason compilers get one block of each kind where the model repeats them.
 FEWER_BLOCKS = {
     **dict.fromkeys(
@@ -269,14 +264,7 @@ def test_copies(name):
 
 @pytest.mark.compile
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(n, marks=() if n in COMPILED_AT_ANY_SIZE else pytest.mark.nightly)
-        for n in PROGRAMS
-        if n not in ADAPTIVE_WINDOWS
-    ],
-)
+@some_by_night("name", [name for name in PROGRAMS if name not in ADAPTIVE_WINDOWS], COMPILED)
 def test_compiled_once_for_all_sizes(name):
     counter = CompileCounter()
     compiled = torch.compile(make_program(name), backend=counter, fullgraph=True, dynamic=True)
@@ -287,13 +275,7 @@ def test_compiled_once_for_all_sizes(name):
 
 @pytest.mark.compile
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(n, marks=() if n == "test_inline_deit" else pytest.mark.nightly)
-        for n in PROGRAMS
-    ],
-)
+@some_by_night("name", PROGRAMS, every_run=("test_inline_deit",))
 def test_training_compiles_for_sizes_that_change(name):
     """PyTorch's own gradient of resized positions fails in programs for any size."""
     model = make_program(name)
@@ -350,7 +332,7 @@ def test_rotary_tables_stay_exact_in_half_precision():
     "name, backend",
     # With the formula models are compiled above too, for all sizes at once.
     [
-        pytest.param(n, backend, marks=() if n in COMPILED_WITH_OPERATORS else pytest.mark.nightly)
+        pytest.param(n, backend, marks=() if n in COMPILED else pytest.mark.nightly)
         for n, backend in [(n, "library") for n in PROGRAMS]
         + [(n, "eager") for n in ADAPTIVE_WINDOWS]
     ],
@@ -371,7 +353,7 @@ def test_fx_is_bit_equal(name, backend):
 
 
 @pytest.mark.slow
-@each_program_by_night
+@some_by_night("name", PROGRAMS, EVERY_RUN)
 def test_export_any_size(name):
     """With registered operators; the formula is exported to ONNX below."""
     model = make_program(name, attn_backend="library")

@@ -33,7 +33,6 @@ def several_epochs(name: str, compiled: bool, resumed: bool = False) -> list[Ten
     def compile_(module: nn.Module) -> nn.Module:
         return torch.compile(module, backend="eager") if compiled else module
 
-    torch._dynamo.reset()
     model, optimizer, average = made()
     run, found = compile_(model), []
     generator = torch.Generator().manual_seed(1)

@@ -8,7 +8,7 @@ import torch
 from tests.golden import relative_error
 from tests.ops.inputs import attend, make_inputs, operator_arguments, oracle
 from tests.ops.triton.cases import many_splits, run
-from tests.pairwise import pairwise
+from tests.pairwise import pairwise, some_by_night
 from vitlinear import ops
 from vitlinear.ops import packed
 from vitlinear.ops import registered as library
@@ -123,16 +123,8 @@ def test_one_key_with_all_the_weight(mechanism, scale):
         assert relative_error(fused, exact) <= 2 * relative_error(eager, exact) + 1e-6
 
 
-@pytest.mark.parametrize(
-    "mechanism",
-    # One of each kind of weights of keys in every run.
-    [
-        pytest.param(
-            name, marks=() if name in ("rala", "lightnet", "pola") else pytest.mark.nightly
-        )
-        for name in ops.MECHANISMS
-    ],
-)
+# One of each kind of weights of keys in every run.
+@some_by_night("mechanism", ops.MECHANISMS, every_run=("rala", "lightnet", "pola"))
 def test_repeats_are_bit_equal(mechanism, monkeypatch):
     many_splits(monkeypatch)
     inputs = make_inputs(grid=(7, 9), batch=1, dtype=torch.float32)
