@@ -110,7 +110,8 @@ def linear_attention(
         angles: Positions of the map; None for none.
         head_scale: tau, [h].
         tokens: How many of each sample there are, [B, 1, 1, 1], where the others are padding: their
-            keys and values are 0, and have to be 0 after feature maps. None where all of them are.
+            keys and values are 0, and have to be 0 after feature maps, and no softmax is over keys.
+            None where all of them are.
 
     Returns:
         [B, h, Dv, N].
@@ -173,9 +174,9 @@ def softmax_attention(q: Parts, k: Parts, v: Tensor, angles: Angles | None) -> T
 
 def attention(
     q: Parts, k: Parts, v: Tensor, name: str, angles: Angles | None = None,
-    head_scale: Tensor | None = None, tokens: Tensor | None = None,
+    head_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Softmax attention, of all tokens, or a linear mechanism by name; as `linear_attention`."""
+    """Softmax attention or a linear mechanism by its name; as `linear_attention`."""
     if name == "softmax":
         return softmax_attention(q, k, v, angles)
-    return linear_attention(q, k, v, MECHANISMS[name], angles, head_scale, tokens)
+    return linear_attention(q, k, v, MECHANISMS[name], angles, head_scale)

@@ -10,10 +10,11 @@ from vitlinear.layers import DynamicConv, InjectiveAttention, InLineAttention
 from vitlinear.layers.attention.inline_attention import InLineTokenAttention
 from vitlinear.layers.conv.dynamic_conv import TokenConv
 from vitlinear.layers.windows import equal_windows
+from vitlinear.ops.mechanisms import MECHANISMS
 
 from .attention import Slots, heads_of
 from .conv import conv_per_sample
-from .formula import attention
+from .formula import linear_attention
 from .layers import MapSize, NoForm, linear, require, require_nothing
 from .windows import Windows
 
@@ -108,7 +109,9 @@ class ChannelsFirstInjectiveAttention(nn.Module):
             keys, values = windows.without_padding(keys), windows.without_padding(values)
             tokens = windows.tokens_of(x)
         q, k, v = (heads_of(y, self.num_heads) for y in (self.q(x), keys, values))
-        out = attention((q,), (k,), v, "inline", tokens=tokens).reshape(values.shape)
+        out = linear_attention((q,), (k,), v, MECHANISMS["inline"], None, tokens=tokens).reshape(
+            values.shape
+        )
         if grid is None:
             return out + self.local(values, mean), values
         count, channels = values.shape[:2]

@@ -172,8 +172,13 @@ class ChannelsFirstWindowAttention(nn.Module):
             raise NoForm(f"{type(attn).__name__} at any size")
         bias = None
         if isinstance(attn, ShiftedWindowAttention):
+            require(attn.rel_pos, WindowBias)
             rows, cols, down, right = attn.split(size.height, size.width)
-            bias = _biases(attn, size)
+            zero = torch.zeros(1, dtype=size.dtype)
+            map_size = (1, size.height, size.width)
+            regions = window_regions(map_size, rows, cols, down, right, zero.device)
+            bias = attn.biases(zero, regions, rows[1]).detach()
+            bias = bias.reshape(-1, *bias.shape[-3:])
         else:
             rows, cols = (fixed_windows(n, attn.window_size) for n in (size.height, size.width))
             down = right = 0
@@ -187,17 +192,3 @@ class ChannelsFirstWindowAttention(nn.Module):
         """[B, C, H, W] -> [B, C, H, W]; x without what its norm multiplies and adds."""
         out, _ = self.attend(self.windows.of_map(x), self.bias)
         return self.windows.to_map(self.proj(out))
-
-
-def _biases(attn: ShiftedWindowAttention, size: MapSize) -> Tensor:
-    """Biases and what hides keys, for logits, [windows or 1, h, N, N]."""
-    require(attn.rel_pos, WindowBias)
-    rows, cols, down, right = attn.split(size.height, size.width)
-    logits = torch.zeros(1, dtype=size.dtype)
-    map_size = (1, size.height, size.width)
-    regions = window_regions(map_size, rows, cols, down, right, logits.device)
-    if regions is not None:
-        hidden = regions[:, None, :, None] != regions[:, None, None, :]
-        logits = torch.zeros(hidden.shape, dtype=size.dtype).masked_fill(hidden, -torch.inf)
-    bias = attn.rel_pos(logits, None, rows[1]).detach().to(size.dtype)
-    return bias.reshape(-1, *bias.shape[-3:])

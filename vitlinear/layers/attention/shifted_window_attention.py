@@ -169,14 +169,28 @@ class ShiftedWindowAttention(nn.Module):
         """
         heads, C = self.attend.num_heads, x.shape[2]
         q, k, v, _ = unpack(split_axis(self.qkv(x), 2, [3, heads, C // heads]))
-        # The bias is added to zero, or to what hides keys. Its module is called, not asked for it:
-        # hooks run, and weights may be made for each call.
-        logits = q.new_zeros(1)
+        bias = self.biases(q.new_zeros(1), regions, side)
+        return self.proj_drop(self.proj(self.attend(q, k, v, bias)))
+
+    def biases(self, zero: Tensor, regions: Tensor | None, side: int) -> Tensor:
+        """Biases of logits, with what hides keys.
+
+        Args:
+            zero: [1]; tells type and device.
+            regions: As `window_regions` gives them.
+            side: Of a window.
+
+        Returns:
+            [h, N, N] or [1, h, N, N], or [B * windows, h, N, N] where keys are hidden.
+        """
+        logits = zero
         if regions is not None:
             hidden = regions[:, None, :, None] != regions[:, None, None, :]
-            logits = q.new_zeros(hidden.shape).masked_fill(hidden, -torch.inf)
-        bias = self.rel_pos(logits, None, side).to(q.dtype)
-        return self.proj_drop(self.proj(self.attend(q, k, v, bias)))
+            logits = zero.new_zeros(hidden.shape).masked_fill(hidden, -torch.inf)
+        # The module is called, not asked for its bias: hooks run, and weights may be made for each
+        # call.
+        bias: Tensor = self.rel_pos(logits, None, side)
+        return bias.to(zero.dtype)
 
     @torch.jit.ignore
     def row_reach(self, height: int) -> int:
