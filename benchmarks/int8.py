@@ -53,6 +53,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "test_l2vit": {},
     "test_lightnet": {},
     "test_linear_deit": FINE,
+    "test_mila": {},
+    "test_pola_pvt": {},
+    "test_pola_swin": {},
+    "test_vittt": FINE,
+    "test_h_vittt": {},
 }
 
 

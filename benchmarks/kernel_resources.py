@@ -1,6 +1,6 @@
 """A table of what every GPU kernel takes of a GPU, from the compiled code alone: no GPU is needed.
 
-For each kind of call of the published models, in bfloat16, and each kernel that it runs on:
+For each kind of call of the published models, in each half type, and each kernel that it runs on:
 registers and spills, shared memory, programs that share a processor, loads that are in flight while
 a block is computed, what a token moves against the least possible, programs against processors.
 
@@ -41,7 +41,8 @@ RESULTS = ROOT / "results" / "kernels_sm80_sm90.json"
 ACCOUNT = ROOT / "accounts" / "kernels.md"
 TABLE_BEGINS, TABLE_ENDS = "<!-- table begins -->", "<!-- table ends -->"
 WINDOW, SHORT, LONG = (7, 7), (14, 14), (56, 56)  # one kernel, for several maps and for one; splits
-ITEM_SIZE = 2  # bytes of bfloat16
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+ITEM_SIZE = 2  # bytes of both
 
 
 class Processor(NamedTuple):
@@ -70,11 +71,13 @@ class Kind(NamedTuple):
         mechanism: Key in `MECHANISMS`.
         head_dim: D.
         terms: Names of the `Terms` that it is given.
+        full_width: Whether rotary tables turn all heads side by side.
     """
 
     mechanism: str
     head_dim: int
     terms: tuple[str, ...]
+    full_width: bool = False
 
 
 class _Absent:
@@ -122,15 +125,24 @@ def only_compiling(capability: int) -> Iterator[list[tuple[Any, Any, dict[str, A
             driver.set_active(None)  # to be found anew
 
 
-def call(kind: Kind, grid: tuple[int, int]) -> None:
+def tables_of(kind: Kind, heads: int, grid: tuple[int, int]) -> ops.RotaryTables | None:
+    """The position tables of a kind of call."""
+    if "rotary" not in kind.terms:
+        return None
+    if kind.full_width:
+        return ops.full_width_rotary_tables(*grid, heads * kind.head_dim)
+    cosine = ops.get_mechanism(kind.mechanism).positions == "cosine"
+    return (ops.lrpe_tables if cosine else ops.rotary_tables)(*grid, kind.head_dim)
+
+
+def call(kind: Kind, grid: tuple[int, int], dtype: torch.dtype) -> None:
     """A forward and a backward pass of a kind of call, on zeros."""
     row, length, heads = ops.get_mechanism(kind.mechanism), grid[0] * grid[1], 2
-    qkv = torch.zeros(2, length, 5, heads, kind.head_dim, dtype=torch.bfloat16)
+    qkv = torch.zeros(2, length, 5, heads, kind.head_dim, dtype=dtype)
     q, k, v, gate, lepe = qkv.unbind(2)
-    tables = ops.lrpe_tables if row.positions == "cosine" else ops.rotary_tables
     scale, has_gate = "head_scale" in kind.terms, "gate" in kind.terms
     terms = Terms(
-        rotary=tables(*grid, kind.head_dim) if "rotary" in kind.terms else None,
+        rotary=tables_of(kind, heads, grid),
         head_scale=torch.ones(heads) if scale else None,
         lepe=lepe if "lepe" in kind.terms else None,
         gate=gate if has_gate else None,
@@ -174,13 +186,16 @@ def resources(kernel: Any, capability: int, warps: int) -> dict[str, Any]:
 
 
 def measure(
-    kind: Kind, capability: int, grids: Sequence[tuple[int, int]] = (WINDOW, SHORT, LONG)
+    kind: Kind,
+    capability: int,
+    dtype: str,
+    grids: Sequence[tuple[int, int]] = (WINDOW, SHORT, LONG),
 ) -> list[Any]:
     """A row for each kernel that a kind of call runs on, on GPUs of a capability."""
     rows: dict[str, dict[str, Any]] = {}
     with only_compiling(capability) as done:
         for grid in grids:
-            call(kind, grid)
+            call(kind, grid, DTYPES[dtype])
     for function, kernel, options in done:
         name = function.__name__.removesuffix("_kernel")
         if name in ("merge", "sum"):
@@ -198,6 +213,8 @@ def measure(
             "mechanism": kind.mechanism,
             "head_dim": kind.head_dim,
             "terms": list(kind.terms),
+            "full_width": kind.full_width,
+            "dtype": dtype,
             "capability": capability,
             "kernel": name,
             **config,
@@ -246,9 +263,8 @@ def published() -> dict[Kind, list[tuple[int, int]]]:
             if work is None or work.mechanism == "identity":
                 continue  # softmax, and states by themselves, which other launches make
             given = zip(Terms._fields, work.given, strict=True)
-            kind = Kind(
-                work.mechanism, work.head_dim, tuple(term for term, there in given if there)
-            )
+            terms = tuple(term for term, there in given if there)
+            kind = Kind(work.mechanism, work.head_dim, terms, work.full_width)
             found.setdefault(kind, set()).add((work.length, work.heads))
     return {kind: sorted(found[kind]) for kind in sorted(found)}
 
@@ -256,12 +272,11 @@ def published() -> dict[Kind, list[tuple[int, int]]]:
 def programs(kind: Kind, length: int, heads: int, capability: int) -> dict[str, Any]:
     """Programs of a call on one image: of the passes that leave sums, and of the others."""
     row = ops.get_mechanism(kind.mechanism)
-    tables = ops.lrpe_tables if row.positions == "cosine" else ops.rotary_tables
     given = Terms(
         *(torch.empty(0) if term in kind.terms else None for term in Terms._fields)  # type: ignore[arg-type]
     )
     if "rotary" in kind.terms:
-        given = given._replace(rotary=tables(1, 1, kind.head_dim))
+        given = given._replace(rotary=tables_of(kind, heads, (1, 1)))
     with only_compiling(capability):
         plan = make_plan(row, torch.bfloat16, kind.head_dim, given)
         cuts = calls.cuts(plan, heads, length, ITEM_SIZE, torch.device("cuda"))
@@ -285,14 +300,26 @@ def render(record: dict[str, Any]) -> str:
         "| shared, KiB | programs a processor | loads ahead | tensors |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
+    types: dict[str, dict[Any, Any]] = {dtype: {} for dtype in DTYPES}
     for row in record["kernels"]:
-        call = ", ".join([row["mechanism"], str(row["head_dim"]), *row["terms"]])
-        config = f"{row['block_tokens']}, {row['num_warps']}, {row['num_stages']}"
-        lines.append(
-            f"| {call} | {row['kernel']} | sm_{row['capability']} | {config} | {row['registers']} "
-            f"| {row['spilled_bytes']} | {row['shared_bytes'] / 1024:.0f} "
-            f"| {row['programs_per_processor']} | {row['loads_in_flight']} | {row['tensors']} |"
-        )
+        terms = ["full width"] * row["full_width"] + row["terms"]
+        call = ", ".join([row["mechanism"], str(row["head_dim"]), *terms])
+        types[row["dtype"]][call, row["kernel"], row["capability"]] = [
+            f"{row['block_tokens']}, {row['num_warps']}, {row['num_stages']}",
+            row["registers"],
+            row["spilled_bytes"],
+            round(row["shared_bytes"] / 1024),
+            row["programs_per_processor"],
+            row["loads_in_flight"],
+            row["tensors"],
+        ]
+    for (call, kernel, capability), cells in types["bfloat16"].items():
+        others = types["float16"][call, kernel, capability]
+        both = [
+            str(cell) if cell == other else f"{cell} / {other}"
+            for cell, other in zip(cells, others, strict=True)
+        ]
+        lines.append(f"| {' | '.join([call, kernel, f'sm_{capability}', *both])} |")
     lines += [
         "",
         "| mechanism, D | forward, tensors moved / least | backward, tensors moved / least |",
@@ -339,14 +366,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--render", action="store_true", help="only write the table anew")
     if not parser.parse_args().render:
-        record: dict[str, Any] = {"triton": triton.__version__, "dtype": "bfloat16"}
+        record: dict[str, Any] = {"triton": triton.__version__}
         record |= {"kernels": [], "traffic": [], "grids": []}
         for kind, shapes in published().items():
             for capability in PROCESSORS:
-                rows = measure(kind, capability)
-                record["kernels"] += rows
-                for row in rows:
-                    print(*row.values(), flush=True)
+                for dtype in DTYPES:
+                    rows = measure(kind, capability, dtype)
+                    record["kernels"] += rows
+                    for row in rows:
+                        print(*row.values(), flush=True)
                 largest = max(shapes, key=lambda shape: shape[0])
                 record["grids"] += [programs(kind, *largest, capability)]
             record["traffic"] += [traffic(kind, rows)]

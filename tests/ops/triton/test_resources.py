@@ -16,11 +16,11 @@ RECORD = json.loads(resources.RESULTS.read_text(encoding="utf-8"))
 
 
 def call_of(row):
-    return row["mechanism"], row["head_dim"], tuple(row["terms"])
+    return row["mechanism"], row["head_dim"], tuple(row["terms"]), row["full_width"]
 
 
 KINDS = sorted({call_of(row) for row in RECORD["kernels"]})
-ALWAYS = {("mala", 64, 90), ("l2", 32, 80)}
+ALWAYS = {("mala", 64, 90, "bfloat16"), ("l2", 32, 80, "float16")}
 HELD = ("kernel", "spilled_bytes", "programs_per_processor")
 
 
@@ -36,28 +36,32 @@ def held(rows):
     resources.triton.__version__ != RECORD["triton"], reason="another compiler, other code"
 )
 @pytest.mark.parametrize(
-    ("kind", "capability"),
+    ("kind", "capability", "dtype"),
     [
         pytest.param(
             resources.Kind(*kind),
             capability,
-            marks=() if (*kind[:2], capability) in ALWAYS else pytest.mark.nightly,
-            id=f"{kind[0]}-{kind[1]}-sm_{capability}",
+            dtype,
+            marks=() if (*kind[:2], capability, dtype) in ALWAYS else pytest.mark.nightly,
+            id=f"{kind[0]}-{kind[1]}-sm_{capability}-{dtype}",
         )
         for kind in KINDS
         for capability in resources.PROCESSORS
+        for dtype in resources.DTYPES
     ],
 )
-def test_the_table_is_that_of_the_kernels(kind, capability):
+def test_the_table_is_that_of_the_kernels(kind, capability, dtype):
     rows = [
-        row for row in RECORD["kernels"] if call_of(row) == kind and row["capability"] == capability
+        row
+        for row in RECORD["kernels"]
+        if call_of(row) == kind and (row["capability"], row["dtype"]) == (capability, dtype)
     ]
-    assert held(resources.measure(kind, capability)) == held(rows)
+    assert rows and held(resources.measure(kind, capability, dtype)) == held(rows)
 
 
 def test_no_kernel_spills():
     spilling = [
-        (row["mechanism"], row["head_dim"], row["kernel"], row["capability"])
+        (row["mechanism"], row["head_dim"], row["kernel"], row["capability"], row["dtype"])
         for row in RECORD["kernels"]
         if row["spilled_bytes"]
     ]

@@ -53,9 +53,8 @@ class ChannelsFirstStripe(nn.Module):
         if self.windows.is_padded:  # 0, and -inf for keys beyond the map
             hidden = self.windows.inside[: self.windows.count].log().flatten(2).unsqueeze(2)
         self.register_buffer("hidden", hidden)
-        slots = Slots(
-            qkv, 3, branch.attend.num_heads, None if self.windows.is_padded else norm, part=part
-        )
+        products_norm = self.windows.norm_of_products(norm)
+        slots = Slots(qkv, 3, branch.attend.num_heads, products_norm, part=part)
         self.takes_mean = isinstance(branch, InjectiveStripe)
         self.attend: nn.Module = (
             ChannelsFirstInjectiveAttention(slots, branch.attend, None, self.windows.batch)

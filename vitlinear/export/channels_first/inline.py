@@ -146,7 +146,7 @@ class ChannelsFirstInLineAttention(nn.Module):
                 raise NoForm("InLineAttention in windows at any size")
             sides = (equal_windows(n, attn.window_size) for n in (size.height, size.width))
             self.windows = Windows(size, *sides, norm)
-            products_norm = None if self.windows.is_padded else norm
+            products_norm = self.windows.norm_of_products(norm)
             batch = self.windows.batch
         slots = Slots(attn.qkv, 3, attn.attend.num_heads, products_norm)
         self.attend = ChannelsFirstInjectiveAttention(slots, attn.attend, products_norm, batch)

@@ -49,7 +49,7 @@ class ChannelsFirstPolaAttention(nn.Module):
             sides = (size.height, size.width)
             rows, cols, shift = square_windows(*sides, attn.window_size, attn.shift)
             self.windows = Windows(size, rows, cols, norm, shift, shift)
-            products_norm = None if self.windows.is_padded else norm
+            products_norm = self.windows.norm_of_products(norm)
             grid = (rows[1], cols[1])
         if attn.scale is not None:
             raise NoForm("PolaAttention with a scale of its own")

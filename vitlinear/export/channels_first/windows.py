@@ -33,7 +33,7 @@ class Windows(nn.Module):
     Attributes:
         batch: B * windows; None where B varies.
         count: Windows of a map.
-        is_padded: Whether they reach beyond the map. Products then take nothing of the norm.
+        is_padded: Whether they reach beyond the map.
     """
 
     inside: Tensor
@@ -76,6 +76,10 @@ class Windows(nn.Module):
             inside = self.cut(torch.ones(size.batch or 1, 1, *self.size, dtype=size.dtype))
             self.register_buffer("inside", inside)
             self.register_buffer("tokens", inside.sum((2, 3), keepdim=True))
+
+    def norm_of_products(self, norm: nn.Module) -> nn.Module | None:
+        """The norm that products after the windows take over; None where zeros stay zeros."""
+        return None if self.is_padded else norm
 
     def of_map(self, x: Tensor) -> Tensor:
         """[B, C, H, W] without what the norm multiplies and adds -> [B * windows, C, h, w]."""
@@ -184,7 +188,7 @@ class ChannelsFirstWindowAttention(nn.Module):
             down = right = 0
         self.windows = Windows(size, rows, cols, norm, down, right)
         self.register_buffer("bias", bias)
-        slots = Slots(attn.qkv, 3, attn.attend.num_heads, None if self.windows.is_padded else norm)
+        slots = Slots(attn.qkv, 3, attn.attend.num_heads, self.windows.norm_of_products(norm))
         self.attend = SoftmaxHeads(slots, attn.attend)
         self.proj = linear(attn.proj)
 

@@ -46,6 +46,9 @@ def candidates(plan: Plan, kernel: str = "") -> list[Config]:
     pass over queries (backward) with a larger state, a gate or two reads, which keeps more of each
     token than other kernels.
 
+    A state of 128 x 128 leaves room for one program. Before Hopper the compiler fits that pass into
+    the registers of sixteen warps; for Hopper it spills there.
+
     With 128 registers a thread two programs of eight warps share a processor. Those kernels have
     that limit that the compiler would give a few more, and that spill nothing without them.
     """
@@ -70,6 +73,8 @@ def candidates(plan: Plan, kernel: str = "") -> list[Config]:
         if kernel == "query_kernel":
             shares = plan.expansion == 1 and plan.value_dim <= 64 and plan.sums == "bf16"
             sizes = [(16, 8, 3, TWO_PROGRAMS if shares else 0), *sizes]
+            if entries > 128 * 64 and not plan.reads_opposite and _before_hopper():
+                sizes = [(16, 16, 3), *sizes]
     elif not plan.is_small and plan.sums == "bf16":
         if kernel == "query_kernel" and plan.has_gate:
             sizes = [(16, 8, 3, TWO_PROGRAMS), *sizes]
@@ -78,6 +83,12 @@ def candidates(plan: Plan, kernel: str = "") -> list[Config]:
         ):
             sizes = [(32, 8, 3, TWO_PROGRAMS), *sizes]
     return [Config(*size) for size in sizes]
+
+
+def _before_hopper() -> bool:
+    """Whether kernels are compiled for an NVIDIA GPU older than Hopper."""
+    target = driver.active.get_current_target()
+    return target.backend == "cuda" and target.arch < 90
 
 
 def _for_windows(plan: Plan, ieee: bool) -> list[Config]:
