@@ -313,13 +313,11 @@ def render(record: dict[str, Any]) -> str:
             row["loads_in_flight"],
             row["tensors"],
         ]
-    for (call, kernel, capability), cells in types["bfloat16"].items():
-        others = types["float16"][call, kernel, capability]
-        both = [
-            str(cell) if cell == other else f"{cell} / {other}"
-            for cell, other in zip(cells, others, strict=True)
-        ]
-        lines.append(f"| {' | '.join([call, kernel, f'sm_{capability}', *both])} |")
+    for key in dict.fromkeys([*types["bfloat16"], *types["float16"]]):
+        call, kernel, capability = key
+        of_types = [types[dtype].get(key, ["none"] * 7) for dtype in DTYPES]
+        cells = [" / ".join(dict.fromkeys(map(str, both))) for both in zip(*of_types, strict=True)]
+        lines.append(f"| {' | '.join([call, kernel, f'sm_{capability}', *cells])} |")
     lines += [
         "",
         "| mechanism, D | forward, tensors moved / least | backward, tensors moved / least |",

@@ -169,13 +169,14 @@ class Plan:
 
         A program takes one map after the other, and loads ahead those that come, where the
         registers of all that it has of a map at once let others share the processor: where states
-        are small and no lane is empty, and in backward for the plainest calls.
+        are small and no lane is empty, and in backward for the plainest calls without sums in
+        TF32, whose operands take twice the registers.
         """
         fits = length <= LONGEST_WINDOW and self.is_small and not self.reads_opposite
         fits &= (self.head_dim, self.values) == (self.block_dim, self.block_values)
         if backward:
             fits &= self.read_out in ("constant", "injective") and self.positions == "none"
-            fits &= not (self.has_gate or self.has_scale)
+            fits &= not (self.has_gate or self.has_scale) and self.sums != "tf32"
         return replace(self, window=lanes(length)) if fits else self
 
     @property

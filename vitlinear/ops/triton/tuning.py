@@ -43,8 +43,8 @@ def candidates(plan: Plan, kernel: str = "") -> list[Config]:
     choice is the largest at which no kernel of a published model spills registers
     (benchmarks/accounts/kernels.md). A state of 128 x 64 or more takes the registers of eight
     warps; products in full float32 run without tensor cores and want small blocks. So does the
-    pass over queries (backward) with a larger state, a gate or two reads, which keeps more of each
-    token than other kernels.
+    pass over queries (backward) with a larger state, a gate, two reads or sums in TF32, which keeps
+    more of each token than other kernels.
 
     A state of 128 x 128 leaves room for one program. Before Hopper the compiler fits that pass into
     the registers of sixteen warps; for Hopper it spills there.
@@ -73,8 +73,12 @@ def candidates(plan: Plan, kernel: str = "") -> list[Config]:
         if kernel == "query_kernel":
             shares = plan.expansion == 1 and plan.value_dim <= 64 and plan.sums == "bf16"
             sizes = [(16, 8, 3, TWO_PROGRAMS if shares else 0), *sizes]
-            if entries > 128 * 64 and not plan.reads_opposite and _before_hopper():
+            whole = plan.expansion == 1 and not plan.reads_opposite
+            if entries > 128 * 64 and whole and _before_hopper():
                 sizes = [(16, 16, 3), *sizes]
+    elif plan.sums == "tf32":
+        if kernel == "query_kernel":
+            sizes = [(16, sizes[0][1], 3), *sizes]
     elif not plan.is_small and plan.sums == "bf16":
         if kernel == "query_kernel" and plan.has_gate:
             sizes = [(16, 8, 3, TWO_PROGRAMS), *sizes]

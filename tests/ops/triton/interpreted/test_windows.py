@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -80,3 +82,6 @@ def test_who_takes_several(mechanism, dim, length, terms, forward, backward):
     plan = make_plan(ops.get_mechanism(mechanism), torch.bfloat16, dim, terms)
     assert plan.of_windows(length, backward=False).window == forward
     assert plan.of_windows(length, backward=True).window == backward
+    in_tf32 = replace(plan, sums="tf32")  # as float16 has them on a GPU
+    assert in_tf32.of_windows(length, backward=False).window == forward
+    assert in_tf32.of_windows(length, backward=True).window == 0
