@@ -14,7 +14,7 @@ from vitlinear.layers.windows import equal_windows
 from .attention import Slots
 from .inline import ChannelsFirstInjectiveAttention
 from .layers import MapSize, NoForm, convolution, linear, pointwise, require, require_nothing
-from .windows import SoftmaxHeads, Windows
+from .windows import ChannelsFirstSoftmaxAttention, Windows
 
 
 class ChannelsFirstStripe(nn.Module):
@@ -59,7 +59,7 @@ class ChannelsFirstStripe(nn.Module):
         self.attend: nn.Module = (
             ChannelsFirstInjectiveAttention(slots, branch.attend, None, self.windows.batch)
             if self.takes_mean
-            else SoftmaxHeads(slots, branch.attend)
+            else ChannelsFirstSoftmaxAttention(slots, branch.attend)
         )
         self.lepe = convolution(branch.lepe)
         self.proj = proj

@@ -125,7 +125,7 @@ class Windows(nn.Module):
         return table if self.batch is not None else table.repeat(x.shape[0] // self.count, 1, 1, 1)
 
 
-class SoftmaxHeads(nn.Module):
+class ChannelsFirstSoftmaxAttention(nn.Module):
     """Products with q, k and v, and softmax attention of them, on a map [B, C, H, W]."""
 
     def __init__(self, slots: Slots, attend: nn.Module) -> None:
@@ -189,7 +189,7 @@ class ChannelsFirstWindowAttention(nn.Module):
         self.windows = Windows(size, rows, cols, norm, down, right)
         self.register_buffer("bias", bias)
         slots = Slots(attn.qkv, 3, attn.attend.num_heads, self.windows.norm_of_products(norm))
-        self.attend = SoftmaxHeads(slots, attn.attend)
+        self.attend = ChannelsFirstSoftmaxAttention(slots, attn.attend)
         self.proj = linear(attn.proj)
 
     def forward(self, x: Tensor) -> Tensor:
