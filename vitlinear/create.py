@@ -88,13 +88,21 @@ def check_model_kwargs(kwargs: Mapping[str, Any]) -> None:
         raise UserError("--model-kwargs features_only makes a model without logits: leave it out")
 
 
-def build_model(name: str, *, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def build_model(
+    name: str,
+    *,
+    pretrained: bool = False,
+    sizes: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> nn.Module:
     """Builds a model with ``timm.create_model``.
 
     Args:
         name: Registered name, with or without a tag.
         pretrained: Fetch the tag's weights.
-        **kwargs: Constructor arguments; None means the default.
+        sizes: ``img_size`` or ``input_size`` of the images, for models that are made for one size;
+            others take any.
+        **kwargs: Constructor arguments, ``img_size`` too; None means the default.
 
     Raises:
         UserError: Unknown name or argument, or no such weights.
@@ -102,8 +110,7 @@ def build_model(name: str, *, pretrained: bool = False, **kwargs: Any) -> nn.Mod
     check_model_name(name)
     try:
         # The factory's own rule for which models take their input size as an argument.
-        size = {key: kwargs.pop(key, None) for key in ("img_size", "input_size")}
-        resolved = resolve_model_input_args(name, size, **kwargs)
+        resolved = resolve_model_input_args(name, dict(sizes or {}), **kwargs)
         resolved.pop("model_name"), resolved.pop("pretrained_cfg")
         source = {key: kwargs.get(key) for key in ("pretrained_cfg", "pretrained_cfg_overlay")}
         return timm.create_model(name, pretrained=pretrained, **source, **resolved)

@@ -8,13 +8,22 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import timm
 import torch
 
 from tests.commands import Command
 from vitlinear.benchmark import command as benchmark_command
-from vitlinear.benchmark import report, runtimes, subject
-from vitlinear.benchmark.programs import Size, images, multiply_adds, parse_sides
+from vitlinear.benchmark import programs, report, runtimes, subject
+from vitlinear.benchmark.programs import (
+    Size,
+    check_file,
+    images,
+    multiply_adds,
+    of_file,
+    parse_sides,
+)
 from vitlinear.benchmark.subject import Case
+from vitlinear.errors import UserError
 
 MODEL = "test_linear_deit"
 QUICK = ("--rounds", 2, "--seconds", 0.001, "--threads", 1)
@@ -27,12 +36,10 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", os.environ.copy())
 
 
-@pytest.fixture(scope="module")
-def means(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_means(path: Path, dtype: str = "float32", **metadata: str) -> Path:
     """An ONNX program of any size that takes the means of channels, times a 3 x 3 matrix."""
-    path = tmp_path_factory.mktemp("onnx") / "means.onnx"
-    kind, helper = onnx.TensorProto.FLOAT, onnx.helper
-    weight = onnx.numpy_helper.from_array(2 * np.eye(3, dtype=np.float32), "w")
+    helper, kind = onnx.helper, onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    weight = onnx.numpy_helper.from_array(2 * np.eye(3, dtype=dtype), "w")
     axes = onnx.numpy_helper.from_array(np.array([2, 3]), "axes")
     graph = helper.make_graph(
         [
@@ -45,9 +52,14 @@ def means(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [weight, axes],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    helper.set_model_props(model, {"model": MODEL})
+    helper.set_model_props(model, {"model": MODEL, **metadata})
     onnx.save(model, path)
     return path
+
+
+@pytest.fixture(scope="module")
+def means(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_means(tmp_path_factory.mktemp("onnx") / "means.onnx")
 
 
 @pytest.mark.process
@@ -106,10 +118,80 @@ def test_a_file_is_run_at_the_size_asked_for(runtime: str, means: Path) -> None:
     assert "MatMul" in "".join(ready.profile()) or "FullyConnected" in ready.profile()
 
 
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_a_file_gets_images_of_its_own_type(runtime: str, dtype: str, tmp_path: Path) -> None:
+    file = write_means(tmp_path / "means.onnx", dtype)
+    assert check_file(str(file), SIZE) == MODEL
+    ready = runtimes.RUNTIMES[runtime].prepare("means", str(file), SIZE, 1)
+    expected = 2 * images(SIZE).mean((2, 3))
+    torch.testing.assert_close(
+        torch.from_numpy(ready.run()).float(), expected, atol=2e-3, rtol=2e-3
+    )
+
+
+def test_data_beside_a_link(tmp_path: Path) -> None:
+    """As in a hub's cache: the data have their name beside the link, not beside the file."""
+    model, blob = onnx.load(write_means(tmp_path / "means.onnx")), tmp_path / "blobs" / "1f2e"
+    onnx.save(
+        model, tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=32
+    )
+    blob.parent.mkdir()
+    (tmp_path / "m.onnx").rename(blob)
+    (tmp_path / "m.onnx").symlink_to(blob)
+    file = of_file(str(tmp_path / "m.onnx"), SIZE).files["onnxruntime"]
+    assert runtimes.RUNTIMES["onnxruntime"].prepare("m", file, SIZE, 1).run().shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "origin"),
+    [
+        ({}, MODEL),
+        ({"made_by": "vitlinear 1", "model_kwargs": '{"img_size": 64}'}, MODEL),
+        ({"model": "ravlt_t.in1k"}, "ravlt_t"),
+        ({"made_by": "another tool"}, ""),
+        ({"model_kwargs": '{"depth": 2}'}, ""),
+    ],
+)
+def test_the_model_that_a_file_is_compared_with(
+    metadata: dict[str, str], origin: str, tmp_path: Path
+) -> None:
+    """In PyTorch, a model is built by its name alone."""
+    assert check_file(str(write_means(tmp_path / "a.onnx", **metadata)), SIZE) == origin
+
+
+@pytest.mark.process
+def test_what_cannot_be_exported_still_runs_in_pytorch(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object) -> None:
+        raise UserError("torch.onnx makes no ONNX of this model")
+
+    monkeypatch.setattr(programs, "write", refuse)
+    names = ["pytorch", "onnxruntime"]
+    result = command("benchmark", MODEL, "--sizes", 32, "--runtime", *names, *QUICK)
+    assert result.code == 0, result.err
+    assert f"| {MODEL} | pytorch | 1 x 32 x 32 | " in result.out
+    row = next(line for line in result.out.splitlines() if "| onnxruntime |" in line)
+    assert "torch.onnx makes no ONNX of this model" in row
+
+
+@pytest.mark.process
+def test_a_model_with_a_path_in_its_name(command: Command, tmp_path: Path) -> None:
+    model = timm.create_model(MODEL, num_classes=5)
+    folder = tmp_path / "pushed"
+    timm.models.save_for_hf(model, folder, safe_serialization=True)
+    name = f"local-dir:{folder}"
+    flags = ["--sizes", 32, "--runtime", "pytorch", *QUICK]
+    result = command("benchmark", name, *flags)
+    assert result.code == 0, result.err
+    assert f"| of {name} |" in result.out and f"\n| {name} | pytorch |" in result.out
+
+
 def test_logits_of_another_model_are_refused(means: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "other.npy", np.ones((2, 3), np.float32))
     expected = str(tmp_path / "other.npy")
-    case = Case("means", "onnxruntime", 2, 32, 48, 1, "", str(means), expected, None, False)
+    case = Case("means", "onnxruntime", 2, 32, 48, 1, "", str(means), "", expected, None, False)
     with pytest.raises(ArithmeticError, match="logits differ from those of the model"):
         subject.prepare(case)
 
@@ -134,6 +216,7 @@ def test_multiply_adds_of_a_linear_model() -> None:
         (["none.onnx"], ["none.onnx does not exist"]),
         (["none.onnx", "--runtime", "pytorch"], ["none.onnx is a file", "openvino"]),
         (["README.onnx"], ["README.onnx is no ONNX program"]),
+        (["{bytes}", "--sizes", "32x48"], ["bytes.onnx takes uint8: its images have to be norm"]),
         (["{means}", "--sizes", "32"], ["takes images of batch x 3 x height x 48, not 1 x 3 x 32"]),
     ],
 )
@@ -147,7 +230,8 @@ def test_mistakes(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("README.onnx").write_text("no program")
-    result = command("benchmark", *(flag.format(means=means) for flag in flags))
+    files = {"means": means, "bytes": write_means(means.with_name("bytes.onnx"), "uint8")}
+    result = command("benchmark", *(flag.format(**files) for flag in flags))
     assert result.code == 2 and result.err.count("\n") == 1, result.err
     assert result.err.startswith("error: ") and all(part in result.err for part in says), result.err
     assert [path.name for path in tmp_path.iterdir()] == ["README.onnx"]

@@ -20,6 +20,7 @@ import torch
 
 from tests import golden
 from vitlinear import models as registry
+from vitlinear.checkpoints.load import load_model
 from vitlinear.convert.recognise import recognise
 from vitlinear.errors import UserError
 from vitlinear.facts import PUBLISHED, families, published_row
@@ -122,8 +123,6 @@ def test_converted_file_knows_itself(checkpoint, tmp_path, capsys):
     """The card that the other commands read: model, classes and input."""
     target, again = tmp_path / "out.safetensors", tmp_path / "again.safetensors"
     run(capsys, checkpoint, target)
-    from vitlinear.checkpoints.load import load_model
-
     model, card = load_model(target)
     assert card is not None and card.model == "ravlt_t" and card.num_classes == 1000
     assert card.data_config.crop_pct == 0.875 and card.image_mode == "RGB"
@@ -177,6 +176,32 @@ def test_other_classes_and_channels(weights, tmp_path, capsys):
         assert file.get_tensor("head.fc.weight").shape[0] == 7
         assert not {"published_at", "license", "matched_by"} & file.metadata().keys()
     assert (card["num_classes"], card["in_chans"], card["image_mode"]) == (7, 1, "L")
+
+
+@pytest.mark.parametrize("name", ["test_inline_deit", "test_inline_pvt", "test_pola_pvt"])
+def test_positions_of_another_size_stay_what_they_are(name, tmp_path, capsys, monkeypatch):
+    """The file is a model for the images that the checkpoint was made for."""
+    monkeypatch.undo()  # models of several sizes
+    model = timm.create_model(name, img_size=128)
+    source, target = tmp_path / "w.pth", tmp_path / "out.safetensors"
+    torch.save(model.state_dict(), source)
+    code, out, err = run(capsys, source, target, "--model", name)
+    assert code == 0, err
+    assert "3 channels, for images of 128x128\n" in out and "resized" not in out
+    loaded, card = load_model(target)
+    assert card is not None and card.model_kwargs == {"img_size": 128}
+    assert card.data_config.input_size == (3, 128, 128)
+    mine = loaded.state_dict()
+    assert all(torch.equal(value, mine[key]) for key, value in model.state_dict().items())
+
+
+def test_positions_of_no_usual_size_are_told_of(tmp_path, capsys, monkeypatch):
+    monkeypatch.undo()
+    source, target = tmp_path / "w.pth", tmp_path / "out.safetensors"
+    torch.save(timm.create_model("test_inline_deit", img_size=80).state_dict(), source)
+    code, out, err = run(capsys, source, target, "--model", "test_inline_deit")
+    assert code == 0, err
+    assert "resized       1 tables of positions, which are of images of another size" in out
 
 
 def test_no_model_fits(weights, tmp_path, capsys):

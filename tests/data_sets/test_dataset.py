@@ -35,6 +35,19 @@ def test_digits_split_is_fixed_stratified_and_disjoint() -> None:
     assert hashlib.sha256(held_out.images.tobytes()).hexdigest()[:16] == "2f5eb12f1dfec8a2"
 
 
+@pytest.mark.parametrize("name", ["digits", "fashion_mnist"])
+@pytest.mark.parametrize(
+    ("train", "split", "flag"),
+    [(True, "test", "--train-split"), (False, "train", "--val-split"), (False, "", "--val-split")],
+)
+def test_a_split_that_an_embedded_set_does_not_have(
+    name: str, train: bool, split: str, flag: str
+) -> None:
+    """Its images would be of the other part, without a word."""
+    with pytest.raises(UserError, match=f"{flag} {split}: {name} has one part to train on"):
+        data.open_source(name, train=train, mode="L", split=split)
+
+
 def idx(array: np.ndarray) -> bytes:
     """The IDX format, from its definition."""
     return (

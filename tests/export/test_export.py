@@ -11,13 +11,19 @@ import signal
 import tempfile
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
 from safetensors import safe_open
+from torch import nn
 
+from vitlinear.checkpoints.card import Card
+from vitlinear.create import data_config
+from vitlinear.errors import UserError
 from vitlinear.export import Shapes, write
+from vitlinear.export import command as export_command
 from vitlinear.export.shapes import Range
 
 MODEL = "test_linear_deit"  # the quickest to trace
@@ -312,6 +318,46 @@ def test_mistakes(flags, message, command, tmp_path, monkeypatch):
     result = command("export", *flags)
     assert result.code == 2 and message in result.err and result.err.count("\n") == 1
     assert [file.name for file in tmp_path.iterdir()] == ["there.pt2"]
+
+
+def test_the_size_that_a_checkpoint_has(command, tmp_path):
+    """Positions of another size would be other numbers: a file's own size, or none."""
+    weights, target = tmp_path / "w.safetensors", tmp_path / "o.onnx"
+    assert command("export", "test_inline_deit", weights, "--img-size", 64).code == 0
+    result = command(
+        "export", "test_inline_deit", target, "--checkpoint", weights, "--img-size", 96
+    )
+    assert result.code == 2 and not target.exists()
+    assert "is of a model for images of 64x64, not of --img-size 96: leave it out" in result.err
+
+
+def test_published_weights_with_another_classifier(monkeypatch):
+    model = timm.create_model(MODEL, num_classes=5)
+    model.pretrained_cfg |= {"architecture": MODEL, "tag": "in1k", "num_classes": 1000}
+    source = SimpleNamespace(checkpoint=None, pretrained=True)
+    assert export_command._origin(source, model)["weights"] == (
+        f"{MODEL}.in1k, with a random classifier of 5 classes"
+    )
+    model.pretrained_cfg["num_classes"] = 5
+    assert export_command._origin(source, model)["weights"] == f"{MODEL}.in1k"
+
+
+def test_what_onnx_has_no_form_for(tmp_path):
+    """An operator that torch.onnx does not know: one line, and no file."""
+    model = timm.create_model(MODEL, num_classes=5).eval()
+    model.head = nn.Sequential(model.head, Unknown())
+    shapes = Shapes.of(MODEL, 3, Range(1, 1), Range(96, 96), Range(96, 96))
+    card = Card(MODEL, {}, 5, 3, data_config(model, {}), "RGB")
+    with pytest.raises(UserError, match=r"torch.onnx makes no ONNX of this model"):
+        write.export(model, tmp_path / "o.onnx", "onnx", shapes, card, {}, layout="channels-last")
+    assert list(tmp_path.iterdir()) == []
+
+
+class Unknown(nn.Module):
+    """A step of which ONNX has none."""
+
+    def forward(self, x):
+        return torch.special.bessel_j0(x)
 
 
 def test_missing_packages(command, tmp_path, monkeypatch):

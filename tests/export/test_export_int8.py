@@ -196,6 +196,11 @@ def folders(tmp_path, monkeypatch, images):
         (["o.onnx", *CALIBRATE, "few"], "few has 8 images"),
         (["o.onnx", *CALIBRATE, "damaged"], "cannot read image damaged/"),
         (["o.onnx", "--dtype", "int8", "--dataset", "digit"], "digit"),
+        (
+            ["o.onnx", "--dtype", "int8", "--dataset", "digits", "--train-split", "test"],
+            "--train-split test: digits has one part to train on",
+        ),
+        (["o.onnx", *CALIBRATE, "few", "--train-split", "train"], "is for --dataset: of a folder"),
         (["o.onnx", *CALIBRATE, "few", "--in-chans", "13"], "with 13 channels is known"),
         (["o.onnx", *CALIBRATE, "few", "--calibration-images", "0"], "must be at least 1"),
         (["o.pt2", *CALIBRATE, "few"], "--dtype int8 is for --format onnx"),

@@ -107,7 +107,7 @@ def _check(config: BenchmarkConfig, sizes: Sequence[Size]) -> None:
         else:
             check_runtime("onnxruntime")
             programs.check_file(model, size)
-    names = [Path(each).name if programs.is_file(each) else each for each in config.models]
+    names = [programs.label(each) for each in config.models]
     if len(set(names)) < len(names):
         raise UserError("two MODELs have the same name: give each once")
     if config.reference not in (None, *names):
@@ -138,7 +138,7 @@ def _rows(config: BenchmarkConfig, size: Size) -> list[dict[str, Any]]:
             cases += _cases(config, size, program)
         rows = measure(serve, cases, config.rounds, config.seconds, config.timeout)
     for row in rows:
-        for name in ("file", "expected", "profiled"):  # of this run alone
+        for name in ("file", "obstacle", "expected", "profiled"):  # of this run alone
             del row[name]
     return rows
 
@@ -154,6 +154,9 @@ def _cases(config: BenchmarkConfig, size: Size, program: Program) -> list[Case]:
             config.threads,
             program.origin,
             program.files.get(runtime),
+            program.obstacle
+            if RUNTIMES[runtime].takes_files and runtime not in program.files
+            else "",
             program.expected,
             program.gmacs,
             config.profile,
@@ -177,7 +180,7 @@ def main(argv: Sequence[str] | None, prog: str = "vitlinear benchmark") -> None:
         "load": os.getloadavg()[0],
         "commit": source_commit() or "not known",
         "versions": versions(PACKAGES),
-        "reference": config.reference or Path(config.models[0]).name,
+        "reference": config.reference or programs.label(config.models[0]),
         "rows": [],
     }
     for count, size in enumerate(sizes, 1):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,7 @@ class Program:
         model: Its name, or that of its file.
         origin: Name of the model that it was made of; empty if it is not known.
         files: ONNX, for each runtime that takes files; those of several may be one.
+        obstacle: Why there are none for the others; empty where nothing was in the way.
         expected: File with the logits of the fused model, [B, classes]; None if nobody knows them.
         gmacs: Multiply-adds of one image, in units of 1e9; None if nobody knows them.
     """
@@ -53,6 +56,7 @@ class Program:
     model: str
     origin: str
     files: Mapping[str, str]
+    obstacle: str
     expected: str | None
     gmacs: float | None
 
@@ -82,7 +86,7 @@ def fused(name: str, size: Size) -> nn.Module:
         UserError: No model of this name can be built for that size.
     """
     torch.manual_seed(SEED)
-    model = build_model(name, input_size=(3, size.height, size.width)).eval()
+    model = build_model(name, sizes={"input_size": (3, size.height, size.width)}).eval()
     return folded(model)
 
 
@@ -116,7 +120,7 @@ def multiply_adds(name: str, size: Size) -> int:
     """
     check_model_name(name)
     sides = (3, size.height, size.width)
-    model = build_model(name, device="meta", input_size=sides).eval()
+    model = build_model(name, device="meta", sizes={"input_size": sides}).eval()
     try:
         return counted(model, sides)
     except (RuntimeError, ValueError, AssertionError) as error:
@@ -131,8 +135,15 @@ def is_file(model: str) -> bool:
     return model.endswith(SUFFIX)
 
 
+def label(model: str) -> str:
+    """The name that the rows of a model have: of a file, that without its folder."""
+    return Path(model).name if is_file(model) else model
+
+
 def check_file(path: str, size: Size) -> str:
     """Returns the name of the model that an ONNX file says it was made of; empty if it does not.
+
+    Empty too where that model was built otherwise than by its name alone.
 
     Raises:
         UserError: There is no such file, or it is no ONNX program for images of that size.
@@ -143,9 +154,14 @@ def check_file(path: str, size: Size) -> str:
         raise UserError(f"{path} does not exist")
     try:
         program = onnx.load(Path(path).expanduser(), load_external_data=False)
-        takes = program.graph.input[0].type.tensor_type.shape.dim
+        images = program.graph.input[0].type.tensor_type
+        takes, kind = images.shape.dim, onnx.TensorProto.DataType.Name(images.elem_type)
     except Exception as error:  # protobuf's own classes
         raise UserError(f"{path} is no ONNX program: {one_line(error)}") from error
+    if kind not in ("FLOAT", "FLOAT16", "DOUBLE"):
+        raise UserError(
+            f"{path} takes {kind.lower()}: its images have to be normalised, in floating point"
+        )
     wanted = (size.batch, 3, size.height, size.width)
     fits = len(takes) == 4 and all(
         not each.HasField("dim_value") or each.dim_value == side
@@ -155,14 +171,26 @@ def check_file(path: str, size: Size) -> str:
         fixed = " x ".join(str(each.dim_value or each.dim_param) for each in takes)
         asked = " x ".join(map(str, wanted))
         raise UserError(f"{path} takes images of {fixed}, not {asked}: give other --sizes")
-    return next((each.value for each in program.metadata_props if each.key == "model"), "")
+    return _origin({each.key: each.value for each in program.metadata_props})
+
+
+def _origin(metadata: Mapping[str, str]) -> str:
+    """The model that metadata name, if a model of that name is the same as it."""
+    if not metadata.get("made_by", "vitlinear").startswith("vitlinear"):
+        return ""  # another tool's metadata
+    built = json.loads(metadata.get("model_kwargs", "{}"))
+    if built.keys() - {"attn_backend", "img_size"}:
+        return ""
+    return metadata.get("model", "").partition(".")[0]
 
 
 def of_file(path: str, size: Size) -> Program:
     """The program of a file."""
-    file = Path(path).expanduser()
-    files = dict.fromkeys(RUNTIMES, str(file.resolve()))
-    return Program(file.name, check_file(path, size), files, None, None)
+    # Not what a link leads to: data beside a program lie beside the link.
+    file = os.path.abspath(Path(path).expanduser())
+    return Program(
+        label(path), check_file(path, size), dict.fromkeys(RUNTIMES, file), "", None, None
+    )
 
 
 def of_model(name: str, size: Size, folder: Path, runtimes: Sequence[str]) -> Program:
@@ -171,26 +199,34 @@ def of_model(name: str, size: Size, folder: Path, runtimes: Sequence[str]) -> Pr
     Args:
         name: Of timm's or ours.
         size: Of the images.
-        folder: For files, which nobody else writes to.
+        folder: For files.
         runtimes: To write ONNX for, as `vitlinear export` does at fixed sizes: verified.
 
     Raises:
-        UserError: It cannot be built or exported.
+        UserError: It cannot be built.
     """
     cost = multiply_adds(name, size) / 1e9
     model = fused(name, size)
     with torch.inference_mode():
         logits = model(images(size))
-    np.save(folder / f"{name}.npy", logits.numpy())
+    own = Path(tempfile.mkdtemp(dir=folder))
+    expected = str(own / "logits.npy")
+    np.save(expected, logits.numpy())
     written: dict[bool, str] = {}
+    obstacle = ""
     for runtime in runtimes:
         form = pays(model, runtime)
         if form not in written:
-            file = folder / f"{name}-{len(written)}{SUFFIX}"
-            write(model, name, size, file, runtime)
-            written[form] = str(file)
-    files = {runtime: written[pays(model, runtime)] for runtime in runtimes}
-    return Program(name, name, files, str(folder / f"{name}.npy"), cost)
+            file = own / f"{len(written)}{SUFFIX}"
+            try:
+                write(model, name, size, file, runtime)
+            except UserError as error:  # the model runs in PyTorch all the same
+                obstacle = str(error)
+            else:
+                written[form] = str(file)
+    forms = {runtime: pays(model, runtime) for runtime in runtimes}
+    files = {runtime: written[form] for runtime, form in forms.items() if form in written}
+    return Program(name, name, files, obstacle, expected, cost)
 
 
 def write(model: nn.Module, name: str, size: Size, file: Path, runtime: str) -> None:

@@ -152,7 +152,7 @@ def line_style(model: int, mode: int, batch: int) -> dict[str, str]:
 
 
 def plot(record: Mapping[str, Any], path: Path) -> None:
-    """Draws images/s against the side of the image; for one side, as bars.
+    """Draws images/s against the side of the image; for one size, as bars.
 
     Args:
         record: What was measured.
@@ -164,12 +164,12 @@ def plot(record: Mapping[str, Any], path: Path) -> None:
     models = list(dict.fromkeys(model for model, _, _ in lines))
     runtimes = list(dict.fromkeys(runtime for _, runtime, _ in lines))
     batches = list(dict.fromkeys(batch for _, _, batch in lines))
-    sides = {(row["height"] * row["width"]) ** 0.5 for row in measured(record["rows"])}
+    sizes = {(row["height"], row["width"]) for row in measured(record["rows"])}
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for (model, runtime, batch), rows in lines.items():
         label = ", ".join([model, runtime, *([f"batch {batch}"] * (len(batches) > 1))])
-        if len(sides) == 1:
+        if len(sizes) == 1:
             axes.barh(label, rows[0]["images_per_s"], color=f"C{runtimes.index(runtime)}")
             continue
         axes.loglog(
@@ -178,13 +178,13 @@ def plot(record: Mapping[str, Any], path: Path) -> None:
             label=label,
             **line_style(models.index(model), runtimes.index(runtime), batches.index(batch)),
         )
-    if len(sides) == 1:
+    if len(sizes) == 1:
         axes.invert_yaxis()
-        (side,) = sides
-        axes.set_xlabel(f"images/s at {side:.0f} x {side:.0f} pixels")
+        ((height, width),) = sizes
+        axes.set_xlabel(f"images/s at {height} x {width} pixels")
         axes.grid(alpha=0.3, axis="x")
     else:
-        mark_sides(axes, sides)
+        mark_sides(axes, {(height * width) ** 0.5 for height, width in sizes})
         axes.set_ylabel("images/s")
         figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     axes.set_title(record["machine"], fontsize="small")

@@ -21,6 +21,7 @@ from vitlinear.layers.layout import KEEP_LAYOUT
 from .programs import Size, fused, images
 
 Run = Callable[[], np.ndarray]
+ONNX_TYPES = {"tensor(float)": "f4", "tensor(float16)": "f2", "tensor(double)": "f8"}
 PROFILED = 3  # calls, of which the fastest counts
 # How runtimes name what multiplies: products of matrices, convolutions, softmax attention.
 MULTIPLIES = {
@@ -108,7 +109,8 @@ def _onnxruntime(name: str, file: str, size: Size, threads: int) -> Ready:
         return onnxruntime.InferenceSession(file, chosen, providers=["CPUExecutionProvider"])
 
     plain = session()
-    feed = {plain.get_inputs()[0].name: x}
+    (taken, *_) = plain.get_inputs()
+    feed = {taken.name: x.astype(ONNX_TYPES[taken.type])}
 
     def run() -> np.ndarray:
         logits: np.ndarray = plain.run(None, feed)[0]
@@ -126,9 +128,9 @@ def _onnxruntime(name: str, file: str, size: Size, threads: int) -> Ready:
                 kind, ms = event["args"]["op_name"], event["dur"] / 1e3
                 of_node.setdefault(event["name"], []).append((kind, ms))
         calls = [defaultdict[str, float](float) for _ in range(1 + PROFILED)]
-        for events in of_node.values():
-            for kinds, (kind, ms) in zip(calls, events, strict=True):
-                kinds[kind] += ms
+        for events in of_node.values():  # several a call if they are in a loop, or share a name
+            for at, (kind, ms) in enumerate(events):
+                calls[at * len(calls) // len(events)][kind] += ms
         return _fastest(calls[1:])  # the first one allocates
 
     return Ready(run, profile)
@@ -154,6 +156,7 @@ def _openvino(name: str, file: str, size: Size, threads: int) -> Ready:
         return core.compile_model(model, "CPU", settings).create_infer_request()
 
     plain = request()
+    x = x.astype(plain.model_inputs[0].element_type.to_dtype())
 
     def run() -> np.ndarray:
         logits: np.ndarray = plain.infer({0: x})[0]

@@ -32,7 +32,8 @@ class Case:
         width: In pixels.
         threads: Of the runtime.
         origin: Name of the model that the program was made of; empty if it is not known.
-        file: The ONNX program, if the runtime takes files.
+        file: The ONNX program, if the runtime takes files and there is one.
+        obstacle: Why there is none; empty where it takes none.
         expected: File of the logits; None if nobody knows them.
         gmacs: Multiply-adds of an image, in units of 1e9, if they are known.
         profiled: Ask the runtime for the times of its parts.
@@ -46,6 +47,7 @@ class Case:
     threads: int
     origin: str
     file: str | None
+    obstacle: str
     expected: str | None
     gmacs: float | None
     profiled: bool
@@ -60,7 +62,10 @@ def prepare(case: Case) -> tuple[Any, dict[str, Any]]:
 
     Raises:
         ArithmeticError: The logits are not those of the model.
+        UserError: There is no program.
     """
+    if case.obstacle:
+        raise UserError(case.obstacle)
     start = time.perf_counter()
     size = Size(case.batch, case.height, case.width)
     ready = RUNTIMES[case.runtime].prepare(case.model, case.file or "", size, case.threads)

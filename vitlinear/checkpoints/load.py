@@ -76,9 +76,12 @@ def load_model(
     if card is None:
         name = _named_model(path, model)
         weights = read_weights(path)
-        sizes = {"img_size": img_size, "input_size": input_size}
         built = build_model(
-            name, num_classes=num_classes, in_chans=in_chans, **{**sizes, **(model_kwargs or {})}
+            name,
+            sizes={"img_size": img_size, "input_size": input_size},
+            num_classes=num_classes,
+            in_chans=in_chans,
+            **(model_kwargs or {}),
         )
         weights = named_for(built, weights, path)
     else:

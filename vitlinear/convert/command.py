@@ -24,7 +24,7 @@ from vitlinear.files import check_no_input, check_parent
 
 from .detectors import convert_detector
 from .original import OriginalFile, local_file
-from .recognise import Fit, fit, keys_report, recognise, summary
+from .recognise import Fit, at_own_size, fit, keys_report, recognise, summary
 
 OF_THE_WRITER = ("format", CARD_KEY, "converted_by")  # metadata that each file has anew
 
@@ -40,13 +40,13 @@ def _confirmed(match: tuple[PublishedFile, str] | None, found: Fit) -> Published
     return row if how == BY_HASH or (found.num_classes, found.in_chans) == released else None
 
 
-def _card(model: nn.Module, found: Fit) -> Card:
+def _card(model: nn.Module, found: Fit, sizes: dict[str, int]) -> Card:
     return Card(
         model=found.name,
-        model_kwargs={},
+        model_kwargs=sizes,
         num_classes=found.num_classes,
         in_chans=found.in_chans,
-        data_config=data_config(model, {}),
+        data_config=data_config(model, sizes),
         image_mode=IMAGE_MODES.get(found.in_chans),
     )
 
@@ -96,6 +96,7 @@ def convert_classifier(source: OriginalFile, target: Path, model: str | None = N
         card = None  # as the user says
     elif card is not None and card.model.partition(".")[0] not in registry.our_models():
         raise UserError(f"checkpoint {source.path} is of {card.model}, no model of this package")
+    side = None
     if card is not None:
         model = card.model
         found = fit(source.weights, model, **card.model_kwargs)
@@ -106,21 +107,28 @@ def convert_classifier(source: OriginalFile, target: Path, model: str | None = N
     if found.problems:
         print(keys_report(found))
         raise UserError(f"checkpoint {source.path} does not fit {model}: {summary(found)}")
-    row = _confirmed(source.match, found)
+    if card is None:
+        found, side = at_own_size(source.weights, found)
+    row = _confirmed(source.match, found) if side is None else None
     metadata = source.metadata(f"{found.name}.{row.tag}" if row else found.name, row)
     if card is not None:  # where it came from in the first place
         metadata |= {k: v for k, v in described.items() if k not in OF_THE_WRITER}
-    sizes = {"num_classes": found.num_classes, "in_chans": found.in_chans}
-    built = registry.on_meta(found.name, **{**(card.model_kwargs if card else {}), **sizes})
+    sizes = {} if side is None else {"img_size": side}
+    built = registry.on_meta(
+        found.name,
+        **(card.model_kwargs if card else sizes),
+        num_classes=found.num_classes,
+        in_chans=found.in_chans,
+    )
     ordered = {key: found.weights[key] for key in built.state_dict()}
-    save_weights(target, ordered, card or _card(built, found), metadata)
+    save_weights(target, ordered, card or _card(built, found, sizes), metadata)
     size = mega(registry.num_parameters(built))
     return [
         *source.report(
             found,
             metadata,
             f"model         {metadata['model']}, {size} parameters, {found.num_classes} classes, "
-            f"{found.in_chans} channels",
+            f"{found.in_chans} channels" + (f", for images of {side}x{side}" if side else ""),
         ),
         f"wrote         {target}",
         f'load          vitlinear.load("{target}")',

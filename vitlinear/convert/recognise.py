@@ -20,6 +20,8 @@ from vitlinear.facts import counts, family_of
 
 # Models whose size is further from the checkpoint's than this factor are tried last.
 NEAR = 1.6
+# Sides of images that models with learned positions may have been made for, the usual ones first.
+SIDES = (224, 384, 256, 512, 448, 320, 288, 192, 160, 128, 96, 640, 768, 1024)
 SHOWN = 12  # keys of each kind in a report
 
 
@@ -183,6 +185,29 @@ def recognise(
     return fitting[0]
 
 
+def at_own_size(weights: Mapping[str, Tensor], found: Fit) -> tuple[Fit, int | None]:
+    """The fit to the same model made for the images that a checkpoint's positions are of.
+
+    Args:
+        weights: Bare weights, of any known layout.
+        found: How they fit the model as it is registered.
+
+    Returns:
+        The fit, and the side of those images; ``found`` and None if it is that already, or if no
+        side of `SIDES` has such positions.
+    """
+    if not found.resampled:
+        return found, None
+    for side in SIDES:
+        try:
+            candidate = fit(weights, found.name, img_size=side)
+        except TypeError:  # the model is made for no size
+            break
+        if not candidate.problems and not candidate.resampled:
+            return candidate, side
+    return found, None
+
+
 def _counts(candidate: Fit) -> str:
     return (
         f"{len(candidate.missing)} missing keys, {len(candidate.unexpected)} unexpected, "
@@ -198,7 +223,7 @@ def summary(candidate: Fit) -> str:
 
 
 def keys_report(candidate: Fit) -> str:
-    """The same, with more of the keys, in lines."""
+    """The same, with more of the keys and what was computed anew, in lines."""
     lines = [f"keys          {_counts(candidate)}"]
     for label, keys in (
         ("missing", candidate.missing),
@@ -208,4 +233,9 @@ def keys_report(candidate: Fit) -> str:
         lines += [f"  {label}: {key}" for key in keys[:SHOWN]]
         if len(keys) > SHOWN:
             lines.append(f"  {label}: and {len(keys) - SHOWN} more")
+    if candidate.resampled:
+        lines.append(
+            f"resized       {candidate.resampled} tables of positions, which are of images of "
+            "another size than the model's"
+        )
     return "\n".join(lines)

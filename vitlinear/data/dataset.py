@@ -24,6 +24,8 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 
 # PIL modes whose channels are 8 bits of brightness or colour: batches hold bytes.
 MODES = ("L", "LA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV")
+# Names of the two parts of an embedded set, the first of which is the default.
+PARTS = {True: ("train",), False: ("validation", "val", "test")}
 ONE_CLASS = (
     "warning: all training images are of one class, from which nothing is learnt, and accuracy is "
     "always 100 %; class folders belong directly below the split"
@@ -119,19 +121,26 @@ def open_source(
         train: The training or the held-out part (of the two embedded sets).
         mode: PIL mode, for what timm itself decodes.
         data_dir: Where the files are.
-        split: Split name for everything but the two embedded sets.
+        split: Split name; of the two embedded sets one of `PARTS`.
         **options: More arguments of ``create_dataset``.
 
     Returns:
         A `Source`, a `ShardReader`, or timm's own iterable data set.
+
+    Raises:
+        UserError: There is no such data set, or it has no such split.
     """
     path = Path(data_dir).expanduser() if data_dir else None
     options = {key: value for key, value in options.items() if value is not None}
     refuse_keys(name or "--data-dir", options)
-    if name == "digits":
-        return digits(train)
-    if name == "fashion_mnist":
-        return fashion_mnist(train, path)
+    if name in ("digits", "fashion_mnist"):
+        if split is not None and split not in PARTS[train]:
+            flag = "--train-split" if train else "--val-split"
+            raise UserError(
+                f"{flag} {split}: {name} has one part to train on and one held out; leave {flag} "
+                "out"
+            )
+        return digits(train) if name == "digits" else fashion_mnist(train, path)
     if split is None:
         split = "train" if train else "validation"
     return open_other(name or "", path, split, mode, **({"is_training": train} | options))

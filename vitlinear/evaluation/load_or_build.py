@@ -46,7 +46,8 @@ def load_or_build(
             pretrained=model.pretrained,
             num_classes=model.num_classes,
             in_chans=input.channels,
-            **{**input.sizes(), **model.model_kwargs},
+            sizes=input.sizes(),
+            **model.model_kwargs,
         ).eval()
     asked = {**input.given(), "model_kwargs": model.model_kwargs}
     if card is None:

@@ -58,7 +58,7 @@ def read(
     shapes: Shapes,
     dataset: str | None = None,
     data_dir: str | None = None,
-    train_split: str = "train",
+    train_split: str | None = None,
     calibration_images: int = IMAGES,
 ) -> Calibration:
     """Reads images to calibrate on, drawn at random but always the same; of a stream, the first.
@@ -68,7 +68,7 @@ def read(
         shapes: Sizes that the program takes.
         dataset: As ``vitlinear train`` takes it; by default the card's, unless there is a folder.
         data_dir: Where the data set lies; without one, any folder with images in it or below.
-        train_split: Of the data set.
+        train_split: Of the data set; ``'train'`` by default. A folder has none.
         calibration_images: How many to calibrate on, at most.
 
     Raises:
@@ -88,8 +88,14 @@ def read(
     total = calibration_images + HELD_OUT
     name = dataset or (None if data_dir else card.dataset)
     if name is not None:
-        source = f"{name} ({train_split})"
-        images = _of_dataset(name, data_dir, train_split, mode, transform, total)
+        split = "train" if train_split is None else train_split
+        source = f"{name} ({split})"
+        images = _of_dataset(name, data_dir, split, mode, transform, total)
+    elif train_split is not None:
+        raise UserError(
+            f"--train-split {train_split} is for --dataset: of a folder, give the one that holds "
+            "the images as --data-dir"
+        )
     elif data_dir is not None:
         source = data_dir
         images = _of_folder(data_dir, mode, transform, total)

@@ -218,11 +218,18 @@ def _load(source: SourceConfig) -> tuple[nn.Module, Card]:
         model = build_model(
             source.model,
             pretrained=source.pretrained,
-            img_size=source.img_size,
+            sizes={"img_size": source.img_size},
             **chosen,
             **source.model_kwargs,
         ).eval()
     if card is not None:
+        height, width = card.data_config.input_size[1:]
+        if source.img_size is not None and not height == width == source.img_size:
+            raise UserError(
+                f"checkpoint {source.checkpoint} is of a model for images of {height}x{width}, not "
+                f"of --img-size {source.img_size}: leave it out; --height and --width choose the "
+                "sizes that the program takes"
+            )
         return model, card
     config = data_config(model, {"img_size": source.img_size} if source.img_size else {})
     channels = config.input_size[0]
@@ -253,6 +260,8 @@ def _origin(source: SourceConfig, model: nn.Module) -> dict[str, str]:
     if source.pretrained:
         cfg = model.pretrained_cfg
         name = f"{cfg['architecture']}.{cfg['tag']}"  # type: ignore[index]
+        if model.num_classes not in (0, cfg["num_classes"]):  # type: ignore[index]
+            name += f", with a {RANDOM} classifier of {model.num_classes} classes"
         return {"weights": name, "license": cfg.get("license") or NONE_STATED}  # type: ignore[operator, union-attr]
     return {"weights": RANDOM, "license": "not applicable: random weights"}
 

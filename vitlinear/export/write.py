@@ -132,15 +132,21 @@ def _write_onnx(
     model: nn.Module, shapes: Shapes, card: Card, metadata: Mapping[str, str], path: Path
 ) -> None:
     example = shapes.example().to(next(model.parameters()).dtype)
-    program = torch.onnx.export(
-        _trace(model, shapes, example),
-        (example,),
-        input_names=["images"],
-        output_names=["logits"],
-        dynamic_shapes={"x": shapes.dynamic},  # for their names alone
-        dynamo=True,
-        verbose=False,
-    )
+    try:
+        program = torch.onnx.export(
+            _trace(model, shapes, example),
+            (example,),
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes={"x": shapes.dynamic},  # for their names alone
+            dynamo=True,
+            verbose=False,
+        )
+    except torch.onnx.OnnxExporterError as error:
+        raise UserError(
+            f"torch.onnx makes no ONNX of this model; --format torch-export needs none: "
+            f"{one_line(error)[:300]}"
+        ) from error
     assert program is not None
     onnx_file.save(program.model_proto, path, metadata)
 

@@ -54,7 +54,6 @@ def make_model(
         UserError: There is no such model, or it does not take these arguments.
     """
     arguments: dict[str, Any] = {
-        **input.sizes(),
         "drop_rate": regularisation.drop,
         "drop_path_rate": regularisation.drop_path,
         **config.model_kwargs,
@@ -64,6 +63,7 @@ def make_model(
         pretrained=config.pretrained,
         num_classes=num_classes,
         in_chans=input.channels,
+        sizes=input.sizes(),
         **arguments,
     )
 

@@ -35,7 +35,7 @@ def of_model(
     """
     found: list[Workload] = []
     for size in sizes:
-        model = build_model(name, img_size=size).to(dtype)
+        model = build_model(name, sizes={"img_size": size}).to(dtype)
         channels = getattr(model, "in_chans", 3)
         images = (batch_at(batch, size, sizes), channels, size, size)
         try:

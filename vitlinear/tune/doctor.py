@@ -172,7 +172,7 @@ def _can_write(folder: Path) -> bool:
 def _model(config: DoctorConfig, device: torch.device) -> object:
     """The backend report of the model that was asked for."""
     assert config.model is not None
-    model = build_model(config.model, img_size=config.size)
+    model = build_model(config.model, sizes={"img_size": config.size})
     model = model.to(device, getattr(torch, config.dtype)).train(config.training)
     size = config.size or data_config(model, {}).input_size[-1]
     channels = int(getattr(model, "in_chans", 3))
