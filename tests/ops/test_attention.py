@@ -11,8 +11,9 @@ from tests.golden import relative_error
 from tests.ops.inputs import ATTENTIONS, BACKENDS, Inputs, attend, make_inputs, oracle
 from tests.pairwise import pairwise
 from vitlinear import ops
-from vitlinear.ops import naive
+from vitlinear.ops import attention, naive, precision
 from vitlinear.ops.rotary import RotaryTables
+from vitlinear.ops.terms import Terms
 
 # Root-mean-square error against the oracle, as a ratio, for outputs and gradients.
 CEILING = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -488,6 +489,63 @@ def test_bad_input_is_named(message):
         with pytest.raises(ValueError) as caught:
             ops.softmax_attention(**arguments)
         assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("place", ["k", "v", "key_padding_mask", "head_scale", "gate", "rows"])
+def test_tensors_on_another_device_are_named(place):
+    """Kernels would read another GPU's memory, or fail."""
+    q, tables = torch.randn(1, 6, 2, 8), ops.rotary_tables(2, 3, 8)
+    given = {
+        "k": q.clone(), "v": q.clone(), "key_padding_mask": torch.zeros(1, 6, dtype=torch.bool),
+        "head_scale": torch.ones(2), "gate": q.clone(), "rows": tables.rows,
+    }  # fmt: skip
+
+    def attend(given):
+        rows = given["rows"]
+        rest = {key: given[key] for key in ("key_padding_mask", "head_scale", "gate")}
+        return ops.linear_attention(
+            q, given["k"], given["v"], rotary=RotaryTables(rows, tables.cols), **rest
+        )
+
+    elsewhere = given | {place: given[place].to("meta")}
+    message = f"{place} must be on the device of q, cpu, and is on meta"
+    with pytest.raises(ValueError, match=message):
+        attend(elsewhere)
+
+
+def test_signs_that_are_not_in_memory_yet():
+    numbers = torch.randn(1, 6, 2, 8, dtype=torch.cfloat)
+    q = numbers.conj().imag
+    assert q.is_neg() and attention.known(q, q, q, "elu", Terms()) is None
+    state = ops.linear_attention_state(q, q, backend="library")
+    out = ops.linear_attention(q, q, q, gate=q, backend="library")
+    plain = q.resolve_neg()
+    torch.testing.assert_close(out, ops.linear_attention(plain, plain, plain, gate=plain))
+    torch.testing.assert_close(state.state, ops.linear_attention_state(plain, plain).state)
+
+
+SETTINGS = {
+    "cuda.matmul": lambda value: setattr(torch.backends.cuda.matmul, "fp32_precision", value),
+    "mkldnn.matmul": lambda value: setattr(torch.backends.mkldnn.matmul, "fp32_precision", value),
+    "all": lambda value: setattr(torch.backends, "fp32_precision", value),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_any_setting_of_float32_products(setting):
+    """PyTorch's older getter raises an error after the newer setters."""
+    q = torch.randn(1, 6, 2, 8)
+    try:
+        SETTINGS[setting]("tf32")
+        out = ops.linear_attention(q, q, q)
+        state = ops.linear_attention_state(q, q)
+        ops.read_linear_attention_state(q, state)
+        assert precision.takes_tf32() == (setting != "mkldnn.matmul")
+        compiled = torch.compile(ops.linear_attention, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(q, q, q), out)
+    finally:
+        SETTINGS[setting]("none")
+    assert not precision.takes_tf32()
 
 
 @pytest.mark.quick

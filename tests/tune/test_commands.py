@@ -5,6 +5,7 @@ import torch
 
 from vitlinear.ops import Workload, measurements
 from vitlinear.tune import calls, measure
+from vitlinear.tune import command as tune
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
@@ -52,6 +53,38 @@ def test_doctor_without_a_gpu(command, monkeypatch, tmp_path):
     monkeypatch.setattr("vitlinear.ops.backend._from_environment", "library")
     assert "takes library: set by VITLINEAR_BACKEND" in command("doctor").out
     assert "'test_vit' is a model of timm" in command("doctor", "test_vit").err
+
+
+@without_gpu
+@pytest.mark.parametrize("variable", ["BACKEND", "SELF_CHECK"])
+def test_doctor_finds_a_variable_that_nobody_knows(variable, command, monkeypatch):
+    name = "_from_environment" if variable == "BACKEND" else "_check_from_environment"
+    monkeypatch.setattr(f"vitlinear.ops.backend.{name}", "foo")
+    result = command("doctor")
+    assert result.code == 0, result.err
+    assert f"cannot decide: unknown VITLINEAR_{variable} value 'foo'; choose from: " in result.out
+    result = command("doctor", "test_ravlt", "--size", 64)
+    assert result.code == 2
+    assert result.err.startswith(f"error: unknown VITLINEAR_{variable} value 'foo'")
+
+
+def test_the_gpu_that_is_timed_is_the_one_that_was_asked_for(monkeypatch):
+    """Triton's timing records its events on the current device."""
+    used = []
+
+    class Enough(Exception):
+        pass
+
+    def works(config, dtype, device):
+        assert used == [device]
+        raise Enough
+
+    monkeypatch.setattr(tune, "choose_device", torch.device)
+    monkeypatch.setattr(tune, "_describe", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    monkeypatch.setattr(tune, "_works", works)
+    with pytest.raises(Enough):
+        tune.main(["--device", "cuda:1"])
 
 
 def test_bytes_of_a_call():

@@ -13,6 +13,8 @@ class HelpFormatter(argparse.HelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
+        if action.const is False:  # a flag that switches something off
+            return text
         if action.default in (None, False, "", [], {}, argparse.SUPPRESS) or "default" in text:
             return text
         return f"{text} (default: %(default)s)".strip()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from . import backend as decisions
 from . import registered as registered  # registers torch.ops.vitlinear.*
 from .backend import choose_backend, requested_backend
 from .mechanisms import Mechanism, get_mechanism
+from .precision import in_tf32
 from .rotary import RotaryTables
 from .terms import Terms
 from .tracing import is_looked_at
@@ -160,13 +162,20 @@ def examined(q: Tensor, k: Tensor, v: Tensor, mechanism: str, terms: Terms) -> E
     check_mechanism(q, row, terms.powers, v.shape[-1])
     check_key_weights(k, row, terms.key_weights)
     check_terms(q, terms, row.positions, v.shape[-1])
-    training = is_training(q, k, v)
+    training = is_training(terms, q, k, v)
     return Examined(row, Workload.of(q, mechanism, terms, training, v.shape[-1]))
 
 
-def is_training(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether a backward pass will follow."""
-    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+def is_training(terms: Terms, *others: Tensor | None) -> bool:
+    """Whether a backward pass will follow: one of a call's tensors wants a gradient.
+
+    Args:
+        terms: Of the call; kernels have no gradient of position tables.
+        *others: What it is given besides.
+    """
+    return torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (*others, *terms[2:])
+    )
 
 
 _known: dict[tuple[Any, ...], Examined] = {}
@@ -181,15 +190,19 @@ def known(q: Tensor, k: Tensor, v: Tensor, mechanism: str, terms: Terms) -> Exam
     """As `examined`, which looks but once at calls that are alike; None of what is not plain."""
     if type(q) not in PLAIN or type(k) not in PLAIN or type(v) not in PLAIN:
         return None
+    if q.is_neg() or k.is_neg() or v.is_neg():  # signs that are not in memory
+        return None
     given = facts_of_terms(terms)
     if given is None:
         return None
-    training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    with_gradients = torch.is_grad_enabled()
+    training = with_gradients and (q.requires_grad or k.requires_grad or v.requires_grad)
+    device = q.device
     key = (
-        mechanism, q.device, training, q.dtype, q.shape, k.dtype, k.shape, v.dtype,
-        v.shape, given,
+        mechanism, device, with_gradients, training, q.dtype, q.shape, k.dtype, k.shape, v.dtype,
+        v.shape, k.get_device(), v.get_device(), given,
         # Of which kernels depend.
-        torch.get_float32_matmul_precision() if q.dtype is torch.float32 else None,
+        in_tf32(q.dtype, device.type),
     )  # fmt: skip
     call = _known.get(key)
     if call is None:
@@ -217,9 +230,9 @@ def facts_of_terms(terms: Terms) -> tuple[Any, ...] | None:
         return None
     if head_scale is not None and type(head_scale) not in plain:
         return None
-    if lepe is not None and type(lepe) not in plain:
+    if lepe is not None and (type(lepe) not in plain or lepe.is_neg()):
         return None
-    if gate is not None and type(gate) not in plain:
+    if gate is not None and (type(gate) not in plain or gate.is_neg()):
         return None
     if powers is not None and type(powers) not in plain:
         return None
@@ -227,13 +240,18 @@ def facts_of_terms(terms: Terms) -> tuple[Any, ...] | None:
         return None
     return (
         tables,
-        None if mask is None else (mask.dtype, mask.shape),
-        None if head_scale is None else (head_scale.dtype, head_scale.shape),
-        None if lepe is None else (lepe.dtype, lepe.shape),
-        None if gate is None else (gate.dtype, gate.shape),
-        None if powers is None else (powers.dtype, powers.shape),
-        None if weights is None else (weights.dtype, weights.shape),
+        None if mask is None else (mask.dtype, mask.shape, mask.get_device()),
+        None if head_scale is None else facts_of_term(head_scale),
+        None if lepe is None else facts_of_term(lepe),
+        None if gate is None else facts_of_term(gate),
+        None if powers is None else facts_of_term(powers),
+        None if weights is None else facts_of_term(weights),
     )
+
+
+def facts_of_term(x: Tensor) -> tuple[Any, ...]:
+    """All of one term that a check of a call may depend on."""
+    return x.dtype, x.shape, x.get_device(), x.requires_grad
 
 
 # The position tables that were looked at last, and what was seen: the attentions of a stage are all
@@ -249,7 +267,9 @@ def facts_of_tables(rows: Tensor, cols: Tensor) -> tuple[Any, ...] | None:
         return last[2]
     if type(rows) not in PLAIN or type(cols) not in PLAIN:
         return None
-    facts = rows.dtype, cols.dtype, rows.shape, cols.shape
+    facts = (
+        rows.dtype, cols.dtype, rows.shape, cols.shape, rows.get_device(), cols.get_device(),
+    )  # fmt: skip
     _tables = rows, cols, facts
     return facts
 
@@ -342,6 +362,22 @@ def check_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(
             f"q, k and v must have one floating-point type, got {q.dtype}, {k.dtype}, {v.dtype}"
         )
+    check_device(q.device, {"k": k, "v": v})
+
+
+def check_device(device: torch.device, tensors: Mapping[str, Tensor | None]) -> None:
+    """Check that tensors, by their names, are where the queries are.
+
+    Kernels would read those of another GPU while they are still written.
+
+    Raises:
+        ValueError: One is not; the message names it.
+    """
+    for name, x in tensors.items():
+        if x is not None and x.device != device:
+            raise ValueError(
+                f"{name} must be on the device of q, {device}, and is on {x.device}: move it there"
+            )
 
 
 def check_mechanism(q: Tensor, mechanism: Mechanism, powers: Tensor | None, value_dim: int) -> None:
@@ -407,6 +443,7 @@ def check_terms(
     Raises:
         ValueError: Something does not fit; the message names it.
     """
+    check_device(q.device, terms.flatten()._asdict())
     if terms.rotary is not None:
         check_tables(q, terms.rotary, positions)
     mask = terms.key_padding_mask

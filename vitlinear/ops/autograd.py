@@ -34,13 +34,11 @@ def linear_attention(
         mechanism: The row of the table.
         terms: All that the attention is given besides.
         backend: One of those there.
-        training: Whether queries, keys or values want a gradient.
+        training: Whether any of these tensors wants a gradient.
         memo: As there.
     """
-    _, _, head_scale, lepe, gate, powers, key_weights = terms
-    if training or (
-        torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in terms[2:])
-    ):
+    if training:
+        _, _, head_scale, lepe, gate, powers, key_weights = terms
         return _apply(
             mechanism, terms, backend, memo, q, k, v, head_scale, lepe, gate, powers, key_weights
         )

@@ -26,14 +26,11 @@ def linear_attention_state(
         mechanism: The row of the table.
         terms: All that the state is given besides.
         backend: One of those there.
-        training: Whether keys or values want a gradient.
+        training: Whether any of these tensors wants a gradient.
         memo: As in `execution.forward`.
     """
-    powers, weights = terms.powers, terms.key_weights
-    if training or (
-        torch.is_grad_enabled()
-        and any(x is not None and x.requires_grad for x in (powers, weights))
-    ):
+    if training:
+        powers, weights = terms.powers, terms.key_weights
         return LinearAttentionState(*_state(mechanism, terms, backend, memo, k, v, powers, weights))
     return execution_states.state_forward(k, v, mechanism, terms, backend, memo)
 
@@ -50,14 +47,11 @@ def read_linear_attention_state(
         mechanism: The row of the table.
         terms: All that the read is given besides.
         backend: One of those there.
-        training: Whether queries or the state want a gradient.
+        training: Whether any of these tensors wants a gradient.
         memo: As in `execution.forward`.
     """
-    _, _, head_scale, lepe, gate, powers, *_ = terms
-    if training or (
-        torch.is_grad_enabled()
-        and any(x is not None and x.requires_grad for x in (head_scale, lepe, gate, powers))
-    ):
+    if training:
+        _, _, head_scale, lepe, gate, powers, *_ = terms
         return _read(
             mechanism, terms, backend, memo, q, state.state, state.norm, state.mean_v,
             head_scale, lepe, gate, powers,

@@ -22,13 +22,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 
-from vitlinear.errors import Notice
+from vitlinear.errors import Notice, UserError
 
 from . import gpu, kernel_cache, measurements
 from .tracing import under_a_mode, wants_common_operators
@@ -56,6 +56,20 @@ _has_triton = importlib.util.find_spec("triton") is not None
 
 class KernelError(RuntimeError):
     """A fused kernel did not compile or did not launch."""
+
+
+class VariableError(UserError, ValueError):
+    """An environment variable has a value that nobody knows."""
+
+    def __init__(self, name: str, value: str, known: Iterable[str]) -> None:
+        """Say so.
+
+        Args:
+            name: Of the variable.
+            value: Its value.
+            known: Those that it may have.
+        """
+        super().__init__(f"unknown {name} value {value!r}; choose from: {', '.join(known)}")
 
 
 class Choice(NamedTuple):
@@ -154,7 +168,9 @@ def requested_backend(requested: str = "auto") -> Choice:
     """
     if check_backend(requested) != "auto":
         return Choice(requested, "asked for by argument")
-    if check_backend(_from_environment, f"{ENVIRONMENT_VARIABLE} value") != "auto":
+    if _from_environment not in BACKENDS:
+        raise VariableError(ENVIRONMENT_VARIABLE, _from_environment, BACKENDS)
+    if _from_environment != "auto":
         return Choice(_from_environment, f"set by {ENVIRONMENT_VARIABLE}")
     return Choice("auto", "nothing asked for")
 
@@ -302,18 +318,15 @@ def check_mode() -> str:
     """The word of the environment on the self-check: one of `CHECKS`.
 
     Raises:
-        ValueError: Something else.
+        VariableError: Something else.
     """
     if _check_from_environment not in CHECKS:
-        raise ValueError(
-            f"unknown {CHECK_VARIABLE} value {_check_from_environment!r}; "
-            f"choose from: {', '.join(CHECKS)}"
-        )
+        raise VariableError(CHECK_VARIABLE, _check_from_environment, CHECKS)
     return _check_from_environment
 
 
 def check_kernels(kind: Kind, warn: bool = True) -> str:
-    """Run the self-check for a kind of call, and keep the verdict.
+    """Run the self-check for a kind of call, and keep the verdict if it ran to its end.
 
     Args:
         kind: The kind of call.
@@ -336,15 +349,21 @@ def check_kernels(kind: Kind, warn: bool = True) -> str:
                 stacklevel=2,
             )
         return "no memory"
-    except Exception as error:
-        failed = describe_error(error)
+    except Exception as error:  # may have another cause, which another process may not have
+        failed, ran = describe_error(error), False
+    else:
+        ran = True
     if failed:
         _failures[kind] = f"kernels failed their check here: {failed}"
         if warn:
             _warn_of_failure(kind, failed, device)
     else:
         _passed.add(kind)
-    kernel_cache.add(device, lambda known: known.checks.update({kind.label: failed}))
+    for each in (kind, kind._replace(training=False)):
+        for compiling in (False, True):
+            _rules.pop((each, compiling), None)
+    if ran:
+        kernel_cache.add(device, lambda known: known.checks.update({kind.label: failed}))
     return failed
 
 

@@ -1,9 +1,10 @@
 """The user's cache: what this machine has found out about the kernels, kept between processes.
 
-A file for each GPU, driver, Triton and version of the kernels, so that whatever changes makes all
-of it be found out anew. It holds verdicts of the self-check (`self_check`), measured times
-(`measurements`) and block sizes. Processes add to it under a lock, and it is replaced whole. A file
-that cannot be read or written costs one warning, and what it would have kept.
+A file for each GPU, driver, Triton and version of the code of `vitlinear.ops`, so that whatever
+changes makes all of it be found out anew. It holds verdicts of the self-check (`self_check`),
+measured times (`measurements`) and block sizes. Processes add to it under a lock, and it is
+replaced whole. A file that cannot be read or written costs one warning, and what it would have
+kept.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ except ImportError:  # Windows: files are still replaced whole, the last writer 
     fcntl = None  # type: ignore[assignment]
 
 FORMAT = 1
-SOURCES = Path(__file__).with_name("triton")
+SOURCES = Path(__file__).parent  # of kernels, of formulas, and of their comparison
 
 
 @dataclass
@@ -59,10 +60,11 @@ def folder() -> Path:
 
 @functools.cache
 def sources_hash() -> str:
-    """A hash of the code of the kernels and of how they are launched."""
+    """A hash of the code of the kernels, and of what they are compared with."""
     total = hashlib.sha256()
-    for path in sorted(SOURCES.glob("*.py")):
-        total.update(path.name.encode() + b"\0" + path.read_bytes())
+    for path in sorted(SOURCES.rglob("*.py")):
+        name = path.relative_to(SOURCES).as_posix()
+        total.update(name.encode() + b"\0" + path.read_bytes())
     return total.hexdigest()[:12]
 
 

@@ -36,6 +36,7 @@ class Measurement(NamedTuple):
         compiled_ms: Of the eager formula under `torch.compile`; None if it was not measured.
         value_dim: Channels of a value; 0 for D.
         full_width: Whether rotary tables turned all heads side by side.
+        tf32: Whether float32 products were in TF32.
     """
 
     mechanism: str
@@ -51,6 +52,7 @@ class Measurement(NamedTuple):
     compiled_ms: float | None = None
     value_dim: int = 0
     full_width: bool = False
+    tf32: bool = False
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Measurement:
@@ -80,10 +82,10 @@ class Measurement(NamedTuple):
     def is_of(self, kind: Kind) -> bool:
         """Whether it is about calls of this kind."""
         same = self.mechanism, self.head_dim, self.terms, self.training
-        widths = self.value_dim, self.full_width
+        others = self.value_dim, self.full_width, self.tf32
         return (
             same == (kind.mechanism, kind.head_dim, kind.terms, kind.training)
-            and widths == (kind.value_dim, kind.full_width)
+            and others == (kind.value_dim, kind.full_width, kind.tf32)
             and self.dtype == str(kind.dtype).removeprefix("torch.")
         )
 

@@ -217,6 +217,8 @@ def _formula(
     tokens = eager.prepare(q, k, v, row, terms, own=False)
     heads_first = grad.transpose(1, 2).to(eager.accumulation_dtype(q.dtype))
     grads = backward.linear_attention_backward(heads_first, tokens, row, state)
+    if terms.lepe is None:  # the formula has it wherever there is a gate
+        grads = grads._replace(lepe=None)
     for name, value in _named(grads):
         if value.dim() == 4:
             value = eager.saturate(value.transpose(1, 2), q.dtype).to(q.dtype)

@@ -19,6 +19,7 @@ from .attention import (
     PLAIN,
     Examined,
     check_derivatives,
+    check_device,
     check_mechanism,
     check_tables_gradient,
     check_terms,
@@ -26,11 +27,13 @@ from .attention import (
     chosen_for,
     examined,
     facts_of_terms,
+    is_training,
     known,
     mask_of_lengths,
 )
 from .attention_state import LinearAttentionState
 from .mechanisms import Mechanism, get_mechanism
+from .precision import in_tf32
 from .rotary import RotaryTables
 from .terms import Terms
 from .tracing import is_looked_at
@@ -198,15 +201,8 @@ def _examined(
     check_state(q, state, mechanism, terms.rotary is not None)
     check_mechanism(q, mechanism, terms.powers, values)
     check_terms(q, terms, mechanism.positions, values)
-    training = _is_training(q, state)
+    training = is_training(terms, q, *state[:3])
     return Examined(mechanism, Workload.of(q, mechanism.name, terms, training, values))
-
-
-def _is_training(q: Tensor, state: LinearAttentionState) -> bool:
-    """Whether a backward pass will follow."""
-    return torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (q, *state[:3])
-    )
 
 
 _known_reads: dict[tuple[Any, ...], Examined] = {}
@@ -223,20 +219,24 @@ def _known(
         return None
     if mean_v is not None and type(mean_v) not in PLAIN:
         return None
+    if q.is_neg():
+        return None
     given = facts_of_terms(terms)
     if given is None:
         return None
-    training = torch.is_grad_enabled() and (
+    with_gradients = torch.is_grad_enabled()
+    training = with_gradients and (
         q.requires_grad
         or sums.requires_grad
         or (norm is not None and norm.requires_grad)
         or (mean_v is not None and mean_v.requires_grad)
     )
+    device = q.device
     key = (
-        mechanism.name, q.device, training, q.dtype, q.shape, sums.dtype, sums.shape, given,
-        torch.get_float32_matmul_precision() if q.dtype is torch.float32 else None,
-        None if norm is None else (norm.dtype, norm.shape),
-        None if mean_v is None else (mean_v.dtype, mean_v.shape),
+        mechanism.name, device, with_gradients, training, q.dtype, q.shape, sums.dtype, sums.shape,
+        sums.get_device(), given, in_tf32(q.dtype, device.type),
+        None if norm is None else (norm.dtype, norm.shape, norm.get_device()),
+        None if mean_v is None else (mean_v.dtype, mean_v.shape, mean_v.get_device()),
     )  # fmt: skip
     call = _known_reads.get(key)
     if call is None:
@@ -275,5 +275,6 @@ def check_state(
                 f"{name} of the state must be [{expected}] for q of shape {tuple(q.shape)} and "
                 f"mechanism {mechanism.name!r}, got {tuple(x.shape)}"
             )
+        check_device(q.device, {f"{name} of the state": x})
         if x.dtype != dtype:
             raise ValueError(f"{name} of the state must be {dtype} for {q.dtype}, got {x.dtype}")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .mechanisms import get_mechanism
+from .precision import in_tf32
 from .rotary import is_full_width
 from .terms import Terms
 
@@ -25,6 +26,7 @@ class Kind(NamedTuple):
         training: Whether a backward pass will follow.
         value_dim: Channels of a value; 0 for D.
         full_width: Whether rotary tables turn all heads side by side.
+        tf32: Whether float32 products are in TF32, which other kernels make.
     """
 
     device: str
@@ -36,6 +38,7 @@ class Kind(NamedTuple):
     training: bool
     value_dim: int = 0
     full_width: bool = False
+    tf32: bool = False
 
     @property
     def terms(self) -> tuple[str, ...]:
@@ -46,8 +49,8 @@ class Kind(NamedTuple):
     def label(self) -> str:
         """A name that does not depend on the device: ``rala bfloat16 64 rotary+gate training``."""
         dtype = str(self.dtype).removeprefix("torch.")
-        if self.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
-            dtype += "-tf32"  # other products
+        if self.tf32:
+            dtype += "-tf32"
         if self.value_dim:
             dtype += f" values-{self.value_dim}"
         terms = "+".join(self.terms) or "plain"
@@ -73,6 +76,7 @@ class Workload(NamedTuple):
         training: Whether a backward pass will follow.
         value_dim: Channels of a value; 0 for D.
         full_width: Whether rotary tables turn all heads side by side.
+        tf32: Whether float32 products are in TF32, which other kernels make.
     """
 
     device: str
@@ -87,6 +91,7 @@ class Workload(NamedTuple):
     training: bool = False
     value_dim: int = 0
     full_width: bool = False
+    tf32: bool = False
 
     @classmethod
     def of(
@@ -112,6 +117,7 @@ class Workload(NamedTuple):
         return cls(
             device.type, q.dtype, length, dim, mechanism, batch, heads,
             device.index, given, training, 0 if value_dim == dim else value_dim, full_width,
+            in_tf32(q.dtype, device.type),
         )  # fmt: skip
 
     @property
@@ -119,7 +125,7 @@ class Workload(NamedTuple):
         """The kind of call: all of it that does not depend on the number of tokens."""
         return Kind(
             self.device, self.device_index, self.mechanism, self.dtype, self.head_dim,
-            self.given, self.training, self.value_dim, self.full_width,
+            self.given, self.training, self.value_dim, self.full_width, self.tf32,
         )  # fmt: skip
 
     @property

@@ -60,7 +60,7 @@ def parse_arguments(argv: Sequence[str] | None, prog: str = "vitlinear tune") ->
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of q, k and v")
     parser.add_argument("--device", default="cuda", metavar="DEV", help="such as cuda:1")
     parser.add_argument(
-        "--no-compiled", dest="compiled", action="store_false", default=True,
+        "--no-compiled", dest="compiled", action="store_false",
         help="leave out torch.compile, which takes longest",
     )  # fmt: skip
     parser.add_argument(
@@ -79,6 +79,8 @@ def main(argv: Sequence[str] | None, prog: str = "vitlinear tune") -> None:
     device = choose_device(config.device)
     dtype = getattr(torch, config.dtype)
     here = _describe(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # the one whose time Triton takes
     works = _works(config, dtype, device)
     failed = _check(works, dtype, device)
     bandwidth = measure.copy_bandwidth(device)

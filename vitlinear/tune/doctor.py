@@ -116,7 +116,11 @@ def _backends(device: torch.device) -> Iterator[str]:
 
 
 def _automatic(device: torch.device) -> Iterator[str]:
-    choice = backend.requested_backend()
+    try:
+        choice, checked = backend.requested_backend(), backend.check_mode()
+    except backend.VariableError as error:
+        yield f"cannot decide: {error}"
+        return
     if choice.backend != "auto":
         yield f"takes {choice.backend}: {choice.reason}"
         return
@@ -140,7 +144,7 @@ def _automatic(device: torch.device) -> Iterator[str]:
         "once": "checks each kind of call once, at its first call",
         "always": f"checks each kind of call in each process ({backend.CHECK_VARIABLE})",
         "0": f"checks nothing ({backend.CHECK_VARIABLE})",
-    }[backend.check_mode()]
+    }[checked]
 
 
 def _cache(device: torch.device) -> Iterator[str]:
@@ -176,6 +180,7 @@ def _model(config: DoctorConfig, device: torch.device) -> object:
     model = model.to(device, getattr(torch, config.dtype)).train(config.training)
     size = config.size or data_config(model, {}).input_size[-1]
     channels = int(getattr(model, "in_chans", 3))
+    backend.requested_backend(), backend.check_mode()  # raise what is no fault of the model
     try:
         return backend_report(model, (config.batch_size, channels, size, size))
     except (ValueError, RuntimeError) as error:

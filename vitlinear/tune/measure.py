@@ -91,6 +91,7 @@ class Timed:
             self.milliseconds.get("compiled"),
             work.value_dim,
             work.full_width,
+            work.tf32,
         )
 
     def share(self, bandwidth: float) -> float | None:

@@ -109,7 +109,9 @@ def band_attention(
         check_tokens(q, k, v)
         check_key_weights(k, mechanism, all_of_it.key_weights)
         check_terms(q, all_of_it, mechanism.positions)
-        chosen = runs_on(backend, q, attn_type, all_of_it, v.shape[-1], is_training(q, k, v))
+        chosen = runs_on(
+            backend, q, attn_type, all_of_it, v.shape[-1], is_training(all_of_it, q, k, v)
+        )
         if chosen != "eager":
             return _by_states(band, q, k, v, mechanism, all_of_it, chosen)
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..mechanisms import Mechanism
+from ..precision import takes_tf32
 from ..terms import Terms
 from . import backward_kernels, forward_kernels, tuning
 from .memory import Layout
@@ -374,7 +375,7 @@ _prepared: dict[tuple[Any, ...], Call] = {}
 def prepared(q: Tensor, v: Tensor, mechanism: Mechanism, terms: Terms) -> Call:
     """The prepared call of this kind, made when it is the first."""
     # `make_plan` looks at the setting of products in float32.
-    precision = torch.get_float32_matmul_precision() if q.dtype == torch.float32 else None
+    precision = takes_tf32() if q.dtype == torch.float32 else None
     given = tuple([x is not None for x in terms])
     # Of the width of the tables it depends whether they turn the heads side by side.
     angles = None if terms.rotary is None else terms.rotary.rows.shape[1]

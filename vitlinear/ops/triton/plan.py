@@ -12,6 +12,7 @@ from triton.compiler.compiler import make_backend
 from triton.runtime import driver
 
 from ..mechanisms import Mechanism
+from ..precision import takes_tf32
 from ..terms import Terms
 from .blocks import INTERPRETING
 
@@ -242,7 +243,7 @@ def make_plan(
     sums, reads = PRECISIONS[dtype]
     if INTERPRETING:  # which multiplies in float32 whatever it is told, bfloat16 wrongly
         sums = reads = "ieee"
-    elif dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+    elif dtype == torch.float32 and takes_tf32():
         sums = reads = "tf32"
     sums, reads = _for_target(sums), _for_target(reads)
     tables = terms.rotary

@@ -284,6 +284,69 @@ def test_seeds_count_for_their_own_gpu_alone(device, monkeypatch, tmp_path):
     measurements.seeds.cache_clear()
 
 
+def test_a_check_that_ran_into_something_else_is_not_kept(device, monkeypatch):
+    """No compiler, or an error of the user's own work on the GPU: another process asks again."""
+
+    def fails(kind):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(self_check, "failure", fails)
+        with pytest.warns(UserWarning, match="device-side assert triggered"):
+            attend(call(32))
+    assert kernel_cache.known(device.gpu).checks == {}
+    assert "device-side assert" in choice().reason, "not again in this process"
+    backend.forget()
+    attend(call(32))
+    assert kernel_cache.known(device.gpu).checks == {"mala float32 8 plain inference": ""}
+
+
+@pytest.fixture
+def precision():
+    """PyTorch's setting of float32 products, as it is at the start afterwards."""
+    yield torch.backends.cuda.matmul
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.fp32_precision = "none"
+
+
+def test_kernels_in_tf32_are_others(device, precision):
+    attend(call(32))
+    assert choice().backend == "triton"
+    torch.set_float32_matmul_precision("high")
+    tf32 = work()._replace(tf32=True)
+    seen = []
+    with backend.observed(seen.append):
+        attend(call(32))
+    assert seen == [tf32] and tf32.kind.label == "mala float32-tf32 8 plain inference"
+    labels = set(kernel_cache.known(device.gpu).checks)
+    assert labels == {"mala float32 8 plain inference", tf32.kind.label}, "checked on its own"
+    write_rows(device, {"length": 8, "triton_ms": 2.0, "eager_ms": 1.0, "tf32": True})
+    assert choice().backend == "triton"
+    assert ops.choose_backend("auto", tf32, may_check=False).backend == "eager"
+
+
+def test_one_call_before_compiling_checks_what_is_compiled_later(device):
+    kind = work().kind
+    with pytest.warns(UserWarning, match="have not been checked"):
+        rule = backend._rule_of_a_program(kind)
+    assert rule.choice(64).backend == "eager"
+    attend(call(32))
+    assert backend._rule_of_a_program(kind).choice(64).backend == "triton"
+
+
+@pytest.mark.parametrize("term", ["head_scale", "lepe", "gate"])
+def test_a_term_alone_that_learns_is_training(device, term):
+    """Its gradient is made by kernels that a check of inference does not run."""
+    q, k, v, other = call(32).projection.detach().unbind(2)
+    values = torch.ones(2) if term == "head_scale" else other.clone()
+    ops.linear_attention(
+        q, k, v, mechanism="mala", **{term: values.requires_grad_()}
+    ).sum().backward()
+    assert values.grad is not None
+    (label,) = kernel_cache.known(device.gpu).checks
+    assert label == f"mala float32 8 {term} training"
+
+
 def test_shipped_seeds_can_be_read():
     from vitlinear.ops import measurements
 
