@@ -40,7 +40,8 @@ class Stopped(Exception):
 class StopSignals:
     """Context manager that takes note of signals instead of dying of them.
 
-    A second signal of the same kind does what it would have done without us.
+    A second Ctrl-C does what it would have done without us. Other signals may come twice where both
+    the processes and their launcher are told to end.
     """
 
     def __init__(self) -> None:
@@ -68,8 +69,8 @@ class StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
-        signal.signal(number, self._before[number])
         if number == signal.SIGINT:
+            signal.signal(number, self._before[number])
             os.write(2, HINT)  # a handler may interrupt a print, and must not print itself
 
     def agreed(self, device: torch.device, updates: int | None = None) -> int:

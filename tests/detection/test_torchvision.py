@@ -232,6 +232,17 @@ def test_batching_changes_no_detection(make):
 
 
 @pytest.mark.parametrize("make", [retinanet, mask_rcnn])
+def test_boxes_are_in_the_coordinates_of_the_image(make):
+    """Of an image that is resized; a detector keeps the mode that it was in."""
+    plain = random(make(side=64))
+    masked = mask_padding(copy.deepcopy(plain))
+    image = torch.rand(3, 32, 32).double()  # twice as large when it is looked at
+    with torch.no_grad():
+        torch.testing.assert_close(masked([image]), plain([image]))
+    assert mask_padding(make(side=64).train()).transform.training
+
+
+@pytest.mark.parametrize("make", [retinanet, mask_rcnn])
 def test_masking_twice_is_masking_once(make):
     once = mask_padding(random(make(side=64)))
     twice = mask_padding(copy.deepcopy(once))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor, is_tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -346,3 +347,58 @@ def test_gradcheck(name):
     q, k, v, x = tokens(grid, batch=1)
     inputs = [t.requires_grad_() for t in (q, k, v)]
     assert torch.autograd.gradcheck(lambda *t: mixer(*t, grid, x), inputs, rtol=1e-4, atol=1e-5)
+
+
+def drawn(name: str, seed: int) -> dict[str, Tensor]:
+    torch.manual_seed(seed)
+    return dict(create_attention(name, HEADS * DIM, HEADS).mixer.named_parameters())
+
+
+def fixed(name: str) -> dict[str, Tensor]:
+    """Initial values of a mixer's parameters that are the same whatever the seed."""
+    first, second = drawn(name, 0), drawn(name, 1)
+    return {key: value for key, value in first.items() if torch.equal(value, second[key])}
+
+
+def in_a_model(name: str, **kwargs: Any) -> Any:
+    return timm.create_model(
+        "test_linear_deit", attention=name, embed_dim=HEADS * DIM, num_heads=HEADS, **kwargs
+    )
+
+
+@each
+def test_models_leave_the_initial_values_of_mixers(name):
+    """A model gives all linear layers and convolutions the same values, but for these."""
+    expected = fixed(name)
+    for block in in_a_model(name, depth=2).blocks:
+        for key, value in block.attn.mixer.named_parameters():
+            if key in expected:
+                torch.testing.assert_close(value, expected[key], msg=key)
+
+
+@each
+def test_init_weights_after_to_empty(name):
+    model = in_a_model(name, depth=1, device="meta").to_empty(device="cpu")
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data.fill_(float("nan") if tensor.is_floating_point() else -1)
+    model.init_weights()
+    expected = fixed(name)
+    for key, value in model.blocks[0].attn.mixer.state_dict().items():
+        assert value.isfinite().all(), key
+        if key in expected:
+            torch.testing.assert_close(value, expected[key], msg=key)
+
+
+def test_routing_is_recomputed_with_the_centroids_of_its_forward_pass():
+    """Which a training step moves: backward would gather other tokens, without a word."""
+    found = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        spec = {"name": "routing", "momentum": 0.1, "clusters": 3}
+        model = in_a_model(spec, depth=2).train()
+        spread(model)
+        model.set_grad_checkpointing(checkpointing)
+        model(normal(2, 3, 64, 64, dtype=torch.float32)).square().sum().backward()
+        grads = {key: value.grad for key, value in model.named_parameters()}
+        found.append(grads | dict(model.named_buffers()))
+    torch.testing.assert_close(found[0], found[1])

@@ -10,7 +10,11 @@ import torch
 
 import vitlinear
 from vitlinear.errors import UserError
+from vitlinear.ops.attention_state import LinearAttentionState
+from vitlinear.streaming import PCA
 from vitlinear.streaming import run as running
+from vitlinear.streaming.peers import moved
+from vitlinear.streaming.sums import Pieces
 
 pytestmark = pytest.mark.usefixtures("all_memory_free")
 
@@ -43,6 +47,25 @@ def count_bands(monkeypatch, stop_after=None):
 
     monkeypatch.setattr(running, "run_band", counted)
     return bands
+
+
+def test_components_of_another_map_are_another_run(model, image, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        count_bands(patched, stop_after=20)
+        with pytest.raises(Stop):
+            vitlinear.stream(model, image, output=PCA("features"), workdir=tmp_path, band_rows=1)
+    with pytest.raises(UserError, match="holds what another call of stream has begun"):
+        vitlinear.stream(model, image, output=PCA(0), workdir=tmp_path, band_rows=1)
+
+
+def test_tensors_move_wherever_they_are_kept():
+    """What was pickled on one GPU is used on another."""
+    value = {"a": [torch.ones(2), (None, 3)], "b": Pieces(1, [[torch.ones(1)]]), "c": "text"}
+    there = moved(value, "meta")
+    assert there["a"][0].is_meta and there["b"].pieces[0][0].is_meta
+    assert there["a"][1] == (None, 3) and there["b"].axis == 1 and there["c"] == "text"
+    state = LinearAttentionState(torch.ones(2))
+    assert type(moved(state, "meta")) is LinearAttentionState
 
 
 @pytest.mark.parametrize("name", ["test_ravlt", "test_ravlt_linear", "test_inline_deit"])

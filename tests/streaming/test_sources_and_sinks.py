@@ -7,6 +7,7 @@ import torch
 
 import vitlinear
 from vitlinear.errors import UserError
+from vitlinear.streaming import PCA
 from vitlinear.streaming import run as running
 from vitlinear.streaming.sources import open_source
 
@@ -266,6 +267,27 @@ def test_cog_keeps_its_place_on_the_earth(model, features, tmp_path):
         assert np.array_equal(file.read(), features[0])
         assert file.tags(ns="IMAGE_STRUCTURE")["LAYOUT"] == "COG" and np.isnan(file.nodata)
     assert {file.name for file in tmp_path.iterdir()} == {"scene.tif", "map.tif"}
+
+
+def test_principal_components_keep_their_place_on_the_earth(model, tmp_path):
+    """300 rows are no multiple of 32: the map reaches beyond the image."""
+    rasterio = pytest.importorskip("rasterio")
+    transform = rasterio.transform.from_origin(500000, 4600000, 10, 10)
+    profile = {"driver": "GTiff", "dtype": "uint8", "count": 3, "height": 300, "width": 70}
+    profile |= {"crs": "EPSG:32633", "transform": transform}
+    with rasterio.open(tmp_path / "scene.tif", "w", **profile) as file:
+        file.write(PIXELS.transpose(2, 0, 1))
+    vitlinear.stream(model, tmp_path / "scene.tif", tmp_path / "map.tif", output=PCA("features"))
+    with rasterio.open(tmp_path / "map.tif") as file:
+        assert (file.height, file.transform) == (10, transform * transform.scale(32, 32))
+
+
+def test_a_memory_map_that_copies_what_is_written_keeps_it(model, tmp_path):
+    np.save(tmp_path / "image.npy", PIXELS.astype(np.float32))
+    image = np.load(tmp_path / "image.npy", mmap_mode="c")
+    image -= 100
+    vitlinear.stream(model, image, output=1, band_rows=2)
+    assert np.array_equal(image, PIXELS.astype(np.float32) - 100)
 
 
 def test_command(command, tmp_path, features, model):

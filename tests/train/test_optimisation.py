@@ -1,5 +1,6 @@
 """Learning rates, weight decay and averaging: flags against numbers worked out by hand."""
 
+import functools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from tests.train.helpers import tiny_flags
 from vitlinear.errors import UserError
+from vitlinear.train import epochs as epochs_of_a_run
 from vitlinear.train import run
 from vitlinear.train.average import ema_decay
 from vitlinear.train.config import TrainConfig
@@ -241,6 +243,29 @@ def test_no_schedule_at_all_is_refused(folder: Path, tmp_path: Path, more: list[
     """timm applies layer decay and warm-up in its schedules alone."""
     with pytest.raises(UserError, match="--layer-decay out without a word: use --sched constant"):
         set_up(tiny_run(folder, tmp_path / "run", "--sched", "none", "--lr", 1e-3, *more))
+
+
+@pytest.mark.parametrize("name", ["step", "multistep", "constant"])
+def test_a_cool_down_that_a_schedule_does_not_have(name: str) -> None:
+    config = configured(*SCHEDULE, "--sched", name).schedule
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1e-3)
+    with pytest.raises(UserError, match=f"--sched {name} has no cool-down: leave --cooldown"):
+        make_schedule(config, optimizer, 2, 12)
+
+
+def test_an_optimiser_that_wants_second_derivatives() -> None:
+    config = configured("--opt", "adahessian").optimiser
+    with pytest.raises(UserError, match="--opt adahessian needs second derivatives"):
+        make_optimizer(config, torch.nn.Linear(2, 2), 1e-3)
+
+
+@pytest.mark.parametrize("metric", ["loss", "top1"])
+def test_what_is_not_a_number_is_never_the_best(metric: str) -> None:
+    better = functools.partial(epochs_of_a_run._better, metric=metric)
+    assert better(0.5, math.nan) and not better(math.nan, 0.5) and not better(math.nan, math.nan)
+    assert better(0.1, 0.2) == (metric == "loss")
+    row = {"epoch": 1, f"eval_{metric}": math.nan, f"ema_{metric}": 0.5}
+    assert epochs_of_a_run._best_of(row, metric)["weights"] == "ema"
 
 
 def test_warm_up_of_a_part_of_an_epoch() -> None:

@@ -227,6 +227,8 @@ def test_resuming_refuses_another_run(folder: Path, tmp_path: Path) -> None:
     train(folder, path, "--epochs", 2, "--stop-epoch", 1)
     for flags, message in (
         (("--seed", 7), "with seed 7: it was started with 42"),
+        (("--eval-metric", "loss"), "with eval_metric loss: it was started with top1"),
+        (("--freeze", "stem"), r"with freeze \['stem'\]: it was started with \[\]"),
         (("--model-ema",), "with model_ema True"),
         (("--opt", "sgd"), "with opt sgd.*--config .*args.yaml"),
         (("--weight-decay", 0.2), "with weight_decay 0.2"),

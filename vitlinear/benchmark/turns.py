@@ -64,6 +64,16 @@ def answer_orders(
         connection.send(("error", reason(error)))
 
 
+def available_memory() -> float:
+    """Bytes that processes can still take without others being put out; infinite if not known."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return math.inf
+    kib = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
+    return math.inf if kib is None else 1024 * float(kib)
+
+
 class FailedError(Exception):
     """A subject that cannot be measured; the message says why."""
 
@@ -148,6 +158,7 @@ def measure(
     rows: list[dict[str, Any]] = [dataclasses.asdict(case) for case in cases]
     processes: dict[int, Process] = {}
     times: dict[int, list[list[float]]] = {i: [] for i in range(len(cases))}
+    taken = 0.0  # the most that those which prepared together took
 
     def drop(i: int, error: FailedError) -> None:
         rows[i]["error"] = str(error)
@@ -160,6 +171,11 @@ def measure(
                 for i in together:
                     rows[i]["error"] = "skipped: no time left"
                 continue
+            before = available_memory()
+            if before < 2 * taken:  # a machine that runs out of memory answers nobody
+                for i in together:
+                    rows[i]["error"] = "no memory left beside the rows before: give it its own run"
+                continue
             for i in together:
                 processes[i] = Process(serve, cases[i], timeout)
             for i in together:
@@ -167,6 +183,7 @@ def measure(
                     rows[i] |= processes[i].answer(deadline)
                 except FailedError as error:
                     drop(i, error)
+            taken = max(taken, before - available_memory())
         for turn in range(rounds):
             if turn and time.monotonic() > deadline:
                 break

@@ -54,6 +54,8 @@ def add_device_flags(parser: Parser) -> None:
 def choose_device(name: str | None) -> torch.device:
     """Returns the device that ``--device`` means, by default cuda where there is one.
 
+    A GPU has its number, the current one if none is asked for.
+
     Raises:
         UserError: There is no such device.
     """
@@ -61,6 +63,8 @@ def choose_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type == "cuda" and device.index is None:  # PyTorch's set_device wants a number
+            device = torch.device("cuda", torch.cuda.current_device())
     except (RuntimeError, AssertionError) as error:
         reason = one_line(error).split(". ")[0]
         raise UserError(f"--device {name} cannot be used here: {reason}") from error

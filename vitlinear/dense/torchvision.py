@@ -120,7 +120,7 @@ def mask_padding(detector: nn.Module) -> nn.Module:
             old.size_divisible,
             old.fixed_size,
             _skip_resize=old._skip_resize,
-        )
+        ).train(old.training)  # which it asks before it brings boxes back to the image
     dense: Any = getattr(detector, "rpn", detector)
     if dense is not detector:  # an RPN would fill up with proposals of no score at all
         dense.score_thresh = max(dense.score_thresh, 1e-7)

@@ -267,6 +267,7 @@ class KimiDelta(_DeltaRule):
     """
 
     row_rule = BANDED
+    resets_parts = True
 
     def __init__(
         self,
@@ -286,10 +287,16 @@ class KimiDelta(_DeltaRule):
             for _ in range(2)
         )
         self.rate = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype))
-        nn.init.zeros_(self.rate)
-        bias = self.forget[1].bias
-        assert isinstance(bias, Tensor)
-        nn.init.constant_(bias, -4.0)  # softplus(-4) = 0.02 for each token
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As `Delta`, and hardly any forgetting."""
+        super().reset_parameters()
+        if hasattr(self, "rate"):  # not yet while `Delta` is made
+            nn.init.zeros_(self.rate)
+            bias = self.forget[1].bias
+            assert isinstance(bias, Tensor)
+            nn.init.constant_(bias, -4.0)  # softplus(-4) = 0.02 for each token
 
     def from_input(self, x: Tensor, grid: Grid) -> Tensor | None:
         """Logits of the steps, of forgetting and of the gate, [B, N, h + 2 C]."""

@@ -71,6 +71,10 @@ class Focused(Mixer):
         self.power = power
         self.scale = nn.Parameter(torch.empty(num_heads, self.head_dim, device=device, dtype=dtype))
         self.local = DepthwiseConv(dim, kernel_size, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Scales of softplus(0)."""
         nn.init.zeros_(self.scale)
 
     def features(self, x: Tensor) -> Tensor:
@@ -148,6 +152,10 @@ class EfficientVit(Mixer):
         shape = (3 * num_heads, self.head_dim, self.head_dim)
         self.gather_heads = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.merge = Linear(2 * dim, dim, bias=False, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Products that keep the size of what goes in."""
         trunc_normal_(self.gather_heads, std=self.head_dim**-0.5)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, extra: Tensor | None) -> Tensor:

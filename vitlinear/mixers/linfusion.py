@@ -48,6 +48,8 @@ class LinFusion(Mixer):
 
     row_rule = BANDED
 
+    resets_parts = True
+
     def __init__(
         self,
         dim: int,

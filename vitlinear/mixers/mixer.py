@@ -29,11 +29,14 @@ class Mixer(nn.Module):
             ``inside``: ``rotary``, ``cosine``, or ``full width``.
         attn_type: The name, for reports.
         order: One of `description.ORDERS`, as the options have it that `make_mixer` was given.
+        resets_parts: Class attribute: whether `reset_parameters` gives linear layers and
+            convolutions inside other values than those that a model gives all of them.
     """
 
     description: ClassVar[AttentionDescription]
     positions: ClassVar[str] = "rotary"
     row_rule: ClassVar[str] = of_method("mix")
+    resets_parts: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -72,6 +72,10 @@ class Nats(Mixer):
             nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
             for shape in ((num_heads, self.head_dim, 2), *[(num_heads, self.head_dim)] * 2)
         )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Equal shares, and norms of weight 1."""
         nn.init.zeros_(self.share)
         for weight in (self.softmax_norm, self.linear_norm):
             nn.init.ones_(weight)

@@ -46,6 +46,8 @@ class Routing(Mixer):
     training alone, and no parameters. Source: arXiv:2003.05997, from general knowledge.
     """
 
+    moves_in_training = ("centroids",)
+
     def __init__(
         self,
         dim: int,

@@ -72,8 +72,14 @@ class Sea(Mixer):
             ("mix_weight", width, 1),
         ):
             weight = torch.empty(num_heads, rows, cols, device=device, dtype=dtype)
-            setattr(self, name, nn.Parameter(nn.init.normal_(weight, std=rows**-0.5)))
+            setattr(self, name, nn.Parameter(weight))
         self.mix_bias = nn.Parameter(torch.empty(num_heads, 1, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Products that keep the size of what goes in, and mostly the sparse attention."""
+        for weight in (self.estimate_in, self.estimate_out, self.mix_weight):
+            nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
         nn.init.constant_(self.mix_bias, 2.0)
 
     estimate_in: Tensor

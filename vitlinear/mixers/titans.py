@@ -95,8 +95,14 @@ class Titans(_Memory):
 
     def __init__(self, dim: int, num_heads: int, *, steps: int = 2, **kwargs: object) -> None:
         super().__init__(dim, num_heads, steps=steps, rates=1, **kwargs)  # type: ignore[arg-type]
-        like = self.decay
-        self.momentum = nn.Parameter(torch.zeros_like(like))
+        self.momentum = nn.Parameter(torch.empty_like(self.decay))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As every memory, and half of the momentum."""
+        super().reset_parameters()
+        if hasattr(self, "momentum"):  # not yet while `_Memory` is made
+            nn.init.zeros_(self.momentum)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, extra: Tensor | None) -> Tensor:
         """The formula; see `Mixer.mix`."""

@@ -39,6 +39,10 @@ class _HeadNorm(Mixer):
         super().__init__(dim, num_heads, backend=backend, device=device, dtype=dtype)
         shape = (num_heads, self.head_dim)
         self.norm_weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """A norm of weight 1."""
         nn.init.ones_(self.norm_weight)
 
 

@@ -63,6 +63,10 @@ class Vssd(Mixer):
         self.step = Linear(dim, num_heads, device=device, dtype=dtype)
         self.rate = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype))
         self.skip = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Rates and factors of 1."""
         nn.init.zeros_(self.rate)
         nn.init.ones_(self.skip)
 
@@ -143,8 +147,14 @@ class EfficientVim(Mixer):
         width = self.head_dim
         for name, columns in (("state_in", 2 * width), ("state_out", width)):
             weight = torch.empty(num_heads, width, columns, device=device, dtype=dtype)
-            setattr(self, name, nn.Parameter(trunc_normal_(weight, std=width**-0.5)))
+            setattr(self, name, nn.Parameter(weight))
         self.skip = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Products that keep the size of what goes in, and factors of 1."""
+        for weight in (self.state_in, self.state_out):
+            trunc_normal_(weight, std=self.head_dim**-0.5)
         nn.init.ones_(self.skip)
 
     def from_input(self, x: Tensor, grid: Grid) -> Tensor | None:

@@ -204,5 +204,8 @@ def init_module(module: nn.Module, needs_reset: bool = True, convs: bool = True)
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-    elif needs_reset and hasattr(module, "reset_parameters"):
+    elif hasattr(module, "reset_parameters") and (
+        # The parts of some got other values above, which their module gives back.
+        needs_reset or getattr(module, "resets_parts", False)
+    ):
         module.reset_parameters()

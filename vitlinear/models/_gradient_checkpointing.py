@@ -38,15 +38,22 @@ def _checkpoint(block: nn.Module, run: Callable[..., Any], *args: Any) -> Any:
 
     The backward pass recomputes under the valid region and the rows of this forward pass. It comes
     when these are no longer in use, perhaps after a forward pass under others, and on a GPU in a
-    thread of its own. Batch norms count the images of a batch once.
+    thread of its own. Batch norms count the images of a batch once, and what other modules move in
+    training (their attribute ``moves_in_training`` names the buffers) is for backward where it was.
     """
     if torch.compiler.is_compiling():  # nothing runs twice: the compiler has its own recomputation
         return timm.models.checkpoint(run, *args)
     region, rows, again = valid_region(), rows_in_use(), False
+    moving = [
+        (module, name, module.get_buffer(name).clone())
+        for module in block.modules()
+        if module.training
+        for name in getattr(module, "moves_in_training", ())
+    ]
 
     def run_in_region(*args: Any) -> Any:
         nonlocal again
-        statistics = _statistics_as_they_are(block) if again else nullcontext()
+        statistics = _buffers_of_recomputation(block, moving) if again else nullcontext()
         with use_valid_region(region), use_rows(rows), statistics:
             again = True
             return run(*args)
@@ -55,17 +62,25 @@ def _checkpoint(block: nn.Module, run: Callable[..., Any], *args: Any) -> Any:
 
 
 @contextmanager
-def _statistics_as_they_are(block: nn.Module) -> Iterator[None]:
+def _buffers_of_recomputation(
+    block: nn.Module, moving: list[tuple[nn.Module, str, torch.Tensor]]
+) -> Iterator[None]:
     """Inside, batch norms in training mode count into copies of their averages.
 
     Not by switching those off, without which another number of tensors would be kept.
+
+    Args:
+        block: Whose batch norms.
+        moving: Modules, their buffers that move in training, and where these were.
     """
     norms = [m for m in block.modules() if isinstance(m, _BatchNorm) and m.training]
-    averages = [(norm, name, x) for norm in norms for name, x in norm.named_buffers(recurse=False)]
-    for norm, name, x in averages:
-        setattr(norm, name, x.clone())
+    copies = [(norm, name, x) for norm in norms for name, x in norm.named_buffers(recurse=False)]
+    copies += moving
+    present = [(module, name, module.get_buffer(name)) for module, name, _ in copies]
+    for module, name, x in copies:
+        setattr(module, name, x.clone())
     try:
         yield
     finally:
-        for norm, name, x in averages:
-            setattr(norm, name, x)
+        for module, name, x in present:
+            setattr(module, name, x)

@@ -6,13 +6,33 @@ ends; nothing else is sent.
 
 from __future__ import annotations
 
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
+import torch
 from torch import distributed
 from torch.distributed.device_mesh import DeviceMesh
 
 from vitlinear.errors import UserError
 from vitlinear.processes import lost_peer
+
+
+def moved(value: Any, device: torch.device | str) -> Any:
+    """A value whose tensors, in lists, tuples, dictionaries and data classes too, are on a device.
+
+    Tensors that were pickled come back to where they were, and there may be another GPU's.
+    """
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: moved(each, device) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        parts = [moved(each, device) for each in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    if is_dataclass(value) and not isinstance(value, type):
+        parts = {each.name: moved(getattr(value, each.name), device) for each in fields(value)}
+        return replace(value, **parts)
+    return value
 
 
 class Peers:
@@ -23,11 +43,12 @@ class Peers:
         size: Number of the processes.
     """
 
-    def __init__(self, mesh: DeviceMesh | None) -> None:
+    def __init__(self, mesh: DeviceMesh | None, device: torch.device) -> None:
         """Keep the group.
 
         Args:
             mesh: Of one dimension; None for this process alone.
+            device: Of the model in this process; tensors travel through memory of the host.
 
         Raises:
             UserError: The mesh has more dimensions.
@@ -38,6 +59,7 @@ class Peers:
                 'part of it, such as mesh["rows"]'
             )
         self.group = None if mesh is None else mesh.get_group()
+        self.device = device
         self.rank = 0 if mesh is None else mesh.get_local_rank()
         self.size = 1 if mesh is None else mesh.size()
 
@@ -56,12 +78,12 @@ class Peers:
             return [value]
         values: list[Any] = [None] * self.size
         try:
-            distributed.all_gather_object(values, value, group=self.group)
+            distributed.all_gather_object(values, moved(value, "cpu"), group=self.group)
         except Exception as error:
             if lost := lost_peer(error):
                 raise lost from error
             raise
-        return values
+        return [moved(each, self.device) for each in values]
 
     def first(self, value: Any) -> Any:
         """The value of the first process."""

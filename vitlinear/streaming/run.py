@@ -28,7 +28,7 @@ from .memory import (
     resident,
     rows_that_fit,
 )
-from .peers import Peers
+from .peers import Peers, moved
 from .record import Position, Record
 from .sinks import Writer
 from .sums import StreamedBand, Sums, Unknown
@@ -341,6 +341,9 @@ class Runner:
         source: Readable = image
         first = 0
         position = Position() if self.record is None else self.record.load()
+        position = moved(position, self.example.device)
+        sums = position.sums
+        sums.known, sums.pending = moved((sums.known, sums.pending), self.example.device)
         if self.peers.size > 1:  # what a step had begun counts for one process alone
             position = self.peers.first(Position(finished=position.finished))
         for number in sorted(position.finished):

@@ -323,7 +323,7 @@ class RasterWriter(FileWriter):
     GDAL makes COGs of whole rasters alone, so the rows are kept in a GeoTIFF beside it until then.
     """
 
-    def __init__(self, made: Rows, path: Path, raster: Any, stride: int) -> None:
+    def __init__(self, made: Rows, path: Path, raster: Any, stride: float) -> None:
         """Make the file.
 
         Args:
@@ -380,7 +380,7 @@ class Writers:
         self.raster = raster
         self.files: list[FileWriter] = []
 
-    def open(self, made: Rows, sink: Any, stride: int) -> Writer:
+    def open(self, made: Rows, sink: Any, stride: float) -> Writer:
         """The writer of a map to its place.
 
         Args:

@@ -282,7 +282,8 @@ def _raster_on_earth(path: Path) -> Any:
 def forget_pages(array: Any) -> None:
     """Let pages of a memory map that were read or written not count as memory of the process."""
     mapped: Any = getattr(array, "_mmap", None)
-    if isinstance(array, np.memmap) and hasattr(mapped, "madvise"):
+    # Of one that copies what is written (mode c), the changes would be forgotten too.
+    if isinstance(array, np.memmap) and array.mode != "c" and hasattr(mapped, "madvise"):
         mapped.madvise(mmap.MADV_DONTNEED)
 
 

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from timm.utils import distribute_bn
+from torch.nn.parallel import DistributedDataParallel
 
 from vitlinear.data.loader import start_epoch
 from vitlinear.evaluation.evaluate import evaluate
@@ -124,12 +125,16 @@ def _evaluate_all(run: Run) -> dict[str, dict[str, float]]:
     if processes.distributed and dist_bn:
         for ema in (False, True) if run.updater.ema else (False,):
             model = run.task.get_eval_model(ema=ema)
-            distribute_bn(model, processes.world_size, dist_bn == "reduce")
+            # Of the average a state holds the statistics of the first process alone.
+            distribute_bn(model, processes.world_size, dist_bn == "reduce" and not ema)
     for name, ema in (("eval", False), ("ema", True)):
         if ema and not run.updater.ema:
             continue
         model = run.task.get_eval_model(ema=ema)
         assert model is not None
+        if isinstance(model, DistributedDataParallel):
+            # Which would exchange statistics at each batch, and processes may have unlike numbers.
+            model = model.module
         results[name] = evaluate(
             model,
             run.eval_loader,
@@ -145,6 +150,8 @@ def _evaluate_all(run: Run) -> dict[str, dict[str, float]]:
 
 
 def _better(value: float, than: float, metric: str) -> bool:
+    if math.isnan(value) or math.isnan(than):  # what is not a number is worse than any
+        return not math.isnan(value)
     return value < than if metric == "loss" else value > than
 
 

@@ -152,6 +152,12 @@ def make_optimizer(config: OptimiserConfig, model: nn.Module, lr: float) -> torc
             group_fn, groups["layer_decay"] = param_groups_layer_decay, config.layer_decay
         kwargs["param_group_fn"] = partial(group_fn, **groups)
     try:
-        return create_optimizer_v2(model, **kwargs)
+        optimizer = create_optimizer_v2(model, **kwargs)
     except (ValueError, TypeError, AssertionError) as error:
         raise UserError(f"--opt {config.opt}: {one_line(error)}") from error
+    if getattr(optimizer, "is_second_order", False):
+        raise UserError(
+            f"--opt {config.opt} needs second derivatives, which training does not compute: give "
+            "another"
+        )
+    return optimizer

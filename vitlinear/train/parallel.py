@@ -219,7 +219,7 @@ def load_full_state(
     """Puts back what `full_state` returned, into a task that is sharded or not.
 
     Raises:
-        RuntimeError, ValueError, KeyError: The state is of another model or optimiser.
+        RuntimeError, ValueError, KeyError, IndexError: The state is of another model or optimiser.
     """
     for ema, suffix in (False, ""), (True, "_ema"):
         if ema and not task.has_ema():

@@ -117,7 +117,8 @@ class Progress:
         self.counts = counts
         self.skipped, self.seconds_before, wait = 0, 0.0, 0.0
         # Loss, correct, images: a float64 goes through a checkpoint and back without a change.
-        self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64  # which MPS lacks
+        self.sums = torch.zeros(3, dtype=dtype, device=self.device)
         # Where the last look was: the next one tells of the images since then.
         self.seen = Sums()
         if state is not None:
@@ -180,8 +181,9 @@ class Progress:
         labels = target if target.ndim == 1 else target.argmax(dim=1)
         correct = (output.argmax(dim=1) == labels).sum()
         images = torch.full_like(correct, len(labels))
-        loss = loss.detach().double()
-        sums = torch.stack((loss * len(labels), correct.double(), images.double()))
+        dtype = self.sums.dtype
+        loss = loss.detach().to(dtype)
+        sums = torch.stack((loss * len(labels), correct.to(dtype), images.to(dtype)))
         self.sums += torch.where(loss.isfinite(), sums, torch.zeros_like(sums))
 
     def updated(self, updates: int, lr: float) -> dict[str, float] | None:

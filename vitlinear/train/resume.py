@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from timm.utils import unwrap_model
+from torch import distributed
 
 from vitlinear.checkpoints.load import misfit
 from vitlinear.cli.config_file import saved_arguments
@@ -21,7 +22,9 @@ FIXED_ON_RESUME = (
     "model", "model_kwargs", "model_ema", "seed", "opt",
     # what the optimiser's state holds would go over these
     "opt_eps", "opt_betas", "opt_kwargs", "momentum", "weight_decay", "weight_decay_1d",
-    "layer_decay",
+    "layer_decay", "freeze",
+    # by which the best epoch so far was chosen
+    "eval_metric",
 )  # fmt: skip
 # What else decides the shapes of a model's weights.
 SIZES = ("img_size", "input_size", "in_chans")
@@ -102,6 +105,26 @@ def check_same_run(saved: dict[str, Any], state: dict[str, Any], path: Path) -> 
             )
 
 
+def check_same_place(run: Run, start: Start) -> None:
+    """Checks that all processes go on from one state, which each has read by itself.
+
+    Raises:
+        UserError: They do not: the folder is not the same for all.
+    """
+    if not run.processes.distributed:
+        return
+    places: list[Any] = [None] * run.processes.world_size
+    distributed.all_gather_object(places, (start.epoch, start.batch, run.updater.updates))
+    if len(set(places)) > 1:
+        told = ", ".join(
+            f"process {rank} at update {updates}" for rank, (_, _, updates) in enumerate(places)
+        )
+        raise UserError(
+            f"cannot resume: the processes found unlike states ({told}); the run folder has to be "
+            "the same for all of them"
+        )
+
+
 def restore(run: Run, state: dict[str, Any]) -> Start:
     """Puts model, average, optimiser and scaler back to where ``state`` left them.
 
@@ -118,7 +141,7 @@ def restore(run: Run, state: dict[str, Any]) -> Start:
         load_full_state(run.task, run.updater.optimizer, state)
         if run.updater.scaler is not None and "scaler" in state:
             run.updater.scaler.load_state_dict(state["scaler"])
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, IndexError) as error:
         model = unwrap_model(run.task.get_eval_model())
         difference = misfit(model.state_dict(), state["state_dict"])
         if difference:

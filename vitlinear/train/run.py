@@ -30,7 +30,14 @@ from .record.folder import ARGUMENTS, BEST, RunFolder
 from .record.logger import FileLogger, Loggers
 from .record.trackers import check_trackers, make_trackers
 from .recorder import Recorder
-from .resume import Start, check_same_run, find_state, restore, resume_note
+from .resume import (
+    Start,
+    check_same_place,
+    check_same_run,
+    find_state,
+    restore,
+    resume_note,
+)
 from .setup import set_up
 
 
@@ -90,7 +97,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
         run = set_up(config)
         start = Start() if state is None else restore(run, state)
         if state is not None:
+            check_same_place(run, start)
             run.notes.append(resume_note(run, start, saved, state["args"]))
+            state = None  # or its tensors would be kept to the end
         with StopSignals() as signals:
             if run.processes.rank != 0:
                 return run_epochs(run, Recorder(run, saved), start, signals)

@@ -210,6 +210,11 @@ def make_schedule(
         )
     except (ValueError, AssertionError) as error:
         raise UserError(f"--sched {config.sched}: {one_line(error)}") from error
+    if config.cooldown_epochs and int(epochs) == config.epochs:
+        raise UserError(
+            f"--sched {config.sched} has no cool-down: leave --cooldown-epochs "
+            f"{config.cooldown_epochs} out, or give more --epochs"
+        )
     return scheduler, int(epochs)
 
 

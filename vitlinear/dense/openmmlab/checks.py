@@ -8,6 +8,7 @@ from typing import Any
 
 from mmengine.config import Config
 
+from vitlinear.checkpoints.card import read_card
 from vitlinear.create import check_model_name
 from vitlinear.errors import UserError
 
@@ -58,6 +59,18 @@ def backbones(config: Config) -> list[tuple[str, dict[str, Any]]]:
     """Our backbones in a config's model, with the keys that lead to them."""
     found = sections(config.get("model"), "model")
     return [(key, part) for key, part in found if part.get("type") == "vitlinear.Backbone"]
+
+
+def without_start_weights(backbone: dict[str, Any]) -> None:
+    """Take out of a backbone's section what training started from, which need not be here.
+
+    A file of ours names arguments of its model: they stay, if the file is there.
+    """
+    backbone.update(pretrained=False, init_cfg=None)
+    start = backbone.pop("checkpoint_path", None)
+    card = read_card(Path(start)) if start is not None and Path(start).is_file() else None
+    for key, value in (card.model_kwargs if card is not None else {}).items():
+        backbone.setdefault(key, value)
 
 
 def _check_dataset(section: Mapping[str, Any], key: str) -> None:

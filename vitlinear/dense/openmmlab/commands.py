@@ -16,7 +16,7 @@ from vitlinear.errors import UserError
 from vitlinear.files import check_no_input
 
 from .annotations import check_annotations
-from .checks import backbones, check_config, check_exists
+from .checks import backbones, check_config, check_exists, without_start_weights
 from .packages import require
 from .results import ResultsHook
 from .runner import (
@@ -171,7 +171,7 @@ def _test(arguments: TestArguments, framework: str) -> None:
     # The checkpoint has all weights: what training started from need not be here.
     config.load_from, config.resume = arguments.checkpoint, False
     for _, backbone in backbones(config):
-        backbone.update(pretrained=False, init_cfg=None)
+        without_start_weights(backbone)
     lay_over = _detector_options if framework == "mmdet" else _segmentor_options
     lay_over(config, arguments)
     check_config(config, ("test",))

@@ -37,7 +37,7 @@ from vitlinear.files import (
 
 from ..draw import Color, color_of, draw_classes, draw_detections
 from .annotations import check_heads, kind_of_data
-from .checks import backbones, check_config
+from .checks import backbones, check_config, without_start_weights
 from .packages import require
 from .runner import (
     OVERWRITE,
@@ -170,7 +170,7 @@ def load_model(
     config, _ = read_config(arguments, framework)
     content = read_checkpoint(checkpoint)
     for _, backbone in backbones(config):
-        backbone.update(pretrained=False, init_cfg=None)
+        without_start_weights(backbone)
     check_config(config, ())
     with processes("none"):
         scope = config.get("default_scope", framework)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from mmengine.model import BaseModule, PretrainedInit
 from torch import Tensor
 
+from vitlinear.checkpoints.card import read_card
+from vitlinear.checkpoints.load import misfit, notice_of_other_model
+from vitlinear.checkpoints.read import CheckpointError
 from vitlinear.errors import UserError
 from vitlinear.registry import MODELS
 
@@ -77,7 +81,16 @@ class Backbone(MultiScaleBackbone, BaseModule):
         for checkpoint in checkpoints:
             args, kwargs = self._arguments
             loaded = MultiScaleBackbone(*args, **kwargs, checkpoint_path=checkpoint)
-            self.model.load_state_dict(loaded.model.state_dict())
+            weights = loaded.model.state_dict()
+            card, name = read_card(Path(checkpoint)), args[0].partition(".")[0]
+            if card is not None:  # whose arguments this model was made without
+                notice_of_other_model(Path(checkpoint), card, name, kwargs)
+            if difference := misfit(self.model.state_dict(), weights):
+                raise CheckpointError(
+                    f"checkpoint {checkpoint} is of a model that was built otherwise: "
+                    f"{difference}; give its arguments in the backbone's section"
+                )
+            self.model.load_state_dict(weights)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Images [B, in_chans, H, W] -> maps [B, C_i, H_i, W_i], contiguous.
