@@ -30,8 +30,8 @@ def moved(value: Any, device: torch.device | str) -> Any:
         parts = [moved(each, device) for each in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     if is_dataclass(value) and not isinstance(value, type):
-        parts = {each.name: moved(getattr(value, each.name), device) for each in fields(value)}
-        return replace(value, **parts)
+        there = {each.name: moved(getattr(value, each.name), device) for each in fields(value)}
+        return replace(value, **there)
     return value
 
 
