@@ -14,7 +14,10 @@ import torch
 
 from tests.convert.test_convert import released_weights
 from tests.dense.openmmlab import build, packages
-from vitlinear.errors import UserError
+from vitlinear.checkpoints.card import Card, save_weights
+from vitlinear.checkpoints.read import CheckpointError
+from vitlinear.create import data_config
+from vitlinear.errors import Notice, UserError
 
 pytestmark = packages()
 
@@ -190,6 +193,49 @@ def test_mistakes_in_the_backbone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="none of its weights"):
         other = {**missing, "checkpoint": str(tmp_path / "other.pth")}
         build({**config, "init_cfg": other}, "mmdet").init_weights()
+
+
+def weights_with_a_card(path: Path, **kwargs: Any) -> None:
+    model = timm.create_model("test_ravlt", **kwargs)
+    config = data_config(model, {})
+    card = Card("test_ravlt", kwargs, model.num_classes, 3, config, "RGB")
+    save_weights(path, model.state_dict(), card, {})
+
+
+def test_weights_of_a_model_that_was_built_otherwise(tmp_path: Path) -> None:
+    """Attentions of equal shapes are told of, other shapes refused."""
+    config = {"type": "vitlinear.Backbone", "model": "test_ravlt"}
+    for name, kwargs in (
+        ("alike", {"attn_types": ["rala"] * 4}),
+        ("other", {"mlp_ratios": [2, 2, 2, 2]}),
+    ):
+        path = tmp_path / f"{name}.safetensors"
+        weights_with_a_card(path, **kwargs)
+        init = {"type": "Pretrained", "checkpoint": str(path)}
+        backbone = build({**config, "init_cfg": init}, "mmdet")
+        if name == "alike":
+            with pytest.warns(Notice, match="attn_types=.*is built otherwise here"):
+                backbone.init_weights()
+        else:
+            with pytest.warns(Notice), pytest.raises(CheckpointError, match="built otherwise: "):
+                backbone.init_weights()
+
+
+def test_weights_that_training_started_from_need_not_be_there(tmp_path: Path) -> None:
+    from vitlinear.dense.openmmlab.checks import without_start_weights
+
+    path = tmp_path / "start.safetensors"
+    section = {"type": "vitlinear.Backbone", "model": "test_ravlt", "checkpoint_path": str(path)}
+    gone = dict(section)
+    without_start_weights(gone)
+    assert gone == {"type": section["type"], "model": "test_ravlt", "pretrained": False} | {
+        "init_cfg": None
+    }
+    weights_with_a_card(path, mlp_ratios=[2, 2, 2, 2])
+    there = dict(section)
+    without_start_weights(there)
+    assert there == gone | {"mlp_ratios": [2, 2, 2, 2]}
+    build(there, "mmdet")
 
 
 @pytest.mark.parametrize("bare", [True, False])
