@@ -100,10 +100,10 @@ def build(name: str, size: tuple[int, int, int]) -> nn.Module:
         size: Channels, height and width of an image.
     """
     if name.endswith(SUFFIX):
-        return transcribe(build_model(check_transcribed(name), input_size=size))
+        return transcribe(build_model(check_transcribed(name), sizes={"input_size": size}))
     model, at, backend = name.partition("@")
     options = {"attn_backend": backend} if at else {}
-    return build_model(model, input_size=size, **options)
+    return build_model(model, sizes={"input_size": size}, **options)
 
 
 def multiply_adds(model: nn.Module, size: tuple[int, int, int]) -> int:

@@ -42,8 +42,9 @@ class _HeadNorm(Mixer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """A norm of weight 1."""
-        nn.init.ones_(self.norm_weight)
+        """A norm of weight 1, where there is one."""
+        if self.norm_weight is not None:
+            nn.init.ones_(self.norm_weight)
 
 
 @register(
