@@ -59,7 +59,7 @@ def test_components_of_another_map_are_another_run(model, image, tmp_path, monke
 
 
 def test_tensors_move_wherever_they_are_kept():
-    """What was pickled on one GPU is used on another."""
+    """Tensors that were pickled on one GPU are used on another."""
     value = {"a": [torch.ones(2), (None, 3)], "b": Pieces(1, [[torch.ones(1)]]), "c": "text"}
     there = moved(value, "meta")
     assert there["a"][0].is_meta and there["b"].pieces[0][0].is_meta
