@@ -253,13 +253,20 @@ def test_slide_library(model, tmp_path):
     assert torch.equal(streamed, vitlinear.stream(model, PIXELS, output=1))
 
 
-def test_cog_keeps_its_place_on_the_earth(model, features, tmp_path):
+def write_scene(path):
+    """The image with a place on the earth; returns that, as rasterio's transform."""
     rasterio = pytest.importorskip("rasterio")
     transform = rasterio.transform.from_origin(500000, 4600000, 10, 10)
     profile = {"driver": "GTiff", "dtype": "uint8", "count": 3, "height": 300, "width": 70}
     profile |= {"crs": "EPSG:32633", "transform": transform}
-    with rasterio.open(tmp_path / "scene.tif", "w", **profile) as file:
+    with rasterio.open(path, "w", **profile) as file:
         file.write(PIXELS.transpose(2, 0, 1))
+    return transform
+
+
+def test_cog_keeps_its_place_on_the_earth(model, features, tmp_path):
+    rasterio = pytest.importorskip("rasterio")
+    transform = write_scene(tmp_path / "scene.tif")
     vitlinear.stream(model, tmp_path / "scene.tif", tmp_path / "map.tif", output=1)
     with rasterio.open(tmp_path / "map.tif") as file:
         assert file.crs == "EPSG:32633"
@@ -272,11 +279,7 @@ def test_cog_keeps_its_place_on_the_earth(model, features, tmp_path):
 def test_principal_components_keep_their_place_on_the_earth(model, tmp_path):
     """300 rows are no multiple of 32: the map reaches beyond the image."""
     rasterio = pytest.importorskip("rasterio")
-    transform = rasterio.transform.from_origin(500000, 4600000, 10, 10)
-    profile = {"driver": "GTiff", "dtype": "uint8", "count": 3, "height": 300, "width": 70}
-    profile |= {"crs": "EPSG:32633", "transform": transform}
-    with rasterio.open(tmp_path / "scene.tif", "w", **profile) as file:
-        file.write(PIXELS.transpose(2, 0, 1))
+    transform = write_scene(tmp_path / "scene.tif")
     vitlinear.stream(model, tmp_path / "scene.tif", tmp_path / "map.tif", output=PCA("features"))
     with rasterio.open(tmp_path / "map.tif") as file:
         assert (file.height, file.transform) == (10, transform * transform.scale(32, 32))

@@ -154,9 +154,7 @@ def _cases(config: BenchmarkConfig, size: Size, program: Program) -> list[Case]:
             config.threads,
             program.origin,
             program.files.get(runtime),
-            program.obstacle
-            if RUNTIMES[runtime].takes_files and runtime not in program.files
-            else "",
+            program.obstacle,
             program.expected,
             program.gmacs,
             config.profile,

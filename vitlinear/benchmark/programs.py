@@ -212,7 +212,8 @@ def of_model(name: str, size: Size, folder: Path, runtimes: Sequence[str]) -> Pr
     own = Path(tempfile.mkdtemp(dir=folder))
     expected = str(own / "logits.npy")
     np.save(expected, logits.numpy())
-    written: dict[bool, str] = {}
+    written: dict[bool, str | None] = {}
+    files: dict[str, str] = {}
     obstacle = ""
     for runtime in runtimes:
         form = pays(model, runtime)
@@ -220,12 +221,11 @@ def of_model(name: str, size: Size, folder: Path, runtimes: Sequence[str]) -> Pr
             file = own / f"{len(written)}{SUFFIX}"
             try:
                 write(model, name, size, file, runtime)
-            except UserError as error:  # the model runs in PyTorch all the same
-                obstacle = str(error)
-            else:
                 written[form] = str(file)
-    forms = {runtime: pays(model, runtime) for runtime in runtimes}
-    files = {runtime: written[form] for runtime, form in forms.items() if form in written}
+            except UserError as error:  # the model runs in PyTorch all the same
+                written[form], obstacle = None, str(error)
+        if (there := written[form]) is not None:
+            files[runtime] = there
     return Program(name, name, files, obstacle, expected, cost)
 
 

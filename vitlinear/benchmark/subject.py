@@ -33,7 +33,7 @@ class Case:
         threads: Of the runtime.
         origin: Name of the model that the program was made of; empty if it is not known.
         file: The ONNX program, if the runtime takes files and there is one.
-        obstacle: Why there is none; empty where it takes none.
+        obstacle: Why there is none, if the runtime takes files.
         expected: File of the logits; None if nobody knows them.
         gmacs: Multiply-adds of an image, in units of 1e9, if they are known.
         profiled: Ask the runtime for the times of its parts.
@@ -64,11 +64,12 @@ def prepare(case: Case) -> tuple[Any, dict[str, Any]]:
         ArithmeticError: The logits are not those of the model.
         UserError: There is no program.
     """
-    if case.obstacle:
+    runtime = RUNTIMES[case.runtime]
+    if runtime.takes_files and case.file is None:
         raise UserError(case.obstacle)
     start = time.perf_counter()
     size = Size(case.batch, case.height, case.width)
-    ready = RUNTIMES[case.runtime].prepare(case.model, case.file or "", size, case.threads)
+    ready = runtime.prepare(case.model, case.file or "", size, case.threads)
     logits = ready.run()
     facts: dict[str, Any] = {"prepare_s": time.perf_counter() - start}
     if case.expected:

@@ -47,7 +47,6 @@ class LinFusion(Mixer):
     """
 
     row_rule = BANDED
-
     resets_parts = True
 
     def __init__(

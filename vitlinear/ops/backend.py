@@ -123,6 +123,13 @@ def decide_anew() -> None:
     _rules.clear()
 
 
+def _decide_again(*kinds: Kind) -> None:
+    """Forget the choices for kinds of call, in programs too, of which something is known now."""
+    for kind in kinds:
+        for compiling in (False, True):
+            _rules.pop((kind, compiling), None)
+
+
 def forget() -> None:
     """Forget all that this process knows, as another would."""
     decide_anew()
@@ -350,20 +357,16 @@ def check_kernels(kind: Kind, warn: bool = True) -> str:
             )
         return "no memory"
     except Exception as error:  # may have another cause, which another process may not have
-        failed, ran = describe_error(error), False
+        failed = describe_error(error)
     else:
-        ran = True
+        kernel_cache.add(device, lambda known: known.checks.update({kind.label: failed}))
     if failed:
         _failures[kind] = f"kernels failed their check here: {failed}"
         if warn:
             _warn_of_failure(kind, failed, device)
     else:
         _passed.add(kind)
-    for each in (kind, kind._replace(training=False)):
-        for compiling in (False, True):
-            _rules.pop((each, compiling), None)
-    if ran:
-        kernel_cache.add(device, lambda known: known.checks.update({kind.label: failed}))
+    _decide_again(kind, kind._replace(training=False))  # which a check in training includes
     return failed
 
 
@@ -406,8 +409,7 @@ def report_failure(error: Exception, required: bool, work: Workload) -> None:
         return
     for kind in kinds:
         _failures[kind] = f"kernels failed: {text}"
-        for compiling in (False, True):
-            _rules.pop((kind, compiling), None)
+    _decide_again(*kinds)
     warnings.warn(
         f"the fused attention kernels failed for {work.mechanism}, {work.dtype}, head_dim "
         f"{work.head_dim}; the formulas run instead: {text}",
