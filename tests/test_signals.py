@@ -24,10 +24,14 @@ def test_noted_once_and_given_back(
             hint = capfd.readouterr().err
             assert ("Ctrl-C again" in hint) == (number == signal.SIGINT)
             assert signals.agreed(CPU, 3) == signals.agreed(CPU) == number and not second
-            signal.raise_signal(number)  # impatient: it does what it did before
-            assert second == [1]
+            signal.raise_signal(number)
+            # An impatient Ctrl-C does what it did before. The others may come from both the
+            # launcher and the queue, and the second must not end the run that saves its state.
+            impatient = [1] if number == signal.SIGINT else []
+            assert second == impatient
+            assert signals.agreed(CPU) == number
         signal.raise_signal(number)
-        assert second == [1, 1]
+        assert second == [*impatient, 1]
     finally:
         signal.signal(number, before)
 
