@@ -170,7 +170,16 @@ class Subject:
         self.mechanism, self.launched = mechanism, launched
         row = ops.get_mechanism(mechanism)
         tables = ops.lrpe_tables if row.positions == "cosine" else ops.rotary_tables
-        self.rotary = None if row.positions == "none" else tables(SIDE, SIDE, DIM)
+        self.rotary = (
+            None
+            if row.positions == "none"
+            else tables(
+                SIDE,
+                SIDE,
+                DIM,
+                dtype=torch.float16,  # as layers make them for a GPU
+            )
+        )
         powers = torch.ones(HEADS, DIM, requires_grad=True) if row.takes_powers else None
         projection = torch.zeros(BATCH, SIDE**2, 5, HEADS, DIM, dtype=torch.bfloat16)
         q, k, v, gate, lepe = (x.requires_grad_() for x in projection.unbind(2))

@@ -32,6 +32,7 @@ from triton.runtime.jit import JITFunction
 
 from vitlinear import ops
 from vitlinear.ops.backward import LinearGradients
+from vitlinear.ops.rotary import kernel_table_dtype
 from vitlinear.ops.terms import Terms
 from vitlinear.ops.triton import calls, launch, tuning
 from vitlinear.ops.triton.plan import make_plan
@@ -125,14 +126,18 @@ def only_compiling(capability: int) -> Iterator[list[tuple[Any, Any, dict[str, A
             driver.set_active(None)  # to be found anew
 
 
-def tables_of(kind: Kind, heads: int, grid: tuple[int, int]) -> ops.RotaryTables | None:
-    """The position tables of a kind of call."""
+def tables_of(
+    kind: Kind, heads: int, grid: tuple[int, int], dtype: torch.dtype
+) -> ops.RotaryTables | None:
+    """The position tables of a kind of call, as kernels take them."""
     if "rotary" not in kind.terms:
         return None
+    of_tables = kernel_table_dtype(dtype)
     if kind.full_width:
-        return ops.full_width_rotary_tables(*grid, heads * kind.head_dim)
+        return ops.full_width_rotary_tables(*grid, heads * kind.head_dim, dtype=of_tables)
     cosine = ops.get_mechanism(kind.mechanism).positions == "cosine"
-    return (ops.lrpe_tables if cosine else ops.rotary_tables)(*grid, kind.head_dim)
+    make = ops.lrpe_tables if cosine else ops.rotary_tables
+    return make(*grid, kind.head_dim, dtype=of_tables)
 
 
 def call(kind: Kind, grid: tuple[int, int], dtype: torch.dtype) -> None:
@@ -142,7 +147,7 @@ def call(kind: Kind, grid: tuple[int, int], dtype: torch.dtype) -> None:
     q, k, v, gate, lepe = qkv.unbind(2)
     scale, has_gate = "head_scale" in kind.terms, "gate" in kind.terms
     terms = Terms(
-        rotary=tables_of(kind, heads, grid),
+        rotary=tables_of(kind, heads, grid, dtype),
         head_scale=torch.ones(heads) if scale else None,
         lepe=lepe if "lepe" in kind.terms else None,
         gate=gate if has_gate else None,
@@ -276,7 +281,7 @@ def programs(kind: Kind, length: int, heads: int, capability: int) -> dict[str, 
         *(torch.empty(0) if term in kind.terms else None for term in Terms._fields)  # type: ignore[arg-type]
     )
     if "rotary" in kind.terms:
-        given = given._replace(rotary=tables_of(kind, heads, (1, 1)))
+        given = given._replace(rotary=tables_of(kind, heads, (1, 1), torch.bfloat16))
     with only_compiling(capability):
         plan = make_plan(row, torch.bfloat16, kind.head_dim, given)
         cuts = calls.cuts(plan, heads, length, ITEM_SIZE, torch.device("cuda"))

@@ -123,13 +123,14 @@ DRY_SHAPES = (
 Attention = Callable[..., Tensor]  # q, k, v and, with an epilogue, gate and lepe
 
 
-def tables(shape: Shape, device: torch.device) -> ops.RotaryTables | None:
-    """Position tables of the mechanism's kind."""
+def tables(shape: Shape, device: torch.device, dtype: torch.dtype) -> ops.RotaryTables | None:
+    """Position tables of the mechanism's kind, as layers make them for tokens of a type."""
     positions = ops.get_mechanism(shape.mechanism).positions
     if positions == "none":
         return None
     make = ops.lrpe_tables if positions == "cosine" else ops.rotary_tables
-    return make(shape.height, shape.width, shape.dim, device)
+    of_tables = ops.table_dtype(torch.empty(0, device=device, dtype=dtype))
+    return make(shape.height, shape.width, shape.dim, device, of_tables)
 
 
 def rotate_transcribed(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
@@ -254,7 +255,7 @@ def softmax(backend: SDPBackend) -> Attention:
 
 def implementations(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Implementations to compare for a shape, by name."""
-    rotary, powers = tables(shape, device), initial_powers(shape, device)
+    rotary, powers = tables(shape, device, dtype), initial_powers(shape, device)
 
     def backend(name: str) -> Attention:
         def attend(

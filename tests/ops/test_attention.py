@@ -463,7 +463,7 @@ BAD_INPUT = {
     "4 x 2 grid do not fit 6 tokens": {"rotary": ops.rotary_tables(4, 2, 8)},
     "do not fit 2 heads of 8 channels": {"rotary": ops.rotary_tables(3, 2, 32)},
     "at least one token": dict.fromkeys("qkv", torch.zeros(2, 0, 2, 8)),
-    "must be float32 or float64, got torch.bfloat16": {
+    "must both be float32, float64 or float16, got torch.bfloat16": {
         "rotary": ops.rotary_tables(3, 2, 8, dtype=torch.bfloat16)
     },
     "must be bool": {"key_padding_mask": torch.zeros(2, 6)},

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
+from contextlib import nullcontext
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.golden import relative_error
 from tests.ops.inputs import attend, make_inputs, oracle
 from vitlinear import ops
+from vitlinear.layers.positions import map_rotary
 from vitlinear.ops.naive import rotate_tokens
 from vitlinear.ops.rotary import rotate, token_table
 
@@ -163,3 +168,47 @@ def test_gradient_of_learned_tables():
         for run in (compiled, rotate)
     )
     torch.testing.assert_close(results, expected)
+
+
+@pytest.mark.parametrize("make", [ops.rotary_tables, ops.full_width_rotary_tables, ops.lrpe_tables])
+def test_half_precision_rounds_tables_not_angles(make):
+    exact, half = make(300, 200, 16), make(300, 200, 16, dtype=torch.float16)
+    for of_axis, rounded in zip(exact, half, strict=True):
+        assert torch.equal(of_axis.half(), rounded)
+
+
+MAKERS = {
+    "rotary": map_rotary.MapRotaryTables(16),
+    "cosine": map_rotary.MapRotaryTables(16, cosine=True),
+    "full width": map_rotary.MapFullWidthRotaryTables(),
+}
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+@pytest.mark.parametrize(
+    ("device", "dtype", "autocast", "expected"),
+    [
+        ("cuda", torch.bfloat16, None, torch.float16),
+        ("cuda", torch.float32, torch.bfloat16, torch.float16),
+        ("cuda", torch.float32, None, torch.float32),
+        ("cuda", torch.float32, torch.float16, torch.float32),
+        ("cuda", torch.float16, None, torch.float32),
+        ("cuda", torch.float64, torch.bfloat16, torch.float64),
+        ("cpu", torch.bfloat16, None, torch.float32),
+        ("cpu", torch.float32, torch.bfloat16, torch.float32),
+        ("cpu", torch.float64, None, torch.float64),
+    ],
+)
+def test_layers_make_tables_as_kernels_read_them(maker, device, dtype, autocast, expected):
+    """In bfloat16 on a GPU they have half of the bytes."""
+    context = nullcontext()
+    if autocast:
+        with warnings.catch_warnings():  # that there is no GPU, which turns autocast off
+            warnings.simplefilter("ignore")
+            context = torch.autocast(device, autocast)
+        context._enabled = True
+    with FakeTensorMode(), context:
+        x = torch.empty(1, 32, 5, 7, dtype=dtype, device=device)
+        tables = MAKERS[maker](x)
+    assert {table.dtype for table in tables} == {expected}
+    assert {table.device.type for table in tables} == {device}

@@ -5,7 +5,13 @@ from .attention_state import LinearAttentionState
 from .backend import BACKENDS, Choice, KernelError, choose_backend
 from .eager import accumulation_dtype
 from .mechanisms import MECHANISMS, Mechanism, get_mechanism
-from .rotary import RotaryTables, full_width_rotary_tables, lrpe_tables, rotary_tables
+from .rotary import (
+    RotaryTables,
+    full_width_rotary_tables,
+    lrpe_tables,
+    rotary_tables,
+    table_dtype,
+)
 from .states import linear_attention_state, read_linear_attention_state
 from .workload import Workload
 
@@ -28,4 +34,5 @@ __all__ = [
     "read_linear_attention_state",
     "rotary_tables",
     "softmax_attention",
+    "table_dtype",
 ]

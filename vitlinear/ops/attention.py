@@ -15,7 +15,7 @@ from . import registered as registered  # registers torch.ops.vitlinear.*
 from .backend import choose_backend, requested_backend
 from .mechanisms import Mechanism, get_mechanism
 from .precision import in_tf32
-from .rotary import RotaryTables
+from .rotary import TABLE_DTYPES, RotaryTables
 from .terms import Terms
 from .tracing import is_looked_at
 from .workload import Workload
@@ -478,10 +478,10 @@ def check_tables(q: Tensor, rotary: RotaryTables, positions: str) -> None:
     rows, cols = rotary
     if positions == "none":
         raise ValueError("this mechanism has no positions: rotary must be None")
-    if not {rows.dtype, cols.dtype} <= {torch.float32, torch.float64}:
+    if rows.dtype != cols.dtype or rows.dtype not in TABLE_DTYPES:
         raise ValueError(
-            f"rotary tables must be float32 or float64, got {rows.dtype}, {cols.dtype}: "
-            "half precision ruins the angles of far tokens"
+            f"rotary tables must both be float32, float64 or float16, got {rows.dtype}, "
+            f"{cols.dtype}"
         )
     if rows.shape[0] * cols.shape[0] != q.shape[1]:
         raise ValueError(

@@ -31,6 +31,8 @@ from torch import Tensor
 
 from . import cpu
 
+TABLE_DTYPES = (torch.float16, torch.float32, torch.float64)
+
 
 class RotaryTables(NamedTuple):
     """Cosines and sines of the rotation angles, one table for each axis of the grid.
@@ -61,8 +63,9 @@ def rotary_tables(
         width: Columns of the grid, W.
         head_dim: Channels of a head, D; a multiple of 4.
         device: Where the tables live.
-        dtype: float32 or float64. Half precision would ruin the angles of far tokens, so give the
-            accumulation type of the attention, not the type of its inputs.
+        dtype: Of the tables, as `table_dtype` chooses: float32, float64, or float16, which rounds
+            the cosines and sines of float32 angles. Half precision would ruin the angles of far
+            tokens.
         base: Inverse of the lowest frequency.
 
     Returns:
@@ -76,7 +79,7 @@ def rotary_tables(
     # Rounded to float32 whatever the table's type: that is what published checkpoints hold, and
     # at position 100 a differently rounded frequency already shows in the eighth digit.
     steps = torch.linspace(0.0, 1.0, head_dim // 4, device=device, dtype=torch.float32)
-    return _tables(height, width, torch.pow(base, steps).reciprocal().to(dtype))
+    return _tables(height, width, torch.pow(base, steps).reciprocal(), dtype)
 
 
 def full_width_rotary_tables(
@@ -97,9 +100,9 @@ def full_width_rotary_tables(
         width: Columns of the grid, W.
         dim: Channels of a token, C = h D; a multiple of 4.
         device: Where the tables live.
-        dtype: float32 or float64, as for `rotary_tables`. The numbers are those of float32
-            arithmetic in either: angles and their cosines are rounded to float32, as in the tables
-            that published checkpoints were trained with.
+        dtype: As for `rotary_tables`. The numbers are those of float32 arithmetic in any: angles
+            and their cosines are rounded to float32, as in the tables that published checkpoints
+            were trained with.
         base: Inverse of the limit of the frequencies.
 
     Returns:
@@ -111,7 +114,7 @@ def full_width_rotary_tables(
     if dim % 4:
         raise ValueError(f"2-D rotary encoding needs a width divisible by 4, got {dim}")
     steps = torch.arange(dim // 4, device=device, dtype=torch.float32) / (dim // 4)
-    rows, cols = _tables(height, width, torch.pow(base, steps).reciprocal())
+    rows, cols = _tables(height, width, torch.pow(base, steps).reciprocal(), torch.float32)
     return RotaryTables(rows.to(dtype), cols.to(dtype))
 
 
@@ -130,7 +133,7 @@ def lrpe_tables(
         width: Columns of the grid, W.
         head_dim: Channels of a head, D; even.
         device: Where the tables live.
-        dtype: float32 or float64, as for `rotary_tables`.
+        dtype: As for `rotary_tables`.
         base: Inverse of the limit of the frequencies.
 
     Returns:
@@ -142,17 +145,44 @@ def lrpe_tables(
     if head_dim % 2:
         raise ValueError(f"the cosine encoding needs an even head_dim, got {head_dim}")
     steps = torch.arange(head_dim // 2, device=device, dtype=torch.float64) / (head_dim // 2)
-    return _tables(height, width, torch.pow(base, -steps).to(dtype))
+    return _tables(height, width, torch.pow(base, -steps), dtype)
 
 
-def _tables(height: int, width: int, frequencies: Tensor) -> RotaryTables:
+def _tables(height: int, width: int, frequencies: Tensor, dtype: torch.dtype) -> RotaryTables:
     """Cosine and sine of position * frequency along both axes."""
-    device, dtype = frequencies.device, frequencies.dtype
-    rows = torch.arange(height, device=device, dtype=dtype)[:, None] * frequencies
-    cols = torch.arange(width, device=device, dtype=dtype)[:, None] * frequencies
-    return RotaryTables(
-        torch.stack((rows.cos(), rows.sin()), dim=-1), torch.stack((cols.cos(), cols.sin()), dim=-1)
-    )
+    device, exact = frequencies.device, torch.float32 if dtype == torch.float16 else dtype
+    frequencies = frequencies.to(exact)
+    rows = torch.arange(height, device=device, dtype=exact)[:, None] * frequencies
+    cols = torch.arange(width, device=device, dtype=exact)[:, None] * frequencies
+    rows = torch.stack((rows.cos(), rows.sin()), dim=-1)
+    cols = torch.stack((cols.cos(), cols.sin()), dim=-1)
+    if exact != dtype:  # else exported programs would hold conversions that change nothing
+        rows, cols = rows.to(dtype), cols.to(dtype)
+    return RotaryTables(rows, cols)
+
+
+def kernel_table_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which GPU kernels read position tables for tokens of a type.
+
+    A token's entries are as many as its channels. In float32 they would take twice the traffic and
+    the shared memory of a bfloat16 query, whose rounding is eight times that of float16.
+    """
+    return torch.float16 if dtype == torch.bfloat16 else torch.float32
+
+
+def table_dtype(x: Tensor) -> torch.dtype:
+    """The type of position tables for attention to tokens x.
+
+    It is the type that the attention accumulates in, but on a GPU the one that kernels read, which
+    would have to convert others in each call. Under autocast the attention gets autocast's type.
+    """
+    dtype = x.dtype
+    if not torch.jit.is_scripting():  # noqa: SIM102 (a script skips what stands in an `if` like this)
+        if x.is_cuda and dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
+            dtype = torch.get_autocast_dtype("cuda")
+    if x.is_cuda and dtype != torch.float64:
+        return kernel_table_dtype(dtype)
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def is_full_width(tables: RotaryTables, heads: int, head_dim: int) -> bool:

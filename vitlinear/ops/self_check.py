@@ -19,7 +19,13 @@ from torch import Tensor
 from . import backward, eager
 from .backward import LinearGradients
 from .mechanisms import MIXER_ROWS, Mechanism, get_mechanism
-from .rotary import RotaryTables, full_width_rotary_tables, lrpe_tables, rotary_tables
+from .rotary import (
+    RotaryTables,
+    full_width_rotary_tables,
+    kernel_table_dtype,
+    lrpe_tables,
+    rotary_tables,
+)
 from .terms import Terms
 from .workload import Kind
 
@@ -147,7 +153,13 @@ def make_terms(kind: Kind, height: int, width: int, batch: int, heads: int) -> T
         return some.view(batch, length, heads, numbers).to(device)
 
     made: dict[str, Callable[[], Any]] = {
-        "rotary": lambda: tables(height, width, dim * (heads if kind.full_width else 1), device),
+        "rotary": lambda: tables(
+            height,
+            width,
+            dim * (heads if kind.full_width else 1),
+            device,
+            kernel_table_dtype(kind.dtype),
+        ),
         "key_padding_mask": mask,
         "head_scale": scale,
         "powers": lambda: torch.linspace(

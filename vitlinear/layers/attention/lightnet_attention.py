@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vitlinear._timm import register_notrace_module
-from vitlinear.ops import accumulation_dtype, lrpe_tables
+from vitlinear.ops import lrpe_tables, table_dtype
 from vitlinear.ops.backend import check_backend
 
 from ..band import BANDED
@@ -85,9 +85,7 @@ class LightNetAttention(nn.Module):
         B, N, _ = x.shape
         q, k, v, _ = unpack(self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim))
         rotary = of_band(
-            lrpe_tables(
-                rows_of_map(height), width, self.head_dim, x.device, accumulation_dtype(x.dtype)
-            )
+            lrpe_tables(rows_of_map(height), width, self.head_dim, x.device, table_dtype(x))
         )
         gate = self.gate2(self.gate1(x)).sigmoid()
         out = scriptable_attention(

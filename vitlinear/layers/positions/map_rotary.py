@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from vitlinear._timm import register_notrace_module
 from vitlinear.ops import (
     RotaryTables,
-    accumulation_dtype,
     full_width_rotary_tables,
     lrpe_tables,
     rotary_tables,
+    table_dtype,
 )
 
 from ..band import BANDED, band_in_use
@@ -55,8 +55,8 @@ class MapRotaryTables(nn.Module):
         self.cosine = cosine
 
     def forward(self, x: Tensor) -> RotaryTables:
-        """A map [B, C, H, W] -> its tables, in the type that attention to it accumulates in."""
-        dtype = accumulation_dtype(x.dtype)
+        """A map [B, C, H, W] -> its tables, of the type that attention to it wants."""
+        dtype = table_dtype(x)
         height, width = rows_of_map(x.shape[2]), x.shape[3]
         if self.cosine:
             return of_band(lrpe_tables(height, width, self.head_dim, x.device, dtype))
@@ -71,7 +71,7 @@ class MapFullWidthRotaryTables(nn.Module):
     row_rule = BANDED
 
     def forward(self, x: Tensor) -> RotaryTables:
-        """A map [B, C, H, W] -> its tables, in the type that attention to it accumulates in."""
-        dtype = accumulation_dtype(x.dtype)
+        """A map [B, C, H, W] -> its tables, of the type that attention to it wants."""
+        dtype = table_dtype(x)
         height, width = rows_of_map(x.shape[2]), x.shape[3]
         return of_band(full_width_rotary_tables(height, width, x.shape[1], x.device, dtype))

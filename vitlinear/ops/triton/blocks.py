@@ -340,11 +340,13 @@ def load_positions(tables, h, n, width, inside, plan: tl.constexpr):
         # traffic and twice the shared memory. Offsets are chosen, from one of the tables to the
         # other, because AMD's compiler chooses between no pointers. Both begin at a multiple of 16
         # bytes, which the compiler cannot see in a difference.
-        apart = tl.multiple_of((cols.to(tl.int64) - rows.to(tl.int64)) // 4, 4)
+        size: tl.constexpr = rows.dtype.element_ty.primitive_bitwidth // 8
+        apart = (cols.to(tl.int64) - rows.to(tl.int64)) // size
+        apart = tl.multiple_of(apart, 16 // size)
         row_at = (n // width)[:, None] * of_axis + entry[None, :]
         col_at = (n % width)[:, None] * of_axis + (entry - of_axis)[None, :]
         at = rows + tl.where((entry < of_axis)[None, :], row_at, apart + col_at)
-        table = tl.load(at, mask=inside[:, None] & own[None, :], other=0.0)
+        table = tl.load(at, mask=inside[:, None] & own[None, :], other=0.0).to(tl.float32)
         pairs: tl.constexpr = plan.block_table // 2
         return tl.split(tl.reshape(table, (table.shape[0], pairs, 2)))
 

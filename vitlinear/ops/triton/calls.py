@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..mechanisms import Mechanism
 from ..precision import takes_tf32
+from ..rotary import kernel_table_dtype
 from ..terms import Terms
 from . import backward_kernels, forward_kernels, tuning
 from .memory import Layout
@@ -272,6 +273,7 @@ class Call:
         cuda: The number of that device, if it is a GPU.
         size: Products of queries with values; 0 where there is nothing to compute.
         out_stride: Strides of the output, [B, N, h, Dv], which is contiguous.
+        table_dtype: The type of position tables.
         tables: The position tables that were used last, as kernels take them, and the width of the
             grid: the attentions of a stage share theirs, and a close look at them takes as long as
             the launch of a kernel.
@@ -306,6 +308,7 @@ class Call:
         self.size = self.slots * self.length * dim * plan.values
         width = self.heads * plan.values
         self.out_stride = (self.length * width, width, plan.values, 1)
+        self.table_dtype = kernel_table_dtype(dtype)
         self.tables: tuple[tuple[Tensor, Tensor, int], int] | None = None
         self.device = device
         self.cuda = device.index if device.type == "cuda" else None

@@ -44,7 +44,7 @@ class Extras(NamedTuple):
         if rotary is not None:
             seen = call.tables
             if seen is None or seen[0][0] is not rotary[0] or seen[0][1] is not rotary[1]:
-                seen = _tables(*rotary)
+                seen = _tables(*rotary, call.table_dtype)
                 if seen[0][0] is rotary[0] and seen[0][1] is rotary[1]:
                     call.tables = seen  # not copies, of what may change
             tables, width = seen
@@ -57,9 +57,11 @@ class Extras(NamedTuple):
         return tuple.__new__(cls, (tables, mask, counts, powers, tau, width))
 
 
-def _tables(rows: Tensor, cols: Tensor) -> tuple[tuple[Tensor, Tensor, int], int]:
+def _tables(
+    rows: Tensor, cols: Tensor, dtype: torch.dtype
+) -> tuple[tuple[Tensor, Tensor, int], int]:
     """Position tables as kernels take them, and the width of the grid."""
-    rows, cols = aligned(rows.float()), aligned(cols.float())
+    rows, cols = aligned(rows.to(dtype)), aligned(cols.to(dtype))
     return (rows, cols, 2 * rows.shape[1]), cols.shape[0]
 
 

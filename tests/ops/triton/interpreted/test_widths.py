@@ -8,6 +8,8 @@ import torch
 from tests.ops.inputs import make_inputs, powers_of
 from tests.ops.triton.cases import error, many_splits
 from vitlinear import ops
+from vitlinear.ops.terms import Terms
+from vitlinear.ops.triton import calls, launch
 
 
 def compare(mechanism, projection, v, grad, options, wanted):
@@ -110,3 +112,28 @@ def test_gradients_of_powers(largest, splits, dtype, monkeypatch):
     ]
     assert grads[0].dtype == dtype
     assert error(grads[0], grads[1]) < (3e-6 if dtype == torch.float32 else 5e-3)
+
+
+@pytest.mark.parametrize("mechanism", ["mala", "lightnet"])
+def test_tables_in_float16(mechanism):
+    """In bfloat16 kernels read tables in half precision: those of layers, others after rounding."""
+    inputs = make_inputs(grid=(3, 5), dim=8, dtype=torch.bfloat16)
+    make = ops.lrpe_tables if mechanism == "lightnet" else ops.rotary_tables
+    half = make(3, 5, 8, dtype=torch.float16)
+    q, k, v, _ = inputs.projection.unbind(2)
+    call = calls.prepared(q, v, ops.get_mechanism(mechanism), Terms(half))
+    rows, cols, _ = launch.Extras.of(Terms(half), call).tables
+    assert rows is half.rows and cols is half.cols
+    results = []
+    for rotary in (half, make(3, 5, 8)):
+        out = ops.linear_attention(q, k, v, mechanism=mechanism, rotary=rotary, backend="triton")
+        (grad,) = torch.autograd.grad(out, inputs.projection, inputs.grad, retain_graph=True)
+        results.append((out, grad))
+    assert all(map(torch.equal, *results))
+    exact = make_inputs(grid=(3, 5), dim=8, dtype=torch.float32)
+    q, k, v, _ = exact.projection.detach().unbind(2)
+    found, expected = (
+        ops.linear_attention(q, k, v, mechanism=mechanism, rotary=half, backend=backend)
+        for backend in ("triton", "eager")
+    )
+    assert error(found, expected) < 3e-6
