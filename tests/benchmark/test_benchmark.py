@@ -148,9 +148,11 @@ def test_data_beside_a_link(tmp_path: Path) -> None:
     [
         ({}, MODEL),
         ({"made_by": "vitlinear 1", "model_kwargs": '{"img_size": 64}'}, MODEL),
-        ({"model": "ravlt_t.in1k"}, "ravlt_t"),
+        ({"model": "ravlt_t.in1k"}, "ravlt_t.in1k"),
         ({"made_by": "another tool"}, ""),
         ({"model_kwargs": '{"depth": 2}'}, ""),
+        ({"model_kwargs": "foo"}, ""),
+        ({"model_kwargs": "[1]"}, ""),
     ],
 )
 def test_the_model_that_a_file_is_compared_with(
@@ -278,6 +280,7 @@ def test_table() -> None:
         row("a", "openvino", 448, 16.0),
         {**row("b", "pytorch", 224, 1.0), "error": "out | of memory"},
     ]
+    rows += [row("c.in1k", "pytorch", 32, 3.0), row("c.onnx", "openvino", 32, 1.0, origin="c.x")]
     lines = [
         [cell.strip() for cell in line.split("|")[1:-1]] for line in report.table(rows, "b")[2:]
     ]
@@ -286,7 +289,8 @@ def test_table() -> None:
     assert [line[7] for line in lines[:5]] == ["", "1.50", "3.00", "1.00", ""]
     assert lines[0][8:] == ["4", "2.00"] and lines[1][9] == "1.25"
     assert lines[5][3] == "out / of memory"
-    (line,) = report.exponents(rows)
+    assert [line[6] for line in lines[6:]] == ["1.00", "3.00"], "weights do not count"
+    (line,) = report.exponents(rows[:6])
     assert line == "a, openvino, batch 1: pixels^1.000, 224x224 to 448x448"
 
 

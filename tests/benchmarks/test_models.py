@@ -183,6 +183,34 @@ def test_what_there_is_no_time_for_says_so(monkeypatch):
     assert [row["calls"] for row in rows] == [3, 3, 3]
 
 
+@pytest.mark.parametrize(
+    ("needs", "ran"),
+    [((6, 0.5, 0.5), 3), ((0.5, 0.5, 6), 3), ((6, 6, 6), 2), ((9, 1, 1), 1)],
+)
+def test_rows_that_memory_has_no_room_for(needs, ran, monkeypatch):
+    """Room is asked for as large as the largest so far, whatever the order."""
+    free = [14.0]
+    left = list(needs)
+
+    class Taking:
+        def __init__(self, *args):
+            free[0] -= left.pop(0)
+
+        def answer(self, deadline):
+            return {}
+
+        def ask(self, seconds):
+            return [seconds]
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(turns, "Process", Taking)
+    monkeypatch.setattr(turns, "available_memory", lambda: free[0])
+    rows = turns.measure(subject.serve, [CASE] * 3, 1, 1.0, 600)
+    assert ["error" in row for row in rows] == [False] * ran + [True] * (3 - ran)
+
+
 def test_outputs_that_differ_are_refused(monkeypatch):
     def broken(model, mode, images):
         model.head.bias.data.fill_(torch.nan)

@@ -1,5 +1,6 @@
 """Processes that share the bands of an image make what one makes."""
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from tests.as_trained import make
 from tests.parallel.ranks import Ranks
 from tests.streaming.test_exact import difference
 from vitlinear.errors import UserError
-from vitlinear.streaming import run
+from vitlinear.streaming import PCA, run
 
 # Sums and softmax, and lines passed on from band to band; at night windows and training as well.
 MODELS = ["test_ravlt", "test_lightnet"]
@@ -96,6 +97,51 @@ def test_a_process_that_fails_ends_all(three, tmp_path):
     messages = three.run(fails_on_one, tmp_path)
     assert all("bad sector" in message for message in messages)
     assert messages[0].startswith("process 1 failed")
+
+
+class Full:
+    """A sink on a disk that is full."""
+
+    dtype = np.dtype("float32")
+
+    def __init__(self, channels: int) -> None:
+        self.shape = (channels, 43, 16)
+
+    def __setitem__(self, key, value):
+        raise OSError("disk full")
+
+
+def fails_to_write(folder: Path, output: object, broken: str) -> tuple[str, float]:
+    name = "test_ravlt_linear"
+    options = {
+        "sink": Full(24 if output == 0 else 3),
+        "output": output,
+        "workdir": folder,
+        "mesh": mesh(),
+    }
+    if broken == "shape" and distributed.get_rank() == 1:
+        options["sink"] = np.zeros((1, 2, 3))
+    with pytest.raises(UserError) as caught:
+        vitlinear.stream(make(name), IMAGE, **options, band_rows=4)
+    began = time.perf_counter()
+    distributed.barrier()
+    return str(caught.value), time.perf_counter() - began
+
+
+@pytest.mark.parametrize("output", [0, "pca"])
+def test_a_sink_that_fails_ends_all(output, three, tmp_path):
+    """None waits for what does not come, in whatever step it is."""
+    output = PCA(0) if output == "pca" else output
+    first, *others = three.run(fails_to_write, tmp_path, output, "disk")
+    assert "disk full" in first[0] and not first[0].startswith("process")
+    assert all(x[0].startswith("process 0 failed: cannot write") for x in others)
+    assert max(x[1] for x in (first, *others)) < 5
+
+
+def test_bad_input_of_one_ends_all(three, tmp_path):
+    messages = [x[0] for x in three.run(fails_to_write, tmp_path, 0, "shape")]
+    assert messages[0].startswith("process 1 failed:") and messages[2] == messages[0]
+    assert not messages[1].startswith("process")
 
 
 def without_a_folder() -> None:

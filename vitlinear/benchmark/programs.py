@@ -143,7 +143,7 @@ def label(model: str) -> str:
 def check_file(path: str, size: Size) -> str:
     """Returns the name of the model that an ONNX file says it was made of; empty if it does not.
 
-    Empty too where that model was built otherwise than by its name alone.
+    Empty too where that model was built otherwise than by its name; its classifier does not count.
 
     Raises:
         UserError: There is no such file, or it is no ONNX program for images of that size.
@@ -178,10 +178,13 @@ def _origin(metadata: Mapping[str, str]) -> str:
     """The model that metadata name, if a model of that name is the same as it."""
     if not metadata.get("made_by", "vitlinear").startswith("vitlinear"):
         return ""  # another tool's metadata
-    built = json.loads(metadata.get("model_kwargs", "{}"))
-    if built.keys() - {"attn_backend", "img_size"}:
+    try:
+        built = json.loads(metadata.get("model_kwargs", "{}"))
+    except ValueError:
         return ""
-    return metadata.get("model", "").partition(".")[0]
+    if not isinstance(built, dict) or built.keys() - {"attn_backend", "img_size"}:
+        return ""
+    return metadata.get("model", "")
 
 
 def of_file(path: str, size: Size) -> Program:

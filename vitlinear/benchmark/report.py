@@ -41,6 +41,14 @@ def find(rows: Iterable[Row], like: Row, model: str, runtime: str) -> Row | None
     return None
 
 
+def in_pytorch(rows: Iterable[Row], like: Row) -> Row | None:
+    """The row in PyTorch of the model that another row is of, whatever weights either names."""
+    origin = like["origin"].partition(".")[0]
+    named = (row["model"] for row in measured(rows) if row["runtime"] == BASE)
+    same = (name for name in named if name.partition(".")[0] == origin)
+    return next(filter(None, (find(rows, like, name, BASE) for name in same)), None)
+
+
 def size(row: Row) -> str:
     """Batch, height and width."""
     return f"{row['batch']} x {row['height']} x {row['width']}"
@@ -65,10 +73,7 @@ def table(rows: Sequence[Row], reference: str) -> list[str]:
         else:
             spread = (row["p90_ms"] - row["p10_ms"]) / row["p50_ms"]
             cells += [f"{row['p50_ms']:.4g}", f"{spread:.0%}", f"{row['images_per_s']:.4g}"]
-            own, other = (
-                find(rows, row, row["origin"], BASE),
-                find(rows, row, reference, row["runtime"]),
-            )
+            own, other = in_pytorch(rows, row), find(rows, row, reference, row["runtime"])
             cells += [f"{ratio(row, each):.2f}" if each else "" for each in (own, other)]
             if "multiplying_ms" in row:
                 products = row["multiplying_ms"]

@@ -29,6 +29,8 @@ KEEP_PAGES = {
     "MALLOC_TOP_PAD_": "500000000",
     "MALLOC_MMAP_MAX_": "0",
 }
+# Of the memory that the largest subject so far took, which has to be left for the next one.
+MARGIN = 1.25
 # The process of a subject, which calls `answer_orders`.
 Serve = Callable[[Connection, Any], None]
 Turn = Callable[[float], list[float]]  # seconds -> times of its calls
@@ -65,7 +67,10 @@ def answer_orders(
 
 
 def available_memory() -> float:
-    """Bytes that processes can still take without others being put out; infinite if not known."""
+    """Bytes of the machine that processes can still take; infinite if it does not say.
+
+    The limit of a container is not looked at.
+    """
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -172,7 +177,7 @@ def measure(
                     rows[i]["error"] = "skipped: no time left"
                 continue
             before = available_memory()
-            if before < 2 * taken:  # a machine that runs out of memory answers nobody
+            if before < MARGIN * taken:  # a machine that runs out of memory answers nobody
                 for i in together:
                     rows[i]["error"] = "no memory left beside the rows before: give it its own run"
                 continue

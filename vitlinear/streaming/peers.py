@@ -6,6 +6,8 @@ ends; nothing else is sent.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from torch import distributed
 from torch.distributed.device_mesh import DeviceMesh
 
-from vitlinear.errors import UserError
+from vitlinear.errors import LostPeerError, UserError, one_line
 from vitlinear.processes import lost_peer
 
 
@@ -68,36 +70,51 @@ class Peers:
         first, stop = (-(-rank * number // self.size) for rank in (self.rank, self.rank + 1))
         return range(first, stop)
 
-    def share(self, value: Any) -> list[Any]:
-        """The values of all processes.
+    def share(self, value: Any = None) -> list[Any]:
+        """The values of all processes, which wait for each other here.
 
         Raises:
-            LostPeerError: One of them is gone.
+            LostPeerError: One of them is gone, or has failed inside of `one_fate`.
         """
         if self.size == 1:
             return [value]
-        values: list[Any] = [None] * self.size
+        answers = self._exchange(None, value)
+        for rank, (failure, _) in enumerate(answers):
+            if failure is not None:
+                raise LostPeerError(f"process {rank} failed: {failure}")
+        return [moved(each, self.device) for _, each in answers]
+
+    def _exchange(self, failure: str | None, value: Any) -> list[Any]:
+        """What each process sends: why it failed, and its value."""
+        answers: list[Any] = [None] * self.size
         try:
-            distributed.all_gather_object(values, moved(value, "cpu"), group=self.group)
+            distributed.all_gather_object(answers, (failure, moved(value, "cpu")), group=self.group)
         except Exception as error:
             if lost := lost_peer(error):
                 raise lost from error
             raise
-        return [moved(each, self.device) for each in values]
+        return answers
+
+    @contextmanager
+    def one_fate(self) -> Iterator[None]:
+        """What all processes do: where one fails, the others do at their next exchange.
+
+        None leaves before all have come to the end, or it could not be told of a failure.
+
+        Raises:
+            LostPeerError: Another process failed; its own error says why.
+        """
+        try:
+            yield
+            self.share()
+        except LostPeerError:
+            raise
+        except Exception as error:
+            if self.size > 1:
+                with suppress(LostPeerError):
+                    self._exchange(one_line(error), None)
+            raise
 
     def first(self, value: Any) -> Any:
         """The value of the first process."""
         return self.share(value if self.rank == 0 else None)[0]
-
-    def agree(self, error: UserError | None) -> None:
-        """Fail on all processes if one has failed; they wait for each other here.
-
-        Raises:
-            UserError: That of this process, or of the first one that has failed.
-        """
-        messages = self.share(None if error is None else str(error))
-        if error is not None:
-            raise error
-        for rank, message in enumerate(messages):
-            if message is not None:
-                raise UserError(f"process {rank} failed: {message}")

@@ -203,13 +203,8 @@ class Runner:
         if self.peers.size == 1:
             return FileMap(shape, self.example.dtype, path, keep)
         # The first process makes the file, and the others open it.
-        made, failed = None, None
-        try:
-            if self.peers.rank == 0:
-                made = FileMap(shape, self.example.dtype, path, keep)
-        except UserError as error:
-            failed = error
-        self.peers.agree(failed)
+        made = FileMap(shape, self.example.dtype, path, keep) if self.peers.rank == 0 else None
+        self.peers.share()
         return made or FileMap(shape, self.example.dtype, path, keep=True)
 
     def choose_cuts(self, plans: list[Plan], wanted: set[int]) -> list[Cuts]:
@@ -400,22 +395,14 @@ class Runner:
         cuts, sums = position.cuts, position.sums
         alone = self.peers.size == 1
         while True:
-            failed = None
             bands = range(position.band, len(cuts)) if alone else self.peers.bands(len(cuts))
-            try:
-                for i in bands:
-                    bar.set_postfix_str(f"{plan.step.name}, band {i + 1} of {len(cuts)}")
-                    self._run_band(plan, source, target, position, i, writers if alone else [])
-                    self._give_back()
-                    if alone:
-                        position.band = i + 1
-                        self._note(position)
-            except UserError as error:
+            for i in bands:
+                bar.set_postfix_str(f"{plan.step.name}, band {i + 1} of {len(cuts)}")
+                self._run_band(plan, source, target, position, i, writers if alone else [])
+                self._give_back()
                 if alone:
-                    raise
-                failed = error
-            if not alone:
-                self.peers.agree(failed)
+                    position.band = i + 1
+                    self._note(position)
             if not sums.finish_pass(self.peers):
                 break
             position.band = 0

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from vitlinear.create import data_config
-from vitlinear.errors import UserError, one_line
+from vitlinear.errors import UserError
 from vitlinear.files import make_folder
 from vitlinear.models._isotropic import IsotropicBackbone
 from vitlinear.rows.steps import check_head, steps_of
@@ -95,16 +95,16 @@ def stream(
     alone = isinstance(output, (str, int, PCA, Head))
     outputs: tuple[Output, ...] = (output,) if alone else tuple(output)  # type: ignore[assignment, arg-type]
     sinks = sink if isinstance(sink, dict) else {} if sink is None else {outputs[0]: sink}
-    check_sinks(sinks, outputs, overwrite)
-    if band_rows is not None and band_rows < 1:
-        raise UserError(f"band_rows must be at least 1, got {band_rows}")
-    budget = parse_memory(memory)
     example = module_example(model)
     peers = Peers(mesh, example.device)
-    if peers.size > 1 and workdir is None:
-        raise UserError("processes that share an image need a workdir that all of them see")
     written = sinks if peers.rank == 0 else {}
-    with torch.no_grad():
+    with peers.one_fate(), torch.no_grad():
+        check_sinks(sinks, outputs, overwrite)
+        if band_rows is not None and band_rows < 1:
+            raise UserError(f"band_rows must be at least 1, got {band_rows}")
+        if peers.size > 1 and workdir is None:
+            raise UserError("processes that share an image need a workdir that all of them see")
+        budget = parse_memory(memory)
         steps = steps_of(model)
         opened = open_source(source, model.in_chans, layout, level)
         image = Pixels(opened, model, example, mean, std)
@@ -139,47 +139,39 @@ def stream(
                 shape = (*shape[:2], 3) if isinstance(name, PCA) else heads[name].shape
             check_shape(place, shape)
         raster = opened.raster if isinstance(opened, RasterSource) else None
-        maps: dict[int, RowMap] | None = None
-        try:
-            with Writers(raster) as writers:
+        with Writers(raster) as writers:
 
-                def open_writers(number: int, made: RowMap) -> list[Writer]:
-                    stride = _stride(plans[: number + 1])
-                    view: Any = made if kept is None else MaskedMap(made, kept)
-                    places = [place for name, place in written.items() if plain.get(name) == number]
-                    return [writers.open(view, place, stride) for place in places]
+            def open_writers(number: int, made: RowMap) -> list[Writer]:
+                stride = _stride(plans[: number + 1])
+                view: Any = made if kept is None else MaskedMap(made, kept)
+                places = [place for name, place in written.items() if plain.get(name) == number]
+                return [writers.open(view, place, stride) for place in places]
 
-                maps = runner.run(plans, image, needed, open_writers)
-                made: dict[Output, Any] = {}
-                for name, found in numbers.items():
-                    if name in plain:
-                        if name not in sinks:
-                            made[name] = _assemble(name, maps[found[0]], model, example, kept)
-                        continue
-                    made_of = [maps[n] for n in found]
+            maps = runner.run(plans, image, needed, open_writers)
+            made: dict[Output, Any] = {}
+            for name, found in numbers.items():
+                if name in plain:
+                    if name not in sinks:
+                        made[name] = _assemble(name, maps[found[0]], model, example, kept)
+                    continue
+                made_of = [maps[n] for n in found]
+                if isinstance(name, Head):
+                    heads[name].maps = made_of
+                    view: Any = heads[name]
+                else:
+                    pixels = runner.left(made_of) // 32  # rows are widened, and copied
+                    rows = max(pixels // math.prod(made_of[0].shape[1:]), 1)
+                    view = PrincipalComponents(made_of[0], kept, rows)
+                view = view if kept is None else MaskedMap(view, kept)
+                if name in written:
+                    stride = _stride(plans[: found[-1] + 1])
                     if isinstance(name, Head):
-                        heads[name].maps = made_of
-                        view: Any = heads[name]
-                    else:
-                        pixels = runner.left(made_of) // 32  # rows are widened, and copied
-                        rows = max(pixels // math.prod(made_of[0].shape[1:]), 1)
-                        view = PrincipalComponents(made_of[0], kept, rows)
-                    view = view if kept is None else MaskedMap(view, kept)
-                    if name in written:
-                        stride = _stride(plans[: found[-1] + 1])
-                        if isinstance(name, Head):
-                            stride /= heads[name].scale
-                        writers.open(view, sinks[name], stride).write_until(view.shape[0])
-                    elif name not in sinks:
-                        made[name] = view.read(0, view.shape[0]).permute(0, 3, 1, 2)
-        except Exception as error:
-            if (
-                maps is not None and peers.size > 1
-            ):  # the others wait below, with all that has to be there again
-                peers.agree(error if isinstance(error, UserError) else UserError(one_line(error)))
-            raise
-        peers.agree(None)
+                        stride /= heads[name].scale
+                    writers.open(view, sinks[name], stride).write_until(view.shape[0])
+                elif name not in sinks:
+                    made[name] = view.read(0, view.shape[0]).permute(0, 3, 1, 2)
         made |= sinks
+        peers.share()  # with maps that others may still read, the files go
         if record is not None and all(
             name in sinks or name not in plain or name == "logits" for name in outputs
         ):
