@@ -222,12 +222,13 @@ def test_weights_of_a_model_that_was_built_otherwise(tmp_path: Path) -> None:
 
 
 def test_weights_that_training_started_from_need_not_be_there(tmp_path: Path) -> None:
-    from vitlinear.dense.openmmlab.checks import without_start_weights
+    from vitlinear.dense.openmmlab.checks import name_arguments, without_start_weights
 
     path = tmp_path / "start.safetensors"
     section = {"type": "vitlinear.Backbone", "model": "test_ravlt", "checkpoint_path": str(path)}
     gone = dict(section)
-    without_start_weights(gone)
+    with pytest.warns(Notice, match="is not there: if its card names arguments"):
+        without_start_weights(gone)
     assert gone == {"type": section["type"], "model": "test_ravlt", "pretrained": False} | {
         "init_cfg": None
     }
@@ -236,6 +237,12 @@ def test_weights_that_training_started_from_need_not_be_there(tmp_path: Path) ->
     without_start_weights(there)
     assert there == gone | {"mlp_ratios": [2, 2, 2, 2]}
     build(there, "mmdet")
+    trained = dict(section)
+    name_arguments(trained)  # of a run: whole once the file is gone
+    path.unlink()
+    with pytest.warns(Notice):
+        without_start_weights(trained)
+    assert trained == there
 
 
 @pytest.mark.parametrize("bare", [True, False])

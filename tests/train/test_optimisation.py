@@ -245,9 +245,10 @@ def test_no_schedule_at_all_is_refused(folder: Path, tmp_path: Path, more: list[
         set_up(tiny_run(folder, tmp_path / "run", "--sched", "none", "--lr", 1e-3, *more))
 
 
+@pytest.mark.parametrize("more", [(), ("--warmup-prefix",)])
 @pytest.mark.parametrize("name", ["step", "multistep", "constant"])
-def test_a_cool_down_that_a_schedule_does_not_have(name: str) -> None:
-    config = configured(*SCHEDULE, "--sched", name).schedule
+def test_a_cool_down_that_a_schedule_does_not_have(name: str, more: tuple[str, ...]) -> None:
+    config = configured(*SCHEDULE, "--sched", name, *more).schedule
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1e-3)
     with pytest.raises(UserError, match=f"--sched {name} has no cool-down: leave --cooldown"):
         make_schedule(config, optimizer, 2, 12)

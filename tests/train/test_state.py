@@ -2,12 +2,15 @@
 
 import resource
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from vitlinear.errors import UserError
 from vitlinear.files import write_text
+from vitlinear.processes import Processes
+from vitlinear.train import resume
 from vitlinear.train.record.saved_state import read_newest, read_state, save_state
 
 
@@ -64,3 +67,22 @@ def test_a_full_disk_keeps_what_was_there(tmp_path: Path, first: bool) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert ("what was there before is kept" in str(info.value)) is not first
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("found", [None, {"epoch": 1, "batch": 0, "updates": 7}])
+def test_processes_that_found_unlike_states(
+    found: dict[str, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that found none asks the others too, or they would wait for it."""
+    there = (1, 0, 7)
+
+    def gather(places: list[Any], place: Any) -> None:
+        places[:] = [there, place]
+
+    monkeypatch.setattr(resume.distributed, "all_gather_object", gather)
+    processes = Processes(rank=1, world_size=2)
+    if found:
+        resume.check_same_place(processes, found)
+        return
+    with pytest.raises(UserError, match=r"process 0 that of update 7, process 1 none"):
+        resume.check_same_place(processes, found)

@@ -24,7 +24,7 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 
 # PIL modes whose channels are 8 bits of brightness or colour: batches hold bytes.
 MODES = ("L", "LA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV")
-# Names of the two parts of an embedded set, the first of which is the default.
+# Names of the two parts of an embedded set.
 PARTS = {True: ("train",), False: ("validation", "val", "test")}
 ONE_CLASS = (
     "warning: all training images are of one class, from which nothing is learnt, and accuracy is "

@@ -31,12 +31,15 @@ class Mixer(nn.Module):
         order: One of `description.ORDERS`, as the options have it that `make_mixer` was given.
         resets_parts: Class attribute: whether `reset_parameters` gives linear layers and
             convolutions inside other values than those that a model gives all of them.
+        moves_in_training: Class attribute: names of buffers that a forward pass in training
+            changes; recomputing takes them as they were.
     """
 
     description: ClassVar[AttentionDescription]
     positions: ClassVar[str] = "rotary"
     row_rule: ClassVar[str] = of_method("mix")
     resets_parts: ClassVar[bool] = False
+    moves_in_training: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,

@@ -228,15 +228,15 @@ def facts_of_terms(terms: Terms) -> tuple[Any, ...] | None:
             return None
     if mask is not None and type(mask) not in plain:
         return None
-    if head_scale is not None and type(head_scale) not in plain:
+    if head_scale is not None and (type(head_scale) not in plain or head_scale.is_neg()):
         return None
     if lepe is not None and (type(lepe) not in plain or lepe.is_neg()):
         return None
     if gate is not None and (type(gate) not in plain or gate.is_neg()):
         return None
-    if powers is not None and type(powers) not in plain:
+    if powers is not None and (type(powers) not in plain or powers.is_neg()):
         return None
-    if weights is not None and type(weights) not in plain:
+    if weights is not None and (type(weights) not in plain or weights.is_neg()):
         return None
     return (
         tables,

@@ -69,7 +69,8 @@ class _LinearAttention(torch.autograd.Function):
         q, k, v, rows, cols, *others, state, norm, mean_v, query, logsumexp = ctx.saved_tensors
         terms = Terms(None if rows is None else RotaryTables(rows, cols), *others)
         saved = LinearAttentionState(state, norm, mean_v, query, logsumexp)
-        if torch.is_grad_enabled() or type(grad_out) is not Tensor or tracing.is_watched(grad_out):
+        lazy = type(grad_out) is not Tensor or grad_out.is_neg()
+        if torch.is_grad_enabled() or lazy or tracing.is_watched(grad_out):
             saved = execution.with_shapes(saved, q, v, ctx.mechanism, terms)
             returned = torch.ops.vitlinear.linear_attention_backward(
                 grad_out, q, k, v, ctx.mechanism.name, *terms.flatten(), *saved.flatten(),

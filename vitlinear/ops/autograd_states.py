@@ -64,7 +64,9 @@ def _is_plain(*grads: Tensor | None) -> bool:
     if torch.is_grad_enabled() or tracing.is_watched():
         return False
     for grad in grads:
-        if grad is not None and (type(grad) is not Tensor or tracing.stands_for_many(grad)):
+        if grad is None:
+            continue
+        if type(grad) is not Tensor or grad.is_neg() or tracing.stands_for_many(grad):
             return False
     return True
 

@@ -61,15 +61,9 @@ class KernelError(RuntimeError):
 class VariableError(UserError, ValueError):
     """An environment variable has a value that nobody knows."""
 
-    def __init__(self, name: str, value: str, known: Iterable[str]) -> None:
-        """Say so.
 
-        Args:
-            name: Of the variable.
-            value: Its value.
-            known: Those that it may have.
-        """
-        super().__init__(f"unknown {name} value {value!r}; choose from: {', '.join(known)}")
+def _unknown_value(name: str, value: str, known: Iterable[str]) -> VariableError:
+    return VariableError(f"unknown {name} value {value!r}; choose from: {', '.join(known)}")
 
 
 class Choice(NamedTuple):
@@ -176,7 +170,7 @@ def requested_backend(requested: str = "auto") -> Choice:
     if check_backend(requested) != "auto":
         return Choice(requested, "asked for by argument")
     if _from_environment not in BACKENDS:
-        raise VariableError(ENVIRONMENT_VARIABLE, _from_environment, BACKENDS)
+        raise _unknown_value(ENVIRONMENT_VARIABLE, _from_environment, BACKENDS)
     if _from_environment != "auto":
         return Choice(_from_environment, f"set by {ENVIRONMENT_VARIABLE}")
     return Choice("auto", "nothing asked for")
@@ -328,7 +322,7 @@ def check_mode() -> str:
         VariableError: Something else.
     """
     if _check_from_environment not in CHECKS:
-        raise VariableError(CHECK_VARIABLE, _check_from_environment, CHECKS)
+        raise _unknown_value(CHECK_VARIABLE, _check_from_environment, CHECKS)
     return _check_from_environment
 
 

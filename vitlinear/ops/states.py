@@ -219,7 +219,7 @@ def _known(
         return None
     if mean_v is not None and type(mean_v) not in PLAIN:
         return None
-    if q.is_neg():
+    if any(x is not None and x.is_neg() for x in (q, sums, norm, mean_v)):
         return None
     given = facts_of_terms(terms)
     if given is None:

@@ -11,6 +11,7 @@ from torch import distributed
 from vitlinear.checkpoints.load import misfit
 from vitlinear.cli.config_file import saved_arguments
 from vitlinear.errors import UserError, one_line
+from vitlinear.processes import Processes
 
 from .parallel import load_full_state
 from .record.folder import ARGUMENTS, STATE, FolderConfig, run_folder
@@ -105,19 +106,25 @@ def check_same_run(saved: dict[str, Any], state: dict[str, Any], path: Path) -> 
             )
 
 
-def check_same_place(run: Run, start: Start) -> None:
-    """Checks that all processes go on from one state, which each has read by itself.
+def check_same_place(processes: Processes, state: dict[str, Any] | None) -> None:
+    """Checks that all processes found one state, which each has read by itself.
+
+    Args:
+        processes: Of the run; all make this call.
+        state: What this one found, None for nothing.
 
     Raises:
-        UserError: They do not: the folder is not the same for all.
+        UserError: They did not: the folder is not the same for all.
     """
-    if not run.processes.distributed:
+    if not processes.distributed:
         return
-    places: list[Any] = [None] * run.processes.world_size
-    distributed.all_gather_object(places, (start.epoch, start.batch, run.updater.updates))
+    place = None if state is None else (state["epoch"], state["batch"], state["updates"])
+    places: list[Any] = [None] * processes.world_size
+    distributed.all_gather_object(places, place)
     if len(set(places)) > 1:
         told = ", ".join(
-            f"process {rank} at update {updates}" for rank, (_, _, updates) in enumerate(places)
+            f"process {rank} {'none' if place is None else f'that of update {place[2]}'}"
+            for rank, place in enumerate(places)
         )
         raise UserError(
             f"cannot resume: the processes found unlike states ({told}); the run folder has to be "

@@ -95,9 +95,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
     files.check()
     with process_group():
         run = set_up(config)
+        if resume:
+            check_same_place(run.processes, state)
         start = Start() if state is None else restore(run, state)
         if state is not None:
-            check_same_place(run, start)
             run.notes.append(resume_note(run, start, saved, state["args"]))
             state = None  # or its tensors would be kept to the end
         with StopSignals() as signals:

@@ -210,7 +210,7 @@ def make_schedule(
         )
     except (ValueError, AssertionError) as error:
         raise UserError(f"--sched {config.sched}: {one_line(error)}") from error
-    if config.cooldown_epochs and int(epochs) == config.epochs:
+    if config.cooldown_epochs and not hasattr(scheduler, "get_cycle_length"):  # as timm asks
         raise UserError(
             f"--sched {config.sched} has no cool-down: leave --cooldown-epochs "
             f"{config.cooldown_epochs} out, or give more --epochs"

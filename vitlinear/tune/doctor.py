@@ -117,7 +117,7 @@ def _backends(device: torch.device) -> Iterator[str]:
 
 def _automatic(device: torch.device) -> Iterator[str]:
     try:
-        choice, checked = backend.requested_backend(), backend.check_mode()
+        choice = backend.requested_backend()
     except backend.VariableError as error:
         yield f"cannot decide: {error}"
         return
@@ -130,6 +130,11 @@ def _automatic(device: torch.device) -> Iterator[str]:
     here = gpu.describe(device.index)
     if obstacle := gpu.obstacle(here):
         yield f"takes eager: {obstacle}"
+        return
+    try:
+        checked = backend.check_mode()
+    except backend.VariableError as error:
+        yield f"cannot decide: {error}"
         return
     known, shipped = kernel_cache.known(here), seeds(here.name).rows
     yield (
@@ -180,8 +185,9 @@ def _model(config: DoctorConfig, device: torch.device) -> object:
     model = model.to(device, getattr(torch, config.dtype)).train(config.training)
     size = config.size or data_config(model, {}).input_size[-1]
     channels = int(getattr(model, "in_chans", 3))
-    backend.requested_backend(), backend.check_mode()  # raise what is no fault of the model
     try:
         return backend_report(model, (config.batch_size, channels, size, size))
+    except backend.VariableError:  # no fault of the model
+        raise
     except (ValueError, RuntimeError) as error:
         raise UserError(f"cannot trace {config.model} at {size} pixels: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from mmengine.config import Config
 
 from vitlinear.checkpoints.card import read_card
 from vitlinear.create import check_model_name
-from vitlinear.errors import UserError
+from vitlinear.errors import Notice, UserError
 
 
 def check_config(config: Config, parts: tuple[str, ...]) -> None:
@@ -64,11 +65,27 @@ def backbones(config: Config) -> list[tuple[str, dict[str, Any]]]:
 def without_start_weights(backbone: dict[str, Any]) -> None:
     """Take out of a backbone's section what training started from, which need not be here.
 
-    A file of ours names arguments of its model: they stay, if the file is there.
+    A file of ours names arguments of its model, which `name_arguments` has left in the config of a
+    run. A config without them needs the file.
     """
     backbone.update(pretrained=False, init_cfg=None)
-    start = backbone.pop("checkpoint_path", None)
-    card = read_card(Path(start)) if start is not None and Path(start).is_file() else None
+    start = backbone.get("checkpoint_path")
+    if start is not None and Path(start).is_file():
+        name_arguments(backbone)
+    elif start is not None:
+        warnings.warn(
+            f"{start} is not there: if its card names arguments of the model, the config has to "
+            "have them",
+            Notice,
+            stacklevel=2,
+        )
+    backbone.pop("checkpoint_path", None)
+
+
+def name_arguments(backbone: dict[str, Any]) -> None:
+    """Put into a backbone's section the arguments that the card of its weights names."""
+    start = backbone.get("checkpoint_path")
+    card = None if start is None else read_card(Path(start))
     for key, value in (card.model_kwargs if card is not None else {}).items():
         backbone.setdefault(key, value)
 

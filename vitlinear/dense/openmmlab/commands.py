@@ -16,7 +16,7 @@ from vitlinear.errors import UserError
 from vitlinear.files import check_no_input
 
 from .annotations import check_annotations
-from .checks import backbones, check_config, check_exists, without_start_weights
+from .checks import backbones, check_config, check_exists, name_arguments, without_start_weights
 from .packages import require
 from .results import ResultsHook
 from .runner import (
@@ -124,6 +124,8 @@ def _train(arguments: TrainArguments, framework: str) -> None:
         check_exists(config.load_from, "set --resume or load_from")
     check_config(config, ("train", "val"))
     check_annotations(config, ("train", "val"), framework)
+    for _, backbone in backbones(config):  # the run's config is to be whole without the weights
+        name_arguments(backbone)
     with processes(arguments.run.launcher):
         build_runner(config).train()
 

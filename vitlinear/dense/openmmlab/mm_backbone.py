@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from vitlinear.checkpoints.card import read_card
 from vitlinear.checkpoints.load import misfit, notice_of_other_model
 from vitlinear.checkpoints.read import CheckpointError
-from vitlinear.errors import UserError
+from vitlinear.errors import Notice, UserError
 from vitlinear.registry import MODELS
 
 from ..backbone import MultiScaleBackbone
@@ -80,7 +81,9 @@ class Backbone(MultiScaleBackbone, BaseModule):
             self.init_cfg = given
         for checkpoint in checkpoints:
             args, kwargs = self._arguments
-            loaded = MultiScaleBackbone(*args, **kwargs, checkpoint_path=checkpoint)
+            with warnings.catch_warnings():  # of what is told below, with more knowledge
+                warnings.simplefilter("ignore", Notice)
+                loaded = MultiScaleBackbone(*args, **kwargs, checkpoint_path=checkpoint)
             weights = loaded.model.state_dict()
             card, name = read_card(Path(checkpoint)), args[0].partition(".")[0]
             if card is not None:  # whose arguments this model was made without

@@ -251,3 +251,40 @@ def test_workspace_is_bounded(length, slots, mechanism, monkeypatch):
 def test_programs_come_in_full_rounds(slots, splits):
     """Of the 264 that 132 processors run at once: 500 in two rounds sooner than 200 in one."""
     assert calls.splits_that_fill(slots, 264) == splits
+
+
+def lazily_negated(*shape):
+    x = torch.randn(*shape, dtype=torch.cfloat).conj().imag
+    assert x.is_neg()
+    return x
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "name", "shape"),
+    [
+        ("elu", "head_scale", (2,)),
+        ("weighted_identity", "key_weights", (1, 6, 2, 1)),
+        ("gated_identity", "key_weights", (1, 6, 2, 8)),
+        ("elu", "gradient", (1, 6, 2, 8)),
+    ],
+)
+def test_signs_that_are_not_in_memory_yet(mechanism, name, shape):
+    q = torch.randn(1, 6, 2, 8, requires_grad=True)
+    lazy = lazily_negated(*shape)
+    results = []
+    for x, backend in ((lazy, "triton"), (lazy.resolve_neg(), "eager")):
+        terms = {} if name == "gradient" else {name: x}
+        out = ops.linear_attention(q, q, q, mechanism=mechanism, **terms, backend=backend)
+        grad = x if name == "gradient" else torch.ones_like(out)
+        results.append((out, *torch.autograd.grad(out, q, grad)))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+def test_signs_of_the_gradient_of_a_read():
+    q = torch.randn(1, 6, 2, 8, requires_grad=True)
+    state = ops.linear_attention_state(q.detach(), q.detach())
+    lazy, found = lazily_negated(1, 6, 2, 8), []
+    for grad, backend in ((lazy, "triton"), (lazy.resolve_neg(), "eager")):
+        out = ops.read_linear_attention_state(q, state, backend=backend)
+        found += torch.autograd.grad(out, q, grad)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
