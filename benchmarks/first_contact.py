@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +28,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout
 
 from benchmarks import registry  # noqa: E402
-from benchmarks.gpu import Timer, copy_bandwidth, machine  # noqa: E402
+from benchmarks.gpu import Timer, copy_bandwidth, is_lost, machine  # noqa: E402
 from vitlinear import ops  # noqa: E402
 from vitlinear.ops import self_check  # noqa: E402
 from vitlinear.ops.backend import find_obstacle  # noqa: E402
@@ -146,17 +148,24 @@ class CacheCount:
         return {"kernels_from_cache": self.found, "kernels_compiled": self.compiled}
 
 
+def go_on(args: argparse.Namespace, number: int, left: float) -> None:
+    """Continue behind a finding in a new process, which has a context of its own."""
+    flags = ["--output", str(args.output), "--seconds", f"{left:.1f}", "--skip", str(number + 1)]
+    os.execv(sys.executable, [sys.executable, __file__, *flags])
+
+
 def main() -> None:
     """Find out what there is time for, one line each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="a JSON line for each finding")
     parser.add_argument("--seconds", type=float, default=120, help="begin nothing after these")
     parser.add_argument("--dry-run", action="store_true", help="tiny calls on the CPU")
+    parser.add_argument("--skip", type=int, default=0, help="findings that are there already")
     args = parser.parse_args()
     start, device = time.monotonic(), torch.device("cpu" if args.dry_run else "cuda")
-    count, timer, wrong = CacheCount(), Timer(args.dry_run), 0
+    count, timer = CacheCount(), Timer(args.dry_run)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    with open(args.output, "w", encoding="utf-8") as file:
+    with open(args.output, "a" if args.skip else "w", encoding="utf-8") as file:
 
         def tell(line: dict[str, Any]) -> None:
             text = json.dumps({"at": round(time.monotonic() - start, 2), **line})
@@ -164,33 +173,40 @@ def main() -> None:
             file.flush()
             print(text, flush=True)
 
-        def time_left() -> bool:
-            return time.monotonic() - start < args.seconds
+        def bandwidth() -> dict[str, Any]:
+            return {"copy_bytes_per_second": copy_bandwidth(device, timer)}
 
         tell(machine(device))
         if not args.dry_run:
             count.listen()
+        findings: list[Callable[[], dict[str, Any]]] = [
+            *(partial(correctness, check) for check in checks(device.type, args.dry_run)),
+            bandwidth,
+            *(partial(kernel_times, each, device, timer) for each in barred_shapes(args.dry_run)),
+        ]
+        finished = False
         try:
-            for number, check in enumerate(checks(device.type, args.dry_run)):
-                if not time_left():
-                    break
-                line = correctness(check)
-                wrong += line["right"] is False
-                tell(line)
-                if number == 0:
-                    tell(count.line())
-            tell({"wrong": wrong, **count.line()})
-            tell({"copy_bytes_per_second": copy_bandwidth(device, timer)})
-            for shape in barred_shapes(args.dry_run):
-                if not time_left():
+            for number, find in enumerate(findings[args.skip :], args.skip):
+                left = args.seconds - (time.monotonic() - start)
+                if left < 0:
                     break
                 try:
-                    tell(kernel_times(shape, device, timer))
+                    tell(find())
                 except Exception as error:
-                    tell({"shape": shape.where, "error": f"{type(error).__name__}: {error}"[:500]})
-            tell({"finished": time_left(), **count.line()})
+                    what = find.args[0].where if isinstance(find, partial) else "bandwidth"
+                    tell({"shape": what, "error": f"{type(error).__name__}: {error}"[:500]})
+                if is_lost(device):  # after a bad access nothing runs any more in this process
+                    tell({"context_lost": True, **count.line()})
+                    go_on(args, number, left)
+                if number == args.skip:
+                    tell(count.line())
+            else:
+                finished = True
         except KeyboardInterrupt:
-            tell({"finished": False, "interrupted": True, **count.line()})
+            tell({"interrupted": True})
+        lines = map(json.loads, args.output.read_text(encoding="utf-8").splitlines())
+        wrong = sum(line.get("right") is False for line in lines)
+        tell({"finished": finished, "wrong": wrong, **count.line()})
     sys.exit(1 if wrong else 0)
 
 

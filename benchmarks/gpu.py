@@ -17,13 +17,12 @@ import argparse
 import importlib.util
 import json
 import platform
-import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a c
 import vitlinear  # noqa: E402
 from benchmarks import registry  # noqa: E402
 from vitlinear.processor import cpu_model  # noqa: E402
+from vitlinear.revision import source_commit  # noqa: E402
 
 COPIED = 2**30  # bytes of the tensor that the copy bandwidth is measured with
 LAUNCH_BOUND = 196  # tokens up to which every implementation is timed as a CUDA graph too
@@ -82,39 +82,61 @@ def captured(run: Callable[[], object]) -> Callable[[], None]:
     return graph.replay
 
 
-def measure(
-    shape: registry.Shape, name: str, attend: Any, device: torch.device, timer: Timer
-) -> dict[str, Any]:
-    """One row: forward, backward and both."""
-    dtype = torch.float32 if timer.dry else torch.bfloat16
+class Calls(NamedTuple):
+    """What is timed of a row: forward, backward alone, and both."""
+
+    forward: Callable[[], object]
+    backward: Callable[[], object]
+    both: Callable[[], object]
+
+
+def calls_of(shape: registry.Shape, attend: Any, device: torch.device, dry: bool) -> Calls:
+    """The calls of a row."""
+    dtype = torch.float32 if dry else torch.bfloat16
     torch.manual_seed(0)
     parts = 5 if shape.epilogue else 3
     size = (shape.batch, shape.length, parts, shape.heads, shape.dim)
     qkv = torch.randn(size, device=device, dtype=dtype)
     grad = torch.randn((*size[:2], *size[3:]), device=device, dtype=dtype)
-    leaf = qkv.clone().requires_grad_()
-    inputs = leaf.unbind(2)
+
+    def leaves() -> list[Tensor]:
+        """Made where they are used: autograd goes back to the stream that made a tensor."""
+        return [x.detach().requires_grad_() for x in qkv.unbind(2)]
 
     def forward() -> Tensor:
         with torch.no_grad():
             return attend(*qkv.unbind(2))
 
+    inputs = leaves()
     out = attend(*inputs)
 
     def backward() -> object:
         return torch.autograd.grad(out, inputs, grad, retain_graph=True)
 
     def both() -> object:
-        return torch.autograd.grad(attend(*inputs), inputs, grad)
+        own = leaves()
+        return torch.autograd.grad(attend(*own), own, grad)
 
-    row: dict[str, Any] = {"forward_ms": timer(forward), "backward_ms": timer(backward)}
-    row["both_ms"] = timer(both)
-    row["forward_peak_bytes"] = peak_memory(forward, device)
-    row["backward_peak_bytes"] = peak_memory(backward, device)
-    if device.type == "cuda" and (name == "triton" or shape.length <= LAUNCH_BOUND):
-        row["forward_graph_ms"] = timer(captured(forward))
-        row["both_graph_ms"] = timer(captured(both))
+    return Calls(forward, backward, both)
+
+
+def measure(calls: Calls, device: torch.device, timer: Timer) -> dict[str, Any]:
+    """Times and memory of a row."""
+    row: dict[str, Any] = {"forward_ms": timer(calls.forward), "backward_ms": timer(calls.backward)}
+    row["both_ms"] = timer(calls.both)
+    row["forward_peak_bytes"] = peak_memory(calls.forward, device)
+    row["backward_peak_bytes"] = peak_memory(calls.backward, device)
     return row
+
+
+def is_lost(device: torch.device) -> bool:
+    """Whether the GPU's context is lost to this process: what runs next would fail as well."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def copy_bandwidth(device: torch.device, timer: Timer) -> float:
@@ -136,14 +158,6 @@ def add_shares(row: dict[str, Any], shape: registry.Shape, bandwidth: float) -> 
     row["backward_share"] = backward / (row["backward_ms"][0] * 1e-3) / bandwidth
 
 
-def git(*command: str) -> str:
-    """Output of a git command; empty outside a checkout."""
-    done = subprocess.run(
-        ["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip()
-
-
 def machine(device: torch.device) -> dict[str, Any]:
     """Where and with what this ran."""
     found: dict[str, Any] = {
@@ -152,7 +166,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "vitlinear": vitlinear.__version__,
-        "commit": git("describe", "--always", "--dirty") or "no checkout",
+        "commit": source_commit() or "no checkout",
     }
     for package in ("triton", "timm"):
         if importlib.util.find_spec(package):
@@ -172,7 +186,12 @@ def test_results(files: list[Path]) -> dict[str, Any]:
     total = {"tests": 0, "failures": 0, "errors": 0, "skipped": 0}
     failed: list[str] = []
     for file in files:
-        root = ElementTree.parse(file).getroot()
+        try:
+            root = ElementTree.parse(file).getroot()
+        except ElementTree.ParseError:  # of tests that were ended while they wrote it
+            total["errors"] += 1
+            failed.append(f"{file.name}: cut off")
+            continue
         for suite in root.iter("testsuite"):
             for key in total:
                 total[key] += int(suite.get(key, 0))
@@ -241,21 +260,50 @@ def main() -> None:
         if not args.only or {shape.mechanism, name} & set(args.only)
     ]
     # Compiling a formula takes longer than measuring all else of its shape: last, in their order.
-    for shape, name, attend in sorted(calls, key=lambda call: call[1] == registry.COMPILED):
+    calls.sort(key=lambda call: call[1] == registry.COMPILED)
+    lost = False  # the context: after a bad access nothing runs any more
+
+    def try_row(row: dict[str, Any], key: str, run: Callable[[], dict[str, Any]]) -> bool:
+        """Adds what a run returns, or its error; returns whether it ran."""
+        nonlocal lost
+        if lost or time.monotonic() - start > args.seconds:
+            row[key] = "skipped: " + ("the context is lost" if lost else "no time left")
+            return False
+        try:
+            row |= run()
+        except Exception as error:  # a kernel that cannot run this is a result
+            row[key] = f"{type(error).__name__}: {str(error).strip().splitlines()[-1:]}"
+            lost = is_lost(device)
+        write(args.output, record)  # whatever ends this early, what was measured is there
+        return key not in row
+
+    ran = []
+    for shape, name, attend in calls:
         row = {**shape._asdict(), "length": shape.length, "implementation": name}
         record["rows"].append(row)
-        if time.monotonic() - start > args.seconds:
-            row["error"] = "skipped: no time left"
-            continue
-        try:
-            row.update(measure(shape, name, attend, device, timer))
+
+        def times(shape: registry.Shape = shape, attend: Any = attend) -> dict[str, Any]:
+            return measure(calls_of(shape, attend, device, args.dry_run), device, timer)
+
+        if try_row(row, "error", times):
             add_shares(row, shape, record["copy_bytes_per_second"])
-        except Exception as error:  # a kernel that cannot run this is a result
-            row["error"] = f"{type(error).__name__}: {str(error).strip().splitlines()[-1:]}"
-        print(table([row]).splitlines()[1], flush=True)
-        write(args.output, record)  # whatever ends this early, what was measured is there
+            print(table([row]).splitlines()[1], flush=True)
+            ran.append((row, shape, name, attend))
         if name == registry.COMPILED:
             torch.compiler.reset()
+    for row, shape, name, attend in ran:  # a capture that fails may leave nothing usable behind
+        if device.type != "cuda" or not (name == "triton" or shape.length <= LAUNCH_BOUND):
+            continue
+
+        def graphs(shape: registry.Shape = shape, attend: Any = attend) -> dict[str, Any]:
+            subject = calls_of(shape, attend, device, args.dry_run)
+            return {
+                "forward_graph_ms": timer(captured(subject.forward)),
+                "both_graph_ms": timer(captured(subject.both)),
+            }
+
+        if not try_row(row, "graph_error", graphs):
+            break
     record["seconds"] = time.monotonic() - start
     write(args.output, record)
     print(f"\n{table(record['rows'])}\n\nCopy: {record['copy_bytes_per_second'] / 1e12:.3f} TB/s")

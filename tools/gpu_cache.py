@@ -3,6 +3,7 @@
     python3.12 tools/gpu_cache.py make output/gpu_cache.tar.xz        # needs torch, triton, gcc
     python3.12 tools/gpu_cache.py unpack output/gpu_cache.tar.xz FOLDER    # TRITON_CACHE_DIR
     python3.12 tools/gpu_cache.py verify FOLDER        # compiles nothing if everything is there
+    python3.12 tools/gpu_cache.py compile FOLDER       # what is not there, for the GPU of here
 
 Triton finds a kernel by a hash of its source, of itself (libtriton.so is another for each Python)
 and of the target. So ``make`` has to run under the Python and the Triton of the machine with the
@@ -69,7 +70,9 @@ def main() -> None:
     unpack_flags.add_argument("folder", type=Path)
     verify_flags = commands.add_parser("verify", help="make the calls again and count")
     verify_flags.add_argument("folder", type=Path)
-    for flags in (make_flags, verify_flags):
+    compile_flags = commands.add_parser("compile", help="compile what is not there, unpacked")
+    compile_flags.add_argument("folder", type=Path)
+    for flags in (make_flags, verify_flags, compile_flags):
         flags.add_argument("--target", type=int, default=90, help="compute capability")
         flags.add_argument("--processors", type=int, default=132, help="of the GPU")
         flags.add_argument("--only", choices=PARTS, default=None, help="of the calls")
@@ -83,8 +86,22 @@ def main() -> None:
     wanted = Wanted(args.target, args.processors, parts, args.mechanisms, args.jobs)
     if args.command == "make":
         make(args.archive, wanted)
+    elif args.command == "compile":
+        found, compiled = compile_calls(args.folder.resolve(), for_this_gpu(wanted))
+        print(f"{found} kernels found, {compiled} compiled")
     else:
         verify(args.folder, wanted)
+
+
+def for_this_gpu(wanted: Wanted) -> Wanted:
+    """The same for the GPU that is here, if there is one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return wanted
+    here = torch.cuda.get_device_properties(0)
+    target = 10 * here.major + here.minor
+    return wanted._replace(target=target, processors=here.multi_processor_count)
 
 
 def make(archive: Path, wanted: Wanted) -> None:
@@ -127,9 +144,9 @@ def unpack(archive: Path, folder: Path) -> None:
         path.write_text(json.dumps(content))
     about, here = json.loads((folder / ABOUT).read_text()), environment()
     differs = [f"{key} {here[key]}, not {about[key]}" for key in here if here[key] != about[key]]
-    print(f"{about['number']} kernels for {about['target']} in {folder}")
     if differs:
-        print(f"note: made elsewhere, Triton may not find them: {'; '.join(differs)}")
+        sys.exit(f"error: Triton will not find these kernels here: {'; '.join(differs)}")
+    print(f"{about['number']} kernels for {about['target']} in {folder}")
 
 
 def verify(folder: Path, wanted: Wanted) -> None:

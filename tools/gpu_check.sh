@@ -9,12 +9,13 @@
 # Needs torch, triton, timm and pytest in the Python that $PYTHON names, and nothing installed of
 # this repository. Each step is ended by SIGINT, so that reports are written whatever the time.
 #
-#     tools/gpu_check.sh [FOLDER]              # writes FOLDER/first.jsonl, *.json, *.txt, *.xml
+#     tools/gpu_check.sh [FOLDER]              # writes FOLDER/first.jsonl, *.json, report.tar.gz
 #     tools/gpu_check.sh --only models         # one of the parts has all the time
 #     tools/gpu_check.sh --dry-run [FOLDER]    # no GPU: tiny shapes, in Triton's interpreter
 #
 # GPU_CACHE names an archive of compiled kernels (`make gpu-cache`); output/gpu_cache.tar.xz is taken
-# if it is there.
+# if it is there. Without one that fits, the kernels of the part `first` are compiled on all cores.
+# What each step printed, and the reports of the tests, are in report.tar.gz, from step to step.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -48,10 +49,19 @@ folder=${1:-output/gpu_check}
 python=${PYTHON:-python3}
 cache=${GPU_CACHE:-output/gpu_cache.tar.xz}
 mkdir -p "$folder"
+folder=$(cd "$folder" && pwd)
+work=$(mktemp -d)
 export PYTHONPATH=$PWD PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS=1
 # Trying every configuration of every kernel takes longer than all else.
 export VITLINEAR_AUTOTUNE=${VITLINEAR_AUTOTUNE:-0}
 status=0
+
+# Whole or as it was, whatever ends the script.
+pack() {
+    (cd "$work" && tar czf "$folder/.report" --exclude=triton_cache .) &&
+        mv "$folder/.report" "$folder/report.tar.gz"
+}
+trap 'pack; rm -rf "$work"' EXIT
 
 wanted() { [[ " $parts " == *" $1 "* ]]; }
 
@@ -60,56 +70,66 @@ wanted() { [[ " $parts " == *" $1 "* ]]; }
 run() {
     local name=$1 seconds=$2
     shift 2
-    env --default-signal=INT timeout -s INT -k 10 "$seconds" "$@" >"$folder/$name.txt" 2>&1
+    env --default-signal=INT timeout -s INT -k 10 "$seconds" "$@" >"$work/$name.txt" 2>&1
 }
 
-# Without the settings in pyproject.toml, which name plugins that need not be there.
+# tests NAME SECONDS FILE [FLAG...]. Without the settings in pyproject.toml, which name plugins that
+# need not be there.
+kernels=tests/ops/triton/test_gpu.py
 tests() {
     local name=$1 limit=$2
     shift 2
     run "tests_$name" "$limit" "$python" -m pytest -c /dev/null --rootdir . -v \
         --import-mode=importlib -p no:cacheprovider -W ignore::pytest.PytestUnknownMarkWarning \
-        -m gpu --junit-xml "$folder/tests_$name.xml" tests/ops/triton/test_gpu.py "$@"
+        -m gpu --junit-xml "$work/tests_$name.xml" "$@"
 }
 
 # Versions and correctness take seconds with a cache of compiled kernels, so they have no limit of
 # their own; the bars follow.
 run_first() {
     local seconds=$((budget < 150 ? budget : 150))
-    if [[ ${#dry[@]} == 0 && -e $cache ]]; then
-        export TRITON_CACHE_DIR=$PWD/$folder/triton_cache
-        "$python" tools/gpu_cache.py unpack "$cache" "$TRITON_CACHE_DIR" || status=1
+    if [[ ${#dry[@]} == 0 ]]; then
+        export TRITON_CACHE_DIR=$work/triton_cache
+        if ! [[ -e $cache ]] || ! "$python" tools/gpu_cache.py unpack "$cache" "$TRITON_CACHE_DIR"; then
+            run compile 120 "$python" tools/gpu_cache.py compile "$TRITON_CACHE_DIR" --only first
+            tail -n 1 "$work/compile.txt"
+        fi
     fi
     run first "$seconds" "$python" benchmarks/first_contact.py "${dry[@]}" \
         --output "$folder/first.jsonl" --seconds $((seconds - 15)) || status=1
-    cat "$folder/first.txt"
+    cat "$work/first.txt"
 }
 
 # Compiling takes most of the time, and as many cores as there are processes: one a mechanism.
 # What needs much memory, or the device to itself, goes alone.
 run_tests() {
-    local contract="cuda_graph or bit_equal or more_than_8_gib"
-    local alone="workspace or measured_configurations or resolution"
-    local general="compile_fullgraph or export or autocast"
-    local left mechanism mechanisms pid pids=()
-    rm -f "$folder"/tests_*.xml
-    tests contract $((budget < 520 ? 60 : budget / 8)) -k "$contract" || status=1
-    tail -n 1 "$folder/tests_contract.txt"
+    local contract="cuda_graph more_than_8_gib bit_equal"
+    local alone="workspace or resolution"
+    local general="compile_fullgraph or export or autocast or states_of_vittt"
+    local left name mechanism mechanisms pid pids=()
+    for name in $contract; do
+        tests "$name" $((budget < 520 ? 30 : budget / 16)) "$kernels" -k "$name" || status=1
+        tail -n 1 "$work/tests_$name.txt"
+    done
+    contract="measured_configurations or ${contract// / or }"
     if [[ ${#dry[@]} != 0 ]]; then return; fi # all of them would be skipped, as these were
     left=$((budget - SECONDS))
     if wanted attention; then left=$((left / 2)); fi
-    left=$((left > 60 ? left : 60))
+    left=$(((left > 100 ? left : 100) / 5)) # three fifths side by side, and two steps alone
     mechanisms=$("$python" -c "from vitlinear import ops; print(*ops.MECHANISMS)") || exit 1
     for mechanism in $mechanisms; do
-        tests "$mechanism" "$left" \
+        tests "$mechanism" $((3 * left)) "$kernels" \
             -k "([$mechanism] or -$mechanism] or [$mechanism-) and not ($alone or $contract)" &
         pids+=($!)
     done
-    tests general "$left" -k "$general" &
+    tests general $((3 * left)) "$kernels" -k "$general" &
+    pids+=($!)
+    tests train $((3 * left)) tests/train/test_run.py tests/train/test_progress.py &
     pids+=($!)
     for pid in "${pids[@]}"; do wait "$pid" || status=1; done
-    tests alone 60 -k "$alone" || status=1
-    tail -qn 1 "$folder"/tests_*.txt
+    tests alone "$left" "$kernels" -k "$alone" || status=1
+    tests configurations "$left" "$kernels" -k measured_configurations || status=1
+    tail -qn 1 "$work"/tests_*.txt
 }
 
 # measure NAME SCRIPT SECONDS [FLAG...]: writes NAME.json and NAME.txt. Rows that there is no time
@@ -120,10 +140,11 @@ measure() {
     seconds=$((seconds > 30 ? seconds : 30))
     run "$name" $((seconds + 15)) "$python" "benchmarks/$script" "${dry[@]}" \
         --output "$folder/$name.json" --seconds $((seconds - 15)) "$@" || status=1
-    cat "$folder/$name.txt"
+    cat "$work/$name.txt"
 }
 
-# A program under it is many times slower: a few tests of tiny sizes.
+# A program under it is many times slower: a few tests of tiny sizes. PyTorch's allocator would hide
+# what one tensor does to the next.
 run_memory() {
     local seconds=$((budget - SECONDS))
     if ! command -v compute-sanitizer >/dev/null; then
@@ -131,22 +152,33 @@ run_memory() {
     elif ((seconds < 60)); then
         echo "gpu_check: no time left to check memory"
     else
-        run memory "$seconds" compute-sanitizer --tool memcheck --error-exitcode 1 \
-            "$python" -m pytest -c /dev/null --rootdir . -v --import-mode=importlib \
-            -p no:cacheprovider -W ignore::pytest.PytestUnknownMarkWarning -m gpu \
-            tests/ops/triton/test_gpu.py -k "head_sizes and 8" || status=1
-        tail -n 3 "$folder/memory.txt"
+        local tool
+        for tool in memcheck racecheck; do
+            PYTORCH_NO_CUDA_MEMORY_CACHING=1 run "$tool" $((seconds / 2)) \
+                compute-sanitizer --tool "$tool" --error-exitcode 1 \
+                "$python" -m pytest -c /dev/null --rootdir . -v --import-mode=importlib \
+                -p no:cacheprovider -W ignore::pytest.PytestUnknownMarkWarning -m gpu \
+                "$kernels" -k "head_sizes and [8-" || status=1
+            tail -n 3 "$work/$tool.txt"
+        done
     fi
 }
 
-if wanted first; then run_first; fi
-if wanted tests; then run_tests; fi
+if wanted first; then
+    run_first
+    pack
+fi
+if wanted tests; then
+    run_tests
+    pack
+fi
 if wanted attention; then
     left=$((budget - SECONDS))
     if wanted models; then left=$((left / 2)); fi
-    recorded=("$folder"/tests_*.xml)
+    recorded=("$work"/tests_*.xml)
     if [ ! -e "${recorded[0]}" ]; then recorded=(); fi
     measure gpu gpu.py "$left" --tests "${recorded[@]}"
+    pack
 fi
 if wanted models; then measure models gpu_models.py $((budget - SECONDS)); fi
 if wanted memory && [[ ${#dry[@]} == 0 ]]; then run_memory; fi

@@ -6,6 +6,7 @@ The argument ``backend`` is theirs: ``library``, ``triton`` or ``auto``.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
@@ -13,8 +14,11 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from vitlinear.errors import Notice
+
+from . import backend as decisions
 from . import backward as formulas
-from . import eager
+from . import eager, gpu
 from .attention_state import LinearAttentionState
 from .backend import KERNEL_DTYPES, report_failure
 from .backward import LinearGradients
@@ -80,8 +84,22 @@ def tell(
     """
     if isinstance(error, torch.OutOfMemoryError):
         raise error
+    if backend != "triton" and (passing := _passing(error)):
+        warnings.warn(f"the formula runs this time, {passing}", Notice, stacklevel=2)
+        return
     work = Workload.of(x, mechanism.name, terms=terms, value_dim=value_dim)
     report_failure(error, backend == "triton", work)
+
+
+def _passing(error: Exception) -> str:
+    """The reason why an error need not come again; empty if nothing speaks for that."""
+    text = decisions.describe_error(error)
+    if gpu.is_capturing():
+        return f"because a kernel could not be loaded into a graph that is captured: {text}"
+    if "out of memory" in text:  # of the driver, for the code of a kernel
+        torch.cuda.empty_cache()
+        return f"because a kernel found no memory: {text}"
+    return ""
 
 
 def to_layout(x: Tensor, like: Tensor) -> Tensor:

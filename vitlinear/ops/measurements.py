@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,10 +64,12 @@ class Measurement(NamedTuple):
         """
         try:
             found = cls(**{**row, "terms": tuple(row["terms"])})
-            float(found.triton_ms), float(found.eager_ms), float(found.compiled_ms or 0)
+            times = [float(found.triton_ms), float(found.eager_ms), float(found.compiled_ms or 1)]
             int(found.tokens)
         except (TypeError, KeyError) as error:
             raise ValueError(f"not a measurement: {error}") from error
+        if not all(0 < time < math.inf for time in times):
+            raise ValueError("not a measurement: times that are not above 0")
         return found
 
     @property

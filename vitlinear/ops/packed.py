@@ -57,7 +57,7 @@ def unpack(projection: Tensor) -> tuple[Tensor, ...]:
     Returns:
         [B, N, h, D] each, all views: the P slices, and from three on the values again, for whatever
         looks at them beside the attention, such as a convolution. Its gradient is added in place to
-        what the attention has made.
+        what the attention has made, so a gradient of the values by themselves is not to be kept.
     """
     if (
         not torch.compiler.is_compiling()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
 
 # Looked up once: these are asked in every call of an attention.
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -65,11 +66,17 @@ def is_watched(grad: Tensor | None = None) -> bool:
     return torch.compiler.is_compiling() or is_looked_at(grad)
 
 
+def _only_a_default_device() -> bool:
+    """Whether the modes over functions are those of `torch.set_default_device` alone."""
+    modes = map(torch._C._get_function_stack_at, range(_function_modes()))
+    return all(isinstance(mode, DeviceContext) for mode in modes)
+
+
 def is_looked_at(grad: Tensor | None = None) -> bool:
     """`is_watched` of what is not being compiled: the questions above, without as many calls."""
     return (
         _dispatch_modes() > 0
-        or _function_modes() > 0
+        or (_function_modes() > 0 and not _only_a_default_device())
         or _is_tracing()
         or _transforms()
         or forward_ad._current_level >= 0

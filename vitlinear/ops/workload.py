@@ -109,6 +109,8 @@ class Workload(NamedTuple):
         tables = None
         if terms is not None:
             given, tables = tuple([x is not None for x in terms]), terms.rotary
+        if torch.compiler.is_compiling():  # a program is for one width of heads
+            dim, value_dim = int(dim), int(value_dim)
         full_width = (
             tables is not None
             and get_mechanism(mechanism).positions == "rotary"

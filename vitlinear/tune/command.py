@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,23 +84,22 @@ def main(argv: Sequence[str] | None, prog: str = "vitlinear tune") -> None:
     works = _works(config, dtype, device)
     failed = _check(works, dtype, device)
     bandwidth = measure.copy_bandwidth(device)
-    timed, blocks = _time(works, failed, config.compiled)
-    rows = [row for each in timed if (row := each.measurement()) is not None]
-
-    def learn(known: kernel_cache.Known) -> None:
-        _replace(known.rows, rows)
-        known.blocks.update(blocks)
-
-    path = kernel_cache.add(here, learn)
-    backend.decide_anew()
-    print(f"\n{here.name}, copy {bandwidth / 1e12:.3g} TB/s\n")
-    print(table(timed, bandwidth))
-    print(f"\nkept in {path}" if path else "\nkept nowhere: see the warning above")
-    if config.export is not None:
-        known = kernel_cache.known(here)
-        text = json.dumps(as_seeds(here, known.rows, known.blocks), indent=1)
-        write_text(Path(config.export), text + "\n")
-        print(f"written to {config.export}")
+    timed: list[measure.Timed] = []
+    try:
+        for each in _time(works, failed, config.compiled, here):
+            timed.append(each)
+    finally:  # what was timed counts, whatever has ended the rest
+        backend.decide_anew()
+        if timed:
+            print(f"\n{here.name}, copy {bandwidth / 1e12:.3g} TB/s\n")
+            print(table(timed, bandwidth))
+            path = kernel_cache.path_for(here)
+            print(f"\nkept in {path}" if path.exists() else "\nkept nowhere: see the warning above")
+        if timed and config.export is not None:
+            known = kernel_cache.known(here)
+            text = json.dumps(as_seeds(here, known.rows, known.blocks), indent=1)
+            write_text(Path(config.export), text + "\n")
+            print(f"written to {config.export}")
 
 
 def _describe(device: torch.device) -> gpu.Gpu:
@@ -140,13 +139,13 @@ def _check(works: Iterable[Workload], dtype: torch.dtype, device: torch.device) 
 
 
 def _time(
-    works: Sequence[Workload], failed: dict[Kind, str], compiled: bool
-) -> tuple[list[measure.Timed], dict[str, list[int]]]:
-    """Time each call on everything that may run it; the fastest block sizes of the kernels too."""
+    works: Sequence[Workload], failed: dict[Kind, str], compiled: bool, here: gpu.Gpu
+) -> Iterator[measure.Timed]:
+    """Time each call on everything that may run it, and keep its times and block sizes at once."""
     from vitlinear.ops.triton import kept  # loads Triton itself
 
     names = ("eager", "compiled") if compiled else ("eager",)
-    timed: list[measure.Timed] = []
+
     with kept.measuring() as blocks, tqdm(works, desc="time", leave=False, disable=None) as bar:
         for work in bar:
             bar.set_postfix_str(f"{work.kind.label}, {work.length} tokens")
@@ -156,8 +155,14 @@ def _time(
             each = measure.time_call(work, implementations)
             if work.kind in failed:
                 each.errors["triton"] = "failed its check"
-            timed.append(each)
-    return timed, blocks
+            row = each.measurement()
+
+            def learn(known: kernel_cache.Known, row: Measurement | None = row) -> None:
+                _replace(known.rows, [] if row is None else [row])
+                known.blocks.update(blocks)
+
+            kernel_cache.add(here, learn)
+            yield each
 
 
 def _replace(rows: list[Measurement], new: Iterable[Measurement]) -> None:

@@ -84,3 +84,12 @@ def many_splits(monkeypatch) -> None:
     monkeypatch.setattr(calls, "SHORTEST_SPLIT", 32)
     monkeypatch.setattr(calls, "processors", lambda device: 64)
     monkeypatch.setattr(calls, "_prepared", {})
+
+
+def by_operators(mechanism, projection, rotary, grad, backend):
+    """Output and gradients by the registered operators alone, without autograd."""
+    q, k, v, _ = projection.unbind(2)
+    given = (mechanism, *rotary, *[None] * 6)
+    out, *saved = torch.ops.vitlinear.linear_attention(q, k, v, *given, backend)
+    found = torch.ops.vitlinear.linear_attention_backward(grad, q, k, v, *given, *saved, backend)
+    return out, *found[:3]

@@ -14,7 +14,14 @@ import torch.utils.checkpoint
 pytest.importorskip("triton")
 
 from tests.ops.inputs import Inputs, attend, make_inputs, operator_arguments  # noqa: E402
-from tests.ops.triton.cases import ROUNDING, check_exactness, error, reference, run  # noqa: E402
+from tests.ops.triton.cases import (  # noqa: E402
+    ROUNDING,
+    by_operators,
+    check_exactness,
+    error,
+    reference,
+    run,
+)
 from vitlinear import ops  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -241,22 +248,26 @@ def test_compile_fullgraph():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("plain", [False, True], ids=["operators", "autograd"])
 @pytest.mark.parametrize("side", [7, 56])
-def test_cuda_graph(side):
+def test_cuda_graph(side, plain):
     """Captured once, replayed on other numbers."""
     inputs = many_tokens("rala", side, batch=2, heads=2, dim=32)
     static = inputs.projection.detach().clone()
-    q, k, v, _ = static.unbind(2)
-    rows, cols = inputs.rotary
-    forward = torch.ops.vitlinear.linear_attention
-    backward = torch.ops.vitlinear.linear_attention_backward
 
     def step():
-        out, *saved = forward(q, k, v, rows, cols, *[None] * 4, "rala", "triton")
-        options = (rows, cols, *[None] * 4, *saved, "rala", "triton")
-        return out, backward(inputs.grad, q, k, v, *options)[0]
+        if plain:
+            leaves = [x.detach().requires_grad_() for x in static.unbind(2)[:3]]
+            options = {"mechanism": "rala", "rotary": inputs.rotary, "backend": "triton"}
+            out = ops.linear_attention(*leaves, **options)
+            return out, *torch.autograd.grad(out, leaves, inputs.grad)
+        return by_operators("rala", static, inputs.rotary, inputs.grad, "triton")
 
-    step()  # compiles
+    warm = torch.cuda.Stream()  # what autograd runs there, it must not run elsewhere in a capture
+    warm.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warm):
+        step()  # compiles
+    torch.cuda.current_stream().wait_stream(warm)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()

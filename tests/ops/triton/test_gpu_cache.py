@@ -44,13 +44,26 @@ def test_compiled_here_and_found_there(tmp_path):
     assert any(name.endswith(".cubin") for name in names)
     assert any(name.startswith("__triton_launcher") for name in names)
     unpacked = tool("unpack", archive, tmp_path / "there")
-    assert unpacked.returncode == 0 and "note" not in unpacked.stdout
+    assert unpacked.returncode == 0, unpacked.stderr
     about = json.loads((tmp_path / "there" / "about.json").read_text())
     assert about["target"] == "sm_90" and about["number"] > 5
     verified = tool("verify", tmp_path / "there", *calls)
     found, rest = verified.stdout.split(maxsplit=1)
     assert rest == "kernels found, 0 compiled\n"
     assert int(found) >= about["number"]  # what both call is found twice
+    again = tool("compile", tmp_path / "there", *calls, "--mechanisms", "l2", "relu")
+    found, _, _, compiled, _ = again.stdout.split()
+    assert again.returncode == 0 and int(found) > 0 < int(compiled)
+
+
+@pytest.mark.process
+def test_an_archive_of_other_kernels(tmp_path):
+    about = {"python": "3.1", "triton": "1.0", "kernels": "0", "target": "sm_90", "number": 1}
+    (tmp_path / "about.json").write_text(json.dumps(about))
+    with tarfile.open(tmp_path / "cache.tar.xz", "w:xz") as tar:
+        tar.add(tmp_path / "about.json", "about.json")
+    done = tool("unpack", tmp_path / "cache.tar.xz", tmp_path / "there")
+    assert done.returncode == 1 and "will not find these kernels here: python 3." in done.stderr
 
 
 @pytest.mark.process

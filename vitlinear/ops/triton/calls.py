@@ -15,9 +15,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
+from weakref import ReferenceType
 
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from ..mechanisms import Mechanism
 from ..precision import takes_tf32
@@ -153,8 +155,21 @@ class Launch:
         if config is None:
             tuning.run(self._key, self._plan, lambda config: self._with(config)(*args))
         else:
-            self.runs[fixed] = self._with(config)
+            self.runs[fixed] = self._settled(fixed, self._with(config))
             self.runs[fixed](*args)
+
+    def _settled(self, fixed: bool, run: Callable[..., Any]) -> Callable[..., Any]:
+        """A launch in the configuration that was chosen, which other strides may not fit."""
+
+        def launch(*args: Any) -> None:
+            try:
+                run(*args)
+            except OutOfResources:
+                tuning.forget(self._names[fixed], self._key)
+                self.runs[fixed] = partial(self._choose_and_run, fixed)
+                self.runs[fixed](*args)
+
+        return launch
 
     def _with(self, config: tuning.Config) -> Callable[..., Any]:
         return partial(
@@ -274,9 +289,9 @@ class Call:
         size: Products of queries with values; 0 where there is nothing to compute.
         out_stride: Strides of the output, [B, N, h, Dv], which is contiguous.
         table_dtype: The type of position tables.
-        tables: The position tables that were used last, as kernels take them, and the width of the
-            grid: the attentions of a stage share theirs, and a close look at them takes as long as
-            the launch of a kernel.
+        tables: The position tables that were used last, if kernels take them as they are, and what
+            stands behind them and the width of the grid: the attentions of a stage share theirs,
+            and a close look at them takes as long as the launch of a kernel.
         whole: Whether there is but one slice.
         summing: The cut of passes that leave a state for each split.
         wide: The cut of those that do not.
@@ -309,7 +324,7 @@ class Call:
         width = self.heads * plan.values
         self.out_stride = (self.length * width, width, plan.values, 1)
         self.table_dtype = kernel_table_dtype(dtype)
-        self.tables: tuple[tuple[Tensor, Tensor, int], int] | None = None
+        self.tables: tuple[ReferenceType[Tensor], ReferenceType[Tensor], int, int] | None = None
         self.device = device
         self.cuda = device.index if device.type == "cuda" else None
         self.plan = plan

@@ -5,6 +5,7 @@ Both functions take q, k, v and the terms of the epilogue as [B, N, h, D] with a
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -42,12 +43,16 @@ class Extras(NamedTuple):
         tables = mask = counts = None
         width = 1
         if rotary is not None:
+            rows, cols = rotary
             seen = call.tables
-            if seen is None or seen[0][0] is not rotary[0] or seen[0][1] is not rotary[1]:
-                seen = _tables(*rotary, call.table_dtype)
-                if seen[0][0] is rotary[0] and seen[0][1] is rotary[1]:
-                    call.tables = seen  # not copies, of what may change
-            tables, width = seen
+            if seen is None or seen[0]() is not rows or seen[1]() is not cols:
+                tables, width = _tables(rows, cols, call.table_dtype)
+                if tables[0] is rows and tables[1] is cols:  # not copies, of what may change
+                    # Not kept alive: they may lie in the memory of a graph.
+                    call.tables = weakref.ref(rows), weakref.ref(cols), tables[2], width
+            else:
+                _, _, entries, width = seen
+                tables = rows, cols, entries
         if padding is not None:
             mask = (padding.view(torch.uint8), *padding.stride())
             counts = (~padding).sum(1, dtype=torch.float32)

@@ -45,6 +45,8 @@ class Layout:
         entry = torch.empty(1, dtype=torch.float32, device=device)
         self._like = entry.expand(self.size)
         self._like_each = [None if shape is None else entry.expand(shape) for shape in shapes]
+        # Nobody reads it. Memory that lives on must not be that of a graph which is captured.
+        entry.untyped_storage().resize_(0)
 
     def vectors(self) -> tuple[Tensor | None, ...]:
         """Fresh memory for each, as a vector that may be longer: for who looks at addresses alone.

@@ -137,6 +137,12 @@ def chosen(name: object) -> Config | None:
     return _chosen.get(name)
 
 
+def forget(name: object, key: object) -> None:
+    """Choose anew for this key."""
+    _chosen.pop(name, None)
+    _chosen.pop(("fixed", key), None)
+
+
 def run(key: object, plan: Plan, call: Callable[[Config], None]) -> None:
     """Run a kernel in the configuration for this key; measure if it is the first time.
 

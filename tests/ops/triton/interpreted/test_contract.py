@@ -7,7 +7,7 @@ import torch
 
 from tests.golden import relative_error
 from tests.ops.inputs import attend, make_inputs, operator_arguments, oracle
-from tests.ops.triton.cases import many_splits, run
+from tests.ops.triton.cases import by_operators, many_splits, run
 from tests.pairwise import pairwise, some_by_night
 from vitlinear import ops
 from vitlinear.ops import packed
@@ -251,6 +251,15 @@ def test_workspace_is_bounded(length, slots, mechanism, monkeypatch):
 def test_programs_come_in_full_rounds(slots, splits):
     """Of the 264 that 132 processors run at once: 500 in two rounds sooner than 200 in one."""
     assert calls.splits_that_fill(slots, 264) == splits
+
+
+def test_operators_without_autograd():
+    """As they are captured on a GPU."""
+    inputs = make_inputs(grid=(4, 6), dtype=torch.float32)
+    found = by_operators("rala", inputs.projection.detach(), inputs.rotary, inputs.grad, "triton")
+    out, grad = run("rala", inputs._replace(mask=None))
+    for a, b in zip(found, (out, *grad.unbind(2)), strict=False):
+        torch.testing.assert_close(a, b)
 
 
 def lazily_negated(*shape):
