@@ -73,6 +73,12 @@ def test_a_damaged_file_costs_one_warning(content, reason):
         assert kernel_cache.known(GPU).checks == {"a": ""}
 
 
+@pytest.mark.parametrize("time", [0, -1.0, float("nan"), float("inf")])
+def test_times_that_nothing_takes(time):
+    with pytest.raises(ValueError, match="times that are not above 0"):
+        Measurement.of({**ROW._asdict(), "triton_ms": time})
+
+
 def test_a_folder_that_cannot_be_written_costs_one_warning(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))

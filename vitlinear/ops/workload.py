@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import NamedTuple
 
 import torch
@@ -110,7 +111,7 @@ class Workload(NamedTuple):
         if terms is not None:
             given, tables = tuple([x is not None for x in terms]), terms.rotary
         if torch.compiler.is_compiling():  # a program is for one width of heads
-            dim, value_dim = int(dim), int(value_dim)
+            dim, value_dim = operator.index(dim), operator.index(value_dim)
         full_width = (
             tables is not None
             and get_mechanism(mechanism).positions == "rotary"

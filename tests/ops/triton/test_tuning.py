@@ -1,6 +1,7 @@
 """When block sizes are measured, and when they depend on the call alone."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -9,7 +10,7 @@ pytest.importorskip("triton")
 import torch  # noqa: E402
 from triton.runtime.errors import OutOfResources  # noqa: E402
 
-from vitlinear.ops.triton import kept, tuning  # noqa: E402
+from vitlinear.ops.triton import calls, kept, tuning  # noqa: E402
 from vitlinear.ops.triton.plan import Plan  # noqa: E402
 from vitlinear.ops.triton.tuning import Config  # noqa: E402
 
@@ -117,3 +118,32 @@ def test_a_configuration_that_does_not_fit_gives_way_to_the_next(
 
     with pytest.raises(OutOfResources):
         tuning.run("c", PLAN, never)
+
+
+def test_other_strides_that_do_not_fit_choose_anew(
+    on_a_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel is compiled anew for them, and may then take more memory."""
+    monkeypatch.setattr(kept, "asked_for", "0")
+    configs = tuning.candidates(PLAN)
+    launched: list[tuple[Config, int]] = []
+
+    class Kernel:
+        __name__ = "kernel"
+
+        def run(self, stride: int, plan: Plan, num_warps: int, num_stages: int, **_: Any) -> None:
+            config = next(
+                each
+                for each in configs
+                if (each.block_tokens, *each[1:3]) == (plan.block_tokens, num_warps, num_stages)
+            )
+            launched.append((config, stride))
+            if stride == 7 and config == configs[0]:
+                raise OutOfResources(300_000, 99_000, "shared memory")
+
+    launch = calls.Launch(Kernel(), (1, 1), PLAN, ())
+    for stride in (1, 1, 7, 1, 7):
+        launch(True, stride)
+    first, second = configs[:2]
+    assert launched[:3] == [(first, 1), (first, 1), (first, 7)]
+    assert launched[-3:] == [(second, 7), (second, 1), (second, 7)]

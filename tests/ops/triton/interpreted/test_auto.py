@@ -7,11 +7,12 @@ import warnings
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.ops.inputs import Inputs, make_inputs
 from tests.ops.triton.stand_in import StandIn, install, out_of_memory, out_of_resources
 from vitlinear import ops
-from vitlinear.ops import backend, gpu, kernel_cache, self_check
+from vitlinear.ops import attention, backend, gpu, kernel_cache, self_check
 from vitlinear.ops.terms import Terms
 from vitlinear.tune.calls import of_mechanism
 
@@ -174,6 +175,22 @@ def test_a_later_failure_is_told_once_and_of_its_kind_alone(device):
     assert choice().backend == "eager" and choice(mechanism="elu").backend == "triton"
 
 
+@pytest.mark.parametrize("reason", ["a capture", "no memory"])
+def test_failures_that_pass(device, reason):
+    """The formula runs that time, and the kernels the next time."""
+    attend(call(32))
+    text = {"a capture": "not permitted", "no memory": "Triton Error [CUDA]: out of memory"}[reason]
+    device.failing["forward_kernel"] = RuntimeError(text)
+    device.capturing = reason == "a capture"
+    with pytest.warns(UserWarning, match=f"the formula runs this time, .*{reason[-7:]}"):
+        attend(call(32))
+    device.failing.clear()
+    device.capturing = False
+    del device.launched[:]
+    attend(call(32))
+    assert device.launched == ["forward_kernel"] and choice().backend == "triton"
+
+
 def test_nothing_is_checked_while_calls_are_recorded(device):
     device.capturing = True
     attend(call(32))
@@ -217,6 +234,36 @@ def test_compiled_programs_take_what_was_checked(device):
         warnings.filterwarnings("error", message="compiled programs")
         compiled()
     assert device.launched == ["forward_kernel"]
+
+
+@pytest.mark.compile
+def test_compiled_for_heads_of_any_width(device):
+    torch.compiler.reset()
+    run = torch.compile(ops.linear_attention, backend="eager", fullgraph=True, dynamic=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="compiled programs")
+        for dim in (8, 12):
+            q = torch.randn(1, 12, 2, dim)
+            assert run(q, q, q).shape == q.shape
+
+
+def test_tensors_of_a_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with FakeTensorMode():
+        q = torch.empty(1, 20000, 2, 8, device="cuda")
+        assert ops.linear_attention(q, q, q).device.type == "cuda"
+    found = ops.choose_backend("auto", ops.Workload("cuda", torch.float32, 20000, 8, "mala"))
+    assert found.backend == "eager" and "there is no GPU here" in found.reason
+
+
+def test_a_default_device_is_no_mode(device):
+    """Which `torch.set_default_device` looks like."""
+    attend(call(32))
+    before = dict(attention._known)
+    with torch.device("cpu"):
+        inputs = call(36)
+        attend(inputs)
+    assert len(attention._known) == len(before) + 1
 
 
 def test_where_the_kernels_are_not_for(device):

@@ -258,8 +258,7 @@ def test_operators_without_autograd():
     inputs = make_inputs(grid=(4, 6), dtype=torch.float32)
     found = by_operators("rala", inputs.projection.detach(), inputs.rotary, inputs.grad, "triton")
     out, grad = run("rala", inputs._replace(mask=None))
-    for a, b in zip(found, (out, *grad.unbind(2)), strict=False):
-        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(found[:2], (out, grad[:, :, :3]))
 
 
 def lazily_negated(*shape):

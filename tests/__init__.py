@@ -1,0 +1,1 @@
+"""Tests, by the rooms that they are of. A package, or another of its name would hide it."""
