@@ -63,10 +63,23 @@ def nothing_compiled_yet(request: pytest.FixtureRequest) -> None:
         torch._dynamo.reset()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Leaves a million objects of modules to themselves: garbage collection takes seconds there."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def memory_given_back() -> Iterator[None]:
     """Returns what a file's tests freed to the system: tools/run_tests.py has glibc keep it."""
     yield
     gc.collect()
+    gc.freeze()  # modules that it imported
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)

@@ -201,7 +201,8 @@ def init_module(module: nn.Module, needs_reset: bool = True, convs: bool = True)
         convs: Treat convolutions like linear layers.
     """
     if isinstance(module, nn.Linear) or (convs and isinstance(module, nn.Conv2d)):
-        trunc_normal_(module.weight, std=0.02)
+        if not module.weight.is_meta:  # which would take most of the time to make a model there
+            trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
     elif hasattr(module, "reset_parameters") and (
