@@ -480,7 +480,7 @@ BAD_OPTIONS = {
     "dim 24 does not divide into 0 heads": {"num_heads": (0, 2, 2, 3)},
     "one for each stage; got": {"attn_types": "rala"},
     "in_chans 0": {"in_chans": 0},
-    "num_classes -1": {"num_classes": -1},
+    "num_classes must be": {"num_classes": -1},
 }
 
 

@@ -201,7 +201,7 @@ BAD_OPTIONS = {
     "dim 64 does not divide into 5 heads": {"num_heads": 5},
     "unknown backend 'cuda'": {"attn_backend": "cuda"},
     "in_chans 0": {"in_chans": 0},
-    "num_classes -1": {"num_classes": -1},
+    "num_classes must be": {"num_classes": -1},
     "at least one block": {"depth": 0},
 }
 

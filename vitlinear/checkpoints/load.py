@@ -159,8 +159,10 @@ def named_for(model: nn.Module, weights: dict[str, Tensor], path: Path) -> dict[
     Raises:
         CheckpointError: None of them is a weight of the model.
     """
+    card = read_card(path)
+    size = None if card is None else card.model_kwargs.get("img_size")
     try:
-        return checkpoint_filter_fn(weights, model)
+        return checkpoint_filter_fn(weights, model, size)
     except ValueError as error:
         raise CheckpointError(f"checkpoint {path} cannot be used: {error}") from error
 

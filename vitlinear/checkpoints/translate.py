@@ -5,11 +5,16 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import isqrt
 from typing import Any
 
-from timm.layers import RelPosBias, resample_abs_pos_embed, resize_rel_pos_bias_table_simple
+from timm.layers import (
+    RelPosBias,
+    resample_abs_pos_embed,
+    resize_rel_pos_bias_table_simple,
+    to_2tuple,
+)
 from torch import Tensor, nn
 
 from vitlinear.errors import Notice
@@ -18,6 +23,8 @@ from vitlinear.layers.positions.learned import resized_positions
 from .mappings import KeyMapping, find_mapping
 from .unwrap import unwrap_state_dict
 
+# Height and width of images in pixels, or both in one.
+Size = int | Sequence[int]
 # What a detector or segmentor calls its backbone; what `MultiScaleBackbone` calls its model.
 BACKBONE, MODEL = "backbone.", "model."
 # What `BackboneWithFPN`, for torchvision's detectors, calls the backbone, and what is beside it.
@@ -119,12 +126,16 @@ def rename(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]
     return mapping.convert(weights, model.state_dict()) if mapping else dict(weights)
 
 
-def resize(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def resize(
+    weights: dict[str, Tensor], model: nn.Module, img_size: Size | None = None
+) -> dict[str, Tensor]:
     """Resize learned positions to the model's grids; see the two functions that this calls."""
-    return resize_tables(resize_positions(weights, model), model)
+    return resize_tables(resize_positions(weights, model, img_size), model, img_size)
 
 
-def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
+def checkpoint_filter_fn(
+    state_dict: Mapping[str, Any], model: nn.Module, img_size: Size | None = None
+) -> dict[str, Tensor]:
     """Bring a checkpoint into our keys: ours unchanged, the authors' translated.
 
     Of a detector or segmentor (``backbone.*``), the stages alone. What a wrapper has put before
@@ -134,6 +145,8 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     Args:
         state_dict: Bare weights or a training checkpoint that holds them; see `unwrap_state_dict`.
         model: The model to load into; gives the shapes.
+        img_size: Height and width that the weights were trained at, or both in one; by default as
+            timm has noted it.
 
     Returns:
         A state dict for `model.load_state_dict`.
@@ -150,7 +163,8 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
             Notice,
             stacklevel=2,
         )
-    translated = resize(rename(weights, model), model)
+    noted = getattr(model, "pretrained_model_args", {}).get("img_size")
+    translated = resize(rename(weights, model), model, img_size or noted)
     body = {key for key in model.state_dict() if not key.startswith("head.")}
     if body.isdisjoint(translated):
         raise ValueError(
@@ -171,17 +185,20 @@ def _what_it_looks_like(weights: Mapping[str, Tensor]) -> str:
     return f"{what} ({len(weights)} tensors: {', '.join(list(weights)[:3])}, ...)"
 
 
-def resize_tables(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def resize_tables(
+    weights: dict[str, Tensor], model: nn.Module, img_size: Size | None = None
+) -> dict[str, Tensor]:
     """Resize positions of maps, and of windows, to a model made for other ones.
 
     Args:
         weights: In our keys.
         model: The model to load into.
+        img_size: That the weights were trained at; see `source_grid`.
 
     Returns:
         The weights, with other tables for modules that have a ``grid_size`` and one of the names
         in `MAP_POSITIONS`, and other ``relative_position_bias_table`` for windows of another size.
-        Those of the checkpoint are taken to be square.
+        Windows of the checkpoint are taken to be square.
     """
     resized = {}
     for name, module in model.named_modules():
@@ -189,9 +206,8 @@ def resize_tables(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Ten
             key = f"{name}.relative_position_bias_table"
             table, target = weights.get(key), module.relative_position_bias_table
             height, width = module.window_size
-            if table is not None and _is_of_another_grid(
-                table.shape[0], (2 * height - 1, 2 * width - 1)
-            ):
+            offsets = 2 * height - 1, 2 * width - 1
+            if table is not None and source_grid(table.shape[0]) not in (None, offsets):
                 resized[key] = resize_rel_pos_bias_table_simple(
                     table, (height, width), tuple(target.shape)
                 )
@@ -203,32 +219,45 @@ def resize_tables(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Ten
             table, grid = weights.get(key), module.grid_size
             if table is None or not hasattr(module, attribute):
                 continue
-            if _is_of_another_grid(table.shape[1], grid):
-                side = isqrt(table.shape[1])
-                resized[key] = resized_positions(table, (side, side), *grid, mode).flatten(1, 2)
+            source = source_grid(table.shape[1], img_size)
+            if source not in (None, tuple(grid)):
+                resized[key] = resized_positions(table, source, *grid, mode).flatten(1, 2)
     return {**weights, **resized}
 
 
-def _is_of_another_grid(count: int, grid: tuple[int, int]) -> bool:
-    """Whether so many positions of a square grid are those of another grid than this one.
+def source_grid(count: int, img_size: Size | None = None) -> tuple[int, int] | None:
+    """Rows and columns of so many positions; None if they cannot be told.
 
-    14 x 56 positions are as many as 28 x 28. Numbers that no square has are not for us to resize:
-    they fit as they are, or `load_state_dict` reports them.
+    14 x 56 positions are as many as 28 x 28. So the grid is that of some stride in images of the
+    size; where none has as many, or no size is known, a square. Numbers that no square has are not
+    for us to resize: they fit as they are, or `load_state_dict` reports them.
     """
+    if img_size is not None:
+        sides = to_2tuple(img_size)
+        for stride in range(1, min(sides) + 1):
+            for rows, cols in (
+                [side // stride for side in sides],
+                [-(-side // stride) for side in sides],
+            ):
+                if rows * cols == count:
+                    return rows, cols
     side = isqrt(max(count, 0))
-    return side * side == count and (side, side) != tuple(grid)
+    return (side, side) if side * side == count else None
 
 
-def resize_positions(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def resize_positions(
+    weights: dict[str, Tensor], model: nn.Module, img_size: Size | None = None
+) -> dict[str, Tensor]:
     """Resize learned positions of a row of tokens to the grid of a model made for another size.
 
     Args:
         weights: In our keys, or of a model without such positions.
         model: The model to load into.
+        img_size: That the weights were trained at; see `source_grid`.
 
     Returns:
         The weights, with other positions if the model has ``pos_embed`` and ``patch_embed`` and
-        those of the checkpoint come from another, square grid.
+        those of the checkpoint come from another grid.
     """
     target, positions = getattr(model, "pos_embed", None), weights.get("pos_embed")
     patch_embed = getattr(model, "patch_embed", None)
@@ -237,13 +266,13 @@ def resize_positions(weights: dict[str, Tensor], model: nn.Module) -> dict[str, 
     prefix = getattr(model, "num_prefix_tokens", 0)
     count = positions.shape[1] - prefix
     resizable = positions.shape[2] == target.shape[2]  # else it is for load_state_dict to report
-    if not resizable or not _is_of_another_grid(count, patch_embed.grid_size):
+    source = source_grid(count, img_size)
+    if not resizable or source in (None, tuple(patch_embed.grid_size)):
         return weights
-    side = isqrt(count)
     resized = resample_abs_pos_embed(
         positions,
         new_size=list(patch_embed.grid_size),
-        old_size=[side, side],
+        old_size=list(source),
         num_prefix_tokens=prefix,
     )
     return {**weights, "pos_embed": resized}

@@ -1,5 +1,6 @@
 """The builder that every family makes its models with."""
 
+import itertools
 from collections.abc import Iterable, Mapping
 from numbers import Integral
 from pathlib import Path
@@ -61,8 +62,10 @@ def build_model(model_cls: type[Model], name: str, pretrained: bool, **kwargs: A
             "stays as coarse as it is; leave output_stride out, and take a decoder that joins maps "
             "of several strides, such as an FPN or UperNet"
         )
-    kwargs = {"feature_cfg": dict(model_cls.feature_cfg), **kwargs}  # type: ignore[attr-defined]
-    _check_out_indices(kwargs.get("out_indices"), kwargs["feature_cfg"].get("out_indices"))
+    own: dict[str, Any] = model_cls.feature_cfg  # type: ignore[attr-defined]
+    kwargs["feature_cfg"] = {**own, **kwargs.get("feature_cfg", {})}
+    for given in kwargs.get("out_indices"), kwargs["feature_cfg"]["out_indices"]:
+        _check_out_indices(given, own["out_indices"])
     path = _weights_file(name, kwargs) if pretrained else None
     if path is None:
         return build_model_with_cfg(
@@ -104,17 +107,32 @@ def _check_out_indices(given: Any, levels: Any) -> None:
         levels: All that a model has, where they do not depend on its depth.
 
     Raises:
-        ValueError: One of them is no whole number, or there is no such level.
+        ValueError: One of them is no whole number, there is no such level, or they do not ascend.
     """
+    if given is None:
+        return
+    number = len(levels) if isinstance(levels, tuple) else None
     several = isinstance(given, Iterable)
-    for index in given if several else () if given is None else (given,):
+    for index in given if several else (given,):
         if isinstance(index, bool) or not isinstance(index, Integral):
             raise ValueError(f"out_indices must be whole numbers, got {index!r} in {given!r}")
-        if several and isinstance(levels, tuple) and not -len(levels) <= index < len(levels):
+        if several and number is not None and not -number <= index < number:
             raise ValueError(
                 f"out_indices: {index} in {given!r} is out of range, for there are levels 0 to "
-                f"{len(levels) - 1}"
+                f"{number - 1}"
             )
+    if not several:
+        if given < 1 or (number is not None and given > number):
+            most = "" if number is None else f" and {number} at most"
+            raise ValueError(
+                f"out_indices={given} is a number of last levels, 1 at least{most}: name levels in "
+                "a tuple, such as (-1,)"
+            )
+        return
+    order = [index + number if number and index < 0 else index for index in given]
+    # Levels come in their order, whatever the order of the indices.
+    if not order or any(a >= b and (a < 0) == (b < 0) for a, b in itertools.pairwise(order)):
+        raise ValueError(f"out_indices must ascend, each once, got {given!r}")
 
 
 def _classes_of(weights: Mapping[str, Tensor], name: str) -> dict[str, int]:

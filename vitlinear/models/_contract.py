@@ -8,6 +8,7 @@ No `from __future__ import annotations` in files of models: torch.fx copies the 
 
 from collections.abc import Sequence
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -63,8 +64,9 @@ class TimmBackbone(nn.Module):
             AssertionError: The pooling is not supported.
         """
         super().__init__()
-        if in_chans < 1 or num_classes < 0:
-            raise ValueError(f"in_chans {in_chans} or num_classes {num_classes} is too small")
+        if in_chans < 1:
+            raise ValueError(f"in_chans {in_chans} is too small")
+        check_classes(num_classes)
         # Declared here, not in the class: TorchScript would take those for types of its own.
         self.feature_info: list[dict[str, Any]]
         self.num_features: int
@@ -179,17 +181,25 @@ class TimmBackbone(nn.Module):
             global_pool: New pooling; None keeps the present one.
 
         Raises:
+            ValueError: num_classes is no number of classes.
             AssertionError: The pooling is not supported.
         """
+        check_classes(num_classes)
         if global_pool is not None:
             self.check_pool(global_pool)
-        self.num_classes = num_classes
         self.set_classifier(num_classes, global_pool)
+        self.num_classes = num_classes
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, in_chans, H, W] -> logits [B, num_classes]."""
         x = self.forward_features(x)
         return self.forward_head(x)
+
+
+def check_classes(number: int) -> None:
+    """Raise `ValueError` for what is no number of classes; 0 stands for no classifier."""
+    if not isinstance(number, Integral) or isinstance(number, bool) or number < 0:
+        raise ValueError(f"num_classes must be a whole number, 0 or more, got {number!r}")
 
 
 def init_module(module: nn.Module, needs_reset: bool = True, convs: bool = True) -> None:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import LayerNorm, resample_abs_pos_embed
+from timm.layers import LayerNorm
 from torch import nn
 
 from vitlinear._timm import update_model_input_size
@@ -110,11 +110,8 @@ class DeiT(IsotropicBackbone):
         )
         if self.patch_embed.grid_size != old_grid:
             with torch.no_grad():
-                resized = resample_abs_pos_embed(
-                    self.pos_embed,
-                    new_size=list(self.patch_embed.grid_size),
-                    old_size=list(old_grid),
-                    num_prefix_tokens=self.num_prefix_tokens,
+                resized = self.add_positions.resized(
+                    self.pos_embed, old_grid, *self.patch_embed.grid_size
                 )
             self.pos_embed = nn.Parameter(resized, requires_grad=self.pos_embed.requires_grad)
         update_model_input_size(self, self.patch_embed.img_size)

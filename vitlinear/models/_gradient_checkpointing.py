@@ -26,14 +26,14 @@ class Block(nn.Module):
         self.grad_checkpointing = False
 
     # Not in `forward`: that is what TorchScript compiles, which cannot recompute.
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run `forward` and the hooks, as any module does."""
         if self.grad_checkpointing:
-            return _checkpoint(self, super().__call__, *args)
-        return super().__call__(*args)
+            return _checkpoint(self, super().__call__, *args, **kwargs)
+        return super().__call__(*args, **kwargs)
 
 
-def _checkpoint(block: nn.Module, run: Callable[..., Any], *args: Any) -> Any:
+def _checkpoint(block: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """timm's `checkpoint` of ``run``, the call of a block, as if it ran once.
 
     The backward pass recomputes under the valid region and the rows of this forward pass. It comes
@@ -42,7 +42,7 @@ def _checkpoint(block: nn.Module, run: Callable[..., Any], *args: Any) -> Any:
     training (their attribute ``moves_in_training`` names the buffers) is for backward where it was.
     """
     if torch.compiler.is_compiling():  # nothing runs twice: the compiler has its own recomputation
-        return timm.models.checkpoint(run, *args)
+        return timm.models.checkpoint(run, *args, **kwargs)
     region, rows, again = valid_region(), rows_in_use(), False
     moving = [
         (module, name, module.get_buffer(name).clone())
@@ -51,14 +51,14 @@ def _checkpoint(block: nn.Module, run: Callable[..., Any], *args: Any) -> Any:
         for name in getattr(module, "moves_in_training", ())
     ]
 
-    def run_in_region(*args: Any) -> Any:
+    def run_in_region(*args: Any, **kwargs: Any) -> Any:
         nonlocal again
         statistics = _buffers_of_recomputation(block, moving) if again else nullcontext()
         with use_valid_region(region), use_rows(rows), statistics:
             again = True
-            return run(*args)
+            return run(*args, **kwargs)
 
-    return timm.models.checkpoint(run_in_region, *args)
+    return timm.models.checkpoint(run_in_region, *args, **kwargs)
 
 
 @contextmanager

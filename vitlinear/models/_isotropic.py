@@ -18,6 +18,7 @@ from timm.layers import (
     calculate_drop_path_rates,
     get_device_dtype,
     global_pool_nlc,
+    to_2tuple,
     trunc_normal_,
 )
 from torch import Tensor, nn
@@ -75,6 +76,22 @@ class TokenBlock(Block):
         x = x + self.drop_path1(self.attn(self.norm1(x), height, width))
         x = x + self.drop_path2(self.mlp(self.norm2(x)))
         return x
+
+
+class CeilPatchEmbed(PatchEmbed):
+    """Patches of images that are padded with zeros to whole ones; arguments as `PatchEmbed`.
+
+    The grid of a size is that of its images: timm's leaves out what is beyond the last whole patch.
+    """
+
+    row_rule = LOCAL
+
+    def _init_img_size(self, img_size: Any) -> Any:
+        size = None if img_size is None else to_2tuple(img_size)
+        pairs = zip(size or (), self.patch_size, strict=False)
+        whole = [-(-side // patch) * patch for side, patch in pairs] or None
+        _, grid_size, num_patches = super()._init_img_size(whole)
+        return size, grid_size, num_patches
 
 
 # One step to torch.fx, which cannot follow choices that look at shapes.
@@ -154,13 +171,15 @@ class IsotropicBackbone(TimmBackbone):
         super().__init__(in_chans, num_classes, global_pool, drop_rate, poolings)
         if depth < 1:
             raise ValueError(f"the model needs at least one block, got depth {depth}")
+        if min(to_2tuple(patch_size)) < 1:
+            raise ValueError(f"patches have at least one pixel, got patch_size {patch_size}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.num_prefix_tokens = 1 if class_token else 0
         self.global_pool = global_pool
-        self.set_features("blocks", [embed_dim] * depth, [patch_size] * depth)
+        self.set_features("blocks", [embed_dim] * depth, [max(to_2tuple(patch_size))] * depth)
 
-        patch_layer = FloorPatchEmbed if self.rounds_down else PatchEmbed
+        patch_layer = FloorPatchEmbed if self.rounds_down else CeilPatchEmbed
         self.patch_embed = patch_layer(
             img_size,
             patch_size,
@@ -181,8 +200,6 @@ class IsotropicBackbone(TimmBackbone):
         self.pos_drop = nn.Dropout(pos_drop_rate)
         self.blocks: nn.ModuleList
         self.norm: nn.Module
-        self.head_drop = nn.Dropout(drop_rate)
-        self.head = self.make_head(num_classes, **dd)
 
     def make_blocks(
         self,
@@ -193,7 +210,7 @@ class IsotropicBackbone(TimmBackbone):
         block: type[TokenBlock] = TokenBlock,
         **dd: Any,
     ) -> None:
-        """Set `blocks` and `norm`; the last step of a constructor.
+        """Set `blocks`, `norm` and the classifier; the last step of a constructor.
 
         Args:
             attn: Makes the attention of a block; see `TokenBlock`.
@@ -208,6 +225,9 @@ class IsotropicBackbone(TimmBackbone):
             block(self.embed_dim, attn(), mlp(), norm_layer, rate, **dd) for rate in rates
         )
         self.norm = norm_layer(self.embed_dim, **dd)
+        # Last, where timm looks for it: clipping by ``agc`` leaves the last parameters out.
+        self.head_drop = nn.Dropout(self.drop_rate)
+        self.head = self.make_head(self.num_classes, **dd)
         self.init_weights(needs_reset=False)
 
     def make_head(

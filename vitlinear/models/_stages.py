@@ -125,6 +125,8 @@ class StagedBackbone(TimmBackbone):
             block: A block; takes the stage i, the place j in it, and its stochastic depth rate.
             stage: Puts stage i together from its downsampling and its blocks; `Stage` by default.
         """
+        if min(depths) < 0:
+            raise ValueError(f"depths must be 0 or more, got {tuple(depths)}")
         rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
         self.stages = nn.Sequential()
         for i, depth in enumerate(depths):
@@ -135,12 +137,19 @@ class StagedBackbone(TimmBackbone):
 
     def make_head(self, width: int, global_pool: str, **dd: Any) -> None:
         """Set the classifier for features of this width; the last step of a constructor."""
+        if width < 1:
+            raise ValueError(f"the classifier takes at least one channel, got {width}")
         self.num_features = self.head_hidden_size = width
         # A 1x1 convolution, as released: without pooling it gives a map of logits.
         self.head = ClassifierHead(
             width, self.num_classes, global_pool, self.drop_rate, use_conv=True, **dd
         )
         self.init_weights(needs_reset=False)
+
+    @torch.jit.ignore
+    def projects(self) -> bool:
+        """Whether `final` is a projection to another width, not a norm."""
+        return self.num_features != self.feature_info[-1]["num_chs"]
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -183,7 +192,7 @@ class StagedBackbone(TimmBackbone):
         Args:
             x: Images, [B, in_chans, H, W].
             indices: The last n stages if an int, all if None, else these.
-            norm: Unused: stage maps have no norm of their own.
+            norm: Apply the final norm to the map of the last stage; a projection is none.
             stop_early: Stop after the last stage asked for.
             output_fmt: ``'NCHW'``, the only one.
             intermediates_only: Return the maps alone.
@@ -202,7 +211,8 @@ class StagedBackbone(TimmBackbone):
         for i, stage in enumerate(stages):
             x = stage(x)
             if i in take_indices:
-                intermediates.append(x)
+                final = norm and i == len(self.stages) - 1 and not self.projects()
+                intermediates.append(self.final(x) if final else x)
         if intermediates_only:
             return intermediates
         if len(stages) == len(self.stages):
@@ -228,13 +238,15 @@ class StagedBackbone(TimmBackbone):
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         truncated = max_index < len(self.stages) - 1
         self.stages = self.stages[: max_index + 1]
-        if prune_norm or prune_head or truncated:
-            # The head is sized for the projected features: without them it cannot stay.
-            self.final = nn.Identity()
-            width = self.feature_info[max_index]["num_chs"]
+        # The head is sized for projected features: neither stays without the other.
+        without_final = prune_norm or truncated or (prune_head and self.projects())
+        if prune_head or truncated or (prune_norm and self.projects()):
+            width = self.feature_info[max_index]["num_chs"] if without_final else self.num_features
             self.num_features = self.head_hidden_size = width
             self.num_classes = 0
             self.head.reset(0, in_features=width, **get_device_dtype(self))
+        if without_final:
+            self.final = nn.Identity()
         return take_indices
 
     def forward_features(self, x: Tensor) -> Tensor:

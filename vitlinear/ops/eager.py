@@ -22,7 +22,7 @@ from .attention_state import LinearAttentionState
 from .mechanisms import Factor, Mechanism
 from .rotary import RotaryTables, encode, is_full_width, rotate, token_table
 from .terms import Terms
-from .tracing import keeps_nothing
+from .tracing import keeps_nothing, takes_functions
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -76,7 +76,7 @@ class _SaturatingGradient(torch.autograd.Function):
 
 def widen(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Cast to the accumulation type."""
-    if x.dtype == torch.float16 and x.requires_grad and torch.is_grad_enabled():
+    if x.dtype == torch.float16 and x.requires_grad and takes_functions():
         return _SaturatingGradient.apply(x)
     return x.to(dtype)
 
@@ -342,7 +342,7 @@ def linear_attention_forward(
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, mechanism: Mechanism, terms: Terms) -> Tensor:
     """Linear attention, [B, N, h, D] in and out; see `vitlinear.ops.linear_attention`."""
     with without_autocast(q):
-        tokens = prepare(q, k, v, mechanism, terms, own=not torch.is_grad_enabled())
+        tokens = prepare(q, k, v, mechanism, terms, own=keeps_nothing())
         out, _ = linear_attention_forward(tokens, mechanism)
         return saturate(out.transpose(1, 2), q.dtype).to(q.dtype)
 
@@ -352,7 +352,7 @@ def linear_attention_state(
 ) -> LinearAttentionState:
     """The state of keys and values; see `vitlinear.ops.linear_attention_state`."""
     with without_autocast(k):
-        tokens = prepare(None, k, v, mechanism, terms, own=not torch.is_grad_enabled())
+        tokens = prepare(None, k, v, mechanism, terms, own=keeps_nothing())
         return attention_state(tokens, mechanism)
 
 
@@ -361,7 +361,7 @@ def read_linear_attention_state(
 ) -> Tensor:
     """A read of a given state; see `vitlinear.ops.read_linear_attention_state`."""
     with without_autocast(q):
-        tokens = prepare(q, None, None, mechanism, terms, own=not torch.is_grad_enabled())
+        tokens = prepare(q, None, None, mechanism, terms, own=keeps_nothing())
         out = read(tokens, state, mechanism)
         return saturate(out.transpose(1, 2), q.dtype).to(q.dtype)
 

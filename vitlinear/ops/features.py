@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import cpu
-from .tracing import keeps_nothing
+from .tracing import keeps_nothing, takes_functions
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class _EluPlusOne(torch.autograd.Function):
 
 def elu_plus_one(x: Tensor) -> Tensor:
     """``elu(x) + 1``: ``exp(x)`` for x <= 0, ``x + 1`` above (Katharopoulos et al., 2020)."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if takes_functions():
         out: Tensor = _EluPlusOne.apply(x)
         return out
     return cpu.elu_plus_one(x)
@@ -174,7 +174,8 @@ def _largest_feature(dtype: torch.dtype) -> float:
 
 def _plain_signed_powers(x: Tensor, powers: Tensor) -> Tensor:
     bound, base = _largest_feature(x.dtype) ** powers.reciprocal(), x.abs()
-    if torch.is_grad_enabled():  # in compiled programs; what saturates has no slope
+    if torch.is_grad_enabled() and not torch.jit.is_tracing():
+        # In compiled programs; what saturates has no slope.
         inside = base <= bound
         base = torch.where(inside, base, bound.detach())
         powers = torch.where(inside, powers, powers.detach())
@@ -239,7 +240,7 @@ def signed_powers(x: Tensor, powers: Tensor) -> Tensor:
         x: [..., h, N, D], or another shape that that of the powers broadcasts to.
         powers: p, such as [h, 1, D].
     """
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if takes_functions():
         out: Tensor = _SignedPowers.apply(x, powers)
         return out
     return _plain_signed_powers(x, powers)

@@ -35,6 +35,13 @@ def wants_common_operators() -> bool:
     )
 
 
+def takes_functions() -> bool:
+    """Whether a derivative of our own can be kept: by autograd, and no program is made."""
+    return (
+        torch.is_grad_enabled() and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+    )
+
+
 def keeps_nothing() -> bool:
     """Whether a new tensor may be written to again: no gradient wants it, nobody traces."""
     return not (

@@ -225,6 +225,10 @@ def load_full_state(
         if ema and not task.has_ema():
             continue
         own = unwrap_model(task.get_eval_model(ema=ema)).state_dict()
+        theirs = state[f"state_dict{suffix}"]
+        if list(own) != list(theirs) and set(own) == set(theirs):
+            # The optimiser's state knows parameters by their place.
+            raise ValueError("its parameters are in the order of an earlier version of vitlinear")
         weights = {
             name: _part(tensor, own.get(name))
             for name, tensor in state[f"state_dict{suffix}"].items()

@@ -50,6 +50,7 @@ from vitlinear.ops.parts import (
 from vitlinear.ops.rotary import rotate
 from vitlinear.ops.states import runs_on
 from vitlinear.ops.terms import Terms
+from vitlinear.ops.tracing import keeps_nothing
 
 from ..band import Band
 
@@ -132,8 +133,7 @@ def band_attention(
             check_key_weights(k, mechanism, all_terms.key_weights)
         check_terms(given, all_terms, mechanism.positions)
         with without_autocast(given):
-            own = not torch.is_grad_enabled()
-            return prepare(q, k, v, mechanism, all_terms, own=own), given
+            return prepare(q, k, v, mechanism, all_terms, own=keeps_nothing()), given
 
     # In one pass everything is made once. In several, each thing is made where it is used.
     whole = None if band.repeats else tokens(q, k, v, ends=True)

@@ -44,6 +44,16 @@ class WindowBias(RelPosBias):
         super().__init__((side, side), num_heads, device=device, dtype=dtype)
         self.side = side
 
+    @torch.jit.unused
+    def leave_meta(self) -> None:
+        """Make the index where the table is: no file has it, which ``assign=True`` would assign."""
+        table, index = self.relative_position_bias_table, self.relative_position_index
+        assert isinstance(index, Tensor)
+        if index.is_meta and not table.is_meta:
+            made = torch.empty(index.shape, dtype=index.dtype, device=table.device)
+            self.register_buffer("relative_position_index", made, persistent=False)
+            self.init_non_persistent_buffers()
+
     def forward(self, attn: Tensor, shared_rel_pos: Tensor | None = None, side: int = 0) -> Tensor:
         """Add the biases of windows to logits [B, h, N, N], or to [1].
 
@@ -54,6 +64,8 @@ class WindowBias(RelPosBias):
         """
         if varies(side) or (side != 0 and side != self.side):
             return attn + resized_biases(self.relative_position_bias_table, self.side, side)
+        if not torch.jit.is_scripting():
+            self.leave_meta()
         return attn + self.get_bias()
 
 
