@@ -166,7 +166,7 @@ def test_run_with_mesa(folder: Path, tmp_path: Path) -> None:
     """Its second epoch differs from that of a run without; resumed there, it does not."""
     flags = ("--model-ema", "--model-ema-decay", 0.5, "--smoothing", 0)
     for name, more in (("plain", ()), ("a", ("--mesa", 5)), ("b", ("--mesa", 5))):
-        start = ("--mesa-start-epoch", 1)
+        start = ("--mesa-start-epoch", 1) if more else ()
         stop = ("--stop-epoch", 1) if name == "b" else ()
         train(folder, tmp_path / name, *flags, *more, *start, *stop)
     train(folder, tmp_path / "b", *flags, "--mesa", 5, *start, "--resume", "auto")

@@ -43,6 +43,7 @@ def add_device_flags(parser: Parser) -> None:
     group.add_argument(
         "--amp-dtype", default="float16", choices=("float16", "bfloat16"), help="of --amp"
     )
+    parser.needs("amp_dtype", "amp")
     group.add_argument(
         "--channels-last",
         action=BooleanOptionalAction,

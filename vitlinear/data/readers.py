@@ -22,6 +22,8 @@ PACKAGES = {
     "hfids": ("datasets", "'vitlinear[data]'"),
     "tfds": ("tensorflow", "tensorflow tensorflow-datasets"),
 }
+# Prefixes of data sets that their libraries fetch.
+DOWNLOADED = ("torch", "hfds", "hfids", "tfds")
 
 
 class ReaderSource:
@@ -99,6 +101,8 @@ def refuse_keys(name: str, options: dict[str, Any]) -> None:
         if options.get(key) and not heeded:
             flag = f"--{key.replace('_', '-')}"
             raise UserError(f"{flag} means nothing for {name}: leave it out")
+    if options.get("download") and prefix not in DOWNLOADED:
+        raise UserError(f"--dataset-download means nothing for {name}: leave it out")
 
 
 def open_other(

@@ -97,14 +97,22 @@ def main(argv: Sequence[str] | None, prog: str = "vitlinear stream") -> None:
     config = parse_arguments(argv, prog)
     if config.model.model not in (None, config.name):
         raise UserError(f"two models: {config.name} and --model {config.model.model}; give one")
+    for flag, value in (
+        ("--num-classes", config.model.num_classes),
+        ("--crop-pct", config.input.crop_pct),
+        ("--crop-mode", config.input.crop_mode),
+        ("--interpolation", config.input.interpolation),
+    ):
+        if value is not None:
+            raise UserError(
+                f"{flag} means nothing here: the features of the whole image are written as it is"
+            )
     check_no_input(config.output, (config.source, config.checkpoint))
     device = choose_device(config.device)
     named = ModelConfig(
         config.name, config.model.model_kwargs, config.model.num_classes, config.model.pretrained
     )
     model, _, preprocessing = load_or_build(config.checkpoint, named, config.input)
-    if not config.checkpoint and not config.model.pretrained:
-        raise UserError("no weights: give --checkpoint FILE, or --pretrained")
     chosen: str | int = int(config.map) if config.map.isdigit() else config.map
     stream(
         model.to(device),

@@ -42,6 +42,8 @@ def add_average_flags(parser: Parser) -> None:
         default=False,
         help="let the decay rise to its value",
     )
+    for flag in ("model_ema_decay", "model_ema_base_size", "model_ema_warmup"):
+        parser.needs(flag, "model_ema")
 
 
 def ema_decay(config: AverageConfig, images: int) -> float:

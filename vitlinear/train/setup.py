@@ -34,7 +34,7 @@ from .make_model import enable_checkpointing, make_model, shape_arguments
 from .optimiser import make_optimizer
 from .parallel import check_sharding, distribute, synchronised
 from .rows import Share, check_rows, share_images
-from .schedule import batch_size_note, learning_rate, make_schedule
+from .schedule import batch_size_note, learning_rate, make_schedule, shape_notes
 from .start_weights import check_initial, initial_weights, initialise_head, normalisation_note
 from .tasks import check_task, make_task
 from .updater import Updater
@@ -128,6 +128,10 @@ def set_up(config: TrainConfig) -> Run:
     model.to(device=device, memory_format=config.device.memory_format)  # type: ignore[call-overload]
     if processes.distributed and config.parallel.sync_bn:
         model = synchronised(model, device)
+    if config.start.freeze:  # after that, which makes norms anew
+        frozen = freeze(model, config.start.freeze)
+        shown = f"{frozen / 1e6:.2f} M" if frozen >= 1e4 else str(frozen)
+        notes.append(f"{shown} parameters are frozen")
     accumulate = config.optimiser.grad_accum_steps
     updates = updates_per_epoch(len(batches), accumulate)
     images = config.schedule.images_per_update(accumulate, processes.data_size)
@@ -178,6 +182,7 @@ def set_up(config: TrainConfig) -> Run:
     )
     if note := batch_size_note(config.schedule, accumulate, processes.data_size, processes.rows):
         notes.append(note)
+    notes += shape_notes(config.schedule, images)
     return Run(
         config=config,
         device=device,
@@ -255,8 +260,6 @@ def _start_model(config: TrainConfig, num_classes: int) -> tuple[nn.Module, list
     if path and initial_weights(model, path, start.initial_model or name, start.initial_head_map):
         notes.append(f"{path}: it has no classifier that fits, starting a new one")
     initialise_head(model, start.head_init_scale, start.head_init_bias)
-    if start.freeze:
-        notes.append(f"{freeze(model, start.freeze) / 1e6:.2f} M parameters are frozen")
     if config.regularisation.grad_checkpointing:
         enable_checkpointing(model, name)
     return model, notes

@@ -76,11 +76,16 @@ def check_initial(config: StartConfig, pretrained: bool) -> None:
         pretrained: Whether the model starts from its published weights.
 
     Raises:
-        UserError: There are none.
+        UserError: There are none, or those of another model are asked for.
     """
     if config.initial_model is not None:
         check_model_name(config.initial_model)
-        if not config.initial_checkpoint and not pretrained:
+        if pretrained:
+            raise UserError(
+                f"this run is to start from weights of {config.initial_model}, and --pretrained "
+                "fetches those of --model: give --initial-checkpoint FILE instead"
+            )
+        if not config.initial_checkpoint:
             raise UserError(
                 f"this run is to start from weights of {config.initial_model}: "
                 "give --initial-checkpoint FILE"

@@ -99,6 +99,12 @@ def add_distillation_flags(parser: Parser) -> None:
         metavar="T",
         help="likewise of soft labels",
     )
+    for flag in ("kd_distill_type", "kd_loss_type", "kd_token_distill_type", "kd_temperature"):
+        parser.needs(flag, "kd_model_name", "kd_checkpoint")
+    parser.needs("kd_loss_type", "kd_distill_type", value="logit")
+    parser.needs("kd_token_distill_type", "kd_distill_type", value="token")
+    for flag in ("mesa_start_epoch", "mesa_temperature"):
+        parser.needs(flag, "mesa")
 
 
 def check_task(config: DistillationConfig, *, averages: bool, sharded: bool, rows: int = 1) -> None:
