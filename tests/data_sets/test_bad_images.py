@@ -182,6 +182,25 @@ def test_a_share_that_is_gone_is_no_damaged_file(tmp_path: Path) -> None:
         dataset[0]
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_share_that_is_gone_ends_the_evaluation_too(workers: int, tmp_path: Path) -> None:
+    from torch.utils.data import DataLoader
+
+    root = image_folder(tmp_path / "images", val=LIMIT)
+    dataset = data.open_dataset(
+        None, train=False, mode="L", data_dir=str(root), bad_images=BadImages(skip=True)
+    )
+    dataset.transform = lambda image: torch.zeros(1)
+    for number, path in enumerate(sorted((root / "val" / "ant").iterdir())):
+        path.unlink()
+        loader = DataLoader(dataset, 4, num_workers=workers)
+        if number < LIMIT - 1:  # nine, then others: again, and the next time too
+            assert len(list(loader)) == 8
+            continue
+        with pytest.raises(UserError, match="10 images in a row cannot be read, .*is the disk"):
+            list(loader)
+
+
 def test_held_out_images_are_left_out_of_the_metric(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
