@@ -222,6 +222,12 @@ def test_betas_for_an_optimiser_without_are_said() -> None:
     make_optimizer(configured("--opt-betas", 0.9, 0.99).optimiser, model, 1e-3)
 
 
+def test_betas_that_are_too_few_are_said() -> None:
+    config = configured("--opt-betas", 0.9).optimiser
+    with pytest.raises(UserError, match="--opt adamw takes more --opt-betas than given"):
+        make_optimizer(config, torch.nn.Linear(2, 2), 1e-3)
+
+
 class Scaled(nn.Module):
     """One parameter of each kind."""
 

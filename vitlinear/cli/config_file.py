@@ -95,6 +95,8 @@ def read_config(
 def _converted(action: argparse.Action, value: Any) -> Any:
     """Gives a YAML value the type its flag would have given it on the command line."""
     if value is None:
+        if action.default is not None:
+            raise ValueError("expected a value, got null")
         return None
     if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
         if not isinstance(value, bool):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .flags import COUNT, RATE
+from .flags import COUNT, POSITIVE, REAL
 from .parser import KeyValues, Parser
 
 
@@ -93,7 +93,9 @@ def add_input_flags(parser: Parser) -> None:
     group.add_argument(
         "--input-size", type=COUNT, nargs=3, default=None, metavar=("C", "H", "W"), help="input"
     )
-    group.add_argument("--crop-pct", type=RATE, default=None, metavar="P", help="centre crop part")
+    group.add_argument(
+        "--crop-pct", type=POSITIVE, default=None, metavar="P", help="centre crop part"
+    )
     group.add_argument(
         "--crop-mode",
         default=None,
@@ -102,11 +104,13 @@ def add_input_flags(parser: Parser) -> None:
     )
     group.add_argument(
         "--mean",
-        type=float,
+        type=REAL,
         nargs="+",
         default=None,
         metavar="M",
         help="of the channels, from 0 to 1",
     )
-    group.add_argument("--std", type=float, nargs="+", default=None, metavar="S", help="likewise")
+    group.add_argument(
+        "--std", type=POSITIVE, nargs="+", default=None, metavar="S", help="likewise"
+    )
     group.add_argument("--interpolation", default=None, metavar="NAME", help="bicubic, bilinear")

@@ -11,7 +11,7 @@ from argparse import BooleanOptionalAction
 from dataclasses import dataclass
 
 from vitlinear.cli.device import DeviceConfig, add_device_flags
-from vitlinear.cli.flags import COUNT, NATURAL
+from vitlinear.cli.flags import COUNT, NATURAL, SEED
 from vitlinear.cli.model_flags import InputConfig, ModelConfig, add_input_flags, add_model_flags
 from vitlinear.cli.parser import Parser
 from vitlinear.data.augmentation import AugmentationConfig, add_augmentation_flags
@@ -137,7 +137,7 @@ def add_run_flags(parser: Parser) -> None:
         choices=("top1", "top5", "loss"),
         help="that decides which epoch is the best",
     )
-    group.add_argument("--seed", type=NATURAL, default=42, help="of everything random")
+    group.add_argument("--seed", type=SEED, default=42, help="of everything random")
     group.add_argument(
         "--deterministic", action=BooleanOptionalAction, default=False, help="also on a GPU"
     )

@@ -161,6 +161,8 @@ def make_optimizer(config: OptimiserConfig, model: nn.Module, lr: float) -> torc
         kwargs["param_group_fn"] = partial(group_fn, **groups)
     try:
         optimizer = create_optimizer_v2(model, **kwargs)
+    except IndexError as error:
+        raise UserError(f"--opt {config.opt} takes more --opt-betas than given") from error
     except (ValueError, TypeError, AssertionError) as error:
         raise UserError(f"--opt {config.opt}: {one_line(error)}") from error
     if config.opt_betas is not None and not _takes_betas(config.opt):

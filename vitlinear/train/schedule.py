@@ -14,7 +14,7 @@ import torch
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.scheduler.scheduler import Scheduler
 
-from vitlinear.cli.flags import COUNT, NATURAL, RATE
+from vitlinear.cli.flags import COUNT, NATURAL, POSITIVE, RATE
 from vitlinear.cli.parser import Parser
 from vitlinear.errors import UserError, one_line
 
@@ -116,7 +116,7 @@ def add_schedule_flags(parser: Parser) -> None:
     group.add_argument("--min-lr", type=RATE, default=1e-5, help="last rate")
     group.add_argument(
         "--decay-epochs",
-        type=RATE,
+        type=POSITIVE,
         default=None,
         metavar="N",
         help="of --sched step: between steps (default: 90); of wsd and rsqrt: of the decay at the "

@@ -15,7 +15,7 @@ from vitlinear.checkpoints.load import (
     read_weights,
 )
 from vitlinear.checkpoints.translate import classifiers, is_detector, without, wrapper_prefix
-from vitlinear.cli.flags import RATE
+from vitlinear.cli.flags import RATE, REAL
 from vitlinear.cli.parser import Parser
 from vitlinear.create import Preprocessing, check_model_name
 from vitlinear.errors import UserError
@@ -57,7 +57,7 @@ def add_start_flags(parser: Parser) -> None:
         help="factor on the weights of the classifier",
     )
     group.add_argument(
-        "--head-init-bias", type=float, default=None, metavar="B", help="bias of the classifier"
+        "--head-init-bias", type=REAL, default=None, metavar="B", help="bias of the classifier"
     )
     group.add_argument(
         "--freeze",
