@@ -10,6 +10,7 @@ import yaml
 from vitlinear.cli.config_file import LAUNCH_KEYS, read_config, saved_arguments
 from vitlinear.cli.flags import values_by_flag
 from vitlinear.errors import UserError
+from vitlinear.train import compare_runs
 from vitlinear.train.run import main as run_command
 from vitlinear.train.run import make_parser, parse_arguments
 
@@ -35,6 +36,19 @@ def test_precedence_is_default_then_file_then_flag(tmp_path: Path) -> None:
     args = parsed(["--epochs", "9", "-c", config, "--no-amp"])
     assert (args.epochs, args.batch_size, args.amp, args.weight_decay) == (9, 16, False, 0.05)
     assert args.lr == 1e-3  # PyYAML reads 1e-3 as a string
+
+
+def test_home_is_found_after_an_equals_sign(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shells replace ``~`` only at the start of a word."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    written(tmp_path, "kd_checkpoint: ~/teacher.pth\n")
+    args = parsed(["--config=~/config.yaml", "--initial-checkpoint=~/start.pth"])
+    assert args.kd_checkpoint == str(tmp_path / "teacher.pth")
+    assert args.initial_checkpoint == str(tmp_path / "start.pth")
+    compared = compare_runs.parse_arguments(["a", "--output=~/a.png", "--csv=~/a.csv"])
+    assert (compared.output, compared.csv) == (str(tmp_path / "a.png"), str(tmp_path / "a.csv"))
 
 
 def test_the_command_line_takes_any_flag_of_the_file_back(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ from PIL import Image
 from tests.commands import Command
 from tests.golden import upstream_state_dict, variants
 from tests.train.helpers import CLASSES, train
+from vitlinear.checkpoints.card import Card, save_weights
+from vitlinear.create import data_config
 from vitlinear.data.dataset import export_sample
 from vitlinear.evaluation.predict import _class_names
 
@@ -92,6 +94,19 @@ def test_a_grey_model_takes_colour_images(command: Command, images: Path, tmp_pa
         image.convert("L").save(grey)
     first, second = command("predict", colour, grey, *flags).out.splitlines()
     assert first.split(": ")[1] == second.split(": ")[1]
+
+
+def test_an_image_mode_that_the_card_does_not_know(
+    command: Command, images: Path, tmp_path: Path
+) -> None:
+    model = timm.create_model("test_ravlt", num_classes=3, in_chans=4)
+    input = data_config(model, {"mean": [0.5] * 4, "std": [0.5] * 4})
+    path = tmp_path / "four.safetensors"
+    save_weights(path, model.state_dict(), Card("test_ravlt", {}, 3, 4, input, None))
+    result = command("predict", images / "val", "--checkpoint", path)
+    assert result.code == 2 and "name one with --input-img-mode (RGBA has 4)" in result.err
+    flags = ("--checkpoint", path, "--input-img-mode", "RGBA")
+    assert command("predict", images / "val", *flags).code == 0
 
 
 def test_an_exported_digit(command: Command, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import yaml
 from vitlinear.errors import UserError, did_you_mean, one_line
 
 from .configs import find_config
-from .flags import values_by_flag
+from .flags import file_name, values_by_flag
 from .parser import KeyValues, Parser
 
 # How a run was started, not what it computes: left out of the saved arguments so that
@@ -34,7 +34,7 @@ def parse_with_config(parser: Parser, argv: Sequence[str] | None) -> argparse.Na
             flag accepts.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("-c", "--config", nargs="?", default=None)
+    first.add_argument("-c", "--config", type=file_name, nargs="?", default=None)
     path = first.parse_known_args(argv)[0].config
     if path:
         parser.set_defaults(**read_config(find_config(path, "classification"), parser))

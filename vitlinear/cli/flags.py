@@ -7,6 +7,7 @@ flags, and the function that adds these flags to a parser stands below it.
 import argparse
 import dataclasses
 import math
+import os
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,6 +49,11 @@ SHARE = _number(float, 0, below=1)
 def path(text: str) -> Path:
     """Returns the path that a flag names, ``~`` replaced; an argparse type."""
     return Path(text).expanduser()
+
+
+def file_name(text: str) -> str:
+    """Returns the same as text, for a field that is one; an empty one stays empty."""
+    return os.path.expanduser(text)
 
 
 def from_arguments(kind: type[Configuration], args: argparse.Namespace) -> Configuration:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .flags import COUNT, POSITIVE, REAL
+from .flags import COUNT, POSITIVE, REAL, file_name
 from .parser import KeyValues, Parser
 
 
@@ -53,7 +53,11 @@ def add_model_flags(parser: Parser, default: str | None) -> None:
 def add_checkpoint_flag(parser: Parser) -> None:
     """Adds ``--checkpoint``, which names trained weights."""
     parser.add_argument(
-        "--checkpoint", default=None, metavar="FILE", help="best.safetensors, or a file timm reads"
+        "--checkpoint",
+        type=file_name,
+        default=None,
+        metavar="FILE",
+        help="best.safetensors, or a file timm reads",
     )
 
 

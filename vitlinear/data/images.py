@@ -85,9 +85,7 @@ def decode(content: bytes | Image.Image) -> Image.Image:
         image.load()
     except (*DAMAGE, MemoryError):
         raise
-    except (
-        Exception
-    ) as error:  # each of Pillow's decoders, and of its plugins, has errors of its own
+    except Exception as error:  # several of Pillow's decoders have errors of their own
         raise ValueError(one_line(error)) from error
     return image
 

@@ -24,7 +24,7 @@ from vitlinear.cli.model_flags import (
 )
 from vitlinear.cli.parser import Parser
 from vitlinear.data.bad_images import BadImages, add_bad_images_flag
-from vitlinear.data.dataset import image_mode
+from vitlinear.data.dataset import add_image_mode_flag, image_mode
 from vitlinear.data.images import DAMAGE, UnreadableImage, pixels, printable
 from vitlinear.data.listing import find_images
 from vitlinear.errors import UserError
@@ -42,6 +42,7 @@ class PredictConfig:
     model: ModelConfig
     input: InputConfig
     bad_images: str
+    input_img_mode: str | None
     device: DeviceConfig
     topk: int
     batch_size: int
@@ -62,6 +63,7 @@ def parse_arguments(argv: Sequence[str] | None, prog: str = "vitlinear predict")
     add_checkpoint_flag(parser)
     add_model_flags(parser, default=None)
     add_input_flags(parser)
+    add_image_mode_flag(parser)
     add_bad_images_flag(parser)
     add_device_flags(parser)
     group = parser.group("report")
@@ -110,7 +112,8 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
     device = choose_device(config.device.device)
     model, card, input = load_or_build(config.checkpoint, config.model, config.input)
     names = _class_names(model, card, config.model.pretrained)
-    mode = image_mode(input.input_size[0], card.image_mode if card else None)
+    trained_mode = card.image_mode if card else None
+    mode = image_mode(input.input_size[0], config.input_img_mode or trained_mode)
     transform = create_transform(**input.as_dict(), is_training=False)
     layout = config.device.memory_format
     model.to(device=device, memory_format=layout)  # type: ignore[call-overload]

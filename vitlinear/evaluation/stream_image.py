@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vitlinear.cli.device import choose_device
-from vitlinear.cli.flags import COUNT, NATURAL, from_arguments
+from vitlinear.cli.flags import COUNT, NATURAL, file_name, from_arguments
 from vitlinear.cli.model_flags import (
     InputConfig,
     ModelConfig,
@@ -53,7 +53,12 @@ def parse_arguments(argv: Sequence[str] | None, prog: str = "vitlinear stream") 
     parser.add_argument("name", metavar="MODEL", help="name, with a tag or without")
     parser.add_argument("source", metavar="SOURCE", help="image: .npy, .zarr, TIFF, a slide")
     parser.add_argument(
-        "-o", "--output", required=True, metavar="FILE", help="the map: .npy, .zarr, .tif or .tiff"
+        "-o",
+        "--output",
+        type=file_name,
+        required=True,
+        metavar="FILE",
+        help="the map: .npy, .zarr, .tif or .tiff",
     )
     parser.add_argument(
         "--map",
