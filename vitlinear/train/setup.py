@@ -1,5 +1,6 @@
 """The parts of a run, built from its configuration: model, data, task, optimiser, schedule."""
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ from .freezing import freeze
 from .loop import updates_per_epoch
 from .make_model import enable_checkpointing, make_model, shape_arguments
 from .optimiser import make_optimizer
-from .parallel import check_sharding, distribute, synchronised
+from .parallel import check_sharding, distribute, first_process_first, synchronised
 from .rows import Share, check_rows, share_images
 from .schedule import batch_size_note, learning_rate, make_schedule, shape_notes
 from .start_weights import check_initial, initial_weights, initialise_head, normalisation_note
@@ -100,7 +101,9 @@ def set_up(config: TrainConfig) -> Run:
     # Channels decide how images are read, and only the model knows its default number.
     mode = image_mode(config.input.channels or 3, config.data.input_img_mode)
     bad_images = BadImages.by_flag(config.bad_images)
-    train_set, eval_set = (_open(config, train, mode, bad_images) for train in (True, False))
+    downloads = config.data.dataset_download
+    with first_process_first(processes) if downloads else contextlib.nullcontext():
+        train_set, eval_set = (_open(config, train, mode, bad_images) for train in (True, False))
     names = classes_of(train_set)
     check_same_classes(names, classes_of(eval_set), "the training split", "the held-out split")
     num_classes = _num_classes(config.model.num_classes, names, config.data.dataset)
