@@ -123,6 +123,10 @@ def build_model(
         raise UserError(f"cannot {what} {name}: {one_line(error)}") from error
 
 
+# Ways to resize an image, by timm's names.
+INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "box", "hamming", "lanczos")
+
+
 def data_config(model: nn.Module, requested: Mapping[str, Any]) -> Preprocessing:
     """Returns how images become the input of a model.
 
@@ -139,6 +143,10 @@ def data_config(model: nn.Module, requested: Mapping[str, Any]) -> Preprocessing
             config = resolve_input_data_config(model, args=dict(requested))
     except (ValueError, AssertionError) as error:
         raise UserError(f"input of the model: {one_line(error)}") from error
+    if config["interpolation"] not in INTERPOLATIONS:
+        raise UserError(
+            f"unknown --interpolation {config['interpolation']}: {', '.join(INTERPOLATIONS)}"
+        )
     channels = config["input_size"][0]
     for key in ("mean", "std"):
         values = tuple(float(value) for value in config[key])

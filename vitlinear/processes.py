@@ -86,7 +86,7 @@ def join_processes(
         )
     processes = Processes(rank, world_size, local_rank, rows)
     if is_distributed_env() and device.type == "cuda":
-        device = torch.device("cuda", _gpu_of(local_rank))
+        device = own_gpu()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if processes.distributed:
@@ -118,13 +118,17 @@ def _join(processes: Processes, device: torch.device, timeout: float) -> None:
     _PROCESS_GROUPS.append(distributed.group.WORLD)
 
 
-def _gpu_of(local_rank: int) -> int:
-    """Returns the GPU of a process; SLURM may show each process only its own."""
-    count = torch.cuda.device_count()
+def own_gpu() -> torch.device:
+    """Returns the GPU of this process; SLURM may show each process only its own.
+
+    Raises:
+        UserError: There is none.
+    """
+    local_rank, count = world_info_from_env()[0], torch.cuda.device_count()
     if local_rank < count:
-        return local_rank
+        return torch.device("cuda", local_rank)
     if count == 1 and os.environ.get("SLURM_PROCID"):
-        return 0
+        return torch.device("cuda", 0)
     raise UserError(
         f"process {local_rank} of this machine has no GPU, {count} are visible: "
         "start one process per GPU"

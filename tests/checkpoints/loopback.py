@@ -21,8 +21,8 @@ class Server(ThreadingHTTPServer):
 
     Attributes:
         files: Contents by name.
-        faults: By name, ``'short'``: the connection ends after half; ``'damaged'``: one byte is
-            another one; absent: none.
+        faults: By name, ``'short'``: the connection ends after half; ``'chunk'``: in the middle
+            of a chunk; ``'damaged'``: one byte is another one; absent: none.
         requests: Method and path of each request.
     """
 
@@ -87,6 +87,13 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "damaged":
             middle = len(content) // 2
             content = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        if fault == "chunk":
+            self.send_response(200)
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            self.wfile.write(f"{len(content):x}\r\n".encode() + content[: len(content) // 2])
+            self.close_connection = True
+            return
         # A client that takes up where it was cut off gets no further than before.
         start = int(self.headers.get("Range", "bytes=0-")[len("bytes=") :].partition("-")[0])
         end = len(content) // 2 if fault == "short" else len(content)

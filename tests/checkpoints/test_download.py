@@ -18,6 +18,7 @@ import vitlinear  # noqa: F401  registers the models
 from tests.checkpoints.loopback import Server, serve
 from vitlinear.checkpoints import download
 from vitlinear.checkpoints.download import DownloadError, ensure_downloaded
+from vitlinear.checkpoints.read import CheckpointError
 from vitlinear.facts import PublishedFile
 from vitlinear_cli import main
 
@@ -90,8 +91,13 @@ def test_fetched_once_then_from_the_cache(server, monkeypatch, kind):
     assert again == fetches
 
 
-@pytest.mark.parametrize("kind", ["hub", "plain"])
-@pytest.mark.parametrize("fault", ["short", "damaged", "absent"])
+@pytest.mark.parametrize(
+    ("kind", "fault"),
+    [
+        *((kind, fault) for kind in ("hub", "plain") for fault in ("short", "damaged", "absent")),
+        ("plain", "chunk"),
+    ],
+)
 def test_a_failed_download_says_so_and_leaves_nothing(server, tmp_path, content, kind, fault):
     # The hub says what the SHA-256 should be; a plain address only by the name of the file.
     good = f"W-{hashlib.sha256(content).hexdigest()[:8]}.pth"
@@ -101,6 +107,7 @@ def test_a_failed_download_says_so_and_leaves_nothing(server, tmp_path, content,
     else:
         server.faults[good] = fault
     message = {"short": "broke off|Consistency|size|peer closed", "damaged": "damaged"}
+    message["chunk"] = "IncompleteRead"
     with pytest.raises(DownloadError, match=message.get(fault, "404")) as caught:
         create(source(server, kind, good))
     assert good in str(caught.value) and "\n" not in str(caught.value)
@@ -108,6 +115,13 @@ def test_a_failed_download_says_so_and_leaves_nothing(server, tmp_path, content,
     server.faults.clear()
     server.files[good] = content
     assert is_loaded(create(source(server, kind, good)))
+
+
+def test_a_half_file_that_another_program_left_is_to_be_deleted(server, content, tmp_path):
+    path = ensure_downloaded(source(server, "plain"))
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(CheckpointError, match=f"{path}.*delete the file, and it is fetched again"):
+        create(source(server, "plain"))
 
 
 def test_cache_dir_of_the_caller(server, tmp_path):

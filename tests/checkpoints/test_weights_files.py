@@ -148,6 +148,31 @@ def test_initial_weights_keep_the_body_and_drop_a_head_that_does_not_fit(saved: 
         initial_weights(same, saved, "ravlt_t")
 
 
+@pytest.mark.parametrize(
+    ("made", "remedy"),
+    [
+        ({"num_classes": 7}, "give --num-classes 7"),
+        ({"in_chans": 4}, "give --in-chans 4"),
+        ({"num_classes": 7, "in_chans": 4}, "give the --model and --model-kwargs it was made with"),
+    ],
+)
+def test_what_makes_weights_fit_is_said(tmp_path: Path, made: dict, remedy: str) -> None:
+    path = tmp_path / "net.pth"
+    torch.save(small(**made).state_dict(), path)
+    with pytest.raises(UserError, match=f"net.pth does not fit test_ravlt: .*; {remedy}$"):
+        load_model(path, model="test_ravlt", num_classes=3, model_kwargs=TINY)
+    load_model(path, model="test_ravlt", **{"num_classes": 3, **made}, model_kwargs=TINY)
+
+
+def test_a_tag_says_nothing_of_the_model(tmp_path: Path) -> None:
+    path, net = tmp_path / "net.safetensors", build_model("ravlt_t", num_classes=3, **TINY)
+    save_weights(path, net.state_dict(), card_of(net, model="ravlt_t.in1k"))
+    assert not initial_weights(net, path, "ravlt_t")
+    assert load_model(path, model="ravlt_t")[1] == read_card(path)
+    with pytest.raises(UserError, match="is of ravlt_t.in1k, not ravlt_s"):
+        load_model(path, model="ravlt_s.in1k")
+
+
 def test_initial_weights_of_the_authors(tmp_path: Path) -> None:
     """Fine-tuning from a released file: names translated, its classifier left out."""
     released = upstream_state_dict(variants("rala")["RAVLT_T"]["state_dict"])

@@ -61,7 +61,7 @@ def test_interrupting_is_quiet(command: Command, monkeypatch: pytest.MonkeyPatch
     ("script", "flags", "message"),
     [
         ("train", ["--dataset", "digit"], "unknown data set 'digit'"),
-        ("validate", [], "nothing to run"),
+        ("validate", [], "no weights"),
         ("compare_runs", ["nowhere"], "nowhere is no run of `vitlinear train`"),
         ("predict", ["nowhere.png"], "nowhere.png does not exist"),
         ("export", ["ravlt_q", "out.onnx"], "model 'ravlt_q' is unknown"),

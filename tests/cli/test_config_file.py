@@ -10,6 +10,7 @@ import yaml
 from vitlinear.cli.config_file import LAUNCH_KEYS, read_config, saved_arguments
 from vitlinear.cli.flags import values_by_flag
 from vitlinear.errors import UserError
+from vitlinear.train import compare_runs
 from vitlinear.train.run import main as run_command
 from vitlinear.train.run import make_parser, parse_arguments
 
@@ -35,6 +36,19 @@ def test_precedence_is_default_then_file_then_flag(tmp_path: Path) -> None:
     args = parsed(["--epochs", "9", "-c", config, "--no-amp"])
     assert (args.epochs, args.batch_size, args.amp, args.weight_decay) == (9, 16, False, 0.05)
     assert args.lr == 1e-3  # PyYAML reads 1e-3 as a string
+
+
+def test_home_is_found_after_an_equals_sign(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shells replace ``~`` only at the start of a word."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    written(tmp_path, "kd_checkpoint: ~/teacher.pth\n")
+    args = parsed(["--config=~/config.yaml", "--initial-checkpoint=~/start.pth"])
+    assert args.kd_checkpoint == str(tmp_path / "teacher.pth")
+    assert args.initial_checkpoint == str(tmp_path / "start.pth")
+    compared = compare_runs.parse_arguments(["a", "--output=~/a.png", "--csv=~/a.csv"])
+    assert (compared.output, compared.csv) == (str(tmp_path / "a.png"), str(tmp_path / "a.csv"))
 
 
 def test_the_command_line_takes_any_flag_of_the_file_back(tmp_path: Path) -> None:
@@ -67,6 +81,7 @@ def test_lists_and_mappings(tmp_path: Path) -> None:
         ("epochs: 1.5", "bad value for 'epochs'"),
         ("epochs: 0", "must be at least 1"),
         ("amp: 1", "expected true or false"),
+        ("epochs: null", "bad value for 'epochs': expected a value, got null"),
         ("lr: [1]", "expected a single value"),
         ("scale: 0.5", "expected a list"),
         ("scale: [0.5]", "expected 2 values, got 1"),
@@ -91,6 +106,14 @@ def test_bad_files_say_what_is_wrong(tmp_path: Path, text: str, message: str) ->
         (["--epochs", "x"], "invalid int value: 'x'"),
         (["--lr", "-1"], "must be at least 0"),
         (["--lr", "nan"], "must be at least 0"),
+        (["--lr", "inf"], "must be finite"),
+        (["--smoothing", "1"], "must be below 1"),
+        (["--drop-path", "1.5"], "must be at most 1"),
+        (["--hflip", "3"], "must be at most 1"),
+        (["--ratio", "0", "0"], "must be at least 1e-06"),
+        (["--decay-epochs", "0"], "must be at least 1e-06"),
+        (["--std", "0"], "must be at least 1e-06"),
+        (["--seed", "5000000000"], "must be at most 4294967295"),
         (["--model-kwargs", "depth"], "expected KEY=VALUE, got 'depth'"),
         (["--config", "/nowhere.yaml"], "cannot read --config /nowhere.yaml"),
     ],

@@ -10,6 +10,7 @@ import pytest
 
 from tests.commands import Command
 from tests.train.helpers import TINY_FLAGS, image_folder, tiny_flags
+from vitlinear.train.run import parse_arguments
 
 
 @pytest.fixture
@@ -134,7 +135,8 @@ def test_missing_reader_package(refused: Any, images: Path, tmp_path: Path) -> N
 def test_validate(refused: Any, images: Path, checkpoint: Path, tmp_path: Path) -> None:
     base = ("validate", "-j", 0)
     with_data = (*base, "--data-dir", images)
-    refused(*base, says=("nothing to run", "--checkpoint FILE"))
+    refused(*base, says=("no weights", "--checkpoint FILE"))
+    refused(*with_data, "--model", "test_vit2", says=("no weights", "--model NAME --pretrained"))
     refused(*base, "--checkpoint", checkpoint, says=("no data",))
     refused(*with_data, "--checkpoint", tmp_path, says=("is a folder",))
     both = (*with_data, "--checkpoint", checkpoint)
@@ -160,6 +162,55 @@ def test_validate(refused: Any, images: Path, checkpoint: Path, tmp_path: Path) 
         results,
         says=("cannot write", "results.json: its folder does not exist"),
     )
+
+
+def test_published_weights_of_another_number_of_classes(
+    refused: Any, images: Path, checkpoint: Path, tmp_path: Path, command: Command
+) -> None:
+    assert command("push", checkpoint, tmp_path / "hub").code == 0
+    hub = ("--model", f"local-dir:{tmp_path / 'hub'}", "--pretrained", "--num-classes", 10)
+    says = ("have 3 classes, not 10", "leave --num-classes out")
+    refused("predict", images / "val", *hub, says=says)
+    refused("validate", "-j", 0, "--data-dir", images, *hub, says=says)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--amp-dtype", "bfloat16"], "--amp-dtype has no effect without --amp: add that"),
+        (["--torchcompile-mode", "default"], "without --torchcompile"),
+        (["--model-ema-decay", "0.9"], "without --model-ema"),
+        (["--mesa-start-epoch", "1"], "without --mesa"),
+        (["--clip-mode", "agc", "--clip-grad", "0"], "without --clip-grad"),
+        (["--wandb-project", "x"], "without --log-wandb"),
+        (["--kd-loss-type", "hard"], "without --kd-model-name or --kd-checkpoint"),
+        (
+            ["--kd-loss-type", "hard", "--kd-model-name", "x", "--kd-distill-type", "feature"],
+            "--kd-loss-type has no effect without --kd-distill-type logit",
+        ),
+        (
+            ["--kd-token-distill-type", "hard", "--kd-model-name", "x"],
+            "without --kd-distill-type token",
+        ),
+        (["--dataset-download"], "--dataset-download means nothing for --data-dir"),
+    ],
+)
+def test_flags_that_nothing_heeds(
+    refused: Any, images: Path, tmp_path: Path, flags: list[str], says: str
+) -> None:
+    refused("train", *tiny_flags(images, tmp_path / "new" / "run"), *flags, says=(says,))
+
+
+def test_a_recipe_holds_values_of_what_the_command_line_switches_off(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("amp: true\namp_dtype: bfloat16\nmodel_ema_decay: 0.9\n")
+    assert parse_arguments(["--config", str(config), "--no-amp"]).device.amp_dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("flag", ["--num-classes", "--crop-pct", "--interpolation"])
+def test_flags_that_streaming_does_not_heed(refused: Any, tmp_path: Path, flag: str) -> None:
+    stream = ("stream", "test_ravlt", "x.npy", "-o", tmp_path / "y.npy", "--pretrained")
+    refused(*stream, flag, 1, says=(f"{flag} means nothing here",))
 
 
 def test_predict(refused: Any, images: Path, checkpoint: Path, tmp_path: Path) -> None:

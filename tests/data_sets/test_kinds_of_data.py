@@ -285,6 +285,12 @@ def test_missing_packages_are_named(
     assert install in str(error.value)
 
 
+@pytest.mark.parametrize(("train", "flag"), [(True, "--train-split train"), (False, "--val-spl")])
+def test_data_that_torchvision_does_not_find(train: bool, flag: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"\({flag}.*use --dataset-download to download"):
+        data.open_dataset("torch/cifar10", train=train, mode="RGB", data_dir=str(tmp_path))
+
+
 def test_unknown_prefix_and_misplaced_keys(folder: Path) -> None:
     with pytest.raises(UserError, match="unknown data set 'zfs/x': timm knows torch/, wds/"):
         data.open_dataset("zfs/x", train=True, mode="RGB")

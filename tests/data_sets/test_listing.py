@@ -18,7 +18,7 @@ from tests.commands import Command
 from tests.train.helpers import CLASSES, image_folder, tiny_flags
 from vitlinear.data import dataset as data
 from vitlinear.data import listing
-from vitlinear.data.class_names import classes_of
+from vitlinear.data.class_names import class_list, classes_of
 from vitlinear.errors import UserError
 
 
@@ -87,6 +87,26 @@ def test_one_class_is_one_class_and_told(tar: bool, tmp_path: Path, command: Com
     assert "warning: all training images are of one class" in result.out
     checked = command("check-data", "--data-dir", root, "-j", 0)
     assert checked.code == 0 and "warning: all training images are of one class" in checked.out
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("ant\nbee\ncat\n\n \n", None),
+        ("ant\nbee\nant\ncat\n", "classes.txt names ant twice"),
+        ("ant\n\nbee\ncat\n", "classes.txt has an empty line 2"),
+    ],
+)
+def test_lines_of_a_class_map(text: str, message: str | None, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_text(text)
+    names = str(tmp_path / "classes.txt")
+    if message is None:
+        assert opened(folder, class_map=names).classes == ["ant", "bee", "cat"]
+        return
+    with pytest.raises(UserError, match=message):
+        opened(folder, class_map=names)
+    with pytest.raises(UserError, match=message):  # of data whose labels are numbers
+        class_list(names)
 
 
 def test_one_class_of_several_is_told(tmp_path: Path) -> None:

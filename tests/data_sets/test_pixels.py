@@ -431,6 +431,8 @@ def test_an_epoch_in_every_mode(mode: str, folder: Path, command: Command, tmp_p
         (("--aa", "rand-x9"), "--aa rand-x9 is no policy that timm knows"),
         (("--aa", "rand-mx.5"), "--aa rand-mx.5 is no policy that timm knows"),
         (("--train-interpolation", "foo"), "unknown --train-interpolation foo: random, bilinear"),
+        (("--interpolation", "random"), "unknown --interpolation random: bilinear, bicubic"),
+        (("--scale", "1", "0.1"), "--scale 1 0.1: the lower bound comes first"),
     ],
 )
 def test_policies_that_do_not_exist(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from vitlinear.data.bad_images import UNREADABLE
 from vitlinear.errors import UserError
 from vitlinear.evaluation.evaluate import PerClass, evaluate
 
@@ -39,6 +40,21 @@ def test_evaluation_against_its_definition(classes: int) -> None:
         assert counter.correct[label] == hits[labels == label, 0].sum()
     if classes <= 5:
         assert metrics["top5"] == 100.0
+
+
+def test_unreadable_images_of_one_process_are_no_error_where_another_read_some(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A reduction that adds as many as the other process has: images, or none."""
+    loader = [(torch.zeros(2, 3), torch.full((2,), UNREADABLE))]
+
+    def measured(others: int) -> dict[str, float]:
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda mine: mine.add_(others))
+        return evaluate(Fixed(), loader, contextlib.nullcontext, distributed=True)
+
+    assert measured(1)["top1"] == 100
+    with pytest.raises(UserError, match="none of 2 held-out images could be read"):
+        measured(0)
 
 
 def test_a_label_beyond_the_classes_is_an_error() -> None:

@@ -31,8 +31,11 @@ def test_a_checkpoint_alone_repeats_the_metric_of_training(
     assert [line.split()[0] for line in table[1:]] == list(CLASSES)
 
 
-def test_a_timm_model_without_checkpoint(command: Command, images: Path) -> None:
-    flags = ("--model", "test_vit2", "--num-classes", 3, "--img-size", 64, "-j", 0)
+def test_published_weights_without_checkpoint(
+    command: Command, images: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    assert command("push", checkpoint, tmp_path / "hub").code == 0
+    flags = ("--model", f"local-dir:{tmp_path / 'hub'}", "--pretrained", "-j", 0)
     result = command("validate", *flags, "--data-dir", images)
     assert result.code == 0, result.err
     assert "on 9 images" in result.out

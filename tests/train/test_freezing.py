@@ -9,11 +9,15 @@ import torch
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
-from tests.train.helpers import TINY, train
+from tests.train.helpers import TINY, tiny_flags, train
 from vitlinear.checkpoints.load import read_weights
 from vitlinear.errors import UserError
 from vitlinear.models import our_models
+from vitlinear.processes import Processes
+from vitlinear.train import setup
 from vitlinear.train.freezing import freeze
+from vitlinear.train.parallel import synchronised
+from vitlinear.train.run import parse_arguments
 from vitlinear.train.start_weights import initialise_head
 
 # One model of each kind; the siblings that attend linearly in every stage have the same layers.
@@ -77,6 +81,25 @@ def test_frozen_parts_stay_as_they_are() -> None:
         assert (
             modes["stages.2.blocks.0"].training and modes["stages.1"].training and copied.training
         )
+
+
+def test_norms_of_frozen_parts_are_frozen_after_they_are_synchronised(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Synchronised norms are new modules."""
+    joined = (torch.device("cpu"), Processes(world_size=2))
+    monkeypatch.setattr(setup, "join_processes", lambda *_: joined)
+    monkeypatch.setattr(
+        setup, "synchronised", lambda model, _: synchronised(model, torch.device("cuda"))
+    )
+    monkeypatch.setattr(setup, "distribute", lambda *_, **__: None)
+    flags = tiny_flags(folder, tmp_path / "run", "-b", 4, "--sync-bn", "--freeze", "stem.conv1.bn")
+    run = setup.set_up(parse_arguments(flags))
+    assert "8 parameters are frozen" in run.notes
+    model = run.task.get_trainable_module().train()
+    norms = {k: v for k, v in model.named_modules() if isinstance(v, nn.SyncBatchNorm)}
+    assert [name for name, norm in norms.items() if not norm.training] == ["stem.conv1.bn"]
+    assert len(norms) > 1
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from tests.train.helpers import tiny_flags
-from vitlinear.errors import UserError
+from vitlinear.errors import Notice, UserError
 from vitlinear.train import epochs as epochs_of_a_run
 from vitlinear.train import run
 from vitlinear.train.average import ema_decay
@@ -22,6 +22,7 @@ from vitlinear.train.schedule import (
     batch_size_note,
     make_schedule,
     set_schedule,
+    shape_notes,
     warmup_and_min_rate,
 )
 from vitlinear.train.setup import set_up
@@ -118,13 +119,13 @@ def test_first_and_last_rate_scale_only_when_asked() -> None:
 
 def test_decay_of_the_average_follows_the_global_batch(folder: Path, tmp_path: Path) -> None:
     """Per image the average forgets at one speed: two updates of n images are one of 2n."""
-    flags = ["--model-ema-decay", 0.99, "--model-ema-base-size", 32]
+    flags = ["--model-ema", "--model-ema-decay", 0.99, "--model-ema-base-size", 32]
     average = configured(*flags).average
     assert ema_decay(average, 32) == pytest.approx(0.99)
     assert ema_decay(average, 128) == pytest.approx(0.99**4)
     assert ema_decay(average, 16) ** 2 == pytest.approx(0.99)
-    assert ema_decay(configured("--model-ema-decay", 0.99).average, 128) == 0.99
-    config = tiny_run(folder, tmp_path / "run", "--lr", 1e-3, "--model-ema", *flags)
+    assert ema_decay(configured(*flags[:3]).average, 128) == 0.99
+    config = tiny_run(folder, tmp_path / "run", "--lr", 1e-3, *flags)
     ema = set_up(config).task.trainable_module_ema
     assert ema.decay == pytest.approx(0.99**0.25)  # batches of 8
 
@@ -149,7 +150,7 @@ def test_decay_of_the_average_follows_the_global_batch(folder: Path, tmp_path: P
             ["-b", 1, "--min-lr", 1e-5],
             "global batch 8 (--batch-size 1 x --grad-accum-steps 1 x 8 process(es)), the "
             "recipe's is 1024: peak learning rate 7.8125e-06 (linear scaling of 0.0005 per 512 "
-            "images); the last is 1e-05, above it: lower --min-lr",
+            "images)",
         ),
     ],
 )
@@ -160,6 +161,71 @@ def test_another_global_batch_than_the_recipes_is_said(
         config = configured(*flags, *recipe)
         accumulate = config.optimiser.grad_accum_steps
         assert batch_size_note(config.schedule, accumulate, 8) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "notes"),
+    [
+        ([], []),
+        (["-b", 4], ["the last learning rate 1e-05 is above the peak 3.90625e-06: lower --min-lr"]),
+        (["-b", 4, "--sched", "constant"], []),
+        (
+            ["--lr", 1e-4, "--warmup-lr", 1e-3],
+            ["the first learning rate 0.001 is above the peak 0.0001: lower --warmup-lr"],
+        ),
+        (
+            ["--epochs", 5],
+            [
+                "--warmup-epochs 5 of --epochs 5 do not reach the peak learning rate 0.000125: "
+                "lower --warmup-epochs, or give --warmup-prefix"
+            ],
+        ),
+        (["--epochs", 5, "--warmup-prefix"], []),
+        (
+            ["--sched", "step", "--epochs", 30],
+            ["--sched step makes no step in --epochs 30: lower --decay-epochs"],
+        ),
+        (["--sched", "step", "--epochs", 30, "--decay-epochs", 10], []),
+        (
+            ["--sched", "multistep", "--epochs", 30],
+            ["--sched multistep makes no step in --epochs 30: lower --decay-milestones"],
+        ),
+    ],
+)
+def test_a_rate_of_another_shape_than_asked_for_is_said(flags: list[Any], notes: list[str]) -> None:
+    config = configured(*flags)
+    assert shape_notes(config.schedule, images_of(config, 1)) == notes
+
+
+@pytest.mark.parametrize(
+    ("name", "late"), [("poly", 0.5), ("wsd", 1.0), ("step", 1.0), ("multistep", 1.0)]
+)
+def test_each_schedule_decays_by_its_own_default(name: str, late: float) -> None:
+    """Half-way through thirty epochs: a line from the peak down, or still at the peak."""
+    flags = ["--sched", name, "--epochs", 30, "--warmup-epochs", 0, "--lr", 1, "--min-lr", 0]
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    scheduler, _ = make_schedule(configured(*flags).schedule, optimizer, updates=1, images=128)
+    assert scheduler is not None
+    set_schedule(scheduler, 15, 15)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(late)
+    set_schedule(scheduler, 29, 29)
+    last = optimizer.param_groups[0]["lr"]
+    assert last < 0.2 if name in ("poly", "wsd") else last == 1.0
+
+
+def test_betas_for_an_optimiser_without_are_said() -> None:
+    model = torch.nn.Linear(2, 2)
+    for name in ("sgd", "lookahead_sgd"):
+        config = configured("--opt", name, "--opt-betas", 0.9, 0.99).optimiser
+        with pytest.warns(Notice, match=f"--opt {name} has no betas: --opt-betas is not used"):
+            make_optimizer(config, model, 1e-3)
+    make_optimizer(configured("--opt-betas", 0.9, 0.99).optimiser, model, 1e-3)
+
+
+def test_betas_that_are_too_few_are_said() -> None:
+    config = configured("--opt-betas", 0.9).optimiser
+    with pytest.raises(UserError, match="--opt adamw takes more --opt-betas than given"):
+        make_optimizer(config, torch.nn.Linear(2, 2), 1e-3)
 
 
 class Scaled(nn.Module):

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import timm
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from tests.train.helpers import (
     TORCHRUN,
     TWO_PROCESSES,
     finish,
+    fork_two,
     free_port,
     image_folder,
     start,
@@ -29,7 +30,7 @@ from vitlinear.checkpoints.load import load_model
 from vitlinear.errors import UserError
 from vitlinear.processes import Processes, join_processes
 from vitlinear.train.make_model import enable_checkpointing
-from vitlinear.train.parallel import check_sharding
+from vitlinear.train.parallel import check_sharding, first_process_first
 from vitlinear.train.record.saved_state import read_state
 from vitlinear.train.run import parse_arguments
 
@@ -151,6 +152,26 @@ def test_joining_without_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_PROCID", "1")
     with pytest.raises(UserError, match="2 processes, but MASTER_ADDR is not set"):
         join_processes(torch.device("cpu"), timeout=600)
+
+
+def open_in_turn(log: str) -> None:
+    """Says when each of two processes comes to the data."""
+    _, processes = join_processes(torch.device("cpu"), timeout=60)
+
+    def write(word: str) -> None:
+        with open(log, "a") as file:
+            file.write(f"{processes.rank} {word}\n")
+
+    with first_process_first(processes):
+        write("begins")
+        write("ends")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.process
+def test_the_first_process_of_a_machine_downloads_for_the_others(tmp_path: Path) -> None:
+    fork_two(open_in_turn, str(tmp_path / "log"))
+    assert (tmp_path / "log").read_text() == "0 begins\n0 ends\n1 begins\n1 ends\n"
 
 
 @pytest.mark.parametrize("name", ["test_ravlt", "test_linear_deit", "test_lightnet", "test_l2vit"])

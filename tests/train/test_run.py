@@ -16,6 +16,7 @@ from tests.train.helpers import CLASSES, image_folder, tiny_flags, train, two_pr
 from vitlinear.checkpoints.card import read_card
 from vitlinear.checkpoints.load import read_weights
 from vitlinear.errors import UserError
+from vitlinear.evaluation.evaluate import evaluate
 from vitlinear.signals import Stopped, StopSignals
 from vitlinear.train import loop, run
 from vitlinear.train.parallel import synchronised
@@ -109,6 +110,30 @@ def test_stopped_by_a_signal_and_resumed_equals_whole(
     assert state["updates"] == update
     result = train(folder, tmp_path / "run", *flags, "--resume", "auto")
     assert result["epoch"] == 4
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_killed_in_the_evaluation_and_resumed_equals_whole(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ("--model-ema", "--model-ema-decay", 0.5, "--grad-accum-steps", 2, "--drop-path", 0.2)
+    flags += ("--epochs", 4)
+    train(folder, tmp_path / "whole", *flags)
+
+    def die(model: Any, *args: Any, **kwargs: Any) -> Any:
+        if (tmp_path / "run" / "last.safetensors").exists():  # of the first epoch
+            raise SystemExit
+        return evaluate(model, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr("vitlinear.train.epochs.evaluate", die)
+        train(folder, tmp_path / "run", *flags)
+    state = read_state(tmp_path / "run" / "last_state.pt")
+    assert (state["epoch"], state["batch"], state["updates"]) == (1, 3, 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(Updater, "_update", None)  # nothing is trained again
+        train(folder, tmp_path / "run", *flags, "--resume", "auto", "--stop-epoch", 2)
+    train(folder, tmp_path / "run", *flags, "--resume", "auto")
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
@@ -343,11 +368,11 @@ def two_epochs(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("call", range(1, 15))
+@pytest.mark.parametrize("call", range(1, 19))
 def test_death_at_any_write_loses_at_most_an_epoch(
     folder: Path, two_epochs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
 ) -> None:
-    """Two epochs make fourteen writes or fewer; dying at each, then resuming, changes no bit."""
+    """Two epochs make eighteen writes or fewer; dying at each, then resuming, changes no bit."""
     real, calls = os.replace, 0
 
     def replace(source: Any, target: Any) -> None:

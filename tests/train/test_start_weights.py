@@ -117,6 +117,7 @@ def test_fine_tuning_by_the_recipe_starts_from_the_mapped_classifier(
     ("more", "message"),
     [
         ([], "is to start from weights of l2vit_base: give --initial-checkpoint FILE"),
+        (["--pretrained"], "of l2vit_base, and --pretrained fetches those of --model: give --init"),
         (["--initial-model", "l2vit_bose"], "unknown model 'l2vit_bose' .did you mean l2vit_base"),
         (["--initial-model", "l2vit_base", "--initial-checkpoint", "no.pth"], "no.pth does not ex"),
     ],

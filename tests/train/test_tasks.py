@@ -166,7 +166,7 @@ def test_run_with_mesa(folder: Path, tmp_path: Path) -> None:
     """Its second epoch differs from that of a run without; resumed there, it does not."""
     flags = ("--model-ema", "--model-ema-decay", 0.5, "--smoothing", 0)
     for name, more in (("plain", ()), ("a", ("--mesa", 5)), ("b", ("--mesa", 5))):
-        start = ("--mesa-start-epoch", 1)
+        start = ("--mesa-start-epoch", 1) if more else ()
         stop = ("--stop-epoch", 1) if name == "b" else ()
         train(folder, tmp_path / name, *flags, *more, *start, *stop)
     train(folder, tmp_path / "b", *flags, "--mesa", 5, *start, "--resume", "auto")
@@ -190,8 +190,12 @@ def test_what_cannot_be_distilled(folder: Path, tmp_path: Path, teacher: Path) -
         (["--task-loss-weight", 1], "name one with --kd-model-name"),
         (["--kd-checkpoint", teacher, "--kd-distill-type", "token"], "set_distilled_training"),
         (["--kd-checkpoint", teacher, "--in-chans", 1], "takes 3 channels, the student 1"),
-        (["--kd-checkpoint", bare], "does not say which model it is"),
-        (["--kd-checkpoint", bare, "--kd-model-name", "test_vit"], "does not fit test_vit"),
+        (["--kd-checkpoint", bare], "does not say which model it is: give --kd-model-name"),
+        (
+            ["--kd-checkpoint", bare, "--kd-model-name", "test_vit"],
+            "the teacher's checkpoint .* does not fit test_vit: .*; give its --kd-model-name, and "
+            "weights for the 3 classes",
+        ),
         (["--kd-checkpoint", tmp_path / "none.pt"], "none.pt"),
         (["--kd-model-name", "resnet_18"], "unknown model 'resnet_18'"),
     ):

@@ -15,6 +15,7 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError, URLError
@@ -164,7 +165,7 @@ def _copy(url: str, file: Any) -> str:
         raise DownloadError(f"cannot download {url}: HTTP {error.code} {error.reason}") from error
     except URLError as error:
         raise DownloadError(f"cannot download {url}: {error.reason}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:  # the last: a chunk broke off
         raise DownloadError(f"cannot download {url}: {one_line(error)}") from error
     # http.client gives what came and says nothing when a connection ends early.
     if length is not None and received != int(length):

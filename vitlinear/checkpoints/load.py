@@ -17,8 +17,20 @@ from vitlinear.errors import Notice, UserError
 
 from .card import Card, read_card
 from .read import CheckpointError, read_checkpoint
-from .translate import checkpoint_filter_fn
+from .translate import checkpoint_filter_fn, classifiers, first_convolutions
 from .unwrap import unwrap_state_dict
+
+
+class MisfitError(UserError):
+    """Weights that are another model's.
+
+    Attributes:
+        difference: In names and shapes.
+    """
+
+    def __init__(self, difference: str, remedy: str) -> None:
+        super().__init__(f"{difference}; {remedy}")
+        self.difference = difference
 
 
 def load(path: str | Path, **kwargs: Any) -> nn.Module:
@@ -117,6 +129,11 @@ def _named_model(path: Path, model: str | None) -> str:
     return model
 
 
+def same_model(first: str, second: str) -> bool:
+    """Whether two names are of one model; tags are of weights, and say nothing about it."""
+    return first.partition(".")[0] == second.partition(".")[0]
+
+
 def _check_agreement(
     path: Path,
     card: Card,
@@ -126,7 +143,7 @@ def _check_agreement(
     in_chans: int | None,
 ) -> None:
     """Raise `UserError` for arguments of `load_model` that contradict the card of the file."""
-    if model is not None and model != card.model:
+    if model is not None and not same_model(model, card.model):
         raise UserError(
             f"checkpoint {path} is of {card.model}, not {model}; give that model, or another file"
         )
@@ -178,7 +195,7 @@ def notice_of_other_model(path: Path, card: Card, name: str, arguments: Mapping[
         name: Of the model, without a tag.
         arguments: Of its constructor, those of the card among them if they were given.
     """
-    other = [] if card.model.partition(".")[0] == name else [f"model {card.model}"]
+    other = [] if same_model(card.model, name) else [f"model {card.model}"]
     other += [
         f"{key}={trained}"
         for key, trained in card.model_kwargs.items()
@@ -208,15 +225,27 @@ def load_into(model: nn.Module, weights: dict[str, Tensor], path: Path, name: st
         name: Of the model, for the message.
 
     Raises:
-        UserError: The names or shapes are another model's.
+        MisfitError: The names or shapes are another model's.
     """
     difference = misfit(model.state_dict(), weights)
     if difference:
-        raise UserError(
-            f"checkpoint {path} does not fit {name}: {difference}; give the --model and "
-            "--model-kwargs it was made with"
+        raise MisfitError(
+            f"checkpoint {path} does not fit {name}: {difference}", _remedy(model, weights)
         )
     model.load_state_dict(weights)
+
+
+def _remedy(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
+    """Tell which flags make a model that weights would fit."""
+    own = model.state_dict()
+    if own.keys() == weights.keys():
+        wrong = [key for key, value in own.items() if value.shape != weights[key].shape]
+        parts = {key.rpartition(".")[0] for key in wrong}
+        if parts <= set(classifiers(model)):
+            return f"give --num-classes {len(weights[wrong[0]])}"
+        if parts <= set(first_convolutions(model)):
+            return f"give --in-chans {weights[wrong[0]].shape[1]}"
+    return "give the --model and --model-kwargs it was made with"
 
 
 def misfit(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str | None:

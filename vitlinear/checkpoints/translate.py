@@ -80,7 +80,16 @@ def without(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def classifiers(model: nn.Module) -> tuple[str, ...]:
     """Names of a timm model's classifiers: one, none, or several."""
-    names = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    return _named_parts(model, "classifier")
+
+
+def first_convolutions(model: nn.Module) -> tuple[str, ...]:
+    """Names of the layers of a timm model that see the image: one, none, or several."""
+    return _named_parts(model, "first_conv")
+
+
+def _named_parts(model: nn.Module, key: str) -> tuple[str, ...]:
+    names = getattr(model, "pretrained_cfg", {}).get(key) or ()
     return (names,) if isinstance(names, str) else tuple(names)
 
 

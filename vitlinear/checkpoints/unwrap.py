@@ -9,7 +9,10 @@ from timm.models import clean_state_dict
 from torch import Tensor
 
 # Where training scripts put the weights, best first: averaged weights are what they evaluate.
-WRAPPERS = ("model_ema", "state_dict_ema", "model", "state_dict", "module")
+WRAPPERS = (
+    "model_ema", "state_dict_ema", "ema_state_dict",
+    "model", "model_state_dict", "state_dict", "module", "net", "weights",
+)  # fmt: skip
 
 
 def _find(checkpoint: Mapping[str, Any]) -> tuple[tuple[str, ...], dict[str, Tensor]] | None:
@@ -25,9 +28,8 @@ def _find(checkpoint: Mapping[str, Any]) -> tuple[tuple[str, ...], dict[str, Ten
 def find_weights(checkpoint: Mapping[str, Any]) -> tuple[tuple[str, ...], dict[str, Tensor]]:
     """Find the weights in a checkpoint, and where they were.
 
-    Takes a bare state dict or one under ``model_ema``, ``state_dict_ema``, ``model``,
-    ``state_dict`` or ``module``, with or without the ``module.`` prefix of DistributedDataParallel;
-    also the state of torch's ``AveragedModel``.
+    Takes a bare state dict or one under a key of `WRAPPERS`, with or without the ``module.`` prefix
+    of DistributedDataParallel; also the state of torch's ``AveragedModel``.
 
     Returns:
         The keys that lead to the weights, none for bare ones, and the weights.

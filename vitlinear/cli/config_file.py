@@ -17,7 +17,7 @@ import yaml
 from vitlinear.errors import UserError, did_you_mean, one_line
 
 from .configs import find_config
-from .flags import values_by_flag
+from .flags import file_name, values_by_flag
 from .parser import KeyValues, Parser
 
 # How a run was started, not what it computes: left out of the saved arguments so that
@@ -34,7 +34,7 @@ def parse_with_config(parser: Parser, argv: Sequence[str] | None) -> argparse.Na
             flag accepts.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("-c", "--config", nargs="?", default=None)
+    first.add_argument("-c", "--config", type=file_name, nargs="?", default=None)
     path = first.parse_known_args(argv)[0].config
     if path:
         parser.set_defaults(**read_config(find_config(path, "classification"), parser))
@@ -95,6 +95,8 @@ def read_config(
 def _converted(action: argparse.Action, value: Any) -> Any:
     """Gives a YAML value the type its flag would have given it on the command line."""
     if value is None:
+        if action.default is not None:
+            raise ValueError("expected a value, got null")
         return None
     if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
         if not isinstance(value, bool):

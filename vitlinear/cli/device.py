@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from timm.utils import is_distributed_env
 
 from vitlinear.errors import UserError, one_line
+from vitlinear.processes import own_gpu
 
 from .parser import Parser
 
@@ -43,6 +45,7 @@ def add_device_flags(parser: Parser) -> None:
     group.add_argument(
         "--amp-dtype", default="float16", choices=("float16", "bfloat16"), help="of --amp"
     )
+    parser.needs("amp_dtype", "amp")
     group.add_argument(
         "--channels-last",
         action=BooleanOptionalAction,
@@ -54,7 +57,8 @@ def add_device_flags(parser: Parser) -> None:
 def choose_device(name: str | None) -> torch.device:
     """Returns the device that ``--device`` means, by default cuda where there is one.
 
-    A GPU has its number, the current one if none is asked for.
+    A GPU has its number. If none is asked for, it is the process's own among several, or else the
+    current one.
 
     Raises:
         UserError: There is no such device.
@@ -62,6 +66,8 @@ def choose_device(name: str | None) -> torch.device:
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type == "cuda" and device.index is None and is_distributed_env():
+            device = own_gpu()  # a tensor on another's takes memory there
         torch.empty(0, device=device)
         if device.type == "cuda" and device.index is None:  # PyTorch's set_device wants a number
             device = torch.device("cuda", torch.cuda.current_device())

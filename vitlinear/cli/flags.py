@@ -6,6 +6,8 @@ flags, and the function that adds these flags to a parser stands below it.
 
 import argparse
 import dataclasses
+import math
+import os
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,28 +16,44 @@ from typing import Any, TypeVar
 Configuration = TypeVar("Configuration")
 
 
-def _at_least(low: float, kind: type) -> "type":
-    """Returns an argparse type: ``kind``, refused below ``low``."""
+def _number(
+    kind: type, low: float = -math.inf, high: float = math.inf, below: float = math.inf
+) -> "type":
+    """Returns an argparse type: finite numbers from ``low`` to ``high``, and below ``below``."""
 
     def convert(text: str) -> float:
         value = kind(text)
         if not value >= low:
             raise argparse.ArgumentTypeError(f"must be at least {low:g}, got {text}")
+        if value > high:
+            raise argparse.ArgumentTypeError(f"must be at most {high:.10g}, got {text}")
+        if value >= below:
+            bound = f"below {below:g}" if math.isfinite(below) else "finite"
+            raise argparse.ArgumentTypeError(f"must be {bound}, got {text}")
         return value
 
     convert.__name__ = kind.__name__  # argparse prints it: "invalid int value: 'x'"
     return convert  # type: ignore[return-value]
 
 
-COUNT = _at_least(1, int)
-NATURAL = _at_least(0, int)
-RATE = _at_least(0.0, float)
-POSITIVE = _at_least(1e-6, float)
+COUNT = _number(int, 1)
+NATURAL = _number(int, 0)
+SEED = _number(int, 0, 2**32 - 1)  # what numpy takes
+REAL = _number(float)
+RATE = _number(float, 0)
+POSITIVE = _number(float, 1e-6)
+PROBABILITY = _number(float, 0, 1)
+SHARE = _number(float, 0, below=1)
 
 
 def path(text: str) -> Path:
     """Returns the path that a flag names, ``~`` replaced; an argparse type."""
     return Path(text).expanduser()
+
+
+def file_name(text: str) -> str:
+    """Returns the same as text, for a field that is one; an empty one stays empty."""
+    return os.path.expanduser(text)
 
 
 def from_arguments(kind: type[Configuration], args: argparse.Namespace) -> Configuration:

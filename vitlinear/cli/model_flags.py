@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .flags import COUNT, RATE
+from .flags import COUNT, POSITIVE, REAL, file_name
 from .parser import KeyValues, Parser
 
 
@@ -53,7 +53,11 @@ def add_model_flags(parser: Parser, default: str | None) -> None:
 def add_checkpoint_flag(parser: Parser) -> None:
     """Adds ``--checkpoint``, which names trained weights."""
     parser.add_argument(
-        "--checkpoint", default=None, metavar="FILE", help="best.safetensors, or a file timm reads"
+        "--checkpoint",
+        type=file_name,
+        default=None,
+        metavar="FILE",
+        help="best.safetensors, or a file timm reads",
     )
 
 
@@ -93,7 +97,9 @@ def add_input_flags(parser: Parser) -> None:
     group.add_argument(
         "--input-size", type=COUNT, nargs=3, default=None, metavar=("C", "H", "W"), help="input"
     )
-    group.add_argument("--crop-pct", type=RATE, default=None, metavar="P", help="centre crop part")
+    group.add_argument(
+        "--crop-pct", type=POSITIVE, default=None, metavar="P", help="centre crop part"
+    )
     group.add_argument(
         "--crop-mode",
         default=None,
@@ -102,11 +108,13 @@ def add_input_flags(parser: Parser) -> None:
     )
     group.add_argument(
         "--mean",
-        type=float,
+        type=REAL,
         nargs="+",
         default=None,
         metavar="M",
         help="of the channels, from 0 to 1",
     )
-    group.add_argument("--std", type=float, nargs="+", default=None, metavar="S", help="likewise")
+    group.add_argument(
+        "--std", type=POSITIVE, nargs="+", default=None, metavar="S", help="likewise"
+    )
     group.add_argument("--interpolation", default=None, metavar="NAME", help="bicubic, bilinear")

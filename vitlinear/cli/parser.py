@@ -28,11 +28,37 @@ class Parser(argparse.ArgumentParser):
         kwargs.setdefault("allow_abbrev", False)
         kwargs.setdefault("formatter_class", HelpFormatter)
         super().__init__(**kwargs)
+        self._needs: list[tuple[str, tuple[str, ...], str | None]] = []
 
     def group(self, title: str) -> argparse._ArgumentGroup:
         """Returns the group of ``--help`` with a title: the same one at each call."""
         found = (group for group in self._action_groups if group.title == title)
         return next(found, None) or self.add_argument_group(title)
+
+    def needs(self, flag: str, *others: str, value: str | None = None) -> None:
+        """Refuses a flag on a command line where nothing heeds it.
+
+        A ``--config`` may hold it all the same: recipes have values for what is switched on later,
+        or off on the command line.
+
+        Args:
+            flag: Its name, as in a ``--config``.
+            *others: Flags of which one has to be given.
+            value: That it has to have; by default any.
+        """
+        self._needs.append((flag, others, value))
+
+    def _check_needs(self, parsed: argparse.Namespace) -> None:
+        for flag, others, value in self._needs:
+            given = getattr(parsed, flag)
+            if given is None or given is False or given == self.get_default(flag):
+                continue
+            found = [getattr(parsed, other) for other in others]
+            if value is None and not any(found) or value is not None and value not in found:
+                wanted = " or ".join(f"{_option(other)} {value or ''}".strip() for other in others)
+                self.error(
+                    f"{_option(flag)} has no effect without {wanted}: add that, or leave it out"
+                )
 
     def error(self, message: str) -> NoReturn:
         """Raises instead of printing the usage and exiting."""
@@ -49,7 +75,12 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             flag = unknown[0].split("=", 1)[0]
             self.error(f"unknown option {flag}{did_you_mean(flag, self._option_string_actions)}")
+        self._check_needs(parsed)
         return parsed
+
+
+def _option(flag: str) -> str:
+    return f"--{flag.replace('_', '-')}"
 
 
 class KeyValues(argparse.Action):

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from PIL import Image, ImageOps
 from timm.data import FastCollateMixup, auto_augment, create_transform
-from timm.data.transforms import str_to_interp_mode
 
-from vitlinear.cli.flags import COUNT, NATURAL, RATE
+from vitlinear.cli.flags import COUNT, NATURAL, POSITIVE, PROBABILITY, RATE, SHARE
 from vitlinear.cli.parser import Parser
+from vitlinear.create import INTERPOLATIONS
 from vitlinear.errors import UserError, one_line
 
 
@@ -59,7 +59,7 @@ def add_augmentation_flags(parser: Parser) -> None:
     )
     group.add_argument(
         "--scale",
-        type=RATE,
+        type=POSITIVE,
         nargs=2,
         default=[0.08, 1.0],
         metavar=("LO", "HI"),
@@ -67,14 +67,16 @@ def add_augmentation_flags(parser: Parser) -> None:
     )
     group.add_argument(
         "--ratio",
-        type=RATE,
+        type=POSITIVE,
         nargs=2,
         default=[0.75, 4 / 3],
         metavar=("LO", "HI"),
         help="its width by its height",
     )
-    group.add_argument("--hflip", type=RATE, default=0.5, help="probability of a horizontal flip")
-    group.add_argument("--vflip", type=RATE, default=0.0, help="of a vertical one")
+    group.add_argument(
+        "--hflip", type=PROBABILITY, default=0.5, help="probability of a horizontal flip"
+    )
+    group.add_argument("--vflip", type=PROBABILITY, default=0.0, help="of a vertical one")
     group.add_argument("--color-jitter", type=RATE, default=0.4, help="without --aa")
     group.add_argument("--aa", default=None, metavar="POLICY", help="e.g. rand-m9-mstd0.5-inc1")
     group.add_argument("--aug-repeats", type=RATE, default=0, metavar="N", help="repeated aug.")
@@ -84,7 +86,7 @@ def add_augmentation_flags(parser: Parser) -> None:
         metavar="NAME",
         help="random: bilinear or bicubic",
     )
-    group.add_argument("--reprob", type=RATE, default=0.0, help="random erasing probability")
+    group.add_argument("--reprob", type=PROBABILITY, default=0.0, help="random erasing probability")
     group.add_argument(
         "--remode",
         default="pixel",
@@ -98,9 +100,9 @@ def add_augmentation_flags(parser: Parser) -> None:
     group.add_argument(
         "--cutmix", type=RATE, default=0.0, metavar="ALPHA", help="likewise of CutMix"
     )
-    group.add_argument("--mixup-prob", type=RATE, default=1.0, help="of mixing a batch")
+    group.add_argument("--mixup-prob", type=PROBABILITY, default=1.0, help="of mixing a batch")
     group.add_argument(
-        "--mixup-switch-prob", type=RATE, default=0.5, help="of CutMix where both are on"
+        "--mixup-switch-prob", type=PROBABILITY, default=0.5, help="of CutMix where both are on"
     )
     group.add_argument(
         "--mixup-mode",
@@ -109,7 +111,7 @@ def add_augmentation_flags(parser: Parser) -> None:
         help="a draw for each batch, pair or image",
     )
     group.add_argument("--mixup-off-epoch", type=NATURAL, default=0, help="0: never off")
-    group.add_argument("--smoothing", type=RATE, default=0.1, help="of labels")
+    group.add_argument("--smoothing", type=SHARE, default=0.1, help="of labels")
 
 
 class Mixing(FastCollateMixup):
@@ -159,14 +161,14 @@ def check_augmentation(config: AugmentationConfig, mode: str) -> None:
     Raises:
         UserError: It would be an error of Pillow's or timm's, on the first image or on a later one.
     """
-    try:
-        if config.train_interpolation != "random":
-            str_to_interp_mode(config.train_interpolation)
-    except KeyError as error:
+    if config.train_interpolation not in ("random", *INTERPOLATIONS):
         raise UserError(
-            f"unknown --train-interpolation {config.train_interpolation}: random, bilinear, "
-            "bicubic, nearest, box, hamming or lanczos"
-        ) from error
+            f"unknown --train-interpolation {config.train_interpolation}: random, "
+            f"{', '.join(INTERPOLATIONS)}"
+        )
+    for flag, (low, high) in (("--scale", config.scale), ("--ratio", config.ratio)):
+        if low > high:
+            raise UserError(f"{flag} {low:g} {high:g}: the lower bound comes first")
     if config.no_aug:
         return
     if config.aa:

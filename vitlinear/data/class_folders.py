@@ -7,11 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from timm.data.readers.class_map import load_class_map
-
 from vitlinear.errors import UserError
 
-from .class_names import names_in_order
+from .class_names import names_in_order, read_class_map
 from .images import printable
 from .listing import (
     HIDDEN,
@@ -69,7 +67,7 @@ class _Labelled:
     ) -> None:
         labels = {name: label for label, name in enumerate(sorted(found, key=natural_order))}
         if class_map:
-            labels = load_class_map(class_map, str(where))
+            labels = read_class_map(class_map, str(where))
         samples = []
         for name, files in found.items():
             if name in labels:
@@ -107,7 +105,7 @@ class ClassFolders(_Labelled):
 
     Args:
         root: Folder of the class folders.
-        class_map: As in `load_class_map`, or None.
+        class_map: As in `read_class_map`, or None.
 
     Raises:
         UserError: There are no class folders, or one of them holds no images or is another one.

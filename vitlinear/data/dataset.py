@@ -10,7 +10,7 @@ from PIL import ImageMode
 from timm.data import IterableImageDataset
 
 from vitlinear.checkpoints.card import IMAGE_MODES
-from vitlinear.cli.flags import NATURAL
+from vitlinear.cli.flags import NATURAL, file_name
 from vitlinear.cli.parser import Parser
 from vitlinear.errors import UserError
 
@@ -63,15 +63,15 @@ def add_data_flags(parser: Parser) -> None:
     group.add_argument(
         "--val-split", default="validation", metavar="NAME", help="'' means --data-dir itself"
     )
-    group.add_argument("--class-map", default=None, metavar="FILE", help="class name per line")
+    group.add_argument(
+        "--class-map", type=file_name, default=None, metavar="FILE", help="class name per line"
+    )
     group.add_argument("--input-key", default=None, metavar="NAME", help="image, in hfds/ and wds/")
     group.add_argument("--target-key", default=None, metavar="NAME", help="label, likewise")
     group.add_argument(
         "--dataset-download", action=BooleanOptionalAction, default=False, help="fetch torch/ data"
     )
-    group.add_argument(
-        "--input-img-mode", default=None, metavar="MODE", help="PIL mode (default: L or RGB)"
-    )
+    add_image_mode_flag(parser)
     group.add_argument(
         "-j",
         "--workers",
@@ -81,6 +81,13 @@ def add_data_flags(parser: Parser) -> None:
         help="processes that read images (default: 4, or as many as there are cores)",
     )
     group.add_argument("--pin-mem", action=BooleanOptionalAction, default=False, help="pin memory")
+
+
+def add_image_mode_flag(parser: Parser) -> None:
+    """Adds ``--input-img-mode``, which `image_mode` takes."""
+    parser.group("data").add_argument(
+        "--input-img-mode", default=None, metavar="MODE", help="PIL mode (default: L or RGB)"
+    )
 
 
 def image_mode(in_chans: int, requested: str | None) -> str:

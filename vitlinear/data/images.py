@@ -11,8 +11,7 @@ from PIL import ExifTags, Image
 
 from vitlinear.errors import UserError, one_line
 
-# What Pillow raises on damaged files, of whatever format; found by corrupting some thousands.
-# EOFError, IndexError and OverflowError: by its documentation and older versions.
+# What reading an image raises where its file is damaged, or gone.
 DAMAGE = (
     OSError,
     SyntaxError,
@@ -81,8 +80,13 @@ def decode(content: bytes | Image.Image) -> Image.Image:
         return content
     if not content:
         raise ValueError("the file is empty")
-    image = Image.open(io.BytesIO(content))
-    image.load()
+    try:
+        image = Image.open(io.BytesIO(content))
+        image.load()
+    except (*DAMAGE, MemoryError):
+        raise
+    except Exception as error:  # several of Pillow's decoders have errors of their own
+        raise ValueError(one_line(error)) from error
     return image
 
 

@@ -48,6 +48,7 @@ class LabelledImages(Dataset):
         self.classes: list[str] | None = None if names is None else [str(name) for name in names]
         self.num_classes = len(self.classes) if self.classes else num_classes
         self.notes: list[str] = getattr(source, "notes", [])
+        self._in_a_row = 0  # unreadable held-out images, in this process
 
     def __len__(self) -> int:
         return len(self.source)
@@ -71,14 +72,18 @@ class LabelledImages(Dataset):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         try:
             image, label = self.load(index)
+            self._in_a_row = 0
         except UnreadableImage as error:
             self.bad_images.add(error)
-            image, label = self._instead_of(index)
+            image, label = self._instead_of(index, error.name)
         return (self.transform(image) if self.transform else image), label
 
-    def _instead_of(self, index: int) -> tuple[Image.Image, int]:
+    def _instead_of(self, index: int, name: str) -> tuple[Image.Image, int]:
         """Returns the next readable image: the same in every epoch, mostly of the same class."""
         if not self.train:
+            self._in_a_row += 1
+            if self._in_a_row == LIMIT:
+                raise too_many(name)
             return Image.new(self.image_mode, BLANK), UNREADABLE
         for step in range(1, LIMIT):
             try:

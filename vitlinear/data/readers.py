@@ -12,7 +12,7 @@ from torchvision.datasets import DatasetFolder
 from vitlinear.errors import UserError, one_line
 
 from .class_folders import ClassFolders, ClassTar, find_split
-from .class_names import names_in_order
+from .class_names import names_in_order, read_class_map
 from .sources import OPENING, Source
 
 # What each prefix needs besides what vitlinear itself does: module, how to install it.
@@ -22,6 +22,8 @@ PACKAGES = {
     "hfids": ("datasets", "'vitlinear[data]'"),
     "tfds": ("tensorflow", "tensorflow tensorflow-datasets"),
 }
+# Prefixes of data sets that their libraries fetch.
+DOWNLOADED = ("torch", "hfds", "hfids", "tfds")
 
 
 class ReaderSource:
@@ -99,6 +101,8 @@ def refuse_keys(name: str, options: dict[str, Any]) -> None:
         if options.get(key) and not heeded:
             flag = f"--{key.replace('_', '-')}"
             raise UserError(f"{flag} means nothing for {name}: leave it out")
+    if options.get("download") and prefix not in DOWNLOADED:
+        raise UserError(f"--dataset-download means nothing for {name}: leave it out")
 
 
 def open_other(
@@ -126,6 +130,7 @@ def open_other(
     module, install = PACKAGES.get(prefix, ("torchvision", "torchvision"))
     if importlib.util.find_spec(module) is None:
         raise UserError(f"data set {name} needs the package {module}: pip install {install}")
+    flag = "--train-split" if options.get("is_training") else "--val-split"
     if prefix == "torch":  # hands what it does not know to torchvision, which refuses it
         options = {key: value for key, value in options.items() if key == "download"}
     elif prefix not in PACKAGES:
@@ -136,15 +141,15 @@ def open_other(
             from .shards import ShardReader  # imports webdataset
 
             return ShardReader.open(root or "", split, options)
+        if options.get("class_map"):
+            options["class_map"] = read_class_map(options["class_map"], root or "")
         # hfids hands on images as they are, for `images.pixels`; tfds needs to know the mode.
         mode = "" if prefix == "hfids" else image_mode
         dataset = create_dataset(name, root=root, split=split, input_img_mode=mode, **options)
     except OPENING as error:
         where = f"{name} in {root}" if root else name
-        flag = "--train-split" if options.get("is_training") else "--val-split"
-        raise UserError(
-            f"cannot open data set {where} ({flag} {split}): {one_line(error)}"
-        ) from error
+        reason = one_line(error).replace("download=True", "--dataset-download")  # torchvision's
+        raise UserError(f"cannot open data set {where} ({flag} {split}): {reason}") from error
     if isinstance(dataset, IterableImageDataset):
         return dataset
     reader = getattr(dataset, "reader", None)

@@ -37,6 +37,20 @@ class Evaluator(ClassificationEvaluator):
         """Adds images that count."""
         super().update(output, target)
 
+    def compute(self, distributed: bool = False) -> dict[str, float]:
+        """Returns the metrics, of all processes if ``distributed``.
+
+        Raises:
+            UserError: There were images, and none could be read.
+        """
+        seen = torch.tensor([self.num_samples, self.unreadable], device=self.device)
+        if distributed:
+            torch.distributed.all_reduce(seen)
+        read, unreadable = seen.tolist()
+        if unreadable and not read:
+            raise UserError(f"none of {unreadable} held-out images could be read")
+        return {name: float(value) for name, value in super().compute(distributed).items()}
+
 
 class PerClass(Evaluator):
     """Also counts images and hits per class."""
@@ -108,6 +122,4 @@ def evaluate(
             evaluator.update(output, target)
     finally:
         model.train(was_training)
-    if evaluator.unreadable and not evaluator.num_samples:
-        raise UserError(f"none of {evaluator.unreadable} held-out images could be read")
-    return {name: float(value) for name, value in evaluator.compute(distributed).items()}
+    return evaluator.compute(distributed)

@@ -5,7 +5,13 @@ from torch import nn
 from vitlinear.checkpoints.card import Card
 from vitlinear.checkpoints.load import load_model
 from vitlinear.cli.model_flags import InputConfig, ModelConfig
-from vitlinear.create import Preprocessing, build_model, check_model_kwargs, data_config
+from vitlinear.create import (
+    Preprocessing,
+    build_model,
+    check_model_kwargs,
+    check_model_name,
+    data_config,
+)
 from vitlinear.errors import UserError
 
 
@@ -23,7 +29,7 @@ def load_or_build(
         The model, the card, and how images become its input.
 
     Raises:
-        UserError: There is nothing to run, or checkpoint and flags contradict each other.
+        UserError: There are no weights, or checkpoint and flags contradict each other.
     """
     check_model_kwargs(model.model_kwargs)
     if checkpoint:
@@ -38,17 +44,24 @@ def load_or_build(
             **input.sizes(),
         )
     else:
-        if model.model is None:
-            raise UserError("nothing to run: give --checkpoint FILE, or --model NAME --pretrained")
+        if not model.pretrained:
+            raise UserError("no weights: give --checkpoint FILE, or --model NAME --pretrained")
         card = None
+        name = check_model_name(model.model)
         built = build_model(
-            model.model,
-            pretrained=model.pretrained,
+            name,
+            pretrained=True,
             num_classes=model.num_classes,
             in_chans=input.channels,
             sizes=input.sizes(),
             **model.model_kwargs,
         ).eval()
+        known = built.pretrained_cfg.get("num_classes")  # type: ignore[union-attr, operator]
+        if model.num_classes not in (None, known):
+            raise UserError(
+                f"the published weights of {name} have {known} classes, not {model.num_classes}: "
+                "leave --num-classes out"
+            )
     asked = {**input.given(), "model_kwargs": model.model_kwargs}
     if card is None:
         return built, None, data_config(built, asked)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset
+from timm.data import ImageNetInfo, create_transform
 from torch import nn
 from tqdm import tqdm
 
@@ -24,7 +24,7 @@ from vitlinear.cli.model_flags import (
 )
 from vitlinear.cli.parser import Parser
 from vitlinear.data.bad_images import BadImages, add_bad_images_flag
-from vitlinear.data.dataset import image_mode
+from vitlinear.data.dataset import add_image_mode_flag, image_mode
 from vitlinear.data.images import DAMAGE, UnreadableImage, pixels, printable
 from vitlinear.data.listing import find_images
 from vitlinear.errors import UserError
@@ -42,6 +42,7 @@ class PredictConfig:
     model: ModelConfig
     input: InputConfig
     bad_images: str
+    input_img_mode: str | None
     device: DeviceConfig
     topk: int
     batch_size: int
@@ -62,6 +63,7 @@ def parse_arguments(argv: Sequence[str] | None, prog: str = "vitlinear predict")
     add_checkpoint_flag(parser)
     add_model_flags(parser, default=None)
     add_input_flags(parser)
+    add_image_mode_flag(parser)
     add_bad_images_flag(parser)
     add_device_flags(parser)
     group = parser.group("report")
@@ -107,12 +109,11 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
     """
     files = find_images(config.images)
     check_parent(config.results_file, (config.checkpoint, *files))
-    if not config.checkpoint and not config.model.pretrained:
-        raise UserError("no weights: give --checkpoint FILE, or --model NAME --pretrained")
     device = choose_device(config.device.device)
     model, card, input = load_or_build(config.checkpoint, config.model, config.input)
-    names = _class_names(model, card)
-    mode = image_mode(input.input_size[0], card.image_mode if card else None)
+    names = _class_names(model, card, config.model.pretrained)
+    trained_mode = card.image_mode if card else None
+    mode = image_mode(input.input_size[0], config.input_img_mode or trained_mode)
     transform = create_transform(**input.as_dict(), is_training=False)
     layout = config.device.memory_format
     model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
@@ -154,8 +155,12 @@ def _opened(
             result["unreadable"] = unreadable.reason
 
 
-def _class_names(model: nn.Module, card: Card | None) -> list[str]:
-    """Returns names for the model's outputs: trained, the hub's, ImageNet's, or else numbers."""
+def _class_names(model: nn.Module, card: Card | None, pretrained: bool) -> list[str]:
+    """Returns names for the model's outputs: trained, the hub's, ImageNet's, or else numbers.
+
+    ImageNet's are those of published weights for its 1000 classes, which the tag says: only their
+    order is everybody's, and a file without a card may be of other classes.
+    """
     if card is not None and card.class_names:
         return card.class_names
     count = int(model.num_classes)  # type: ignore[arg-type]
@@ -164,8 +169,7 @@ def _class_names(model: nn.Module, card: Card | None) -> list[str]:
     if len(named) == count:
         described = cfg.get("label_descriptions") or {}
         return [described.get(name, name) for name in named]
-    subset = infer_imagenet_subset(model) if card is None else None
-    if subset:
-        info = ImageNetInfo(subset)
+    if pretrained and count == 1000 and "in1k" in (cfg.get("tag") or ""):
+        info = ImageNetInfo("imagenet-1k")
         return [info.index_to_description(index) for index in range(count)]
     return [str(index) for index in range(count)]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vitlinear.cli.device import choose_device
-from vitlinear.cli.flags import COUNT, NATURAL, from_arguments
+from vitlinear.cli.flags import COUNT, NATURAL, file_name, from_arguments
 from vitlinear.cli.model_flags import (
     InputConfig,
     ModelConfig,
@@ -53,7 +53,12 @@ def parse_arguments(argv: Sequence[str] | None, prog: str = "vitlinear stream") 
     parser.add_argument("name", metavar="MODEL", help="name, with a tag or without")
     parser.add_argument("source", metavar="SOURCE", help="image: .npy, .zarr, TIFF, a slide")
     parser.add_argument(
-        "-o", "--output", required=True, metavar="FILE", help="the map: .npy, .zarr, .tif or .tiff"
+        "-o",
+        "--output",
+        type=file_name,
+        required=True,
+        metavar="FILE",
+        help="the map: .npy, .zarr, .tif or .tiff",
     )
     parser.add_argument(
         "--map",
@@ -97,14 +102,22 @@ def main(argv: Sequence[str] | None, prog: str = "vitlinear stream") -> None:
     config = parse_arguments(argv, prog)
     if config.model.model not in (None, config.name):
         raise UserError(f"two models: {config.name} and --model {config.model.model}; give one")
+    for flag, value in (
+        ("--num-classes", config.model.num_classes),
+        ("--crop-pct", config.input.crop_pct),
+        ("--crop-mode", config.input.crop_mode),
+        ("--interpolation", config.input.interpolation),
+    ):
+        if value is not None:
+            raise UserError(
+                f"{flag} means nothing here: the features of the whole image are written as it is"
+            )
     check_no_input(config.output, (config.source, config.checkpoint))
     device = choose_device(config.device)
     named = ModelConfig(
         config.name, config.model.model_kwargs, config.model.num_classes, config.model.pretrained
     )
     model, _, preprocessing = load_or_build(config.checkpoint, named, config.input)
-    if not config.checkpoint and not config.model.pretrained:
-        raise UserError("no weights: give --checkpoint FILE, or --pretrained")
     chosen: str | int = int(config.map) if config.map.isdigit() else config.map
     stream(
         model.to(device),

@@ -19,7 +19,7 @@ from vitlinear.checkpoints.card import IMAGE_MODES, Card, read_card
 from vitlinear.checkpoints.download import digest
 from vitlinear.checkpoints.load import load_model
 from vitlinear.checkpoints.read import read_metadata
-from vitlinear.cli.flags import COUNT, from_arguments, path, values_by_flag
+from vitlinear.cli.flags import COUNT, file_name, from_arguments, path, values_by_flag
 from vitlinear.cli.parser import KeyValues, Parser
 from vitlinear.create import build_model, check_model_kwargs, data_config
 from vitlinear.errors import UserError
@@ -106,7 +106,11 @@ def parse_arguments(argv: Sequence[str] | None, prog: str = "vitlinear export") 
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--checkpoint", default=None, metavar="FILE", help="weights: ours, or the authors'"
+        "--checkpoint",
+        type=file_name,
+        default=None,
+        metavar="FILE",
+        help="weights: ours, or the authors'",
     )
     group.add_argument("--pretrained", action="store_true", help="fetch the published weights")
     group.add_argument("--num-classes", type=COUNT, default=None, metavar="N")

@@ -15,6 +15,7 @@ from vitlinear.checkpoints.card import read_card
 from vitlinear.checkpoints.download import DownloadError, ensure_downloaded
 from vitlinear.checkpoints.load import named_for, notice_of_other_model, read_weights
 from vitlinear.checkpoints.mappings import find_mapping
+from vitlinear.checkpoints.read import CheckpointError
 from vitlinear.checkpoints.translate import common_prefixes, without
 from vitlinear.facts import published_files
 
@@ -71,7 +72,13 @@ def build_model(model_cls: type[Model], name: str, pretrained: bool, **kwargs: A
         return build_model_with_cfg(
             model_cls, name, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs
         )
-    weights, card = read_weights(path), read_card(path)
+    try:
+        weights, card = read_weights(path), read_card(path)
+    except CheckpointError as error:
+        # torch.hub keeps what came of a download that broke off
+        raise CheckpointError(
+            f"{error}; if it was downloaded, delete the file, and it is fetched again"
+        ) from error
     trained: dict[str, Any] = {}
     if card is not None:
         trained = card.model_kwargs

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from timm.task import TrainingTask
 
-from vitlinear.cli.flags import COUNT, RATE
+from vitlinear.cli.flags import COUNT, PROBABILITY
 from vitlinear.cli.parser import Parser
 
 
@@ -28,7 +28,7 @@ def add_average_flags(parser: Parser) -> None:
         default=False,
         help="average the weights, and evaluate the average",
     )
-    group.add_argument("--model-ema-decay", type=RATE, default=0.9998, help="for one update")
+    group.add_argument("--model-ema-decay", type=PROBABILITY, default=0.9998, help="for one update")
     group.add_argument(
         "--model-ema-base-size",
         type=COUNT,
@@ -42,6 +42,8 @@ def add_average_flags(parser: Parser) -> None:
         default=False,
         help="let the decay rise to its value",
     )
+    for flag in ("model_ema_decay", "model_ema_base_size", "model_ema_warmup"):
+        parser.needs(flag, "model_ema")
 
 
 def ema_decay(config: AverageConfig, images: int) -> float:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vitlinear.cli.flags import from_arguments
+from vitlinear.cli.flags import file_name, from_arguments
 from vitlinear.cli.parser import Parser
 from vitlinear.errors import UserError, did_you_mean
 from vitlinear.files import check_parent, write_text
@@ -49,8 +49,12 @@ def parse_arguments(
         "--group-by", nargs="+", default=[], metavar="FLAG",
         help="draw mean and spread of runs in which these flags agree, e.g. model over seeds",
     )  # fmt: skip
-    parser.add_argument("--output", default="compare.png", metavar="FILE", help="'' draws nothing")
-    parser.add_argument("--csv", default=None, metavar="FILE", help="the table, unrounded")
+    parser.add_argument(
+        "--output", type=file_name, default="compare.png", metavar="FILE", help="'' draws nothing"
+    )
+    parser.add_argument(
+        "--csv", type=file_name, default=None, metavar="FILE", help="the table, unrounded"
+    )
     return from_arguments(CompareConfig, parser.parse_args(argv))
 
 

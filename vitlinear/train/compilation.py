@@ -31,6 +31,7 @@ def add_compile_flags(parser: Parser) -> None:
         help="compile the model",
     )
     group.add_argument("--torchcompile-mode", default=None, metavar="MODE", help="of torch.compile")
+    parser.needs("torchcompile_mode", "torchcompile")
 
 
 def compile_arguments(model: nn.Module, backend: str, mode: str | None = None) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from argparse import BooleanOptionalAction
 from dataclasses import dataclass
 
 from vitlinear.cli.device import DeviceConfig, add_device_flags
-from vitlinear.cli.flags import COUNT, NATURAL
+from vitlinear.cli.flags import COUNT, NATURAL, SEED, file_name
 from vitlinear.cli.model_flags import InputConfig, ModelConfig, add_input_flags, add_model_flags
 from vitlinear.cli.parser import Parser
 from vitlinear.data.augmentation import AugmentationConfig, add_augmentation_flags
@@ -103,7 +103,9 @@ def add_train_flags(parser: Parser) -> None:
 def add_config_flags(parser: Parser) -> None:
     """Adds ``--config`` and ``--print-config``."""
     group = parser.group("run")
-    group.add_argument("-c", "--config", default=None, metavar="FILE", help="YAML of flag values")
+    group.add_argument(
+        "-c", "--config", type=file_name, default=None, metavar="FILE", help="YAML of flag values"
+    )
     group.add_argument(
         "--print-config",
         action="store_true",
@@ -137,7 +139,7 @@ def add_run_flags(parser: Parser) -> None:
         choices=("top1", "top5", "loss"),
         help="that decides which epoch is the best",
     )
-    group.add_argument("--seed", type=NATURAL, default=42, help="of everything random")
+    group.add_argument("--seed", type=SEED, default=42, help="of everything random")
     group.add_argument(
         "--deterministic", action=BooleanOptionalAction, default=False, help="also on a GPU"
     )

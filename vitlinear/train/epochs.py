@@ -68,10 +68,17 @@ def run_epochs(run: Run, recorder: Recorder, start: Start, signals: StopSignals)
 def _train(
     run: Run, recorder: Recorder, signals: StopSignals, at: Start, end: int
 ) -> dict[str, Any]:
-    """Trains one epoch, of ``end``, from the batch on that ``at`` says; returns its row."""
+    """Trains one epoch, of ``end``, from the batch on that ``at`` says; returns its row.
+
+    The state at its end is written: an evaluation may take longer than a queue waits for its end.
+    """
     config, updater, processes = run.config, run.updater, run.processes
     rank = processes.data_rank
     off_epoch, recovery = config.augmentation.mixup_off_epoch, config.run.recovery_interval
+
+    def save() -> None:
+        here = dataclasses.replace(at, batch=progress.done, progress=progress.state())
+        recorder.write_state(here)
 
     def after_update(progress: Progress, values: dict[str, float] | None) -> None:
         if values:
@@ -79,8 +86,7 @@ def _train(
         number = signals.agreed(run.device, updater.updates)
         due = recovery and updater.updates % recovery == 0
         if number or due:
-            here = dataclasses.replace(at, batch=progress.done, progress=progress.state())
-            recorder.write_state(here)
+            save()
         if number:
             wait_for_all()  # or the end of one would have its launcher kill the one that saves
             where = f"update {updater.updates}, in epoch {at.epoch + 1}"
@@ -115,6 +121,7 @@ def _train(
         max_nonfinite=config.run.max_nonfinite,
         channels_last=config.device.channels_last,
     )
+    save()
     return {"epoch": at.epoch + 1, "updates": updater.updates, "lr": at.lr, **trained}
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from vitlinear.cli.flags import RATE
+from vitlinear.cli.flags import PROBABILITY
 from vitlinear.cli.model_flags import InputConfig, ModelConfig
 from vitlinear.cli.parser import Parser
 from vitlinear.create import build_model, check_model_name
@@ -25,8 +25,12 @@ class RegularisationConfig:
 def add_regularisation_flags(parser: Parser) -> None:
     """Adds the flags of `RegularisationConfig`."""
     group = parser.group("weights")
-    group.add_argument("--drop", type=RATE, default=None, metavar="P", help="classifier dropout")
-    group.add_argument("--drop-path", type=RATE, default=None, metavar="P", help="stochastic depth")
+    group.add_argument(
+        "--drop", type=PROBABILITY, default=None, metavar="P", help="classifier dropout"
+    )
+    group.add_argument(
+        "--drop-path", type=PROBABILITY, default=None, metavar="P", help="stochastic depth"
+    )
     group.add_argument(
         "--grad-checkpointing",
         action=BooleanOptionalAction,

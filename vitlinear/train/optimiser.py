@@ -1,6 +1,7 @@
 """The optimiser: timm's factory, and which parameters are decayed."""
 
 import fnmatch
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from timm.optim import (
     create_optimizer_v2,
+    get_optimizer_info,
     param_groups_layer_decay,
     param_groups_weight_decay,
 )
@@ -16,7 +18,7 @@ from torch import nn
 
 from vitlinear.cli.flags import COUNT, RATE
 from vitlinear.cli.parser import KeyValues, Parser
-from vitlinear.errors import UserError, one_line
+from vitlinear.errors import Notice, UserError, one_line
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ def add_optimiser_flags(parser: Parser) -> None:
     group.add_argument(
         "--grad-accum-steps", type=COUNT, default=1, metavar="N", help="batches behind an update"
     )
+    parser.needs("clip_mode", "clip_grad")
 
 
 def undecayed_names(model: nn.Module, decayed_1d: Sequence[str]) -> set[str]:
@@ -117,6 +120,11 @@ def undecayed_names(model: nn.Module, decayed_1d: Sequence[str]) -> set[str]:
     return names | {
         name for name in parameters if any(fnmatch.fnmatch(name, entry) for entry in listed)
     }
+
+
+def _takes_betas(name: str) -> bool:
+    """Whether an optimiser has betas; ``lookahead_`` may stand before its name."""
+    return get_optimizer_info(name.lower().rpartition("_")[2]).has_betas
 
 
 def make_optimizer(config: OptimiserConfig, model: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -153,8 +161,12 @@ def make_optimizer(config: OptimiserConfig, model: nn.Module, lr: float) -> torc
         kwargs["param_group_fn"] = partial(group_fn, **groups)
     try:
         optimizer = create_optimizer_v2(model, **kwargs)
+    except IndexError as error:
+        raise UserError(f"--opt {config.opt} takes more --opt-betas than given") from error
     except (ValueError, TypeError, AssertionError) as error:
         raise UserError(f"--opt {config.opt}: {one_line(error)}") from error
+    if config.opt_betas is not None and not _takes_betas(config.opt):
+        warnings.warn(f"--opt {config.opt} has no betas: --opt-betas is not used", Notice, 2)
     if getattr(optimizer, "is_second_order", False):
         raise UserError(
             f"--opt {config.opt} needs second derivatives, which training does not compute: give "

@@ -1,5 +1,6 @@
 """A task in several processes: spread over them, split between them, its state in one piece."""
 
+import contextlib
 import re
 from argparse import BooleanOptionalAction
 from collections.abc import Iterator, Mapping
@@ -189,6 +190,16 @@ def wait_for_all() -> None:
     """Returns when all processes have called it."""
     if distributed.is_initialized():
         distributed.barrier()
+
+
+@contextlib.contextmanager
+def first_process_first(processes: Processes) -> Iterator[None]:
+    """Has the first process of each machine run the block before the others do."""
+    if processes.local_rank:
+        wait_for_all()
+    yield
+    if not processes.local_rank:
+        wait_for_all()
 
 
 def full_state(task: TrainingTask, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -49,7 +49,7 @@ class Recorder:
             self.log.log_update(self.run.updater.updates, values)
 
     def write_state(self, at: Start) -> None:
-        """Writes the state in the middle of an epoch.
+        """Writes the state in the middle of an epoch, or before its evaluation.
 
         Args:
             at: Where the run goes on from it.

@@ -14,7 +14,7 @@ import torch
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.scheduler.scheduler import Scheduler
 
-from vitlinear.cli.flags import COUNT, NATURAL, RATE
+from vitlinear.cli.flags import COUNT, NATURAL, POSITIVE, RATE
 from vitlinear.cli.parser import Parser
 from vitlinear.errors import UserError, one_line
 
@@ -42,9 +42,9 @@ class ScheduleConfig:
     warmup_prefix: bool
     cooldown_epochs: int
     min_lr: float
-    decay_epochs: float
+    decay_epochs: float | None
     decay_milestones: tuple[int, ...]
-    decay_rate: float
+    decay_rate: float | None
 
     def images_per_update(self, accumulate: int, world_size: int) -> int:
         """Returns the number of images behind one update: the global batch.
@@ -115,7 +115,12 @@ def add_schedule_flags(parser: Parser) -> None:
     )
     group.add_argument("--min-lr", type=RATE, default=1e-5, help="last rate")
     group.add_argument(
-        "--decay-epochs", type=RATE, default=90, help="between steps, with --sched step"
+        "--decay-epochs",
+        type=POSITIVE,
+        default=None,
+        metavar="N",
+        help="of --sched step: between steps (default: 90); of wsd and rsqrt: of the decay at the "
+        "end, or its part of the schedule if below 1 (default: 0.2)",
     )
     group.add_argument(
         "--decay-milestones",
@@ -124,7 +129,14 @@ def add_schedule_flags(parser: Parser) -> None:
         default=[90, 180, 270],
         help="with --sched multistep",
     )
-    group.add_argument("--decay-rate", type=RATE, default=0.1, help="of --sched step and multistep")
+    group.add_argument(
+        "--decay-rate",
+        type=RATE,
+        default=None,
+        metavar="X",
+        help="of --sched step and multistep: factor of a step (default: 0.1); of poly: power "
+        "(default: 1)",
+    )
 
 
 def learning_rate(config: ScheduleConfig, images: int) -> float:
@@ -162,20 +174,47 @@ def batch_size_note(
     images = config.images_per_update(accumulate, world_size)
     if config.recipe_batch_size in (None, images):
         return None
-    peak, last = learning_rate(config, images), warmup_and_min_rate(config, images)[1]
     how = (
         "as it is, --lr; scale it yourself"
         if config.lr is not None
         else f"{config.lr_base_scale} scaling of {config.lr_base:g} per "
         f"{config.lr_base_size} images"
     )
-    rising = f"; the last is {last:g}, above it: lower --min-lr" if last > peak else ""
     return (
         f"global batch {images} (--batch-size {config.batch_size} x --grad-accum-steps "
         f"{accumulate} x {world_size} {'process(es)' if rows == 1 else f'group(s) of {rows}'}), "
         "the recipe's is "
-        f"{config.recipe_batch_size}: peak learning rate {peak:g} ({how}){rising}"
+        f"{config.recipe_batch_size}: peak learning rate {learning_rate(config, images):g} ({how})"
     )
+
+
+def shape_notes(config: ScheduleConfig, images: int) -> list[str]:
+    """Returns lines for the user where the rate does not rise to its peak and fall from there.
+
+    Args:
+        config: Rates and lengths.
+        images: Behind an update.
+    """
+    peak, (first, last) = learning_rate(config, images), warmup_and_min_rate(config, images)
+    notes = []
+    if first > peak and config.warmup_epochs:
+        notes.append(
+            f"the first learning rate {first:g} is above the peak {peak:g}: lower --warmup-lr"
+        )
+    if last > peak and config.sched not in ("step", "multistep", "constant"):
+        notes.append(f"the last learning rate {last:g} is above the peak {peak:g}: lower --min-lr")
+    if config.warmup_epochs >= config.epochs and not config.warmup_prefix:
+        notes.append(
+            f"--warmup-epochs {config.warmup_epochs:g} of --epochs {config.epochs} do not reach "
+            f"the peak learning rate {peak:g}: lower --warmup-epochs, or give --warmup-prefix"
+        )
+    step = {"step": config.decay_epochs or 90, "multistep": min(config.decay_milestones) - 1}
+    if step.get(config.sched, 0) >= config.epochs:
+        flag = "--decay-epochs" if config.sched == "step" else "--decay-milestones"
+        notes.append(
+            f"--sched {config.sched} makes no step in --epochs {config.epochs}: lower {flag}"
+        )
+    return notes
 
 
 def make_schedule(
@@ -204,6 +243,8 @@ def make_schedule(
         )
     first, last = warmup_and_min_rate(config, images)
     flags = dataclasses.asdict(config) | {"warmup_lr": first, "min_lr": last}
+    if config.decay_rate is None:  # timm's default for steps is no power of a polynomial
+        flags["decay_rate"] = 1.0 if config.sched == "poly" else 0.1
     try:
         scheduler, epochs = create_scheduler_v2(
             optimizer, **scheduler_kwargs(SimpleNamespace(**flags)), updates_per_epoch=updates

@@ -1,5 +1,6 @@
 """The parts of a run, built from its configuration: model, data, task, optimiser, schedule."""
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Sequence
@@ -32,9 +33,9 @@ from .freezing import freeze
 from .loop import updates_per_epoch
 from .make_model import enable_checkpointing, make_model, shape_arguments
 from .optimiser import make_optimizer
-from .parallel import check_sharding, distribute, synchronised
+from .parallel import check_sharding, distribute, first_process_first, synchronised
 from .rows import Share, check_rows, share_images
-from .schedule import batch_size_note, learning_rate, make_schedule
+from .schedule import batch_size_note, learning_rate, make_schedule, shape_notes
 from .start_weights import check_initial, initial_weights, initialise_head, normalisation_note
 from .tasks import check_task, make_task
 from .updater import Updater
@@ -100,7 +101,9 @@ def set_up(config: TrainConfig) -> Run:
     # Channels decide how images are read, and only the model knows its default number.
     mode = image_mode(config.input.channels or 3, config.data.input_img_mode)
     bad_images = BadImages.by_flag(config.bad_images)
-    train_set, eval_set = (_open(config, train, mode, bad_images) for train in (True, False))
+    downloads = config.data.dataset_download
+    with first_process_first(processes) if downloads else contextlib.nullcontext():
+        train_set, eval_set = (_open(config, train, mode, bad_images) for train in (True, False))
     names = classes_of(train_set)
     check_same_classes(names, classes_of(eval_set), "the training split", "the held-out split")
     num_classes = _num_classes(config.model.num_classes, names, config.data.dataset)
@@ -128,6 +131,10 @@ def set_up(config: TrainConfig) -> Run:
     model.to(device=device, memory_format=config.device.memory_format)  # type: ignore[call-overload]
     if processes.distributed and config.parallel.sync_bn:
         model = synchronised(model, device)
+    if config.start.freeze:  # after that, which makes norms anew
+        frozen = freeze(model, config.start.freeze)
+        shown = f"{frozen / 1e6:.2f} M" if frozen >= 1e4 else str(frozen)
+        notes.append(f"{shown} parameters are frozen")
     accumulate = config.optimiser.grad_accum_steps
     updates = updates_per_epoch(len(batches), accumulate)
     images = config.schedule.images_per_update(accumulate, processes.data_size)
@@ -178,6 +185,7 @@ def set_up(config: TrainConfig) -> Run:
     )
     if note := batch_size_note(config.schedule, accumulate, processes.data_size, processes.rows):
         notes.append(note)
+    notes += shape_notes(config.schedule, images)
     return Run(
         config=config,
         device=device,
@@ -255,8 +263,6 @@ def _start_model(config: TrainConfig, num_classes: int) -> tuple[nn.Module, list
     if path and initial_weights(model, path, start.initial_model or name, start.initial_head_map):
         notes.append(f"{path}: it has no classifier that fits, starting a new one")
     initialise_head(model, start.head_init_scale, start.head_init_bias)
-    if start.freeze:
-        notes.append(f"{freeze(model, start.freeze) / 1e6:.2f} M parameters are frozen")
     if config.regularisation.grad_checkpointing:
         enable_checkpointing(model, name)
     return model, notes

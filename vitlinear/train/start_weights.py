@@ -13,9 +13,10 @@ from vitlinear.checkpoints.load import (
     named_for,
     notice_of_other_model,
     read_weights,
+    same_model,
 )
 from vitlinear.checkpoints.translate import classifiers, is_detector, without, wrapper_prefix
-from vitlinear.cli.flags import RATE
+from vitlinear.cli.flags import RATE, REAL, file_name
 from vitlinear.cli.parser import Parser
 from vitlinear.create import Preprocessing, check_model_name
 from vitlinear.errors import UserError
@@ -36,7 +37,9 @@ class StartConfig:
 def add_start_flags(parser: Parser) -> None:
     """Adds the flags of `StartConfig`."""
     group = parser.group("weights")
-    group.add_argument("--initial-checkpoint", default=None, metavar="FILE", help="start weights")
+    group.add_argument(
+        "--initial-checkpoint", type=file_name, default=None, metavar="FILE", help="start weights"
+    )
     group.add_argument(
         "--initial-model",
         default=None,
@@ -45,6 +48,7 @@ def add_start_flags(parser: Parser) -> None:
     )
     group.add_argument(
         "--initial-head-map",
+        type=file_name,
         default=None,
         metavar="FILE",
         help="for each class, in a line, the class in the start weights whose classifier it takes",
@@ -57,7 +61,7 @@ def add_start_flags(parser: Parser) -> None:
         help="factor on the weights of the classifier",
     )
     group.add_argument(
-        "--head-init-bias", type=float, default=None, metavar="B", help="bias of the classifier"
+        "--head-init-bias", type=REAL, default=None, metavar="B", help="bias of the classifier"
     )
     group.add_argument(
         "--freeze",
@@ -76,11 +80,16 @@ def check_initial(config: StartConfig, pretrained: bool) -> None:
         pretrained: Whether the model starts from its published weights.
 
     Raises:
-        UserError: There are none.
+        UserError: There are none, or those of another model are asked for.
     """
     if config.initial_model is not None:
         check_model_name(config.initial_model)
-        if not config.initial_checkpoint and not pretrained:
+        if pretrained:
+            raise UserError(
+                f"this run is to start from weights of {config.initial_model}, and --pretrained "
+                "fetches those of --model: give --initial-checkpoint FILE instead"
+            )
+        if not config.initial_checkpoint:
             raise UserError(
                 f"this run is to start from weights of {config.initial_model}: "
                 "give --initial-checkpoint FILE"
@@ -150,7 +159,7 @@ def initial_weights(
     """
     path = Path(path)
     card = read_card(path)
-    if card is not None and card.model != name:
+    if card is not None and not same_model(card.model, name):
         raise UserError(
             f"checkpoint {path} is of {card.model}, not {name}: give its --model, or say that "
             f"it starts from another with --initial-model {card.model}"

@@ -18,7 +18,7 @@ from timm.task import (
 )
 from torch import nn
 
-from vitlinear.cli.flags import NATURAL, POSITIVE, RATE
+from vitlinear.cli.flags import NATURAL, POSITIVE, RATE, file_name
 from vitlinear.cli.parser import Parser
 from vitlinear.create import Preprocessing
 from vitlinear.errors import UserError, one_line
@@ -56,7 +56,11 @@ def add_distillation_flags(parser: Parser) -> None:
         "--kd-model-name", default=None, metavar="NAME", help="teacher, with its published weights"
     )
     group.add_argument(
-        "--kd-checkpoint", default=None, metavar="FILE", help="weights of the teacher instead"
+        "--kd-checkpoint",
+        type=file_name,
+        default=None,
+        metavar="FILE",
+        help="weights of the teacher instead",
     )
     group.add_argument(
         "--kd-distill-type",
@@ -99,6 +103,12 @@ def add_distillation_flags(parser: Parser) -> None:
         metavar="T",
         help="likewise of soft labels",
     )
+    for flag in ("kd_distill_type", "kd_loss_type", "kd_token_distill_type", "kd_temperature"):
+        parser.needs(flag, "kd_model_name", "kd_checkpoint")
+    parser.needs("kd_loss_type", "kd_distill_type", value="logit")
+    parser.needs("kd_token_distill_type", "kd_distill_type", value="token")
+    for flag in ("mesa_start_epoch", "mesa_temperature"):
+        parser.needs(flag, "mesa")
 
 
 def check_task(config: DistillationConfig, *, averages: bool, sharded: bool, rows: int = 1) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from vitlinear.checkpoints.card import read_card
-from vitlinear.checkpoints.load import load_model
+from vitlinear.checkpoints.load import MisfitError, load_model
 from vitlinear.create import Preprocessing, build_model, data_config
 from vitlinear.data.class_names import check_same_classes
 from vitlinear.errors import UserError
@@ -100,9 +100,19 @@ def make_teacher(
     num_classes, in_chans = int(student.num_classes), config.input_size[0]  # type: ignore
     if checkpoint:
         card = read_card(Path(checkpoint))
+        if card is None and name is None:
+            raise UserError(
+                f"--kd-checkpoint {checkpoint} does not say which model it is: give --kd-model-name"
+            )
         # files that do not describe themselves are taken to be of the student's classes
         shape: dict[str, Any] = {} if card else {"num_classes": num_classes, "in_chans": in_chans}
-        model, card = load_model(checkpoint, model=name, **shape)
+        try:
+            model, card = load_model(checkpoint, model=name, **shape)
+        except MisfitError as error:
+            raise UserError(
+                f"the teacher's {error.difference}; give its --kd-model-name, and weights for the "
+                f"{num_classes} classes of the data"
+            ) from error
     else:
         assert name is not None
         model, card = build_model(name, pretrained=True, in_chans=in_chans), None

@@ -52,6 +52,8 @@ def add_record_flags(parser: Parser) -> None:
         "--wandb-resume-id", default=None, metavar="ID", help="default: the run folder's wandb run"
     )
     group.add_argument("--plot", action=BooleanOptionalAction, default=True, help="curves.png")
+    for flag in ("wandb_project", "wandb_tags", "wandb_resume_id"):
+        parser.needs(flag, "log_wandb")
 
 
 def check_trackers(tensorboard: bool, wandb: bool) -> None:
