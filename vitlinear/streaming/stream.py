@@ -175,7 +175,8 @@ def stream(
         if record is not None and all(
             name in sinks or name not in plain or name == "logits" for name in outputs
         ):
-            record.delete()
+            if peers.rank == 0:
+                record.delete()
             for finished in maps.values():
                 finished.delete()
     return made[outputs[0]] if alone else made
