@@ -14,6 +14,7 @@ from vitlinear.ops.attention_state import LinearAttentionState
 from vitlinear.streaming import PCA
 from vitlinear.streaming import run as running
 from vitlinear.streaming.peers import moved
+from vitlinear.streaming.record import sole_use
 from vitlinear.streaming.sums import Pieces
 
 pytestmark = pytest.mark.usefixtures("all_memory_free")
@@ -113,6 +114,13 @@ def test_a_map_that_is_gone(model, image, tmp_path):
         path.unlink()
     with pytest.raises(UserError, match=r"map-\d+.bin is not there: delete"):
         vitlinear.stream(model, image, output=1, band_rows=3, workdir=tmp_path)
+
+
+def test_a_work_directory_is_used_by_one_call(model, image, tmp_path):
+    pytest.importorskip("fcntl")
+    with sole_use(tmp_path), pytest.raises(UserError, match="another call is using"):
+        vitlinear.stream(model, image, workdir=tmp_path)
+    vitlinear.stream(model, image, workdir=tmp_path)
 
 
 def test_after_a_crash_of_the_machine_nothing_counts(model, image, tmp_path, monkeypatch):

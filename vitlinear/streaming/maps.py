@@ -173,6 +173,6 @@ def write_at(file: Any, offset: int, values: np.ndarray) -> None:
     Raises:
         OSError: The disk is full, or the file cannot be written.
     """
-    view, done = memoryview(values.reshape(-1).view(np.uint8)), 0
+    view, done = values.reshape(-1).view(np.uint8).data, 0
     while done < len(view):
         done += os.pwrite(file.fileno(), view[done : done + 2**30], offset + done)

@@ -17,7 +17,7 @@ from vitlinear.errors import UserError, one_line
 
 from .libraries import load_library
 from .maps import reserve, write_at
-from .sources import levels_of
+from .sources import chunk_length, levels_of
 
 TILE = 256  # rows and columns of tiles and chunks, as most readers have them
 KINDS = ".npy, .zarr, .tif or .tiff"
@@ -130,21 +130,19 @@ class Writer(ABC):
 class ArrayWriter(Writer):
     """Writes into an array [C, H, W]: numpy, a tensor, zarr."""
 
-    def __init__(self, made: Rows, array: Any, rows: int | None = None) -> None:
+    def __init__(self, made: Rows, array: Any) -> None:
         """Check the array.
 
         Args:
             made: The map.
             array: The place.
-            rows: Of a block; None for those of its chunks.
 
         Raises:
             UserError: It has another shape than the map.
         """
         super().__init__(made)
         check_shape(array, made.shape)
-        chunks = getattr(array, "chunks", None)
-        self.rows = rows or (int(chunks[1]) if chunks else TILE)
+        self.rows = chunk_length(array, 1) or TILE
         self.array = array
 
     def write(self, start: int, stop: int) -> None:
@@ -349,6 +347,8 @@ class RasterWriter(FileWriter):
         """See `FileWriter`."""
         rasterio = load_library("rasterio", "geo")
         height, width, channels = self.made.shape
+        if self.dtype == np.float16:  # which GDAL has from 3.11 on alone
+            self.dtype = np.dtype(np.float32)
         # A side that the stride does not divide: the last pixel reaches beyond the raster.
         transform = self.raster.transform * self.raster.transform.scale(self.stride, self.stride)
         profile = {
@@ -362,7 +362,7 @@ class RasterWriter(FileWriter):
 
     def write(self, start: int, stop: int) -> None:
         """See `Writer`."""
-        rows = numbers(self.read(start, stop))
+        rows = numbers(self.read(start, stop)).astype(self.dtype, copy=False)
         self.file.write(rows, window=((start, stop), (0, self.made.shape[1])))
 
     def end(self) -> None:
