@@ -230,7 +230,7 @@ class RasterSource(ImageSource):
         return found.any(-1, keepdim=True) if integers else found
 
     def _call(self, method: Callable[..., Any], start: int, stop: int) -> Any:
-        """What a method of the raster gives for rows of the bands that are channels."""
+        """Let a method of the raster give rows of the bands that are channels."""
         _, width, channels = self.shape
         return method(list(range(1, channels + 1)), window=((start, stop), (0, width)))
 
