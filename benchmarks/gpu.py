@@ -83,7 +83,7 @@ def captured(run: Callable[[], object]) -> Callable[[], None]:
 
 
 class Calls(NamedTuple):
-    """What is timed of a row: forward, backward alone, and both."""
+    """The calls that are timed of a row: forward, backward alone, and both."""
 
     forward: Callable[[], object]
     backward: Callable[[], object]

@@ -10,8 +10,8 @@ _base_ = [
 ]
 norm = dict(type="GN", num_groups=8)
 model = dict(
-    backbone=dict(model="test_ravlt", out_norms=True),
-    neck=dict(in_channels=[24, 48, 64, 96], out_channels=64, norm_cfg=norm),
+    backbone=dict(model="test_ravlt", out_norms=True, out_indices=(1, 2, 3)),
+    neck=dict(in_channels=[48, 64, 96], start_level=0, out_channels=64, norm_cfg=norm),
     bbox_head=dict(num_classes=1, in_channels=64, feat_channels=64, stacked_convs=2, norm_cfg=norm),
     # parts of trees at the border of a tile are neither found nor missed
     train_cfg=dict(assigner=dict(ignore_iof_thr=0.5)),

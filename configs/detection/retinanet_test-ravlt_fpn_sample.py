@@ -8,8 +8,8 @@ _base_ = [
 norm = dict(type="GN", num_groups=8)
 model = dict(
     data_preprocessor=dict(pad_size_divisor=256),
-    backbone=dict(model="test_ravlt", out_norms=True),
-    neck=dict(in_channels=[24, 48, 64, 96], out_channels=64, norm_cfg=norm),
+    backbone=dict(model="test_ravlt", out_norms=True, out_indices=(1, 2, 3)),
+    neck=dict(in_channels=[48, 64, 96], start_level=0, out_channels=64, norm_cfg=norm),
     bbox_head=dict(
         num_classes=6,
         in_channels=64,

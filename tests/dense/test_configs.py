@@ -29,10 +29,16 @@ from mmengine.optim import build_optim_wrapper  # noqa: E402
 
 from tools import count_dense  # noqa: E402
 
+ROOT = Path(__file__).parents[2]
 FACTS = yaml.safe_load((Path(__file__).parents[1] / "data" / "dense_recipes.yaml").read_text())
 PATHS = {
     path.stem: path for folder in count_dense.SIZES for path in count_dense.config_paths(folder)
 }
+SAMPLES = [
+    path
+    for folder in count_dense.SIZES
+    for path in sorted((ROOT / "configs" / folder).glob("*_test-*.py"))
+]
 # Configurations of mmdet's that have what ours have to have.
 MMDET = f"{mmdet.__path__[0]}/.mim/configs"
 SWIN = "mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco.py"
@@ -164,6 +170,14 @@ def test_model_as_published(name):
             f"{MMDET}/convnext/{CASCADE}", import_custom_modules=False
         ).model.roi_head.bbox_head
         assert c.model.roi_head.bbox_head == theirs
+
+
+@pytest.mark.parametrize("path", SAMPLES + [PATHS["retinanet_ravlt-t_fpn_1x_coco"]])
+def test_no_norm_of_a_map_is_left_without_a_gradient(path):
+    """In several processes, unless the config says that they are to look for such."""
+    c = Config.fromfile(path)
+    unused = c.model.get("neck", {}).get("start_level", 0) > 0 and c.model.backbone.out_norms
+    assert c.get("find_unused_parameters", False) >= unused
 
 
 @each_config

@@ -150,6 +150,47 @@ def test_checkpoint_of_the_authors(tmp_path: Path) -> None:
     }
 
 
+def test_checkpoint_of_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vitlinear.dense.openmmlab import reading
+
+    source = timm.create_model("test_ravlt")
+    torch.save(source.state_dict(), tmp_path / "weights.pth")
+    address = "https://example.org/weights.pth"
+    fetched: list[Any] = []
+
+    def fetch(config: Any, folder: Any) -> Path:
+        fetched.append(config)
+        return tmp_path / "weights.pth"
+
+    monkeypatch.setattr(reading, "ensure_downloaded", fetch)
+    config = {"type": "vitlinear.Backbone", "model": "test_ravlt"}
+    init = {"type": "Pretrained", "checkpoint": address}
+    backbone = build({**config, "init_cfg": init}, "mmdet")
+    backbone.init_weights()
+    assert fetched == [{"url": address}]
+    for name, value in backbone.model.state_dict().items():
+        torch.testing.assert_close(value, source.state_dict()[name], rtol=0, atol=0)
+    init = {**init, "checkpoint": "torchvision://resnet50"}
+    with pytest.raises(UserError, match="cannot fetch torchvision://resnet50"):
+        build({**config, "init_cfg": init}, "mmdet").init_weights()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, processes share batch norms")
+def test_processes_without_a_gpu_have_batch_norms_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from vitlinear.dense.openmmlab import runner
+
+    name = "cascade-mask-rcnn_ravlt-s_fpn_ms-crop-3x_coco"
+    arguments = runner.RunArguments(runner.ConfigArguments(name, ()), None, "pytorch")
+    config = runner.read_run_config(arguments, "mmdet")
+    monkeypatch.setattr(runner.Runner, "from_cfg", lambda config: config)
+    with pytest.warns(Notice, match="SyncBN is BN"):
+        built: Any = runner.build_runner(config)
+    assert built.sync_bn is None and "SyncBN" not in str(built.model)
+    assert built.model.roi_head.bbox_head[0].norm_cfg.type == "BN"
+
+
 def test_pretrained_is_kept(tmp_path: Path) -> None:
     """By a detector's init_weights too, which calls each part's."""
     from mmengine.model import BaseModule

@@ -214,6 +214,12 @@ def test_mistakes(
         (["train-detector", config, option, "model.backbone.model=ravlt_x"], "unknown model"),
         (["train-detector", config, option, "model.backbone.model=None"], "set model.backbone."),
         (["train-detector", config, option, f"{init}.type=Pretrained"], f"set {init}.checkpoint"),
+        (["train-detector", config, option, f"{init}.type=Pretrained",
+          f"{init}.checkpoint=torchvision://resnet50"], "an address of http or https"),
+        (["test-detector", config, trained, "--tta", option, "test_evaluator.metric=segm"],
+         "--tta: it is for boxes alone"),
+        (["test-detector", config, trained, "--tta", option,
+          "model.roi_head.mask_head.type=FCNMaskHead"], "boxes alone"),
         (["train-detector", config, option, f"{root}=/none"], f"/none does not exist: set {root}"),
         (["train-detector", config, option, f"{annotations}=a.json"], f"set {annotations}"),
         (["train-detector", config, "--resume", "none.pth"], "none.pth does not exist"),
@@ -273,6 +279,8 @@ class SizesHook(Hook):
 def test_two_processes(data: Path, tmp_path: Path) -> None:
     (tmp_path / "sizes_hook.py").write_text(HOOK)
     more = "custom_imports['imports'].append('sizes_hook')\ncustom_hooks = [dict(type='SizesHook')]"
+    if not torch.cuda.is_available():  # which is told, and batch norms are those of each process
+        more += "\nsync_bn = 'torch'\nmodel['neck']['norm_cfg'] = dict(type='SyncBN')"
     config = detector(tmp_path / "two.py", data, more)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["tools/train_detector.py", config, "--launcher", "pytorch"]

@@ -14,6 +14,7 @@ from vitlinear.ops.attention_state import LinearAttentionState
 from vitlinear.streaming import PCA
 from vitlinear.streaming import run as running
 from vitlinear.streaming.peers import moved
+from vitlinear.streaming.record import sole_use
 from vitlinear.streaming.sums import Pieces
 
 pytestmark = pytest.mark.usefixtures("all_memory_free")
@@ -107,6 +108,21 @@ def test_record_that_is_no_record(model, image, tmp_path):
         vitlinear.stream(model, image, workdir=tmp_path)
 
 
+def test_a_map_that_is_gone(model, image, tmp_path):
+    vitlinear.stream(model, image, output=1, band_rows=3, workdir=tmp_path)
+    for path in tmp_path.glob("map-*"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"map-\d+.bin is not there: delete"):
+        vitlinear.stream(model, image, output=1, band_rows=3, workdir=tmp_path)
+
+
+def test_a_work_directory_is_used_by_one_call(model, image, tmp_path):
+    pytest.importorskip("fcntl")
+    with sole_use(tmp_path), pytest.raises(UserError, match="another call is using"):
+        vitlinear.stream(model, image, workdir=tmp_path)
+    vitlinear.stream(model, image, workdir=tmp_path)
+
+
 def test_after_a_crash_of_the_machine_nothing_counts(model, image, tmp_path, monkeypatch):
     expected = vitlinear.stream(model, image, band_rows=3, workdir=tmp_path)
     monkeypatch.setattr("vitlinear.streaming.record._boot", lambda: "another boot")
@@ -143,6 +159,16 @@ def test_no_room_is_said_before_a_step_begins(model, image, tmp_path, monkeypatc
     monkeypatch.setattr(os, "posix_fallocate", none)
     with pytest.raises(UserError, match="cannot keep a map of .*iB in"):
         vitlinear.stream(model, image, workdir=tmp_path)
+
+
+def test_no_room_for_a_file_is_an_error_and_no_signal(model, image, tmp_path, monkeypatch):
+    def none(file, offset, size):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", none)
+    with pytest.raises(UserError, match=r"cannot write .*map.npy: .*No space left on device"):
+        vitlinear.stream(model, image, tmp_path / "map.npy", output=1)
+    assert not any(tmp_path.iterdir())
 
 
 def test_truncated_and_unreadable_images(model, image):

@@ -138,6 +138,22 @@ def test_a_sink_that_fails_ends_all(output, three, tmp_path):
     assert max(x[1] for x in (first, *others)) < 5
 
 
+def fails_then_goes_on(folder: Path) -> np.ndarray:
+    fails_to_write(folder, 0, "disk")
+    model = make("test_ravlt_linear")
+    sink = np.zeros((24, 43, 16))
+    vitlinear.stream(model, IMAGE, sink, output=0, workdir=folder, mesh=mesh(), band_rows=4)
+    return sink
+
+
+def test_a_call_that_failed_in_a_sink_goes_on(three, tmp_path):
+    """The others keep the map before until the first process has written."""
+    expected = vitlinear.stream(make("test_ravlt_linear"), IMAGE, output=0)[0]
+    sinks = three.run(fails_then_goes_on, tmp_path)
+    assert np.allclose(sinks[0], expected, atol=1e-10)
+    assert not any(tmp_path.iterdir())
+
+
 def test_bad_input_of_one_ends_all(three, tmp_path):
     messages = [x[0] for x in three.run(fails_to_write, tmp_path, 0, "shape")]
     assert messages[0].startswith("process 1 failed:") and messages[2] == messages[0]

@@ -6,7 +6,7 @@ import timm
 import torch
 
 import vitlinear
-from vitlinear.errors import UserError
+from vitlinear.errors import Notice, UserError
 from vitlinear.streaming import PCA
 from vitlinear.streaming import run as running
 from vitlinear.streaming.sources import open_source
@@ -70,10 +70,20 @@ def test_pixels_are_normalised_as_the_model_wants_them(model, features):
         PIXELS.transpose(2, 0, 1),
         torch.from_numpy(PIXELS),
         PIXELS.astype(np.uint16) * 257,
+        torch.from_numpy(PIXELS.astype(np.uint16) * 257),
+        (PIXELS.astype(np.uint16) * 257).astype(">u2"),
         PIXELS[:, ::-1].copy()[:, ::-1],
         Raster(),
     ],
-    ids=["channels_first", "tensor", "uint16", "negative_strides", "raster"],
+    ids=[
+        "CHW",
+        "tensor",
+        "uint16",
+        "uint16_tensor",
+        "big_endian",
+        "negative_strides",
+        "raster",
+    ],
 )
 def test_kinds_of_images(source, model, features):
     streamed = vitlinear.stream(model, source, output=1, band_rows=7)
@@ -113,14 +123,49 @@ def test_rows_that_are_stored_together_are_read_once():
         (np.zeros((4, 8, 8)), "images of 3 channels"),
         (np.zeros((3, 8, 3)), "could be CHW or HWC"),
         (np.zeros((3, 0, 8)), "no pixel"),
-        (np.zeros((3, 8, 8), bool), "truth values"),
+        (np.zeros((3, 8, 8), bool), "holds bool: give pixels"),
+        (PIXELS.astype(np.int64), "holds int64: give pixels of uint8 or uint16"),
+        (torch.from_numpy(PIXELS).to(torch.int16), "holds int16"),
+        (PIXELS.astype(np.complex64), "holds complex64"),
+        (np.where(np.arange(70) == 7, np.nan, np.zeros((3, 70, 70))).mT, "row 7 .* not finite"),
         ("nowhere.npy", "no image nowhere.npy"),
         (7, "cannot read an image from int"),
+        ("palette.tif", "numbers of a palette"),
     ],
 )
-def test_sources_that_do_not_fit(source, message, model):
+def test_sources_that_do_not_fit(source, message, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if isinstance(source, str) and source == "palette.tif":
+        pytest.importorskip("zarr")
+        write_palette(pytest.importorskip("tifffile"), tmp_path / source)
     with pytest.raises(UserError, match=message):
         vitlinear.stream(model, source)
+
+
+def write_palette(tifffile, path):
+    colours = np.zeros((3, 256), np.uint16)
+    tifffile.imwrite(path, PIXELS[..., 0], photometric="palette", colormap=colours)
+
+
+@pytest.mark.parametrize("source", [PIXELS, "image.npy", Raster()], ids=["array", "npy", "raster"])
+def test_levels_of_what_has_none(source, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.save("image.npy", PIXELS)
+    with pytest.raises(UserError, match="has no level 1"):
+        vitlinear.stream(model, source, level=1)
+
+
+def test_chunks_of_several_lengths():
+    """Those of dask: a length for each."""
+
+    class Chunked:
+        shape, chunks = PIXELS.shape, ((100, 200), (70,), (3,))
+
+        def __getitem__(self, key):
+            return PIXELS[key]
+
+    source = open_source(Chunked(), 3)
+    assert source.row_block == 100 and np.array_equal(source.read(90, 110)[0], PIXELS[90:110])
 
 
 def test_files_of_unknown_kind(model, tmp_path):
@@ -160,6 +205,10 @@ def test_npy(model, features, tmp_path):
         ("nowhere/map.npy", 1, "its folder does not exist"),
         ("map.npy", "logits", "logits are returned"),
         ({2: "map.npy"}, 1, "no output that was asked for"),
+        ({1: "map.npy", 2: "./map.npy"}, [1, 2], "two outputs are to be written to"),
+        ("map.npy", [1, 2], "several outputs need a dictionary"),
+        (None, [], "no output is asked for"),
+        (None, 1.5, "1.5 is no output"),
         (7, 1, "cannot write a map to int"),
     ],
 )
@@ -168,6 +217,27 @@ def test_sinks_that_do_not_fit(sink, output, message, model, tmp_path, monkeypat
     with pytest.raises(UserError, match=message):
         vitlinear.stream(model, PIXELS, sink, output=output)
     assert not any(tmp_path.iterdir())
+
+
+def test_no_sink_replaces_the_image(model, tmp_path):
+    np.save(tmp_path / "image.npy", PIXELS)
+    (tmp_path / "image.zarr").mkdir()
+    for source, sink, options, message in (
+        ("image.npy", "image.npy", {}, "reads it"),
+        (np.load(tmp_path / "image.npy", mmap_mode="r"), "image.npy", {}, "reads it"),
+        ("image.zarr", "image.zarr/map.npy", {}, "which holds the image"),
+        ("image.npy", "work/map.npy", {"workdir": tmp_path / "work"}, "a later call goes on from"),
+    ):
+        (tmp_path / "work").mkdir(exist_ok=True)
+        source = tmp_path / source if isinstance(source, str) else source
+        with pytest.raises(UserError, match=message):
+            vitlinear.stream(model, source, tmp_path / sink, output=1, overwrite=True, **options)
+    assert np.array_equal(np.load(tmp_path / "image.npy"), PIXELS)
+
+
+def test_numbers_of_numpy_name_outputs(model, features, tmp_path):
+    options = {"output": np.int64(1), "workdir": tmp_path}
+    assert torch.equal(vitlinear.stream(model, PIXELS, **options), features)
 
 
 def test_rows_are_written_as_they_come(model, features, monkeypatch):
@@ -274,6 +344,63 @@ def test_cog_keeps_its_place_on_the_earth(model, features, tmp_path):
         assert np.array_equal(file.read(), features[0])
         assert file.tags(ns="IMAGE_STRUCTURE")["LAYOUT"] == "COG" and np.isnan(file.nodata)
     assert {file.name for file in tmp_path.iterdir()} == {"scene.tif", "map.tif"}
+
+
+def test_levels_keep_their_place_on_the_earth(model, tmp_path):
+    rasterio = pytest.importorskip("rasterio")
+    transform = write_scene(tmp_path / "scene.tif")
+    with rasterio.open(tmp_path / "scene.tif", "r+") as file:
+        file.build_overviews([2])
+    vitlinear.stream(model, tmp_path / "scene.tif", tmp_path / "map.tif", output=0, level=1)
+    with rasterio.open(tmp_path / "map.tif") as file:
+        assert (file.height, file.transform) == (38, transform * transform.scale(8, 8))
+    with pytest.raises(UserError, match="Cannot open overview level 1"):
+        vitlinear.stream(model, tmp_path / "scene.tif", level=2)
+
+
+def test_a_place_on_the_earth_that_is_lost_is_told(model, features, tmp_path, monkeypatch):
+    pytest.importorskip("zarr")
+    write_scene(tmp_path / "scene.tif")
+    monkeypatch.setitem(__import__("sys").modules, "rasterio", None)
+    with pytest.warns(Notice, match="has a place on the earth, which maps of it will not have"):
+        streamed = vitlinear.stream(model, tmp_path / "scene.tif", output=1)
+    assert torch.equal(streamed, features)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "missing"), [("float32", np.nan), ("float32", -9999), ("uint8", 0)]
+)
+def test_missing_data_count_as_the_mean(dtype, missing, model, tmp_path):
+    rasterio = pytest.importorskip("rasterio")
+    write_scene(tmp_path / "scene.tif")
+    whole = PIXELS.clip(1).astype(dtype)
+    with rasterio.open(tmp_path / "scene.tif") as scene:
+        profile = {**scene.profile, "dtype": dtype, "nodata": missing}
+    filled = torch.from_numpy(whole.astype(np.float32))
+    if dtype == "uint8":
+        mean, std = (torch.tensor(model.pretrained_cfg[key]) for key in ("mean", "std"))
+        filled = (filled / 255 - mean) / std
+    whole[100:200, :40] = missing
+    filled[100:200, :40] = 0
+    if dtype == "uint8":  # a colour without red
+        whole[0, 0, 0] = 0
+        filled[0, 0, 0] = -mean[0] / std[0]
+    with rasterio.open(tmp_path / "scene.tif", "w", **profile) as file:
+        file.write(whole.transpose(2, 0, 1))
+    expected = vitlinear.stream(model, filled, output=0)
+    streamed = vitlinear.stream(model, tmp_path / "scene.tif", output=0, band_rows=7, mask="valid")
+    kept = ~streamed.isnan().any(1)[0]
+    assert torch.allclose(streamed[:, :, kept], expected[:, :, kept], atol=1e-4)
+    assert not kept[32:48, :8].any() and kept.sum() == kept.numel() - 16 * 8
+
+
+def test_half_precision_into_a_cog(model, tmp_path):
+    rasterio = pytest.importorskip("rasterio")
+    write_scene(tmp_path / "scene.tif")
+    half = timm.create_model("test_ravlt_linear").half().eval()
+    vitlinear.stream(half, tmp_path / "scene.tif", tmp_path / "map.tif", output=0)
+    with rasterio.open(tmp_path / "map.tif") as file:
+        assert file.dtypes[0] == "float32" and np.isfinite(file.read()).all()
 
 
 def test_principal_components_keep_their_place_on_the_earth(model, tmp_path):

@@ -74,6 +74,7 @@ class WithPositions(nn.Module):
         (nn.Flatten(), 1, "must give a map"),
         (nn.Dropout(), 1, "training mode"),
         (nn.Identity(), 9, "has no output 9"),
+        (nn.Conv2d(64, 2, 1), 1, "the head .Conv2d. does not take .* map 1 of 48 channels"),
     ],
 )
 def test_heads_that_cannot_be_streamed(module, of, message, model, monkeypatch):
@@ -142,5 +143,7 @@ def test_masks_that_are_none(mask, message, model):
 def test_masks_need_maps_and_pixels(model):
     with pytest.raises(UserError, match="logits come of all places"):
         vitlinear.stream(model, PIXELS, mask="tissue")
+    with pytest.raises(UserError, match="mask='valid' needs a raster"):
+        vitlinear.stream(model, PIXELS, output=1, mask="valid")
     with pytest.raises(UserError, match="needs pixels"):
         vitlinear.stream(model, PIXELS / 255, output=1, mask="tissue")

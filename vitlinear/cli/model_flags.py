@@ -20,17 +20,21 @@ class ModelConfig:
     pretrained: bool
 
 
-def add_model_flags(parser: Parser, default: str | None) -> None:
+def add_model_flags(parser: Parser, default: str | None = None, positional: bool = False) -> None:
     """Adds the flags of `ModelConfig`.
 
     Args:
         parser: Of the command.
         default: Of ``--model``.
+        positional: Take the model as the argument MODEL, without a flag.
     """
     group = parser.group("model")
-    group.add_argument(
-        "--model", default=default, metavar="NAME", help="any timm or vitlinear name"
-    )
+    if positional:
+        parser.add_argument("model", metavar="MODEL", help="name, with a tag or without")
+    else:
+        group.add_argument(
+            "--model", default=default, metavar="NAME", help="any timm or vitlinear name"
+        )
     group.add_argument(
         "--model-kwargs",
         nargs="*",

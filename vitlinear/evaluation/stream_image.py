@@ -25,7 +25,6 @@ from .load_or_build import load_or_build
 class StreamConfig:
     """Model, image and result of ``stream``."""
 
-    name: str
     source: str
     checkpoint: str | None
     model: ModelConfig
@@ -50,7 +49,7 @@ def parse_arguments(argv: Sequence[str] | None, prog: str = "vitlinear stream") 
         description="Write the features of an image that does not fit into memory. They are those "
         "of the whole image, not of tiles.",
     )
-    parser.add_argument("name", metavar="MODEL", help="name, with a tag or without")
+    add_model_flags(parser, positional=True)
     parser.add_argument("source", metavar="SOURCE", help="image: .npy, .zarr, TIFF, a slide")
     parser.add_argument(
         "-o",
@@ -71,12 +70,11 @@ def parse_arguments(argv: Sequence[str] | None, prog: str = "vitlinear stream") 
     )
     parser.add_argument(
         "--mask",
-        choices=("tissue",),
+        choices=("tissue", "valid"),
         default=None,
-        help="write NaN where there is no tissue; it changes no other value",
+        help="write NaN where there is no tissue, or no data; it changes no other value",
     )
     add_checkpoint_flag(parser)
-    add_model_flags(parser, default=None)
     add_input_flags(parser)
     group = parser.group("image")
     group.add_argument("--level", type=NATURAL, default=0, metavar="N", help="of a pyramid")
@@ -100,8 +98,6 @@ def parse_arguments(argv: Sequence[str] | None, prog: str = "vitlinear stream") 
 def main(argv: Sequence[str] | None, prog: str = "vitlinear stream") -> None:
     """Runs the command."""
     config = parse_arguments(argv, prog)
-    if config.model.model not in (None, config.name):
-        raise UserError(f"two models: {config.name} and --model {config.model.model}; give one")
     for flag, value in (
         ("--num-classes", config.model.num_classes),
         ("--crop-pct", config.input.crop_pct),
@@ -114,10 +110,7 @@ def main(argv: Sequence[str] | None, prog: str = "vitlinear stream") -> None:
             )
     check_no_input(config.output, (config.source, config.checkpoint))
     device = choose_device(config.device)
-    named = ModelConfig(
-        config.name, config.model.model_kwargs, config.model.num_classes, config.model.pretrained
-    )
-    model, _, preprocessing = load_or_build(config.checkpoint, named, config.input)
+    model, _, preprocessing = load_or_build(config.checkpoint, config.model, config.input)
     chosen: str | int = int(config.map) if config.map.isdigit() else config.map
     stream(
         model.to(device),

@@ -6,12 +6,12 @@ no page of them counts as memory of the process.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,7 +64,12 @@ class FileMap(RowMap):
     """A map in a file."""
 
     def __init__(
-        self, shape: tuple[int, int, int], dtype: torch.dtype, path: Path, keep: bool = False
+        self,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        path: Path,
+        keep: bool = False,
+        owned: bool = True,
     ) -> None:
         """Make the file, of its full size, or open it.
 
@@ -73,19 +78,27 @@ class FileMap(RowMap):
             dtype: Of the values.
             path: The file.
             keep: It is there, and holds rows that were written earlier.
+            owned: This process takes it away; False where another one does.
 
         Raises:
             UserError: There is no room for it, or it cannot be opened.
         """
         self.path = path
         self.keep = keep
+        self.owned = owned
         super().__init__(shape, dtype)
 
     def _make(self) -> Any:
         try:
             file = open(self.path, "r+b" if self.keep else "w+b", buffering=0)  # noqa: SIM115
-            if not self.keep and hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, self.nbytes)
+            if not self.keep:
+                reserve(file, self.nbytes)
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{self.path} is not there: delete {self.path.parent}, and the call begins anew"
+                if self.owned
+                else f"{self.path} is not there: all processes need to see the workdir"
+            ) from error
         except OSError as error:
             raise self._refused(error) from error
         return file
@@ -126,13 +139,10 @@ class FileMap(RowMap):
             UserError: The disk is full, or the file cannot be written.
         """
         rows = rows[0].to("cpu", self.dtype).contiguous()
-        view = memoryview(rows.view(torch.uint8).flatten().numpy().data)
-        done, offset = 0, self._place(start)
-        while done < len(view):
-            try:
-                done += os.pwrite(self._rows.fileno(), view[done : done + 2**30], offset + done)
-            except OSError as error:
-                raise self._refused(error) from error
+        try:
+            write_at(self._rows, self._place(start), rows.view(torch.uint8).flatten().numpy())
+        except OSError as error:
+            raise self._refused(error) from error
 
     def whole(self) -> Tensor:
         """See `RowMap`; in the file, which has to stay."""
@@ -143,5 +153,26 @@ class FileMap(RowMap):
     def delete(self) -> None:
         """See `RowMap`."""
         self._rows.close()
-        with contextlib.suppress(FileNotFoundError):
-            self.path.unlink()
+        if self.owned:
+            self.path.unlink(missing_ok=True)
+
+
+def reserve(file: Any, size: int) -> None:
+    """Take the room on the disk for a file of so many bytes, where the system can.
+
+    Raises:
+        OSError: There is not as much.
+    """
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+
+
+def write_at(file: Any, offset: int, values: np.ndarray) -> None:
+    """Write the bytes of an array, contiguous, to a place in a file.
+
+    Raises:
+        OSError: The disk is full, or the file cannot be written.
+    """
+    view, done = values.reshape(-1).view(np.uint8).data, 0
+    while done < len(view):
+        done += os.pwrite(file.fileno(), view[done : done + 2**30], offset + done)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,11 @@ from vitlinear.errors import UserError
 from vitlinear.files import write_atomically
 
 from .sums import Sums
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 @dataclass
@@ -34,6 +42,27 @@ class Position:
     band: int = 0
     sums: Sums = field(default_factory=Sums)
     prefix: Tensor | None = None
+
+
+@contextlib.contextmanager
+def sole_use(folder: Path) -> Iterator[None]:
+    """Lock a work directory, where its file system can: two calls in it would damage each other.
+
+    Raises:
+        UserError: Another call is using it.
+    """
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        if fcntl is not None:
+            try:
+                fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(f"another call is using {folder}: give another workdir") from error
+            except OSError:
+                pass  # some network file systems lock no folders
+        yield
+    finally:
+        os.close(place)
 
 
 class Record:

@@ -205,7 +205,7 @@ class Runner:
         # The first process makes the file, and the others open it.
         made = FileMap(shape, self.example.dtype, path, keep) if self.peers.rank == 0 else None
         self.peers.share()
-        return made or FileMap(shape, self.example.dtype, path, keep=True)
+        return made or FileMap(shape, self.example.dtype, path, keep=True, owned=False)
 
     def choose_cuts(self, plans: list[Plan], wanted: set[int]) -> list[Cuts]:
         """The rows of each band of each step, so that all fit into memory.
@@ -366,11 +366,13 @@ class Runner:
                 position.finished[number] = source.prefix
                 position.cuts, position.band, position.sums = (), 0, Sums()
                 position.prefix = None
-                # Files go when the record no longer names them.
+                # Files go when the record no longer names them, and with peers when the first one
+                # has written it, and its sinks.
                 old = [n for n in kept if n < number and n not in wanted]
                 for n in old:
                     del position.finished[n]
                 self._note(position)
+                self.peers.share()
                 if self.record is not None and self.peers.rank == 0:
                     self.record.delete_sums()
                 for n in old:

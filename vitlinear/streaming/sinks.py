@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import math
 import shutil
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -16,7 +16,8 @@ from torch import Tensor
 from vitlinear.errors import UserError, one_line
 
 from .libraries import load_library
-from .sources import forget_pages, levels_of
+from .maps import reserve, write_at
+from .sources import chunk_length, levels_of
 
 TILE = 256  # rows and columns of tiles and chunks, as most readers have them
 KINDS = ".npy, .zarr, .tif or .tiff"
@@ -129,21 +130,19 @@ class Writer(ABC):
 class ArrayWriter(Writer):
     """Writes into an array [C, H, W]: numpy, a tensor, zarr."""
 
-    def __init__(self, made: Rows, array: Any, rows: int | None = None) -> None:
+    def __init__(self, made: Rows, array: Any) -> None:
         """Check the array.
 
         Args:
             made: The map.
             array: The place.
-            rows: Of a block; None for those of its chunks.
 
         Raises:
             UserError: It has another shape than the map.
         """
         super().__init__(made)
         check_shape(array, made.shape)
-        chunks = getattr(array, "chunks", None)
-        self.rows = rows or (int(chunks[1]) if chunks else TILE)
+        self.rows = chunk_length(array, 1) or TILE
         self.array = array
 
     def write(self, start: int, stop: int) -> None:
@@ -213,16 +212,26 @@ class NumpyWriter(FileWriter):
         """See `FileWriter`."""
         height, width, channels = self.made.shape
         shape = (channels, height, width)
-        self.array = np.lib.format.open_memmap(self.unfinished, "w+", self.dtype, shape)
+        descr = np.lib.format.dtype_to_descr(self.dtype)
+        self.file = open(self.unfinished, "w+b", buffering=0)  # noqa: SIM115
+        np.lib.format.write_array_header_1_0(
+            self.file, {"descr": descr, "fortran_order": False, "shape": shape}
+        )
+        # Not mapped into memory: a full disk is then an error and no signal.
+        self.header = self.file.tell()
+        reserve(self.file, self.header + math.prod(shape) * self.dtype.itemsize)
 
     def write(self, start: int, stop: int) -> None:
         """See `Writer`."""
-        self.array[:, start:stop] = numbers(self.read(start, stop))
-        forget_pages(self.array)
+        height, width, _ = self.made.shape
+        rows = np.ascontiguousarray(numbers(self.read(start, stop)))
+        for channel, values in enumerate(rows):
+            place = (channel * height + start) * width * self.dtype.itemsize
+            write_at(self.file, self.header + place, values)
 
     def end(self) -> None:
         """See `FileWriter`."""
-        self.array.flush()
+        self.file.close()
 
 
 class ZarrWriter(FileWriter):
@@ -285,10 +294,7 @@ class TiffWriter(FileWriter):
             tile = np.zeros((TILE, TILE, rows.shape[2]), self.dtype)
             part = rows[:, left : left + TILE]
             tile[: part.shape[0], : part.shape[1]] = part
-            view, done = memoryview(tile.tobytes()), 0
-            while done < len(view):
-                place = self.offsets[level][number] + done
-                done += os.pwrite(self.file.fileno(), view[done:], place)
+            write_at(self.file, self.offsets[level][number], tile)
 
     def write(self, start: int, stop: int) -> None:
         """See `Writer`."""
@@ -341,6 +347,8 @@ class RasterWriter(FileWriter):
         """See `FileWriter`."""
         rasterio = load_library("rasterio", "geo")
         height, width, channels = self.made.shape
+        if self.dtype == np.float16:  # which GDAL has from 3.11 on alone
+            self.dtype = np.dtype(np.float32)
         # A side that the stride does not divide: the last pixel reaches beyond the raster.
         transform = self.raster.transform * self.raster.transform.scale(self.stride, self.stride)
         profile = {
@@ -354,7 +362,7 @@ class RasterWriter(FileWriter):
 
     def write(self, start: int, stop: int) -> None:
         """See `Writer`."""
-        rows = numbers(self.read(start, stop))
+        rows = numbers(self.read(start, stop)).astype(self.dtype, copy=False)
         self.file.write(rows, window=((start, stop), (0, self.made.shape[1])))
 
     def end(self) -> None:

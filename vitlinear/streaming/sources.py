@@ -5,10 +5,12 @@ A kind is told by what it can do, so that no library is imported that the image 
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import mmap
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitlinear.errors import UserError, one_line
+from vitlinear.errors import Notice, UserError, one_line
 
 from .libraries import load_library
+
+# Of GeoTIFF: tie points, a matrix, and keys.
+EARTH_TAGS = (33922, 34264, 34735)
+PALETTE = "the image holds numbers of a palette, not colours: convert it to RGB first"
 
 
 class ImageSource(ABC):
@@ -57,9 +63,19 @@ class ImageSource(ABC):
         first = numbers.start * size
         return rows[start - first : stop - first].unsqueeze(0)
 
+    def forget(self) -> None:
+        """Give back the memory of the blocks that were read last."""
+        self._blocks = {}
+
+    def valid(self, start: int, stop: int) -> Tensor | None:
+        """Where rows hold data, [1, stop - start, W, C or 1] bool; None where all of them do."""
+        return None
+
     def _checked(self, start: int, stop: int) -> Tensor:
         try:
             rows = self.rows(start, stop)
+        except UserError:
+            raise
         except Exception as error:
             raise UserError(
                 f"cannot read rows {start} to {stop} of the image: {one_line(error)}; what was "
@@ -119,14 +135,12 @@ class ArraySource(ImageSource):
         if height * width == 0:
             raise UserError(f"the image has no pixel: its shape is {shape}")
         self.shape = (height, width, channels)
-        chunks = getattr(array, "chunks", None)
-        if chunks:
-            self.row_block = int(chunks[1 if self.channels_first else 0])
+        self.row_block = chunk_length(array, 1 if self.channels_first else 0) or 1
 
     def rows(self, start: int, stop: int) -> Tensor:
         """See `ImageSource`."""
         part = self.array[:, start:stop] if self.channels_first else self.array[start:stop]
-        rows = part if isinstance(part, Tensor) else as_tensor(part)
+        rows = as_tensor(part)
         forget_pages(self.array)
         if self.flat:
             rows = rows.unsqueeze(-1)
@@ -182,24 +196,43 @@ class RasterSource(ImageSource):
             channels: Of the model; the first ones of the raster are taken.
 
         Raises:
-            UserError: The raster has too few.
+            UserError: The raster has too few, or holds numbers of a palette.
         """
         super().__init__()
         if raster.count < channels:
             raise UserError(
                 f"the raster has {raster.count} bands, and the model takes {channels} channels"
             )
+        meanings = getattr(raster, "colorinterp", ())[:channels]
+        if any(meaning.name == "palette" for meaning in meanings):
+            raise UserError(PALETTE)
         self.raster = raster
+        flags = getattr(raster, "mask_flag_enums", ())[:channels]
+        self.has_gaps = any(flag.name != "all_valid" for band in flags for flag in band)
         self.shape = (raster.height, raster.width, channels)
         blocks = getattr(raster, "block_shapes", None)
         self.row_block = int(blocks[0][0]) if blocks else 1
 
     def rows(self, start: int, stop: int) -> Tensor:
         """See `ImageSource`."""
-        height, width, channels = self.shape
-        window = ((start, stop), (0, width))
-        pixels = self.raster.read(list(range(1, channels + 1)), window=window)
-        return as_tensor(pixels).permute(1, 2, 0)
+        return as_tensor(self._call(self.raster.read, start, stop)).permute(1, 2, 0)
+
+    def valid(self, start: int, stop: int) -> Tensor | None:
+        """See `ImageSource`: by the raster's mask, or its value for missing data.
+
+        A pixel of integers is missing if it is in all bands: that value may be a colour in one.
+        """
+        if not self.has_gaps:
+            return None
+        masks = np.asarray(self._call(self.raster.read_masks, start, stop)) > 0
+        found = torch.from_numpy(masks).permute(1, 2, 0).unsqueeze(0)
+        integers = np.issubdtype(np.dtype(self.raster.dtypes[0]), np.integer)
+        return found.any(-1, keepdim=True) if integers else found
+
+    def _call(self, method: Callable[..., Any], start: int, stop: int) -> Any:
+        """Let a method of the raster give rows of the bands that are channels."""
+        _, width, channels = self.shape
+        return method(list(range(1, channels + 1)), window=((start, stop), (0, width)))
 
 
 def open_source(
@@ -211,15 +244,22 @@ def open_source(
         source: An array, a slide, a raster, or the path of a file of these.
         channels: Of the images that the model takes.
         layout: Of an array.
-        level: Of a pyramid.
+        level: Of a pyramid: of a file of TIFF, or a slide.
 
     Raises:
-        UserError: It is none of these, does not fit the model, or needs a library that is missing.
+        UserError: It is none of these, does not fit the model, has no such level, or needs a
+            library that is missing.
     """
     if isinstance(source, (str, Path)):
         source = open_file(Path(source).expanduser(), level)
+        level = 0  # which the file is opened at
     if hasattr(source, "read_region") and hasattr(source, "level_dimensions"):
         return SlideSource(source, channels, level)
+    if level:
+        raise UserError(
+            f"{type(source).__name__} has no level {level}: give a slide or the path of a TIFF "
+            "file, or open the level yourself, as rasterio.open(path, overview_level=N) does"
+        )
     if hasattr(source, "read") and hasattr(source, "count") and hasattr(source, "height"):
         return RasterSource(source, channels)
     if hasattr(source, "shape") and hasattr(source, "__getitem__"):
@@ -239,23 +279,28 @@ def open_file(path: Path, level: int) -> Any:
         level: Of a pyramid.
 
     Raises:
-        UserError: There is no such file, its kind is not known, or a library is missing.
+        UserError: There is no such file or level, its kind is not known, it holds numbers of a
+            palette, or a library is missing.
     """
     if not path.exists():
         raise UserError(f"there is no image {path}")
     kind = path.suffix.lower()
+    if level and kind in (".npy", ".zarr"):
+        raise UserError(f"{path} has no level {level}: {kind} files have one alone")
     try:
         if kind == ".npy":
             return np.load(path, mmap_mode="r")
         if kind == ".zarr":
             return load_library("zarr", "wsi").open(str(path), mode="r")
-        if kind in (".tif", ".tiff") and level == 0:
-            raster = _raster_on_earth(path)
+        if kind in (".tif", ".tiff"):
+            raster = _raster_on_earth(path, level)
             if raster is not None:
                 return raster
         if kind in (".tif", ".tiff", ".svs", ".ndpi", ".scn", ".bif", ".qptiff"):
             zarr = load_library("zarr", "wsi")
-            store = load_library("tifffile", "wsi").imread(path, aszarr=True, level=level)
+            tifffile = load_library("tifffile", "wsi")
+            _check_tags(tifffile, path, kind)
+            store = tifffile.imread(path, aszarr=True, level=level)
             return zarr.open(store, mode="r")
     except UserError:
         raise
@@ -267,7 +312,7 @@ def open_file(path: Path, level: int) -> Any:
     )
 
 
-def _raster_on_earth(path: Path) -> Any:
+def _raster_on_earth(path: Path, level: int) -> Any:
     """A raster of rasterio, if that is installed and the file has a place on the earth."""
     try:
         import rasterio
@@ -276,7 +321,25 @@ def _raster_on_earth(path: Path) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
         raster = rasterio.open(path)
-    return raster if raster.crs is not None else None
+        if raster.crs is None:
+            return None
+        return rasterio.open(path, overview_level=level - 1) if level else raster
+
+
+def _check_tags(tifffile: Any, path: Path, kind: str) -> None:
+    """Refuse numbers of a palette, and tell of a place on the earth that maps will not have."""
+    with tifffile.TiffFile(path) as file:
+        page = file.pages[0]
+        if page.photometric == tifffile.PHOTOMETRIC.PALETTE:
+            raise UserError(PALETTE)
+        on_earth = any(tag in page.tags for tag in EARTH_TAGS)
+    if on_earth and kind in (".tif", ".tiff") and importlib.util.find_spec("rasterio") is None:
+        warnings.warn(
+            f"{path} has a place on the earth, which maps of it will not have: that needs rasterio "
+            "(pip install 'vitlinear[geo]')",
+            Notice,
+            stacklevel=2,
+        )
 
 
 def forget_pages(array: Any) -> None:
@@ -287,10 +350,31 @@ def forget_pages(array: Any) -> None:
         mapped.madvise(mmap.MADV_DONTNEED)
 
 
+def chunk_length(array: Any, axis: int) -> int | None:
+    """Length of an array's chunks along an axis, the first one of those of dask; None without."""
+    chunks = getattr(array, "chunks", None)
+    if not isinstance(chunks, (tuple, list)):
+        return None
+    length = chunks[axis]
+    return int(length[0] if isinstance(length, (tuple, list)) else length)
+
+
 def as_tensor(part: Any) -> Tensor:
-    """A tensor of whatever numpy can read; unsigned integers of 16 bits become those of 32."""
-    array = np.asarray(part)
-    if array.dtype == np.uint16:
+    """A tensor of a tensor or of whatever numpy can read; 16 bits without a sign become 32.
+
+    Raises:
+        UserError: It holds what is neither a pixel nor a floating-point number.
+    """
+    array = part if isinstance(part, Tensor) else np.asarray(part)
+    name = getattr(array.dtype, "name", str(array.dtype).removeprefix("torch."))
+    if "float" not in name and name not in ("uint8", "uint16"):
+        raise UserError(
+            f"the image holds {name}: give pixels of uint8 or uint16, or "
+            "floating-point numbers, which are taken as they are"
+        )
+    if isinstance(array, Tensor):
+        return array.to(torch.int32) if array.dtype == torch.uint16 else array
+    if name == "uint16":
         array = array.astype(np.int32)
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if any(stride < 0 for stride in array.strides) or not array.flags.writeable:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,14 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from vitlinear.create import data_config
 from vitlinear.errors import UserError
-from vitlinear.files import make_folder
+from vitlinear.files import check_no_input, make_folder
 from vitlinear.models._isotropic import IsotropicBackbone
 from vitlinear.rows.steps import check_head, steps_of
 
 from .maps import RowMap
 from .memory import parse_memory
 from .peers import Peers
-from .record import Record
+from .record import Record, sole_use
 from .run import Plan, Readable, Runner, module_example, plan_steps, pooled
 from .sinks import Writer, Writers, check_shape, check_sink
 from .sources import ImageSource, RasterSource, open_source
@@ -59,7 +61,8 @@ def stream(
         source: The image: an array [C, H, W] or [H, W, C], such as a numpy array, a memory map,
             zarr, a tensor; a slide of tiffslide or openslide; a raster of rasterio; or the path of
             a ``.npy``, ``.zarr`` or TIFF file. Integers are pixels, which are scaled and normalised
-            as the model wants them; floating point numbers are taken as they are.
+            as the model wants them, of 8 or 16 bits without a sign; floating point numbers are
+            taken as they are. Missing data of a raster count as the mean, 0.
         sink: Where the map of the output goes: an array [C, h, w], or the path of a ``.npy``,
             ``.zarr`` or TIFF file; for several outputs a dictionary of these by output. None to
             return it.
@@ -70,13 +73,13 @@ def stream(
         workdir: Folder for what is too large for memory; None to keep it in memory. The same call
             goes on from where an earlier one with this folder was interrupted.
         layout: ``'CHW'`` or ``'HWC'`` where the shape does not tell.
-        level: Of a pyramid; 0 has all pixels.
+        level: Of the pyramid of a slide or a TIFF file; 0 has all pixels.
         mean: Of the channels of pixels, from 0 to 1; by default the model's.
         std: Likewise.
         band_rows: Rows of the output that each layer makes at once; None for as many as fit.
         mask: Places of the maps that are kept, the others hold NaN: ``'tissue'``, which
-            `vitlinear.streaming.tissue` defines, or an array [h, w] of truth values over the whole
-            image. What is kept is what it is without a mask.
+            `vitlinear.streaming.tissue` defines, ``'valid'``, where a raster has data, or an array
+            [h, w] of truth values over the whole image. What is kept is what it is without a mask.
         mesh: Of one dimension: the processes that share the bands. All make the same call, with a
             workdir that all of them see; the first one writes the sinks, and interrupted calls go
             on from the last finished layer.
@@ -92,14 +95,15 @@ def stream(
         UserError: The model has a layer that cannot be split into bands, memory or disk do not
             suffice, or the image cannot be read; the message says which.
     """
-    alone = isinstance(output, (str, int, PCA, Head))
-    outputs: tuple[Output, ...] = (output,) if alone else tuple(output)  # type: ignore[assignment, arg-type]
-    sinks = sink if isinstance(sink, dict) else {} if sink is None else {outputs[0]: sink}
     example = module_example(model)
     peers = Peers(mesh, example.device)
-    written = sinks if peers.rank == 0 else {}
-    with peers.one_fate(), torch.no_grad():
-        check_sinks(sinks, outputs, overwrite)
+    with peers.one_fate(), torch.no_grad(), ExitStack() as held:
+        outputs, alone = named_outputs(output)
+        if sink is not None and not isinstance(sink, dict) and len(outputs) > 1:
+            raise UserError("several outputs need a dictionary of sinks, by output")
+        sinks = sink if isinstance(sink, dict) else {} if sink is None else {outputs[0]: sink}
+        written = sinks if peers.rank == 0 else {}
+        check_sinks(sinks, outputs, overwrite, source, workdir)
         if band_rows is not None and band_rows < 1:
             raise UserError(f"band_rows must be at least 1, got {band_rows}")
         if peers.size > 1 and workdir is None:
@@ -124,7 +128,10 @@ def stream(
         if workdir is not None:
             folder = Path(workdir).expanduser()
             make_folder(folder)
+            if peers.rank == 0:
+                held.enter_context(sole_use(folder))
             record = Record(folder, _description(model, image, numbers, band_rows))
+        opened.forget()
         runner = Runner(
             example, budget, folder, record, band_rows, progress and peers.rank == 0, peers
         )
@@ -175,18 +182,56 @@ def stream(
         if record is not None and all(
             name in sinks or name not in plain or name == "logits" for name in outputs
         ):
-            record.delete()
+            if peers.rank == 0:
+                record.delete()
             for finished in maps.values():
                 finished.delete()
     return made[outputs[0]] if alone else made
 
 
-def check_sinks(sinks: dict[Output, Any], outputs: Sequence[Output], overwrite: bool) -> None:
-    """Check the places for maps before anything runs.
+def named_outputs(output: Any) -> tuple[tuple[Output, ...], bool]:
+    """The outputs that are asked for, and whether it is one that is not in a list.
 
     Raises:
-        UserError: One belongs to no output, or cannot be written.
+        UserError: There is none, or one that is no output.
     """
+    alone = isinstance(output, (str, PCA, Head)) or not isinstance(output, Iterable)
+    outputs: list[Output] = []
+    for name in (output,) if alone else output:
+        try:
+            outputs.append(name if isinstance(name, (str, PCA, Head)) else operator.index(name))
+        except TypeError as error:
+            raise UserError(
+                f"{name!r} is no output: give 'logits', 'features', the number of a map, a PCA or "
+                "a Head"
+            ) from error
+    if not outputs:
+        raise UserError("no output is asked for: give one at least")
+    return tuple(outputs), alone
+
+
+def check_sinks(
+    sinks: dict[Output, Any],
+    outputs: Sequence[Output],
+    overwrite: bool,
+    source: Any,
+    workdir: str | Path | None,
+) -> None:
+    """Check the places for maps before anything runs.
+
+    Args:
+        sinks: The places by output.
+        outputs: Those that are asked for.
+        overwrite: Whether files may be there.
+        source: The image, which no place may be in.
+        workdir: Likewise.
+
+    Raises:
+        UserError: One belongs to no output or to two, or cannot be written.
+    """
+    taken: list[Any] = []
+    if not isinstance(source, (str, Path)):
+        source = getattr(source, "filename", None)  # of a memory map
     for name, place in sinks.items():
         if name not in outputs:
             raise UserError(f"there is a sink for {name!r}, which is no output that was asked for")
@@ -196,6 +241,19 @@ def check_sinks(sinks: dict[Output, Any], outputs: Sequence[Output], overwrite: 
                 "of a map"
             )
         check_sink(place, overwrite)
+        if not isinstance(place, (str, Path)):
+            if any(place is other for other in taken):
+                raise UserError("two outputs have one array as their sink: give each its own")
+            taken.append(place)
+            continue
+        check_no_input(place, (source,))
+        path = Path(place).expanduser().resolve()
+        if path in taken:
+            raise UserError(f"two outputs are to be written to {place}: give each its own sink")
+        taken.append(path)
+        for folder, holds in ((source, "the image"), (workdir, "what a later call goes on from")):
+            if folder and path.is_relative_to(Path(folder).expanduser().resolve()):
+                raise UserError(f"cannot write {place}: it is in {folder}, which holds {holds}")
 
 
 def _stride(plans: Sequence[Plan]) -> float:
@@ -230,14 +288,25 @@ class Pixels:
         self.std = torch.tensor(config.std, dtype=dtype)
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Rows [1, stop - start, W, C]."""
+        """Rows [1, stop - start, W, C]; 0, the mean, where the image has no data.
+
+        Raises:
+            UserError: Rows cannot be read, or hold numbers that are not finite.
+        """
         rows = self.source.read(start, stop)
-        if rows.is_floating_point():
-            return rows
-        if rows.dtype == torch.bool:
-            raise UserError("the image holds truth values; give pixels")
-        scale = torch.iinfo(torch.uint8).max if rows.dtype == torch.uint8 else 65535
-        return (rows.to(self.mean.dtype) / scale - self.mean) / self.std
+        if not rows.is_floating_point():
+            scale = torch.iinfo(torch.uint8).max if rows.dtype == torch.uint8 else 65535
+            rows = (rows.to(self.mean.dtype) / scale - self.mean) / self.std
+        valid = self.source.valid(start, stop)
+        if valid is not None:
+            rows = rows.masked_fill(~valid, 0)
+        finite = rows.isfinite().flatten(2).all(2)[0]
+        if not finite.all():
+            raise UserError(
+                f"row {start + int(finite.int().argmin())} of the image holds numbers that are not "
+                "finite: fill them in, or give a raster that names its value for missing data"
+            )
+        return rows
 
 
 def _numbers_of(output: Output, plans: list[Plan], model: Any) -> list[int]:

@@ -1,4 +1,4 @@
-"""Which places of a map are worth keeping: a mask that is given, or that of the tissue on a slide.
+"""Which places of a map are worth keeping: those of a mask, of tissue, or of data in a raster.
 
 A mask acts on outputs alone. What is kept is exactly what it would be without a mask: it has seen
 the places that are left out.
@@ -25,6 +25,9 @@ class Source(Protocol):
 
     def read(self, start: int, stop: int) -> Tensor:
         """Rows [1, stop - start, W, C]."""
+
+    def valid(self, start: int, stop: int) -> Tensor | None:
+        """Where they hold data, [1, stop - start, W, C or 1]; None where all of them do."""
 
 
 @dataclass
@@ -66,16 +69,19 @@ def make_mask(mask: Any, source: Source) -> Mask:
     """The mask that was asked for.
 
     Args:
-        mask: ``'tissue'``, or an array [h, w] of truth values.
+        mask: ``'tissue'``, ``'valid'``, or an array [h, w] of truth values.
         source: The image.
 
     Raises:
-        UserError: It is neither.
+        UserError: It is none of them, or the image is not one for it.
     """
     if isinstance(mask, str):
-        if mask != "tissue":
-            raise UserError(f"there is no mask {mask!r}: give 'tissue', or an array [h, w]")
-        return Mask(tissue_cells(source), source.shape[:2], (CELL, CELL))
+        kinds = {"tissue": tissue_cells, "valid": valid_cells}
+        if mask not in kinds:
+            raise UserError(
+                f"there is no mask {mask!r}: give 'tissue', 'valid', or an array [h, w]"
+            )
+        return Mask(kinds[mask](source), source.shape[:2], (CELL, CELL))
     found = torch.as_tensor(np.asarray(mask))
     if found.dim() != 2 or found.dtype != torch.bool or not found.numel():
         raise UserError(
@@ -101,7 +107,7 @@ def tissue_cells(source: Source) -> Tensor:
     parts = []
     for start in range(0, height, CELL):
         rows = source.read(start, min(start + CELL, height))
-        if rows.is_floating_point() or rows.dtype == torch.bool:
+        if rows.is_floating_point():
             raise UserError("a tissue mask needs pixels, which are integers; give a mask [h, w]")
         columns = rows.to(torch.float32).mean((0, 1))
         cells = [part.mean(0) for part in columns.split(CELL)]
@@ -110,6 +116,25 @@ def tissue_cells(source: Source) -> Tensor:
     most, least = colour.amax(-1), colour.amin(-1)
     saturation = (most - least) / most.clamp(min=1)
     return saturation > otsu(saturation)
+
+
+def valid_cells(source: Source) -> Tensor:
+    """Cells of 32 x 32 pixels of which some hold data.
+
+    Raises:
+        UserError: The image does not tell where data are missing.
+    """
+    height = source.shape[0]
+    parts = []
+    for start in range(0, height, CELL):
+        valid = source.valid(start, min(start + CELL, height))
+        if valid is None:
+            raise UserError(
+                "mask='valid' needs a raster that names its value for missing data, or has a mask"
+            )
+        columns = valid.any(-1).any(1)[0]
+        parts.append(torch.stack([part.any() for part in columns.split(CELL)]))
+    return torch.stack(parts)
 
 
 def otsu(values: Tensor) -> float:

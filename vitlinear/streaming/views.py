@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from vitlinear.errors import UserError
+from vitlinear.errors import UserError, one_line
 
 from .memory import MARGIN, peak_bytes
 from .tissue import Mask
@@ -49,7 +49,12 @@ class Head:
     @property
     def maps(self) -> tuple[str | int, ...]:
         """Names of the maps."""
-        return (self.of,) if isinstance(self.of, (str, int)) else tuple(self.of)
+        return tuple(self.of) if self.several else (self.of,)  # type: ignore[arg-type, return-value]
+
+    @property
+    def several(self) -> bool:
+        """Whether the module takes a list of maps."""
+        return isinstance(self.of, Iterable) and not isinstance(self.of, str)
 
 
 class View(Protocol):
@@ -186,8 +191,7 @@ class HeadMap:
 
     def _run(self, maps: Sequence[Tensor]) -> Tensor:
         given = [x.permute(0, 3, 1, 2) for x in maps]
-        several = not isinstance(self.head.of, (str, int))
-        out: Any = self.head.module(given) if several else self.head.module(given[0])
+        out: Any = self.head.module(given if self.head.several else given[0])
         if not isinstance(out, Tensor) or out.dim() != 4 or out.shape[0] != 1:
             shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
             raise UserError(f"{self.name} must give a map [1, K, h, w]; it gave {shape}")
@@ -195,7 +199,17 @@ class HeadMap:
 
     def _try(self) -> Tensor:
         whole = self._random()
-        out = self._run(whole)
+        try:
+            out = self._run(whole)
+        except UserError:
+            raise
+        except Exception as error:
+            names = ", ".join(map(str, self.head.maps))
+            channels = ", ".join(str(shape[2]) for shape in self.shapes)
+            raise UserError(
+                f"{self.name} does not take what it is given, map {names} of {channels} channels: "
+                f"{one_line(error)}"
+            ) from error
         self.scale, rest = divmod(out.shape[1], PROBE_UNITS)
         if rest or not self.scale or out.shape[2] % PROBE_COLUMNS:
             raise UserError(

@@ -13,6 +13,8 @@ from vitlinear.checkpoints.card import read_card
 from vitlinear.create import check_model_name
 from vitlinear.errors import Notice, UserError
 
+WEB = ("http", "https")
+
 
 def check_config(config: Config, parts: tuple[str, ...]) -> None:
     """Refuse a config whose backbone, weights or data are not there.
@@ -33,6 +35,12 @@ def check_config(config: Config, parts: tuple[str, ...]) -> None:
             if rule.get("type") == "Pretrained":
                 if not rule.get("checkpoint"):
                     raise UserError(f"{key}.init_cfg names no file: set {key}.init_cfg.checkpoint")
+                scheme, address, _ = rule["checkpoint"].partition("://")
+                if address and scheme not in WEB:
+                    raise UserError(
+                        f"{key}.init_cfg.checkpoint is {rule['checkpoint']}: give a file, or an "
+                        "address of http or https"
+                    )
                 _check_set(rule["checkpoint"], f"{key}.init_cfg.checkpoint")
     for part in parts:
         for key, section in sections(config.get(f"{part}_dataloader"), f"{part}_dataloader"):

@@ -16,7 +16,14 @@ from vitlinear.errors import UserError
 from vitlinear.files import check_no_input
 
 from .annotations import check_annotations
-from .checks import backbones, check_config, check_exists, name_arguments, without_start_weights
+from .checks import (
+    backbones,
+    check_config,
+    check_exists,
+    name_arguments,
+    sections,
+    without_start_weights,
+)
 from .packages import require
 from .results import ResultsHook
 from .runner import (
@@ -157,7 +164,11 @@ def _test_arguments(
         "--show-dir", default=None, metavar="FOLDER", help="images with what was found drawn in"
     )
     parser.add_argument("--overwrite", action="store_true", help=OVERWRITE)
-    parser.add_argument("--tta", action="store_true", help="test-time augmentation")
+    parser.add_argument(
+        "--tta",
+        action="store_true",
+        help="test-time augmentation; of a detector's boxes, not masks",
+    )
     return from_arguments(TestArguments, parser.parse_args(argv))
 
 
@@ -198,6 +209,7 @@ def _results(config: Config, arguments: TestArguments, framework: str) -> Result
 
 def _detector_options(config: Config, arguments: TestArguments) -> None:
     if arguments.tta:
+        _refuse_masks(config, arguments.run.config.config)
         nms = {"nms": {"type": "nms", "iou_threshold": 0.5}, "max_per_img": 100}
         config.setdefault("tta_model", {"type": "DetTTAModel", "tta_cfg": nms})
         if "tta_pipeline" not in config:
@@ -208,6 +220,17 @@ def _detector_options(config: Config, arguments: TestArguments) -> None:
         metrics = list(metrics) if isinstance(metrics, Sequence) else [metrics]
         dump = {"type": "DumpDetResults", "out_file_path": arguments.out}
         config.test_evaluator = [*metrics, dump]
+
+
+def _refuse_masks(config: Config, name: str) -> None:
+    """Refuse test-time augmentation of masks, which mmdet's merging of boxes has no way for."""
+    heads = (key.rpartition(".")[2] for key, _ in sections(config.model, "model"))
+    metrics = (part.get("metric") or () for _, part in sections(config.test_evaluator, ""))
+    if "mask_head" in heads or any("segm" in metric for metric in metrics):
+        raise UserError(
+            f"--tta: it is for boxes alone, and {name} has masks; leave --tta out, or take a "
+            "config without them"
+        )
 
 
 def _segmentor_options(config: Config, arguments: TestArguments) -> None:

@@ -17,6 +17,8 @@ from vitlinear.errors import Notice, UserError
 from vitlinear.registry import MODELS
 
 from ..backbone import MultiScaleBackbone
+from .checks import WEB
+from .reading import fetch
 
 Rule = dict[str, Any]
 
@@ -49,9 +51,9 @@ class Backbone(MultiScaleBackbone, BaseModule):
             model: Name in timm's registry, with or without a tag.
             *args: Of `MultiScaleBackbone`.
             init_cfg: As mmengine has it. ``dict(type='Pretrained', checkpoint=FILE)`` loads a file
-                of weights, the authors' or ours, of a classifier, or of the stages of a detector,
-                when the detector initialises its weights: not where it goes on from a checkpoint
-                of its own.
+                of weights, which may be an address of http or https, the authors' or ours, of a
+                classifier, or of the stages of a detector, when the detector initialises its
+                weights: not where it goes on from a checkpoint of its own.
             **kwargs: Of `MultiScaleBackbone`, ``pretrained=True`` among them, which fetches the
                 weights that timm's registry names.
 
@@ -79,7 +81,7 @@ class Backbone(MultiScaleBackbone, BaseModule):
             super().init_weights()
         finally:
             self.init_cfg = given
-        for checkpoint in checkpoints:
+        for checkpoint in map(_local, checkpoints):
             args, kwargs = self._arguments
             with warnings.catch_warnings():  # of what is told below, with more knowledge
                 warnings.simplefilter("ignore", Notice)
@@ -103,6 +105,20 @@ class Backbone(MultiScaleBackbone, BaseModule):
         give wrong values without a word for one that is not.
         """
         return tuple(level.contiguous() for level in super().forward(images))
+
+
+def _local(checkpoint: str) -> str:
+    """The file of weights, which is fetched if it has an address.
+
+    Raises:
+        CheckpointError: It cannot be fetched.
+        UserError: Its address is of another kind than http and https.
+    """
+    if "://" not in checkpoint:
+        return checkpoint
+    if checkpoint.partition("://")[0] not in WEB:
+        raise UserError(f"cannot fetch {checkpoint}: give a file, or an address of http or https")
+    return str(fetch(checkpoint))
 
 
 def _split(

@@ -68,6 +68,24 @@ def read_for_mmengine(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def fetch(url: str, folder: str | None = None) -> Path:
+    """The file of an address, which is fetched if it is not there.
+
+    Args:
+        url: The address, of http or https.
+        folder: Where it is kept; None for torch's.
+
+    Raises:
+        CheckpointError: It cannot be had.
+    """
+    try:
+        path = ensure_downloaded({"url": url}, folder)
+    except DownloadError as error:
+        raise CheckpointError(str(error)) from error
+    assert path is not None  # an address always leads to a file, or to an error
+    return path
+
+
 def _history(value: Any) -> Any:
     if not isinstance(value, LossHistory):
         return value
@@ -88,12 +106,7 @@ def _load_any(file: Any, map_location: Any = None, weights_only: bool | None = N
 
 
 def _load_url(url: str, model_dir: str | None = None, **kwargs: Any) -> dict[str, Any]:
-    try:
-        path = ensure_downloaded({"url": url}, model_dir)
-    except DownloadError as error:
-        raise CheckpointError(str(error)) from error
-    assert path is not None  # an address always leads to a file, or to an error
-    return read_for_mmengine(path)
+    return read_for_mmengine(fetch(url, model_dir))
 
 
 class _Pickle(PickleHandler):

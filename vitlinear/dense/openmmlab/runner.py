@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import pickle
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +23,15 @@ from vitlinear.checkpoints.read import CheckpointError, read_checkpoint
 from vitlinear.checkpoints.translate import layout_of
 from vitlinear.cli.configs import find_config
 from vitlinear.cli.parser import Parser
-from vitlinear.errors import UserError, one_line
+from vitlinear.errors import Notice, UserError, one_line
 from vitlinear.processes import join_processes, process_group
 
+from .checks import sections
 from .reading import safe_reading
 
 TASKS = {"mmdet": "detection", "mmseg": "segmentation"}
 OVERWRITE = "replace results of an earlier run, where a number behind the name keeps them apart"
+SYNC_BN = ("SyncBN", "MMSyncBN")
 TIMEOUT = 1800  # seconds that processes on CPUs wait for each other
 
 
@@ -198,6 +201,7 @@ def build_runner(
         prepare: Is given the runner; if it refuses, the folder of the run goes again.
     """
     if config.launcher != "none" and not torch.cuda.is_available():
+        _without_sync_bn(config)
         # mmengine would name a GPU for each process.
         config.setdefault(
             "model_wrapper_cfg",
@@ -219,6 +223,22 @@ def build_runner(
         if is_new:  # mmengine makes it before it builds the model
             shutil.rmtree(work_dir, ignore_errors=True)
         raise
+
+
+def _without_sync_bn(config: Config) -> None:
+    """Make batch norms those of each process, with a `Notice`: SyncBN runs on GPUs alone."""
+    shared = [part for _, part in sections(config.model, "model") if part.get("type") in SYNC_BN]
+    if config.get("sync_bn") is None and not shared:
+        return
+    config.sync_bn = None
+    for part in shared:
+        part["type"] = "BN"
+    if not distributed.is_initialized() or distributed.get_rank() == 0:
+        warnings.warn(
+            "without a GPU, batch norms take the statistics of each process alone: SyncBN is BN",
+            Notice,
+            stacklevel=2,
+        )
 
 
 @contextlib.contextmanager
