@@ -85,7 +85,7 @@ class Peers:
         return [moved(each, self.device) for _, each in answers]
 
     def _exchange(self, failure: str | None, value: Any) -> list[Any]:
-        """What each process sends: why it failed, and its value."""
+        """Failures and values of all processes: each sends why it failed, and its value."""
         answers: list[Any] = [None] * self.size
         try:
             distributed.all_gather_object(answers, (failure, moved(value, "cpu")), group=self.group)
@@ -97,7 +97,7 @@ class Peers:
 
     @contextmanager
     def one_fate(self) -> Iterator[None]:
-        """What all processes do: where one fails, the others do at their next exchange.
+        """Block of all processes: where one fails, the others do at their next exchange.
 
         None leaves before all have come to the end, or it could not be told of a failure.
 
