@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import vitlinear
 from vitlinear.errors import UserError
-from vitlinear.streaming import memory, run
+from vitlinear.streaming import PCA, Head, maps, memory, run, sinks
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +98,59 @@ def test_too_little_memory_is_said(model, image, tmp_path, monkeypatch):
         vitlinear.stream(model, image, memory="400KiB")
     with pytest.raises(UserError, match="stem needs .* KiB for its smallest band"):
         vitlinear.stream(model, image, memory="100KiB", workdir=tmp_path)
+
+
+def test_blocks_that_fill_the_memory_are_named(model, image, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "resident", lambda: -run.RESERVE)
+
+    class Chunked:
+        shape, chunks, dtype = image.shape, (3, 300, 96), image.dtype
+
+        def __getitem__(self, key):
+            return image[key]
+
+    with pytest.raises(UserError, match="the blocks of 300 rows of the image need .* at once"):
+        vitlinear.stream(model, Chunked(), memory="1MiB", workdir=tmp_path)
+
+    class Array:
+        shape, chunks = (24, 100, 24), (24, 90, 24)
+
+        def __setitem__(self, key, rows):
+            raise AssertionError
+
+    with pytest.raises(UserError, match="the blocks of 90 rows of the map for an array need"):
+        vitlinear.stream(model, image, Array(), output=0, memory="1MiB", workdir=tmp_path)
+    head = Head(torch.nn.Conv2d(24, 150, 1).eval(), 0)
+    with pytest.raises(UserError, match="the head .Conv2d. needs .* for its smallest band"):
+        vitlinear.stream(model, image, output=head, memory="20KiB", workdir=tmp_path)
+
+
+def test_blocks_of_writers_have_the_rows_that_fit():
+    shape, array = (1000, 50, 10), np.empty((10, 1000, 50), np.float32)
+    row = sinks.COPIES * 50 * 10 * 4
+    assert [sinks.block_rows("a.npy", shape, 4, 7 * row), sinks.block_rows(array, shape, 4, 0)] == [
+        7,
+        1,
+    ]
+    assert sinks.block_rows("a.npy", shape, 4, 999 * row) == sinks.TILE
+    assert sinks.block_rows("a.zarr", shape, 4, 7 * row) == sinks.TILE
+
+
+@pytest.mark.parametrize("output", [PCA(0), Head(torch.nn.Conv2d(24, 150, 1).eval(), 0)])
+def test_outputs_made_of_maps_are_made_in_groups_of_rows(output, model, image, monkeypatch):
+    """Of one of these and of a block of the writer, what is read at once keeps to the memory."""
+    expected = vitlinear.stream(model, image, output=output)
+    groups = []
+    read = maps.RowMap.read
+
+    def noted(self, start, stop):
+        groups.append(stop - start)
+        return read(self, start, stop)
+
+    monkeypatch.setattr(maps.RowMap, "read", noted)
+    monkeypatch.setattr(run.Runner, "left", lambda self, made: 400 * 2**10)
+    view = vitlinear.stream(model, image, output=output, band_rows=50)
+    assert max(groups[-4:]) < 50 and torch.allclose(view.double(), expected.double(), atol=1)
 
 
 def test_softmax_says_how_much_it_needs_before_anything_runs(tmp_path, monkeypatch):

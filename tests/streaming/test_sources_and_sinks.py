@@ -434,3 +434,5 @@ def test_command(command, tmp_path, features, model):
     assert result.code == 2 and "the command reads it" in result.err
     result = command("stream", "test_ravlt_linear", tmp_path / "image.npy", "--output", "x.npy")
     assert result.code == 2 and "no weights" in result.err
+    result = command(*arguments, tmp_path / "other.npy", "--model", "test_mavit")
+    assert result.code == 2 and "unknown option --model" in result.err  # MODEL names it

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -259,6 +259,23 @@ class Runner:
                 f"{amount(self.memory)} are "
                 "left of what may be used: give workdir= to keep them on disk, or more by memory="
             )
+
+    def set_aside(self, blocks: Iterable[tuple[int, str]]) -> None:
+        """Leave memory for blocks that are read or written, of which one is there at a time.
+
+        Args:
+            blocks: Bytes of each, and the thing that it is of.
+
+        Raises:
+            UserError: One takes more than half of what there is.
+        """
+        size, name = max(blocks, default=(0, ""))
+        if 2 * size > self.memory:
+            raise UserError(
+                f"{name} need {amount(size)} at once, which is more than half of the "
+                f"{amount(self.memory)} that are left of what may be used: give more by memory="
+            )
+        self.memory -= size
 
     def left(self, maps: list[RowMap]) -> int:
         """Bytes of memory that these maps leave."""

@@ -20,6 +20,7 @@ from .maps import reserve, write_at
 from .sources import chunk_length, levels_of
 
 TILE = 256  # rows and columns of tiles and chunks, as most readers have them
+COPIES = 3  # of a block: as it is read, masked, and in the order of the file
 KINDS = ".npy, .zarr, .tif or .tiff"
 
 
@@ -78,6 +79,24 @@ def check_shape(sink: Any, map_shape: tuple[int, int, int]) -> None:
         raise UserError(f"the map is {(channels, height, width)}, and the array for it {shape}")
 
 
+def block_rows(sink: Any, map_shape: tuple[int, int, int], number_bytes: int, budget: int) -> int:
+    """Rows of a map that are written together: those of chunks or tiles, or as many as fit.
+
+    Args:
+        sink: The place: an array, or a path.
+        map_shape: Height, width and channels.
+        number_bytes: Of a value of the map.
+        budget: Bytes for a block with its copies.
+    """
+    height, width, channels = map_shape
+    if isinstance(sink, (str, Path)):
+        needed = None if Path(sink).suffix.lower() == ".npy" else TILE
+    else:
+        needed = chunk_length(sink, 1)
+    fitting = budget // (COPIES * width * channels * number_bytes)
+    return min(needed or max(min(fitting, TILE), 1), height)
+
+
 class Writer(ABC):
     """Writes a map to its place, block by block.
 
@@ -86,12 +105,12 @@ class Writer(ABC):
         where: Of the map, for messages.
     """
 
-    rows = TILE
     where = "of the map"
 
-    def __init__(self, made: Rows) -> None:
-        """Keep the map, of which no row is there yet."""
+    def __init__(self, made: Rows, rows: int) -> None:
+        """Keep the map, of which no row is there yet, and the rows of a block."""
         self.made = made
+        self.rows = rows
         self.done = 0
 
     def write_until(self, stop: int) -> None:
@@ -130,19 +149,19 @@ class Writer(ABC):
 class ArrayWriter(Writer):
     """Writes into an array [C, H, W]: numpy, a tensor, zarr."""
 
-    def __init__(self, made: Rows, array: Any) -> None:
+    def __init__(self, made: Rows, rows: int, array: Any) -> None:
         """Check the array.
 
         Args:
             made: The map.
+            rows: Of a block.
             array: The place.
 
         Raises:
             UserError: It has another shape than the map.
         """
-        super().__init__(made)
+        super().__init__(made, rows)
         check_shape(array, made.shape)
-        self.rows = chunk_length(array, 1) or TILE
         self.array = array
 
     def write(self, start: int, stop: int) -> None:
@@ -163,9 +182,9 @@ class FileWriter(Writer):
 
     file: Any = None
 
-    def __init__(self, made: Rows, path: Path) -> None:
+    def __init__(self, made: Rows, rows: int, path: Path) -> None:
         """Make the file, of its full size."""
-        super().__init__(made)
+        super().__init__(made, rows)
         self.path = path
         self.unfinished = path.with_name(f".{path.stem}.unfinished{path.suffix}")
         self.where = f"of {path}"
@@ -329,11 +348,12 @@ class RasterWriter(FileWriter):
     GDAL makes COGs of whole rasters alone, so the rows are kept in a GeoTIFF beside it until then.
     """
 
-    def __init__(self, made: Rows, path: Path, raster: Any, stride: float) -> None:
+    def __init__(self, made: Rows, rows: int, path: Path, raster: Any, stride: float) -> None:
         """Make the file.
 
         Args:
             made: The map.
+            rows: Of a block.
             path: The file.
             raster: Of rasterio, whose place on the earth the map has.
             stride: Pixels of the raster in a row of the map.
@@ -341,7 +361,7 @@ class RasterWriter(FileWriter):
         self.raster = raster
         self.stride = stride
         self.collected = path.with_name(f".{path.stem}.rows{path.suffix}")
-        super().__init__(made, path)
+        super().__init__(made, rows, path)
 
     def begin(self) -> None:
         """See `FileWriter`."""
@@ -388,11 +408,12 @@ class Writers:
         self.raster = raster
         self.files: list[FileWriter] = []
 
-    def open(self, made: Rows, sink: Any, stride: float) -> Writer:
+    def open(self, made: Rows, rows: int, sink: Any, stride: float) -> Writer:
         """The writer of a map to its place.
 
         Args:
             made: The map.
+            rows: Of a block, as `block_rows` gives them.
             sink: An array [C, H, W], or a path.
             stride: Pixels of the image in a row of the map.
 
@@ -400,18 +421,18 @@ class Writers:
             UserError: The place does not fit, or cannot be written.
         """
         if not isinstance(sink, (str, Path)):
-            return ArrayWriter(made, sink)
+            return ArrayWriter(made, rows, sink)
         file: FileWriter
         path = Path(sink).expanduser()
         kind = path.suffix.lower()
         if kind == ".npy":
-            file = NumpyWriter(made, path)
+            file = NumpyWriter(made, rows, path)
         elif kind == ".zarr":
-            file = ZarrWriter(made, path)
+            file = ZarrWriter(made, rows, path)
         elif self.raster is not None:
-            file = RasterWriter(made, path, self.raster, stride)
+            file = RasterWriter(made, rows, path, self.raster, stride)
         else:
-            file = TiffWriter(made, path)
+            file = TiffWriter(made, rows, path)
         self.files.append(file)
         return file
 

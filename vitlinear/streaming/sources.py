@@ -33,10 +33,12 @@ class ImageSource(ABC):
     Attributes:
         shape: Height, width and channels.
         row_block: Rows that are stored together, such as the height of tiles.
+        number_bytes: Bytes of a number, once it is read.
     """
 
     shape: tuple[int, int, int]
     row_block = 1
+    number_bytes = 1
 
     def __init__(self) -> None:
         self._blocks: dict[int, Tensor] = {}
@@ -49,19 +51,29 @@ class ImageSource(ABC):
         """
         if self.row_block == 1:
             return self._checked(start, stop).unsqueeze(0)
-        # Neighbouring bands share blocks: those of the last one are kept.
-        size = self.row_block
-        numbers = range(start // size, -(-stop // size))
-        blocks = {
-            n: self._blocks[n]
-            if n in self._blocks
-            else self._checked(n * size, min((n + 1) * size, self.shape[0]))
-            for n in numbers
-        }
-        self._blocks = blocks
-        rows = torch.cat(list(blocks.values()))
-        first = numbers.start * size
-        return rows[start - first : stop - first].unsqueeze(0)
+        rows: Tensor | None = None
+        for number in range(start // self.row_block, -(-stop // self.row_block)):
+            first = number * self.row_block
+            last = min(first + self.row_block, self.shape[0])
+            # Neighbouring bands share blocks: the last ones are kept.
+            if number not in self._blocks:
+                self._blocks = {n: x for n, x in self._blocks.items() if number - n in (1, -1)}
+                self._blocks[number] = self._checked(first, last)
+            block = self._blocks[number]
+            if rows is None:
+                rows = block.new_empty((stop - start, *self.shape[1:]))
+            part = slice(max(start, first), min(stop, last))
+            rows[part.start - start : part.stop - start] = block[
+                part.start - first : part.stop - first
+            ]
+        assert rows is not None  # nobody asks for no row
+        return rows.unsqueeze(0)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes that blocks take while rows are read: two that are kept, and one that comes."""
+        width, channels = self.shape[1:]
+        return 3 * self.row_block * width * channels * self.number_bytes
 
     def forget(self) -> None:
         """Give back the memory of the blocks that were read last."""
@@ -136,6 +148,7 @@ class ArraySource(ImageSource):
             raise UserError(f"the image has no pixel: its shape is {shape}")
         self.shape = (height, width, channels)
         self.row_block = chunk_length(array, 1 if self.channels_first else 0) or 1
+        self.number_bytes = bytes_of(getattr(array, "dtype", "uint8"))
 
     def rows(self, start: int, stop: int) -> Tensor:
         """See `ImageSource`."""
@@ -212,6 +225,7 @@ class RasterSource(ImageSource):
         self.shape = (raster.height, raster.width, channels)
         blocks = getattr(raster, "block_shapes", None)
         self.row_block = int(blocks[0][0]) if blocks else 1
+        self.number_bytes = bytes_of(getattr(raster, "dtypes", ["uint8"])[0])
 
     def rows(self, start: int, stop: int) -> Tensor:
         """See `ImageSource`."""
@@ -357,6 +371,14 @@ def chunk_length(array: Any, axis: int) -> int | None:
         return None
     length = chunks[axis]
     return int(length[0] if isinstance(length, (tuple, list)) else length)
+
+
+def bytes_of(dtype: Any) -> int:
+    """Bytes of a number of numpy's or torch's type once it is read: see `as_tensor`."""
+    name = str(dtype).removeprefix("torch.")
+    if name.endswith(("uint16", "u2")):
+        return 4
+    return int(getattr(dtype, "itemsize", None) or np.dtype(name).itemsize)
 
 
 def as_tensor(part: Any) -> Tensor:

@@ -25,7 +25,7 @@ from .memory import parse_memory
 from .peers import Peers
 from .record import Record, sole_use
 from .run import Plan, Readable, Runner, module_example, plan_steps, pooled
-from .sinks import Writer, Writers, check_shape, check_sink
+from .sinks import COPIES, Writer, Writers, block_rows, check_shape, check_sink
 from .sources import ImageSource, RasterSource, open_source
 from .tissue import Mask, make_mask
 from .views import PCA, Head, HeadMap, MaskedMap, PrincipalComponents
@@ -135,24 +135,36 @@ def stream(
         runner = Runner(
             example, budget, folder, record, band_rows, progress and peers.rank == 0, peers
         )
+        runner.set_aside(
+            [(opened.block_bytes, f"the blocks of {opened.row_block} rows of the image")]
+        )
         heads = {
             name: HeadMap(name, [plans[n].after for n in found], runner.memory, example)
             for name, found in numbers.items()
             if isinstance(name, Head)
         }
+        rows: dict[Output, int] = {}
+        blocks = []
         for name, place in sinks.items():
-            shape = plans[numbers[name][0]].after
-            if isinstance(name, (PCA, Head)):
-                shape = (*shape[:2], 3) if isinstance(name, PCA) else heads[name].shape
+            shape, size = plans[numbers[name][0]].after, example.element_size()
+            if isinstance(name, PCA):
+                shape, size = (*shape[:2], 3), 1
+            elif isinstance(name, Head):
+                shape = heads[name].shape
             check_shape(place, shape)
+            rows[name] = block_rows(place, shape, size, runner.memory // 16)
+            taken = COPIES * rows[name] * math.prod(shape[1:]) * size
+            where = place if isinstance(place, (str, Path)) else "an array"
+            blocks.append((taken, f"the blocks of {rows[name]} rows of the map for {where}"))
+        runner.set_aside(blocks)
         raster = opened.raster if isinstance(opened, RasterSource) else None
         with Writers(raster) as writers:
 
             def open_writers(number: int, made: RowMap) -> list[Writer]:
                 stride = _stride(plans[: number + 1])
                 view: Any = made if kept is None else MaskedMap(made, kept)
-                places = [place for name, place in written.items() if plain.get(name) == number]
-                return [writers.open(view, place, stride) for place in places]
+                names = [name for name in written if plain.get(name) == number]
+                return [writers.open(view, rows[name], sinks[name], stride) for name in names]
 
             maps = runner.run(plans, image, needed, open_writers)
             made: dict[Output, Any] = {}
@@ -163,18 +175,19 @@ def stream(
                     continue
                 made_of = [maps[n] for n in found]
                 if isinstance(name, Head):
-                    heads[name].maps = made_of
+                    heads[name].use(made_of, runner.left(made_of))
                     view: Any = heads[name]
                 else:
                     pixels = runner.left(made_of) // 32  # rows are widened, and copied
-                    rows = max(pixels // math.prod(made_of[0].shape[1:]), 1)
-                    view = PrincipalComponents(made_of[0], kept, rows)
+                    some = max(pixels // math.prod(made_of[0].shape[1:]), 1)
+                    view = PrincipalComponents(made_of[0], kept, some)
                 view = view if kept is None else MaskedMap(view, kept)
                 if name in written:
                     stride = _stride(plans[: found[-1] + 1])
                     if isinstance(name, Head):
                         stride /= heads[name].scale
-                    writers.open(view, sinks[name], stride).write_until(view.shape[0])
+                    writer = writers.open(view, rows[name], sinks[name], stride)
+                    writer.write_until(view.shape[0])
                 elif name not in sinks:
                     made[name] = view.read(0, view.shape[0]).permute(0, 3, 1, 2)
         made |= sinks

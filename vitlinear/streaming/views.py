@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vitlinear.errors import UserError, one_line
 
-from .memory import MARGIN, peak_bytes
+from .memory import MARGIN, peak_bytes, rows_that_fit
 from .tissue import Mask
 
 Shape = tuple[int, int, int]
@@ -99,6 +99,7 @@ class PrincipalComponents:
             rows: Read at once.
         """
         self.made = made
+        self.rows = rows
         height, width, channels = made.shape
         self.shape = (height, width, 3)
         number = 0
@@ -132,8 +133,13 @@ class PrincipalComponents:
 
     def read(self, start: int, stop: int) -> Tensor:
         """See `View`."""
-        x = self.made.read(start, stop).to("cpu", torch.float64)
-        return (255 * (0.5 + (x - self.mean) @ self.weights)).round().clamp(0, 255).byte()
+        out = torch.empty((1, stop - start, *self.shape[1:]), dtype=self.dtype)
+        for first in range(start, stop, self.rows):
+            last = min(first + self.rows, stop)
+            x = self.made.read(first, last).to("cpu", torch.float64)
+            colours = (255 * (0.5 + (x - self.mean) @ self.weights)).round().clamp(0, 255)
+            out[:, first - start : last - start] = colours
+        return out
 
 
 class HeadMap:
@@ -144,16 +150,15 @@ class HeadMap:
 
         Args:
             head: The head.
-            shapes: Of its maps, which are to be set as `maps`.
+            shapes: Of its maps, which `use` sets.
             budget: Bytes for a band.
             example: Whose type and device maps get.
 
         Raises:
-            UserError: The head sees all rows at once, the maps do not fit together, or bands do
-                not give what the head makes of whole maps.
+            UserError: The head sees all rows at once, the maps do not fit together, bands do not
+                give what the head makes of whole maps, or the smallest one does not fit.
         """
         self.head = head
-        self.maps: Sequence[View] = ()
         self.shapes = shapes
         self.example = example
         self.name = f"the head ({type(head.module).__name__})"
@@ -177,8 +182,16 @@ class HeadMap:
         self.dtype = tried.dtype
         some = self._random()
         taken = peak_bytes(lambda: self._run(some)) + sum(x.nbytes for x in some)
-        per_unit = MARGIN * taken * coarse[1] / (PROBE_UNITS * PROBE_COLUMNS)
-        self.band_units = max(int(budget / per_unit) - 2 * self.reach, 1)
+        self.per_unit = MARGIN * taken * coarse[1] / (PROBE_UNITS * PROBE_COLUMNS)
+        rows_that_fit(
+            int(2 * self.reach * self.per_unit), int(self.per_unit), self.units, budget, self.name
+        )
+        self.use((), budget)
+
+    def use(self, maps: Sequence[View], budget: int) -> None:
+        """Set the maps, and the bytes for a band."""
+        self.maps = maps
+        self.band_units = max(int(budget / self.per_unit) - 2 * self.reach, 1)
 
     def _random(self) -> list[Tensor]:
         generator = torch.Generator().manual_seed(0)
@@ -251,10 +264,13 @@ class HeadMap:
 
     def read(self, start: int, stop: int) -> Tensor:
         """See `View`."""
-        first, last = start // self.scale, -(-stop // self.scale)
-        parts = [
-            self._band(self.maps, n, min(n + self.band_units, last), self.units)
-            for n in range(first, last, self.band_units)
-        ]
-        rows = torch.cat(parts, 1) if parts else torch.empty(1, 0, *self.shape[1:])
-        return rows[:, start - first * self.scale : stop - first * self.scale]
+        rows = torch.empty((1, stop - start, *self.shape[1:]), dtype=self.dtype)
+        last = -(-stop // self.scale)
+        for n in range(start // self.scale, last, self.band_units):
+            end = min(n + self.band_units, last)
+            first = n * self.scale
+            part = slice(max(start, first), min(stop, end * self.scale))
+            rows[:, part.start - start : part.stop - start] = self._band(
+                self.maps, n, end, self.units
+            )[:, part.start - first : part.stop - first]
+        return rows
