@@ -63,12 +63,16 @@ def some_by_night(
     """Parametrises with values of which all but some are left to nightly runs.
 
     Args:
-        name: Of the test's argument.
-        values: Of the argument.
+        name: Of the test's argument, or of several with commas between.
+        values: Of the argument; tuples of several arguments.
         every_run: Those that run every time.
     """
-    cases = [
-        pytest.param(value, marks=() if value in every_run else pytest.mark.nightly)
-        for value in values
-    ]
+    cases = []
+    for value in values:
+        marks = () if value in every_run else pytest.mark.nightly
+        if "," in name:
+            row = "-".join(map(label, name.split(", "), value))
+            cases.append(pytest.param(*value, marks=marks, id=row))
+        else:
+            cases.append(pytest.param(value, marks=marks))
     return pytest.mark.parametrize(name, cases)
