@@ -1,6 +1,6 @@
 """Parametrisation of which nightly runs see all, and other runs pairs of values, or some."""
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 from itertools import combinations, product
 from typing import Any
 
@@ -76,3 +76,15 @@ def some_by_night(
         else:
             cases.append(pytest.param(value, marks=marks))
     return pytest.mark.parametrize(name, cases)
+
+
+def diagonal(**axes: Sequence[Any]) -> pytest.MarkDecorator:
+    """Parametrises with a product: the first values together, the second ones, and so on.
+
+    The other combinations are left to nightly runs.
+
+    Args:
+        axes: the values of each argument of the test, as many of each.
+    """
+    cases = list(product(*axes.values()))
+    return some_by_night(", ".join(axes), cases, list(zip(*axes.values(), strict=True)))
