@@ -10,8 +10,7 @@ import pytest
 
 import vitlinear
 from tests.commands import Command
-from tests.train.helpers import FORKS
-from vitlinear_cli import COMMANDS, main
+from vitlinear_cli import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,6 +39,8 @@ def test_unknown_command_and_option(command: Command) -> None:
 
 @pytest.mark.parametrize("name", ["train", "validate", "predict", "export"])
 def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from vitlinear_cli import main
+
     with pytest.raises(SystemExit) as stop:
         main([name, "--help"])
     assert stop.value.code == 0
@@ -91,19 +92,12 @@ def test_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1 and list(tmp_path.iterdir()) == []
 
 
-def configs_for_nobody(errors: Path) -> None:
-    """Runs in a process of its own, whose streams are written out at its end."""
-    reader, writer = os.pipe()
-    os.close(reader)
-    os.dup2(writer, 1)
-    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
-    sys.exit(main(["configs"]))
-
-
 @pytest.mark.process
 def test_a_reader_that_has_enough(tmp_path: Path) -> None:
     """No traceback where nobody reads on, as of `vitlinear configs | head`."""
-    process = FORKS.Process(target=configs_for_nobody, args=(tmp_path / "errors",))
-    process.start()
-    process.join()
-    assert process.exitcode == 141 and (tmp_path / "errors").read_text() == ""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "vitlinear", "configs"]
+    done = subprocess.run(command, cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.returncode == 141 and done.stderr == ""
