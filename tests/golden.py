@@ -17,6 +17,8 @@ from torch import Tensor
 from vitlinear import ops
 
 FOLDER = Path(__file__).parent / "data" / "golden"
+BACKENDS = ("eager", "library")
+SIZES = ((224, 224), (192, 256))  # of most stored logits
 
 # Rules for the value of an entry, first that fits; n is standard normal, seeded by the key.
 _RULES = (

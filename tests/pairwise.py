@@ -1,6 +1,6 @@
 """Parametrisation of which nightly runs see all, and other runs pairs of values, or some."""
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 from itertools import combinations, product
 from typing import Any
 
@@ -63,12 +63,28 @@ def some_by_night(
     """Parametrises with values of which all but some are left to nightly runs.
 
     Args:
-        name: Of the test's argument.
-        values: Of the argument.
+        name: Of the test's argument, or of several with commas between.
+        values: Of the argument; tuples of several arguments.
         every_run: Those that run every time.
     """
-    cases = [
-        pytest.param(value, marks=() if value in every_run else pytest.mark.nightly)
-        for value in values
-    ]
+    cases = []
+    for value in values:
+        marks = () if value in every_run else pytest.mark.nightly
+        if "," in name:
+            row = "-".join(map(label, name.split(", "), value))
+            cases.append(pytest.param(*value, marks=marks, id=row))
+        else:
+            cases.append(pytest.param(value, marks=marks))
     return pytest.mark.parametrize(name, cases)
+
+
+def diagonal(**axes: Sequence[Any]) -> pytest.MarkDecorator:
+    """Parametrises with a product: the first values together, the second ones, and so on.
+
+    The other combinations are left to nightly runs.
+
+    Args:
+        axes: the values of each argument of the test, as many of each.
+    """
+    cases = list(product(*axes.values()))
+    return some_by_night(", ".join(axes), cases, list(zip(*axes.values(), strict=True)))

@@ -46,7 +46,10 @@ def test_skeletons_differ_in_their_attention_alone(skeleton):
         assert 1_000_000 < sum(p.numel() for p in model.parameters()) < 3_000_000
 
 
+@pytest.mark.slow
 def test_script(tmp_path, monkeypatch):
+    monkeypatch.setitem(fashion_mnist.SKELETONS["pyramid"][2], "depths", (1, 1, 1, 1))
+    monkeypatch.setitem(fashion_mnist.SKELETONS["isotropic"][2], "depth", 1)
     data = write_images(tmp_path / "data")
     (tmp_path / "results").mkdir()
     output = str(tmp_path / "study")
@@ -65,12 +68,12 @@ def test_script(tmp_path, monkeypatch):
     # What has a record is left alone; a run that fails is recorded with its reason.
     before = paths["isotropic-64-l2-0.json"].stat().st_mtime_ns
     paths["pyramid-64-l2-0.json"].unlink()
-    monkeypatch.setitem(fashion_mnist.SKELETONS["pyramid"][2], "num_heads", (3, 2, 4, 5))
-    fashion_mnist.main(run)
+    with monkeypatch.context() as patch:
+        patch.setitem(fashion_mnist.SKELETONS["pyramid"][2], "num_heads", (3, 2, 4, 5))
+        fashion_mnist.main(run)
     assert paths["isotropic-64-l2-0.json"].stat().st_mtime_ns == before
     failed = json.loads(paths["pyramid-64-l2-0.json"].read_text())
     assert "cannot build ravlt_t" in failed["error"] and "eval_top1" not in failed
-    monkeypatch.undo()
 
     monkeypatch.setattr(fashion_mnist, "LARGER_SIDE", 48)
     fashion_mnist.main([*common, "--speed", "--seconds", "0"])

@@ -91,15 +91,9 @@ def test_check_fails_on_stale_counts(monkeypatch, tmp_path):
 AGREEING = [name for name, entry in counts().items() if "agreement" in entry]
 
 
+@pytest.mark.nightly  # the tests of each family compare the same outputs in every run
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    # The tests of each family compare the same outputs in every run.
-    [
-        pytest.param(name, marks=pytest.mark.nightly if i % 8 else ())
-        for i, name in enumerate(AGREEING)
-    ],
-)
+@pytest.mark.parametrize("name", AGREEING)
 def test_agreement(name):
     """The differences on the card, to the power of ten that it prints."""
     for size, difference in make_cards.agreement(name).items():

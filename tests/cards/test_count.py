@@ -67,7 +67,8 @@ SMALLEST = {
 }
 
 
-@some_by_night("name", our_models(tests=False), SMALLEST)
+# The small ones above are of all families: of these a third is counted in every run.
+@some_by_night("name", our_models(tests=False), sorted(SMALLEST)[::3])
 def test_recount(name):
     recount(name)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from tests.commands import Command
 from tests.golden import upstream_state_dict, variants
+from tests.train.helpers import fork_command
 from vitlinear.checkpoints.load import load_model
 from vitlinear.create import build_model
 from vitlinear.dense.backbone import MultiScaleBackbone
@@ -102,11 +101,9 @@ def test_a_command_prints_it_as_a_line(trained, images, tmp_path):
     torch.save(weights, tmp_path / "in.pth")
     image = next(images.rglob("*.png"))
     flags = ["--checkpoint", tmp_path / "in.pth", "--model", MODEL, "--num-classes", "5"]
-    result = subprocess.run(
-        [sys.executable, "-m", "vitlinear_cli", "predict", image, *flags],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert result.stderr == (
+    code, out, err = fork_command("predict", image, *flags)
+    assert code == 0 and out
+    assert err == (
         "note: every key of the checkpoint begins with 'net.': weights are taken without it\n"
     )
 

@@ -1,7 +1,7 @@
 """The check-data command, against a data set whose faults are known."""
 
 import json
-import subprocess
+import runpy
 import sys
 import tarfile
 from pathlib import Path
@@ -113,13 +113,15 @@ def test_command_prints_writes_and_exits(
     assert main(flags) == 0
 
 
-@pytest.mark.process
-def test_tool_is_the_command(folder: Path) -> None:
+def test_tool_is_the_command(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     tool = Path(__file__).parents[2] / "tools" / "check_data.py"
-    done = subprocess.run(
-        [sys.executable, tool, "--data-dir", folder, "-j", "0"], capture_output=True, text=True
-    )
-    assert done.returncode == 0 and done.stdout.startswith("training: 24 images, 0 unreadable")
+    monkeypatch.setattr(sys, "argv", [tool.name, "--data-dir", str(folder), "-j", "0"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(tool), run_name="__main__")
+    assert end.value.code == 0
+    assert capsys.readouterr().out.startswith("training: 24 images, 0 unreadable")
 
 
 def test_classes_of_one_split_only(folder: Path, tmp_path: Path) -> None:

@@ -108,7 +108,12 @@ def test_erasing_draws_by_the_number_of_the_batch() -> None:
     assert len(set(whole)) == 4
 
 
-@pytest.fixture(params=["forkserver", pytest.param("spawn", marks=pytest.mark.slow)])
+@pytest.fixture(
+    params=[
+        "forkserver",
+        pytest.param("spawn", marks=(pytest.mark.slow, pytest.mark.nightly)),
+    ]
+)
 def imports_anew(request: pytest.FixtureRequest) -> Iterator[None]:
     """Processes begin with imports, as they do by default on macOS and in Python 3.14."""
     before = multiprocessing.get_start_method()

@@ -284,8 +284,17 @@ def test_gradients_of_whole_maps_are_those_of_the_images_alone(name):
 
 
 @pytest.mark.compile
-def test_padded_batch_compiled():
-    backbone = random(MultiScaleBackbone("test_lightnet"))
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, kwargs",
+    [
+        ("test_ravlt", {"depths": (1, 1, 1, 1)}),
+        pytest.param("test_lightnet", {}, marks=pytest.mark.nightly),
+    ],
+    ids=["test_ravlt", "test_lightnet"],
+)
+def test_padded_batch_compiled(name, kwargs):
+    backbone = random(MultiScaleBackbone(name, **kwargs))
     batch, sizes = torch.randn(2, 3, 64, 96).double(), [(40, 64), (64, 96)]
     compiled = torch.compile(backbone, backend="eager", fullgraph=True)
     for valid_sizes in (None, sizes):

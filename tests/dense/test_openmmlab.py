@@ -71,36 +71,61 @@ print("channels", backbone.channels)
     assert (status, lines) == (0, ["channels (24, 48, 64, 96)"]), output
 
 
-@pytest.mark.process
-@pytest.mark.parametrize(
-    ("files", "module", "says"),
-    [
-        ({"mmengine.py": "raise ModuleNotFoundError('no', name='mmengine')"}, "mmengine",
-         "mmengine is not installed"),
-        ({"mmcv/__init__.py": "", "mmcv/ops.py": "import mmcv._ext"}, "mmcv.ops",
-         "compiled operators"),
-        ({"mmcv/__init__.py": "", "mmcv/ops.py": "raise ImportError('undefined\\nsymbol: x')"},
-         "mmcv.ops", "undefined symbol: x"),
-        ({"mmdet.py": "assert False, 'MMCV==2.2.0 is used but incompatible.'"}, "mmdet",
-         "MMCV==2.2.0 is used but incompatible."),
-    ],
-)  # fmt: skip
-def test_packages_that_do_not_work(
-    tmp_path: Path, files: dict[str, str], module: str, says: str
-) -> None:
-    for name, content in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(content + "\n")
-    code = """
+# Imports what calls share, mmengine once nobody is to miss it, and forks for each: its status is
+# printed, its output goes to a file.
+FORKED = """
+import importlib, os, traceback
+import timm, torch, vitlinear
 from vitlinear_cli import main
-from vitlinear.errors import UserError
-sys.exit(main(["train-detector", "none.py"]))
+for folder in FOLDERS:
+    child = os.fork()
+    if not child:
+        output, status = os.open(folder + "/output", os.O_WRONLY | os.O_CREAT), 1
+        for standard in (1, 2):
+            os.dup2(output, standard)
+        sys.path.insert(0, folder)
+        importlib.invalidate_caches()
+        try:
+            status = main(["train-detector", "none.py"])
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    import mmengine.runner
+loaded = {name.split(".")[0] for name in sys.modules} & {"mmengine", "mmcv", "mmdet", "mmseg"}
+assert loaded == {"mmengine"}, loaded
 """
-    status, output = python(code, tmp_path)
-    error = output.splitlines()[-1]
-    assert status == 2 and "Traceback" not in output, output
-    assert error.startswith("error: ") and says in error and error.count("\n") == 0
-    assert "pip install --no-build-isolation 'vitlinear[openmmlab]'" in error
+
+# Files that stand for a package, and what is said of it.
+BROKEN: list[tuple[dict[str, str], str]] = [
+    ({"mmengine.py": "raise ModuleNotFoundError('no', name='mmengine')"},
+     "mmengine is not installed"),
+    ({"mmcv/__init__.py": "", "mmcv/ops.py": "import mmcv._ext"}, "compiled operators"),
+    ({"mmcv/__init__.py": "", "mmcv/ops.py": "raise ImportError('undefined\\nsymbol: x')"},
+     "undefined symbol: x"),
+    ({"mmdet.py": "assert False, 'MMCV==2.2.0 is used but incompatible.'"},
+     "MMCV==2.2.0 is used but incompatible."),
+]  # fmt: skip
+
+
+@pytest.mark.process
+def test_packages_that_do_not_work(tmp_path: Path) -> None:
+    folders = [tmp_path / str(number) for number in range(len(BROKEN))]
+    for folder, (files, _) in zip(folders, BROKEN, strict=True):
+        for name, content in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(content + "\n")
+    code = FORKED.replace("FOLDERS", repr([str(folder) for folder in folders]))
+    status, printed = python(code)
+    assert (status, printed.split()) == (0, ["2"] * len(BROKEN)), printed
+    for folder, (_, says) in zip(folders, BROKEN, strict=True):
+        output = (folder / "output").read_text()
+        error = output.splitlines()[-1]
+        assert "Traceback" not in output, output
+        assert error.startswith("error: ") and says in error and error.count("\n") == 0
+        assert "pip install --no-build-isolation 'vitlinear[openmmlab]'" in error
 
 
 @pytest.mark.parametrize(

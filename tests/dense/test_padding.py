@@ -317,6 +317,7 @@ def test_hooks_come_off_for_scripting():
     torch.testing.assert_close(torch.jit.script(model)(x), model(x))
 
 
+@pytest.mark.nightly  # as a part of a backbone it is compiled in every run
 @pytest.mark.compile
 @torch.no_grad()
 def test_compiled():

@@ -19,6 +19,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.ops import box_iou
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
+from tests.pairwise import pairwise
 from vitlinear.dense.backbone import MultiScaleBackbone
 from vitlinear.dense.coco import write_sample
 from vitlinear.dense.padding import attach_valid_sizes
@@ -185,8 +186,7 @@ def random(detector: nn.Module) -> nn.Module:
     return detector.double().eval()
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("size", [(64, 96), (50, 83)])
+@pairwise(every=2, name=NAMES, size=[(64, 96), (50, 83)])
 def test_maps_of_a_padded_batch(name, size):
     """The same for an image alone and in a batch, whoever built the body."""
     backbone = fpn_backbone(name, 32, "p6p7").double().eval()

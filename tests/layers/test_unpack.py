@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.saved import saved_bytes
 from tests.models.test_contract import TEST_MODELS
-from tests.pairwise import some_by_night
+from tests.pairwise import pairwise, some_by_night
 from vitlinear.ops import packed
 
 
@@ -40,8 +40,7 @@ def unbind(projection: Tensor) -> tuple[Tensor, ...]:
     return (*parts, *parts[2:3])
 
 
-@pytest.mark.parametrize("backend", ["eager", "library"])
-@pytest.mark.parametrize("name", TEST_MODELS)
+@pairwise(every=2, name=TEST_MODELS, backend=["eager", "library"])
 def test_training_step(name, backend, monkeypatch):
     model, images = model_and_images(name, backend)
     grads, stacking = gradients(model, images)

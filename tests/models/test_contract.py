@@ -40,7 +40,7 @@ each_model = pytest.mark.parametrize(
 PROGRAMS = [name for name in TEST_MODELS if not name.endswith("_linear")]
 # Of those, one of each skeleton in every run of the slow tests; the others in nightly runs.
 EVERY_RUN = ("test_inline_deit", "test_l2vit", "test_ravlt")
-# Windows are exported then, and compiled by night: of all, they take Dynamo the longest.
+# Windows are compiled and exported by night: of all, they take Dynamo the longest.
 COMPILED = ("test_inline_deit", "test_ravlt")
 each_program = pytest.mark.parametrize("name", PROGRAMS)
 # For the same reason compilers get one block of each kind where the model repeats them.
@@ -343,8 +343,23 @@ def test_compile_fullgraph(name, backend):
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-6)
 
 
-@each_model
-@pytest.mark.parametrize("backend", ["eager", "library"])
+@pytest.mark.parametrize(
+    "name, backend",
+    # Each model with the backends in turn, and with both by night.
+    [
+        pytest.param(
+            name,
+            backend,
+            marks=pytest.mark.nightly
+            if (i + j) % 2
+            else pytest.mark.quick
+            if name in QUICK
+            else (),
+        )
+        for i, name in enumerate(TEST_MODELS)
+        for j, backend in enumerate(["eager", "library"])
+    ],
+)
 def test_fx_is_bit_equal(name, backend):
     model, x = make(name, attn_backend=backend), torch.randn(2, 3, 64, 96)
     traced = create_feature_extractor(model, ["head"])
@@ -353,7 +368,7 @@ def test_fx_is_bit_equal(name, backend):
 
 
 @pytest.mark.slow
-@some_by_night("name", PROGRAMS, EVERY_RUN)
+@some_by_night("name", PROGRAMS, COMPILED)
 def test_export_any_size(name):
     """With registered operators; the formula is exported to ONNX below."""
     model = make_program(name, attn_backend="library")
@@ -404,7 +419,7 @@ def test_onnx_any_size(name, tmp_path):
         torch.testing.assert_close(torch.from_numpy(out), model(x), rtol=1e-3, atol=1e-5)
 
 
-@each_program
+@some_by_night("name", PROGRAMS, EVERY_RUN)  # timm's suite scripts all of them in every run
 def test_script(name):
     model, x = make(name), torch.randn(2, 3, 64, 96)
     with warnings.catch_warnings():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 import timm
@@ -186,9 +186,28 @@ def assert_fuses(model: nn.Module) -> None:
     torch.testing.assert_close(model.fuse()(images), expected, rtol=1e-9, atol=1e-9)
 
 
+def in_turn(argument: str, values: Iterable[str], only: dict[str, str]) -> pytest.MarkDecorator:
+    """Parametrises with values, each on the models in turn, and on both of them by night.
+
+    Args:
+        argument: Of the test, besides `name`.
+        values: Of the argument.
+        only: The model of those that just one has.
+    """
+    cases = []
+    for place, value in enumerate(values):
+        models = [only[value]] if value in only else MODELS
+        for number, name in enumerate(models):
+            marks = () if number == place % len(models) else pytest.mark.nightly
+            cases.append(pytest.param(name, value, marks=marks, id=f"{name}-{value}"))
+    return pytest.mark.parametrize(["name", argument], cases)
+
+
+SCALES = ("subclass of LayerScale", "scales by a linear layer")
+
+
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("name", MODELS)
+@in_turn("change", CHANGES, dict.fromkeys(SCALES, "test_nalaformer"))
 @torch.no_grad()
 def test_changed_models(name, change):
     model = small(name)
@@ -208,8 +227,11 @@ HOOKED = ("fc1", "fc2", "act", "dwconv", "drop", "drop1", "drop2", "mlp", "conv"
 HOOKED += ("ls1", "ls2", "pos", "pos1", "proj", "proj_drop", "attn", "0")
 
 
-@pytest.mark.parametrize("place", HOOKED)
-@pytest.mark.parametrize("name", MODELS)
+OF_ONE = dict.fromkeys(("dwconv", "ls1", "ls2", "pos"), "test_nalaformer")
+OF_ONE |= dict.fromkeys(("drop1", "drop2", "pos1"), "test_l2vit")
+
+
+@in_turn("place", HOOKED, OF_ONE)
 def test_hooks_are_called_where_they_were(name, place):
     """Hooks that change what goes in and out, and those of the way back."""
     model, calls = small(name), []
@@ -236,7 +258,7 @@ def test_hooks_are_called_where_they_were(name, place):
         return list(calls), out, grad
 
     expected = run()
-    assert len(expected[0]) == 3 * len(hooked)
+    assert len(expected[0]) == 3 * len(hooked) > 0
     model.fuse()
     found = run()
     assert found[0] == expected[0]

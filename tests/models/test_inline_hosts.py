@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests import golden
+from tests.pairwise import some_by_night
 from vitlinear.checkpoints import checkpoint_filter_fn
 from vitlinear.layers.attention.cross_shaped_attention import CrossShapedAttention
 from vitlinear.layers.attention.inline_attention import InjectiveAttention, InLineAttention
@@ -69,19 +70,22 @@ def loaded():
     return load
 
 
-@pytest.mark.parametrize(
-    "name, size",
-    [
-        ("inline_pvt_tiny", (224, 224)),
-        ("inline_pvt_tiny", (192, 256)),
-        ("inline_swin_tiny", (224, 224)),
-        ("inline_cswin_tiny", (224, 224)),
-        pytest.param(
-            "inline_swin_base_384", (384, 384), marks=(pytest.mark.slow, pytest.mark.nightly)
-        ),
-    ],
+OUTPUTS = [
+    ("inline_pvt_tiny", (224, 224)),
+    ("inline_pvt_tiny", (192, 256)),
+    ("inline_swin_tiny", (224, 224)),
+    ("inline_cswin_tiny", (224, 224)),
+    ("inline_swin_base_384", (384, 384)),
+]
+
+
+@pytest.mark.slow
+@some_by_night(
+    "name, size, backend",
+    [(*output, backend) for output in OUTPUTS for backend in golden.BACKENDS],
+    # With the backends in turn, and the largest one not at all.
+    [(*output, golden.BACKENDS[place % 2]) for place, output in enumerate(OUTPUTS[:-1])],
 )
-@pytest.mark.parametrize("backend", ["eager", "library"])
 def test_golden_logits(loaded, name, size, backend):
     model = loaded(name)
     for module in model.modules():
@@ -108,7 +112,13 @@ def test_parameters_and_keys_of_every_variant(name):
     }
 
 
-@pytest.mark.parametrize("name", RELEASED)
+# Of each host the smallest, the largest, and that for images of 384 pixels.
+COUNTED = ("inline_pvt_tiny", "inline_pvt_large", "inline_swin_tiny", "inline_swin_base")
+COUNTED += ("inline_cswin_tiny", "inline_cswin_base", "inline_swin_base_384")
+COUNTED += ("inline_cswin_base_384",)
+
+
+@some_by_night("name", RELEASED, COUNTED)
 def test_multiply_adds(name):
     row = RELEASED[name]
     model = timm.create_model(name, device="meta")

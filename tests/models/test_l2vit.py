@@ -8,6 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests import golden
+from tests.pairwise import diagonal, pairwise
 from vitlinear.checkpoints import checkpoint_filter_fn
 from vitlinear.layers import LinearAttention, PaddedWindowAttention
 from vitlinear.report import backend_report
@@ -31,8 +32,7 @@ def l2vit_tiny():
     return model
 
 
-@pytest.mark.parametrize("size", [(224, 224), (192, 256)], ids=lambda s: f"{s[0]}x{s[1]}")
-@pytest.mark.parametrize("backend", ["eager", "library"])
+@diagonal(backend=golden.BACKENDS, size=golden.SIZES)
 def test_golden_logits(l2vit_tiny, size, backend):
     for module in l2vit_tiny.modules():
         if isinstance(module, LinearAttention):
@@ -114,17 +114,18 @@ def test_pretrained_cfg(name, filename, classes, size, crop):
     assert (cfg.crop_mode or "center") == crop and cfg.paper_ids == "arXiv:2501.16182"
 
 
-@pytest.mark.parametrize(
-    "name, size, projections, attention",
-    [
-        ("l2vit_tiny", 224, 4.572, 0.117),
-        ("l2vit_small", 224, 8.790, 0.190),
-        ("l2vit_base", 224, 15.554, 0.254),
-        ("l2vit_base_384", 384, 45.708, 1.614),
-    ],
-)
-@pytest.mark.parametrize("backend", ["eager", "library"])
-def test_multiply_adds_of_released_code(name, size, projections, attention, backend):
+# Giga multiply-adds of convolutions and linear layers and of attention, at an image's side.
+COUNTED = {
+    "l2vit_tiny": (224, 4.572, 0.117),
+    "l2vit_small": (224, 8.790, 0.190),
+    "l2vit_base": (224, 15.554, 0.254),
+    "l2vit_base_384": (384, 45.708, 1.614),
+}
+
+
+@pairwise(every=2, name=COUNTED, backend=["eager", "library"])
+def test_multiply_adds_of_released_code(name, backend):
+    size, projections, attention = COUNTED[name]
     model = timm.create_model(name, device="meta", attn_backend=backend).eval()
     with FlopCounterMode(display=False) as counter:
         model(torch.empty(1, 3, size, size, device="meta"))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests import golden
-from tests.pairwise import pairwise
+from tests.pairwise import diagonal
 from vitlinear import ops
 from vitlinear.checkpoints import checkpoint_filter_fn
 from vitlinear.checkpoints.download import DownloadError
@@ -58,7 +58,7 @@ def use(model: nn.Module, backend: str) -> nn.Module:
     return model
 
 
-@pairwise(size=[(224, 224), (192, 256)], backend=BACKENDS)
+@diagonal(backend=golden.BACKENDS, size=golden.SIZES)
 @torch.no_grad()
 def test_golden_logits(mila_tiny, size, backend):
     logits = use(mila_tiny, backend)(golden.images(*size))[:, :64]

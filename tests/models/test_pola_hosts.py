@@ -11,6 +11,7 @@ from timm.layers import RelPosBias
 from torch import nn
 
 from tests import golden
+from tests.pairwise import some_by_night
 from vitlinear.checkpoints import checkpoint_filter_fn
 from vitlinear.layers.attention.pola_attention import PolaAttention, PolarityAttention
 from vitlinear.report import backend_report
@@ -58,16 +59,24 @@ def loaded():
     return load
 
 
-@pytest.mark.parametrize(
-    "name, size",
+SIZES = {"pola_pvt_tiny": [(224, 224), (192, 256)], "pola_swin_tiny": [(224, 224), (224, 448)]}
+
+
+@pytest.mark.slow
+@some_by_night(
+    "name, size, backend",
     [
-        ("pola_pvt_tiny", (224, 224)),
-        ("pola_pvt_tiny", (192, 256)),
-        ("pola_swin_tiny", (224, 224)),
-        pytest.param("pola_swin_tiny", (224, 448), marks=pytest.mark.slow),
+        (name, size, backend)
+        for name, sizes in SIZES.items()
+        for size in sizes
+        for backend in golden.BACKENDS
+    ],
+    [
+        (name, size, backend)
+        for name, sizes in SIZES.items()
+        for size, backend in zip(sizes, golden.BACKENDS, strict=True)
     ],
 )
-@pytest.mark.parametrize("backend", ["eager", "library"])
 def test_golden_logits(loaded, name, size, backend):
     model = loaded(name)
     for module in model.modules():

@@ -13,7 +13,7 @@ from timm.layers import LayerScale
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests import golden
-from tests.pairwise import pairwise
+from tests.pairwise import diagonal, pairwise
 from vitlinear import ops
 from vitlinear.checkpoints import checkpoint_filter_fn
 from vitlinear.checkpoints.mappings import PYRAMID
@@ -79,7 +79,8 @@ def ravlt_t():
     return released_model("RAVLT_T")
 
 
-@pairwise(released=SMALLEST, size=[(224, 224), (192, 256)], backend=["eager", "library"])
+@pytest.mark.parametrize("released", SMALLEST)
+@diagonal(backend=golden.BACKENDS, size=golden.SIZES)
 def test_golden_logits(released, size, backend):
     model = released_model(released)
     for module in model.modules():

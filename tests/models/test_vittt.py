@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests import golden
+from tests.pairwise import diagonal
 from vitlinear.checkpoints import checkpoint_filter_fn
 from vitlinear.checkpoints.download import DownloadError
 from vitlinear.dense.backbone import MultiScaleBackbone
@@ -53,8 +54,7 @@ def use(model: nn.Module, backend: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("released", SMALLEST)
-@pytest.mark.parametrize("size", [(224, 224), (192, 256)], ids=lambda s: f"{s[0]}x{s[1]}")
-@pytest.mark.parametrize("backend", BACKENDS)
+@diagonal(backend=golden.BACKENDS, size=golden.SIZES)
 @torch.no_grad()
 def test_golden_logits(released, size, backend):
     logits = use(released_model(released), backend)(golden.images(*size))[:, :64]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.golden import relative_error
+from tests.ops.checks import each_check
 from tests.ops.inputs import BACKENDS, attend, make_inputs, operator_arguments, oracle
 from vitlinear import ops
 from vitlinear.ops import backward, eager
@@ -39,7 +42,9 @@ def test_matches_oracle(mechanism, backend, epilogue, dtype):
 def test_gradcheck(backend):
     inputs = make_inputs(grid=(2, 3), dim=4, mask=True, epilogue=BOTH)
     assert torch.autograd.gradcheck(
-        lambda projection: attend("mala", inputs, backend, projection), inputs.projection
+        lambda projection: attend("mala", inputs, backend, projection),
+        inputs.projection,
+        fast_mode=True,
     )
 
 
@@ -52,16 +57,20 @@ def test_float16_saturates(backend):
     assert grad.isfinite().all()
 
 
-@pytest.mark.parametrize("mechanism", ["rala", "mala", "lightnet"])
-@pytest.mark.parametrize("epilogue", [BOTH, ("lepe",), ("gate",)], ids="+".join)
-def test_opcheck(mechanism, epilogue):
-    inputs = make_inputs(dtype=torch.float32, mask=True, epilogue=epilogue)
+@each_check(
+    "mechanism, epilogue",
+    product(["rala", "mala", "lightnet"], ["lepe+gate", "lepe", "gate"]),
+    traced=[("rala", "lepe+gate"), ("mala", "lepe"), ("lightnet", "gate")],
+)
+def test_opcheck(mechanism, epilogue, checks):
+    inputs = make_inputs(dtype=torch.float32, mask=True, epilogue=tuple(epilogue.split("+")))
     operator, arguments = operator_arguments(mechanism, inputs)
-    torch.library.opcheck(operator, arguments)
+    torch.library.opcheck(operator, arguments, test_utils=checks)
     arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
     _, *saved = operator(*arguments)
     arguments = (inputs.grad, *arguments, *saved)
-    torch.library.opcheck(torch.ops.vitlinear.linear_attention_backward.default, arguments)
+    operator = torch.ops.vitlinear.linear_attention_backward.default
+    torch.library.opcheck(operator, arguments, test_utils=checks)
 
 
 @each_mechanism

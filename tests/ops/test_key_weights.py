@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from torch.func import grad, vmap
 
 from tests.golden import relative_error
+from tests.ops.checks import each_check
 from tests.ops.inputs import BACKENDS, attend, make_inputs, operator_arguments, weights_of
 from tests.pairwise import pairwise
 from vitlinear import ops
@@ -174,16 +177,21 @@ def test_finite(case, dtype, row, backend):
         assert not any(x[inputs.mask].any() for x in (out, *grads))
 
 
-@pairwise(row=["weighted_identity", "gated_elu"], mask=[False, True], state=[False, True], every=2)
-def test_opcheck(row, mask, state):
+@each_check(
+    "row, mask, state",
+    product(["weighted_identity", "gated_elu"], [False, True], [False, True]),
+    traced=[("weighted_identity", True, False), ("gated_elu", False, True)],
+)
+def test_opcheck(row, mask, state, checks):
     inputs = with_weights(row, mask=mask, dtype=torch.float32)
     if not state:
-        torch.library.opcheck(*operator_arguments(row, inputs))
+        torch.library.opcheck(*operator_arguments(row, inputs), test_utils=checks)
         return
     _, k, v, *_ = inputs.projection.unbind(2)
     torch.library.opcheck(
         torch.ops.vitlinear.linear_attention_state.default,
         (k, v, row, *inputs.rotary, inputs.mask, None, inputs.key_weights),
+        test_utils=checks,
     )
 
 

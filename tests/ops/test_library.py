@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.golden import relative_error
+from tests.ops.checks import each_check
 from tests.ops.inputs import (
     ATTENTIONS,
     BACKENDS,
@@ -18,6 +19,7 @@ from tests.ops.inputs import (
     operator_arguments,
     oracle,
 )
+from tests.pairwise import pairwise
 from vitlinear import ops
 from vitlinear.ops import backend as backend_module
 from vitlinear.ops import backward, eager
@@ -26,27 +28,32 @@ each_attention = pytest.mark.parametrize("attention", ATTENTIONS)
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
-@each_attention
-# Every pair of two options' values, and the one where strides are most ambiguous.
-@pytest.mark.parametrize(
-    "mask, rotary, heads", [(False, False, 1), (False, True, 3), (True, False, 3), (True, True, 1)]
+# Mask, rotary and heads: every pair of two options' values, and the one where strides are most
+# ambiguous.
+OPTIONS = [(False, False, 1), (False, True, 3), (True, False, 3), (True, True, 1)]
+
+
+@each_check(
+    "attention, mask, rotary, heads",
+    [(attention, *options) for attention in ATTENTIONS for options in OPTIONS],
+    traced=[(name, *OPTIONS[place % len(OPTIONS)]) for place, name in enumerate(ATTENTIONS)],
 )
-def test_opcheck(attention, mask, rotary, heads):
+def test_opcheck(attention, mask, rotary, heads, checks):
     inputs = make_inputs(mask=mask, rotary=rotary, heads=heads, dtype=torch.float32)
     operator, arguments = operator_arguments(attention, inputs)
-    torch.library.opcheck(operator, arguments)
+    torch.library.opcheck(operator, arguments, test_utils=checks)
 
 
-@pytest.mark.parametrize("mechanism", list(ops.MECHANISMS))
-def test_opcheck_with_head_scale(mechanism):
+@each_check("mechanism", [(name,) for name in ops.MECHANISMS], traced=[("mala",)])
+def test_opcheck_with_head_scale(mechanism, checks):
     inputs = make_inputs(dtype=torch.float32)
     inputs = inputs._replace(head_scale=torch.rand(2, requires_grad=True))
     operator, arguments = operator_arguments(mechanism, inputs)
-    torch.library.opcheck(operator, arguments)
+    torch.library.opcheck(operator, arguments, test_utils=checks)
 
 
-@each_attention
-def test_opcheck_backward_with_strided_gradient(attention):
+@each_check("attention", [(name,) for name in ATTENTIONS], traced=[("nala",), ("softmax",)])
+def test_opcheck_backward_with_strided_gradient(attention, checks):
     inputs = make_inputs(dtype=torch.float32, mask=True)
     operator, arguments = operator_arguments(attention, inputs)
     arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
@@ -59,12 +66,11 @@ def test_opcheck_backward_with_strided_gradient(attention):
     else:
         operator = torch.ops.vitlinear.linear_attention_backward.default
         arguments = (grad, *arguments, *outputs[1:])
-    torch.library.opcheck(operator, arguments)
+    torch.library.opcheck(operator, arguments, test_utils=checks)
 
 
 @pytest.mark.compile
-@each_attention
-@each_backend
+@pairwise(every=2, attention=ATTENTIONS, backend=BACKENDS)
 def test_compile_fullgraph(attention, backend):
     inputs = make_inputs(grid=(4, 6), mask=True)
     compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
@@ -110,8 +116,7 @@ class Attention(nn.Module):
         )
 
 
-@each_attention
-@each_backend
+@pairwise(every=2, backend=BACKENDS, attention=ATTENTIONS)
 def test_export_any_size(attention, backend):
     module = Attention(attention, backend)
     batch, height, width = (torch.export.Dim(name, min=2, max=64) for name in "bhw")

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.golden import relative_error
+from tests.ops.checks import each_gradcheck
 from tests.ops.inputs import BACKENDS, attend, make_inputs, powers_of
 from vitlinear import ops
 from vitlinear.ops.features import signed_powers
@@ -68,15 +69,15 @@ def test_powers_of_any_type(backend, dtype):
     assert relative_error(grad, expected) < {torch.float32: 1e-5}.get(dtype, 1e-2)
 
 
-@each_backend
-def test_gradcheck_of_powers(backend):
+@each_gradcheck("backend", [(name,) for name in BACKENDS], slow=[("library",)])
+def test_gradcheck_of_powers(backend, fast):
     inputs = make_inputs(grid=(2, 3), dim=4, mask=True, rotary=False)
     powers = powers_of(inputs.projection).requires_grad_()
 
     def run(projection, powers):
         return attend("pola", inputs._replace(powers=powers), backend, projection)
 
-    assert torch.autograd.gradcheck(run, (inputs.projection, powers))
+    assert torch.autograd.gradcheck(run, (inputs.projection, powers), fast_mode=fast)
 
 
 def test_derivatives_of_signed_powers():

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.golden import relative_error
+from tests.ops.checks import each_check, each_gradcheck
 from tests.ops.inputs import BACKENDS, Inputs, attend, double, make_inputs, oracle
-from tests.pairwise import pairwise
 from vitlinear import ops
 from vitlinear.ops import naive
 
@@ -42,12 +44,15 @@ def test_two_steps_are_the_attention(mechanism, backend, mask):
     assert relative_error(grad, expected_grad) < 1e-12
 
 
-@pairwise(every=2, mechanism=MECHANISMS, backend=BACKENDS)
-def test_gradcheck(mechanism, backend):
+@each_gradcheck(
+    "mechanism, backend", product(MECHANISMS, BACKENDS), slow=[("pola", name) for name in BACKENDS]
+)
+def test_gradcheck(mechanism, backend, fast):
     inputs = make_inputs(grid=(2, 3), dim=4, mask=True)
     assert torch.autograd.gradcheck(
         lambda p: in_two_steps(mechanism, inputs._replace(projection=p), backend),
         inputs.projection,
+        fast_mode=fast,
     )
 
 
@@ -147,19 +152,25 @@ def test_padding_alone(mechanism, backend, dtype):
     assert out.isfinite().all() and grad.isfinite().all()
 
 
-@pairwise(every=2, mechanism=MECHANISMS, mask=[False, True])
-def test_opcheck(mechanism, mask):
+@each_check(
+    "mechanism, mask",
+    product(MECHANISMS, [False, True]),
+    traced=[("mala", True), ("pola", False)],
+)
+def test_opcheck(mechanism, mask, checks):
     inputs = make_inputs(dtype=torch.float32, mask=mask, epilogue=("gate", "lepe"))
     q, k, v, *_ = inputs.projection.unbind(2)
     terms = inputs.terms(mechanism).flatten()
     arguments = (k, v, mechanism, *terms[:3], terms.powers)
     operators = torch.ops.vitlinear
-    torch.library.opcheck(operators.linear_attention_state.default, arguments)
+    torch.library.opcheck(operators.linear_attention_state.default, arguments, test_utils=checks)
     state = operators.linear_attention_state(*arguments)
     given = ops.LinearAttentionState.unflatten(*(x.detach() for x in state))[:3]
     given = [None if x is None else x.requires_grad_() for x in given]
     arguments = (q, *given, mechanism, *terms[:-1])  # without weights of keys
-    torch.library.opcheck(operators.read_linear_attention_state.default, arguments)
+    torch.library.opcheck(
+        operators.read_linear_attention_state.default, arguments, test_utils=checks
+    )
 
 
 @each_mechanism

@@ -22,7 +22,19 @@ pytestmark = pytest.mark.network
 
 MODELS = timm_peer.our_models()
 # In one process, which takes as long to start and to collect as the tests of a model do.
-TOGETHER = 9
+TOGETHER = 8
+# They run the code of the models that they are siblings of: by night, unless they are asked for.
+SIBLINGS = [
+    name
+    for name in MODELS
+    if name.endswith("_linear") and not os.environ.get("VITLINEAR_PEER_MODELS")
+]
+FIRST = [name for name in MODELS if name not in SIBLINGS]
+GROUPS = [
+    pytest.param(models[i : i + TOGETHER], id=",".join(models[i : i + TOGETHER]), marks=marks)
+    for models, marks in ((FIRST, ()), (SIBLINGS, pytest.mark.nightly))
+    for i in range(0, len(models), TOGETHER)
+]
 # timm's reason for passing over a model that takes one, large, input size only.
 TOO_LARGE = "Fixed input size model > limit."
 
@@ -75,9 +87,7 @@ def test_the_selection_names_models() -> None:
 @pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize(
-    "models", [MODELS[i : i + TOGETHER] for i in range(0, len(MODELS), TOGETHER)], ids=",".join
-)
+@pytest.mark.parametrize("models", GROUPS)
 def test_timm_suite(
     models: list[str], suite: Path, record_property: Callable[[str, object], None]
 ) -> None:
@@ -127,6 +137,7 @@ def test_models_with_replaced_attentions(models: list[str], suite: Path) -> None
 class TestHarness:
     """The harness itself: it passes what is right, and sees what is wrong or missing."""
 
+    @pytest.mark.nightly
     @pytest.mark.slow
     @pytest.mark.process
     def test_tells_a_right_model_from_a_wrong_one(self, suite: Path) -> None:

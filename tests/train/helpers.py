@@ -161,6 +161,30 @@ def _run_rank(
     sys.exit(function(*arguments))
 
 
+def fork_command(*arguments: Any, timeout: float = 300) -> tuple[int | None, str, str]:
+    """Runs the command in a process that has imported it; returns status, output and errors.
+
+    For what the streams of a process show, and this one's, which pytest holds, do not.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        files = [os.path.join(folder, name) for name in ("out", "err")]
+        process = FORKS.Process(target=_run_command, args=(files, [*map(str, arguments)]))
+        process.start()
+        try:
+            process.join(timeout)
+        finally:
+            process.kill()
+            process.join()
+        out, err = (Path(file).read_text() for file in files)
+        return process.exitcode, out, err
+
+
+def _run_command(files: Sequence[str], arguments: list[str]) -> None:
+    for standard, file in enumerate(files, 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), standard)
+    sys.exit(cli.main(arguments))
+
+
 def two_processes(*flags: Any) -> str:
     """Trains in two processes on this CPU; returns their output."""
     return fork_two(cli.main, ["train", *map(str, flags), "--device", "cpu"])

@@ -4,11 +4,13 @@ import csv
 import errno
 import io
 import json
+import multiprocessing
 import os
+import signal
 import struct
-import subprocess
 import sys
 from collections.abc import Iterator
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -128,29 +130,27 @@ def test_a_full_disk_leaves_no_half_row(tmp_path: Path, monkeypatch: pytest.Monk
     assert contents(tmp_path) == before
 
 
-KILLED = """
-import sys
-from pathlib import Path
-from vitlinear.train.record.logger import FileLogger
-logger = FileLogger(Path(sys.argv[1]))
-logger.keep_before(0, 0)
-for update in range(1, 10**6):
-    logger.log_update(update, {"train_loss": 1 / update})
-    if update == 20:
-        print("going", flush=True)
-"""
+def log_until_killed(folder: Path, going: Event) -> None:
+    """Runs in a process of its own."""
+    logger = FileLogger(folder)
+    logger.keep_before(0, 0)
+    for update in range(1, 10**6):
+        logger.log_update(update, {"train_loss": 1 / update})
+        if update == 20:
+            going.set()
 
 
 @pytest.mark.process
 def test_killed_while_writing(tmp_path: Path) -> None:
     """SIGKILL somewhere in a stream of rows; what is there can be read and gone on with."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE
-    )
-    assert process.stdout is not None and process.stdout.readline() == b"going\n"
+    context = multiprocessing.get_context("fork")
+    going = context.Event()
+    process = context.Process(target=log_until_killed, args=(tmp_path, going))
+    process.start()
+    assert going.wait(60)
     process.kill()
-    process.wait()
-    process.stdout.close()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     rows = read_rows(tmp_path / "updates.jsonl", "update")
     assert len(rows) >= 20 and [row["update"] for row in rows] == [*range(1, len(rows) + 1)]
     FileLogger(tmp_path).keep_before(0, 20)

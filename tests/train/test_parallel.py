@@ -88,6 +88,17 @@ def assert_same_run(found: Path, expected: Path) -> None:
 
 @pytest.mark.process
 @pytest.mark.slow
+def test_two_processes_equal_one_with_the_doubled_batch(
+    images: Path, one: Path, tmp_path: Path
+) -> None:
+    output = two_processes(*row_flags(images, tmp_path / "run", 4))
+    assert output.count("epoch 1: loss") == 1
+    assert_same_run(tmp_path / "run", one / "run")
+
+
+@pytest.mark.nightly
+@pytest.mark.process
+@pytest.mark.slow
 def test_two_machines_equal_one_process_with_the_doubled_batch(
     images: Path, one: Path, tmp_path: Path
 ) -> None:

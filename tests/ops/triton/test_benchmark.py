@@ -1,4 +1,4 @@
-"""The scripts of the GPU check, without a GPU."""
+"""The scripts of the GPU check, without a GPU; those of kernels run in interpreted/ too."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ pytest.importorskip("triton")
 
 from benchmarks import gpu_models, models_report  # noqa: E402
 from benchmarks.subject import check_subject  # noqa: E402
-from vitlinear import ops  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -29,31 +28,6 @@ def dry_run(script, folder, *flags):
     record = json.loads(output.read_text())
     assert record["dry_run"]
     return record["rows"]
-
-
-@pytest.mark.process
-@pytest.mark.slow
-def test_attention(tmp_path):
-    rows = dry_run("gpu.py", tmp_path, "--only", "triton")
-    assert len(rows) == 3 and all("forward_share" in row for row in rows)
-
-
-@pytest.mark.process
-@pytest.mark.slow
-def test_first_contact(tmp_path):
-    """A line for the machine, for each mechanism, and for a shape, whatever ends the script."""
-    output = tmp_path / "first.jsonl"
-    command = [sys.executable, str(ROOT / "benchmarks" / "first_contact.py"), "--dry-run"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    subprocess.run(
-        [*command, "--output", str(output)],
-        env=environment, check=True, capture_output=True, cwd=tmp_path,
-    )  # fmt: skip
-    lines = [json.loads(line) for line in output.read_text().splitlines()]
-    checked = [line for line in lines if "check" in line]
-    assert [line["check"] for line in checked] == list(ops.MECHANISMS)
-    assert all(line["right"] or line["skipped"] for line in checked) and "torch" in lines[0]
-    assert lines[-1]["finished"] and [line["shape"] for line in lines if "shape" in line]
 
 
 @pytest.mark.process

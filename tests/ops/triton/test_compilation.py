@@ -131,11 +131,6 @@ def call(
     launch.backward(out, q, k, v, row, terms, state, grads)
 
 
-@pytest.mark.parametrize("grid", [SHORT, LONG], ids=["one kernel", "splits"])
-def test_compiles(grid, kernels):
-    call("rala", grid, mask=True)
-
-
 def test_another_resolution_compiles_nothing(kernels):
     for grid in (GRIDS[1], GRIDS[17], GRIDS[49], SHORT, LONG):  # blocks of windows, and the rest
         call("mala", grid, dim=16)
@@ -199,14 +194,21 @@ def test_full_width_positions_compile(grid, kernels):
     assert not kernels
 
 
+# Positions, grid and mask: every two values of two of them occur together in every run.
+PAIRS = [(False, SHORT, True), (False, LONG, False), (True, SHORT, False), (True, LONG, True)]
+if os.environ.get("VITLINEAR_COMPILE") == "all":
+    PAIRS = list(itertools.product([False, True], [SHORT, LONG], [False, True]))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("mechanism", "dtype", "rotary", "grid"),
-    in_turn(list(ops.MECHANISMS), DTYPES, [False, True], [SHORT, LONG], keep=2, every=3),
+    ("mechanism", "dtype", "options"),
+    in_turn(list(ops.MECHANISMS), DTYPES, PAIRS, keep=2, every=3),
     ids=str,
 )
-def test_every_mechanism_compiles(mechanism, dtype, rotary, grid, kernels):
-    call(mechanism, grid, dtype, rotary=rotary)
+def test_every_mechanism_compiles(mechanism, dtype, options, kernels):
+    rotary, grid, mask = options
+    call(mechanism, grid, dtype, rotary=rotary, mask=mask)
     if not ops.get_mechanism(mechanism).has_key_softmax:  # whose sums keep what its maximum drops
         for name, kernel in kernels:
             dropping = re.findall(r"\b(?:max|min)\.(?:ftz\.)?f\d+", kernel.asm["ptx"])
@@ -229,16 +231,30 @@ def test_rows_of_mixers_compile(mechanism, target, dtype, grid, kernels):
     assert names >= found
 
 
+# For each maker one in every run.
+ON_OTHERS = [
+    pytest.param(
+        target,
+        mechanism,
+        dtype,
+        marks=()
+        if (target.arch, mechanism) in ((80, "nala"), ("gfx90a", "mala"))
+        else pytest.mark.nightly,
+        id=f"{target.arch}-{mechanism}-{dtype}",
+    )
+    for place, target in enumerate(OTHERS)
+    for mechanism, dtype in [
+        ("mala", torch.float16), ("nala", torch.float16), ("rala", torch.bfloat16)
+    ]
+    if os.environ.get("VITLINEAR_COMPILE") == "all" or place % 2 == (dtype == torch.bfloat16)
+]  # fmt: skip
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("target", "dtype"),
-    in_turn(OTHERS, [torch.float16, torch.bfloat16], keep=1),
-    ids=str,
-)
-def test_other_gpus(target, dtype, kernels):
+@pytest.mark.parametrize(("target", "mechanism", "dtype"), ON_OTHERS)
+def test_other_gpus(target, mechanism, dtype, kernels):
     """To the binary: Triton brings the assemblers of both makers along."""
-    for mechanism in ["mala", "nala"] if dtype == torch.float16 else ["rala"]:
-        call(mechanism, LONG, dtype)
+    call(mechanism, LONG, dtype)
     assert kernels
     for name, kernel in kernels:
         assert kernel.asm["hsaco" if target.backend == "hip" else "cubin"], name

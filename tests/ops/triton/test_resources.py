@@ -20,7 +20,7 @@ def call_of(row):
 
 
 KINDS = sorted({call_of(row) for row in RECORD["kernels"]})
-ALWAYS = {("mala", 64, 90, "bfloat16"), ("l2", 32, 80, "float16")}
+ALWAYS = {("l2", 32, 80, "float16")}
 HELD = ("kernel", "spilled_bytes", "programs_per_processor")
 
 

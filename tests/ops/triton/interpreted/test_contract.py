@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.golden import relative_error
+from tests.ops.checks import each_check
 from tests.ops.inputs import attend, make_inputs, operator_arguments, oracle
 from tests.ops.triton.cases import by_operators, many_splits, run
 from tests.pairwise import pairwise, some_by_night
@@ -144,11 +145,11 @@ def test_samples_do_not_see_each_other():
             assert torch.equal(a, b[i : i + 1])
 
 
-@pytest.mark.parametrize("mechanism", ["rala", "mala", "lightnet"])
-def test_opcheck(mechanism):
+@each_check("mechanism", [("rala",), ("mala",), ("lightnet",)], traced=[("rala",)])
+def test_opcheck(mechanism, checks):
     inputs = make_inputs(mask=True, heads=1, batch=1, dtype=torch.float32)
     operator, arguments = operator_arguments(mechanism, inputs)
-    torch.library.opcheck(operator, (*arguments, "triton"))
+    torch.library.opcheck(operator, (*arguments, "triton"), test_utils=checks)
 
 
 @pytest.mark.compile

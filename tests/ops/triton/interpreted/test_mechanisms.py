@@ -58,7 +58,7 @@ def test_splits(mechanism, length, dim, monkeypatch):
     check(mechanism, make_inputs(grid=GRIDS[length], dim=dim, batch=1, dtype=torch.float32))
 
 
-@pairwise(every=2, mechanism=ops.MECHANISMS, splits=[False, True])
+@pairwise(every=3, mechanism=ops.MECHANISMS, splits=[False, True])
 def test_mask_and_head_scale(mechanism, splits, monkeypatch):
     """Padding that is NaN: in pieces, over whole splits, and a whole sample."""
     if splits:

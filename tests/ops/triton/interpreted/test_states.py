@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
+from tests.ops.checks import each_check
 from tests.ops.inputs import make_inputs, powers_of
 from tests.ops.triton.cases import ROUNDING, error, many_splits
 from tests.pairwise import pairwise
@@ -149,19 +150,21 @@ def test_gradients_of_a_state_itself(mechanism, largest, monkeypatch):
     check(call, {"k": k, "v": v}, options, torch.tensor(1.0))
 
 
-@pytest.mark.parametrize("mechanism", ["identity", "mala", "pola"])
-def test_opcheck(mechanism):
+@each_check("mechanism", [("identity",), ("mala",), ("pola",)], traced=[("mala",)])
+def test_opcheck(mechanism, checks):
     inputs = make_inputs(batch=1, dtype=torch.float32, mask=True, epilogue=("gate", "lepe"))
     q, k, v, *_ = inputs.projection.unbind(2)
     terms = inputs.terms(mechanism).flatten()
     arguments = (k, v, mechanism, *terms[:3], terms.powers, None, "triton")
     operators = torch.ops.vitlinear
-    torch.library.opcheck(operators.linear_attention_state.default, arguments)
+    torch.library.opcheck(operators.linear_attention_state.default, arguments, test_utils=checks)
     state = operators.linear_attention_state(*arguments)
     given = ops.LinearAttentionState.unflatten(*(x.detach() for x in state))[:3]
     given = [None if x is None else x.requires_grad_() for x in given]
     arguments = (q, *given, mechanism, *terms[:-1], "triton")
-    torch.library.opcheck(operators.read_linear_attention_state.default, arguments)
+    torch.library.opcheck(
+        operators.read_linear_attention_state.default, arguments, test_utils=checks
+    )
 
 
 def test_failures_are_told(monkeypatch):
