@@ -4,6 +4,9 @@ They import what they need when they run: tools/gpu_check.sh loads this file whe
 packages are missing.
 """
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -34,6 +37,37 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
         return Result(code, *capsys.readouterr())
 
     return run
+
+
+STAGES = """
+import json, sys, timm, torch
+stages = [set(sys.modules)]
+import vitlinear
+stages.append(set(sys.modules))
+from vitlinear import ops
+x = torch.randn(1, 4, 1, 8, requires_grad=True)
+for backend in ("auto", "library"):
+    ops.linear_attention(x, x, x, backend=backend).sum().backward()
+stages.append(set(sys.modules))
+import vitlinear.detection, vitlinear.segmentation
+import vitlinear.dense.backbone, vitlinear.dense.padding, vitlinear.detection.torchvision
+stages.append(set(sys.modules))
+print(json.dumps([sorted(stage) for stage in stages]))
+"""
+
+
+@pytest.fixture(scope="session")
+def modules() -> dict[str, set[str]]:
+    """The names of all modules that a process has loaded, after each of its steps.
+
+    After ``import timm``, then ``import vitlinear``, then attentions, then the rooms of detectors
+    and segmentors.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", STAGES], capture_output=True, text=True, check=True
+    )
+    steps = ("timm", "vitlinear", "attention", "dense")
+    return dict(zip(steps, map(set, json.loads(done.stdout)), strict=True))
 
 
 @pytest.fixture(scope="session")

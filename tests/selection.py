@@ -21,6 +21,9 @@ UNMARKED = "mark_that_is_missing"
 # The rooms of vitlinear/ that the selected tests touch, and whether all of tests/ was collected.
 QUICK_ROOMS = pytest.StashKey[set[str]]()
 
+# Each of their tests takes the longest: first, so that no process of several waits for them alone.
+FIRST = (TESTS / "ops" / "triton" / "test_interpreter.py", TESTS / "peer")
+
 _clock = pytest.StashKey[tuple[float, float, int]]()
 
 
@@ -47,6 +50,8 @@ def rooms_of(item: pytest.Item) -> set[str]:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Marks tests by their folder, skips those that lack a GPU, and leaves out what was not asked.
 
+    Puts the longest ones first.
+
     First of all such hooks, so that it sees every test before ``-k`` and ``-m`` choose.
     """
     config.stash[QUICK_ROOMS] = set()
@@ -63,8 +68,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if config.getoption("--quick"):
             wanted = quick and not nightly
         (kept if wanted else left_out).append(item)
+    items[:] = sorted(kept, key=lambda item: not any(map(item.path.is_relative_to, FIRST)))
     if left_out:
-        items[:] = kept
         config.hook.pytest_deselected(items=left_out)
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import mmengine
 import numpy as np
 import pytest
 import torch
@@ -24,6 +23,7 @@ from vitlinear.errors import UserError
 pytestmark = packages()
 pytest.importorskip("skimage")
 
+import mmengine  # noqa: E402  (the lines above skip without it)
 from mmengine.fileio.handlers import file_handlers  # noqa: E402
 from mmengine.logging import HistoryBuffer, MessageHub  # noqa: E402
 from mmengine.runner import load_checkpoint  # noqa: E402
