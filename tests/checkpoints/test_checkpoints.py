@@ -25,7 +25,7 @@ WEIGHTS = {"a.weight": torch.ones(2)}
         {"model_ema": {"decay": 0.9999, "module": WEIGHTS}},
         {"module": WEIGHTS, "ds_version": "0.14"},
         {"epoch": 3, "model_state_dict": WEIGHTS, "optimizer_state_dict": {"state": {}}},
-        {"state_dict": {"a.weight": torch.zeros(2)}, "ema_state_dict": WEIGHTS},
+        {"ema_state_dict": {"a.weight": torch.zeros(2)}, "state_dict": WEIGHTS},
         {"net": WEIGHTS, "acc": 93.1},
         {"weights": WEIGHTS},
     ],

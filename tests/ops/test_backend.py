@@ -39,6 +39,7 @@ def test_auto_without_measurements(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(backend, "_has_triton", True)
     found = gpu.Gpu("a GPU", "sm_90", (9, 0), "1", "3.6.0")
+    monkeypatch.setattr(gpu, "is_there", lambda: True)
     monkeypatch.setattr(gpu, "describe", lambda index: found)
     monkeypatch.setattr(self_check, "failure", lambda kind: None)
     backend.forget()

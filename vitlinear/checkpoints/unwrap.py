@@ -9,8 +9,9 @@ from timm.models import clean_state_dict
 from torch import Tensor
 
 # Where training scripts put the weights, best first: averaged weights are what they evaluate.
+# Not ``ema_state_dict``: mmengine exchanges it with ``state_dict``, which has the average then.
 WRAPPERS = (
-    "model_ema", "state_dict_ema", "ema_state_dict",
+    "model_ema", "state_dict_ema",
     "model", "model_state_dict", "state_dict", "module", "net", "weights",
 )  # fmt: skip
 

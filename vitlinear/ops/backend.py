@@ -274,7 +274,7 @@ def _decide(kind: Kind, compiling: bool) -> _Rule:
         return _eager(obstacle)
     if failed := _failures.get(kind):
         return _eager(failed)
-    if kind.device == "cuda" and not torch.cuda.is_available():
+    if kind.device == "cuda" and not gpu.is_there():
         return _eager("there is no GPU here, its tensors are not real ones")
     device = gpu.describe(kind.device_index)
     if obstacle := gpu.obstacle(device):

@@ -38,6 +38,11 @@ class Gpu(NamedTuple):
     triton: str
 
 
+def is_there() -> bool:
+    """Whether PyTorch finds one. Fake tensors may be on a GPU that is not there."""
+    return torch.cuda.is_available()
+
+
 @functools.cache
 def describe(index: int | None = None) -> Gpu:
     """The GPU of this number, by default the current one."""
