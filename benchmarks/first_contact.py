@@ -179,22 +179,24 @@ def main() -> None:
         tell(machine(device))
         if not args.dry_run:
             count.listen()
-        findings: list[Callable[[], dict[str, Any]]] = [
-            *(partial(correctness, check) for check in checks(device.type, args.dry_run)),
-            bandwidth,
-            *(partial(kernel_times, each, device, timer) for each in barred_shapes(args.dry_run)),
+        findings: list[tuple[str, Callable[[], dict[str, Any]]]] = [
+            *((x.kind.label, partial(correctness, x)) for x in checks(device.type, args.dry_run)),
+            ("copy bandwidth", bandwidth),
+            *(
+                (shape.where, partial(kernel_times, shape, device, timer))
+                for shape in barred_shapes(args.dry_run)
+            ),
         ]
         finished = False
         try:
-            for number, find in enumerate(findings[args.skip :], args.skip):
+            for number, (name, find) in enumerate(findings[args.skip :], args.skip):
                 left = args.seconds - (time.monotonic() - start)
                 if left < 0:
                     break
                 try:
                     tell(find())
                 except Exception as error:
-                    what = find.args[0].where if isinstance(find, partial) else "bandwidth"
-                    tell({"shape": what, "error": f"{type(error).__name__}: {error}"[:500]})
+                    tell({"shape": name, "error": f"{type(error).__name__}: {error}"[:500]})
                 if is_lost(device):  # after a bad access nothing runs any more in this process
                     tell({"context_lost": True, **count.line()})
                     go_on(args, number, left)

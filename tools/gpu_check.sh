@@ -73,15 +73,16 @@ run() {
     env --default-signal=INT timeout -s INT -k 10 "$seconds" "$@" >"$work/$name.txt" 2>&1
 }
 
-# tests NAME SECONDS FILE [FLAG...]. Without the settings in pyproject.toml, which name plugins that
-# need not be there.
+# Without the settings in pyproject.toml, which name plugins that need not be there.
+pytest=("$python" -m pytest -c /dev/null --rootdir . -v --import-mode=importlib
+    -p no:cacheprovider -W ignore::pytest.PytestUnknownMarkWarning -m gpu)
 kernels=tests/ops/triton/test_gpu.py
+
+# tests NAME SECONDS FILE [FLAG...]
 tests() {
     local name=$1 limit=$2
     shift 2
-    run "tests_$name" "$limit" "$python" -m pytest -c /dev/null --rootdir . -v \
-        --import-mode=importlib -p no:cacheprovider -W ignore::pytest.PytestUnknownMarkWarning \
-        -m gpu --junit-xml "$work/tests_$name.xml" "$@"
+    run "tests_$name" "$limit" "${pytest[@]}" --junit-xml "$work/tests_$name.xml" "$@"
 }
 
 # Versions and correctness take seconds with a cache of compiled kernels, so they have no limit of
@@ -156,9 +157,7 @@ run_memory() {
         for tool in memcheck racecheck; do
             PYTORCH_NO_CUDA_MEMORY_CACHING=1 run "$tool" $((seconds / 2)) \
                 compute-sanitizer --tool "$tool" --error-exitcode 1 \
-                "$python" -m pytest -c /dev/null --rootdir . -v --import-mode=importlib \
-                -p no:cacheprovider -W ignore::pytest.PytestUnknownMarkWarning -m gpu \
-                "$kernels" -k "head_sizes and [8-" || status=1
+                "${pytest[@]}" "$kernels" -k "head_sizes and [8-" || status=1
             tail -n 3 "$work/$tool.txt"
         done
     fi

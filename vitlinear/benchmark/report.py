@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from vitlinear.checkpoints.load import same_model
 from vitlinear.files import write_atomically
 
 Row = Mapping[str, Any]
@@ -35,18 +36,18 @@ def measured(rows: Iterable[Row]) -> list[Row]:
 def find(rows: Iterable[Row], like: Row, model: str, runtime: str) -> Row | None:
     """The row of a model in a runtime that took turns with another, if it ran."""
     for row in measured(rows):
-        same = all(row[key] == like[key] for key in ("batch", "height", "width"))
-        if same and (row["model"], row["runtime"]) == (model, runtime):
+        if size(row) == size(like) and (row["model"], row["runtime"]) == (model, runtime):
             return row
     return None
 
 
 def in_pytorch(rows: Iterable[Row], like: Row) -> Row | None:
     """The row in PyTorch of the model that another row is of, whatever weights either names."""
-    origin = like["origin"].partition(".")[0]
-    named = (row["model"] for row in measured(rows) if row["runtime"] == BASE)
-    same = (name for name in named if name.partition(".")[0] == origin)
-    return next(filter(None, (find(rows, like, name, BASE) for name in same)), None)
+    for row in measured(rows):
+        beside = size(row) == size(like) and row["runtime"] == BASE
+        if beside and same_model(row["model"], like["origin"]):
+            return row
+    return None
 
 
 def size(row: Row) -> str:

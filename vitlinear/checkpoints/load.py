@@ -95,7 +95,7 @@ def load_model(
             in_chans=in_chans,
             **(model_kwargs or {}),
         )
-        weights = named_for(built, weights, path)
+        weights = named_for(built, weights, path, card)
     else:
         name = card.model
         _check_agreement(path, card, model, model_kwargs, num_classes, in_chans)
@@ -170,13 +170,20 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"checkpoint {path} cannot be used: {error}") from error
 
 
-def named_for(model: nn.Module, weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+def named_for(
+    model: nn.Module, weights: dict[str, Tensor], path: Path, card: Card | None
+) -> dict[str, Tensor]:
     """Bring weights under the names of a model; those of the authors are translated.
+
+    Args:
+        model: The model.
+        weights: As `read_weights` returns them.
+        path: Their file.
+        card: What it says of itself, if it does.
 
     Raises:
         CheckpointError: None of them is a weight of the model.
     """
-    card = read_card(path)
     size = None if card is None else card.model_kwargs.get("img_size")
     try:
         return checkpoint_filter_fn(weights, model, size)

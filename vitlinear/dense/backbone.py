@@ -10,7 +10,7 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from vitlinear.checkpoints.card import read_card
+from vitlinear.checkpoints.card import Card, read_card
 from vitlinear.checkpoints.load import named_for, notice_of_other_model, read_weights
 from vitlinear.checkpoints.read import CheckpointError
 from vitlinear.checkpoints.translate import classifiers
@@ -97,7 +97,7 @@ class MultiScaleBackbone(nn.Module):
 
         self.indices = [len(info) - 1] if isotropic else list(self.out_indices)
         if checkpoint_path is not None:
-            weights = _read_weights(self.model, checkpoint_path)
+            weights = _read_weights(self.model, checkpoint_path, card)
         timm_model.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)
         if isinstance(timm_model, TimmBackbone):
             timm_model.use_dense_form()
@@ -215,9 +215,9 @@ def _feature_info(model: nn.Module, name: str) -> list[dict[str, Any]]:
     return list(info)
 
 
-def _read_weights(model: nn.Module, path: str | Path) -> dict[str, Tensor]:
+def _read_weights(model: nn.Module, path: str | Path, card: Card | None) -> dict[str, Tensor]:
     """A checkpoint in the keys of a model that is whole but for its classifier."""
-    weights = named_for(model, read_weights(Path(path)), Path(path))
+    weights = named_for(model, read_weights(Path(path)), Path(path), card)
     heads = tuple(f"{name}." for name in classifiers(model))
     known = model.state_dict().keys()
     extra = sorted(key for key in weights.keys() - known if not key.startswith(heads))

@@ -92,7 +92,7 @@ def build_model(model_cls: type[Model], name: str, pretrained: bool, **kwargs: A
         model_cls,
         name,
         pretrained,
-        pretrained_filter_fn=lambda _, model: named_for(model, weights, path),
+        pretrained_filter_fn=lambda _, model: named_for(model, weights, path, card),
         pretrained_cfg_overlay=overlay,
         **kwargs,
     )

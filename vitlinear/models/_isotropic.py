@@ -84,8 +84,6 @@ class CeilPatchEmbed(PatchEmbed):
     The grid of a size is that of its images: timm's leaves out what is beyond the last whole patch.
     """
 
-    row_rule = LOCAL
-
     def _init_img_size(self, img_size: Any) -> Any:
         size = None if img_size is None else to_2tuple(img_size)
         pairs = zip(size or (), self.patch_size, strict=False)

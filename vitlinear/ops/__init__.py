@@ -3,8 +3,8 @@
 from .attention import linear_attention, softmax_attention
 from .attention_state import LinearAttentionState
 from .backend import BACKENDS, Choice, KernelError, choose_backend
-from .eager import accumulation_dtype
 from .mechanisms import MECHANISMS, Mechanism, get_mechanism
+from .precision import accumulation_dtype
 from .rotary import (
     RotaryTables,
     full_width_rotary_tables,

@@ -20,14 +20,10 @@ from torch import Tensor
 from . import cpu
 from .attention_state import LinearAttentionState
 from .mechanisms import Factor, Mechanism
+from .precision import accumulation_dtype
 from .rotary import RotaryTables, encode, is_full_width, rotate, token_table
 from .terms import Terms
 from .tracing import keeps_nothing, takes_functions
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type in which sums over tokens are kept."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager:

@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .eager import accumulation_dtype, saturate
+from .eager import saturate
+from .precision import accumulation_dtype
 from .tracing import wants_common_operators
 
 

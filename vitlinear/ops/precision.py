@@ -1,10 +1,15 @@
-"""The precision of float32 products on GPUs, as PyTorch's settings have it."""
+"""The precision of sums, and of float32 products on GPUs, as PyTorch's settings have it."""
 
 from __future__ import annotations
 
 import torch
 
 from . import gpu
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which sums over tokens are kept."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @torch.compiler.assume_constant_result

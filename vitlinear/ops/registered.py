@@ -28,6 +28,7 @@ from torch.utils.flop_counter import register_flop_formula
 from . import backward, eager, execution
 from .attention_state import LinearAttentionState
 from .mechanisms import get_mechanism
+from .precision import accumulation_dtype
 from .registered_states import empty_state
 from .terms import FlatTerms, Terms
 
@@ -165,7 +166,7 @@ def _(
     key_padding_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     batch, length, heads, _ = q.shape
-    dtype = eager.accumulation_dtype(q.dtype)
+    dtype = accumulation_dtype(q.dtype)
     return q.new_empty(q.shape), q.new_empty(batch, heads, length, dtype=dtype)
 
 

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 from . import eager, execution_states
 from .attention_state import LinearAttentionState
 from .mechanisms import get_mechanism
+from .precision import accumulation_dtype
 from .terms import Terms
 
 FlatState = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -57,7 +58,7 @@ def empty_state(k: Tensor, v: Tensor, mechanism: str, with_positions: bool) -> L
     batch, _, heads, dim = k.shape
     row, values = get_mechanism(mechanism), v.shape[-1]
     features, rows = row.feature_dim(dim), row.state_dim(dim, with_positions)
-    state = k.new_empty(batch, heads, rows, values, dtype=eager.accumulation_dtype(k.dtype))
+    state = k.new_empty(batch, heads, rows, values, dtype=accumulation_dtype(k.dtype))
 
     def like(exists: bool, width: int) -> Tensor | None:
         return state.new_empty(batch, heads, 1, width) if exists else None

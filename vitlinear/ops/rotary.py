@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from . import cpu
+from .precision import accumulation_dtype
 
 TABLE_DTYPES = (torch.float16, torch.float32, torch.float64)
 
@@ -182,7 +183,7 @@ def table_dtype(x: Tensor) -> torch.dtype:
             dtype = torch.get_autocast_dtype("cuda")
     if x.is_cuda and dtype != torch.float64:
         return kernel_table_dtype(dtype)
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    return accumulation_dtype(dtype)
 
 
 def is_full_width(tables: RotaryTables, heads: int, head_dim: int) -> bool:

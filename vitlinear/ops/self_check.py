@@ -19,6 +19,7 @@ from torch import Tensor
 from . import backward, eager
 from .backward import LinearGradients
 from .mechanisms import MIXER_ROWS, Mechanism, get_mechanism
+from .precision import accumulation_dtype
 from .rotary import (
     RotaryTables,
     full_width_rotary_tables,
@@ -229,7 +230,7 @@ def _formula(
     if not training:
         return result
     tokens = eager.prepare(q, k, v, row, terms, own=False)
-    heads_first = grad.transpose(1, 2).to(eager.accumulation_dtype(q.dtype))
+    heads_first = grad.transpose(1, 2).to(accumulation_dtype(q.dtype))
     grads = backward.linear_attention_backward(heads_first, tokens, row, state)
     if terms.lepe is None:  # the formula has it wherever there is a gate
         grads = grads._replace(lepe=None)

@@ -33,7 +33,7 @@ from .attention import (
 )
 from .attention_state import LinearAttentionState
 from .mechanisms import Mechanism, get_mechanism
-from .precision import in_tf32
+from .precision import accumulation_dtype, in_tf32
 from .rotary import RotaryTables
 from .terms import Terms
 from .tracing import is_looked_at
@@ -215,11 +215,11 @@ def _known(
     sums, norm, mean_v, *_ = state
     if type(q) not in PLAIN or type(sums) not in PLAIN:
         return None
-    if norm is not None and type(norm) not in PLAIN:
+    if norm is not None and (type(norm) not in PLAIN or norm.is_neg()):
         return None
-    if mean_v is not None and type(mean_v) not in PLAIN:
+    if mean_v is not None and (type(mean_v) not in PLAIN or mean_v.is_neg()):
         return None
-    if any(x is not None and x.is_neg() for x in (q, sums, norm, mean_v)):
+    if q.is_neg() or sums.is_neg():
         return None
     given = facts_of_terms(terms)
     if given is None:
@@ -258,7 +258,7 @@ def check_state(
     """
     batch, _, heads, dim = q.shape
     rows, features = mechanism.state_dim(dim, with_positions), mechanism.feature_dim(dim)
-    dtype = eager.accumulation_dtype(q.dtype)
+    dtype = accumulation_dtype(q.dtype)
     values = state.state.shape[-1]
     needed = {"state": (rows, values)}
     if mechanism.reads.uses_norm:

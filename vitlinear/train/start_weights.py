@@ -165,7 +165,7 @@ def initial_weights(
             f"it starts from another with --initial-model {card.model}"
         )
     read, own = read_weights(path), model.state_dict()
-    weights = named_for(model, read, path)
+    weights = named_for(model, read, path, card)
     read = without(wrapper_prefix(read, model), read)
     prefixes = tuple(f"{head}." for head in classifiers(model))
     head_keys = [key for key in own if prefixes and key.startswith(prefixes)]
