@@ -31,9 +31,9 @@ else:
     settings.register_profile("repeatable", derandomize=True, database=None)
     settings.load_profile("repeatable")
 
-# What chooses the tests and says what they cost; fixtures that several folders share; pytest's
-# own runner, for the tests of the first.
-pytest_plugins = ["tests.selection", "tests.commands", "pytester"]
+# What chooses the tests and says what they cost; their random numbers; fixtures that several
+# folders share; pytest's own runner, for the tests of the first two.
+pytest_plugins = ["tests.selection", "tests.seeds", "tests.commands", "pytester"]
 
 
 @pytest.fixture

@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from vitlinear.layers.attention.scriptable_state import scriptable_read, scriptable_state
 from vitlinear.layers.band import BANDED
 from vitlinear.layers.conv.depthwise_conv import DepthwiseConv
+from vitlinear.layers.init_normal import init_normal_
 from vitlinear.ops import accumulation_dtype
 from vitlinear.ops.eager import widen
 from vitlinear.ops.inner_step import gated, inner_values, stepped
@@ -400,7 +400,7 @@ class Vittt(Mixer):
     def reset_parameters(self) -> None:
         """Truncated normal weights."""
         for weight in (self.w1, self.w2):
-            trunc_normal_(weight, std=0.02)
+            init_normal_(weight, std=0.02)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, x: Tensor | None = None

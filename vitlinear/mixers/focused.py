@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from vitlinear.layers.band import BANDED
 from vitlinear.layers.conv.depthwise_conv import DepthwiseConv
+from vitlinear.layers.init_normal import init_normal_
 from vitlinear.layers.linear import Linear
 
 from .convolution import convolved_tokens, local_values, naive_convolution
@@ -156,7 +156,7 @@ class EfficientVit(Mixer):
 
     def reset_parameters(self) -> None:
         """Products that keep the size of what goes in."""
-        trunc_normal_(self.gather_heads, std=self.head_dim**-0.5)
+        init_normal_(self.gather_heads, std=self.head_dim**-0.5)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, extra: Tensor | None) -> Tensor:
         """The formula; see `Mixer.mix`."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from vitlinear.layers.attention.scriptable_state import scriptable_read, scriptable_state
 from vitlinear.layers.band import BANDED
+from vitlinear.layers.init_normal import init_normal_
 from vitlinear.layers.linear import Linear
 
 from .description import AttentionDescription
@@ -154,7 +154,7 @@ class EfficientVim(Mixer):
     def reset_parameters(self) -> None:
         """Products that keep the size of what goes in, and factors of 1."""
         for weight in (self.state_in, self.state_out):
-            trunc_normal_(weight, std=self.head_dim**-0.5)
+            init_normal_(weight, std=self.head_dim**-0.5)
         nn.init.ones_(self.skip)
 
     def from_input(self, x: Tensor, grid: Grid) -> Tensor | None:

@@ -12,10 +12,10 @@ from numbers import Integral
 from typing import Any
 
 import torch
-from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from vitlinear.layers.fold import fuse_model
+from vitlinear.layers.init_normal import init_normal_
 
 POOLINGS = ("", "avg", "max", "avgmax")
 
@@ -212,7 +212,7 @@ def init_module(module: nn.Module, needs_reset: bool = True, convs: bool = True)
     """
     if isinstance(module, nn.Linear) or (convs and isinstance(module, nn.Conv2d)):
         if not module.weight.is_meta:  # which would take most of the time to make a model there
-            trunc_normal_(module.weight, std=0.02)
+            init_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
     elif hasattr(module, "reset_parameters") and (

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerNorm, LayerNorm2d, to_2tuple, trunc_normal_
+from timm.layers import DropPath, LayerNorm, LayerNorm2d, to_2tuple
 from torch import Tensor, nn
 
 from vitlinear._timm import register_notrace_module
 from vitlinear.layers import AddMapPositions, CeilConv, Linear, Mlp, check_images
 from vitlinear.layers.band import LOCAL
+from vitlinear.layers.init_normal import init_normal_
 from vitlinear.layers.padding_rule import ZEROS_CHANNELS_FIRST
 
 from ._gradient_checkpointing import Block
@@ -122,7 +123,7 @@ class PositionedPatchEmbed(nn.Module):
 
     def reset_parameters(self) -> None:
         """Truncated normal positions."""
-        trunc_normal_(self.pos_embed, std=0.02)
+        init_normal_(self.pos_embed, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
         """Embed patches.

@@ -19,13 +19,13 @@ from timm.layers import (
     get_device_dtype,
     global_pool_nlc,
     to_2tuple,
-    trunc_normal_,
 )
 from torch import Tensor, nn
 
 from vitlinear._timm import feature_take_indices, register_notrace_module
 from vitlinear.layers import AddTokenPositions, check_images, known_layout
 from vitlinear.layers.band import LOCAL
+from vitlinear.layers.init_normal import init_normal_
 
 from ._build import imagenet_cfg
 from ._contract import POOLINGS, TimmBackbone
@@ -244,7 +244,7 @@ class IsotropicBackbone(TimmBackbone):
         super().init_weights(mode, needs_reset)
         for parameter in (self.cls_token, self.pos_embed):
             if parameter is not None:
-                trunc_normal_(parameter, std=0.02)
+                init_normal_(parameter, std=0.02)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from vitlinear._timm import register_notrace_module
@@ -15,6 +14,7 @@ from vitlinear.ops.inner_step import gated, inner_values, stepped
 from ..band import BANDED, Band, band_in_use
 from ..conv.dynamic_conv import conv_per_sample
 from ..heads import split_heads
+from ..init_normal import init_normal_
 from ..layout import split_axis
 from ..linear import Linear
 from ..padding_rule import MASK
@@ -77,7 +77,7 @@ class TttAttention(nn.Module):
     def reset_parameters(self) -> None:
         """Truncated normal weights of the two networks; the projections have their own."""
         for weight in (self.w1, self.w2, self.w3):
-            trunc_normal_(weight, std=0.02)
+            init_normal_(weight, std=0.02)
 
     def forward(
         self,
