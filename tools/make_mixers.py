@@ -143,8 +143,8 @@ def measured(speed: dict[str, Any] | None, study: dict[str, Any] | None) -> str:
                 row.append(MISSING)
         row.append(crossing(records, name) if of else MISSING)
         rows.append(row)
-    header = ["attention", "top-1 (%)", *(f"{size} tokens" for size in sizes), "faster from"]
-    return table(header, rows)
+    columns = [f"{size} tokens: maps/s, MiB" for size in sizes]
+    return table(["attention", "top-1 (%)", *columns, "faster from, tokens"], rows)
 
 
 def systems() -> str:
