@@ -3,7 +3,7 @@
     python benchmarks/cost_over_size.py    # writes benchmarks/results/cost_over_size.svg
 
 Left: multiply-adds, counted on the meta device. Right: seconds, from committed result files that
-`tools/benchmark.py` wrote on one machine. Nothing is measured here.
+`tools/benchmark_models.py` wrote on one machine. Nothing is measured here.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout
 
-from benchmarks import registry  # noqa: E402
+from benchmarks import gpu_rows  # noqa: E402
 from benchmarks.gpu import Timer, copy_bandwidth, is_lost, machine  # noqa: E402
 from vitlinear import ops  # noqa: E402
 from vitlinear.ops import self_check  # noqa: E402
@@ -62,9 +62,9 @@ def checks(device: str, dry: bool) -> Iterator[Check]:
                 yield Check(kind, path, grid)
 
 
-def barred_shapes(dry: bool) -> list[registry.Shape]:
+def barred_shapes(dry: bool) -> list[gpu_rows.Shape]:
     """The calls that a bar is set for."""
-    return list(registry.DRY_SHAPES[:1] if dry else registry.SHAPES[:8])
+    return list(gpu_rows.DRY_SHAPES[:1] if dry else gpu_rows.SHAPES[:8])
 
 
 def correctness(check: Check) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def correctness(check: Check) -> dict[str, Any]:
 
 
 def attention(
-    shape: registry.Shape, device: torch.device, dtype: torch.dtype, compiled_only: bool = False
+    shape: gpu_rows.Shape, device: torch.device, dtype: torch.dtype, compiled_only: bool = False
 ) -> Callable[[], Any]:
     """A forward and a backward pass of the kernels; on numbers, unless nothing will be launched."""
     parts = 5 if shape.epilogue else 3
@@ -98,7 +98,7 @@ def attention(
         projection = torch.randn(size, device=device, dtype=dtype)
     inputs = projection.requires_grad_().unbind(2)
     grad = torch.empty_like(inputs[0], memory_format=torch.contiguous_format)
-    attend = registry.implementations(shape, device, dtype)["triton"]
+    attend = gpu_rows.implementations(shape, device, dtype)["triton"]
 
     def both() -> object:
         return torch.autograd.grad(attend(*inputs), inputs, grad)
@@ -106,7 +106,7 @@ def attention(
     return both
 
 
-def kernel_times(shape: registry.Shape, device: torch.device, timer: Timer) -> dict[str, Any]:
+def kernel_times(shape: gpu_rows.Shape, device: torch.device, timer: Timer) -> dict[str, Any]:
     """Milliseconds of a forward and a backward pass together, and of each kernel in them."""
     line: dict[str, Any] = {"shape": shape.where, **shape._asdict(), "length": shape.length}
     both = attention(shape, device, torch.float32 if timer.dry else torch.bfloat16)

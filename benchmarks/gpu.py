@@ -1,4 +1,4 @@
-"""Time and memory of attention on a GPU, row by row of `registry`.
+"""Time and memory of attention on a GPU, row by row of `gpu_rows`.
 
     python benchmarks/gpu.py --output FILE.json [--seconds 300] [--only mala --only triton]
     TRITON_INTERPRET=1 python benchmarks/gpu.py --dry-run --output FILE.json
@@ -7,7 +7,7 @@ The second line needs no GPU and tries the script. Times are medians of `triton.
 with the 20th and 80th percentile, the L2 cache flushed between runs; q, k and v are views of one
 projection. ``graph`` times replay a captured CUDA graph, without the cost of launching. Copy
 bandwidth is measured in the same run; a row's share of it counts the bytes that any implementation
-has to move (`registry`), whatever was moved. Peak memory is what a call holds at its worst beyond
+has to move (`gpu_rows`), whatever was moved. Peak memory is what a call holds at its worst beyond
 its inputs. What does not run is a row with the reason.
 """
 
@@ -30,7 +30,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout
 
 import vitlinear  # noqa: E402
-from benchmarks import registry  # noqa: E402
+from benchmarks import gpu_rows  # noqa: E402
 from vitlinear.processor import cpu_model  # noqa: E402
 from vitlinear.revision import source_commit  # noqa: E402
 
@@ -90,7 +90,7 @@ class Calls(NamedTuple):
     both: Callable[[], object]
 
 
-def calls_of(shape: registry.Shape, attend: Any, device: torch.device, dry: bool) -> Calls:
+def calls_of(shape: gpu_rows.Shape, attend: Any, device: torch.device, dry: bool) -> Calls:
     """The calls of a row."""
     dtype = torch.float32 if dry else torch.bfloat16
     torch.manual_seed(0)
@@ -147,7 +147,7 @@ def copy_bandwidth(device: torch.device, timer: Timer) -> float:
     return 2 * size / (timer(lambda: target.copy_(source))[0] * 1e-3)
 
 
-def add_shares(row: dict[str, Any], shape: registry.Shape, bandwidth: float) -> None:
+def add_shares(row: dict[str, Any], shape: gpu_rows.Shape, bandwidth: float) -> None:
     """Fractions of the copy bandwidth that the least possible traffic would have needed."""
     forward, backward = (tensors * shape.tensor_bytes for tensors in shape.minimum())
     if row["implementation"] == "triton":
@@ -252,15 +252,15 @@ def main() -> None:
         "rows": [],
     }
     dtype = torch.float32 if args.dry_run else torch.bfloat16
-    shapes = registry.DRY_SHAPES if args.dry_run else registry.SHAPES
+    shapes = gpu_rows.DRY_SHAPES if args.dry_run else gpu_rows.SHAPES
     calls = [
         (shape, name, attend)
         for shape in shapes
-        for name, attend in registry.implementations(shape, device, dtype).items()
+        for name, attend in gpu_rows.implementations(shape, device, dtype).items()
         if not args.only or {shape.mechanism, name} & set(args.only)
     ]
     # Compiling a formula takes longer than measuring all else of its shape: last, in their order.
-    calls.sort(key=lambda call: call[1] == registry.COMPILED)
+    calls.sort(key=lambda call: call[1] == gpu_rows.COMPILED)
     lost = False  # the context: after a bad access nothing runs any more
 
     def try_row(row: dict[str, Any], key: str, run: Callable[[], dict[str, Any]]) -> bool:
@@ -282,20 +282,20 @@ def main() -> None:
         row = {**shape._asdict(), "length": shape.length, "implementation": name}
         record["rows"].append(row)
 
-        def times(shape: registry.Shape = shape, attend: Any = attend) -> dict[str, Any]:
+        def times(shape: gpu_rows.Shape = shape, attend: Any = attend) -> dict[str, Any]:
             return measure(calls_of(shape, attend, device, args.dry_run), device, timer)
 
         if try_row(row, "error", times):
             add_shares(row, shape, record["copy_bytes_per_second"])
             print(table([row]).splitlines()[1], flush=True)
             ran.append((row, shape, name, attend))
-        if name == registry.COMPILED:
+        if name == gpu_rows.COMPILED:
             torch.compiler.reset()
     for row, shape, name, attend in ran:  # a capture that fails may leave nothing usable behind
         if device.type != "cuda" or not (name == "triton" or shape.length <= LAUNCH_BOUND):
             continue
 
-        def graphs(shape: registry.Shape = shape, attend: Any = attend) -> dict[str, Any]:
+        def graphs(shape: gpu_rows.Shape = shape, attend: Any = attend) -> dict[str, Any]:
             subject = calls_of(shape, attend, device, args.dry_run)
             return {
                 "forward_graph_ms": timer(captured(subject.forward)),

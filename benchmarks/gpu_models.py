@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="tiny models on the CPU")
     args = parser.parse_args()
     start, plan = time.monotonic(), DRY if args.dry_run else GPU
-    # The same head as that of `tools/benchmark.py`, whose --report reads the file.
+    # The same head as that of `tools/benchmark_models.py`, whose --report reads the file.
     about = machine(torch.device(plan.device))
     record: dict[str, Any] = {
         "dry_run": args.dry_run,

@@ -1,6 +1,6 @@
 """Measures what Python and PyTorch take before the kernels of an attention have been launched.
 
-    python benchmarks/host_cost.py --json benchmarks/results/host_cost_intel.json
+    python benchmarks/host_cost.py --output benchmarks/results/host_cost_intel.json
 
 Launches do nothing, so this needs no GPU: time runs from the call of `linear_attention` to its
 return, forward, and backward from that of `torch.autograd.grad`; likewise of
@@ -331,7 +331,7 @@ def main() -> None:
     """Print a table and write one file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--calls", type=int, default=3000)
-    parser.add_argument("--json", type=Path, help="write the numbers there")
+    parser.add_argument("--output", type=Path, help="write the numbers there")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with without_launches() as launched:
@@ -343,7 +343,7 @@ def main() -> None:
             f"| {cost.mechanism} | {cost.call} | {cost.step} | {cost.launches} | {cost.ours:.0f} | "
             f"{cost.empty:.0f} | {cost.ratio:.2f} |"
         )
-    if args.json:
+    if args.output:
         record = {
             "command": " ".join(["python", "benchmarks/host_cost.py", *sys.argv[1:]]),
             "machine": machine(),
@@ -351,7 +351,7 @@ def main() -> None:
             "torch": torch.__version__,
             "rows": [cost._asdict() for cost in costs],
         }
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
+        args.output.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

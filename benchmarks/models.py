@@ -1,4 +1,4 @@
-"""Speed and memory of any timm models, side by side: `python tools/benchmark.py --help`.
+"""Speed and memory of any timm models, side by side: `python tools/benchmark_models.py --help`.
 
 Each model in each mode has a process of its own (`subject`), and all of one pass, size and batch
 take turns, round by round (`vitlinear.benchmark.turns`). The ratio to the reference is the median
@@ -108,7 +108,7 @@ def described(args: Any, argv: Sequence[str], device: str) -> dict[str, Any]:
     if device.startswith("cuda"):
         where = f"{torch.cuda.get_device_name(device)}; {where}"
     return {
-        "command": shlex.join(["python", "tools/benchmark.py", *argv]),
+        "command": shlex.join(["python", "tools/benchmark_models.py", *argv]),
         "machine": where,
         "load": os.getloadavg()[0],
         "commit": commit(),
@@ -130,7 +130,7 @@ def read(path: Path) -> dict[str, Any]:
     return record
 
 
-def main(argv: Sequence[str] | None = None, prog: str = "benchmark.py") -> None:
+def main(argv: Sequence[str] | None = None, prog: str = "benchmark_models.py") -> None:
     """Measures, prints a table, writes a file and a plot."""
     argv = sys.argv[1:] if argv is None else list(argv)
     args = parser(prog).parse_args(argv)

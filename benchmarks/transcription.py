@@ -3,8 +3,9 @@
 What a reader of RALA (arXiv:2411.07635) and MALA (arXiv:2507.00698) would write: maps [B, C, H, W]
 throughout, 1x1 convolutions for projections, LayerNorm between two permutes, heads brought before
 tokens by a copy, softmax stages with their matrix of weights, sines and cosines for each token.
-Nothing is slow on purpose and nothing is clever. `python tools/benchmark.py ravlt_s@transcription`
-measures it; the ratios of `benchmarks/accounts/` are to it. Without stochastic depth and dropout.
+Nothing is slow on purpose and nothing is clever. It is measured by `python
+tools/benchmark_models.py ravlt_s@transcription`; the ratios of `benchmarks/accounts/` are to it.
+Without stochastic depth and dropout.
 """
 
 from __future__ import annotations

@@ -208,7 +208,7 @@ def calls(wanted: Wanted) -> Iterator[Callable[[], Any]]:
     """The calls whose kernels are wanted."""
     import torch
 
-    from benchmarks import first_contact, registry
+    from benchmarks import first_contact, gpu_rows
     from vitlinear import ops
     from vitlinear.ops import self_check
 
@@ -222,7 +222,7 @@ def calls(wanted: Wanted) -> Iterator[Callable[[], Any]]:
         shapes = barred
     if "tests" in wanted.parts:
         yield from _tests(names)
-        shapes = registry.SHAPES if "first" in wanted.parts else registry.SHAPES[len(barred) :]
+        shapes = gpu_rows.SHAPES if "first" in wanted.parts else gpu_rows.SHAPES[len(barred) :]
     for shape in shapes:
         if shape.mechanism in names:
             yield first_contact.attention(shape, cpu, torch.bfloat16, compiled_only=True)

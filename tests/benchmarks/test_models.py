@@ -28,7 +28,7 @@ def test_tool(tmp_path, capsys):
     assert run(models.main, [*flags, *QUICK, "--output", str(output), "--plot", str(picture)]) == 0
     record = json.loads(output.read_text())
     assert record["reference"] == "test_linear_deit" and "1 threads" in record["machine"]
-    assert record["command"].startswith("python tools/benchmark.py test_linear_deit")
+    assert record["command"].startswith("python tools/benchmark_models.py test_linear_deit")
     assert {"commit", "torch", "timm"} <= set(record)
     rows = record["rows"]
     assert [(r["height"], r["width"], r["mode"], r["model"]) for r in rows] == [

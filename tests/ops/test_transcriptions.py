@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import registry
+from benchmarks import gpu_rows
 from tests.golden import relative_error
 from tests.ops.inputs import make_inputs, oracle
 from vitlinear import ops
@@ -15,9 +15,9 @@ from vitlinear import ops
 @pytest.mark.parametrize("epilogue", [(), ("lepe", "gate")], ids=["bare", "epilogue"])
 def test_transcription_is_the_definition(mechanism, epilogue):
     inputs = make_inputs(grid=(5, 7), dim=12, epilogue=epilogue)
-    shape = registry.Shape("here", mechanism, 2, 5, 7, 2, 12)
+    shape = gpu_rows.Shape("here", mechanism, 2, 5, 7, 2, 12)
     terms = inputs.terms(mechanism)
-    attend = registry.transcription(shape, terms.rotary, torch.float64, terms.powers)
+    attend = gpu_rows.transcription(shape, terms.rotary, torch.float64, terms.powers)
     parts = inputs.projection.unbind(2)
     out = attend(*(parts if epilogue else parts[:3]))
     (grad,) = torch.autograd.grad(out, inputs.projection, inputs.grad)
@@ -28,5 +28,5 @@ def test_transcription_is_the_definition(mechanism, epilogue):
 
 @pytest.mark.parametrize("mechanism", list(ops.MECHANISMS))
 def test_every_mechanism_is_measured(mechanism):
-    shapes = [shape for shape in registry.SHAPES if shape.mechanism == mechanism]
+    shapes = [shape for shape in gpu_rows.SHAPES if shape.mechanism == mechanism]
     assert shapes and all(shape.moved() >= shape.minimum() for shape in shapes)

@@ -1,6 +1,6 @@
 """Speed and memory of any timm models, side by side; see benchmarks/accounts/whole-models.md.
 
-python tools/benchmark.py ravlt_s swin_tiny_patch4_window7_224 --sizes 224 --modes eager fused
+python tools/benchmark_models.py ravlt_s swin_tiny_patch4_window7_224 --modes eager fused
 """
 
 import sys
