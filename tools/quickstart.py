@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
     """Prepares the environment, trains, evaluates and predicts."""
     python = _venv.ensure(EXTRAS)
     # This model is too small to gain from a second thread, and where another program wants the
-    # other core, two threads that wait for each other are thirty times slower than one.
+    # other core, two threads wait for each other and are many times slower than one.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     folder = _venv.ROOT / OUTPUT
     # The last weights, not the best: those were chosen by the held-out images, so their accuracy

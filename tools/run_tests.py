@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Runs every test from a bare checkout: makes ``.venv`` if it has to, then pytest in it.
+"""Runs the test suite from a bare checkout: makes ``.venv`` if it has to, then pytest in it.
 
     python3 tools/run_tests.py              # the whole suite, as continuous integration does
     python3 tools/run_tests.py --quick      # the inner loop: a little of every room
