@@ -40,9 +40,8 @@ train_cfg = dict(max_epochs=1)
 """
 
 
-def test_fine_tuning(
-    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
-) -> None:
+@pytest.mark.slow
+def test_fine_tuning(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It starts from a detector of 80 classes, and trains and tests one of the sample's six."""
     from mmengine.config import Config
 
