@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from torch import nn
@@ -101,9 +101,11 @@ def select_blocks(blocks: str | int | slice | Sequence[int] | None, number: int)
             text = ":".join("" if part is None else str(part) for part in parts).removesuffix(":")
             raise ValueError(f"blocks {text!r} selects nothing: {there_are}")
         return sorted(chosen)
-    if not isinstance(blocks, (int, Sequence)):
+    if isinstance(blocks, int):
+        blocks = [blocks]
+    if not isinstance(blocks, Iterable):
         raise ValueError(f"blocks must be whole numbers or a slice, got {blocks!r}")
-    listed = [blocks] if isinstance(blocks, int) else list(blocks)
+    listed: list[int] = list(blocks)
     if not listed:
         raise ValueError(f"blocks selects nothing: {there_are}")
     for index in listed:

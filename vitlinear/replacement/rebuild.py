@@ -108,7 +108,13 @@ def _checked(replacements: Any) -> list[dict[str, Any]]:
         raise ValueError(
             f"replacements must be a list of mappings, at least one, got {replacements!r}"
         )
-    defaults = {"attention": None, "blocks": None, "keep": None, "rope": False, "options": {}}
+    defaults: dict[str, Any] = {
+        "attention": None,
+        "blocks": None,
+        "keep": None,
+        "rope": False,
+        "options": {},
+    }
     checked = []
     for replacement in replacements:
         if not isinstance(replacement, Mapping) or "attention" not in replacement:
