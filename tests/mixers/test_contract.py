@@ -141,6 +141,7 @@ def test_samples_do_not_meet(name):
     layer, x = layer_of(name), normal(3, 4, 5, HEADS * DIM)
     for one in range(3):
         close(layer(x)[one : one + 1], layer(x[one : one + 1]), 1e-10)
+    assert layer(x[:0]).shape == x[:0].shape
 
 
 def of_every_order() -> list[dict[str, Any]]:

@@ -31,7 +31,7 @@ CASES = [
     ("agent", {"agents": 2}),
     ("saga", {"gates": "keys"}),
     ("saga", {"gates": "values"}),
-    ("mhla", {"blocks": 3}),
+    ("mhla", {"blocks_per_side": 3}),
     ("lolcats", {"window": 2}),
     ("lolcats", {"window": 3, "scale_rest": True}),
     ("still", {"window": 2, "keys_per_window": 1}),
@@ -162,6 +162,23 @@ def test_centroids_move_in_training():
     mixer.train()(q, k, v, grid)
     assert not torch.equal(mixer.centroids, before)
     assert "centroids" in mixer.state_dict() and "centroids" not in dict(mixer.named_parameters())
+
+
+def test_centroids_outlast_half_types_and_bad_batches():
+    """Small moves are not rounded away, and what is not finite does not stay in the average."""
+    grid = Grid(3, 4)
+    q, k, v, _ = (t.bfloat16() for t in tokens(grid))
+    mixer = mixer_of("routing", torch.bfloat16, clusters=2).to(torch.float16).bfloat16().train()
+    before = mixer.centroids.clone()
+    assert before.dtype == mixer.state_dict()["centroids"].dtype == torch.float32
+    mixer(q, k, v, grid)
+    moved = (mixer.centroids - before).abs()
+    assert (moved > 0).all() and moved.max() < 0.01
+    before = mixer.centroids.clone()
+    mixer(q[:0], k[:0], v[:0], grid)
+    mixer(q * torch.nan, k, v, grid)
+    torch.testing.assert_close(mixer.centroids, before, rtol=0, atol=0)
+    assert mixer.double().centroids.dtype == torch.float64
 
 
 def test_robust_memory_without_large_errors_is_the_plain_one():

@@ -125,6 +125,37 @@ def test_windows_of_another_size_and_maps_that_windows_do_not_fit():
     assert features(strict, torch.randn(1, 3, 72, 56)).shape[1:3] == (3, 2)
 
 
+def test_another_patch_embedding_has_another_map():
+    """Also in copies; a copy of an attention alone does not bring the model along."""
+    model = FAMILIES["vit, registers"].create(dynamic_img_size=False)
+    replace_attention(model, "mila", 0)
+    copied = copy.deepcopy(model)
+    for one in (model, copied):
+        one.patch_embed = timm.layers.PatchEmbed(64, 8, 3, one.embed_dim)
+        assert one.blocks[0].attn.token_map.size() == (8, 8)
+        one.patch_embed = timm.layers.PatchEmbed(64, 32, 3, one.embed_dim)
+    assert copied.blocks[0].attn.token_map.owner is copied
+    alone = copy.deepcopy(model.blocks[0].attn)
+    assert alone.token_map.size() == (2, 2)
+    assert not hasattr(alone.token_map.owner, "blocks")
+    dynamic = FAMILIES["vit, registers"].create(dynamic_img_size=True)
+    replace_attention(dynamic, "mila", 0)
+    dynamic.patch_embed = copied.patch_embed
+    with pytest.raises(ValueError, match="was exchanged after replace_attention"):
+        dynamic.blocks[0].attn.token_map.size()
+
+
+def test_what_moves_in_training_is_not_recomputed_silently():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1)
+    replace_attention(model, "routing", clusters=2)
+    x = torch.randn(1, 3, 32, 32)
+    model.train()(x).sum().backward()
+    model.set_grad_checkpointing()
+    with pytest.raises(RuntimeError, match="routing moves its centroids in training"):
+        model(x).sum().backward()
+    model.eval()(x).sum().backward()
+
+
 def test_gradient_checkpointing_changes_nothing():
     small = FAMILIES["dinov3"]
     model, x = small.create(), small.images()

@@ -50,6 +50,7 @@ def test_blocks_are_chosen_as_python_slices(blocks, chosen):
         (-7, "there is no block -7"),
         ([True], "whole numbers or a slice, got True"),
         ([1.5], "whole numbers or a slice, got 1.5"),
+        (3.0, "whole numbers or a slice, got 3.0"),
     ],
 )
 def test_blocks_that_there_are_not(blocks, message):
@@ -66,6 +67,10 @@ def test_blocks_that_there_are_not(blocks, message):
         ({"name": "mala", "window": 3}, "mala has no option 'window'"),
         ({"name": "mala", "blocks": "9:"}, "selects nothing"),
         ({"name": "mala", "keep": ["gates"]}, r"no part 'gates' \(did you mean gate\?\)"),
+        ({"name": "mala", "keep": 3}, "no part 3"),
+        ({"name": "mala", "rope": "no"}, "rope must be True or False, got 'no'"),
+        ({"name": None}, "unknown attention None"),
+        ({"name": {"name": "mala"}}, "unknown attention {'name': 'mala'}"),
     ],
 )
 def test_mistakes_change_nothing(arguments, message):
@@ -135,11 +140,55 @@ def test_a_mixer_that_needs_the_map_is_refused_where_none_is_known():
         assert dropping.train()(torch.randn(2, 3, 160, 160)).isfinite().all()
 
 
+def exchanged_forward(model):
+    model.blocks[1].attn.forward = model.blocks[1].attn.forward
+
+
+def another_projection(model):
+    model.blocks[1].attn.proj = nn.Sequential(model.blocks[1].attn.proj)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda m: m.blocks[1].attn.register_forward_hook(print), "has hooks"),
+        (lambda m: m.blocks[1].attn.register_full_backward_pre_hook(print), "has hooks"),
+        (exchanged_forward, "has a forward of its own"),
+        (another_projection, "has a Sequential as proj, which tells no weight"),
+    ],
+)
+def test_what_was_done_to_an_attention_is_not_lost(change, reason):
+    model = small_vit(device="meta")
+    change(model)
+    old = model.blocks[1].attn
+    (refused,) = replace_attention(model, "elu").refused
+    assert refused.block == 1 and refused.reason.startswith(reason)
+    assert model.blocks[1].attn is old
+
+
+def test_an_attention_alone_and_blocks_alone():
+    model = small_vit(device="meta")
+    with pytest.raises(ValueError, match="Attention is an attention itself.*the model that holds"):
+        replace_attention(model.blocks[0].attn, "elu")
+    with pytest.warns(UserWarning, match="give replace_attention the whole model"):
+        replace_attention(model.blocks, "elu")
+    assert model.pretrained_cfg["architecture"] == "test_vit"
+
+
+def test_an_attention_with_centroids_is_refused_with_the_mask_of_swin():
+    model = FAMILIES["swin"].create()
+    with pytest.raises(ValueError, match="cannot learn its centroids: leave 'mask' out of keep"):
+        replace_attention(model, "routing", 1, keep=["mask"])
+    assert replace_attention(model, "routing", 1, keep=[]).replaced
+
+
 def test_dropout_of_weights_is_reported():
     model = small_vit(attn_drop_rate=0.1, qk_norm=True)
     report = replace_attention(model, "mala", 0, keep=())
     assert report[0].dropped == ("qk_norm", "attn_drop")
     assert isinstance(model.blocks[0].attn.q_norm, nn.Identity)
+    model.blocks[1].attn.attn_drop = nn.Identity()
+    assert replace_attention(model, "mala", 1)[0].dropped == ()
 
 
 def test_masks_that_say_more_than_which_keys_there_are():

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from timm.models import resolve_model_input_args, save_for_hf
+from torch import nn
 
 import vitlinear
 from tests.replacement.zoo import FAMILIES, randomised
@@ -82,6 +83,46 @@ def test_several_replacements_are_made_again_in_order(tmp_path):
     assert again.blocks[3].attn.was == "Attention"
 
 
+def test_models_inside_of_others_are_told(tmp_path):
+    """Each model of the factory, with the numbers of its own blocks."""
+    first, second = FAMILIES["vit"].create(), FAMILIES["vit, registers"].create()
+    outer = nn.Module()
+    outer.rows, outer.first, outer.second = first.blocks, first, nn.DataParallel(second)
+    replace_attention(outer, "mhla", "5:8", blocks_per_side=2)
+    assert first._model_args["replacements"][0]["blocks"] == [5]
+    assert second._model_args["replacements"][0]["blocks"] == [0, 1]
+    save_for_hf(second, str(tmp_path), safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(again(x), second(x))
+
+
+@pytest.mark.parametrize(
+    ("family", "kwargs", "size"),
+    [
+        ("vit, registers", {"img_size": 96}, 96),
+        ("beit", {"img_size": 96}, 96),
+        pytest.param(
+            "vit, registers", {"img_size": 64, "patch_size": 8}, 64, marks=pytest.mark.nightly
+        ),
+    ],
+)
+def test_saved_weights_fit_another_size(family, kwargs, size, tmp_path):
+    small = FAMILIES[family]
+    model = small.create()
+    replace_attention(model, "elu", "1:", keep=())
+    randomised(model)
+    save_for_hf(model, str(tmp_path), safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, **kwargs).eval()
+    x = torch.randn(1, 3, size, size)
+    with torch.no_grad():
+        assert again(x).isfinite().all()
+        if "patch_size" not in kwargs:
+            model.set_input_size((size, size))
+            torch.testing.assert_close(again(x), model(x))
+
+
 def test_models_that_give_maps_are_replaced_as_well():
     maps = FAMILIES["naflexvit"].create(features_only=True, out_indices=[1, 2])
     report = replace_attention(maps, "mala")
@@ -143,6 +184,22 @@ def test_by_name_the_base_is_built_and_changed():
         ({"base": "test_vitt"}, r"unknown base 'test_vitt' \(did you mean test_vit"),
         ({"base": "replaced_attention"}, "unknown base 'replaced_attention'"),
         ({"base": "test_vit", "replacements": [{"attention": "mla"}]}, "unknown attention 'mla'"),
+        *(
+            ({"base": "test_vit", "replacements": given}, message)
+            for given, message in (
+                (None, "replacements must be a list of mappings, at least one"),
+                ({"attention": "mala"}, "replacements must be a list of mappings"),
+                (["mala"], "must be a mapping with 'attention'.*got 'mala'"),
+                ([{"name": "mala"}], "must be a mapping with 'attention'"),
+                ([{"attention": None}], "unknown attention None"),
+                ([{"attention": "mala", "block": 3}], r"no 'block' \(did you mean blocks"),
+                (
+                    [{"attention": "mala", "options": 3}],
+                    "options of a replacement must be",
+                ),
+                ([{"attention": "mala", "blocks": 3.0}], "whole numbers or a slice, got 3.0"),
+            )
+        ),
     ],
 )
 def test_mistakes_are_one_line(arguments, message):

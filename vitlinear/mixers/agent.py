@@ -52,7 +52,7 @@ def map_sizes(grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
         cost="4 N n D, n agents",
         state="2 n D",
         order="local",
-        positive=True,
+        positive=False,
         rows_sum_to_one=False,
         query_magnitude=True,
         injective=False,

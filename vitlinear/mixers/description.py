@@ -116,7 +116,7 @@ class AttentionDescription:
         cost: Multiply-adds of a head, such as ``N F D``.
         state: Numbers that a head keeps of all tokens, such as ``F (D + 1)``.
         order: One of `ORDERS`.
-        positive: Whether all weights are at least 0.
+        positive: Whether all weights are at least 0, as long as learned scales of the output are.
         rows_sum_to_one: Whether the weights of a query add up to 1, without rotary positions.
         query_magnitude: Whether the weights of a query change with its length, not its direction
             alone.

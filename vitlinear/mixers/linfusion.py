@@ -29,7 +29,7 @@ from .registry import register
         order="free",
         positive=True,
         rows_sum_to_one=True,
-        query_magnitude=False,
+        query_magnitude=True,
         injective=False,
         backends=("eager", "library", "triton"),
         options={"hidden_dim": Option(64, "channels inside of F", 1)},

@@ -98,10 +98,10 @@ def blocks_of(grid: Grid, side: int, device: torch.device) -> Blocks:
         order="local",
         positive=True,
         rows_sum_to_one=True,
-        query_magnitude=False,
+        query_magnitude=True,
         injective=False,
         backends=("eager", "library", "triton"),
-        options={"blocks": Option(4, "blocks along each side of the map", 1, 16)},
+        options={"blocks_per_side": Option(4, "blocks along each side of the map", 1, 16)},
         origin="Weights w are a softmax of a table over the blocks, near ones the greatest at "
         "first, in each head; tokens before the map are a block of their own. General knowledge of "
         "the paper.",
@@ -120,21 +120,22 @@ class Mhla(Mixer):
         dim: int,
         num_heads: int,
         *,
-        blocks: int = 4,
+        blocks_per_side: int = 4,
         backend: str = "auto",
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(dim, num_heads, backend=backend, device=device, dtype=dtype)
-        self.blocks = blocks
-        count = blocks * blocks + 1
+        self.blocks_per_side = blocks_per_side
+        count = blocks_per_side**2 + 1
         self.mixing = nn.Parameter(torch.empty(num_heads, count, count, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Near blocks first."""
         with torch.no_grad():
-            side = torch.arange(self.blocks, device=self.mixing.device, dtype=torch.float32)
+            count, device = self.blocks_per_side, self.mixing.device
+            side = torch.arange(count, device=device, dtype=torch.float32)
             places = torch.cartesian_prod(side, side).reshape(-1, 2)
             self.mixing.zero_()
             self.mixing[:, :-1, :-1] = -(places[:, None] - places).norm(dim=-1)
@@ -148,20 +149,21 @@ class Mhla(Mixer):
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, extra: Tensor | None) -> Tensor:
         """The formula; see `Mixer.mix`."""
-        blocks = blocks_of(grid, self.blocks, q.device)
+        blocks = blocks_of(grid, self.blocks_per_side, q.device)
         absent = ~blocks.present.expand(q.shape[0], -1, -1).flatten(0, 1)
         state = linear_attention_state(
             blocks.cut(k), blocks.cut(v), mechanism="elu", key_padding_mask=absent,
             backend=self.backend,
         )  # fmt: skip
         # Means of blocks as sums: their sizes differ.
-        count = (~absent).sum(1).to(q.dtype).unflatten(0, (q.shape[0], -1))
+        shape = (q.shape[0], blocks.members.shape[1])
+        count = (~absent).sum(1).to(q.dtype).unflatten(0, shape)
         count = (count / count.sum(1, keepdim=True).clamp(min=1)).flatten()
         weights = self.weights(grid, q.dtype)
 
         def mixed(x: Tensor | None) -> Tensor:
             assert x is not None
-            x = (x * count[:, None, None, None]).unflatten(0, (q.shape[0], -1))
+            x = (x * count[:, None, None, None]).unflatten(0, shape)
             return torch.einsum("hbc,nchde->nbhde", weights, x).flatten(0, 1)
 
         own = LinearAttentionState(mixed(state.state), mixed(state.norm))
@@ -172,7 +174,7 @@ class Mhla(Mixer):
         self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, x: Tensor | None = None
     ) -> Tensor:
         """The quadratic form; see `Mixer.definition`."""
-        side, prefix = self.blocks, grid.num_prefix_tokens
+        side, prefix = self.blocks_per_side, grid.num_prefix_tokens
         rows, cols = -(-grid.height // side), -(-grid.width // side)
         block = [side * side] * prefix
         for y in range(grid.height):

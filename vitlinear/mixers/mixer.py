@@ -32,7 +32,9 @@ class Mixer(nn.Module):
         resets_parts: Class attribute: whether `reset_parameters` gives linear layers and
             convolutions inside other values than those that a model gives all of them.
         moves_in_training: Class attribute: names of buffers that a forward pass in training
-            changes; recomputing takes them as they were.
+            changes; recomputing has to take them as they were.
+        recomputed_as_it_was: Whether a recomputation that runs now has these buffers as they were;
+            who checkpoints sets it.
     """
 
     description: ClassVar[AttentionDescription]
@@ -69,6 +71,7 @@ class Mixer(nn.Module):
         self.backend = check_backend(backend)
         self.attn_type = self.description.name
         self.order: Order = self.description.order
+        self.recomputed_as_it_was = False
 
     @classmethod
     def kind_of_tables(cls) -> str:
@@ -104,6 +107,22 @@ class Mixer(nn.Module):
             q, k, values = (grid.hide(widen(t, dtype)) for t in (q, k, v))
             out = self.mix(q, k, values, grid, extra)
             return grid.hide(saturate(out, v.dtype).to(v.dtype))
+
+    def check_recomputation(self) -> None:
+        """Check, before a buffer moves, that this is no recomputation with the moved one.
+
+        Raises:
+            RuntimeError: It is: the gradients would be of another forward pass.
+        """
+        if torch.compiler.is_compiling() or self.recomputed_as_it_was:
+            return
+        if torch._C._current_graph_task_id() != -1:  # inside of a backward pass
+            raise RuntimeError(
+                f"{self.description.name} moves its {' and '.join(self.moves_in_training)} in "
+                "training, and gradient checkpointing would recompute with the moved ones: switch "
+                "it off (set_grad_checkpointing(False)); vitlinear's own models keep those of the "
+                "forward pass"
+            )
 
     def from_input(self, x: Tensor, grid: Grid) -> Tensor | None:
         """The part of the input of the layer, [B, N, C], that `mix` gets, such as gates; or None.

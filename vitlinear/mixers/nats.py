@@ -28,7 +28,7 @@ from .registry import register
         cost="2 N D^2 + 2 N K w^2 D, K chosen windows of side w",
         state="D^2 + 2 K w^2 D",
         order="local",
-        positive=False,
+        positive=True,
         rows_sum_to_one=False,
         query_magnitude=True,
         injective=False,

@@ -44,9 +44,9 @@ def find_mixer(name: str) -> type[Mixer]:
     Raises:
         ValueError: There is none of this name; one line, with the nearest match.
     """
-    mixer = _mixers.get(name)
+    mixer = _mixers.get(name) if isinstance(name, str) else None
     if mixer is None:
-        near = did_you_mean(name, _mixers)
+        near = did_you_mean(str(name), _mixers)
         raise ValueError(
             f"unknown attention {name!r}{near}; `vitlinear attentions` lists all of them"
         )

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vitlinear.ops import accumulation_dtype
 
 from .description import AttentionDescription, Option
 from .grid import Grid
@@ -23,7 +27,7 @@ from .registry import register
         state="2 N D",
         order="free",
         positive=True,
-        rows_sum_to_one=True,
+        rows_sum_to_one=False,
         query_magnitude=False,
         injective=False,
         options={
@@ -43,7 +47,8 @@ class Routing(Mixer):
     Queries and keys go through a LayerNorm without weights, whose result has the length D^0.5, so
     products rank as distances do. Clusters have one size; a token may lie in several, whose outputs
     are averaged, or in none. Centroids are a moving average of the tokens that they gathered, in
-    training alone, and no parameters. Source: arXiv:2003.05997, from general knowledge.
+    training alone, and no parameters. They are float32 or float64 in a model of any type: half
+    types would round a small move away. Source: arXiv:2003.05997, from general knowledge.
     """
 
     moves_in_training = ("centroids",)
@@ -63,9 +68,19 @@ class Routing(Mixer):
         self.clusters = clusters
         self.momentum = momentum
         shape = (num_heads, clusters, self.head_dim)
+        wide = accumulation_dtype(dtype or torch.get_default_dtype())
         self.centroids: Tensor
-        self.register_buffer("centroids", torch.empty(shape, device=device, dtype=dtype))
+        self.register_buffer("centroids", torch.empty(shape, device=device, dtype=wide))
         self.reset_parameters()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Do to all parameters and buffers what ``to``, ``half`` and their like do."""
+        before = self.centroids
+        super()._apply(fn, recurse)
+        wide = accumulation_dtype(self.centroids.dtype)
+        if wide != self.centroids.dtype:
+            self.centroids = before.to(self.centroids.device, wide)
+        return self
 
     def reset_parameters(self) -> None:
         """Random directions of the length of tokens."""
@@ -96,6 +111,7 @@ class Routing(Mixer):
         of_q, of_k = nearest(q), nearest(k)
         keys, values, queries = gathered(k, of_k), gathered(v, of_k), gathered(q, of_q)
         if self.training:
+            self.check_recomputation()
             self.move(queries, keys, within)
         logits = queries @ keys.transpose(-1, -2) * self.head_dim**-0.5
         logits = logits.masked_fill(~within.unsqueeze(-2), -torch.inf)
@@ -118,8 +134,12 @@ class Routing(Mixer):
             within: Which of those count, broadcasts to [B, h, C, most].
         """
         weights = within.to(queries.dtype).expand(queries.shape[:-1]).unsqueeze(-1)
-        both = ((queries + keys) * weights).sum((0, 3)) / (2 * weights.sum((0, 3)))
-        self.centroids.lerp_(both.to(self.centroids.dtype), 1 - self.momentum)
+        number = weights.sum((0, 3))
+        mean = ((queries + keys) * weights).sum((0, 3)) / (2 * number.clamp(min=1))
+        # One batch that overflowed, or is empty, would be in the average for good.
+        counts = mean.isfinite().all(-1, keepdim=True) & (number > 0)
+        mean = torch.where(counts, mean.to(self.centroids.dtype), self.centroids)
+        self.centroids.lerp_(mean, 1 - self.momentum)
 
     def definition(
         self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, x: Tensor | None = None
@@ -130,7 +150,7 @@ class Routing(Mixer):
         total, times = torch.zeros_like(v), torch.zeros_like(v[..., :1])
         for image in range(q.shape[0]):
             for head in range(self.num_heads):
-                for centroid in self.centroids[head]:
+                for centroid in self.centroids[head].to(q.dtype):
                     query, key, value = (t[image, :, head] for t in (q, k, v))
                     members = (query @ centroid).argsort(descending=True)[:size]
                     seen = (key @ centroid).argsort(descending=True)[:size]

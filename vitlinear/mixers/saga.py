@@ -28,7 +28,7 @@ from .registry import register
         order="free",
         positive=True,
         rows_sum_to_one=False,
-        query_magnitude=False,
+        query_magnitude=True,
         injective=False,
         backends=("eager", "library", "triton"),
         options={

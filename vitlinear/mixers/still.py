@@ -46,7 +46,7 @@ def self_saliency(scores: Tensor, places: Tensor) -> Tensor:
         cost="8 N D^2 + 4 N (w^2 + K) D, w the side of a window, K exact keys",
         state="2 D (D + 1) + 2 K D",
         order="local",
-        positive=False,
+        positive=True,
         rows_sum_to_one=False,
         query_magnitude=True,
         injective=False,
@@ -121,11 +121,11 @@ class Still(Mixer):
         near = exact_keys(q, k, v, features, windows)
         chosen, window = self.chosen(near[0][..., prefix:], windows.present(q))
         # Chosen keys as one more window that all queries look at, but for those of its own.
-        shape = (q.shape[0], self.num_heads, windows.count * windows.length, -1)
+        shape = (q.shape[0], self.num_heads, windows.count * windows.length)
         keys, key_features, key_values = (
             windows.cut(x)
             .permute(0, 3, 1, 2, 4)
-            .reshape(shape)
+            .reshape(*shape, x.shape[-1])
             .gather(2, chosen.unsqueeze(-1).expand(-1, -1, -1, x.shape[-1]))
             .unsqueeze(1)
             for x in (k, features[1], v)

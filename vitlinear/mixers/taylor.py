@@ -199,6 +199,7 @@ class Based(_Narrow):
             "feature_dim": Option(16, "channels that queries and keys are taken to", 1, 64),
         },
         changes=(
+            Change("degree", (0,), {"query_magnitude": False}),
             Change("degree", (1, 3), {"positive": False}),
             Change("norm", ("sum",), {"rows_sum_to_one": True}),
         ),

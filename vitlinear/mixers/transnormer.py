@@ -57,14 +57,15 @@ class _HeadNorm(Mixer):
         cost="2 N D^2",
         state="D^2",
         order="free",
-        positive=False,
+        positive=True,
         rows_sum_to_one=False,
-        query_magnitude=False,
+        query_magnitude=True,
         injective=False,
         backends=BACKENDS,
         options={
             "map": Option("elu+1", "of T2, or of T1 (elu)", choices=("elu+1", "elu")),
         },
+        changes=(Change("map", ("elu",), {"positive": False}),),
         origin="Non-causal. The state is a mean, which the norm after it divides out.",
     )
 )
@@ -115,7 +116,14 @@ class NormAttention(_HeadNorm):
                 "softmax", "of T2, or of T1 (relu, with a norm)", choices=("softmax", "relu")
             ),
         },
-        changes=(Change("scores", ("relu",), {"rows_sum_to_one": False, "injective": False}),),
+        changes=(
+            # The norm takes the length of the query away.
+            Change(
+                "scores",
+                ("relu",),
+                {"rows_sum_to_one": False, "query_magnitude": False, "injective": False},
+            ),
+        ),
         origin="Windows of 8 x 8 for the paper's blocks of 64 tokens. Tokens before the map see "
         "all tokens, and all tokens see them.",
     )

@@ -44,7 +44,7 @@ def _checkpoint(block: nn.Module, run: Callable[..., Any], *args: Any, **kwargs:
     if torch.compiler.is_compiling():  # nothing runs twice: the compiler has its own recomputation
         return timm.models.checkpoint(run, *args, **kwargs)
     region, rows, again = valid_region(), rows_in_use(), False
-    moving = [
+    moving: list[tuple[Any, str, torch.Tensor]] = [
         (module, name, module.get_buffer(name).clone())
         for module in block.modules()
         if module.training
@@ -63,7 +63,7 @@ def _checkpoint(block: nn.Module, run: Callable[..., Any], *args: Any, **kwargs:
 
 @contextmanager
 def _buffers_of_recomputation(
-    block: nn.Module, moving: list[tuple[nn.Module, str, torch.Tensor]]
+    block: nn.Module, moving: list[tuple[Any, str, torch.Tensor]]
 ) -> Iterator[None]:
     """Inside, batch norms in training mode count into copies of their averages.
 
@@ -79,8 +79,12 @@ def _buffers_of_recomputation(
     present = [(module, name, module.get_buffer(name)) for module, name, _ in copies]
     for module, name, x in copies:
         setattr(module, name, x.clone())
+    for module, _, _ in moving:
+        module.recomputed_as_it_was = True
     try:
         yield
     finally:
         for module, name, x in present:
             setattr(module, name, x)
+        for module, _, _ in moving:
+            module.recomputed_as_it_was = False

@@ -71,6 +71,7 @@ class ReplacedAttention(nn.Module):
         self.v_proj: nn.Module | None = getattr(old, "v_proj", None)
         self.q_bias: nn.Parameter | None = getattr(old, "q_bias", None)
         self.v_bias: nn.Parameter | None = getattr(old, "v_bias", None)
+        self.qkv_bias_separate = bool(getattr(old, "qkv_bias_separate", False))
         self.q_norm: nn.Module = _kept(old, "q_norm", "qk_norm" in parts)
         self.k_norm: nn.Module = _kept(old, "k_norm", "qk_norm" in parts)
         self.mixer: Any = mixer
@@ -154,7 +155,10 @@ class ReplacedAttention(nn.Module):
         if self.qkv is not None:
             if self.q_bias is not None and self.v_bias is not None:
                 bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-                qkv = F.linear(x, self.qkv.weight, bias)
+                if self.qkv_bias_separate:  # as timm: hooks and adapters of the module then act
+                    qkv = self.qkv(x) + bias
+                else:
+                    qkv = F.linear(x, self.qkv.weight, bias)
             else:
                 qkv = self.qkv(x)
             q, k, v, _ = unpack(split_axis(qkv, 2, [3, self.num_heads, self.head_dim]))
@@ -230,7 +234,7 @@ def keys_left_out(attn_mask: Tensor | None, x: Tensor, is_causal: bool) -> Tenso
 
     Args:
         attn_mask: [B or 1, 1, 1, N]: bool, False for keys that are left out; or as it is added to
-            logits, 0 and something very negative.
+            logits: keys are left out at -1000 and less, where softmax rounds their weights to 0.
         x: Tokens, [B, N, C].
         is_causal: Whether tokens are to see only those before them.
 
@@ -252,7 +256,7 @@ def keys_left_out(attn_mask: Tensor | None, x: Tensor, is_causal: bool) -> Tenso
     if keys.dtype == torch.bool:
         hidden = torch.logical_not(keys)
     else:
-        hidden = keys < 0
+        hidden = keys <= -1e3
         if not torch.jit.is_scripting():
             check_hides(keys)
     return hidden.expand(x.shape[0], -1)
@@ -262,14 +266,15 @@ def keys_left_out(attn_mask: Tensor | None, x: Tensor, is_causal: bool) -> Tenso
 def check_hides(keys: Tensor) -> None:
     """Check that what is added to logits is 0 or hides the key.
 
-    Nothing is looked at where that would cost a wait for the device, or stop a compiler.
+    Nothing is looked at where that would cost a wait for the device, or stop a compiler: there,
+    numbers that do not hide the key count as 0.
 
     Raises:
         ValueError: It is neither.
     """
     if torch.compiler.is_compiling() or keys.device.type != "cpu":
         return
-    if not ((keys == 0) | (keys <= -1e4)).all():
+    if not ((keys == 0) | (keys <= -1e3)).all():
         raise ValueError("a replaced attention takes masks that hide keys, not biases of logits")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from torch import nn
@@ -36,28 +36,42 @@ class Place(NamedTuple):
 def find_attentions(model: nn.Module) -> list[Place]:
     """The attentions of a model between tokens, in timm's order of blocks.
 
-    Attentions inside of others, and poolings before a classifier, are none of their own.
+    Attentions inside of others, and poolings before a classifier, are none of their own. Blocks
+    with one attention in common, and places with one block in common, each count. A second name of
+    the same row of blocks, as wrappers give it, does not.
     """
-    modules = dict(model.named_modules())
-    places: list[Place] = []
-    numbers: dict[str, int] = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found: dict[str, str] = {}  # of each attention, the block
     for name, module in modules.items():
         if not (is_attention(module) or isinstance(module, ReplacedAttention)):
             continue
-        if any(name.startswith(f"{place.name}.") or place.name == "" for place in places):
+        if "" in found or any(name.startswith(f"{other}.") for other in found):
             continue
         match = _BLOCK.match(f"{name}.")
-        block = match.group() if match else name.rpartition(".")[0]
+        found[name] = match.group() if match else name.rpartition(".")[0]
+
+    def owner_of(name: str) -> nn.Module | None:
         parents = [name.rsplit(".", i)[0] for i in range(1, name.count(".") + 1)] + [""]
         owners = (modules[parent] for parent in parents)
-        owner = next(
-            (m for m in owners if hasattr(m, "patch_embed") or hasattr(m, "embeds")), model
-        )
-        places.append(Place(numbers.setdefault(block, len(numbers)), name, module, owner))
+        return next((module for module in owners if embeds_patches(module)), None)
+
+    rows: dict[int, str] = {}  # of each row of blocks, the name that tells the model it is of
+    for block in found.values():
+        row = block.rpartition(".")[0]
+        first = rows.setdefault(id(modules[row]), row)
+        if owner_of(f"{first}.") is None and owner_of(f"{row}.") is not None:
+            rows[id(modules[row])] = row
+    places: list[Place] = []
+    numbers: dict[str, int] = {}
+    for name, block in found.items():
+        row = block.rpartition(".")[0]
+        if rows[id(modules[row])] == row:
+            number = numbers.setdefault(block, len(numbers))
+            places.append(Place(number, name, modules[name], owner_of(name) or model))
     return places
 
 
-def _embeds_patches(module: nn.Module) -> bool:
+def embeds_patches(module: nn.Module) -> bool:
     """Whether a module is a model of timm's that makes tokens of an image."""
     return hasattr(module, "patch_embed") or hasattr(module, "embeds")
 
@@ -87,7 +101,11 @@ def select_blocks(blocks: str | int | slice | Sequence[int] | None, number: int)
             text = ":".join("" if part is None else str(part) for part in parts).removesuffix(":")
             raise ValueError(f"blocks {text!r} selects nothing: {there_are}")
         return sorted(chosen)
-    listed = [blocks] if isinstance(blocks, int) else list(blocks)
+    if isinstance(blocks, int):
+        blocks = [blocks]
+    if not isinstance(blocks, Iterable):
+        raise ValueError(f"blocks must be whole numbers or a slice, got {blocks!r}")
+    listed: list[int] = list(blocks)
     if not listed:
         raise ValueError(f"blocks selects nothing: {there_are}")
     for index in listed:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
@@ -37,30 +39,51 @@ class SizeNote(nn.Module):
 class TokenMap:
     """Rows and columns of the map of tokens, as the patch embedding of a model knows them.
 
-    It keeps the module, not numbers: ``set_input_size`` changes them, and a copy of the model has a
-    patch embedding of its own.
+    It keeps the model, not numbers nor the patch embedding: ``set_input_size`` changes those, and
+    this may be exchanged.
     """
 
-    def __init__(self, patch_embed: nn.Module, dynamic: bool) -> None:
-        """Keep the patch embedding.
+    def __init__(self, owner: nn.Module, dynamic: bool) -> None:
+        """Keep the model.
 
         Args:
-            patch_embed: With a ``grid_size``.
+            owner: With a ``patch_embed`` that has a ``grid_size``.
             dynamic: Whether each call of the model may have a grid of its own.
         """
-        self.patch_embed: Any = patch_embed
+        self.owner: Any = owner
         self.dynamic = dynamic
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TokenMap:
+        """A map of the copy of the model; of an attention alone, with the patch embedding alone."""
+        if id(self.owner) in memo:
+            owner = memo[id(self.owner)]
+        else:
+            owner = SimpleNamespace(patch_embed=copy.deepcopy(self.owner.patch_embed, memo))
+        return TokenMap(owner, self.dynamic)
 
     def watch(self) -> None:
         """Have the patch embedding note the grid of each call, where it can change."""
-        if self.dynamic and not hasattr(self.patch_embed, "size_note"):
-            self.patch_embed.size_note = SizeNote()
-            self.patch_embed.register_forward_hook(_pass_by)
+        embed = self.owner.patch_embed
+        if self.dynamic and not hasattr(embed, "size_note"):
+            embed.size_note = SizeNote()
+            embed.register_forward_hook(_pass_by)
 
     def size(self) -> tuple[int, int]:
-        """Rows and columns of the map that is seen now."""
-        embed = self.patch_embed
-        height, width = embed.size_note.size if self.dynamic else embed.grid_size
+        """Rows and columns of the map that is seen now.
+
+        Raises:
+            ValueError: The patch embedding was exchanged for one that notes nothing.
+        """
+        embed = self.owner.patch_embed
+        if not self.dynamic:
+            height, width = embed.grid_size
+        elif hasattr(embed, "size_note"):
+            height, width = embed.size_note.size
+        else:
+            raise ValueError(
+                "patch_embed of a model of dynamic size was exchanged after replace_attention, and "
+                "the map of the tokens is not known: exchange it before"
+            )
         return height, width
 
 
@@ -86,4 +109,4 @@ def token_map(owner: Any) -> TokenMap:
         raise ValueError("needs the map of the tokens, and patch dropout leaves none of it")
     if getattr(owner.patch_embed, "grid_size", None) is None:
         raise ValueError("needs the map of the tokens, which its patch embedding does not know")
-    return TokenMap(owner.patch_embed, bool(getattr(owner, "dynamic_img_size", False)))
+    return TokenMap(owner, bool(getattr(owner, "dynamic_img_size", False)))
