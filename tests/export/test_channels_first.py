@@ -277,7 +277,7 @@ def test_openvino_keeps_models_of_products():
         ),
         (
             ["test_ravlt", "o.onnx", "--runtime", "openvino"],
-            "--runtime openvino is for --format onnx and --layout auto",
+            "--runtime openvino is for --format onnx, --dtype float32 and --layout auto",
         ),
     ],
 )
