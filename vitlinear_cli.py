@@ -152,44 +152,87 @@ def run(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None = N
         argv: Arguments without the program's name; by default the process's own.
 
     Returns:
-        Exit status: 0, or 2 for a user's mistake, 130 when interrupted, or 141, as of SIGPIPE, when
-        nobody reads on.
+        Exit status: 0, or 2 for a user's mistake or where standard output cannot be written, 130
+        when interrupted, or 141, as of SIGPIPE, when nobody reads on.
     """
-    from vitlinear.errors import UserError
 
-    if os.environ.get(ERROR_FILE):
-        from torch.distributed.elastic.multiprocessing.errors import record
+    def work() -> int:
+        from vitlinear.errors import UserError
 
-        command = record(command)
-    try:
-        with _plain_notices():
-            command(sys.argv[1:] if argv is None else argv)
-        sys.stdout.flush()
-    except UserError as error:
-        _report(error)
+        run_it = command
+        if os.environ.get(ERROR_FILE):
+            from torch.distributed.elastic.multiprocessing.errors import record
+
+            run_it = record(command)
+        try:
+            with _plain_notices():
+                run_it(sys.argv[1:] if argv is None else argv)
+        except UserError as error:
+            _report(error)
+            return 2
+        return 0
+
+    return _guarded(work)
+
+
+def _guarded(work: Callable[[], int]) -> int:
+    """Returns the exit status of ``work``, or of its end by Ctrl-C or by standard output."""
+    # Closed: the next file that is opened would get its number, and with it what C prints.
+    if sys.stdout is None:
+        print("error: standard output is closed: open it, or send it to /dev/null", file=sys.stderr)
         return 2
+    try:
+        try:
+            status = work()
+        except SystemExit:  # as after --help
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         if not _nobody_reads():  # another pipe: to a data worker, say
             raise
-        # Python flushes once more when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _leave_output()
         return 141
-    return 0
+    except OSError as error:
+        if not _output_fails():  # another file
+            raise
+        reason = error.strerror or error
+        print(f"error: cannot write to standard output: {reason}", file=sys.stderr)
+        _leave_output()
+        return 2
+
+
+def _output_fails() -> bool:
+    """Whether standard output does not take a line more, after an error that may be another's."""
+    try:
+        print(flush=True)  # a line of its own: with PYTHONUNBUFFERED nothing is left to be flushed
+    except OSError:
+        return True
+    return False
+
+
+def _leave_output() -> None:
+    """Lets what is left of standard output go nowhere: Python flushes once more when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the ``vitlinear`` command line; arguments and exit status are those of `run`."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
-        print(_usage())
-        return 0
+        return _guarded(lambda: _answer(_usage()))
     if argv[0] == "--version":
-        print(f"vitlinear {_version()}")
-        return 0
+        return _guarded(lambda: _answer(f"vitlinear {_version()}"))
     return run(_dispatch, argv)
+
+
+def _answer(text: str) -> int:
+    print(text)
+    return 0
 
 
 if __name__ == "__main__":

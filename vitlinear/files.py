@@ -70,6 +70,16 @@ def check_parent(path: str | None, inputs: Iterable[str | Path | None] = ()) -> 
         check_no_input(path, inputs)
 
 
+def check_new_file(path: str | Path, overwrite: bool) -> None:
+    """Raises `UserError` if a file of this name cannot be, or would replace one unasked."""
+    file = Path(path).expanduser()
+    if file.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder")
+    if file.exists() and not overwrite:
+        raise UserError(f"{path} exists: give another name, or --overwrite")
+    check_parent(str(path))
+
+
 def check_no_input(path: str | Path, inputs: Iterable[str | Path | None]) -> None:
     """Raises `UserError` if a file that is to be written is one that the command reads."""
     if _names(Path(path).expanduser()) & {name for file in inputs if file for name in _names(file)}:

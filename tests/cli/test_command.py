@@ -1,5 +1,7 @@
 """The command itself, and the thin scripts beside it."""
 
+import errno
+import io
 import os
 import runpy
 import subprocess
@@ -10,7 +12,7 @@ import pytest
 
 import vitlinear
 from tests.commands import Command
-from vitlinear_cli import COMMANDS
+from vitlinear_cli import COMMANDS, main, run
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,8 +41,6 @@ def test_unknown_command_and_option(command: Command) -> None:
 
 @pytest.mark.parametrize("name", ["train", "validate", "predict", "export"])
 def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from vitlinear_cli import main
-
     with pytest.raises(SystemExit) as stop:
         main([name, "--help"])
     assert stop.value.code == 0
@@ -55,6 +55,58 @@ def test_interrupting_is_quiet(command: Command, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(run, "main", interrupted)
     assert command("train") == (130, "", "interrupted\n")
+
+
+def test_interrupting_what_is_imported_first(tmp_path: Path) -> None:
+    """Torch takes seconds, in which a user who has mistyped something presses Ctrl-C."""
+    (tmp_path / "vitlinear").mkdir()
+    (tmp_path / "vitlinear" / "__init__.py").write_text("raise KeyboardInterrupt\n")
+    folders = [str(tmp_path), str(ROOT)]
+    code = (
+        f"import sys; sys.path[:0] = {folders}\n"
+        "import vitlinear_cli; print(vitlinear_cli.main(['list']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "130\n", "interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("argv", "unbuffered"),
+    [
+        ([], False),
+        (["--version"], True),
+        (["configs"], False),
+        (["configs"], True),
+        (["configs", "--help"], False),
+    ],
+)
+def test_output_that_cannot_be_written(
+    argv: list[str],
+    unbuffered: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A full disk, and standard output that is closed."""
+    with open("/dev/full", "wb", 0) as raw:
+        output = io.TextIOWrapper(raw if unbuffered else io.BufferedWriter(raw))
+        output.reconfigure(write_through=unbuffered)
+        monkeypatch.setattr(sys, "stdout", output)
+        assert main(argv) == 2
+        output.close()  # which writes what is left
+        monkeypatch.setattr(sys, "stdout", None)
+        assert main(argv) == 2
+    assert capsys.readouterr().err == (
+        "error: cannot write to standard output: No space left on device\n"
+        "error: standard output is closed: open it, or send it to /dev/null\n"
+    )
+
+
+def test_errors_of_other_files_are_their_own() -> None:
+    def fail(argv: object) -> None:
+        raise OSError(errno.ENOSPC, "of another file")
+
+    with pytest.raises(OSError, match="of another file"):
+        run(fail, [])
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def stop_at_the_runner(monkeypatch: pytest.MonkeyPatch) -> None:
     """End the commands, by the error "stopped", where they would build a runner."""
     from vitlinear.dense.openmmlab import commands
 
-    def stop(*args: object) -> None:
+    def stop(*args: object, **kwargs: object) -> None:
         raise UserError("stopped")
 
     monkeypatch.setattr(commands, "build_runner", stop)

@@ -10,7 +10,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import vitlinear  # noqa: F401  registers the models
 from tests.golden import upstream_state_dict, variants
+from vitlinear.checkpoints.card import Card, save_weights
 from vitlinear.checkpoints.read import CheckpointError
+from vitlinear.create import data_config
 from vitlinear.dense.backbone import MultiScaleBackbone
 from vitlinear.dense.padding import attach_valid_sizes
 from vitlinear.errors import UserError
@@ -411,6 +413,16 @@ def test_weights_from_a_file(classifier, tmp_path, prefix, out_indices):
         "test_ravlt", out_indices, pretrained=True, pretrained_cfg_overlay=overlay
     )
     assert same_weights(backbone, classifier)
+
+
+def test_channels_of_the_images_are_those_of_the_file(tmp_path):
+    model = timm.create_model("test_ravlt", num_classes=5, in_chans=1)
+    card = Card("test_ravlt", {}, 5, 1, data_config(model, {}), "L")
+    save_weights(tmp_path / "grey.safetensors", model.state_dict(), card)
+    path = tmp_path / "grey.safetensors"
+    assert same_weights(MultiScaleBackbone("test_ravlt", checkpoint_path=path), model)
+    with pytest.raises(CheckpointError, match="size mismatch"):
+        MultiScaleBackbone("test_ravlt", checkpoint_path=path, in_chans=3)
 
 
 def test_weights_in_the_keys_of_the_authors(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from tests.convert.test_convert import released_weights
 from tests.dense.openmmlab import build, packages
+from tests.parallel.ranks import Ranks
 from vitlinear.checkpoints.card import Card, save_weights
 from vitlinear.checkpoints.read import CheckpointError
 from vitlinear.create import data_config
@@ -297,7 +299,7 @@ def test_weights_that_training_started_from_need_not_be_there(tmp_path: Path) ->
     weights_with_a_card(path, mlp_ratios=[2, 2, 2, 2])
     there = dict(section)
     without_start_weights(there)
-    assert there == gone | {"mlp_ratios": [2, 2, 2, 2]}
+    assert there == gone | {"in_chans": 3, "mlp_ratios": [2, 2, 2, 2]}
     build(there, "mmdet")
     trained = dict(section)
     name_arguments(trained)  # of a run: whole once the file is gone
@@ -305,6 +307,35 @@ def test_weights_that_training_started_from_need_not_be_there(tmp_path: Path) ->
     with pytest.warns(Notice):
         without_start_weights(trained)
     assert trained == there
+
+
+def told_of_annotations() -> str:
+    """The error of this process where the first one refuses the annotations."""
+    from mmengine.config import Config
+
+    from vitlinear.dense.openmmlab import annotations
+
+    def refuse(*args: object) -> None:
+        raise UserError("no such class")
+
+    annotations.check_annotations = refuse
+    os.environ.update(RANK=str(torch.distributed.get_rank()), WORLD_SIZE="2", LOCAL_RANK="0")
+    tell = annotations.check_annotations_once(Config({"launcher": "slurm"}), (), "mmdet")
+    try:
+        tell()
+    except UserError as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+@pytest.mark.process
+def test_annotations_are_refused_in_all_processes(tmp_path: Path) -> None:
+    ranks = Ranks(2, str(tmp_path / "store"))
+    try:
+        told = ranks.run(told_of_annotations)
+    finally:
+        ranks.close()
+    assert told == ["UserError: no such class", "LostPeerError: process 0 failed: no such class"]
 
 
 @pytest.mark.parametrize("bare", [True, False])

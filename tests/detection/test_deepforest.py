@@ -1,6 +1,7 @@
 """Aerial photographs to COCO format."""
 
 import json
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -99,19 +100,34 @@ def test_a_wheel(source: Path, tmp_path: Path) -> None:
         ("b.csv", f"{HEADER}b.png,5,5,nan,25,Tree\n", "line 2.*no inside"),
         ("b.csv", f"{HEADER}b.png,5,5,25,25,\n", "line 2: no label"),
         ("b.csv", f"{HEADER}b.png,5,5\n", "line 2.*not the four edges"),
+        ("b.csv", f"{HEADER},5,5,25,25,Tree\n", "line 2: no picture is named"),
+        ("b.csv", f"{HEADER}b.png,5,5,25,25,B\xe4um\n".encode("latin-1"), r"b\.csv: .*in UTF-8"),
+        ("b.csv", HEADER + "b" * 200_000, r"cannot read .*b\.csv: field larger.*in UTF-8"),
+        ("b.csv", f"{HEADER}sub/a.png,5,5,25,25,Tree\n", r"a\.tif and .*sub/a\.png have one name"),
         ("b.csv", "b.png,5,5,25,25\n", "no annotated picture is called b: there are a"),
         ("a.xml", "<annotation>", r"cannot read .*a\.xml"),
+        ("a.xml", "<?xml version='1.0' encoding='utf-9'?><a/>", r"cannot read .*a\.xml"),
         ("a.xml", "<annotation/>", "names no picture"),
         ("a.tif", "not a picture", r"cannot read image .*a\.tif: not an image"),
     ],
 )
 def test_mistakes_leave_nothing(
-    source: Path, tmp_path: Path, name: str, content: str, says: str
+    source: Path, tmp_path: Path, name: str, content: str | bytes, says: str
 ) -> None:
-    (source / name).write_text(content)
+    (source / "sub").mkdir()
+    shutil.copy(source / "a.png", source / "sub" / "a.png")
+    (source / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=says):
         deepforest.convert(source, tmp_path / "coco", held_out=["b"])
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_pictures_of_one_name_in_two_formats_and_folders(source: Path) -> None:
+    """One picture in a folder, whatever its format; also where a spreadsheet wrote the file."""
+    (source / "sub").mkdir()
+    (source / "b.png").rename(source / "sub" / "c.png")
+    (source / "b.csv").write_bytes(f"{HEADER}sub/c.png,5,5,25,25,Tree\n".encode("utf-8-sig"))
+    assert list(deepforest.read_annotations(source)) == [source / "a.tif", source / "sub/c.png"]
 
 
 def test_other_sources(source: Path, tmp_path: Path) -> None:

@@ -202,6 +202,8 @@ def test_mistakes(
     empty.write_text("model = dict()\n")
     junk = tmp_path / "junk.pth"
     junk.write_text("junk")
+    there = tmp_path / "there.pkl"
+    there.touch()
     work = ["--work-dir", tmp_path / "work"]
     option = "--cfg-options"
     annotations = "val_evaluator.ann_file"
@@ -228,6 +230,8 @@ def test_mistakes(
         (["train-detector", config, "--epochs", "3"], "unknown option --epochs"),
         (["test-detector", config, "none.pth"], "none.pth does not exist"),
         (["test-detector", config, trained, "--out", "x.json"], "has to end with .pkl"),
+        (["test-detector", config, trained, "--out", there], "there.pkl exists: give another name"),
+        (["test-detector", config, trained, "--out=~/none/x.pkl"], "its folder does not exist"),
     ):  # fmt: skip
         assert main([str(word) for word in (*argv, *work)]) == 2, argv
         error = capsys.readouterr().err

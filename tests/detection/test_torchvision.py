@@ -14,8 +14,10 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import box_iou
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
@@ -240,6 +242,38 @@ def test_boxes_are_in_the_coordinates_of_the_image(make):
     with torch.no_grad():
         torch.testing.assert_close(masked([image]), plain([image]))
     assert mask_padding(make(side=64).train()).transform.training
+
+
+class Brighter(GeneralizedRCNNTransform):
+    """A transform of ones own."""
+
+    def normalize(self, image: Tensor) -> Tensor:
+        return super().normalize(image) + 1
+
+
+def test_a_transform_of_ones_own_stays():
+    detector = retinanet(side=64)
+    detector.transform = Brighter(64, 128, [0.5] * 3, [0.25] * 3)
+    images = [torch.rand(3, 64, 40), torch.rand(3, 64, 120)]
+    expected, _ = detector.transform(images)
+    batch, _ = mask_padding(detector).transform(images)
+    assert batch.tensors.equal(expected.tensors) and not hasattr(expected.tensors, "valid_sizes")
+    assert batch.tensors.valid_sizes == tuple(batch.image_sizes)
+
+
+class Plain(nn.Conv2d):
+    """A backbone that knows of no padding."""
+
+    out_channels = 8
+
+
+def test_detectors_whose_padding_cannot_be_masked():
+    plain = RetinaNet(Plain(3, 8, 1), CLASSES, AnchorGenerator(((8,),), ((1.0,),)))
+    with pytest.raises(UserError, match="nothing for a backbone that is a Plain"):
+        mask_padding(plain)
+    with pytest.raises(UserError, match="Conv2d lacks its transform or backbone"):
+        mask_padding(nn.Conv2d(3, 8, 1))
+    assert not plain.head._forward_hooks and not plain.transform._forward_hooks
 
 
 @pytest.mark.parametrize("make", [retinanet, mask_rcnn])

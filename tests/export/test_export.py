@@ -7,6 +7,7 @@ import errno
 import importlib.util
 import json
 import os
+import resource
 import signal
 import tempfile
 import zipfile
@@ -78,6 +79,7 @@ def test_torch_export(command, weights, tmp_path):
     program = torch.export.load(path, extra_files=files).module()
     metadata = json.loads(files[write.METADATA_FILE])
     assert metadata["model"] == MODEL and metadata["fused"] == "true"
+    assert metadata["crop_mode"] == "center"
     assert len(metadata["weights_sha256"]) == 64 and json.loads(metadata["std"])
     with zipfile.ZipFile(path) as archive:  # no images that it was traced with
         assert (
@@ -215,6 +217,25 @@ def test_folder_that_cannot_be_written_to(command, tmp_path, monkeypatch):
     assert result.err == f"error: cannot write {path}: Read-only file system\n"
 
 
+@pytest.mark.parametrize("kind", write.FORMATS)
+def test_full_disk(kind, tmp_path):
+    """The file size limit of the process fails a write as a full disk does."""
+    if kind == "onnx":
+        pytest.importorskip("onnxruntime")
+    model = timm.create_model(MODEL, depth=1, num_classes=5).eval()
+    shapes = Shapes.of(MODEL, 3, Range(1, 1), Range(64, 64), Range(64, 64))
+    card = Card(MODEL, {"depth": 1}, 5, 3, data_config(model, {}), "RGB")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        with pytest.raises(UserError, match=r"^cannot write .*: File too large$"):
+            suffix = write.FORMATS[kind].suffix
+            write.export(model, tmp_path / f"o{suffix}", kind, shapes, card, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("suffix", ["safetensors", "pt2"])
 def test_channels_that_no_image_has(suffix, command, tmp_path):
     """Thirteen bands of a satellite: the file does not say that they are colours."""
@@ -296,6 +317,10 @@ def test_other_sides_than_by_default():
         ([MODEL, "o.onnx", "--width", 64], "--width 64: give two numbers, or two ranges"),
         ([MODEL, "o.pt2", "--batch", "8:2"], "'8:2' is neither a number nor LEAST:MOST"),
         ([MODEL, "o.pt2", "--dtype", "float16"], "--dtype float16 is for --format onnx"),
+        *(
+            ([MODEL, "o.onnx", "--dtype", dtype, "--runtime", "openvino"], "--dtype float32 and")
+            for dtype in ("float16", "int8")
+        ),
         ([MODEL, "o.safetensors", "--fuse"], "--fuse is for onnx and torch-export"),
         ([MODEL, "o.pt2", "--checkpoint", "no.pth"], "no.pth does not exist"),
         ([MODEL, "o.onnx", "--model-kwargs", "features_only=True"], "makes a model without logits"),

@@ -63,6 +63,11 @@ DIFFERENCES: dict[str, tuple[dict[str, Any], str]] = {
         {"context": lambda: torch.autocast("cpu", torch.bfloat16)},
         "autocast: off in process 0, torch.bfloat16 in process 1",
     ),
+    "sizes": (
+        {"sizes": (16, 48)},
+        r"the rows of each process: \[\(0, 32\), .* in process 0, \[\(0, 16\), .*; give the same",
+    ),
+    "no rows in one": ({"sizes": (63, 1)}, "the rows of each process: .*the same height, sizes"),
 }
 
 

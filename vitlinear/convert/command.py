@@ -20,7 +20,7 @@ from vitlinear.cli.parser import Parser
 from vitlinear.create import data_config
 from vitlinear.errors import UserError, did_you_mean
 from vitlinear.facts import BY_HASH, PublishedFile
-from vitlinear.files import check_no_input, check_parent
+from vitlinear.files import check_new_file, check_no_input
 
 from .detectors import convert_detector
 from .original import OriginalFile, local_file
@@ -70,11 +70,7 @@ def convert(
         UserError: See its messages.
     """
     check_no_input(target, (path,))
-    if target.is_dir():
-        raise UserError(f"cannot write {target}: it is a folder")
-    if target.exists() and not overwrite:
-        raise UserError(f"{target} exists: give another name, or --overwrite")
-    check_parent(str(target))
+    check_new_file(target, overwrite)
     if model is not None and model not in registry.our_models():
         raise UserError(f"unknown model '{model}'{did_you_mean(model, registry.our_models())}")
     source = OriginalFile.read(path)

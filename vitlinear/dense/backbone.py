@@ -71,8 +71,8 @@ class MultiScaleBackbone(nn.Module):
             grad_checkpointing: Recompute blocks during backward instead of keeping activations.
             pretrained: Load the weights that timm's registry names.
             checkpoint_path: File of weights to load instead: ours or the authors', of a
-                classifier, or of the stages of a detector. Arguments of the model that ours names
-                are taken from it.
+                classifier, or of the stages of a detector. Arguments of the model that ours names,
+                and the channels of its images, are taken from it.
             **model_args: For `timm.create_model`: ``drop_path_rate``, ``attn_backend``,
                 ``img_size``, ``pretrained_cfg_overlay``, ...
 
@@ -85,7 +85,7 @@ class MultiScaleBackbone(nn.Module):
             raise UserError("give pretrained=True or a checkpoint_path, not both")
         card = read_card(Path(checkpoint_path)) if checkpoint_path is not None else None
         if card is not None:
-            model_args = {**card.model_kwargs, **model_args}
+            model_args = {"in_chans": card.in_chans, **card.model_kwargs, **model_args}
         timm_model: Any = build_model(model, pretrained=pretrained, num_classes=0, **model_args)
         self.model = timm_model
         info = _feature_info(self.model, model)

@@ -104,7 +104,8 @@ def read_annotations(folder: Path) -> dict[Path, list[Box]]:
     """Returns the boxes of each annotated picture, pictures in order of their names.
 
     Raises:
-        UserError: A file cannot be read, lacks something, or names a picture that is not there.
+        UserError: A file cannot be read, lacks something, or names a picture that is not there;
+            or two pictures in different folders have one name.
     """
     listed: dict[Path, list[Box]] = {}
     for file in sorted(folder.glob("*.csv")):
@@ -112,16 +113,23 @@ def read_annotations(folder: Path) -> dict[Path, list[Box]]:
             boxes = listed.setdefault(folder / name, [])
             if box not in boxes:  # a picture may be listed in several files
                 boxes.append(box)
-    # By name without suffix: a picture may be there as PNG and as TIFF.
-    chosen = {path.stem: (path, boxes) for path, boxes in sorted(listed.items())}
+    # By path without suffix: a picture may be there as PNG and as TIFF.
+    chosen = {path.with_suffix(""): (path, boxes) for path, boxes in sorted(listed.items())}
     for file in sorted(folder.glob("*.xml")):
         name, boxes = _read_voc(file)
-        chosen[Path(name).stem] = (folder / name, boxes)
+        chosen[(folder / name).with_suffix("")] = (folder / name, boxes)
     if not chosen:
         raise UserError(f"{folder} holds no annotations: *.csv or *.xml of Pascal VOC")
+    stems: dict[str, Path] = {}
     for path, _ in chosen.values():
         if not path.is_file():
             raise UserError(f"picture {path} does not exist, but is annotated")
+        other = stems.setdefault(path.stem, path)
+        if other != path:
+            raise UserError(
+                f"{other} and {path} have one name, which their tiles would share: rename one, in "
+                "its annotations too"
+            )
     return dict(sorted(chosen.values()))
 
 
@@ -138,7 +146,17 @@ def _unpack(wheel: Path, folder: Path) -> Path:
 
 
 def _read_csv(path: Path) -> list[tuple[str, Box]]:
-    with path.open(newline="", encoding="utf-8") as file:
+    try:
+        return _boxes_of_csv(path)
+    except (OSError, UnicodeError, csv.Error) as error:
+        raise UserError(
+            f"cannot read {path}: {one_line(error)}; it has to be CSV in UTF-8"
+        ) from error
+
+
+def _boxes_of_csv(path: Path) -> list[tuple[str, Box]]:
+    # With or without the mark that spreadsheets put before the first column's name.
+    with path.open(newline="", encoding="utf-8-sig") as file:
         rows = csv.DictReader(file)
         names = rows.fieldnames or ()
         if IMAGE_COLUMN not in names:  # such as a list of classes
@@ -150,6 +168,8 @@ def _read_csv(path: Path) -> list[tuple[str, Box]]:
         found = []
         for row in rows:
             where = f"{path}, line {rows.line_num}"
+            if not row[IMAGE_COLUMN]:
+                raise UserError(f"{where}: no picture is named")
             found.append((row[IMAGE_COLUMN], _box(where, *(row[key] for key in COLUMNS))))
         return found
 
@@ -157,7 +177,7 @@ def _read_csv(path: Path) -> list[tuple[str, Box]]:
 def _read_voc(path: Path) -> tuple[str, list[Box]]:
     try:
         root = ElementTree.parse(path).getroot()
-    except ElementTree.ParseError as error:
+    except (OSError, ValueError, LookupError, ElementTree.ParseError) as error:
         raise UserError(f"cannot read {path}: {one_line(error)}") from error
     name = root.findtext("filename")
     if not name:

@@ -12,7 +12,6 @@ import torch
 from timm.models import FeatureInfo
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops.feature_pyramid_network import (
     ExtraFPNBlock,
     FeaturePyramidNetwork,
@@ -79,18 +78,6 @@ def repeat_edges(x: Tensor, region: ValidRegion) -> Tensor:
     return filled.permute(0, 3, 1, 2)
 
 
-class ValidSizesTransform(GeneralizedRCNNTransform):
-    """torchvision's resizing and batching; the batch knows the valid size of each image."""
-
-    def forward(
-        self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None
-    ) -> tuple[ImageList, list[dict[str, Tensor]] | None]:
-        """Batch as torchvision's class gives it, valid sizes attached."""
-        batch, targets = super().forward(images, targets)
-        attach_valid_sizes(batch.tensors, batch.image_sizes)
-        return batch, targets
-
-
 def mask_padding(detector: nn.Module) -> nn.Module:
     """Let a detector find in each image of a batch what it would find in that image alone.
 
@@ -104,23 +91,30 @@ def mask_padding(detector: nn.Module) -> nn.Module:
     earlier.
 
     Args:
-        detector: One of torchvision's, on an `fpn_backbone`. It gets another transform, and hooks
-            that TorchScript does not take. A second call changes nothing; threads may share it.
+        detector: One of torchvision's, on an `fpn_backbone`. It gets hooks, which TorchScript does
+            not take; its transform may be one of your own, which pads to the right and below. A
+            second call changes nothing; threads may share it.
 
     Returns:
         The same detector.
+
+    Raises:
+        UserError: It is no detector of torchvision's, or its backbone is another: padding would
+            count as before.
     """
-    old: Any = detector.transform
-    if not isinstance(old, ValidSizesTransform):
-        detector.transform = ValidSizesTransform(
-            old.min_size,
-            old.max_size,
-            old.image_mean,
-            old.image_std,
-            old.size_divisible,
-            old.fixed_size,
-            _skip_resize=old._skip_resize,
-        ).train(old.training)  # which it asks before it brings boxes back to the image
+    transform, backbone = (getattr(detector, name, None) for name in ("transform", "backbone"))
+    if not isinstance(transform, nn.Module) or not isinstance(backbone, nn.Module):
+        raise UserError(
+            "mask_padding takes a detector of torchvision's, such as RetinaNet or FasterRCNN: "
+            f"{type(detector).__name__} lacks its transform or backbone"
+        )
+    if not any(isinstance(module, BackboneWithFPN) for module in backbone.modules()):
+        raise UserError(
+            f"mask_padding does nothing for a backbone that is a {type(backbone).__name__}, which "
+            "takes padding for image: build the detector on fpn_backbone(...)"
+        )
+    if _attach_sizes not in transform._forward_hooks.values():
+        transform.register_forward_hook(_attach_sizes)
     dense: Any = getattr(detector, "rpn", detector)
     if dense is not detector:  # an RPN would fill up with proposals of no score at all
         dense.score_thresh = max(dense.score_thresh, 1e-7)
@@ -135,6 +129,12 @@ def mask_padding(detector: nn.Module) -> nn.Module:
         if name.endswith("cls_logits"):
             module.register_forward_hook(_propose_nothing)
     return detector
+
+
+def _attach_sizes(transform: nn.Module, args: Any, output: tuple[ImageList, Any]) -> None:
+    """Note on a batch, however the transform made it, the valid size of each image."""
+    batch, _ = output
+    attach_valid_sizes(batch.tensors, batch.image_sizes)
 
 
 class _Entered(threading.local):

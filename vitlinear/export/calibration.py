@@ -43,14 +43,18 @@ class Calibration:
 
     def batches(self, size: int) -> Iterator[Tensor]:
         """All images in batches of exactly one size: the last takes some of the first again."""
-        count = len(self.images)
-        for start in range(0, count, size):
-            yield self.images[torch.arange(start, start + size) % count]
+        return _batches(self.images, size)
 
-    def checks(self, size: tuple[int, int, int, int]) -> Tensor:
-        """Held-out images of a size [B, C, H, W], as often as it takes to fill the batch."""
-        images = self.held_out[torch.arange(size[0]) % len(self.held_out)]
-        return F.interpolate(images, size[2:], mode="bilinear", antialias=True)
+    def checks(self, size: tuple[int, int, int, int]) -> list[Tensor]:
+        """All held-out images in batches [B, C, H, W]: the last takes some of the first again."""
+        images = F.interpolate(self.held_out, size[2:], mode="bilinear", antialias=True)
+        return list(_batches(images, size[0]))
+
+
+def _batches(images: Tensor, size: int) -> Iterator[Tensor]:
+    count = len(images)
+    for start in range(0, count, size):
+        yield images[torch.arange(start, start + size) % count]
 
 
 def read(

@@ -140,8 +140,8 @@ def parse_arguments(argv: Sequence[str] | None, prog: str = "vitlinear export") 
     )  # fmt: skip
     group.add_argument(
         "--runtime", choices=RUNTIMES, default=None,
-        help="for whose speed the layout is chosen; the program runs in any (onnx, default: "
-        f"{ONNXRUNTIME})",
+        help="for whose speed the layout is chosen; the program runs in any (onnx in float32, "
+        f"default: {ONNXRUNTIME})",
     )  # fmt: skip
     group = parser.add_argument_group("images to calibrate on (--dtype int8)")
     group.add_argument(
@@ -193,9 +193,11 @@ def _kind(config: ExportConfig) -> str:
             if value is not None:
                 raise UserError(f"--{flag.replace('_', '-')} is for --dtype int8")
     check_layout(config.program.layout, kind)
-    if config.program.runtime and (kind != "onnx" or config.program.layout != AUTO):
+    chooses = kind == "onnx" and config.dtype == "float32" and config.program.layout == AUTO
+    if config.program.runtime and not chooses:
         raise UserError(
-            f"--runtime {config.program.runtime} is for --format onnx and --layout {AUTO}"
+            f"--runtime {config.program.runtime} is for --format onnx, --dtype float32 and "
+            f"--layout {AUTO}: elsewhere it chooses nothing; leave it out"
         )
     if source.pretrained and source.checkpoint:
         raise UserError("--pretrained and --checkpoint exclude each other")
@@ -282,6 +284,7 @@ def metadata_of(card: Card, **more: object) -> dict[str, str]:
         "std": config.std,
         "interpolation": config.interpolation,
         "crop_pct": config.crop_pct,
+        "crop_mode": config.crop_mode,
         **({"image_mode": card.image_mode} if card.image_mode else {}),
         **({"class_names": card.class_names} if card.class_names else {}),
         **more,

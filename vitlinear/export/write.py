@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
+import io
 import json
 import logging
 import os
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 from vitlinear.checkpoints.card import Card, read_card, save_weights
 from vitlinear.errors import UserError, one_line
-from vitlinear.files import check_parent
+from vitlinear.files import check_new_file
 
 from . import onnx_file
 from .calibration import Calibration
@@ -111,7 +112,10 @@ def _write_program(
 ) -> None:
     program = _trace(model, shapes, shapes.example())
     program.example_inputs = None  # images, which are of no use in the file
-    torch.export.save(program, path, extra_files={METADATA_FILE: json.dumps(metadata, indent=2)})
+    # Through bytes: torch's own writer of files ends the process on a full disk.
+    data = io.BytesIO()
+    torch.export.save(program, data, extra_files={METADATA_FILE: json.dumps(metadata, indent=2)})
+    path.write_bytes(data.getbuffer())
 
 
 def _read_program(path: Path) -> Run:
@@ -194,13 +198,9 @@ FORMATS = {
 def check_target(path: Path, kind: str, overwrite: bool = False) -> None:
     """Raises `UserError` if a file of this name cannot be, or must not be written."""
     suffix = FORMATS[kind].suffix
-    if path.is_dir():
-        raise UserError(f"cannot write {path}: it is a folder")
-    if path.suffix != suffix:
+    if path.suffix != suffix and not path.is_dir():
         raise UserError(f"cannot write {path}: for {kind} its name has to end with {suffix}")
-    if path.exists() and not overwrite:
-        raise UserError(f"{path} exists: give another name, or --overwrite")
-    check_parent(str(path))
+    check_new_file(path, overwrite)
 
 
 @contextlib.contextmanager
@@ -263,8 +263,8 @@ def export(
             model, rewritten for runtimes of ONNX by `vitlinear.export.channels_first`;
             ``'channels-last'`` the model as it is; ``'auto'`` the first where it was measured to
             be faster, which is ONNX in float32 and int8.
-        runtime: One of `channels_first.RUNTIMES`, for whose speed ``'auto'`` chooses in float32.
-            The program runs in any.
+        runtime: One of `channels_first.RUNTIMES`, for whose speed ``'auto'`` chooses in float32;
+            other types have one layout for all. The program runs in any.
 
     Raises:
         UserError: What is written computes something else, or cannot be written; or the model has
@@ -276,10 +276,10 @@ def export(
     sizes = shapes.checked(*card.data_config.input_size[1:])
     try:
         images = [
-            calibration.checks(size) if calibration else torch.randn(size, generator=generator)
+            calibration.checks(size) if calibration else [torch.randn(size, generator=generator)]
             for size in sizes
         ]
-        expected = [model(x) for x in images]
+        expected = [_outputs(model, batches) for batches in images]
     except RuntimeError as error:
         if "can't allocate memory" not in str(error):
             raise
@@ -306,8 +306,8 @@ def export(
                     left = quantise(temporary, model, shapes, calibration)
                 run = FORMATS[kind].read(temporary)
                 differences = {
-                    size: _difference(run(x), logits)
-                    for size, x, logits in zip(sizes, images, expected, strict=True)
+                    size: _difference(_outputs(run, batches), logits)
+                    for size, batches, logits in zip(sizes, images, expected, strict=True)
                 }
             for size, difference in differences.items():
                 if not difference <= TOLERANCES[dtype]:  # also one that is not a number
@@ -352,6 +352,10 @@ def check_layout(layout: str, kind: str) -> None:
 
 def _times(size: Sequence[int]) -> str:
     return "x".join(map(str, size))
+
+
+def _outputs(run: Run, batches: Sequence[Tensor]) -> Tensor:
+    return torch.cat([run(batch) for batch in batches])
 
 
 def _difference(logits: Tensor, expected: Tensor) -> float:

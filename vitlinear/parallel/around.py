@@ -12,7 +12,7 @@ from vitlinear.rows.reach import check_layer
 
 from .levels import Plan
 from .shards import rows_here
-from .split_layers import SplitLayer, split
+from .split_layers import SplitDropout, SplitLayer, split
 
 
 def held_model(module: nn.Module) -> nn.Module:
@@ -75,6 +75,14 @@ def _fits_together(layer: Any) -> bool:
     )
 
 
+class DropoutAround(SplitDropout):
+    """Dropout behind a model: of maps each process draws for its own rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the layer; of pooled features [B, C], which are the same on all, the first draws."""
+        return super().forward(x) if x.dim() == 2 else super(SplitDropout, self).forward(x)
+
+
 class SplitMaxPool(SplitLayer):
     """A pooling of the last map of a model, [B, C, rows, W].
 
@@ -88,11 +96,19 @@ class SplitMaxPool(SplitLayer):
         """As the layer.
 
         Raises:
-            UserError: A process begins amid the rows that are pooled.
+            UserError: A process begins amid the rows that are pooled, or it is another map.
         """
         pool: Any = self
         stride = pool.stride if isinstance(pool.stride, int) else pool.stride[0]
-        level = rows_here(self.split_name).band(self.plan, len(self.plan.layers)).level
+        rows = rows_here(self.split_name)
+        level = rows.band(self.plan, len(self.plan.layers)).level
+        start, stop = level.cuts[rows.rank]
+        if x.shape[2] != stop - start:
+            raise UserError(
+                f"{self.split_name} pools a map of which this process has {x.shape[2]} rows, and "
+                f"it has {stop - start} of the last map of the model: poolings around a model can "
+                "be split on that map alone; pool after gather_rows, or give the model alone"
+            )
         for start, _ in level.cuts:
             if start % stride:
                 raise UserError(
@@ -102,7 +118,20 @@ class SplitMaxPool(SplitLayer):
         return super().forward(x)
 
 
-def split_around(pools: dict[str, nn.MaxPool2d], plan: Plan) -> None:
-    """Have poolings, as `check_around` returned them, look at where processes begin."""
+def split_around(
+    module: nn.Module, model: nn.Module, pools: dict[str, nn.MaxPool2d], plan: Plan
+) -> None:
+    """Split dropout and poolings around a model.
+
+    Args:
+        module: Holds them.
+        model: Left out, with its layers.
+        pools: As `check_around` returned them; they look at where processes begin.
+        plan: Of the model.
+    """
+    inside = set(model.modules())
+    for name, layer in list(module.named_modules()):
+        if layer not in inside and isinstance(layer, nn.Dropout):
+            split(layer, DropoutAround, name)
     for name, pool in pools.items():
         split(pool, SplitMaxPool, name, plan=plan)

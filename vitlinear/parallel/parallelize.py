@@ -78,7 +78,7 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
             _split_strided(step, plan, before, after, backbone)
         else:
             _split_step(step, plan, after)
-    for name, module in backbone.named_modules():
+    for name, module in model.named_modules():  # those around the backbone too
         if isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
             split(module, SplitBatchNorm, name)
         elif isinstance(module, timm.layers.DropPath):
@@ -86,7 +86,7 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     stem: Any = next(iter(steps[0].modules.values()))
     stem.structure = described
     _split_head(backbone)
-    split_around(pools, plan)
+    split_around(model, backbone, pools, plan)
     register_group(mesh.get_group())
     return model
 

@@ -111,17 +111,24 @@ class PlacedStrided(SplitLayer):
         Raises:
             UserError: In all of them; one does not.
         """
-        facts = model_facts(self.structure, self, x, weights=not self.agreed)
+        facts = {
+            **model_facts(self.structure, self, x, weights=not self.agreed),
+            "the rows of each process": (
+                [tuple(own) for own in rows.cuts],
+                "give the same height, sizes and multiple in each",
+            ),
+        }
         check_agreement(facts, rows.process_group, x.device)
         self.agreed = True
 
     def forward(self, x: Tensor) -> Tensor:
         """As the layer."""
         rows = rows_here(self.split_name)
+        # First: what follows may refuse the rows of one process alone, and the others would wait.
+        if self.level == 0 and not torch.compiler.is_compiling():
+            self.check_others(x, rows)
         before, after = (rows.band(self.plan, i) for i in (self.level, self.after))
         if self.level == 0:
-            if not torch.compiler.is_compiling():
-                self.check_others(x, rows)
             check_shard(x, rows)
         before.check_rows(x.shape[2])
         if self.moves:
@@ -272,6 +279,8 @@ class SplitBatchNorm(SplitLayer):
         rows = rows_here(self.split_name)
         norm: Any = self
         if not (norm.training or norm.running_mean is None):
+            return super().forward(x)
+        if x.dim() == 2:  # pooled features, of whole images in every process
             return super().forward(x)
         dims = [i for i in range(x.dim()) if i != 1]
         shape = [-1 if i == 1 else 1 for i in range(x.dim())]

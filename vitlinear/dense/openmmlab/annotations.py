@@ -14,11 +14,12 @@ from typing import Any, TypeVar
 import mmcv
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
+from mmengine.dist import broadcast_object_list
 from mmengine.registry import DATASETS, init_default_scope
 from timm.utils import is_distributed_env
 from timm.utils.distributed import world_info_from_env
 
-from vitlinear.errors import UserError
+from vitlinear.errors import LostPeerError, UserError, one_line
 from vitlinear.files import write_text
 
 from ..instances import Instances, check_categories, check_instances, count_instances
@@ -31,11 +32,48 @@ SLOW = 3.0  # seconds that counting takes before it is remembered
 OTHER_HEADS = ("backbone", "rpn_head", "semantic")
 
 
+def check_annotations_once(
+    config: Config, parts: Sequence[str], framework: str
+) -> Callable[[], None]:
+    """Count and refuse annotations as `check_annotations` does, in the first of several processes.
+
+    Args:
+        config: The whole, with its launcher.
+        parts: As `check_annotations`, like the rest.
+        framework: Where the config names no scope.
+
+    Returns:
+        What every process calls once they have joined: there all raise what the first one found,
+        or those that it left would wait for it until their time is up.
+
+    Raises:
+        UserError: As `check_annotations`, where there are no others.
+    """
+    if config.get("launcher", "none") == "none" or not is_distributed_env():
+        check_annotations(config, parts, framework)
+        return lambda: None
+    failure: Exception | None = None
+    if world_info_from_env()[1] == 0:
+        try:
+            check_annotations(config, parts, framework)
+        except Exception as error:
+            failure = error
+
+    def tell() -> None:
+        told = [None if failure is None else one_line(failure)]
+        broadcast_object_list(told)
+        if failure is not None:
+            raise failure
+        if told[0] is not None:
+            raise LostPeerError(f"process 0 failed: {told[0]}")
+
+    return tell
+
+
 def check_annotations(config: Config, parts: Sequence[str], framework: str) -> None:
     """Count the annotations that a config uses, print the counts, and refuse what cannot be meant.
 
-    Of several processes the first does it for all. Data sets of other kinds than mmdet's of COCO
-    and mmseg's are left alone.
+    Data sets of other kinds than mmdet's of COCO and mmseg's are left alone.
 
     Args:
         config: The whole.
@@ -45,8 +83,6 @@ def check_annotations(config: Config, parts: Sequence[str], framework: str) -> N
     Raises:
         UserError: Names, their order or number, or values of the annotations do not fit.
     """
-    if is_distributed_env() and world_info_from_env()[1] > 0:
-        return
     scope = config.get("default_scope", framework)
     told: set[str] = set()
     for part in parts:

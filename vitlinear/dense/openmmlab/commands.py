@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from mmengine.config import Config, ConfigDict
+from mmengine.runner import Runner
 
-from vitlinear.cli.flags import from_arguments
+from vitlinear.cli.flags import file_name, from_arguments
 from vitlinear.cli.parser import Parser
 from vitlinear.errors import UserError
-from vitlinear.files import check_no_input
+from vitlinear.files import check_new_file, check_no_input
 
-from .annotations import check_annotations
+from .annotations import check_annotations_once
 from .checks import (
     backbones,
     check_config,
@@ -73,12 +74,14 @@ def test_detector(argv: Sequence[str] | None, prog: str = "vitlinear test-detect
     """Evaluate a detector of mmdet."""
     what, out = "Evaluate a detector of mmdet.", "FILE.pkl"
     arguments = _test_arguments(
-        argv, prog, what, out, "predictions, with the annotations, as a pickle"
-    )
+        argv, prog, what, out,
+        "predictions, with the annotations, as a pickle: a new file, but for --overwrite",
+    )  # fmt: skip
     if arguments.out:
         if not arguments.out.endswith((".pkl", ".pickle")):
             raise UserError(f"--out {arguments.out}: the name has to end with .pkl")
         check_no_input(arguments.out, (arguments.checkpoint, arguments.run.config.config))
+        check_new_file(arguments.out, arguments.overwrite)
     _test(arguments, "mmdet")
 
 
@@ -104,6 +107,7 @@ def _training_arguments(argv: Sequence[str] | None, prog: str, description: str)
     )
     parser.add_argument(
         "--resume",
+        type=file_name,
         nargs="?",
         const="auto",
         default=None,
@@ -130,11 +134,11 @@ def _train(arguments: TrainArguments, framework: str) -> None:
     if config.get("load_from"):
         check_exists(config.load_from, "set --resume or load_from")
     check_config(config, ("train", "val"))
-    check_annotations(config, ("train", "val"), framework)
+    tell = check_annotations_once(config, ("train", "val"), framework)
     for _, backbone in backbones(config):  # the run's config is to be whole without the weights
         name_arguments(backbone)
     with processes(arguments.run.launcher):
-        build_runner(config).train()
+        build_runner(config, prepare=lambda runner: tell()).train()
 
 
 def _set_precision(config: Config, amp: bool | None, name: str) -> None:
@@ -159,9 +163,13 @@ def _test_arguments(
 ) -> TestArguments:
     parser = Parser(prog=prog, description=description)
     add_common_flags(parser, "checkpoint")
-    parser.add_argument("--out", default=None, metavar=out, help=what)
+    parser.add_argument("--out", type=file_name, default=None, metavar=out, help=what)
     parser.add_argument(
-        "--show-dir", default=None, metavar="FOLDER", help="images with what was found drawn in"
+        "--show-dir",
+        type=file_name,
+        default=None,
+        metavar="FOLDER",
+        help="images with what was found drawn in",
     )
     parser.add_argument("--overwrite", action="store_true", help=OVERWRITE)
     parser.add_argument(
@@ -188,10 +196,16 @@ def _test(arguments: TestArguments, framework: str) -> None:
     lay_over = _detector_options if framework == "mmdet" else _segmentor_options
     lay_over(config, arguments)
     check_config(config, ("test",))
-    check_annotations(config, ("test",), framework)
+    tell = check_annotations_once(config, ("test",), framework)
     results = _results(config, arguments, framework)
+
+    def prepare(runner: Runner) -> None:
+        tell()
+        if results is not None:
+            results.attach(runner)
+
     with processes(arguments.run.launcher):
-        build_runner(config, EvaluationRunner, results.attach if results else None).test()
+        build_runner(config, EvaluationRunner, prepare).test()
 
 
 def _results(config: Config, arguments: TestArguments, framework: str) -> ResultsHook | None:

@@ -22,6 +22,7 @@ from torch import distributed, nn
 from vitlinear.checkpoints.read import CheckpointError, read_checkpoint
 from vitlinear.checkpoints.translate import layout_of
 from vitlinear.cli.configs import find_config
+from vitlinear.cli.flags import file_name
 from vitlinear.cli.parser import Parser
 from vitlinear.errors import Notice, UserError, one_line
 from vitlinear.processes import join_processes, process_group
@@ -45,9 +46,11 @@ class ConfigArguments:
 
 def add_config_flags(parser: Parser, *files: str) -> None:
     """The flags of `ConfigArguments`, and other files."""
-    parser.add_argument("config", help="a config file of mmengine's, or the name of one of ours")
+    parser.add_argument(
+        "config", type=file_name, help="a config file of mmengine's, or the name of one of ours"
+    )
     for name in files:
-        parser.add_argument(name)
+        parser.add_argument(name, type=file_name)
     parser.add_argument(
         "--cfg-options",
         nargs="+",
@@ -70,7 +73,11 @@ def add_common_flags(parser: Parser, *files: str) -> None:
     """The flags of `RunArguments`, and other files."""
     add_config_flags(parser, *files)
     parser.add_argument(
-        "--work-dir", default=None, metavar="FOLDER", help="default: work_dirs/NAME-OF-THE-CONFIG"
+        "--work-dir",
+        type=file_name,
+        default=None,
+        metavar="FOLDER",
+        help="default: work_dirs/NAME-OF-THE-CONFIG",
     )
     parser.add_argument(
         "--launcher",
