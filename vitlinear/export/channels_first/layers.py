@@ -62,10 +62,18 @@ def require_nothing(*modules: nn.Module) -> None:
         require(module, nn.Identity, nn.Dropout, DropPath)
 
 
-def over_rms(x: Tensor, axis: int, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) over an axis, by the norm: one step, without the squares."""
-    norm = torch.linalg.vector_norm(x, dim=axis, keepdim=True)
-    return x * (norm * norm * (1.0 / x.shape[axis]) + eps).rsqrt()
+def channel_mean(x: Tensor) -> Tensor:
+    """Mean over channels, [..., C, N] -> [..., 1, N], as a product with C equal weights.
+
+    onnxruntime's own mean over an axis that is not the last takes several times as long.
+    """
+    channels = x.shape[-2]
+    return x.new_full((*x.shape[:-2], 1, channels), 1.0 / channels) @ x
+
+
+def over_rms(x: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) over the channels of [..., C, N]."""
+    return x * (channel_mean(x * x) + eps).rsqrt()
 
 
 class ChannelNorm(nn.Module):
@@ -81,7 +89,8 @@ class ChannelNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H, W]."""
         x = known_strides(x)
-        return over_rms(x - x.mean(1, keepdim=True), 1, self.eps)
+        y = x.flatten(2)
+        return over_rms(y - channel_mean(y), self.eps).reshape(x.shape)
 
 
 class ChannelRmsNorm(nn.Module):
@@ -97,8 +106,10 @@ class ChannelRmsNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H, W]."""
-        y = x.unflatten(1, (self.num_heads, -1)) if self.num_heads > 1 else x
-        return over_rms(y, y.dim() - 3, self.eps).reshape(x.shape)
+        y = x.flatten(2)
+        if self.num_heads > 1:
+            y = y.unflatten(1, (self.num_heads, -1))
+        return over_rms(y, self.eps).reshape(x.shape)
 
 
 class Affine(nn.Module):
