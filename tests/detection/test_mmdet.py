@@ -122,6 +122,8 @@ def test_resume_goes_on(config: Path, trained: Path, tmp_path: Path, capsys: Any
     log = log.out + log.err
     assert "Epoch(train) [2][1/2]" in log and "Epoch(train) [1]" not in log
     assert (tmp_path / "epoch_2.pth").exists() and not (tmp_path / "epoch_1.pth").exists()
+    # Curves are in the folder of this run, though another one was in this process before.
+    assert list(tmp_path.glob("*/vis_data/scalars.json"))
 
 
 def test_no_amp_takes_a_config_back_to_float32(config: Path, tmp_path: Path) -> None:

@@ -35,7 +35,9 @@ def runs(calls: list[list[str]], ports: list[int]) -> None:
     """Runs of the command, one after the other, in a process of a group; prints their status."""
     for arguments, port in zip(calls, ports, strict=True):
         os.environ["MASTER_PORT"] = str(port)
-        print("status", cli.main(["train", *arguments, "--device", "cpu"]), flush=True)
+        status = cli.main(["train", *arguments, "--device", "cpu"])
+        # One write: several processes share the file.
+        print(f"status {status}\n", end="", flush=True)
 
 
 def run_together(count: int, *calls: list[str]) -> str:

@@ -17,6 +17,7 @@ from mmengine.config import Config, DictAction
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
+from mmengine.visualization import Visualizer
 from torch import distributed, nn
 
 from vitlinear.checkpoints.read import CheckpointError, read_checkpoint
@@ -221,6 +222,7 @@ def build_runner(
         )
     work_dir = Path(config.work_dir)
     is_new = not work_dir.exists()
+    _forget_visualizer(config)
     try:
         runner = RUNNERS.build(config) if "runner_type" in config else kind.from_cfg(config)
         if prepare is not None:
@@ -230,6 +232,20 @@ def build_runner(
         if is_new:  # mmengine makes it before it builds the model
             shutil.rmtree(work_dir, ignore_errors=True)
         raise
+
+
+def _forget_visualizer(config: Config) -> None:
+    """Have mmengine make the visualizer of a run anew.
+
+    By the name in the config it would return that of a run before in this process, which writes
+    curves and pictures into the folder of that run.
+    """
+    name = (config.get("visualizer") or {}).get("name")
+    kinds: list[Any] = [Visualizer]
+    while kinds:
+        kind = kinds.pop()
+        kind._instance_dict.pop(name, None)
+        kinds += kind.__subclasses__()
 
 
 def _without_sync_bn(config: Config) -> None:
