@@ -58,6 +58,10 @@ class Card:
     metric: dict[str, float] = dataclasses.field(default_factory=dict)
     weights: str = "model"
 
+    def backbone_args(self) -> dict[str, Any]:
+        """Arguments of ``timm.create_model`` for the model without its classifier."""
+        return {"in_chans": self.in_chans, **self.model_kwargs}
+
     def pretrained_cfg(self) -> dict[str, Any]:
         """The file's classes and input in the fields of timm's ``pretrained_cfg``.
 

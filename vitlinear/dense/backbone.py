@@ -85,7 +85,7 @@ class MultiScaleBackbone(nn.Module):
             raise UserError("give pretrained=True or a checkpoint_path, not both")
         card = read_card(Path(checkpoint_path)) if checkpoint_path is not None else None
         if card is not None:
-            model_args = {"in_chans": card.in_chans, **card.model_kwargs, **model_args}
+            model_args = {**card.backbone_args(), **model_args}
         timm_model: Any = build_model(model, pretrained=pretrained, num_classes=0, **model_args)
         self.model = timm_model
         info = _feature_info(self.model, model)

@@ -94,9 +94,8 @@ def name_arguments(backbone: dict[str, Any]) -> None:
     """Put into a backbone's section the arguments that the card of its weights names."""
     start = backbone.get("checkpoint_path")
     card = None if start is None else read_card(Path(start))
-    if card is not None:
-        for key, value in {"in_chans": card.in_chans, **card.model_kwargs}.items():
-            backbone.setdefault(key, value)
+    for key, value in (card.backbone_args() if card is not None else {}).items():
+        backbone.setdefault(key, value)
 
 
 def _check_dataset(section: Mapping[str, Any], key: str) -> None:
