@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 
 import pytest
@@ -11,7 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.as_trained import make
 from tests.pairwise import some_by_night
-from vitlinear.export.channels_first import RUNTIMES, InputSize, rewrite
+from vitlinear.export.channels_first import (
+    ONNXRUNTIME,
+    OPENVINO,
+    RUNTIMES,
+    InputSize,
+    layers,
+    rewrite,
+)
 from vitlinear.export.shapes import Range, Shapes
 from vitlinear.export.write import _trace, takes_channels_first
 
@@ -71,6 +79,68 @@ def test_same_outputs(name):
 @pytest.mark.parametrize("mechanism", MECHANISMS)
 def test_same_outputs_of_mechanisms(mechanism):
     check(make("test_ravlt", depths=(1, 0, 0, 0), attn_types=(mechanism,) * 4), None)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_same_outputs_of_the_steps_of_a_runtime(runtime, name, monkeypatch):
+    """All maps are large ones here, and all products of many channels."""
+    monkeypatch.setattr(layers, "LARGE_MAP", 0)
+    monkeypatch.setattr(layers, "MANY_CHANNELS", 1)
+    model, size = make(name, **MODELS[name]), size_of(name)
+    x = torch.randn(size.batch, 3, *size[1:], dtype=torch.float64)
+    made, _ = rewrite(model, size, runtime)
+    torch.testing.assert_close(made(x), model(x), rtol=1e-10, atol=1e-10)
+    if name not in WINDOWED:
+        made, _ = rewrite(model, None, runtime)
+        torch.testing.assert_close(made(x), model(x), rtol=1e-10, atol=1e-10)
+
+
+class Steps(TorchDispatchMode):
+    """Counts operators by names, and 1x1 convolutions by the map [C, H, W] that they read."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+        self.pointwise = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func._opname] += 1
+        if func._opname == "convolution" and args[1].shape[2:] == (1, 1):
+            self.pointwise[tuple(args[0].shape[1:])] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_steps_by_runtime(monkeypatch):
+    """Products of large maps and means by products for onnxruntime, neither for OpenVINO."""
+    model = make("test_ravlt", torch.float32, **SHALLOW)
+    # Of the four stages, each with the map before the last product of its feed-forward network.
+    maps = [(24, 32, 48), (48, 16, 24), (64, 8, 12), (96, 4, 6)]
+    hidden = [(72, 32, 48), (144, 16, 24), (192, 8, 12), (288, 4, 6)]
+    monkeypatch.setattr(layers, "LARGE_MAP", 4 * math.prod(maps[1]) - 1)
+    monkeypatch.setattr(layers, "MANY_CHANNELS", 48)
+    size = InputSize(1, 128, 192)
+
+    def steps(size, runtime):
+        made, _ = rewrite(model, size, runtime)
+        with Steps() as steps:
+            made(torch.randn(1, 3, 128, 192))
+        return steps
+
+    plain, products, means = (steps(size, runtime) for runtime in (None, ONNXRUNTIME, OPENVINO))
+    assert {*maps, *hidden} <= plain.pointwise.keys()
+    large = {maps[1], *hidden[:3]}
+    assert plain.pointwise.keys() - products.pointwise.keys() == large
+    assert products.counts["mm"] == sum(plain.pointwise[map_] for map_ in large) == 11
+    assert products.counts["mean"] == plain.counts["mean"]
+    assert steps(None, ONNXRUNTIME).pointwise == plain.pointwise  # maps of sizes not known
+
+    norms = 2 * len(maps)
+    assert means.pointwise == plain.pointwise
+    assert means.counts["mean"] - plain.counts["mean"] == 2 * norms
+    assert plain.counts["bmm"] - means.counts["bmm"] == 2 * norms
 
 
 @torch.no_grad()

@@ -263,8 +263,9 @@ def export(
             model, rewritten for runtimes of ONNX by `vitlinear.export.channels_first`;
             ``'channels-last'`` the model as it is; ``'auto'`` the first where it was measured to
             be faster, which is ONNX in float32 and int8.
-        runtime: One of `channels_first.RUNTIMES`, for whose speed ``'auto'`` chooses in float32;
-            other types have one layout for all. The program runs in any.
+        runtime: One of `channels_first.RUNTIMES`, for whose speed ``'auto'`` chooses the layout in
+            float32, and ``'channels-first'`` the steps; other types have one program for all. The
+            program runs in any.
 
     Raises:
         UserError: What is written computes something else, or cannot be written; or the model has
@@ -291,7 +292,9 @@ def export(
     if kind != "safetensors":
         if layout == AUTO and not takes_channels_first(model, kind, dtype, runtime):
             layout = CHANNELS_LAST
-        model, laid_out = _lay_out(model, shapes, layout)
+        model, laid_out = _lay_out(
+            model, shapes, layout, runtime if dtype == torch.float32 else None
+        )
         metadata = {**metadata, "layout": laid_out}
         if laid_out.startswith(CHANNELS_FIRST):
             metadata["fused"] = json.dumps(True)
@@ -330,7 +333,9 @@ def takes_channels_first(model: nn.Module, kind: str, dtype: torch.dtype, runtim
     return dtype != torch.float32 or pays(model, runtime)
 
 
-def _lay_out(model: nn.Module, shapes: Shapes, layout: str) -> tuple[nn.Module, str]:
+def _lay_out(
+    model: nn.Module, shapes: Shapes, layout: str, runtime: str | None
+) -> tuple[nn.Module, str]:
     """The model to write a program of, and the layout of its maps."""
     if layout == CHANNELS_LAST:
         return model, CHANNELS_LAST
@@ -338,7 +343,7 @@ def _lay_out(model: nn.Module, shapes: Shapes, layout: str) -> tuple[nn.Module, 
     if shapes.height.fixed and shapes.width.fixed:
         batch = shapes.batch.low if shapes.batch.fixed else None
         size = InputSize(batch, shapes.height.low, shapes.width.low)
-    model, rewritten = rewrite(model, size)
+    model, rewritten = rewrite(model, size, runtime)
     if layout == CHANNELS_FIRST and not rewritten.stages:
         raise UserError(f"no --layout {CHANNELS_FIRST} of this model: it would be {rewritten}")
     return model, str(rewritten)

@@ -4,21 +4,14 @@ In PyTorch maps are channels-last, and heads are views of one projection. Runtim
 views: there each becomes a copy. `rewrite` makes the same model of steps that need few.
 """
 
-from .rewrite import (
-    CHANNELS_FIRST,
-    CHANNELS_LAST,
-    ONNXRUNTIME,
-    RUNTIMES,
-    InputSize,
-    Rewritten,
-    pays,
-    rewrite,
-)
+from .rewrite import CHANNELS_FIRST, CHANNELS_LAST, InputSize, Rewritten, rewrite
+from .runtimes import ONNXRUNTIME, OPENVINO, RUNTIMES, pays
 
 __all__ = [
     "CHANNELS_FIRST",
     "CHANNELS_LAST",
     "ONNXRUNTIME",
+    "OPENVINO",
     "RUNTIMES",
     "InputSize",
     "Rewritten",

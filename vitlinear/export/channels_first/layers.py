@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -63,53 +64,61 @@ def require_nothing(*modules: nn.Module) -> None:
 
 
 def channel_mean(x: Tensor) -> Tensor:
-    """Mean over channels, [..., C, N] -> [..., 1, N], as a product with C equal weights.
-
-    onnxruntime's own mean over an axis that is not the last takes several times as long.
-    """
+    """Mean over channels, [..., C, N] -> [..., 1, N], as a product with C equal weights."""
     channels = x.shape[-2]
     return x.new_full((*x.shape[:-2], 1, channels), 1.0 / channels) @ x
-
-
-def over_rms(x: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) over the channels of [..., C, N]."""
-    return x * (channel_mean(x * x) + eps).rsqrt()
 
 
 class ChannelNorm(nn.Module):
     """Layer norm over the channels of a map [B, C, H, W], without weight and bias.
 
     Those are in the products that follow: see `pointwise`.
+
+    Attributes:
+        by_products: Means are products, see `channel_mean`.
     """
 
     def __init__(self, eps: float) -> None:
         super().__init__()
         self.eps = eps
+        self.by_products = True
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H, W]."""
         x = known_strides(x)
-        y = x.flatten(2)
-        return over_rms(y - channel_mean(y), self.eps).reshape(x.shape)
+        if self.by_products:
+            y = x.flatten(2)
+            y = y - channel_mean(y)
+            return (y * (channel_mean(y * y) + self.eps).rsqrt()).reshape(x.shape)
+        x = x - x.mean(1, keepdim=True)
+        return x * ((x * x).mean(1, keepdim=True) + self.eps).rsqrt()
 
 
 class ChannelRmsNorm(nn.Module):
     """RMS norm over the channels of a map [B, C, H, W], or over those of each head.
 
     Its weight is in the products that follow.
+
+    Attributes:
+        by_products: As those of `ChannelNorm`.
     """
 
     def __init__(self, eps: float, num_heads: int = 1) -> None:
         super().__init__()
         self.eps = eps
         self.num_heads = num_heads
+        self.by_products = True
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H, W]."""
-        y = x.flatten(2)
-        if self.num_heads > 1:
-            y = y.unflatten(1, (self.num_heads, -1))
-        return over_rms(y, self.eps).reshape(x.shape)
+        y = x.unflatten(1, (self.num_heads, -1)) if self.num_heads > 1 else x
+        axis = y.ndim - 3
+        if self.by_products:
+            y = y.flatten(-2)
+            mean = channel_mean(y * y)
+        else:
+            mean = (y * y).mean(axis, keepdim=True)
+        return (y * (mean + self.eps).rsqrt()).reshape(x.shape)
 
 
 class Affine(nn.Module):
@@ -131,7 +140,34 @@ def affine_channel_norm(norm: nn.LayerNorm) -> nn.Module:
     return nn.Sequential(ChannelNorm(norm.eps), Affine(norm))
 
 
-def pointwise(weight: Tensor, bias: Tensor | None, norm: nn.Module | None = None) -> nn.Conv2d:
+# Bytes of the map of one image. A larger one was measured not to stay in cache (docs/export.md).
+LARGE_MAP = 8 * 2**20
+MANY_CHANNELS = 128  # of fewer a convolution reads few bytes again
+
+
+class Pointwise(nn.Conv2d):
+    """A 1x1 convolution that is a product with weights, and can be traced as one.
+
+    Attributes:
+        as_convolution: Whatever the size of the map. Without it a large map of many channels is
+            a factor of a matrix product, for runtimes whose convolutions are slower there.
+    """
+
+    as_convolution = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C_in, H, W] -> [B, C_out, H, W]."""
+        if self.as_convolution or self.in_channels < MANY_CHANNELS:
+            return super().forward(x)
+        if math.prod(x.shape[1:]) * x.element_size() <= LARGE_MAP:
+            return super().forward(x)
+        out = self.weight.flatten(1) @ x.flatten(2)
+        if self.bias is not None:
+            out = out + self.bias[:, None]
+        return out.unflatten(2, x.shape[2:])
+
+
+def pointwise(weight: Tensor, bias: Tensor | None, norm: nn.Module | None = None) -> Pointwise:
     """A 1x1 convolution that is a product with weights, after what a norm multiplies and adds.
 
     Args:
@@ -149,7 +185,7 @@ def pointwise(weight: Tensor, bias: Tensor | None, norm: nn.Module | None = None
     if norm is not None:
         weight = weight * norm.weight.detach().double()
     with_bias = bias is not None or shift is not None
-    conv = nn.Conv2d(weight.shape[1], weight.shape[0], 1, bias=with_bias, dtype=dtype)
+    conv = Pointwise(weight.shape[1], weight.shape[0], 1, bias=with_bias, dtype=dtype)
     with torch.no_grad():
         conv.weight.copy_(weight[:, :, None, None])
         if conv.bias is not None:

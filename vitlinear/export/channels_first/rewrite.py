@@ -13,19 +13,12 @@ from torch import Tensor, nn
 from vitlinear.layers import is_plain
 from vitlinear.models._isotropic import IsotropicBackbone
 from vitlinear.models._stages import StagedBackbone
-from vitlinear.models.inline_cswin import InLineCSwin
-from vitlinear.models.inline_swin import InLineSwin
-from vitlinear.models.pola_pvt import PolaPVT
-from vitlinear.models.pola_swin import PolaSwin
 
 from .blocks import ChannelsFirstStage, ChannelsFirstTokens
 from .layers import MapSize, NoForm, affine_channel_norm
+from .runtimes import choose_steps
 
 CHANNELS_FIRST, CHANNELS_LAST = "channels-first", "channels-last"
-ONNXRUNTIME, OPENVINO = "onnxruntime", "openvino"
-RUNTIMES = (ONNXRUNTIME, OPENVINO)
-# Models whose blocks have no convolution but in their attention.
-OF_PRODUCTS = (IsotropicBackbone, InLineCSwin, InLineSwin, PolaPVT, PolaSwin)
 
 
 class InputSize(NamedTuple):
@@ -65,15 +58,6 @@ class Rewritten:
         return f"{CHANNELS_FIRST} in {self.stages} of {self.of} stages, not in those of {left}"
 
 
-def pays(model: nn.Module, runtime: str) -> bool:
-    """Whether a runtime of `RUNTIMES` is no slower with what `rewrite` makes of a model's kind.
-
-    Measured in float32 (docs/export.md). OpenVINO keeps [B, N, C] as it is from product to product,
-    so the own steps of models that have little else are faster there.
-    """
-    return runtime != OPENVINO or not isinstance(model, OF_PRODUCTS)
-
-
 def _sizes(model: nn.Module, parts: list[nn.Module], size: InputSize | None) -> list[Any]:
     """The size of the map that each part puts out; None where it varies."""
     if size is None:
@@ -94,7 +78,9 @@ def _sizes(model: nn.Module, parts: list[nn.Module], size: InputSize | None) -> 
 
 
 @torch.no_grad()
-def rewrite(model: nn.Module, size: InputSize | None = None) -> tuple[nn.Module, Rewritten]:
+def rewrite(
+    model: nn.Module, size: InputSize | None = None, runtime: str | None = None
+) -> tuple[nn.Module, Rewritten]:
     """Make the same model with as many stages on maps [B, C, H, W] as have that form.
 
     What is made is fused. Its outputs are those of the model, but for roundings. Its parameters
@@ -104,6 +90,8 @@ def rewrite(model: nn.Module, size: InputSize | None = None) -> tuple[nn.Module,
         model: In eval mode; stays as it is.
         size: Of all inputs; None where heights and widths vary. Tables of positions are then made
             in the program, and windows have no such form.
+        runtime: One of `RUNTIMES`, for whose speed steps are chosen; None for convolutions alone,
+            as for programs that will be quantised.
 
     Returns:
         The model that was made, or the same one if no stage has the form; and what was rewritten.
@@ -124,12 +112,14 @@ def rewrite(model: nn.Module, size: InputSize | None = None) -> tuple[nn.Module,
         return model, rewritten
     if isinstance(made, IsotropicBackbone):
         made.blocks = nn.ModuleList(stages)
-        return made, rewritten
-    made.stages = nn.Sequential(*stages)
-    for module in list(made.modules()):
-        for name, child in module.named_children():
-            if is_plain(child, LayerNorm2d):
-                setattr(module, name, affine_channel_norm(child))
+    else:
+        made.stages = nn.Sequential(*stages)
+        for module in list(made.modules()):
+            for name, child in module.named_children():
+                if is_plain(child, LayerNorm2d):
+                    setattr(module, name, affine_channel_norm(child))
+    if runtime is not None:
+        choose_steps(made, runtime, fixed=size is not None)
     return made, rewritten
 
 
