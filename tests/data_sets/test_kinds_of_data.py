@@ -322,12 +322,15 @@ def test_a_run_over_shards_resumes_to_the_same_weights(
 
 @pytest.mark.process
 @pytest.mark.slow
-def test_two_processes_share_the_shards(folder: Path, tmp_path: Path) -> None:
-    """Each held-out image counts once, in whichever process."""
+@pytest.mark.parametrize("split", [(), ("--fsdp", "--validation-batch-size", 2)])
+def test_two_processes_share_the_shards(
+    folder: Path, tmp_path: Path, split: tuple[object, ...]
+) -> None:
+    """Each held-out image counts once, in whichever process; one has two shards, the other one."""
     root = write_shards(folder, tmp_path / "shards", shards=3)
     flags = ["--dataset", "wds/", "--data-dir", str(root), "--num-classes", "3"]
     more = ["-b", 4, "-j", 1, "--epochs", 1, "--no-plot", "--lr", 1e-3, "--warmup-epochs", 0]
-    two_processes(*flags, *TINY_FLAGS, *more, "--output", tmp_path / "run")
+    two_processes(*flags, *TINY_FLAGS, *more, *split, "--output", tmp_path / "run")
     (row,) = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     checkpoint = ["--checkpoint", str(tmp_path / "run" / "last.safetensors"), "-j", "0"]
     alone = validate.validate(validate.parse_arguments([*checkpoint, *flags]))

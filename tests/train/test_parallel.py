@@ -28,9 +28,10 @@ from tests.train.helpers import (
 )
 from vitlinear.checkpoints.load import load_model
 from vitlinear.errors import UserError
+from vitlinear.evaluation.evaluate import Evaluator
 from vitlinear.processes import Processes, join_processes
 from vitlinear.train.make_model import enable_checkpointing
-from vitlinear.train.parallel import check_sharding, first_process_first
+from vitlinear.train.parallel import check_sharding, first_process_first, in_step
 from vitlinear.train.record.saved_state import read_state
 from vitlinear.train.run import parse_arguments
 
@@ -154,6 +155,27 @@ def test_what_a_split_model_cannot_do(folder: Path, tmp_path: Path) -> None:
         config = parse_arguments(["--fsdp", *flags])
         with pytest.raises(UserError, match=message):
             check_sharding(config.optimiser, config.device, Processes(world_size=2))
+
+
+@pytest.mark.parametrize("own", [0, 1, 3])
+def test_a_process_whose_stream_ends_goes_along_with_the_others(
+    monkeypatch: pytest.MonkeyPatch, own: int
+) -> None:
+    """Three batches elsewhere: as many here, of which the blank ones do not count."""
+    others = iter([1, 1, 1, 0])
+
+    def all_reduce(left: torch.Tensor, op: Any) -> None:
+        left.clamp_(min=next(others))
+
+    monkeypatch.setattr(distributed, "all_reduce", all_reduce)
+    streamed = [(torch.rand(2, 3, 8, 8), torch.tensor([0, 1]))] * own
+    evaluator, seen = Evaluator(), 0
+    for images, labels in in_step(streamed, (3, 8, 8), torch.device("cpu")):
+        evaluator.update(torch.eye(len(images), 4), labels)
+        seen += 1
+    assert seen == 3 and evaluator.num_samples == 2 * own
+    if own:
+        assert evaluator.compute()["top1"] == 100.0
 
 
 def test_joining_without_an_address(monkeypatch: pytest.MonkeyPatch) -> None:

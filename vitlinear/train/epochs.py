@@ -5,6 +5,7 @@ import math
 import time
 from typing import Any
 
+from timm.data import IterableImageDataset
 from timm.utils import distribute_bn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -13,7 +14,7 @@ from vitlinear.evaluation.evaluate import evaluate
 from vitlinear.signals import Stopped, StopSignals
 
 from .loop import train_one_epoch
-from .parallel import wait_for_all
+from .parallel import in_step, wait_for_all
 from .progress import Progress
 from .recorder import Recorder
 from .resume import Start
@@ -142,9 +143,12 @@ def _evaluate_all(run: Run) -> dict[str, dict[str, float]]:
         if isinstance(model, DistributedDataParallel):
             # Which would exchange statistics at each batch, and processes may have unlike numbers.
             model = model.module
+        batches = run.eval_loader
+        if run.config.parallel.fsdp and isinstance(batches.dataset, IterableImageDataset):
+            batches = in_step(batches, run.card.data_config.input_size, run.device)
         results[name] = evaluate(
             model,
-            run.eval_loader,
+            batches,
             run.autocast,
             device=run.device,
             title=name,
