@@ -82,6 +82,9 @@ def _train(
         recorder.write_state(here)
 
     def after_update(progress: Progress, values: dict[str, float] | None) -> None:
+        if progress.done == progress.total:
+            # before any state of the epoch's end, or a resume would go on with those of one process
+            _distribute_statistics(run)
         if values:
             recorder.log_update(values)
         number = signals.agreed(run.device, updater.updates)
@@ -126,15 +129,19 @@ def _train(
     return {"epoch": at.epoch + 1, "updates": updater.updates, "lr": at.lr, **trained}
 
 
-def _evaluate_all(run: Run) -> dict[str, dict[str, float]]:
-    """Evaluates the model and, where there is one, its moving average."""
+def _distribute_statistics(run: Run) -> None:
+    """Gives all processes the same batch norm statistics, as ``--dist-bn`` says."""
     processes, dist_bn = run.processes, run.config.parallel.dist_bn
-    results = {}
     if processes.distributed and dist_bn:
         for ema in (False, True) if run.updater.ema else (False,):
             model = run.task.get_eval_model(ema=ema)
             # Of the average a state holds the statistics of the first process alone.
             distribute_bn(model, processes.world_size, dist_bn == "reduce" and not ema)
+
+
+def _evaluate_all(run: Run) -> dict[str, dict[str, float]]:
+    """Evaluates the model and, where there is one, its moving average."""
+    processes, results = run.processes, {}
     for name, ema in (("eval", False), ("ema", True)):
         if ema and not run.updater.ema:
             continue
