@@ -41,7 +41,12 @@ class AugmentationConfig:
     @property
     def mixes(self) -> bool:
         """Whether batches are mixed, which makes their targets distributions."""
-        return self.mixup > 0 or self.cutmix > 0
+        return not self.no_aug and (self.mixup > 0 or self.cutmix > 0)
+
+    @property
+    def repeats(self) -> float:
+        """Augmentations of an image in an epoch; 0 for none."""
+        return 0 if self.no_aug else self.aug_repeats
 
 
 def add_augmentation_flags(parser: Parser) -> None:
