@@ -227,12 +227,11 @@ def _check(config: TrainConfig) -> None:
 
 def without_start_weights(config: TrainConfig) -> TrainConfig:
     """Returns the same configuration of a model that starts from no weights."""
-    none = {"initial_checkpoint": None, "initial_model": None, "initial_head_map": None}
-    return dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, pretrained=False),
-        start=dataclasses.replace(config.start, **none),
+    start = dataclasses.replace(
+        config.start, initial_checkpoint=None, initial_model=None, initial_head_map=None
     )
+    model = dataclasses.replace(config.model, pretrained=False)
+    return dataclasses.replace(config, model=model, start=start)
 
 
 def _set_modes(device: torch.device, deterministic: bool) -> None:
