@@ -38,6 +38,19 @@ def test_precedence_is_default_then_file_then_flag(tmp_path: Path) -> None:
     assert args.lr == 1e-3  # PyYAML reads 1e-3 as a string
 
 
+def test_a_peak_rate_goes_over_one_of_the_other_kind(tmp_path: Path) -> None:
+    """``lr`` wins where one file or one run has both, but not over what is laid over it."""
+    base = written(tmp_path, "lr: 4e-3\n")
+    over = tmp_path / "over.yaml"
+    over.write_text("base: config.yaml\nlr-base: 1e-6\n")
+    given = parsed(["--config", base, "--lr-base", "5e-4"])  # the default, too
+    for args, rate in ((given, 5e-4), (parsed(["--config", str(over)]), 1e-6)):
+        assert (args.lr, args.lr_base) == (None, rate)
+    assert parsed(["--config", str(over), "--lr", "0.1"]).lr == 0.1
+    over.write_text("base: config.yaml\nlr-base: 1e-6\nlr: 2e-3\n")
+    assert parsed(["--config", str(over)]).lr == 2e-3
+
+
 def test_home_is_found_after_an_equals_sign(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,6 +120,7 @@ def test_bad_files_say_what_is_wrong(tmp_path: Path, text: str, message: str) ->
         (["--lr", "-1"], "must be at least 0"),
         (["--lr", "nan"], "must be at least 0"),
         (["--lr", "inf"], "must be finite"),
+        (["--lr", "1", "--lr-base", "1"], "argument --lr-base: not allowed with argument --lr"),
         (["--smoothing", "1"], "must be below 1"),
         (["--drop-path", "1.5"], "must be at most 1"),
         (["--hflip", "3"], "must be at most 1"),

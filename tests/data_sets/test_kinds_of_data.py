@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import signal
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from vitlinear.data import dataset as data
 from vitlinear.data.class_names import classes_of
 from vitlinear.errors import UserError
 from vitlinear.evaluation import validate
+from vitlinear.signals import Stopped, StopSignals
 from vitlinear.train import run
 from vitlinear_cli import main
 
@@ -304,30 +306,46 @@ def test_unknown_prefix_and_misplaced_keys(folder: Path) -> None:
             data.open_dataset(name, train=True, mode="RGB", data_dir=where, **{key: "x"})
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+def third_of_six(self: StopSignals, device: torch.device, updates: int | None = None) -> int:
+    """A signal in the second epoch."""
+    return signal.SIGTERM if updates == 9 else 0
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.process)])
 def test_a_run_over_shards_resumes_to_the_same_weights(
-    workers: int, folder: Path, tmp_path: Path
+    workers: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """After an epoch, and in the middle of one."""
     flags = ["--dataset", "wds/", "--data-dir", str(write_shards(folder, tmp_path / "shards"))]
     flags += [*TINY_FLAGS, "-b", "4", "-j", str(workers), "--epochs", "2", "--no-plot"]
     flags += ["--lr", "1e-2", "--warmup-epochs", "0", "--num-classes", "3"]
     flags += ["--aa", "rand-m9-mstd0.5-inc1", "--reprob", "0.5", "--mixup", "0.8"]
     weights = []
-    for name, parts in (("whole", [[]]), ("parts", [["--stop-epoch", "1"], ["--resume", "auto"]])):
-        for part in parts:
-            run.train(run.parse_arguments([*flags, "--output", str(tmp_path / name), *part]))
+    again = ["--resume", "auto"]
+    for name, parts in (("whole", [[]]), ("parts", [["--stop-epoch", "1"], again, again])):
+        for number, part in enumerate(parts):
+            config = run.parse_arguments([*flags, "--output", str(tmp_path / name), *part])
+            if number != 1:
+                run.train(config)
+                continue
+            with monkeypatch.context() as patch, pytest.raises(Stopped):
+                patch.setattr(StopSignals, "agreed", third_of_six)
+                run.train(config)
         weights.append(read_weights(tmp_path / name / "last.safetensors"))
     assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
 
 
 @pytest.mark.process
 @pytest.mark.slow
-def test_two_processes_share_the_shards(folder: Path, tmp_path: Path) -> None:
-    """Each held-out image counts once, in whichever process."""
+@pytest.mark.parametrize("split", [(), ("--fsdp", "--validation-batch-size", 2)])
+def test_two_processes_share_the_shards(
+    folder: Path, tmp_path: Path, split: tuple[object, ...]
+) -> None:
+    """Each held-out image counts once, in whichever process; one has two shards, the other one."""
     root = write_shards(folder, tmp_path / "shards", shards=3)
     flags = ["--dataset", "wds/", "--data-dir", str(root), "--num-classes", "3"]
     more = ["-b", 4, "-j", 1, "--epochs", 1, "--no-plot", "--lr", 1e-3, "--warmup-epochs", 0]
-    two_processes(*flags, *TINY_FLAGS, *more, "--output", tmp_path / "run")
+    two_processes(*flags, *TINY_FLAGS, *more, *split, "--output", tmp_path / "run")
     (row,) = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     checkpoint = ["--checkpoint", str(tmp_path / "run" / "last.safetensors"), "-j", "0"]
     alone = validate.validate(validate.parse_arguments([*checkpoint, *flags]))

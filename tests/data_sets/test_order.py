@@ -62,6 +62,13 @@ def test_processes_share_the_images_of_one(folder: Path, flags: tuple[object, ..
             assert torch.equal(parts[rank][number][1], labels[rank::2])
 
 
+def test_no_augmentation_is_no_mixing_and_no_repetition(folder: Path) -> None:
+    """Whatever a recipe says of them."""
+    found = loaded(folder, 0, *MIXED, "--aug-repeats", 3, "--no-aug")
+    assert equal(found, loaded(folder, 0, "--no-aug"))
+    assert all(labels.ndim == 1 for _, labels in found)
+
+
 def test_what_an_iterable_set_holds_beyond_its_estimate_is_left_out() -> None:
     drawn = []
 

@@ -12,6 +12,7 @@ from torch import distributed, nn
 
 from tests.train.helpers import tiny_flags, train
 from vitlinear.checkpoints.load import load_model
+from vitlinear.create import build_model
 from vitlinear.errors import UserError
 from vitlinear.train.loop import train_one_epoch, updates_per_epoch
 from vitlinear.train.run import parse_arguments
@@ -149,6 +150,19 @@ def test_an_update_that_is_not_finite_leaves_no_trace(bad: float, accumulate: in
             assert torch.equal(value, theirs.state_dict()[name]), name
     if accumulate == 1:
         assert all(metrics[name] == expected[name] for name in ("train_loss", "train_top1"))
+
+
+def test_an_update_that_is_not_finite_moves_no_centroids() -> None:
+    """Nor any other buffer that a module names in ``moves_in_training``."""
+    torch.manual_seed(0)
+    net = build_model("test_linear_deit", num_classes=3, attention="routing").train()
+    up = updater(net)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    images = torch.randn(2, *net.default_cfg["input_size"])
+    for factor, moves in ((float("nan"), False), (1.0, True)):
+        up.backward(net(images).sum() * factor, group=1, last=True)
+        moved = {n for n, value in net.state_dict().items() if not torch.equal(value, before[n])}
+        assert any("centroids" in name for name in moved) == bool(moved) == moves
 
 
 def test_gradients_that_overflow_are_skipped_too() -> None:

@@ -213,13 +213,17 @@ def test_each_schedule_decays_by_its_own_default(name: str, late: float) -> None
     assert last < 0.2 if name in ("poly", "wsd") else last == 1.0
 
 
-def test_betas_for_an_optimiser_without_are_said() -> None:
-    model = torch.nn.Linear(2, 2)
+@pytest.mark.parametrize(("setting", "values"), [("betas", [0.9, 0.99]), ("eps", [1e-6])])
+def test_settings_that_an_optimiser_does_not_have_are_said(
+    setting: str, values: list[float]
+) -> None:
+    model, flags = torch.nn.Linear(2, 2), [f"--opt-{setting}", *values]
     for name in ("sgd", "lookahead_sgd"):
-        config = configured("--opt", name, "--opt-betas", 0.9, 0.99).optimiser
-        with pytest.warns(Notice, match=f"--opt {name} has no betas: --opt-betas is not used"):
+        config = configured("--opt", name, *flags).optimiser
+        message = f"--opt {name} has no {setting}: --opt-{setting} is not used"
+        with pytest.warns(Notice, match=message):
             make_optimizer(config, model, 1e-3)
-    make_optimizer(configured("--opt-betas", 0.9, 0.99).optimiser, model, 1e-3)
+    make_optimizer(configured(*flags).optimiser, model, 1e-3)
 
 
 def test_betas_that_are_too_few_are_said() -> None:
@@ -287,7 +291,8 @@ def test_groups_of_the_optimiser(layer_decay: list[Any], pattern: list[str]) -> 
 )
 def test_every_schedule_applies_layer_decay_and_warm_up(name: str, by: list[str]) -> None:
     flags = ["--sched", name, "--layer-decay", 0.5, "--lr", 1.0, "--warmup-lr", 0.125, *by]
-    config = configured(*flags, "--epochs", 8, "--warmup-epochs", 2, "--decay-epochs", 3)
+    flags += ["--decay-epochs", 3] if name in ("step", "wsd", "rsqrt") else []
+    config = configured(*flags, "--epochs", 8, "--warmup-epochs", 2)
     optimizer = make_optimizer(config.optimiser, Scaled(), lr=1.0)
     scheduler, epochs = make_schedule(config.schedule, optimizer, updates=4, images=128)
     assert scheduler is not None

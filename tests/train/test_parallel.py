@@ -28,11 +28,17 @@ from tests.train.helpers import (
 )
 from vitlinear.checkpoints.load import load_model
 from vitlinear.errors import UserError
+from vitlinear.evaluation.evaluate import Evaluator
 from vitlinear.processes import Processes, join_processes
+from vitlinear.signals import StopSignals
+from vitlinear.train import epochs
 from vitlinear.train.make_model import enable_checkpointing
-from vitlinear.train.parallel import check_sharding, first_process_first
+from vitlinear.train.parallel import check_sharding, first_process_first, in_step
 from vitlinear.train.record.saved_state import read_state
+from vitlinear.train.recorder import Recorder
+from vitlinear.train.resume import Start
 from vitlinear.train.run import parse_arguments
+from vitlinear.train.setup import set_up
 
 # Without batch normalisation, whose statistics are each process's own.
 ROW = ["--model", "test_linear_deit", "--model-kwargs", "depth=2"]
@@ -154,6 +160,56 @@ def test_what_a_split_model_cannot_do(folder: Path, tmp_path: Path) -> None:
         config = parse_arguments(["--fsdp", *flags])
         with pytest.raises(UserError, match=message):
             check_sharding(config.optimiser, config.device, Processes(world_size=2))
+
+
+@pytest.mark.parametrize("own", [0, 1, 3])
+def test_a_process_whose_stream_ends_goes_along_with_the_others(
+    monkeypatch: pytest.MonkeyPatch, own: int
+) -> None:
+    """Three batches elsewhere: as many here, of which the blank ones do not count."""
+    others = iter([1, 1, 1, 0])
+
+    def all_reduce(left: torch.Tensor, op: Any) -> None:
+        left.clamp_(min=next(others))
+
+    monkeypatch.setattr(distributed, "all_reduce", all_reduce)
+    streamed = [(torch.rand(2, 3, 8, 8), torch.tensor([0, 1]))] * own
+    evaluator, seen = Evaluator(), 0
+    for images, labels in in_step(streamed, (3, 8, 8), torch.device("cpu")):
+        evaluator.update(torch.eye(len(images), 4), labels)
+        seen += 1
+    assert seen == 3 and evaluator.num_samples == 2 * own
+    if own:
+        assert evaluator.compute()["top1"] == 100.0
+
+
+def test_states_of_an_epochs_end_have_the_statistics_of_all_processes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the evaluation, in which a run may be killed, and after a stop at the last update."""
+    flags = tiny_flags(folder, tmp_path / "run", "--recovery-interval", 1)
+    whole = set_up(parse_arguments(flags))
+    whole.processes = Processes(world_size=2)
+    states: list[tuple[int, set[float]]] = []
+
+    def distribute_bn(model: nn.Module, world_size: int, reduce: bool) -> None:
+        for name, value in model.named_buffers():
+            if name.endswith("running_var"):
+                value.fill_(7)
+
+    class Noting(Recorder):
+        def _save(self, at: Start, whole: dict[str, Any]) -> None:
+            found = {k: v for k, v in whole["state_dict"].items() if k.endswith("running_var")}
+            states.append((at.batch, set(torch.cat([*found.values()]).tolist())))
+
+    monkeypatch.setattr(epochs, "distribute_bn", distribute_bn)
+    epochs._train(whole, Noting(whole, {}), StopSignals(), Start(), 1)
+    assert [(batch, values == {7.0}) for batch, values in states] == [
+        (1, False),
+        (2, False),
+        (3, True),
+        (3, True),
+    ]
 
 
 def test_joining_without_an_address(monkeypatch: pytest.MonkeyPatch) -> None:

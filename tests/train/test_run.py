@@ -271,6 +271,16 @@ def test_resuming_refuses_another_run(folder: Path, tmp_path: Path) -> None:
     assert run.train(run.parse_arguments(again))["epoch"] == 2
 
 
+def test_resuming_refuses_other_classes(tmp_path: Path) -> None:
+    """As many of them: labels are places in the order of the names."""
+    data = image_folder(tmp_path / "images")
+    train(data, tmp_path / "run", "--stop-epoch", 1)
+    for split in ("train", "val"):
+        (data / split / "ant").rename(data / split / "zebra")
+    with pytest.raises(UserError, match="the run to resume and the data differ: .* ant, zebra"):
+        train(data, tmp_path / "run", "--resume", "auto")
+
+
 def test_a_state_of_another_size_names_both_models(folder: Path, tmp_path: Path) -> None:
     flags = ("--model", "test_linear_deit", "--model-kwargs", "depth=1")
     train(folder, tmp_path / "run", *flags, "--epochs", 1)

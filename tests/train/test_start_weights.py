@@ -14,6 +14,7 @@ from vitlinear.checkpoints.load import read_weights
 from vitlinear.create import build_model, data_config
 from vitlinear.errors import UserError
 from vitlinear.train import run
+from vitlinear.train.setup import without_start_weights
 from vitlinear.train.start_weights import initial_weights, normalisation_note, read_head_map
 
 RECIPE = Path(__file__).parents[2] / "configs/classification/l2vit_base.in22k_ft_in1k.yaml"
@@ -128,6 +129,20 @@ def test_a_run_without_its_start_weights_leaves_nothing(
     with pytest.raises(UserError, match=message):
         run.train(run.parse_arguments(flags(folder, tmp_path / "run", *more)))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_resumed_run_does_not_need_its_start_weights(
+    folder: Path, tmp_path: Path, start: Path, head_map: Path
+) -> None:
+    given = ["--initial-model", "test_l2vit", "--initial-checkpoint", start]
+    command = flags(folder, tmp_path / "run", *given, "--initial-head-map", head_map)
+    run.train(run.parse_arguments(command))
+    start.unlink()
+    head_map.unlink()
+    command += ["--stop-epoch", "2", "--resume", "auto"]
+    assert run.train(run.parse_arguments(command))["epoch"] == 2
+    config = run.parse_arguments(["--model", "ravlt_t", "--pretrained"])
+    assert not without_start_weights(config).model.pretrained
 
 
 def test_a_map_without_start_weights_is_refused(folder: Path, tmp_path: Path) -> None:

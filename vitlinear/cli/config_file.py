@@ -80,8 +80,8 @@ def read_config(
             find_config(base, "classification", path.parent), parser, (*above, path)
         )
     actions = {action.dest: action for action in parser._actions if action.dest != "help"}
-    for key, value in content.items():
-        name = str(key).replace("-", "_")
+    content = {str(key).replace("-", "_"): (key, value) for key, value in content.items()}
+    for name, (key, value) in content.items():
         if name not in actions or name in LAUNCH_KEYS:
             hint = did_you_mean(name, {*actions, BASE} - LAUNCH_KEYS)
             raise UserError(f"{what}: unknown key '{key}'{hint}")
@@ -89,6 +89,9 @@ def read_config(
             values[name] = _converted(actions[name], value)
         except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
             raise UserError(f"{what}: bad value for '{key}': {error}") from error
+        other = getattr(actions[name], "instead_of", None)
+        if other in values and other not in content:
+            values[other] = None
     return values
 
 

@@ -28,14 +28,14 @@ class Parser(argparse.ArgumentParser):
         kwargs.setdefault("allow_abbrev", False)
         kwargs.setdefault("formatter_class", HelpFormatter)
         super().__init__(**kwargs)
-        self._needs: list[tuple[str, tuple[str, ...], str | None]] = []
+        self._needs: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = []
 
     def group(self, title: str) -> argparse._ArgumentGroup:
         """Returns the group of ``--help`` with a title: the same one at each call."""
         found = (group for group in self._action_groups if group.title == title)
         return next(found, None) or self.add_argument_group(title)
 
-    def needs(self, flag: str, *others: str, value: str | None = None) -> None:
+    def needs(self, flag: str, *others: str, values: tuple[str, ...] = ()) -> None:
         """Refuses a flag on a command line where nothing heeds it.
 
         A ``--config`` may hold it all the same: recipes have values for what is switched on later,
@@ -44,18 +44,19 @@ class Parser(argparse.ArgumentParser):
         Args:
             flag: Its name, as in a ``--config``.
             *others: Flags of which one has to be given.
-            value: That it has to have; by default any.
+            values: Of which it has to have one; by default any.
         """
-        self._needs.append((flag, others, value))
+        self._needs.append((flag, others, values))
 
     def _check_needs(self, parsed: argparse.Namespace) -> None:
-        for flag, others, value in self._needs:
+        for flag, others, values in self._needs:
             given = getattr(parsed, flag)
             if given is None or given is False or given == self.get_default(flag):
                 continue
             found = [getattr(parsed, other) for other in others]
-            if value is None and not any(found) or value is not None and value not in found:
-                wanted = " or ".join(f"{_option(other)} {value or ''}".strip() for other in others)
+            if not (any(one in values for one in found) if values else any(found)):
+                what = f" {', '.join(values)}" if values else ""
+                wanted = " or ".join(_option(other) + what for other in others)
                 self.error(
                     f"{_option(flag)} has no effect without {wanted}: add that, or leave it out"
                 )
@@ -81,6 +82,28 @@ class Parser(argparse.ArgumentParser):
 
 def _option(flag: str) -> str:
     return f"--{flag.replace('_', '-')}"
+
+
+class Instead(argparse.Action):
+    """A flag that takes back what another, ``instead_of``, says in the file that it is laid over.
+
+    For two flags of which the other would win. On one command line, exclude them.
+    """
+
+    def __init__(self, *args: Any, instead_of: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.instead_of = instead_of
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        """Stores the value."""
+        setattr(namespace, self.dest, values)
+        setattr(namespace, self.instead_of, None)
 
 
 class KeyValues(argparse.Action):

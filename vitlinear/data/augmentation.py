@@ -41,7 +41,12 @@ class AugmentationConfig:
     @property
     def mixes(self) -> bool:
         """Whether batches are mixed, which makes their targets distributions."""
-        return self.mixup > 0 or self.cutmix > 0
+        return not self.no_aug and (self.mixup > 0 or self.cutmix > 0)
+
+    @property
+    def repeats(self) -> float:
+        """Augmentations of an image in an epoch; 0 for none."""
+        return 0 if self.no_aug else self.aug_repeats
 
 
 def add_augmentation_flags(parser: Parser) -> None:
@@ -112,6 +117,12 @@ def add_augmentation_flags(parser: Parser) -> None:
     )
     group.add_argument("--mixup-off-epoch", type=NATURAL, default=0, help="0: never off")
     group.add_argument("--smoothing", type=SHARE, default=0.1, help="of labels")
+    for flag in ("remode", "recount"):
+        parser.needs(flag, "reprob")
+    for flag in ("mixup_prob", "mixup_mode", "mixup_off_epoch"):
+        parser.needs(flag, "mixup", "cutmix")
+    for other in ("mixup", "cutmix"):
+        parser.needs("mixup_switch_prob", other)
 
 
 class Mixing(FastCollateMixup):

@@ -1,5 +1,6 @@
 """Data sets of decoded images with labels, or what takes the place of an unreadable image."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -94,18 +95,24 @@ class LabelledImages(Dataset):
         raise too_many(name)
 
 
-def _seed_epoch(reader: Any) -> None:
-    """Seeds what a data worker draws in an epoch; worker and epoch alone decide on it.
+def _seeded(reader: Any) -> Iterator[Any]:
+    """Yields the samples of a training epoch; worker, epoch and number decide what each draws.
 
     timm and torch seed a worker once, when it starts: one that lives on would go on drawing. In the
-    main process `loader.start_epoch` has done it.
+    main process the model draws between samples, but not while a resumed epoch is read again.
     """
     worker = get_worker_info()
-    if worker is None:
-        return
     epoch = reader.epoch if hasattr(reader, "epoch") else reader.epoch_count
-    parts = (reader.common_seed, epoch.value, reader.dist_rank, "stream", worker.id)
-    seed_everything(derive_seed(*parts), devices=False)
+    parts = (reader.common_seed, epoch.value, reader.dist_rank, "stream")
+    samples = iter(reader)
+    for number in itertools.count():
+        seed = derive_seed(*parts, worker.id if worker else 0, number)
+        seed_everything(seed, devices=False)
+        try:
+            sample = next(samples)
+        except StopIteration:
+            return
+        yield sample
 
 
 class ShardImages(IterableImageDataset):
@@ -135,9 +142,7 @@ class ShardImages(IterableImageDataset):
     def __iter__(self) -> Iterator[tuple[Any, int]]:
         left = self.reader.samples_per_worker() if self.train else None
         in_a_row = 0
-        if self.train:
-            _seed_epoch(self.reader)
-        for name, content, label in self.reader:
+        for name, content, label in _seeded(self.reader) if self.train else self.reader:
             if left == 0:
                 return
             if not _is_label(label, self.num_classes):
@@ -169,9 +174,7 @@ class StreamedImages(IterableImageDataset):
         self.name, self.image_mode = name, image_mode
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
-        if self.reader.is_training:
-            _seed_epoch(self.reader)
-        samples = iter(self.reader)
+        samples = _seeded(self.reader) if self.reader.is_training else iter(self.reader)
         while True:
             try:
                 sample = next(samples, None)

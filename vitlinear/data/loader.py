@@ -67,7 +67,7 @@ def train_loader(
     repair_posterize()
     mixing = make_mixing(augmentation, batch_size, num_classes)
     iterable = isinstance(dataset, IterableImageDataset)
-    if augmentation.aug_repeats and iterable:
+    if augmentation.repeats and iterable:
         raise UserError("--aug-repeats needs a data set with random access, not an iterable one")
     _share_stream(dataset, rank, world_size)
     loader = create_loader(
@@ -88,7 +88,7 @@ def train_loader(
         loader.random_erasing = SeededErasing(loader.random_erasing)
     _leave_signals(loader)
     if not iterable:
-        batches = EpochBatches(len(dataset), batch_size, augmentation.aug_repeats, rank, world_size)
+        batches = EpochBatches(len(dataset), batch_size, augmentation.repeats, rank, world_size)
         dataset = SeededImages(loader.loader.dataset)
         loader.loader = _sampled(loader.loader, dataset, batch_sampler=batches)
     if len(loader) == 0:

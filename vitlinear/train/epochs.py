@@ -5,6 +5,7 @@ import math
 import time
 from typing import Any
 
+from timm.data import IterableImageDataset
 from timm.utils import distribute_bn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -13,7 +14,7 @@ from vitlinear.evaluation.evaluate import evaluate
 from vitlinear.signals import Stopped, StopSignals
 
 from .loop import train_one_epoch
-from .parallel import wait_for_all
+from .parallel import in_step, wait_for_all
 from .progress import Progress
 from .recorder import Recorder
 from .resume import Start
@@ -81,6 +82,9 @@ def _train(
         recorder.write_state(here)
 
     def after_update(progress: Progress, values: dict[str, float] | None) -> None:
+        if progress.done == progress.total:
+            # before any state of the epoch's end, or a resume would go on with those of one process
+            _distribute_statistics(run)
         if values:
             recorder.log_update(values)
         number = signals.agreed(run.device, updater.updates)
@@ -125,15 +129,19 @@ def _train(
     return {"epoch": at.epoch + 1, "updates": updater.updates, "lr": at.lr, **trained}
 
 
-def _evaluate_all(run: Run) -> dict[str, dict[str, float]]:
-    """Evaluates the model and, where there is one, its moving average."""
+def _distribute_statistics(run: Run) -> None:
+    """Gives all processes the same batch norm statistics, as ``--dist-bn`` says."""
     processes, dist_bn = run.processes, run.config.parallel.dist_bn
-    results = {}
     if processes.distributed and dist_bn:
         for ema in (False, True) if run.updater.ema else (False,):
             model = run.task.get_eval_model(ema=ema)
             # Of the average a state holds the statistics of the first process alone.
             distribute_bn(model, processes.world_size, dist_bn == "reduce" and not ema)
+
+
+def _evaluate_all(run: Run) -> dict[str, dict[str, float]]:
+    """Evaluates the model and, where there is one, its moving average."""
+    processes, results = run.processes, {}
     for name, ema in (("eval", False), ("ema", True)):
         if ema and not run.updater.ema:
             continue
@@ -142,9 +150,12 @@ def _evaluate_all(run: Run) -> dict[str, dict[str, float]]:
         if isinstance(model, DistributedDataParallel):
             # Which would exchange statistics at each batch, and processes may have unlike numbers.
             model = model.module
+        batches = run.eval_loader
+        if run.config.parallel.fsdp and isinstance(batches.dataset, IterableImageDataset):
+            batches = in_step(batches, run.card.data_config.input_size, run.device)
         results[name] = evaluate(
             model,
-            run.eval_loader,
+            batches,
             run.autocast,
             device=run.device,
             title=name,

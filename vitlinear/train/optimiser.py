@@ -122,9 +122,16 @@ def undecayed_names(model: nn.Module, decayed_1d: Sequence[str]) -> set[str]:
     }
 
 
-def _takes_betas(name: str) -> bool:
-    """Whether an optimiser has betas; ``lookahead_`` may stand before its name."""
-    return get_optimizer_info(name.lower().rpartition("_")[2]).has_betas
+def _note_unused(config: OptimiserConfig) -> None:
+    """Says which settings an optimiser does not have; ``lookahead_`` may stand before its name."""
+    info = get_optimizer_info(config.opt.lower().rpartition("_")[2])
+    for flag, value, has in (
+        ("betas", config.opt_betas, info.has_betas),
+        ("eps", config.opt_eps, info.has_eps),
+    ):
+        if value is not None and not has:
+            note = f"--opt {config.opt} has no {flag}: --opt-{flag} is not used"
+            warnings.warn(note, Notice, 3)
 
 
 def make_optimizer(config: OptimiserConfig, model: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -165,8 +172,7 @@ def make_optimizer(config: OptimiserConfig, model: nn.Module, lr: float) -> torc
         raise UserError(f"--opt {config.opt} takes more --opt-betas than given") from error
     except (ValueError, TypeError, AssertionError) as error:
         raise UserError(f"--opt {config.opt}: {one_line(error)}") from error
-    if config.opt_betas is not None and not _takes_betas(config.opt):
-        warnings.warn(f"--opt {config.opt} has no betas: --opt-betas is not used", Notice, 2)
+    _note_unused(config)
     if getattr(optimizer, "is_second_order", False):
         raise UserError(
             f"--opt {config.opt} needs second derivatives, which training does not compute: give "

@@ -3,7 +3,7 @@
 import contextlib
 import re
 from argparse import BooleanOptionalAction
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map_only
 from vitlinear.cli.device import DeviceConfig
 from vitlinear.cli.flags import COUNT
 from vitlinear.cli.parser import Parser
+from vitlinear.data.bad_images import UNREADABLE
 from vitlinear.errors import UserError
 from vitlinear.processes import Processes
 
@@ -184,6 +185,36 @@ def _share_statistics(model: nn.Module, _: Any) -> None:
     distributed.broadcast(flat, 0)
     for buffer, value in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
         buffer.copy_(value.view_as(buffer))
+
+
+def in_step(
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    input_size: tuple[int, int, int],
+    device: torch.device,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yields the batches of this process, and as many blank ones as others have more.
+
+    Streams may end earlier in one process than in another. A split model is put together by all
+    processes in each forward pass: one that had ended would leave the others waiting.
+
+    Args:
+        batches: Images and labels.
+        input_size: Channels, height and width of an image.
+        device: Where batches are.
+    """
+    own = iter(batches)
+    while True:
+        batch = next(own, None)
+        left = torch.tensor(int(batch is not None), device=device)
+        distributed.all_reduce(left, distributed.ReduceOp.MAX)
+        if not left:
+            return
+        if batch is None:
+            batch = (
+                torch.zeros(1, *input_size, device=device),
+                torch.full((1,), UNREADABLE, device=device),
+            )
+        yield batch
 
 
 def wait_for_all() -> None:

@@ -113,6 +113,7 @@ class Recorder:
             "images_per_batch": run.images_per_batch,
             "images": len(run.train_loader.dataset),
             "num_classes": run.card.num_classes,
+            "class_names": run.card.class_names,
             "best": at.best,
             "args": self.saved,
         }

@@ -10,6 +10,7 @@ from torch import distributed
 
 from vitlinear.checkpoints.load import misfit
 from vitlinear.cli.config_file import saved_arguments
+from vitlinear.data.class_names import check_same_classes
 from vitlinear.errors import UserError, one_line
 from vitlinear.processes import Processes
 
@@ -144,6 +145,8 @@ def restore(run: Run, state: dict[str, Any]) -> Start:
             f"cannot resume: the data has {run.card.num_classes} classes, "
             f"the run was started with {state['num_classes']}"
         )
+    names = state.get("class_names")  # states of earlier versions have none
+    check_same_classes(names, run.card.class_names, "the run to resume", "the data")
     try:
         load_full_state(run.task, run.updater.optimizer, state)
         if run.updater.scaler is not None and "scaler" in state:

@@ -94,7 +94,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     files = RunFolder(path, resume=bool(resume), overwrite=overwrite)
     files.check()
     with process_group():
-        run = set_up(config)
+        run = set_up(config, resumes=state is not None)
         if resume:
             check_same_place(run.processes, state)
         start = Start() if state is None else restore(run, state)

@@ -15,7 +15,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.scheduler.scheduler import Scheduler
 
 from vitlinear.cli.flags import COUNT, NATURAL, POSITIVE, RATE
-from vitlinear.cli.parser import Parser
+from vitlinear.cli.parser import Instead, Parser
 from vitlinear.errors import UserError, one_line
 
 
@@ -64,8 +64,18 @@ def add_schedule_flags(parser: Parser) -> None:
         "--stop-epoch", type=COUNT, default=None, metavar="N", help="end early, same schedule"
     )
     group.add_argument("-b", "--batch-size", type=COUNT, default=128, help="per process and step")
-    group.add_argument("--lr", type=RATE, default=None, help="absolute; overrides --lr-base")
-    group.add_argument("--lr-base", type=RATE, default=5e-4, help="for --lr-base-size images")
+    peak = group.add_mutually_exclusive_group()
+    peak.add_argument(
+        "--lr", type=RATE, default=None, help="absolute; goes over the --lr-base of a --config"
+    )
+    peak.add_argument(
+        "--lr-base",
+        type=RATE,
+        default=5e-4,
+        action=Instead,
+        instead_of="lr",
+        help="for --lr-base-size images; goes over the --lr of a --config",
+    )
     group.add_argument(
         "--lr-base-size", type=COUNT, default=512, help="images per update that --lr-base is for"
     )
@@ -137,6 +147,10 @@ def add_schedule_flags(parser: Parser) -> None:
         help="of --sched step and multistep: factor of a step (default: 0.1); of poly: power "
         "(default: 1)",
     )
+    parser.needs("warmup_lr", "warmup_epochs")
+    parser.needs("decay_epochs", "sched", values=("step", "wsd", "rsqrt"))
+    parser.needs("decay_milestones", "sched", values=("multistep",))
+    parser.needs("decay_rate", "sched", values=("step", "multistep", "poly"))
 
 
 def learning_rate(config: ScheduleConfig, images: int) -> float:

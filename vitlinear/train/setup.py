@@ -83,12 +83,20 @@ class Run:
         return self.config.schedule.batch_size * self.processes.data_size
 
 
-def set_up(config: TrainConfig) -> Run:
+def set_up(config: TrainConfig, resumes: bool = False) -> Run:
     """Builds every part of a run; writes no file.
+
+    Args:
+        config: What is asked for.
+        resumes: Whether a state goes over the weights, which then start from nothing: those that
+            the run once started from may be gone.
 
     Raises:
         UserError: Something in the flags or the data cannot work.
     """
+    asked = config
+    if resumes:
+        config = without_start_weights(config)
     _check(config)
     device, processes = join_processes(
         choose_device(config.device.device), config.parallel.dist_timeout, config.parallel.rows
@@ -187,7 +195,7 @@ def set_up(config: TrainConfig) -> Run:
         notes.append(note)
     notes += shape_notes(config.schedule, images)
     return Run(
-        config=config,
+        config=asked,
         device=device,
         processes=processes,
         task=task,
@@ -215,6 +223,15 @@ def _check(config: TrainConfig) -> None:
         sharded=config.parallel.fsdp,
         rows=config.parallel.rows,
     )
+
+
+def without_start_weights(config: TrainConfig) -> TrainConfig:
+    """Returns the same configuration of a model that starts from no weights."""
+    start = dataclasses.replace(
+        config.start, initial_checkpoint=None, initial_model=None, initial_head_map=None
+    )
+    model = dataclasses.replace(config.model, pretrained=False)
+    return dataclasses.replace(config, model=model, start=start)
 
 
 def _set_modes(device: torch.device, deterministic: bool) -> None:

@@ -82,6 +82,11 @@ def check_initial(config: StartConfig, pretrained: bool) -> None:
     Raises:
         UserError: There are none, or those of another model are asked for.
     """
+    if config.initial_model is None and config.initial_checkpoint and pretrained:
+        raise UserError(
+            f"--initial-checkpoint {config.initial_checkpoint} and --pretrained both give the "
+            "start weights: leave one out"
+        )
     if config.initial_model is not None:
         check_model_name(config.initial_model)
         if pretrained:

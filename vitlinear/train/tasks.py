@@ -105,8 +105,8 @@ def add_distillation_flags(parser: Parser) -> None:
     )
     for flag in ("kd_distill_type", "kd_loss_type", "kd_token_distill_type", "kd_temperature"):
         parser.needs(flag, "kd_model_name", "kd_checkpoint")
-    parser.needs("kd_loss_type", "kd_distill_type", value="logit")
-    parser.needs("kd_token_distill_type", "kd_distill_type", value="token")
+    parser.needs("kd_loss_type", "kd_distill_type", values=("logit",))
+    parser.needs("kd_token_distill_type", "kd_distill_type", values=("token",))
     for flag in ("mesa_start_epoch", "mesa_temperature"):
         parser.needs(flag, "mesa")
 

@@ -1,5 +1,7 @@
 """Losses to optimiser updates."""
 
+from collections.abc import Iterator
+
 import torch
 from timm.scheduler.scheduler import Scheduler
 from timm.task import TrainingTask
@@ -13,9 +15,10 @@ class Updater:
     """Turns losses into optimiser updates: scaling, clipping, accumulation, schedule, average.
 
     An update whose loss or gradients are not finite is skipped without a trace: weights, moving
-    average and BatchNorm statistics stay as they were. The schedule goes on, so that a batch has
-    its learning rate whatever happened before it. With a float16 scaler, gradients that overflow
-    under a finite loss are its ordinary business and are not counted, until its scale is below 1.
+    average, BatchNorm statistics and what else moves in training stay as they were. The schedule
+    goes on, so that a batch has its learning rate whatever happened before it. With a float16
+    scaler, gradients that overflow under a finite loss are its ordinary business and are not
+    counted, until its scale is below 1.
 
     Args:
         task: Holds the model and the loss.
@@ -50,12 +53,7 @@ class Updater:
         model = task.get_trainable_module()
         assert model is not None
         # One list of tensors per type, as foreach copies want it; a copy of each beside it.
-        buffers = [
-            buffer
-            for module in model.modules()
-            if isinstance(module, nn.modules.batchnorm._NormBase)
-            for buffer in module.buffers(recurse=False)
-        ]
+        buffers = [buffer for module in model.modules() for buffer in _moving(module)]
         groups = [[x for x in buffers if x.dtype == dtype] for dtype in {x.dtype for x in buffers}]
         self._statistics = [(group, [x.clone() for x in group]) for group in groups]
         self._losses_finite: torch.Tensor | None = None
@@ -132,6 +130,14 @@ class Updater:
         return bool(finite)
 
     def keep_statistics(self) -> None:
-        """Takes the BatchNorm statistics as they are for good."""
+        """Takes the BatchNorm statistics, and what else moves in training, as good."""
         for now, kept in self._statistics:
             torch._foreach_copy_(kept, now)
+
+
+def _moving(module: nn.Module) -> Iterator[torch.Tensor]:
+    """Yields the buffers of a module itself that a forward pass in training changes."""
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        yield from module.buffers(recurse=False)
+    for name in getattr(module, "moves_in_training", ()):
+        yield module.get_buffer(name)
