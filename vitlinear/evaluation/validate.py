@@ -50,7 +50,8 @@ def parse_arguments(argv: Sequence[str] | None, prog: str = "vitlinear validate"
     parser = Parser(
         prog=prog,
         description="Accuracy and loss on a held-out set. A checkpoint of `vitlinear train` knows "
-        "its model, its input and, unless it was a folder, its data set.",
+        "its model, its input and, unless it was a folder, its data set, but not where that lies: "
+        "--data-dir.",
     )
     add_checkpoint_flag(parser)
     add_data_flags(parser)
