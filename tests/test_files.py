@@ -1,12 +1,22 @@
-"""Paths for results: each is new, and none is an input's."""
+"""Files for results: whole, where they were asked for, new, and in no input's place."""
 
+import errno
+import os
+import stat
+import threading
 from pathlib import Path
 
 import pytest
 
 from tests.commands import Command
 from vitlinear.errors import UserError
-from vitlinear.files import ResultPaths, check_no_input_folder, check_parent
+from vitlinear.files import (
+    ResultPaths,
+    check_no_input_folder,
+    check_parent,
+    write_atomically,
+    write_text,
+)
 
 MANY = [".png", "_labels.png"]
 
@@ -75,3 +85,59 @@ def test_results_of_predict_take_no_inputs_place(
         result = command("predict", *words, "--results-file", target)
         assert result.code == 2 and "the command reads it" in result.err
     assert (image.read_bytes(), file.read_bytes()) == before
+
+
+def test_a_link_stays_and_its_file_is_replaced(tmp_path: Path) -> None:
+    target, link = tmp_path / "folder" / "target", tmp_path / "link"
+    target.parent.mkdir()
+    link.symlink_to(target)
+    for text in ("new", "newer"):  # the link leads to nothing at first
+        write_text(link, text)
+        assert link.is_symlink() and target.read_text() == text
+    assert sorted(tmp_path.rglob("*")) == [target.parent, target, link]
+    # under another name, the link itself is kept
+    write_atomically(link, lambda file: file.write_text("newest"), keep=tmp_path / "kept")
+    assert not link.is_symlink() and link.read_text() == "newest"
+    assert (tmp_path / "kept").read_text() == target.read_text() == "newer"
+
+
+def test_pipes_stay(tmp_path: Path) -> None:
+    pipe, read = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()), daemon=True)
+    reader.start()
+    write_text(pipe, "text")
+    reader.join(10)
+    assert read == ["text"] and stat.S_ISFIFO(pipe.stat().st_mode)
+    assert list(tmp_path.iterdir()) == [pipe]
+
+
+def test_standard_output_goes_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Also where it goes to a file, as it does here."""
+    link = tmp_path / "link"
+    link.symlink_to("/dev/stdout")
+    print("before")
+    write_text(Path("/dev/stdout"), "text\n")
+    write_text(link, "more\n")
+    print("after")
+    assert capfd.readouterr().out == "before\ntext\nmore\nafter\n"
+    assert link.is_symlink()
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS])
+def test_folders_that_cannot_be_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    file, sync = tmp_path / "file", os.fsync
+
+    def refuse_folders(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    write_text(file, "text")
+    assert file.read_text() == "text"
+    number = errno.EIO
+    with pytest.raises(UserError, match="cannot write .*: Input/output error$"):
+        write_text(file, "text")

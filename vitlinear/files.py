@@ -1,12 +1,17 @@
 """Files that appear whole or not at all, and that take no other file's place.
 
 Every file is written under a temporary name, flushed to the disk and renamed, so that under its own
-name there is only ever a whole one.
+name there is only ever a whole one. Links stay, and what they lead to is replaced. Devices, pipes
+and the streams of the process cannot be replaced: the finished file is copied into them.
 """
 
 import contextlib
+import errno
 import itertools
 import os
+import shutil
+import sys
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -24,30 +29,73 @@ def write_atomically(path: Path, write: Callable[[Path], object], keep: Path | N
     Raises:
         UserError: The file cannot be written; the one that was there is.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    # A file that is kept under another name leaves with its link.
+    place = path if keep is not None else Path(os.path.realpath(path))
+    temporary = place.with_name(f".{place.name}.tmp")
+    earlier = "; what was there before is kept"
     try:
+        if path.exists() and (_stream(path) is not None or not path.is_file()):
+            earlier = ""
+            _copy_into(path, write)
+            return
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        if keep is not None and path.exists():
-            os.replace(path, keep)
-        os.replace(temporary, path)
+        if keep is not None and place.exists():
+            os.replace(place, keep)
+        os.replace(temporary, place)
+        earlier = ""
+        if os.name == "posix":  # the rename itself survives a power cut once its folder is synced
+            _sync_folder(place.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
         refused = _os_error(error)
         if refused is not None:
-            earlier = "; what was there before is kept" if path.exists() else ""
-            raise UserError(
-                f"cannot write {path}: {refused.strerror or refused}{earlier}"
-            ) from error
+            kept = earlier if os.path.exists(place) else ""
+            raise UserError(f"cannot write {path}: {refused.strerror or refused}{kept}") from error
         raise
-    if os.name == "posix":  # the rename itself survives a power cut once its folder is synced
-        folder = os.open(path.parent, os.O_RDONLY)
+
+
+def _stream(path: Path) -> int | None:
+    """Returns the descriptor of standard output or errors if a path leads to one of them."""
+    found = path.stat()
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):  # it may be closed
+            if os.path.samestat(found, os.fstat(descriptor)):
+                return descriptor
+    return None
+
+
+def _copy_into(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes an ordinary file, since not all writers can do without a position, and copies it."""
+    with tempfile.TemporaryDirectory() as folder:
+        temporary = Path(folder) / "file"
+        write(temporary)
+        stream = _stream(path)
+        if stream is not None:
+            # Opened anew, a stream that goes to a file would begin at its start.
+            sys.stdout.flush()
+            sys.stderr.flush()
+        with (
+            temporary.open("rb") as source,
+            open(path if stream is None else stream, "wb", closefd=stream is None) as target,
+        ):
+            shutil.copyfileobj(source, target)
+
+
+def _sync_folder(folder: Path) -> None:
+    # Some file systems cannot do this, and a folder may be closed to readers; the file is whole.
+    cannot = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS, errno.EACCES)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            os.fsync(descriptor)
         finally:
-            os.close(folder)
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in cannot:
+            raise
 
 
 def _os_error(error: BaseException | None) -> OSError | None:

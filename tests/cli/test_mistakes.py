@@ -10,6 +10,7 @@ import pytest
 
 from tests.commands import Command
 from tests.train.helpers import TINY_FLAGS, image_folder, tiny_flags
+from vitlinear.data.dataset import open_dataset
 from vitlinear.train.run import parse_arguments
 
 
@@ -82,10 +83,27 @@ def test_truncated_image(refused: Any, tmp_path: Path, workers: int) -> None:
     refused("train", *flags, says=("cannot read image", "bee/3.png", "replace or remove it"))
 
 
-def test_empty_class_folder(refused: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_empty_class_folder(refused: Any, tmp_path: Path, split: str) -> None:
+    """Each message names the flag by which the images that are there can be used."""
     root = image_folder(tmp_path / "images")
-    (root / "train" / "dog").mkdir()
-    refused("train", *tiny_flags(root, tmp_path / "run"), says=("train/dog holds no images",))
+    empty = root / split / "cat"
+    for file in empty.iterdir():
+        file.unlink()
+    flags = tiny_flags(root, tmp_path / "run")
+    refused("train", *flags, says=(f"{split}/cat holds no images", "--class-map"))
+    empty.rmdir()
+    refused("train", *flags, says=(" classes, the held-out split ", "cat", "--class-map"))
+    names = tmp_path / "names.txt"
+    names.write_text("ant\nbee\ncat\n")
+    for _ in range(2):
+        sets = [
+            open_dataset(None, train=train, mode="L", data_dir=str(root), class_map=str(names))
+            for train in (True, False)
+        ]
+        assert [len(found.classes) for found in sets] == [3, 3]
+        assert min(map(len, sets)) == {"train": 9, "val": 6}[split]
+        empty.mkdir(exist_ok=True)
 
 
 def test_splits_of_different_classes(refused: Any, tmp_path: Path) -> None:

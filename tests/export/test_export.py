@@ -189,14 +189,16 @@ def test_what_computes_something_else_is_not_kept(earlier, command, tmp_path, mo
 def test_two_at_once(overwrite, command, tmp_path, monkeypatch):
     """A file that appears while another is being written is kept, but for --overwrite."""
     kind, path = write.FORMATS["safetensors"], tmp_path / "model.safetensors"
+    link = tmp_path / "link.safetensors"  # which stays
+    link.symlink_to(path)
 
     def outrun(*args):
         path.write_text("quicker")
         kind.write(*args)
 
     monkeypatch.setitem(write.FORMATS, "safetensors", dataclasses.replace(kind, write=outrun))
-    result = command("export", MODEL, path, *["--overwrite"] * overwrite)
-    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    result = command("export", MODEL, link, *["--overwrite"] * overwrite)
+    assert link.is_symlink() and sorted(tmp_path.iterdir()) == [link, path]
     if overwrite:
         assert result.code == 0 and path.read_bytes() != b"quicker"
     else:

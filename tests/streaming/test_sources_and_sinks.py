@@ -196,6 +196,14 @@ def test_npy(model, features, tmp_path):
         vitlinear.stream(model, image, path, output=1)
     vitlinear.stream(model, image, path, output=1, overwrite=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["image.npy", "map.npy", "work"]
+    link, folder = tmp_path / "link.npy", tmp_path / "folder.npy"
+    link.symlink_to(path)
+    path.unlink()
+    vitlinear.stream(model, image, link, output=1)
+    assert link.is_symlink() and np.array_equal(np.load(path), features[0])
+    folder.mkdir()
+    with pytest.raises(UserError, match="a .npy is a file, and what is there is none"):
+        vitlinear.stream(model, image, folder, output=1, overwrite=True)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,15 @@ def test_our_models_are_compiled_in_the_layout_they_have():
         assert "options" not in theirs
 
 
-def test_an_unknown_mode_is_refused():
-    with pytest.raises(UserError, match="--torchcompile-mode: .*max-autotune"):
-        compile_arguments(timm.create_model("test_ravlt"), "inductor", "fast")
+@pytest.mark.parametrize("name", ["test_ravlt", "test_resnet"])
+@pytest.mark.parametrize(
+    ("backend", "mode", "message"),
+    [
+        ("inductor", "fast", "--torchcompile-mode: .*max-autotune"),
+        ("innductor", None, r"unknown --torchcompile innductor \(did you mean inductor\?\)"),
+        ("aot_eager", "default", "no effect on --torchcompile aot_eager: leave it out"),
+    ],
+)
+def test_what_torch_does_not_have_is_refused(name, backend, mode, message):
+    with pytest.raises(UserError, match=message):
+        compile_arguments(timm.create_model(name), backend, mode)

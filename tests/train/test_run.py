@@ -183,6 +183,16 @@ def test_another_training_set_is_refused_in_the_middle_of_an_epoch(
         train(more, tmp_path / "run", "--epochs", 1, "--resume", "auto")
 
 
+def test_another_training_set_keeps_the_place_in_the_schedule(folder: Path, tmp_path: Path) -> None:
+    flags = ("--epochs", 2, "--warmup-epochs", 0, "--min-lr", 0, "--sched-on-updates")
+    train(folder, tmp_path / "run", *flags, "--stop-epoch", 1)
+    more = image_folder(tmp_path / "more", train=16)
+    train(more, tmp_path / "run", *flags, "--resume", "auto")
+    first, second = metrics(tmp_path / "run")
+    assert second["lr"] == pytest.approx(first["lr"] / 2)  # of the cosine
+    assert second["updates"] == 12
+
+
 def test_another_seed_is_another_run(folder: Path, tmp_path: Path) -> None:
     train(folder, tmp_path / "a", "--epochs", 1)
     train(folder, tmp_path / "b", "--epochs", 1, "--seed", 43)

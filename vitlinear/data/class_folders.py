@@ -28,9 +28,14 @@ HELD_OUT_NAMES = ("validation", "val", "valid", "eval", "evaluation")
 NO_CLASS, NOT_NAMED = "in no class folder", "of classes that --class-map does not name"
 
 
-def find_split(root: Path, split: str) -> Path:
-    """Finds the sub-folder or tar of a split, by its name or a synonym that timm knows too."""
-    if not split:  # a folder of class folders, as ``--val-split ''`` says
+def split_in(root: Path, split: str) -> Path | None:
+    """Returns the sub-folder or tar of a split, by its name or a synonym that timm knows too.
+
+    Args:
+        root: Folder of the splits, or a tar that is one.
+        split: Its name; empty for a folder of class folders, as ``--val-split ''`` says.
+    """
+    if not split or root.is_file():
         return root
     for group in (TRAIN_NAMES, HELD_OUT_NAMES):
         names = (split, *group) if split in group else (split,)
@@ -38,6 +43,13 @@ def find_split(root: Path, split: str) -> Path:
             for path in (root / name, root / f"{name}.tar"):
                 if path.exists():
                     return path
+    return None
+
+
+def find_split(root: Path, split: str) -> Path:
+    """Returns what `split_in` does, or raises `UserError`."""
+    if path := split_in(root, split):
+        return path
     wanted = "train" if split in TRAIN_NAMES else split
     raise UserError(
         f"no '{wanted}' folder in {root}: images belong in {root}/train/CLASS/ and "
@@ -75,7 +87,7 @@ class _Labelled:
             else:
                 left_out[NOT_NAMED] += len(files)
         if not samples:
-            if class_map:
+            if class_map and not found.keys() & labels:
                 shown = ", ".join(sorted(found)[:5])
                 raise UserError(
                     f"--class-map {class_map} names no class of {where}, such as {shown}"
@@ -108,7 +120,8 @@ class ClassFolders(_Labelled):
         class_map: As in `read_class_map`, or None.
 
     Raises:
-        UserError: There are no class folders, or one of them holds no images or is another one.
+        UserError: There are no class folders, or one of them is another one, or holds no images
+            and no class map says that it is a class all the same.
     """
 
     def __init__(self, root: Path, class_map: str | None = None) -> None:
@@ -138,8 +151,9 @@ class ClassFolders(_Labelled):
         for folder in folders.values():
             inside: Counter[str] = Counter()
             files = list(images_below(folder, inside, seen))
-            if not files:
-                raise no_images("class folder", folder, inside, "add some or remove the folder")
+            if not files and not class_map:  # which tells what is a class and what was forgotten
+                advice = "add some, remove the folder, or name all classes with --class-map"
+                raise no_images("class folder", folder, inside, advice)
             found[printable(os.path.basename(folder))] = files
             left_out += inside
         super().__init__(root, found, left_out, class_map, str)

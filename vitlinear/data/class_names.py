@@ -63,12 +63,12 @@ def check_same_classes(
     """Raises `UserError` if two lists of class names, where both are known, differ."""
     if expected is None or found is None or list(expected) == list(found):
         return
-    if len(expected) != len(found):
-        raise UserError(
-            f"{first} has {len(expected)} classes, {second} {len(found)}: "
-            f"{_difference(expected, found)}"
-        )
-    raise UserError(f"the classes of {first} and {second} differ: {_difference(expected, found)}")
+    counts = f"{first} has {len(expected)} classes, {second} {len(found)}"
+    differ = f"the classes of {first} and {second} differ"
+    raise UserError(
+        f"{differ if len(expected) == len(found) else counts}: {_difference(expected, found)}; "
+        "--class-map FILE names all classes of folders"
+    )
 
 
 def _difference(expected: Sequence[str], found: Sequence[str]) -> str:

@@ -126,7 +126,7 @@ def open_other(
     if data_dir is not None and not data_dir.exists() and not options.get("download"):
         raise UserError(f"data folder {data_dir} does not exist")
     if prefix in ("torch", "wds") and data_dir is None:
-        raise UserError(f"data set {name} needs --data-dir, the folder it lies in")
+        raise UserError(f"data set {name} needs its folder: --dataset {name} --data-dir FOLDER")
     module, install = PACKAGES.get(prefix, ("torchvision", "torchvision"))
     if importlib.util.find_spec(module) is None:
         raise UserError(f"data set {name} needs the package {module}: pip install {install}")
@@ -187,7 +187,7 @@ def _open_files(name: str, data_dir: Path | None, split: str, options: dict[str,
             f"{data_dir} holds one split, training needs two: give the folder of train.tar "
             "and val.tar, or of train/ and val/"
         )
-    part = find_split(data_dir, split) if data_dir.is_dir() else data_dir
+    part = find_split(data_dir, split)
     try:
         return (ClassFolders if part.is_dir() else ClassTar)(part, options.get("class_map"))
     except OPENING as error:

@@ -19,6 +19,7 @@ from vitlinear.cli.model_flags import (
 )
 from vitlinear.cli.parser import Parser
 from vitlinear.data.bad_images import BadImages, add_bad_images_flag
+from vitlinear.data.class_folders import split_in
 from vitlinear.data.class_names import check_same_classes, classes_of
 from vitlinear.data.dataset import DataConfig, add_data_flags, image_mode, open_split
 from vitlinear.data.loader import eval_loader
@@ -49,7 +50,8 @@ def parse_arguments(argv: Sequence[str] | None, prog: str = "vitlinear validate"
     parser = Parser(
         prog=prog,
         description="Accuracy and loss on a held-out set. A checkpoint of `vitlinear train` knows "
-        "its model, its input and, unless it was a folder, its data set.",
+        "its model, its input and, unless it was a folder, its data set, but not where that lies: "
+        "--data-dir.",
     )
     add_checkpoint_flag(parser)
     add_data_flags(parser)
@@ -95,7 +97,7 @@ def validate(config: ValidateConfig) -> dict[str, Any]:
     device = choose_device(config.device.device)
     model, card, input = load_or_build(config.checkpoint, config.model, config.input)
     data = config.data
-    if data.dataset is None and data.data_dir is None and card is not None:
+    if card is not None and _is_meant(card.dataset, data):
         data = dataclasses.replace(data, dataset=card.dataset)
     trained_mode = card.image_mode if card else None
     bad_images = BadImages.by_flag(config.bad_images)
@@ -158,6 +160,19 @@ def validate(config: ValidateConfig) -> dict[str, Any]:
             )
         ]
     return report
+
+
+def _is_meant(dataset: str | None, data: DataConfig) -> bool:
+    """Whether the data set that a checkpoint was trained on is the one to evaluate on.
+
+    A folder of images in its stead is known by its split.
+    """
+    if dataset is None or data.dataset is not None:
+        return False
+    if data.data_dir is None:
+        return True
+    # digits lie in no folder: one that is given was meant for images.
+    return dataset != "digits" and not split_in(Path(data.data_dir).expanduser(), data.val_split)
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

@@ -12,7 +12,7 @@ import importlib.util
 import io
 import json
 import logging
-import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from vitlinear.checkpoints.card import Card, read_card, save_weights
 from vitlinear.errors import UserError, one_line
-from vitlinear.files import check_new_file
+from vitlinear.files import check_new_file, write_atomically
 
 from . import onnx_file
 from .calibration import Calibration
@@ -320,7 +320,7 @@ def export(
                         f"{ADVICE[dtype]}"
                     )
             check_target(path, kind, overwrite)  # another process may have been quicker
-            os.replace(temporary, path)
+            write_atomically(path, lambda place: shutil.move(temporary, place))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or one_line(error)}") from error
     return Written(differences, laid_out, left)

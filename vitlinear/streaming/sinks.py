@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -59,6 +60,12 @@ def check_sink(sink: Any, overwrite: bool) -> None:
         raise UserError(f"cannot write {path}: its folder does not exist")
     if path.exists() and not overwrite:
         raise UserError(f"cannot write {path}: it exists")
+    if path.exists() and not (path.is_dir() if kind == ".zarr" else path.is_file()):
+        wanted = "folder" if kind == ".zarr" else "file"
+        raise UserError(
+            f"cannot write {path}: a {kind} is a {wanted}, and what is there is none; give another "
+            "name"
+        )
     if kind == ".zarr":
         load_library("zarr", "wsi")
     elif kind != ".npy":
@@ -185,8 +192,8 @@ class FileWriter(Writer):
     def __init__(self, made: Rows, rows: int, path: Path) -> None:
         """Make the file, of its full size."""
         super().__init__(made, rows)
-        self.path = path
-        self.unfinished = path.with_name(f".{path.stem}.unfinished{path.suffix}")
+        self.path = Path(os.path.realpath(path))  # a link stays
+        self.unfinished = self.path.with_name(f".{self.path.stem}.unfinished{path.suffix}")
         self.where = f"of {path}"
         self.dtype = numbers(torch.empty(0, dtype=made.dtype)).dtype
         try:

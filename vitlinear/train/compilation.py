@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from torch._inductor import list_mode_options
 
 from vitlinear.cli.parser import Parser
-from vitlinear.errors import UserError, one_line
+from vitlinear.errors import UserError, did_you_mean, one_line
 from vitlinear.layers.layout import KEEP_LAYOUT
 
 
@@ -47,12 +48,24 @@ def compile_arguments(model: nn.Module, backend: str, mode: str | None = None) -
         mode: A mode of `torch.compile`, of inductor alone.
 
     Raises:
-        UserError: Unknown mode.
+        UserError: Unknown backend or mode, or a mode of a backend that has none.
     """
-    if backend != "inductor" or not type(model).__module__.startswith("vitlinear."):
-        return {"backend": backend, "mode": mode}
+    known = torch.compiler.list_backends(())
+    if backend not in known:
+        raise UserError(
+            f"unknown --torchcompile {backend}{did_you_mean(backend, known)}; torch has "
+            f"{', '.join(torch.compiler.list_backends())}"
+        )
+    if backend != "inductor":
+        if mode:
+            raise UserError(
+                f"--torchcompile-mode has no effect on --torchcompile {backend}: leave it out"
+            )
+        return {"backend": backend}
     try:
         options = list_mode_options(mode or "default")
     except RuntimeError as error:
         raise UserError(f"--torchcompile-mode: {one_line(error)}") from error
+    if not type(model).__module__.startswith("vitlinear."):
+        return {"backend": backend, "mode": mode}
     return {"backend": backend, "options": {**options, **KEEP_LAYOUT}}

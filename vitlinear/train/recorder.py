@@ -111,7 +111,7 @@ class Recorder:
             "updates": updater.updates,
             "skipped": updater.skipped,
             "images_per_batch": run.images_per_batch,
-            "images": len(run.train_loader.dataset),
+            "images": run.images,
             "num_classes": run.card.num_classes,
             "class_names": run.card.class_names,
             "best": at.best,

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from timm.data import IterableImageDataset
 from timm.utils import unwrap_model
 from torch import distributed
 
@@ -167,17 +168,26 @@ def restore(run: Run, state: dict[str, Any]) -> Start:
     per_batch = run.images_per_batch
     if (
         state["images_per_batch"] != per_batch
+        or state["images"] != run.images  # of which an epoch has another number of updates
         or state["args"]["grad_accum_steps"] != updater.accumulate
     ):
         batch = start.batch * state["images_per_batch"] // per_batch
         start.batch = batch - batch % updater.accumulate
         updater.updates = start.epoch * run.updates_per_epoch + start.batch // updater.accumulate
-    images = len(run.train_loader.dataset)
-    if start.batch and images != state["images"]:
+    if start.batch and run.images != state["images"]:
         raise UserError(
-            f"cannot resume in the middle of an epoch: the training set has {images} images, the "
-            f"run was started with {state['images']}"
+            f"cannot resume in the middle of an epoch: the training set has {run.images} images, "
+            f"the run was started with {state['images']}"
         )
+    if start.batch and isinstance(run.train_loader.dataset, IterableImageDataset):
+        args = state["args"]
+        before = args["workers"], state["images_per_batch"] // args["batch_size"]
+        if before != (run.config.data.workers, run.processes.data_size):
+            run.notes.append(
+                "warning: workers and processes share a stream of images, and their numbers have "
+                "changed: the rest of this epoch repeats some images and leaves out others; with "
+                f"{before[0]} workers in {before[1]} process(es) it would not"
+            )
     start.progress = state["progress"] if start.batch else None
     return start
 

@@ -82,6 +82,12 @@ class Run:
         """Images in a batch of all processes together."""
         return self.config.schedule.batch_size * self.processes.data_size
 
+    @property
+    def images(self) -> int:
+        """Images in the training set; a stream's length is rounded to batches of each worker."""
+        dataset = self.train_loader.dataset
+        return getattr(getattr(dataset, "reader", None), "num_samples", None) or len(dataset)
+
 
 def set_up(config: TrainConfig, resumes: bool = False) -> Run:
     """Builds every part of a run; writes no file.
