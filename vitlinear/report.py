@@ -101,7 +101,7 @@ def attention_calls(model: nn.Module, input_size: Sequence[int] | None = None) -
 
     def observe(work: Workload) -> None:
         shape = (work.batch, work.length, work.heads, work.head_dim)
-        here = work._replace(device=device.type, device_index=device.index, training=training)
+        here = work.on(device, training)
         calls.append(Attention(running, attentions[running].backend, shape, here))
 
     handles = [m.register_forward_pre_hook(enter(name)) for name, m in attentions.items()]

@@ -363,6 +363,15 @@ def test_float16_saturates(mechanism, backend):
         assert actual.isfinite().all() and actual.abs().max() == 65504
 
 
+@each_backend
+def test_gradient_of_a_float16_head_scale_saturates(backend):
+    scale = torch.ones(2, dtype=torch.float16, requires_grad=True)
+    inputs = make_inputs(dtype=torch.float16)._replace(head_scale=scale)
+    out = attend("mala", inputs, backend)
+    (grad,) = torch.autograd.grad(out, scale, 60000 * out.detach().sign())
+    assert grad.tolist() == [65504.0, 65504.0]
+
+
 @pytest.mark.parametrize("mechanism", list(ops.MECHANISMS))
 @each_backend
 @pytest.mark.parametrize("mask", [False, True], ids=["full", "padded"])

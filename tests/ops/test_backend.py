@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import timm
 import torch
@@ -65,6 +67,30 @@ def test_report_names_the_obstacle(monkeypatch):
     model = timm.create_model("test_ravlt_linear", attn_backend="triton")
     for row in vitlinear.backend_report(model):
         assert row.backend == "none" and "needs a GPU" in row.reason
+
+
+@torch.no_grad()
+def test_report_is_of_its_own_thread():
+    model, other = (timm.create_model(f"test_{name}_linear").eval() for name in ("ravlt", "mavit"))
+    expected = vitlinear.backend_report(model)
+
+    def run_other(*_):
+        with ThreadPoolExecutor(1) as threads:
+            threads.submit(other, torch.zeros(1, 3, 32, 32)).result()
+
+    with model.stem.register_forward_pre_hook(run_other):
+        assert vitlinear.backend_report(model) == expected
+
+
+def test_a_choice_is_not_settled_while_another_thread_observes():
+    choice, seen = ops.Choice("triton", "a reason"), []
+    with ThreadPoolExecutor(1) as threads, backend.observed(seen.append):
+        assert not threads.submit(backend.is_settled, choice).result()
+        threads.submit(ops.choose_backend, "eager", WORKLOAD).result()
+        assert not seen
+        ops.choose_backend("eager", WORKLOAD)
+    assert seen == [WORKLOAD]
+    assert backend.is_settled(choice)
 
 
 @pytest.mark.process

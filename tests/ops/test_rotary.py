@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tests.golden import relative_error
 from tests.ops.inputs import attend, make_inputs, oracle
 from vitlinear import ops
+from vitlinear.layers.attention import scriptable_state
 from vitlinear.layers.positions import map_rotary
 from vitlinear.ops.naive import rotate_tokens
 from vitlinear.ops.rotary import rotate, token_table
@@ -40,6 +41,27 @@ def test_rotation_matches_definition_and_inverts():
     turned = rotate(heads_first, table)
     torch.testing.assert_close(turned.transpose(1, 2), rotate_tokens(x, tables))
     torch.testing.assert_close(rotate(turned, table, inverse=True), heads_first)
+
+
+def turned_by_a_script(x: torch.Tensor, tables: ops.RotaryTables) -> torch.Tensor:
+    return scriptable_state.turned(x, tables)
+
+
+@pytest.mark.parametrize("scripted", [False, True])
+@pytest.mark.parametrize("scale", [1e-8, 1e5])
+def test_tokens_of_bfloat16_turn_by_tables_of_float16(scripted, scale):
+    """GPUs have such tables; neither tokens nor gradients are rounded to their type."""
+    tables = ops.rotary_tables(3, 5, 12, dtype=torch.float16)
+    x = (scale * torch.randn(2, 15, 3, 12)).bfloat16().requires_grad_()
+    grad = (scale * torch.randn(2, 15, 3, 12)).bfloat16()
+    exact = x.detach().double().requires_grad_()
+    expected = rotate_tokens(exact, ops.RotaryTables(*(table.double() for table in tables)))
+    turn = torch.jit.script(turned_by_a_script) if scripted else scriptable_state.turned
+    out = turn(x, tables)
+    assert relative_error(out, expected) < 2**-8
+    (found,) = torch.autograd.grad(out, x, grad)
+    (expected,) = torch.autograd.grad(expected, exact, grad.double())
+    assert relative_error(found, expected) < 2**-8
 
 
 @pytest.mark.quick

@@ -13,6 +13,7 @@ from tests.ops.checks import each_check, each_gradcheck
 from tests.ops.inputs import BACKENDS, Inputs, attend, double, make_inputs, oracle
 from vitlinear import ops
 from vitlinear.ops import naive
+from vitlinear.ops.cpu import products
 
 MECHANISMS = [name for name, row in ops.MECHANISMS.items() if not row.has_global_query]
 
@@ -34,8 +35,9 @@ def in_two_steps(mechanism: str, inputs: Inputs, backend: str) -> torch.Tensor:
 @each_mechanism
 @each_backend
 @pytest.mark.parametrize("mask", [False, True])
-def test_two_steps_are_the_attention(mechanism, backend, mask):
-    inputs = make_inputs(grid=(5, 7), dim=12, mask=mask, epilogue=("gate", "lepe"))
+@pytest.mark.parametrize("epilogue", [("gate",), ("gate", "lepe")], ids="+".join)
+def test_two_steps_are_the_attention(mechanism, backend, mask, epilogue):
+    inputs = make_inputs(grid=(5, 7), dim=12, mask=mask, epilogue=epilogue)
     inputs = inputs._replace(head_scale=torch.tensor([0.5, -2.0], dtype=torch.float64))
     expected_out, expected_grad = oracle(mechanism, inputs)
     out = in_two_steps(mechanism, inputs, backend)
@@ -109,6 +111,17 @@ def test_states_that_samples_share(backend):
     grad = torch.randn_like(out)
     (found,) = torch.autograd.grad(out, learned, grad)
     torch.testing.assert_close(found, torch.autograd.grad(expected, learned, grad)[0])
+
+
+@each_backend
+@torch.no_grad()
+def test_states_that_samples_share_where_products_run_one_by_one(backend, monkeypatch):
+    monkeypatch.setattr(products, "MKL_KEEPS_UP", False)
+    q, learned = torch.randn(3, products.MATMUL_ROWS, 2, 4), torch.randn(1, 2, 4, 8)
+    out = ops.read_linear_attention_state(
+        q, ops.LinearAttentionState(learned), mechanism="identity", backend=backend
+    )
+    torch.testing.assert_close(out, torch.einsum("bnhd,hde->bnhe", q, learned[0]))
 
 
 @each_backend

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -104,7 +105,9 @@ _rules: dict[tuple[Kind, bool], _Rule] = {}
 _failures: dict[Kind, str] = {}
 # Kinds whose check passed in this process.
 _passed: set[Kind] = set()
-_observer: Callable[[Workload], None] | None = None
+# By thread: what others call is none of an observer's business. Not `threading.local`, of which
+# Dynamo does not see what was set, nor anybody whether other threads have one.
+_observers: dict[int, Callable[[Workload], None]] = {}
 # Counts the times that something happened after which kernels may not be chosen any more, or an
 # observer came or went.
 era = 0
@@ -132,22 +135,36 @@ def forget() -> None:
     kernel_cache.forget()
 
 
+@torch.compiler.assume_constant_result
+def _thread() -> int:
+    """The number of this thread."""
+    return threading.get_ident()
+
+
 @contextmanager
 def observed(observer: Callable[[Workload], None] | None) -> Iterator[None]:
-    """Tell ``observer`` of every call that a backend is chosen for."""
-    global _observer, era
-    before, _observer = _observer, observer
+    """Tell ``observer`` of every call of this thread that a backend is chosen for."""
+    global era
+    thread = _thread()
+    before = _observers.pop(thread, None)
+    if observer is not None:
+        _observers[thread] = observer
     era += 1
     try:
         yield
     finally:
-        _observer = before
+        _observers.pop(thread, None)
+        if before is not None:
+            _observers[thread] = before
         era += 1
 
 
 def is_settled(choice: Choice) -> bool:
-    """Whether equal calls would get this choice again until `era` changes: it is the kernels."""
-    return choice.backend == "triton" and _observer is None
+    """Whether equal calls would get this choice again until `era` changes: it is the kernels.
+
+    Not while any thread has an observer, which would not hear of its own calls of that kind.
+    """
+    return choice.backend == "triton" and not _observers
 
 
 def check_backend(name: str, source: str = "backend") -> str:
@@ -196,7 +213,7 @@ def choose_backend(
             the kernels cannot run this call.
     """
     choice = requested_backend(requested)
-    if (observer := _observer) is not None and work is not None:
+    if _observers and work is not None and (observer := _observers.get(_thread())) is not None:
         with observed(None):  # who may ask for a choice itself
             observer(work)
     if choice.backend == "auto":

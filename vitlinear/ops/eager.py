@@ -124,7 +124,7 @@ def prepare(
     dtype = accumulation_dtype(given.dtype)
     lepe, gate = (_epilogue_term(x, key_padding_mask) for x in (lepe, gate))
     if head_scale is not None:
-        head_scale = head_scale.to(dtype)[:, None, None]
+        head_scale = widen(head_scale, dtype)[:, None, None]
     if powers is not None:
         powers = widen(powers, dtype)[:, None, :]
     if key_weights is not None:

@@ -109,10 +109,9 @@ def read_backward(
         grad_out = grad_out.transpose(1, 2).to(state.state.dtype)
         found = formulas.read_backward(grad_out, tokens, mechanism, state)
         grad_q, powers = formulas.query_gradients(found.features, tokens, mechanism)
-    lepe, gate = (
-        None if x is None or terms.gate is None else to_layout(x, q)
-        for x in (found.lepe, found.gate)
-    )
+    # A gate alone leaves the gradient of a lepe that is not there.
+    lepe = None if found.lepe is None or terms.lepe is None else to_layout(found.lepe, q)
+    gate = None if found.gate is None else to_layout(found.gate, q)
     return GivenGradients(
         to_layout(grad_q, q), found.state, found.norm, found.mean_v, found.head_scale, lepe, gate,
         powers,

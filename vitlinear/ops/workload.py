@@ -123,6 +123,15 @@ class Workload(NamedTuple):
             in_tf32(q.dtype, device.type),
         )  # fmt: skip
 
+    def on(self, device: torch.device, training: bool) -> Workload:
+        """The call on another device, with or without a backward pass, as PyTorch is set there."""
+        return self._replace(
+            device=device.type,
+            device_index=device.index,
+            training=training,
+            tf32=in_tf32(self.dtype, device.type),
+        )
+
     @property
     def kind(self) -> Kind:
         """The kind of call: all of it that does not depend on the number of tokens."""

@@ -10,7 +10,6 @@ from vitlinear.create import build_model
 from vitlinear.errors import UserError
 from vitlinear.ops import MECHANISMS, Workload, get_mechanism
 from vitlinear.ops.attention import examined
-from vitlinear.ops.precision import in_tf32
 from vitlinear.ops.self_check import make_terms
 from vitlinear.ops.terms import Terms
 from vitlinear.ops.workload import Kind
@@ -87,9 +86,4 @@ def _on(calls: Iterable[Workload], device: torch.device) -> Iterator[Workload]:
     """The calls on a device, without a backward pass and with one."""
     for call in calls:
         for training in (False, True):
-            yield call._replace(
-                device=device.type,
-                device_index=device.index,
-                training=training,
-                tf32=in_tf32(call.dtype, device.type),
-            )
+            yield call.on(device, training)

@@ -12,6 +12,7 @@ from vitlinear.ops import (
     linear_attention_state,
     read_linear_attention_state,
 )
+from vitlinear.ops.precision import accumulation_dtype
 from vitlinear.ops.rotary import is_full_width, rotate, token_table
 
 from ..band import band_in_use
@@ -105,18 +106,20 @@ def turned(x: Tensor, rotary: RotaryTables | None) -> Tensor:
         return _scripted_rotation(x, rotary)
     else:  # noqa: RET505
         heads = x.shape[2] if is_full_width(rotary, x.shape[2], x.shape[3]) else 1
-        table = token_table(rotary, heads)
+        # Tables for a GPU may be float16, in which small gradients of bfloat16 tokens are 0.
+        table = token_table(rotary, heads).to(accumulation_dtype(x.dtype))
         tokens = cpu.own(x.transpose(1, 2).to(table.dtype))
         return rotate(tokens, table, own=True).to(x.dtype).transpose(1, 2)
 
 
 def _scripted_rotation(x: Tensor, rotary: RotaryTables) -> Tensor:
     """`turned` pair by pair, of operators that TorchScript has on every device."""
-    rows, cols = rotary
+    dtype = accumulation_dtype(x.dtype)
+    rows, cols = rotary.rows.to(dtype), rotary.cols.to(dtype)
     grid = [rows.shape[0], cols.shape[0], rows.shape[1], 2]
     angles = torch.cat((rows[:, None].expand(grid), cols[None].expand(grid)), dim=2).flatten(0, 1)
     cos, sin = angles[..., 0], angles[..., 1]
-    pairs = x.to(rows.dtype).flatten(2).unflatten(2, [-1, rows.shape[1] * 2, 2])
+    pairs = x.to(dtype).flatten(2).unflatten(2, [-1, rows.shape[1] * 2, 2])
     x0, x1 = pairs[..., 0], pairs[..., 1]
     cos, sin = cos[:, None], sin[:, None]
     out = torch.stack((x0 * cos - x1 * sin, x1 * cos + x0 * sin), dim=-1)

@@ -205,7 +205,7 @@ def matmul(x: Tensor, y: Tensor) -> Tensor:
 
     Args:
         x: [B, h, N, F].
-        y: [B, h, F, D].
+        y: [B, h, F, D], or [1, h, F, D] for all samples.
 
     Returns:
         [B, h, N, D].
@@ -216,6 +216,7 @@ def matmul(x: Tensor, y: Tensor) -> Tensor:
         return compiled
     if not faster or x.shape[2] < MATMUL_ROWS:
         return x @ y
+    y = y.expand(x.shape[0], -1, -1, -1)
     outs = [product(a, b.t()) for a, b in zip(x.flatten(0, 1), y.flatten(0, 1), strict=True)]
     out = outs[0][None] if len(outs) == 1 else torch.stack(outs)
     return out.unflatten(0, x.shape[:2])

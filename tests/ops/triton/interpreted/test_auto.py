@@ -6,6 +6,7 @@ import json
 import warnings
 
 import pytest
+import timm
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -14,6 +15,7 @@ from tests.ops.triton.stand_in import StandIn, install, out_of_memory, out_of_re
 from vitlinear import ops
 from vitlinear.ops import attention, backend, gpu, kernel_cache, self_check
 from vitlinear.ops.terms import Terms
+from vitlinear.report import attention_calls
 from vitlinear.tune.calls import of_mechanism
 
 DIM = 8
@@ -370,6 +372,18 @@ def test_kernels_in_tf32_are_others(device, precision):
     write_rows(device, {"length": 8, "triton_ms": 2.0, "eager_ms": 1.0, "tf32": True})
     assert choice().backend == "triton"
     assert ops.choose_backend("auto", tf32, may_check=False).backend == "eager"
+
+
+def test_a_report_has_the_kernels_of_the_model(device, precision):
+    model = timm.create_model("test_ravlt_linear", attn_backend="eager").train()
+    images = torch.randn(2, 3, 64, 64)
+    for setting in ("highest", "high"):
+        torch.set_float32_matmul_precision(setting)
+        seen = []
+        with backend.observed(seen.append):
+            model(images)
+        listed = [call.work for call in attention_calls(model, images.shape)]
+        assert listed == seen, setting
 
 
 def test_one_call_before_compiling_checks_what_is_compiled_later(device):
