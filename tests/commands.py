@@ -71,6 +71,16 @@ def modules() -> dict[str, set[str]]:
 
 
 @pytest.fixture(scope="session")
+def fork_server() -> None:
+    """The server that children of tests fork from: it runs, with all that any of them imports."""
+    from multiprocessing import forkserver
+
+    import tests.train.helpers  # noqa: F401  says what it imports
+
+    forkserver.ensure_running()
+
+
+@pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder data set like `images`, which some files have of their own; tests only read it."""
     from tests.train.helpers import image_folder

@@ -25,6 +25,8 @@ from vitlinear.benchmark.programs import (
 from vitlinear.benchmark.subject import Case
 from vitlinear.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("fork_server")
+
 MODEL = "test_linear_deit"
 QUICK = ("--rounds", 2, "--seconds", 0.001, "--threads", 1)
 SIZE = Size(2, 32, 48)
