@@ -17,7 +17,7 @@ from torch._dynamo.testing import CompileCounter
 
 import vitlinear
 from tests.golden import relative_error
-from tests.pairwise import pairwise
+from tests.pairwise import pairwise, siblings_by_night
 from vitlinear.dense.padding import (
     add_hooks,
     attach_valid_sizes,
@@ -33,7 +33,7 @@ TEST_MODELS = [
     for name in timm.list_models("test_*")
     if timm.model_entrypoint(name).__module__.startswith(f"{vitlinear.__name__}.")
 ]
-each_model = pytest.mark.parametrize("name", TEST_MODELS)
+each_model = siblings_by_night(TEST_MODELS)
 # A map for rows of masks, one whose windows follow its size, one with learned positions.
 some_models = pytest.mark.parametrize(
     "name", ["test_ravlt_linear", "test_inline_swin", "test_inline_deit"]

@@ -32,12 +32,22 @@ PYRAMIDS = [
 ]
 # A family with states of its own kind each: what the inner loop takes.
 QUICK = ("test_inline_swin", "test_l2vit", "test_linear_deit", "test_nalaformer", "test_ravlt")
+# The siblings that are linear throughout run the same code: most runs and compilers see it once.
+PROGRAMS = [name for name in TEST_MODELS if not name.endswith("_linear")]
 each_model = pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.quick if name in QUICK else ()) for name in TEST_MODELS],
+    [
+        pytest.param(
+            name,
+            marks=pytest.mark.quick
+            if name in QUICK
+            else ()
+            if name in PROGRAMS
+            else pytest.mark.nightly,
+        )
+        for name in TEST_MODELS
+    ],
 )
-# The siblings that are linear throughout run the same code: slow compilers see it once.
-PROGRAMS = [name for name in TEST_MODELS if not name.endswith("_linear")]
 # Of those, one of each skeleton in every run of the slow tests; the others in nightly runs.
 EVERY_RUN = ("test_inline_deit", "test_l2vit", "test_ravlt")
 # Windows are compiled and exported by night: of all, they take Dynamo the longest.

@@ -10,6 +10,7 @@ import torch
 from timm.layers import LayerScale
 from torch import nn
 
+from tests.pairwise import siblings_by_night
 from vitlinear.layers import LocalConcentration, ResidualDepthwiseConv
 
 TEST_MODELS = [
@@ -36,7 +37,7 @@ def trained(name: str, dtype: torch.dtype = torch.float64, **kwargs) -> nn.Modul
     return model.eval().to(dtype)
 
 
-@pytest.mark.parametrize("name", TEST_MODELS)
+@siblings_by_night(TEST_MODELS)
 @torch.no_grad()
 def test_same_outputs(name):
     model = trained(name)
@@ -45,7 +46,7 @@ def test_same_outputs(name):
     torch.testing.assert_close(model.fuse()(images), expected, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", TEST_MODELS)
+@siblings_by_night(TEST_MODELS)
 @torch.no_grad()
 def test_same_outputs_in_single_precision(name):
     model = trained(name, torch.float32)
@@ -54,7 +55,7 @@ def test_same_outputs_in_single_precision(name):
     torch.testing.assert_close(model.fuse()(images), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", FOLDS)
+@siblings_by_night(FOLDS)
 def test_nothing_is_left_to_fold(name):
     model = trained(name).fuse()
     concentrations = sum(isinstance(m, LocalConcentration) for m in model.modules())
@@ -64,7 +65,7 @@ def test_nothing_is_left_to_fold(name):
     assert not any(isinstance(m, LayerScale | ResidualDepthwiseConv) for m in model.modules())
 
 
-@pytest.mark.parametrize("name", FOLDS)
+@siblings_by_night(FOLDS)
 @torch.no_grad()
 def test_reparameterize_model_of_timm(name):
     model = trained(name)
@@ -108,7 +109,7 @@ def test_training_mode_is_refused(name):
         timm.create_model(name).fuse()
 
 
-@pytest.mark.parametrize("name", FOLDS)
+@siblings_by_night(FOLDS)
 @torch.no_grad()
 def test_nothing_of_the_caller_is_written_to(name):
     """A state dict from before, and a model that lent its weights."""
