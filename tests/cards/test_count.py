@@ -73,10 +73,9 @@ def test_recount(name):
     recount(name)
 
 
-@pytest.mark.parametrize("backend", ["eager", "library"])
-def test_the_same_for_every_backend(backend):
+def test_the_same_for_registered_operators():
     size = input_size("test_ravlt")
-    cost = count(timm.create_model("test_ravlt", attn_backend=backend), size)
+    cost = count(timm.create_model("test_ravlt", attn_backend="library"), size)
     assert cost.projections == counts()["test_ravlt"]["projections"]
     assert cost.attention == pytest.approx(counts()["test_ravlt"]["attention"], rel=0.01)
 
