@@ -66,6 +66,7 @@ def means(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.process
 @pytest.mark.quick
+@pytest.mark.slow
 def test_every_runtime(command: Command, tmp_path: Path, means: Path) -> None:
     output, picture = tmp_path / "rows.json", tmp_path / "rows.svg"
     names = ["pytorch", "onnxruntime", "openvino"]

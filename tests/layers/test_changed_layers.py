@@ -153,6 +153,7 @@ def test_weights_that_are_made_for_each_call(name, change):
 
 
 @pytest.mark.compile
+@pytest.mark.slow
 def test_hooks_in_compiled_stripes():
     torch.manual_seed(0)
     layer, x = CrossShapedAttention(8, 2, "inline", 2), torch.randn(2, 5, 5, 8)
