@@ -122,10 +122,12 @@ def test_conversion_to_sync_batch_norm_changes_nothing(name):
         for i, n in enumerate(TEST_MODELS)
     ],
 )
-@pytest.mark.slow
+@torch.no_grad()
 def test_large_image(name):
-    with torch.no_grad():
-        assert make(name)(torch.randn(1, 3, 2048, 1024)).isfinite().all()
+    """Sums over many tokens lose little in single precision."""
+    model, x = make(name), torch.randn(1, 3, 1024, 512)
+    logits = model(x)
+    assert relative_error(logits, model.double()(x.double())) < 1e-5
 
 
 @each_model
