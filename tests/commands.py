@@ -5,6 +5,8 @@ packages are missing.
 """
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -39,6 +41,24 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
     return run
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that one process of a run makes and the others read: those of pytest-xdist wait."""
+    import fcntl
+
+    base = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    folder, done = base / name, base / f"{name}.done"
+    with open(base / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a process that failed
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
+
+
 STAGES = """
 import json, sys, timm, torch
 stages = [set(sys.modules)]
@@ -57,17 +77,30 @@ print(json.dumps([sorted(stage) for stage in stages]))
 
 
 @pytest.fixture(scope="session")
-def modules() -> dict[str, set[str]]:
+def modules(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
     """The names of all modules that a process has loaded, after each of its steps.
 
     After ``import timm``, then ``import vitlinear``, then attentions, then the rooms of detectors
     and segmentors.
     """
-    done = subprocess.run(
-        [sys.executable, "-c", STAGES], capture_output=True, text=True, check=True
-    )
+
+    def load(folder: Path) -> None:
+        with open(folder / "stages.json", "w") as output:
+            subprocess.run([sys.executable, "-c", STAGES], stdout=output, check=True)
+
+    names = json.loads((made_once(tmp_path_factory, "modules", load) / "stages.json").read_text())
     steps = ("timm", "vitlinear", "attention", "dense")
-    return dict(zip(steps, map(set, json.loads(done.stdout)), strict=True))
+    return dict(zip(steps, map(set, names), strict=True))
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> None:
+    """The server that children of tests fork from: it runs, with all that any of them imports."""
+    from multiprocessing import forkserver
+
+    import tests.train.helpers  # noqa: F401  says what it imports
+
+    forkserver.ensure_running()
 
 
 @pytest.fixture(scope="session")
@@ -91,6 +124,8 @@ def checkpoint(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that tells the three classes apart."""
     from tests.train.helpers import train
 
-    path = tmp_path_factory.mktemp("trained") / "run"
-    train(images, path, "--epochs", 16, "--lr", 1e-2, "--color-jitter", 0, "--scale", 0.8, 1.0)
-    return path / "best.safetensors"
+    flags = ["--epochs", 16, "--lr", 1e-2, "--color-jitter", 0, "--scale", 0.8, 1.0]
+    folder = made_once(
+        tmp_path_factory, "trained", lambda folder: train(images, folder / "run", *flags)
+    )
+    return folder / "run" / "best.safetensors"

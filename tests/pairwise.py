@@ -78,6 +78,15 @@ def some_by_night(
     return pytest.mark.parametrize(name, cases)
 
 
+def siblings_by_night(names: Iterable[str]) -> pytest.MarkDecorator:
+    """Parametrises with models; siblings that are linear throughout are left to nightly runs.
+
+    They run the code of the others, which have linear stages too.
+    """
+    names = list(names)
+    return some_by_night("name", names, [name for name in names if not name.endswith("_linear")])
+
+
 def diagonal(**axes: Sequence[Any]) -> pytest.MarkDecorator:
     """Parametrises with a product: the first values together, the second ones, and so on.
 

@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import vitlinear
+from tests.commands import made_once
 from vitlinear.checkpoints.read import read_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -136,25 +137,30 @@ def tracked() -> list[str]:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from the files git would commit, so that what lies about does not hide a mistake."""
-    built = tmp_path_factory.mktemp("wheel")
-    source = built / "source"
-    for name in tracked():
-        (source / name).parent.mkdir(parents=True, exist_ok=True)
-        if (ROOT / name).is_symlink():
-            (source / name).symlink_to(os.readlink(ROOT / name))
-        else:
-            (source / name).write_bytes((ROOT / name).read_bytes())
-    pip("wheel", "--no-build-isolation", "--wheel-dir", str(built), str(source))
-    (path,) = built.glob("vitlinear-*.whl")
+    names = tracked()
+
+    def build(folder: Path) -> None:
+        source = folder / "source"
+        for name in names:
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            if (ROOT / name).is_symlink():
+                (source / name).symlink_to(os.readlink(ROOT / name))
+            else:
+                (source / name).write_bytes((ROOT / name).read_bytes())
+        pip("wheel", "--no-build-isolation", "--wheel-dir", str(folder), str(source))
+
+    (path,) = made_once(tmp_path_factory, "wheel", build).glob("vitlinear-*.whl")
     return path
 
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what the wheel installs."""
-    folder = tmp_path_factory.mktemp("installed")
-    pip("install", "--no-compile", "--no-index", "--target", str(folder), str(wheel))
-    return folder
+
+    def install(folder: Path) -> None:
+        pip("install", "--no-compile", "--no-index", "--target", str(folder), str(wheel))
+
+    return made_once(tmp_path_factory, "installed", install)
 
 
 def pip(command: str, *arguments: str) -> None:

@@ -25,6 +25,8 @@ from vitlinear.benchmark.programs import (
 from vitlinear.benchmark.subject import Case
 from vitlinear.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("fork_server")
+
 MODEL = "test_linear_deit"
 QUICK = ("--rounds", 2, "--seconds", 0.001, "--threads", 1)
 SIZE = Size(2, 32, 48)
@@ -64,6 +66,7 @@ def means(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.process
 @pytest.mark.quick
+@pytest.mark.slow
 def test_every_runtime(command: Command, tmp_path: Path, means: Path) -> None:
     output, picture = tmp_path / "rows.json", tmp_path / "rows.svg"
     names = ["pytorch", "onnxruntime", "openvino"]

@@ -15,6 +15,8 @@ from vitlinear.benchmark.turns import FailedError, Process
 from vitlinear.cards.count import count
 from vitlinear_cli import run
 
+pytestmark = pytest.mark.usefixtures("fork_server")
+
 PNG = b"\x89PNG\r\n\x1a\n"
 CASE = Case("test_linear_deit", "eager", "forward", 32, 32, 2)
 QUICK = ("--rounds", "2", "--seconds", "0.001", "--threads", "1", "--malloc", "default", "-b", "2")

@@ -203,6 +203,7 @@ def test_a_share_that_is_gone_ends_the_evaluation_too(workers: int, tmp_path: Pa
             list(loader)
 
 
+@pytest.mark.process
 def test_held_out_images_are_left_out_of_the_metric(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

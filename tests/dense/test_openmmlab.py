@@ -109,6 +109,7 @@ BROKEN: list[tuple[dict[str, str], str]] = [
 
 
 @pytest.mark.process
+@pytest.mark.slow
 def test_packages_that_do_not_work(tmp_path: Path) -> None:
     folders = [tmp_path / str(number) for number in range(len(BROKEN))]
     for folder, (files, _) in zip(folders, BROKEN, strict=True):

@@ -17,7 +17,7 @@ from torch._dynamo.testing import CompileCounter
 
 import vitlinear
 from tests.golden import relative_error
-from tests.pairwise import pairwise
+from tests.pairwise import pairwise, siblings_by_night, some_by_night
 from vitlinear.dense.padding import (
     add_hooks,
     attach_valid_sizes,
@@ -33,11 +33,10 @@ TEST_MODELS = [
     for name in timm.list_models("test_*")
     if timm.model_entrypoint(name).__module__.startswith(f"{vitlinear.__name__}.")
 ]
-each_model = pytest.mark.parametrize("name", TEST_MODELS)
+each_model = siblings_by_night(TEST_MODELS)
 # A map for rows of masks, one whose windows follow its size, one with learned positions.
-some_models = pytest.mark.parametrize(
-    "name", ["test_ravlt_linear", "test_inline_swin", "test_inline_deit"]
-)
+SOME = ["test_ravlt_linear", "test_inline_swin", "test_inline_deit"]
+some_models = pytest.mark.parametrize("name", SOME)
 FULL = (96, 128)  # larger than the windows of the test models and than the grids of positions
 MULTIPLES, ODD = (64, 96), (75, 61)
 # Sums over other numbers of zeros are taken in another order.
@@ -127,7 +126,7 @@ def test_any_size(name, options):
             assert error(actual[i], alone[0]) < TOLERANCE[torch.float64]
 
 
-@each_model
+@some_by_night("name", TEST_MODELS, SOME)
 @torch.no_grad()
 def test_photographs(name):
     """Of a size whose larger maps every family splits into windows, if it has any."""

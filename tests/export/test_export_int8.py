@@ -20,7 +20,7 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 MODEL = "test_linear_deit"  # the quickest to trace
-DEPTH = 4
+DEPTH = 2
 CALIBRATE = ["--dtype", "int8", "--data-dir"]
 
 
@@ -32,9 +32,10 @@ def written(images, tmp_path_factory):
     flags = [MODEL, path, "--checkpoint", weights, *CALIBRATE, images, "--calibration-images", 20]
     flags += ["--layout", "channels-last"]
     sizes = ["--batch", "1:8", "--height", "48:320", "--width", "48:320"]
-    assert main(["export", MODEL, str(weights), "--num-classes", "7"]) == 0
+    kwargs = ["--num-classes", "7", "--model-kwargs", f"depth={DEPTH}"]
+    assert main(["export", MODEL, str(weights), *kwargs]) == 0
     assert main(["export", *(str(flag) for flag in [*flags, *sizes])]) == 0
-    model = timm.create_model(MODEL, checkpoint_path=weights, num_classes=7).eval()
+    model = timm.create_model(MODEL, checkpoint_path=weights, num_classes=7, depth=DEPTH).eval()
     return model, path
 
 

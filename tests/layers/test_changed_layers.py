@@ -10,6 +10,7 @@ from torch.ao.quantization import quantize_dynamic
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from tests.models.test_fuse import TEST_MODELS
+from tests.pairwise import siblings_by_night
 from vitlinear.layers import (
     CeilConv,
     CrossShapedAttention,
@@ -22,7 +23,7 @@ from vitlinear.layers.conv.dynamic_conv import TokenConv
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("name", TEST_MODELS)
+@siblings_by_night(TEST_MODELS)
 def test_every_module_is_called(name, training):
     model, called = timm.create_model(name).train(training), set()
     leaves = {name: module for name, module in model.named_modules() if not list(module.children())}
@@ -68,7 +69,7 @@ def test_lora_of_convolutions_that_round_up(arguments):
     torch.testing.assert_close(layer.base(x), out)
 
 
-@pytest.mark.parametrize("name", TEST_MODELS)
+@siblings_by_night(TEST_MODELS)
 @torch.no_grad()
 def test_layers_of_pytorch(name):
     model, images = timm.create_model(name).eval(), torch.randn(2, 3, 64, 64)
@@ -152,6 +153,7 @@ def test_weights_that_are_made_for_each_call(name, change):
 
 
 @pytest.mark.compile
+@pytest.mark.slow
 def test_hooks_in_compiled_stripes():
     torch.manual_seed(0)
     layer, x = CrossShapedAttention(8, 2, "inline", 2), torch.randn(2, 5, 5, 8)

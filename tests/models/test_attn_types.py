@@ -38,7 +38,7 @@ def test_every_attention_trains(name, attn_type):
 
 @pytest.mark.parametrize("attn_type", ["lightnet", "l2"])
 def test_script_and_export(attn_type):
-    model, x = make("test_ravlt", attn_type), torch.randn(2, 3, 64, 96)
+    model, x = make("test_ravlt", attn_type, depths=(1, 0, 1, 0)), torch.randn(2, 3, 64, 96)
     expected = model(x)
     torch.testing.assert_close(torch.jit.script(model)(x), expected)
     program = torch.export.export(model, (x,)).module()

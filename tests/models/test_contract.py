@@ -32,12 +32,22 @@ PYRAMIDS = [
 ]
 # A family with states of its own kind each: what the inner loop takes.
 QUICK = ("test_inline_swin", "test_l2vit", "test_linear_deit", "test_nalaformer", "test_ravlt")
+# The siblings that are linear throughout run the same code: most runs and compilers see it once.
+PROGRAMS = [name for name in TEST_MODELS if not name.endswith("_linear")]
 each_model = pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.quick if name in QUICK else ()) for name in TEST_MODELS],
+    [
+        pytest.param(
+            name,
+            marks=pytest.mark.quick
+            if name in QUICK
+            else ()
+            if name in PROGRAMS
+            else pytest.mark.nightly,
+        )
+        for name in TEST_MODELS
+    ],
 )
-# The siblings that are linear throughout run the same code: slow compilers see it once.
-PROGRAMS = [name for name in TEST_MODELS if not name.endswith("_linear")]
 # Of those, one of each skeleton in every run of the slow tests; the others in nightly runs.
 EVERY_RUN = ("test_inline_deit", "test_l2vit", "test_ravlt")
 # Windows are compiled and exported by night: of all, they take Dynamo the longest.
@@ -46,15 +56,16 @@ each_program = pytest.mark.parametrize("name", PROGRAMS)
 # For the same reason compilers get one block of each kind where the model repeats them.
 FEWER_BLOCKS = {
     **dict.fromkeys(
-        ("test_inline_deit", "test_lightnet", "test_linear_deit", "test_vittt"), {"depth": 2}
+        ("test_inline_deit", "test_lightnet", "test_linear_deit", "test_vittt"), {"depth": 1}
     ),
     **dict.fromkeys(
         (
             *("test_h_vittt", "test_inline_pvt", "test_mavit", "test_mila", "test_nalaformer"),
-            *("test_pola_pvt", "test_ravlt"),
+            "test_pola_pvt",
         ),
         {"depths": (1, 1, 1, 1)},
     ),
+    "test_ravlt": {"depths": (1, 0, 1, 0)},  # one stage of either kind of attention
     "test_l2vit": {"depths": (1, 1, 2, 1)},
     "test_pola_swin": {"depths": (2, 1, 1, 1)},
 }
@@ -111,10 +122,12 @@ def test_conversion_to_sync_batch_norm_changes_nothing(name):
         for i, n in enumerate(TEST_MODELS)
     ],
 )
-@pytest.mark.slow
+@torch.no_grad()
 def test_large_image(name):
-    with torch.no_grad():
-        assert make(name)(torch.randn(1, 3, 2048, 1024)).isfinite().all()
+    """Sums over many tokens lose little in single precision."""
+    model, x = make(name), torch.randn(1, 3, 1024, 512)
+    logits = model(x)
+    assert relative_error(logits, model.double()(x.double())) < 1e-5
 
 
 @each_model

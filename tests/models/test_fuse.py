@@ -10,6 +10,7 @@ import torch
 from timm.layers import LayerScale
 from torch import nn
 
+from tests.pairwise import siblings_by_night
 from vitlinear.layers import LocalConcentration, ResidualDepthwiseConv
 
 TEST_MODELS = [
@@ -21,10 +22,10 @@ TEST_MODELS = [
 FOLDS = [n for n in TEST_MODELS if not re.search("inline|deit|lightnet|pola", n)]
 
 
-def trained(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
+def trained(name: str, dtype: torch.dtype = torch.float64, **kwargs) -> nn.Module:
     """The model in eval mode, its statistics and scales far from their initial values."""
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=10, drop_path_rate=0.1)
+    model = timm.create_model(name, num_classes=10, drop_path_rate=0.1, **kwargs)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_()
@@ -36,7 +37,7 @@ def trained(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
     return model.eval().to(dtype)
 
 
-@pytest.mark.parametrize("name", TEST_MODELS)
+@siblings_by_night(TEST_MODELS)
 @torch.no_grad()
 def test_same_outputs(name):
     model = trained(name)
@@ -45,7 +46,7 @@ def test_same_outputs(name):
     torch.testing.assert_close(model.fuse()(images), expected, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", TEST_MODELS)
+@siblings_by_night(TEST_MODELS)
 @torch.no_grad()
 def test_same_outputs_in_single_precision(name):
     model = trained(name, torch.float32)
@@ -54,7 +55,7 @@ def test_same_outputs_in_single_precision(name):
     torch.testing.assert_close(model.fuse()(images), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", FOLDS)
+@siblings_by_night(FOLDS)
 def test_nothing_is_left_to_fold(name):
     model = trained(name).fuse()
     concentrations = sum(isinstance(m, LocalConcentration) for m in model.modules())
@@ -64,7 +65,7 @@ def test_nothing_is_left_to_fold(name):
     assert not any(isinstance(m, LayerScale | ResidualDepthwiseConv) for m in model.modules())
 
 
-@pytest.mark.parametrize("name", FOLDS)
+@siblings_by_night(FOLDS)
 @torch.no_grad()
 def test_reparameterize_model_of_timm(name):
     model = trained(name)
@@ -75,10 +76,18 @@ def test_reparameterize_model_of_timm(name):
     torch.testing.assert_close(fused(images), model(images), rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", ["test_ravlt", "test_nalaformer", "test_l2vit"])
+@pytest.mark.parametrize(
+    "name, depths",
+    [
+        ("test_ravlt", (1, 0, 1, 0)),
+        ("test_nalaformer", (1, 0, 1, 0)),
+        ("test_l2vit", (1, 0, 2, 0)),
+    ],
+)
 @torch.no_grad()
-def test_fused_models_script_and_export(name):
-    model = trained(name, torch.float32).fuse()
+def test_fused_models_script_and_export(name, depths):
+    """One block of each kind is enough."""
+    model = trained(name, torch.float32, depths=depths).fuse()
     images = torch.randn(2, 3, 64, 64)
     expected = model(images)
     torch.testing.assert_close(torch.jit.script(model)(images), expected)
@@ -100,7 +109,7 @@ def test_training_mode_is_refused(name):
         timm.create_model(name).fuse()
 
 
-@pytest.mark.parametrize("name", FOLDS)
+@siblings_by_night(FOLDS)
 @torch.no_grad()
 def test_nothing_of_the_caller_is_written_to(name):
     """A state dict from before, and a model that lent its weights."""

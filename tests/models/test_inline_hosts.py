@@ -92,8 +92,8 @@ def test_golden_logits(loaded, name, size, backend):
         if isinstance(module, InjectiveAttention):
             module.backend = backend
     with torch.no_grad():
-        logits = model(golden.images(*size))[:, :64]
-    assert golden.relative_error(logits, golden.logits(name, *size)) < 1e-12
+        logits = model(golden.images(*size)[:1])[:, :64]
+    assert golden.relative_error(logits, golden.logits(name, *size)[:1]) < 1e-12
 
 
 @pytest.mark.parametrize("name", RELEASED)

@@ -38,8 +38,8 @@ def test_golden_logits(l2vit_tiny, size, backend):
         if isinstance(module, LinearAttention):
             module.backend = backend
     with torch.no_grad():
-        logits = l2vit_tiny(golden.images(*size))[:, :64]
-    assert golden.relative_error(logits, golden.logits("L2ViT_Tiny", *size)) < 1e-12
+        logits = l2vit_tiny(golden.images(*size)[:1])[:, :64]
+    assert golden.relative_error(logits, golden.logits("L2ViT_Tiny", *size)[:1]) < 1e-12
 
 
 @pytest.mark.parametrize("backend", ["eager", "library"])

@@ -87,8 +87,8 @@ def test_golden_logits(released, size, backend):
         if isinstance(module, GatedAttention):
             module.backend = backend
     with torch.no_grad():
-        logits = model(golden.images(*size))[:, :64]
-    assert golden.relative_error(logits, golden.logits(released, *size)) < 1e-6
+        logits = model(golden.images(*size)[:1])[:, :64]
+    assert golden.relative_error(logits, golden.logits(released, *size)[:1]) < 1e-6
 
 
 @pytest.mark.parametrize("released", SMALLEST)

@@ -11,7 +11,7 @@ from timm.models import model_parameters, save_for_hf
 from torch import nn
 
 from tests.models.test_contract import TEST_MODELS, make
-from tests.pairwise import some_by_night
+from tests.pairwise import siblings_by_night, some_by_night
 from vitlinear.checkpoints.translate import source_grid
 from vitlinear.models._isotropic import IsotropicBackbone
 
@@ -20,7 +20,7 @@ STAGED = [
     for name in TEST_MODELS
     if not isinstance(timm.create_model(name, device="meta"), IsotropicBackbone)
 ]
-each_model = pytest.mark.parametrize("name", TEST_MODELS)
+each_model = siblings_by_night(TEST_MODELS)
 
 
 @each_model

@@ -21,9 +21,15 @@ from vitlinear.data.loader import train_loader
 from vitlinear.train import run
 
 # What starts of training share: a process that has imported everything, and forks. Importing alone
-# takes more time than all that these tests then compute.
+# takes more time than all that these tests then compute. A process of tests has one such server: it
+# imports what subjects of benchmarks need too, and starts before a benchmark names its own list.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["vitlinear_cli", "vitlinear.train.run"])
+FORKS.set_forkserver_preload(
+    [
+        *("vitlinear_cli", "vitlinear.train.run"),
+        *("vitlinear.benchmark.subject", "benchmarks.subject", "torch._dynamo", "torch.export"),
+    ]
+)
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -124,9 +130,16 @@ def fork_two(function: Callable[..., Any], *arguments: Any, timeout: float = 300
 
 
 def fork_ranks(
-    count: int, function: Callable[..., Any], *arguments: Any, timeout: float = 300
+    count: int,
+    function: Callable[..., Any],
+    *arguments: Any,
+    timeout: float = 300,
+    context: Any = FORKS,
 ) -> tuple[list[int | None], str]:
-    """The same in any number of processes; returns their exit codes and output."""
+    """The same in any number of processes; returns their exit codes and output.
+
+    The context `fork` is for what this process has imported and the server has not.
+    """
     environment = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
@@ -134,7 +147,7 @@ def fork_ranks(
     }
     with tempfile.NamedTemporaryFile("r") as output:
         call = (environment, output.name, function, *arguments)
-        processes = [FORKS.Process(target=_run_rank, args=(rank, *call)) for rank in range(count)]
+        processes = [context.Process(target=_run_rank, args=(rank, *call)) for rank in range(count)]
         for process in processes:
             process.start()
         try:
@@ -158,6 +171,8 @@ def _run_rank(
     file = os.open(output, os.O_WRONLY | os.O_APPEND)
     for standard in (1, 2):
         os.dup2(file, standard)
+    # A fork of this process has the streams that pytest holds.
+    sys.stdout, sys.stderr = (os.fdopen(standard, "w", 1, closefd=False) for standard in (1, 2))
     sys.exit(function(*arguments))
 
 

@@ -17,14 +17,15 @@ pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
 FILES = sorted(path.name for path in (HERE / "interpreted").glob("test_*.py"))
-# Files of a process: a process of its own for each would spend a tenth of the time on imports.
-PROCESSES = 5
+# As many as tests run in by default: imports are the smallest part of the time there.
+PROCESSES = 2
 TOGETHER = [FILES[i::PROCESSES] for i in range(PROCESSES)]
 IN_QUICK = "test_mechanisms.py"  # has the quick tests: the others would be found empty
 
 
 @pytest.mark.slow
 @pytest.mark.process
+@pytest.mark.timeout(3000)  # half of all that is interpreted, and in nightly runs more of it
 @pytest.mark.parametrize(
     "files",
     [
