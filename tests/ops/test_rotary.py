@@ -8,6 +8,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 from tests.golden import relative_error
 from tests.ops.inputs import attend, make_inputs, oracle
@@ -24,6 +25,30 @@ def test_frequencies_include_both_ends():
     expected = torch.tensor([1.0, 10000 ** (-1 / 3), 10000 ** (-2 / 3), 1e-4]).double()
     angles = torch.atan2(cols[1, :, 1], cols[1, :, 0])
     torch.testing.assert_close(angles, expected, rtol=1e-6, atol=0)
+
+
+class AppleGpu(TorchFunctionMode):
+    """Stands in for the device "mps", which this machine has not: tensors are on the CPU."""
+
+    device = torch.device("mps")
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        devices = [x for x in (*args, kwargs.get("device")) if isinstance(x, torch.device)]
+        if self.device in devices:
+            dtypes = kwargs.get("dtype"), *(x.dtype for x in args if torch.is_tensor(x))
+            assert torch.float64 not in dtypes, "the device has no float64"
+            args = [x for x in args if not isinstance(x, torch.device)]
+            kwargs["device"] = torch.device("cpu")
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("maker", [ops.rotary_tables, ops.lrpe_tables])
+def test_tables_without_float64(maker):
+    with AppleGpu():
+        found = maker(3, 4, 16, AppleGpu.device)
+    for table, expected in zip(found, maker(3, 4, 16), strict=True):
+        torch.testing.assert_close(table, expected, rtol=0, atol=1e-6)
 
 
 def test_single_frequency_is_one():

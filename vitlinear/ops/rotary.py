@@ -145,8 +145,13 @@ def lrpe_tables(
     """
     if head_dim % 2:
         raise ValueError(f"the cosine encoding needs an even head_dim, got {head_dim}")
-    steps = torch.arange(head_dim // 2, device=device, dtype=torch.float64) / (head_dim // 2)
-    return _tables(height, width, torch.pow(base, -steps), dtype)
+    has_float64 = device is None or device.type != "mps"
+    exact = device if has_float64 else torch.device("cpu")
+    steps = torch.arange(head_dim // 2, device=exact, dtype=torch.float64) / (head_dim // 2)
+    frequencies = torch.pow(base, -steps)
+    if not has_float64:
+        frequencies = frequencies.float().to(device)
+    return _tables(height, width, frequencies, dtype)
 
 
 def _tables(height: int, width: int, frequencies: Tensor, dtype: torch.dtype) -> RotaryTables:
