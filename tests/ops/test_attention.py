@@ -487,6 +487,9 @@ BAD_INPUT = {
     "one shape": {"k": torch.zeros(2, 5, 2, 8)},
     "one floating-point type": {"v": torch.zeros(2, 6, 2, 8, dtype=torch.float64)},
     "4 x 2 grid do not fit 6 tokens": {"rotary": ops.rotary_tables(4, 2, 8)},
+    "must be RotaryTables, as rotary_tables and its likes make them, got tuple": {
+        "rotary": tuple(ops.rotary_tables(3, 2, 8))
+    },
     "do not fit 2 heads of 8 channels": {"rotary": ops.rotary_tables(3, 2, 32)},
     "at least one token": dict.fromkeys("qkv", torch.zeros(2, 0, 2, 8)),
     "must both be float32, float64 or float16, got torch.bfloat16": {

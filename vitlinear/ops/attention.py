@@ -475,9 +475,14 @@ def check_tables(q: Tensor, rotary: RotaryTables, positions: str) -> None:
     Raises:
         ValueError: They do not; the message says why.
     """
-    rows, cols = rotary
     if positions == "none":
         raise ValueError("this mechanism has no positions: rotary must be None")
+    if not isinstance(rotary, RotaryTables):
+        raise ValueError(
+            "rotary must be RotaryTables, as rotary_tables and its likes make them, got "
+            f"{type(rotary).__name__}"
+        )
+    rows, cols = rotary
     if rows.dtype != cols.dtype or rows.dtype not in TABLE_DTYPES:
         raise ValueError(
             f"rotary tables must both be float32, float64 or float16, got {rows.dtype}, "
