@@ -172,8 +172,8 @@ def measure(name: str, data: str, output: Path) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown, one row for each model and data set."""
     lines = [
-        "| model | data | held-out | float32 | int8 | int8 minus float32 | same class | logits "
-        "differ by | size, kB |",
+        "| model | data | held-out images | float32, top-1 % | int8, top-1 % | int8 minus float32, "
+        "points | same class, % | logits differ by, % | size, float32 to int8, kB |",
         "|" + " --- |" * 9,
     ]
     for row in rows:
@@ -181,8 +181,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         lines.append(
             f"| `{row['model']}` | {row['data']} | {row['images']} | {row['float32_top1']:.2f} "
             f"| {row['int8_top1']:.2f} | {row['int8_minus_float32']:+.2f} ± "
-            f"{row['interval_95']:.2f} | {row['same_class']:.2f} % "
-            f"| {100 * row['logits_difference']:.1f} % | {sizes} |"
+            f"{row['interval_95']:.2f} | {row['same_class']:.2f} "
+            f"| {100 * row['logits_difference']:.1f} | {sizes} |"
         )
     return "\n".join(lines)
 
@@ -200,7 +200,7 @@ def measure_all(args: argparse.Namespace) -> None:
             print(time.strftime("%H:%M:%S"), table([json.loads(file.read_text())]).splitlines()[-1])
         rows.append(json.loads(file.read_text()))
     record = {
-        "command": "python benchmarks/int8.py --output output/int8",
+        "command": f"python benchmarks/int8.py --output output/int8 --data {' '.join(args.data)}",
         "machine": machine(),
         "commit": args.commit or commit(),
         "trained_at": args.trained_at or commit(),
