@@ -195,6 +195,7 @@ def test_drawings_take_no_other_files_place(
     assert photograph.read_bytes() == before and not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_mistakes(
     config: Path, trained: Path, tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
