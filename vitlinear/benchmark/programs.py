@@ -21,7 +21,7 @@ from vitlinear.checkpoints.card import Card
 from vitlinear.create import build_model, check_model_name, data_config
 from vitlinear.errors import UserError, one_line
 from vitlinear.export import Shapes, export
-from vitlinear.export.channels_first import RUNTIMES
+from vitlinear.export.channels_first import RUNTIMES, is_rewritable
 from vitlinear.export.shapes import Range
 
 SUFFIX = ".onnx"
@@ -215,15 +215,20 @@ def of_model(name: str, size: Size, folder: Path, runtimes: Sequence[str]) -> Pr
     own = Path(tempfile.mkdtemp(dir=folder))
     expected = str(own / "logits.npy")
     np.save(expected, logits.numpy())
+    written: dict[str, str | None] = {}
     files: dict[str, str] = {}
     obstacle = ""
     for runtime in runtimes:
-        file = own / f"{runtime}{SUFFIX}"
-        try:
-            write(model, name, size, file, runtime)
-            files[runtime] = str(file)
-        except UserError as error:  # the model runs in PyTorch all the same
-            obstacle = str(error)
+        form = runtime if is_rewritable(model) else "any"
+        if form not in written:
+            file = own / f"{form}{SUFFIX}"
+            try:
+                write(model, name, size, file, runtime)
+                written[form] = str(file)
+            except UserError as error:  # the model runs in PyTorch all the same
+                written[form], obstacle = None, str(error)
+        if (there := written[form]) is not None:
+            files[runtime] = there
     return Program(name, name, files, obstacle, expected, cost)
 
 

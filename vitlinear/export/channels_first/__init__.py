@@ -4,7 +4,7 @@ In PyTorch maps are channels-last, and heads are views of one projection. Runtim
 views: there each becomes a copy. `rewrite` makes the same model of steps that need few.
 """
 
-from .rewrite import CHANNELS_FIRST, CHANNELS_LAST, InputSize, Rewritten, rewrite
+from .rewrite import CHANNELS_FIRST, CHANNELS_LAST, InputSize, Rewritten, is_rewritable, rewrite
 from .runtimes import ONNXRUNTIME, OPENVINO, RUNTIMES, pays
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "RUNTIMES",
     "InputSize",
     "Rewritten",
+    "is_rewritable",
     "pays",
     "rewrite",
 ]

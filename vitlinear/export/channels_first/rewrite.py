@@ -77,6 +77,11 @@ def _sizes(model: nn.Module, parts: list[nn.Module], size: InputSize | None) -> 
     return [sizes[part] for part in parts]
 
 
+def is_rewritable(model: nn.Module) -> bool:
+    """Whether `rewrite` knows a model's kind; programs of others are the same for all runtimes."""
+    return isinstance(model, StagedBackbone | IsotropicBackbone)
+
+
 @torch.no_grad()
 def rewrite(
     model: nn.Module, size: InputSize | None = None, runtime: str | None = None
@@ -99,7 +104,7 @@ def rewrite(
     Raises:
         ValueError: The model is in training mode.
     """
-    if not isinstance(model, StagedBackbone | IsotropicBackbone):
+    if not is_rewritable(model):
         return model, Rewritten(0, 1, (type(model).__name__,))
     made = copy.deepcopy(model)
     made.fuse()
