@@ -34,7 +34,7 @@ from vitlinear import ops
 from vitlinear.ops.backward import LinearGradients
 from vitlinear.ops.rotary import kernel_table_dtype
 from vitlinear.ops.terms import Terms
-from vitlinear.ops.triton import calls, launch, tuning
+from vitlinear.ops.triton import calls, launch, state_launch, tuning
 from vitlinear.ops.triton.plan import make_plan
 
 ROOT = Path(__file__).resolve().parent
@@ -73,12 +73,19 @@ class Kind(NamedTuple):
         head_dim: D.
         terms: Names of the `Terms` that it is given.
         full_width: Whether rotary tables turn all heads side by side.
+        value_dim: Dv of the calls of states by themselves, and of reads; 0 for whole calls.
     """
 
     mechanism: str
     head_dim: int
     terms: tuple[str, ...]
     full_width: bool = False
+    value_dim: int = 0
+
+    @property
+    def value_tensors(self) -> int:
+        """Size of the values, in tensors [B, N, h, D]."""
+        return (self.value_dim or self.head_dim) // self.head_dim
 
 
 class _Absent:
@@ -142,6 +149,9 @@ def tables_of(
 
 def call(kind: Kind, grid: tuple[int, int], dtype: torch.dtype) -> None:
     """A forward and a backward pass of a kind of call, on zeros."""
+    if kind.value_dim:
+        _call_of_states(kind, grid, dtype)
+        return
     row, length, heads = ops.get_mechanism(kind.mechanism), grid[0] * grid[1], 2
     qkv = torch.zeros(2, length, 5, heads, kind.head_dim, dtype=dtype)
     q, k, v, gate, lepe = qkv.unbind(2)
@@ -165,6 +175,20 @@ def call(kind: Kind, grid: tuple[int, int], dtype: torch.dtype) -> None:
         powers=None if terms.powers is None else torch.zeros_like(terms.powers),
     )
     launch.backward(out, q, k, v, row, terms, state, grads)
+
+
+def _call_of_states(kind: Kind, grid: tuple[int, int], dtype: torch.dtype) -> None:
+    """A read of a state, and a state by itself: ViT³ turns the keys of those before."""
+    row, length, heads = ops.get_mechanism(kind.mechanism), grid[0] * grid[1], 2
+    q, k = torch.zeros(2, 2, length, heads, kind.head_dim, dtype=dtype)
+    v = torch.zeros(2, length, heads, kind.value_dim, dtype=dtype)
+    terms = Terms(rotary=tables_of(kind, heads, grid, dtype))
+    given = ops.LinearAttentionState(torch.zeros(2, heads, kind.head_dim, kind.value_dim))
+    out = state_launch.read_forward(q, given, row, terms)
+    state_launch.read_backward(out, q, given, row, terms)
+    if terms.rotary is None:
+        state = state_launch.state_forward(k, v, row, terms)
+        state_launch.state_backward(state, k, v, row, terms, None)
 
 
 def resources(kernel: Any, capability: int, warps: int) -> dict[str, Any]:
@@ -219,6 +243,7 @@ def measure(
             "head_dim": kind.head_dim,
             "terms": list(kind.terms),
             "full_width": kind.full_width,
+            "value_dim": kind.value_dim,
             "dtype": dtype,
             "capability": capability,
             "kernel": name,
@@ -231,23 +256,25 @@ def measure(
 
 def least(kind: Kind) -> tuple[int, int]:
     """Tensors [B, N, h, D] that a forward and a backward pass move if each goes once."""
-    lepe, gate = "lepe" in kind.terms, "gate" in kind.terms
-    return 4 + lepe + gate, 7 + 2 * gate + 2 * (lepe and gate)
+    lepe, gate, values = "lepe" in kind.terms, "gate" in kind.terms, kind.value_tensors
+    forward = 2 + (2 + lepe + gate) * values
+    return forward, 4 + (3 + 2 * gate + 2 * (lepe and gate)) * values
 
 
 def tensors(kernel: str, kind: Kind) -> int:
     """Tensors [B, N, h, D] that a kernel moves; what it reads again is in the cache by then."""
     one_query = ops.get_mechanism(kind.mechanism).has_global_query
     forward, backward = least(kind)
+    keys = 1 + kind.value_tensors  # and values
     return {
         "forward": forward,
         "backward": backward,
         "mean_query": 1,
-        "state": 2,
-        "read": forward - 2,
-        "query": backward - 4 - one_query,
-        "key_mean": 2,
-        "key": 4,
+        "state": keys,
+        "read": forward - keys,
+        "query": backward - 2 * keys - one_query,
+        "key_mean": keys,
+        "key": 2 * keys,
         "query again": 3,
     }[kernel.removesuffix(", windows")]
 
@@ -265,30 +292,34 @@ def published() -> dict[Kind, list[tuple[int, int]]]:
             model = timm.create_model(name)
         for attention in attention_calls(model):
             work = attention.work
-            if work is None or work.mechanism == "identity":
-                continue  # softmax, and states by themselves, which other launches make
+            if work is None:
+                continue  # softmax
             given = zip(Terms._fields, work.given, strict=True)
             terms = tuple(term for term, there in given if there)
-            kind = Kind(work.mechanism, work.head_dim, terms, work.full_width)
+            kind = Kind(work.mechanism, work.head_dim, terms, work.full_width, work.value_dim)
             found.setdefault(kind, set()).add((work.length, work.heads))
     return {kind: sorted(found[kind]) for kind in sorted(found)}
+
+
+def given(kind: Kind, heads: int) -> Terms:
+    """Terms that a plan is made of: which there are, without numbers."""
+    terms = Terms(
+        *(torch.empty(0) if term in kind.terms else None for term in Terms._fields)  # type: ignore[arg-type]
+    )
+    return terms._replace(rotary=tables_of(kind, heads, (1, 1), torch.bfloat16))
 
 
 def programs(kind: Kind, length: int, heads: int, capability: int) -> dict[str, Any]:
     """Programs of a call on one image: of the passes that leave sums, and of the others."""
     row = ops.get_mechanism(kind.mechanism)
-    given = Terms(
-        *(torch.empty(0) if term in kind.terms else None for term in Terms._fields)  # type: ignore[arg-type]
-    )
-    if "rotary" in kind.terms:
-        given = given._replace(rotary=tables_of(kind, heads, (1, 1), torch.bfloat16))
     with only_compiling(capability):
-        plan = make_plan(row, torch.bfloat16, kind.head_dim, given)
+        plan = make_plan(
+            row, torch.bfloat16, kind.head_dim, given(kind, heads), kind.value_dim or None
+        )
         cuts = calls.cuts(plan, heads, length, ITEM_SIZE, torch.device("cuda"))
     summing, wide = (cut.splits * heads for cut in cuts)
     return {
-        "mechanism": kind.mechanism,
-        "head_dim": kind.head_dim,
+        "call": label(kind),
         "capability": capability,
         "tokens": length,
         "heads": heads,
@@ -296,6 +327,18 @@ def programs(kind: Kind, length: int, heads: int, capability: int) -> dict[str, 
         "programs": wide,
         "processors": PROCESSORS[capability].count,
     }
+
+
+def grids(kind: Kind, shapes: Sequence[tuple[int, int]], capability: int) -> list[dict[str, Any]]:
+    """`programs` of each map of the published models, in the model with the fewest heads."""
+    fewest = dict(sorted(shapes, reverse=True))
+    return [programs(kind, length, fewest[length], capability) for length in sorted(fewest)]
+
+
+def label(kind: Kind) -> str:
+    """The name of a kind of call in the tables."""
+    dims = f"{kind.head_dim} x {kind.value_dim}" if kind.value_dim else str(kind.head_dim)
+    return ", ".join([kind.mechanism, dims, *["full width"] * kind.full_width, *kind.terms])
 
 
 def render(record: dict[str, Any]) -> str:
@@ -307,8 +350,7 @@ def render(record: dict[str, Any]) -> str:
     ]
     types: dict[str, dict[Any, Any]] = {dtype: {} for dtype in DTYPES}
     for row in record["kernels"]:
-        terms = ["full width"] * row["full_width"] + row["terms"]
-        call = ", ".join([row["mechanism"], str(row["head_dim"]), *terms])
+        call = label(Kind(*(row[field] for field in Kind._fields)))
         types[row["dtype"]][call, row["kernel"], row["capability"]] = [
             f"{row['block_tokens']}, {row['num_warps']}, {row['num_stages']}",
             row["registers"],
@@ -325,27 +367,26 @@ def render(record: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join([call, kernel, f'sm_{capability}', *cells])} |")
     lines += [
         "",
-        "| mechanism, D | forward, tensors moved / least | backward, tensors moved / least |",
+        "| mechanism, D, terms | forward, tensors moved / least | backward, moved / least |",
         "| --- | --- | --- |",
     ]
     for row in record["traffic"]:
         moved = [
             f"{row[f'{way}_moved']} / {row[f'{way}_least']}" for way in ("forward", "backward")
         ]
-        lines.append(f"| {row['mechanism']}, {row['head_dim']} | {moved[0]} | {moved[1]} |")
+        lines.append(f"| {row['call']} | {moved[0]} | {moved[1]} |")
     lines += [
         "",
-        "| mechanism, D | tokens, heads | GPU | programs with sums / processors "
-        "| other programs / processors |",
-        "| --- | --- | --- | --- | --- |",
+        "| mechanism, D, terms | tokens, heads | programs with sums, sm_80 | other programs "
+        "| programs with sums, sm_90 | other programs |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
+    of_gpus: dict[Any, list[str]] = {}
     for row in record["grids"]:
-        count = row["processors"]
-        lines.append(
-            f"| {row['mechanism']}, {row['head_dim']} | {row['tokens']}, {row['heads']} "
-            f"| sm_{row['capability']} | {row['programs_summing']} / {count} "
-            f"| {row['programs']} / {count} |"
-        )
+        cells = of_gpus.setdefault((row["call"], row["tokens"], row["heads"]), [])
+        cells += [f"{row[each]} / {row['processors']}" for each in ("programs_summing", "programs")]
+    for (call, tokens, heads), cells in of_gpus.items():
+        lines.append(f"| {call} | {tokens}, {heads} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -355,8 +396,7 @@ def traffic(kind: Kind, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     moved = {row["kernel"]: row["tensors"] for row in rows}
     least_forward, least_backward = least(kind)
     return {
-        "mechanism": kind.mechanism,
-        "head_dim": kind.head_dim,
+        "call": label(kind),
         "forward_moved": sum(moved.get(name, 0) for name in ("mean_query", "state", "read")),
         "forward_least": least_forward,
         "backward_moved": sum(moved.get(name, 0) for name in backward),
@@ -378,9 +418,9 @@ def main() -> None:
                     record["kernels"] += rows
                     for row in rows:
                         print(*row.values(), flush=True)
-                largest = max(shapes, key=lambda shape: shape[0])
-                record["grids"] += [programs(kind, *largest, capability)]
-            record["traffic"] += [traffic(kind, rows)]
+                record["grids"] += grids(kind, shapes, capability)
+            if not kind.value_dim:  # what reads a state moves each tensor once
+                record["traffic"] += [traffic(kind, rows)]
         RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     text = ACCOUNT.read_text(encoding="utf-8")
     before, _, rest = text.partition(TABLE_BEGINS)

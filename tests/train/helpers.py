@@ -1,5 +1,6 @@
 """Shared by the training tests: a small image folder, and flags of a run that takes a second."""
 
+import faulthandler
 import multiprocessing
 import os
 import socket
@@ -125,7 +126,7 @@ def fork_two(function: Callable[..., Any], *arguments: Any, timeout: float = 300
     They are told of each other as torchrun tells them.
     """
     codes, text = fork_ranks(2, function, *arguments, timeout=timeout)
-    assert codes == [0, 0], text[-3000:]
+    assert codes == [0, 0], f"exit codes {codes}\n{text[-3000:]}"
     return text
 
 
@@ -164,6 +165,7 @@ def _run_rank(
     file = os.open(output, os.O_WRONLY | os.O_APPEND)
     for standard in (1, 2):
         os.dup2(file, standard)
+    faulthandler.enable(file)  # a crash would leave nothing else to look at
     sys.exit(function(*arguments))
 
 

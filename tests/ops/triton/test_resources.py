@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import statistics
 
 import pytest
 import torch
@@ -10,13 +12,19 @@ import torch
 pytest.importorskip("triton")
 
 from benchmarks import kernel_resources as resources  # noqa: E402
+from vitlinear import ops  # noqa: E402
 from vitlinear.ops.triton import INTERPRETING  # noqa: E402
+from vitlinear.ops.triton.plan import make_plan  # noqa: E402
 
 RECORD = json.loads(resources.RESULTS.read_text(encoding="utf-8"))
 
 
 def call_of(row):
-    return row["mechanism"], row["head_dim"], tuple(row["terms"]), row["full_width"]
+    return resources.Kind(*(_hashable(row[field]) for field in resources.Kind._fields))
+
+
+def _hashable(value):
+    return tuple(value) if isinstance(value, list) else value
 
 
 KINDS = sorted({call_of(row) for row in RECORD["kernels"]})
@@ -39,11 +47,11 @@ def held(rows):
     ("kind", "capability", "dtype"),
     [
         pytest.param(
-            resources.Kind(*kind),
+            kind,
             capability,
             dtype,
             marks=() if (*kind[:2], capability, dtype) in ALWAYS else pytest.mark.nightly,
-            id=f"{kind[0]}-{kind[1]}-sm_{capability}-{dtype}",
+            id=f"{resources.label(kind)}-sm_{capability}-{dtype}".replace(", ", "-"),
         )
         for kind in KINDS
         for capability in resources.PROCESSORS
@@ -59,18 +67,14 @@ def test_the_table_is_that_of_the_kernels(kind, capability, dtype):
     assert rows and held(resources.measure(kind, capability, dtype)) == held(rows)
 
 
-# The compiler keeps two registers of these in memory to have 64, with which one more program shares
-# a processor; limited to 72, they have 72 and spill nothing.
-BY_CHOICE = {("elu", 64, "state", 80, "float16"), ("inline", 32, "state", 80, "float16")}
+@pytest.mark.nightly
+@pytest.mark.slow  # builds all models
+def test_the_table_has_every_published_call():
+    assert sorted(resources.published()) == KINDS
 
 
 def test_no_kernel_spills():
-    spilling = {
-        (row["mechanism"], row["head_dim"], row["kernel"], row["capability"], row["dtype"])
-        for row in RECORD["kernels"]
-        if row["spilled_bytes"]
-    }
-    assert spilling == BY_CHOICE
+    assert not [row for row in RECORD["kernels"] if row["spilled_bytes"]]
 
 
 # A state of 256 x 64 lanes in two halves of its columns: with sixteen warps it spills
@@ -91,3 +95,21 @@ def test_registers_of_the_pass_over_queries():
         if row["registers"] >= 192
     }
     assert rows and more == MORE_REGISTERS
+
+
+def test_grids_count_with_the_programs_that_share_a_processor():
+    """One number for a plan, near the median of its kernels: of 4 where two let 3 in, and two 7."""
+    for kind in KINDS:
+        row, terms = ops.get_mechanism(kind.mechanism), resources.given(kind, 2)
+        for capability, dtype in itertools.product(resources.PROCESSORS, resources.DTYPES):
+            with resources.only_compiling(capability):
+                plan = make_plan(
+                    row, resources.DTYPES[dtype], kind.head_dim, terms, kind.value_dim or None
+                )
+            median = statistics.median(
+                each["programs_per_processor"]
+                for each in RECORD["kernels"]
+                if (call_of(each), each["capability"], each["dtype"]) == (kind, capability, dtype)
+                and each["kernel"] in ("state", "read", "query", "key")
+            )
+            assert 0.4 * median <= plan.programs_per_processor <= median + 0.5, (kind, dtype)

@@ -116,6 +116,11 @@ class Plan:
         return self.block_features * (2 if self.positions == "cosine" else 1)
 
     @property
+    def entries(self) -> int:
+        """Lanes for the state."""
+        return self.block_rows * self.block_values
+
+    @property
     def features(self) -> int:
         """F, the width of features before R."""
         return self.expansion * self.head_dim
@@ -143,7 +148,7 @@ class Plan:
     @property
     def fits_one_kernel(self) -> bool:
         """Whether a program has the registers for states and tokens of both passes at once."""
-        return self.block_rows * self.block_values <= 128 * 64 and self.value_dim == self.values
+        return self.entries <= 128 * 64 and self.value_dim == self.values
 
     @property
     def programs_per_processor(self) -> int:
@@ -153,12 +158,15 @@ class Plan:
         """
         if self.window:
             return 16 // self.window_warps
+        wide_tables = self.positions == "cosine" and self.sums == "tf32"  # in float32, two a token
+        if self.entries > 128 * 64 or self.reads_opposite or wide_tables:
+            return 1
         return 4 if self.is_small else 2
 
     @property
     def is_small(self) -> bool:
         """Whether the state is one of those that a program of four warps holds."""
-        return self.block_rows * self.block_values <= 32 * 32
+        return self.entries <= 32 * 32
 
     @property
     def window_warps(self) -> int:

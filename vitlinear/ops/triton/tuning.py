@@ -31,7 +31,9 @@ class Config(NamedTuple):
     max_registers: int = 0
 
 
-TWO_PROGRAMS = 65536 // (2 * 8 * 32)  # registers of a thread of two programs of eight warps
+# Registers of a thread of so many programs that share a processor: of eight warps, and of four.
+TWO_PROGRAMS = 65536 // (2 * 8 * 32)
+SEVEN_PROGRAMS = 65536 // (7 * 4 * 32) // 8 * 8
 
 _chosen: dict[object, Config] = {}
 
@@ -50,15 +52,16 @@ def candidates(plan: Plan, kernel: str = "") -> list[Config]:
     the registers of sixteen warps; for Hopper it spills there.
 
     With 128 registers a thread two programs of eight warps share a processor. Those kernels have
-    that limit that the compiler would give a few more, and that spill nothing without them.
+    that limit that the compiler would give a few more, and that spill nothing without them. A pass
+    over keys with sums in TF32 has a higher limit than the compiler chooses by itself before
+    Hopper: it would rather spill than let one program less share a processor.
     """
     if INTERPRETING:
         return [Config(plan.window or 32, 4, 1)]
     ieee = "ieee" in (plan.sums, plan.reads)
     if plan.window:
         return _for_windows(plan, ieee)
-    entries = plan.block_rows * plan.block_values
-    wide = entries >= 128 * 64
+    wide = plan.entries >= 128 * 64
     sizes: list[tuple[int, ...]]
     if ieee:
         sizes = [(32, 8, 1), (16, 8, 1)] if wide else [(32, 4, 2), (64, 8, 1), (16, 4, 1)]
@@ -74,11 +77,13 @@ def candidates(plan: Plan, kernel: str = "") -> list[Config]:
             shares = plan.expansion == 1 and plan.value_dim <= 64 and plan.sums == "bf16"
             sizes = [(16, 8, 3, TWO_PROGRAMS if shares else 0), *sizes]
             whole = plan.expansion == 1 and not plan.reads_opposite
-            if entries > 128 * 64 and whole and _before_hopper():
+            if plan.entries > 128 * 64 and whole and _before_hopper():
                 sizes = [(16, 16, 3), *sizes]
     elif plan.sums == "tf32":
         if kernel == "query_kernel":
             sizes = [(16, sizes[0][1], 3), *sizes]
+        elif kernel == "state_kernel" and plan.positions == "none" and _before_hopper():
+            sizes = [(*sizes[0], SEVEN_PROGRAMS), *sizes]
     elif not plan.is_small and plan.sums == "bf16":
         if kernel == "query_kernel" and plan.has_gate:
             sizes = [(16, 8, 3, TWO_PROGRAMS), *sizes]
