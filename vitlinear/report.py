@@ -74,10 +74,12 @@ class Attention(NamedTuple):
 def attention_calls(model: nn.Module, input_size: Sequence[int] | None = None) -> list[Attention]:
     """List the attentions of a model in the order of their calls; see `backend_report`.
 
-    Nothing is computed: the model is traced on the meta device.
+    Nothing is computed: the model is traced on the meta device. What `torch.compile` made of it or
+    of its parts runs uncompiled, and has the names that it had before.
     """
+    model = getattr(model, "_orig_mod", model)
     attentions: dict[str, Any] = {
-        name: module
+        name.replace("_orig_mod.", ""): module
         for name, module in model.named_modules()
         if hasattr(module, "attn_type") and hasattr(module, "backend")
     }
@@ -111,7 +113,7 @@ def attention_calls(model: nn.Module, input_size: Sequence[int] | None = None) -
     modes = {module: module.training for module in model.modules()}
     model.eval()  # batch norm refuses to train on a single value
     try:
-        with torch.no_grad(), observed(observe):
+        with torch.compiler.set_stance("force_eager"), torch.no_grad(), observed(observe):
             torch.func.functional_call(
                 model,
                 {name: value.detach().to("meta") for name, value in state.items()},
@@ -132,7 +134,7 @@ def backend_report(model: nn.Module, input_size: Sequence[int] | None = None) ->
     pass follows is told for the mode that the model is in, training or evaluation.
 
     Args:
-        model: A model of this package, on any device.
+        model: A model of this package, on any device, compiled or not.
         input_size: Shape of the images, [B, C, H, W]; one of the model's own size by default.
 
     Returns:

@@ -178,6 +178,10 @@ def test_centroids_outlast_half_types_and_bad_batches():
     mixer(q[:0], k[:0], v[:0], grid)
     mixer(q * torch.nan, k, v, grid)
     torch.testing.assert_close(mixer.centroids, before, rtol=0, atol=0)
+    narrow = {name: value.bfloat16() for name, value in mixer.state_dict().items()}
+    mixer.load_state_dict(narrow, assign=True)
+    assert torch.equal(mixer.centroids, narrow["centroids"].float())
+    assert mixer.centroids.dtype == torch.float32
     assert mixer.double().centroids.dtype == torch.float64
 
 

@@ -561,3 +561,13 @@ def test_backend_report():
     assert model.training and not model.stem.training and model.head.training
     with pytest.raises(ValueError, match="no attention of vitlinear"):
         vitlinear.backend_report(nn.Linear(2, 2))
+
+
+def test_backend_report_of_compiled_models():
+    """It is that of the model as it was before; none is compiled for it."""
+    expected = vitlinear.backend_report(timm.create_model("test_ravlt"))
+    whole, part, in_place = (timm.create_model("test_ravlt") for _ in range(3))
+    part.stages[0] = torch.compile(part.stages[0])
+    in_place.compile()
+    for model in (torch.compile(whole), part, in_place):
+        assert vitlinear.backend_report(model) == expected

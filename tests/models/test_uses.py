@@ -101,6 +101,7 @@ def test_pruning_takes_what_it_is_told(name):
     assert torch.equal(model(x), logits)
     model.prune_intermediate_layers(1)
     assert model.num_classes == 0
+    assert torch.equal(model(x), model.forward_features(x))  # not pooled, as of timm's hosts
     if not projects:
         assert torch.equal(model.forward_features(x), features)
     pruned = make(name)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.ops.onednn import needs_onednn, operators
@@ -497,6 +498,9 @@ def test_programs_for_other_places_have_common_operators_only():
     program = torch.export.export(ours, (x,))
     assert "mkldnn" not in str(program.graph)
     assert "mkldnn" not in str(torch.jit.trace(ours, x).graph)
+    for mode in ("real", "fake"):
+        noted = make_fx(ours, tracing_mode=mode, _allow_non_fake_inputs=True)(x)
+        assert "mkldnn" not in str(noted.graph)
     torch.testing.assert_close(torch.jit.script(ours)(x), ours(x))
     assert ours(x[0]).shape == (40,)
     batched = torch.func.vmap(lambda w: linear(x, w))(torch.randn(3, 40, 24))

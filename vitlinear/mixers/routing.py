@@ -82,6 +82,11 @@ class Routing(Mixer):
             self.centroids = before.to(self.centroids.device, wide)
         return self
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """Load, with ``assign=True`` too, which would take centroids of a half type as they are."""
+        super()._load_from_state_dict(*args)
+        self.centroids = self.centroids.to(accumulation_dtype(self.centroids.dtype))
+
     def reset_parameters(self) -> None:
         """Random directions of the length of tokens."""
         nn.init.normal_(self.centroids)

@@ -336,7 +336,7 @@ class IsotropicBackbone(TimmBackbone):
         Args:
             indices: The last n blocks if an int, else these.
             prune_norm: Remove the final norm.
-            prune_head: Remove the classifier.
+            prune_head: Remove the classifier and its pooling.
 
         Returns:
             Indices of the blocks kept.
@@ -346,7 +346,7 @@ class IsotropicBackbone(TimmBackbone):
         if prune_norm:
             self.norm = nn.Identity()
         if prune_head:
-            self.reset_classifier(0)
+            self.reset_classifier(0, "")
         return take_indices
 
     def embed(self, x: Tensor) -> tuple[Tensor, int, int]:

@@ -230,7 +230,7 @@ class StagedBackbone(TimmBackbone):
         Args:
             indices: The last n stages if an int, else these.
             prune_norm: Remove what stands between the last stage and the head.
-            prune_head: Remove the classifier, and with it what only the classifier uses.
+            prune_head: Remove the classifier and its pooling, and what only the classifier uses.
 
         Returns:
             Indices of the stages kept.
@@ -244,7 +244,8 @@ class StagedBackbone(TimmBackbone):
             width = self.feature_info[max_index]["num_chs"] if without_final else self.num_features
             self.num_features = self.head_hidden_size = width
             self.num_classes = 0
-            self.head.reset(0, in_features=width, **get_device_dtype(self))
+            pooling = "" if prune_head else None  # the present one
+            self.head.reset(0, pooling, in_features=width, **get_device_dtype(self))
         if without_final:
             self.final = nn.Identity()
         return take_indices

@@ -57,8 +57,9 @@ def linear_attention(
             `lrpe_tables`.
         key_padding_mask: [B, N] bool, **True for padding**, as in `torch.nn.MultiheadAttention`.
             Padded tokens count nowhere, means divide by the number of the others, and their own
-            output is 0. What they hold does not matter, NaN included. Or [B] integers: the number
-            of valid tokens, which then stand first.
+            output is 0. What they hold does not matter, NaN included. Or [B] integers from 0 to N:
+            the number of valid tokens, which then stand first. On a GPU, and in compiled programs,
+            they are not checked: a number below 0 counts as 0, one above N as N.
         head_scale: tau, a factor of the state for each head, [h]; None for 1.
         lepe: Added to the output, like v; the name is that of the locally-enhanced position
             encoding, a depthwise convolution of the values.
@@ -304,10 +305,23 @@ def softmax_attention(
 
 
 def mask_of_lengths(mask: Tensor | None, q: Tensor) -> Tensor | None:
-    """The padding mask, [B, N] bool, of a mask or of valid lengths, [B] integers."""
+    """The padding mask, [B, N] bool, of a mask or of valid lengths, [B] integers.
+
+    Raises:
+        ValueError: A length is below 0 or above N, and it costs no wait for a GPU to see that.
+    """
     if mask is None or mask.dim() != 1 or mask.dtype not in (torch.int32, torch.int64):
         return mask
-    return torch.arange(q.shape[1], device=mask.device) >= mask.unsqueeze(1)
+    number = q.shape[1]
+    watched = torch.compiler.is_compiling() or is_looked_at()
+    if not watched and type(mask) in PLAIN and mask.device.type == "cpu":
+        for image, length in enumerate(mask.tolist()):
+            if not 0 <= length <= number:
+                raise ValueError(
+                    f"lengths in key_padding_mask must be from 0 to {number}, the tokens, "
+                    f"got {length} for image {image}"
+                )
+    return torch.arange(number, device=mask.device) >= mask.unsqueeze(1)
 
 
 def check_derivatives(terms: Terms, *others: Tensor | None) -> None:

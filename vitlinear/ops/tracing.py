@@ -9,6 +9,8 @@ from torch.utils._device import DeviceContext
 
 # Looked up once: these are asked in every call of an attention.
 _dispatch_modes = torch._C._len_torch_dispatch_stack
+_dispatch_mode = torch._C._get_dispatch_mode
+_PROGRAM_MODES = torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE
 _function_modes = torch._C._len_torch_function_stack
 _is_tracing = torch._C._is_tracing
 _transforms = torch._C._are_functorch_transforms_active
@@ -57,6 +59,11 @@ def stands_for_many(grad: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
     return torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
+def notes_operators() -> bool:
+    """Whether a mode makes a program of the operators that run, or runs them on fake tensors."""
+    return _dispatch_modes() > 0 and any(_dispatch_mode(key) is not None for key in _PROGRAM_MODES)
 
 
 def under_a_mode() -> bool:

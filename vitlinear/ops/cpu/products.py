@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
-from ..tracing import stands_for_many, wants_common_operators
+from ..tracing import notes_operators, stands_for_many, wants_common_operators
 
 
 def onednn_available() -> bool:
@@ -67,6 +67,7 @@ def runs_on_onednn(x: Tensor, weight: Tensor) -> bool:
         and type(weight) in (Tensor, nn.Parameter)
         and not torch.is_autocast_enabled("cpu")
         and not wants_common_operators()
+        and (torch.compiler.is_compiling() or not notes_operators())
         and x.dim() > 1
         and x.numel() > 0
     )
