@@ -2,6 +2,7 @@
 
     python benchmarks/copies.py ravlt_t l2vit_tiny swin_tiny_patch4_window7_224
     python benchmarks/copies.py ravlt_t --train --backend library
+    python benchmarks/copies.py ravlt_t --train --turns 20   # its time, against stacked gradients
 
 Counts and MiB are the same on every run and machine with one version of PyTorch; the share of time
 is not. Reorderings inside oneDNN's convolutions and products are theirs, and not seen.
@@ -10,14 +11,17 @@ is not. Reorderings inside oneDNN's convolutions and products are theirs, and no
 from __future__ import annotations
 
 import argparse
+import statistics
+import time
 from math import prod
+from unittest import mock
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-import vitlinear  # noqa: F401  registers the models
+from vitlinear.ops import packed
 
 # Each makes a tensor of what stands in others. clone, contiguous and pad show as copy_.
 COPIES = ("aten::copy_", "aten::cat", "aten::roll", "aten::stack")
@@ -53,6 +57,40 @@ def copies_of(
     return len(copied), len(others), size * 4 / 2**20, (first, second)
 
 
+def _unbind(projection: Tensor) -> tuple[Tensor, ...]:
+    """What `packed.unpack` returns, taken apart so that autograd stacks the gradients."""
+    parts = projection.unbind(2)
+    return (*parts, *parts[2:3])
+
+
+def times_of_steps(model: nn.Module, images: Tensor, turns: int) -> tuple[float, float, float]:
+    """Time training steps in turns with the same steps where projections are unbound.
+
+    Returns:
+        Median seconds of both, and the median of the ratios of single turns.
+    """
+
+    def step() -> float:
+        model.zero_grad()
+        began = time.perf_counter()
+        model(images).sum().backward()
+        return time.perf_counter() - began
+
+    def other() -> float:
+        with mock.patch.object(packed, "unpack", _unbind):
+            return step()
+
+    step(), other()
+    pairs = []
+    for turn in range(turns):
+        first, second = (step, other) if turn % 2 else (other, step)
+        one, two = first(), second()
+        pairs.append((one, two) if turn % 2 else (two, one))
+    ours, theirs = zip(*pairs, strict=True)
+    ratio = statistics.median(a / b for a, b in pairs)
+    return statistics.median(ours), statistics.median(theirs), ratio
+
+
 def main() -> None:
     """Print a table with a row for each model."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -61,10 +99,17 @@ def main() -> None:
     parser.add_argument("--batch-size", "-b", type=int, default=1)
     parser.add_argument("--train", action="store_true", help="a training step instead")
     parser.add_argument("--backend", help="attn_backend of the models; default: their own")
+    parser.add_argument("--turns", type=int, help="time so many steps, and likewise unbound")
     args = parser.parse_args()
     options = {"attn_backend": args.backend} if args.backend else {}
     torch.set_num_threads(1)
     images = torch.randn(args.batch_size, 3, *args.size)
+    if args.turns:
+        for name in args.models:
+            model = timm.create_model(name, **options).train()
+            ours, theirs, ratio = times_of_steps(model, images, args.turns)
+            print(f"{name}: {ours:.3f} s, {theirs:.3f} s unbound, ratio {ratio:.3f}", flush=True)
+        return
     print("| model | copies | cat, roll, stack | MiB copied | time of copies | of the others |")
     print("| --- | --- | --- | --- | --- | --- |")
     for name in args.models:
