@@ -21,19 +21,25 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs memory wi
 
 
 def without_pages(size, dtype):
-    """Zeros in memory of which only the pages in use exist."""
-    pages = mmap.mmap(-1, size * dtype.itemsize, mmap.MAP_PRIVATE | NO_RESERVE)
-    return torch.frombuffer(pages, dtype=dtype)
+    """Zeros in memory of which only the pages in use exist.
+
+    As many stand before them as 32 bits reach: an offset that is too large for them finds zeros.
+    """
+    pages = mmap.mmap(-1, (2**31 + size) * dtype.itemsize, mmap.MAP_PRIVATE | NO_RESERVE)
+    return torch.frombuffer(pages, dtype=dtype)[2**31 :]
 
 
 def far_apart(x, axis):
-    """x with a stride that fits into 32 bits, unlike the offset of the last along an axis."""
+    """x with a stride that fits into 32 bits, unlike the offset of the last along an axis.
+
+    Nor does that of the last but one, where there are more than three: one may be padding.
+    """
     if axis >= x.dim() or x.shape[axis] == 1:
         return x.clone()
     strides = [*x.stride()]
-    strides[axis] = 2**31 // (x.shape[axis] - 1) + 16
+    strides[axis] = 2**31 // max(x.shape[axis] - 2, 2) + 16
     size = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, strides, strict=True))
-    return without_pages(size, x.dtype).as_strided(x.shape, strides).copy_(x)
+    return without_pages(size, x.dtype).as_strided(x.shape, strides, 2**31).copy_(x)
 
 
 def passes(mechanism, given, into):
