@@ -35,7 +35,13 @@ from vitlinear.processor import cpu_model  # noqa: E402
 from vitlinear.revision import source_commit  # noqa: E402
 
 COPIED = 2**30  # bytes of the tensor that the copy bandwidth is measured with
-LAUNCH_BOUND = 196  # tokens up to which every implementation is timed as a CUDA graph too
+# Tokens up to which every implementation is timed as a CUDA graph too: 14 x 14, and a class token.
+LAUNCH_BOUND = 197
+
+# What is aimed at (accounts/gpu.md).
+FORWARD_SHARE, BACKWARD_SHARE, LARGE = 0.75, 0.65, 2**26  # of the copy bandwidth; bytes of q
+OVER_COMPILED, OVER_TRANSCRIPTION = 2.5, 6  # times their speed, forward and backward together
+AHEAD_FROM = 784  # tokens; of softmax attention
 
 
 class Timer:
@@ -158,6 +164,39 @@ def add_shares(row: dict[str, Any], shape: gpu_rows.Shape, bandwidth: float) -> 
     row["backward_share"] = backward / (row["backward_ms"][0] * 1e-3) / bandwidth
 
 
+def add_aims(rows: list[dict[str, Any]]) -> None:
+    """Say in each row of the kernels which aims it meets, of those that were measured."""
+    measured = [row for row in rows if "both_ms" in row]
+    for row in measured:
+        if row["implementation"] != "triton":
+            continue
+        fields = gpu_rows.Shape._fields
+        shape = gpu_rows.Shape(*(row[field] for field in fields))
+        speed = {
+            other["implementation"]: other["both_ms"][0] / row["both_ms"][0]
+            for other in measured
+            if all(other[field] == row[field] for field in fields)
+        }
+        aims: dict[str, bool] = {}
+        if shape.tensor_bytes >= LARGE:
+            aims["forward"] = row["forward_share"] >= FORWARD_SHARE
+            aims["backward"] = row["backward_share"] >= BACKWARD_SHARE
+        if gpu_rows.COMPILED in speed:
+            aims["compiled"] = speed[gpu_rows.COMPILED] >= OVER_COMPILED
+        if "transcription" in speed:
+            aims["transcription"] = speed["transcription"] >= OVER_TRANSCRIPTION
+        softmax = [factor for name, factor in speed.items() if name.startswith("SDPA")]
+        if softmax and shape.length >= AHEAD_FROM:
+            aims["SDPA"] = min(softmax) > 1
+        row["aims"] = aims
+
+
+def verdict(aims: dict[str, bool]) -> str:
+    """The aims of a row for people; nothing where none was measured."""
+    missed = ", ".join(name for name, met in aims.items() if not met)
+    return f"misses {missed}" if missed else "met" if aims else ""
+
+
 def machine(device: torch.device) -> dict[str, Any]:
     """Where and with what this ran."""
     found: dict[str, Any] = {
@@ -212,9 +251,9 @@ def write(file: Path, record: dict[str, Any]) -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows for people; a star marks those with an epilogue."""
+    """The rows for people, with the aims that they meet; a star marks those with an epilogue."""
     header = f"{'mechanism':<12}{'B x N x h x D':<24}{'implementation':<26}"
-    header += f"{'forward ms':>11}{'share':>7}{'backward ms':>13}{'share':>7}{'both ms':>10}"
+    header += f"{'forward ms':>11}{'share':>7}{'backward ms':>13}{'share':>7}{'both ms':>10}  aims"
     lines = [header]
     for row in rows:
         size = " x ".join(str(row[key]) for key in ("batch", "length", "heads", "dim"))
@@ -223,10 +262,11 @@ def table(rows: list[dict[str, Any]]) -> str:
         if "error" in row:
             lines.append(start + row["error"][:60])
             continue
-        lines.append(
-            f"{start}{row['forward_ms'][0]:>11.3f}{row['forward_share']:>7.0%}"
+        times = (
+            f"{row['forward_ms'][0]:>11.3f}{row['forward_share']:>7.0%}"
             f"{row['backward_ms'][0]:>13.3f}{row['backward_share']:>7.0%}{row['both_ms'][0]:>10.3f}"
         )
+        lines.append(f"{start}{times}  {verdict(row.get('aims', {}))}".rstrip())
     return "\n".join(lines)
 
 
@@ -287,6 +327,7 @@ def main() -> None:
 
         if try_row(row, "error", times):
             add_shares(row, shape, record["copy_bytes_per_second"])
+            add_aims(record["rows"])
             print(table([row]).splitlines()[1], flush=True)
             ran.append((row, shape, name, attend))
         if name == gpu_rows.COMPILED:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -73,3 +75,75 @@ def test_mistakes(flags, says):
     command = ["bash", str(ROOT / "tools" / "gpu_check.sh"), *flags]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and says in done.stderr and not done.stdout
+
+
+# Notes its arguments, and writes the file that they name. Two steps hang until they are
+# interrupted, one of them among those that run side by side, and two fail.
+PYTHON = """#!/usr/bin/env bash
+echo "$*" >>"$RECORD"
+for argument; do
+    case $previous in --output | --junit-xml) output=$argument ;; esac
+    previous=$argument
+done
+case "$*" in
+"-c "*) echo mala elu ;;
+*first_contact* | *"[elu]"*)
+    trap 'echo interrupted >"$output"; exit 130' INT
+    sleep 60
+    ;;
+*/gpu.py* | *"-k cuda_graph"*) exit 1 ;;
+esac
+if [[ -n $output ]]; then echo ended >"$output"; fi
+"""
+# Called as timeout -s INT -k 10 SECONDS COMMAND...; the time is up at once.
+TIMEOUT = """#!/usr/bin/env bash
+exec {timeout} "${{@:1:4}}" 1 "${{@:6}}"
+"""
+
+
+def test_steps_of_the_check(tmp_path):
+    """In their order; each is interrupted when its time is up, and none stops the rest."""
+    programs, record, folder = tmp_path / "bin", tmp_path / "record", tmp_path / "results"
+    programs.mkdir()
+    for name, text in (
+        ("python", PYTHON),
+        ("timeout", TIMEOUT.format(timeout=shutil.which("timeout"))),
+        ("compute-sanitizer", PYTHON),
+    ):
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    environment = {
+        **os.environ,
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "PYTHON": str(programs / "python"),
+        "RECORD": str(record),
+        "GPU_CACHE": str(tmp_path / "none"),
+    }
+    environment.pop("GPU_CHECK_SECONDS", None)
+    command = ["bash", str(ROOT / "tools" / "gpu_check.sh"), str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and not done.stderr, done.stderr
+    assert done.stdout.splitlines()[-1].endswith("exit status 1")
+    steps = (
+        ("gpu_cache.py compile", "first_contact.py")
+        + ("-k cuda_graph", "-k more_than_8_gib", "-k bit_equal", "-c from vitlinear")
+        + ("test_run.py", "-k compile_fullgraph", "[elu]", "[mala]")  # side by side, in any order
+        + ("-k workspace or", "-k measured_configurations", "/gpu.py", "gpu_models.py")
+        + ("--tool memcheck", "--tool racecheck")
+    )
+    lines = record.read_text().splitlines()
+    assert len(lines) == len(steps)
+    places = [next(i for i, step in enumerate(steps) if step in line) for line in lines]
+    assert places == [*range(6), *places[6:10], *range(10, 16)]
+    assert sorted(places) == [*range(16)]
+    with tarfile.open(folder / "report.tar.gz") as packed:
+        names = {Path(name).name for name in packed.getnames()}
+        reports = {
+            name: packed.extractfile(f"./tests_{name}.xml").read() for name in ("elu", "mala")
+        }
+    assert {"first.txt", "tests_cuda_graph.txt", "tests_alone.xml", "gpu.txt"} <= names
+    assert reports == {"elu": b"interrupted\n", "mala": b"ended\n"}
+    assert "tests_elu.xml" in lines[12] and "tests_alone.xml" in lines[12]  # gpu.py counts them
+    assert (folder / "first.jsonl").read_text() == "interrupted\n"
+    assert not (folder / "gpu.json").exists()
+    assert (folder / "models.json").read_text() == "ended\n"

@@ -22,6 +22,7 @@ from tests.ops.triton.cases import (  # noqa: E402
     reference,
     run,
 )
+from tests.pairwise import pairwise  # noqa: E402
 from vitlinear import ops  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -195,13 +196,13 @@ def test_layouts_and_strided_gradients(mechanism, layout):
     check_exactness(mechanism, on_gpu(make_inputs(grid=(9, 11), dim=32, dtype=HALF)), layout)
 
 
-@each_mechanism
-@each_dtype
-@pytest.mark.parametrize(
-    "case", ["zero queries", "constant keys", "vanishing normaliser", "large", "huge", "zeros"]
+@pairwise(
+    mechanism=ops.MECHANISMS,
+    case=["zero queries", "constant keys", "vanishing normaliser", "large", "huge", "zeros"],
+    dtype=ROUNDING,
+    side=[9, 40],
 )
-@pytest.mark.parametrize("side", [9, 40])
-def test_finite(mechanism, dtype, case, side):
+def test_finite(mechanism, case, dtype, side):
     inputs = many_tokens(mechanism, side, dtype, dim=32)
     projection = inputs.projection.detach()
     projection[:, :, 2] *= 300

@@ -408,13 +408,6 @@ def test_a_term_alone_that_learns_is_training(device, term):
     assert label == f"mala float32 8 {term} training"
 
 
-def test_shipped_seeds_can_be_read():
-    from vitlinear.ops import measurements
-
-    for path in measurements.SEEDS.glob("*.json"):
-        assert measurements.seeds(json.loads(path.read_text())["gpu"]["name"]).rows
-
-
 def test_environment_is_checked(monkeypatch, device):
     monkeypatch.setattr(backend, "_check_from_environment", "never")
     with pytest.raises(ValueError, match="unknown VITLINEAR_SELF_CHECK value 'never'; choose"):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from tests.ops.triton.stand_in import NAME, install, out_of_memory, out_of_resources
 from vitlinear import ops
 from vitlinear.ops import backend, kernel_cache, measurements, self_check
 from vitlinear.ops.terms import Terms
+from vitlinear.ops.triton import calls as prepared
+from vitlinear.ops.triton import kept, tuning
 from vitlinear.tune import calls, measure
 
 # The least that the interpreter runs: every mechanism would take minutes.
@@ -53,22 +57,35 @@ FLAGS = ("--device", "cpu", "--dtype", "float32", "--batch-size", 2, "--no-compi
 GIVEN = tuple(term == "rotary" for term in Terms._fields)
 
 
+def work(mechanism: str, training: bool) -> ops.Workload:
+    return ops.Workload("cpu", torch.float32, TOKENS, 8, mechanism, 2, 2, None, GIVEN, training)
+
+
 def choice(mechanism: str = "mala", training: bool = False) -> ops.Choice:
-    work = ops.Workload("cpu", torch.float32, TOKENS, 8, mechanism, 2, 2, None, GIVEN, training)
-    return ops.choose_backend("auto", work, may_check=False)
+    return ops.choose_backend("auto", work(mechanism, training), may_check=False)
 
 
 @of_one_mechanism
 @pytest.mark.slow
 def test_what_is_faster_is_kept(device, command, tmp_path, monkeypatch):
-    file = tmp_path / "seeds.json"
+    file, bar = tmp_path / "seeds.json", io.StringIO()
+
+    def shown(*args, **options):
+        return tqdm(*args, **{**options, "disable": False, "file": bar, "mininterval": 0})
+
+    monkeypatch.setattr("vitlinear.tune.command.tqdm", shown)
     result = command("tune", *FLAGS, "--export", file)
     assert result.code == 0, result.err
+    told = bar.getvalue()
+    assert "check: 100%" in told and "mala float32 8 rotary inference]" in told
+    assert "time: 100%" in told and "mala float32 8 rotary training, 15 tokens]" in told
     lines = result.out.splitlines()
     assert lines[0] == "checked 2 kinds of call: 2 right"
     assert f"{NAME}, copy" in lines[2]
     assert [line.split()[-1] for line in lines[5:7]] == ["triton"] * 2
     assert "mala       2 x 15 x 2 x 8  rotary  inference  1.000" in lines[5]
+    # 4 tensors of 60 tokens of 32 bytes in a millisecond; 2 x 1024 bytes are copied in four
+    assert "1500%" in lines[5].split()
     # by a state and a read: a launch each, and two more in backward
     assert "2.000" in lines[5].split() and "4.000" in lines[6].split()
     assert {"state_kernel", "read_kernel", "query_kernel", "key_kernel"} <= set(device.launched)
@@ -89,6 +106,97 @@ def test_what_is_faster_is_kept(device, command, tmp_path, monkeypatch):
         "eager",
         "auto: 0.5 times the speed of eager at 2 x 15 x 2, measured here",
     )
+
+
+@of_one_mechanism
+def test_compiled_programs_follow_a_time_of_their_own(device, command, monkeypatch):
+    """Between eager and compiled formula, the kernels are taken in the place of the former."""
+    monkeypatch.setattr(self_check, "failure", lambda kind: None)
+    device.seconds.update(forward_kernel=3e-3, backward_kernel=0.5e-3)
+
+    def compiled(function, dynamic):
+        assert not dynamic
+
+        def run(*args):
+            device.launched.append("compiled")
+            device.clock += 2e-3
+            return function(*args)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    result = command("tune", *FLAGS[:-1])
+    assert result.code == 0, result.err
+    lines = [line.split() for line in result.out.splitlines() if line.startswith("mala")]
+    assert [line[-3:] for line in lines] == [["4.000", "2.000", "triton"]] * 2
+    kept_rows = kernel_cache.known(device.gpu).rows
+    assert [row.compiled_ms for row in kept_rows] == pytest.approx([2.0] * 2)
+    for training in (False, True):
+        found = choice(training=training)
+        assert found.backend == "triton" and "the speed of eager" in found.reason
+        call = work("mala", training)
+        rule = backend._decide(call.kind, compiling=True)
+        assert rule.choice(call.tokens).backend == "eager"
+
+
+@of_one_mechanism
+@pytest.mark.slow
+def test_block_sizes_are_found_kept_and_shipped(device, command, monkeypatch, tmp_path):
+    """By other processes of this user, and by others who have the file of `--export`."""
+    monkeypatch.setattr(self_check, "failure", lambda kind: None)
+    monkeypatch.setattr(tuning, "INTERPRETING", False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
+    monkeypatch.setattr(kept, "asked_for", None)
+    blocks = []
+    launch = device.launch
+
+    def noted(executor, run, args, kwargs):
+        if executor.fn.__name__ == "forward_kernel":
+            blocks.append(kwargs["plan"].block_tokens)
+        launch(executor, run, args, kwargs)
+
+    monkeypatch.setattr(device, "launch", noted)
+
+    def timed(run, **_):
+        run()
+        return 1.0 if blocks[-1:] == [16] else 2.0  # neither the first nor the largest
+
+    monkeypatch.setattr(tuning, "do_bench", timed)
+
+    def in_another_process(asked_for=None):
+        """The block of tokens that a call takes there."""
+        monkeypatch.setattr(tuning, "_chosen", {})
+        monkeypatch.setattr(prepared, "_prepared", {})
+        monkeypatch.setattr(kept, "asked_for", asked_for)
+        backend.forget()
+        blocks.clear()
+        q = torch.randn(2, TOKENS, 2, 8)
+        rotary = ops.rotary_tables(3, 5, 8)
+        with torch.no_grad():
+            ops.linear_attention(q, q, q, mechanism="mala", rotary=rotary, backend="triton")
+        (block,) = blocks
+        return block
+
+    assert in_another_process() == 32
+    monkeypatch.setattr(tuning, "_chosen", {})
+    monkeypatch.setattr(prepared, "_prepared", {})
+    folder = tmp_path / "seeds"
+    folder.mkdir()
+    result = command("tune", *FLAGS, "--export", folder / "one.json")
+    assert result.code == 0, result.err
+    assert {16, 32, 64} == set(blocks)
+    assert in_another_process() == 16 and in_another_process("0") == 32
+    # Of another user, without and with the file
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
+    assert in_another_process() == 32
+    for place in (measurements.SEEDS, folder):
+        monkeypatch.setattr(measurements, "SEEDS", place)
+        measurements.seeds.cache_clear()
+        for path in place.glob("*.json"):
+            assert measurements.seeds(json.loads(path.read_text())["gpu"]["name"]).rows
+    assert in_another_process() == 16 and f"shipped for {NAME}" in choice().reason
+    measurements.seeds.cache_clear()
 
 
 def test_wrong_kernels_are_not_timed(device, command):
