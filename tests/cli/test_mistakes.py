@@ -217,6 +217,7 @@ def test_published_weights_of_another_number_of_classes(
         (["--warmup-lr", "0", "--warmup-epochs", "0"], "without --warmup-epochs"),
         (["--decay-epochs", "3"], "--decay-epochs has no effect without --sched step, wsd, rsqrt"),
         (["--decay-milestones", "3", "--sched", "step"], "without --sched multistep"),
+        (["--min-lr", "0", "--sched", "step"], "--min-lr has no effect without --sched cosine"),
         (["--decay-rate", "0.5", "--sched", "wsd"], "without --sched step, multistep, poly"),
         (["--pretrained", "--initial-checkpoint", "x.pth"], "both give the start weights: leave"),
         (["--dataset-download"], "--dataset-download means nothing for --data-dir"),
