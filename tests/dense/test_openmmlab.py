@@ -46,6 +46,7 @@ def test_nothing_of_openmmlab_is_imported_unasked(modules: dict[str, set[str]]) 
 
 
 @pytest.mark.process
+@pytest.mark.slow
 @pytest.mark.parametrize("scope, package", [("mmdet", "detection"), ("mmseg", "segmentation")])
 def test_custom_imports_are_enough(tmp_path: Path, scope: str, package: str) -> None:
     """And mmengine has nothing to say about it."""
