@@ -1,4 +1,4 @@
-"""What errors tell users to do."""
+"""Commands that errors tell users to run."""
 
 import importlib.metadata
 import shlex

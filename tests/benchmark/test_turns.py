@@ -1,4 +1,4 @@
-"""What turns of measurements are told of the machine."""
+"""The memory that turns of measurements may take."""
 
 import math
 from pathlib import Path
