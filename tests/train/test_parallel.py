@@ -218,7 +218,7 @@ def test_states_of_an_epochs_end_have_the_statistics_of_all_processes(
 def test_centroids_are_the_same_in_all_processes_too(
     monkeypatch: pytest.MonkeyPatch, how: str, value: float
 ) -> None:
-    """What a forward pass in training moves, of the model by ``--dist-bn``."""
+    """As ``--dist-bn`` says, like batch norm statistics."""
     model = build_model("test_linear_deit", num_classes=3, attention="routing")
     moved = [buffer.fill_(1) for name, buffer in model.named_buffers() if "centroids" in name]
     monkeypatch.setattr(distributed, "all_reduce", lambda tensor: tensor.add_(3))
