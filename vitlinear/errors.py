@@ -1,7 +1,9 @@
 """The exception and the warning that command-line tools turn into one line, and that line."""
 
 import difflib
+import importlib.metadata
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -25,6 +27,19 @@ class Notice(UserWarning):
 def one_line(error: BaseException) -> str:
     """Returns what another library's error says, without its line breaks; its name if nothing."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def pip_install(extra: str) -> str:
+    """Returns the command that installs what an extra of this package brings.
+
+    Of a package that is installed, pip takes the extra from there; of a checkout that is only on
+    the path it needs the folder.
+    """
+    try:
+        importlib.metadata.version("vitlinear")
+    except importlib.metadata.PackageNotFoundError:
+        return f"pip install '{Path(__file__).parents[1]}[{extra}]'"
+    return f"pip install 'vitlinear[{extra}]'"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -34,10 +34,12 @@ def write_atomically(path: Path, write: Callable[[Path], object], keep: Path | N
     temporary = place.with_name(f".{place.name}.tmp")
     earlier = "; what was there before is kept"
     try:
-        if path.exists() and (_stream(path) is not None or not path.is_file()):
-            earlier = ""
-            _copy_into(path, write)
-            return
+        if path.exists():
+            stream = _stream(path)
+            if stream is not None or not path.is_file():
+                earlier = ""
+                _copy_into(path if stream is None else stream, write)
+                return
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
@@ -67,21 +69,23 @@ def _stream(path: Path) -> int | None:
     return None
 
 
-def _copy_into(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes an ordinary file, since not all writers can do without a position, and copies it."""
+def _copy_into(target: Path | int, write: Callable[[Path], object]) -> None:
+    """Writes an ordinary file, since not all writers can do without a position, and copies it.
+
+    Args:
+        target: What it is copied into; of a stream, its descriptor.
+        write: Writes the file that it is given.
+    """
     with tempfile.TemporaryDirectory() as folder:
         temporary = Path(folder) / "file"
         write(temporary)
-        stream = _stream(path)
-        if stream is not None:
+        stream = isinstance(target, int)
+        if stream:
             # Opened anew, a stream that goes to a file would begin at its start.
             sys.stdout.flush()
             sys.stderr.flush()
-        with (
-            temporary.open("rb") as source,
-            open(path if stream is None else stream, "wb", closefd=stream is None) as target,
-        ):
-            shutil.copyfileobj(source, target)
+        with temporary.open("rb") as source, open(target, "wb", closefd=not stream) as opened:
+            shutil.copyfileobj(source, opened)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -23,7 +23,7 @@ from vitlinear.benchmark.programs import (
     parse_sides,
 )
 from vitlinear.benchmark.subject import Case
-from vitlinear.errors import UserError
+from vitlinear.errors import UserError, pip_install
 
 pytestmark = pytest.mark.usefixtures("fork_server")
 
@@ -245,8 +245,8 @@ def test_mistakes(
 @pytest.mark.parametrize(
     ("missing", "flags", "says"),
     [
-        ("openvino", [], "--runtime openvino needs openvino: pip install 'vitlinear[export,openvi"),
-        ("onnxruntime", ["--runtime", "onnxruntime"], "pip install 'vitlinear[export]'"),
+        ("openvino", [], f"--runtime openvino needs openvino: {pip_install('export,openvino')}"),
+        ("onnxruntime", ["--runtime", "onnxruntime"], pip_install("export")),
         ("matplotlib", ["--runtime", "pytorch", "--plot", "a.png"], "--plot needs matplotlib"),
     ],
 )

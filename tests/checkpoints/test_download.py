@@ -203,6 +203,7 @@ def test_the_command_says_it_in_one_line(server, capsys):
 
 
 @pytest.mark.process
+@pytest.mark.slow
 def test_a_whole_process_with_the_environment_of_a_mirror(server, tmp_path):
     """The settings of a user of a mirror: the model's own hub id and file name."""
     buffer = io.BytesIO()

@@ -11,6 +11,7 @@ import pytest
 from tests.commands import Command
 from tests.train.helpers import TINY_FLAGS, image_folder, tiny_flags
 from vitlinear.data.dataset import open_dataset
+from vitlinear.errors import pip_install
 from vitlinear.train.run import parse_arguments
 
 
@@ -141,7 +142,7 @@ def test_missing_optional_package(
     monkeypatch.setattr(importlib.util, "find_spec", find)
     monkeypatch.setattr(builtins, "__import__", refuse)
     flags = tiny_flags(images, tmp_path / "run", "--dataset", "digits", "--plot")
-    refused("train", *flags, says=("pip install 'vitlinear[train]'",))
+    refused("train", *flags, says=(pip_install("train"),))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("webdataset") is not None, reason="it is installed")
@@ -217,6 +218,7 @@ def test_published_weights_of_another_number_of_classes(
         (["--warmup-lr", "0", "--warmup-epochs", "0"], "without --warmup-epochs"),
         (["--decay-epochs", "3"], "--decay-epochs has no effect without --sched step, wsd, rsqrt"),
         (["--decay-milestones", "3", "--sched", "step"], "without --sched multistep"),
+        (["--min-lr", "0", "--sched", "step"], "--min-lr has no effect without --sched cosine"),
         (["--decay-rate", "0.5", "--sched", "wsd"], "without --sched step, multistep, poly"),
         (["--pretrained", "--initial-checkpoint", "x.pth"], "both give the start weights: leave"),
         (["--dataset-download"], "--dataset-download means nothing for --data-dir"),

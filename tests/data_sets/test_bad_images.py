@@ -75,7 +75,13 @@ def listed(path: Path, root: Path) -> dict[str, str]:
     return {str(Path(name).relative_to(root)): why for name, why in pairs}
 
 
-@pytest.mark.parametrize(("how", "workers"), [*((how, 0) for how in DAMAGES), ("truncated", 1)])
+@pytest.mark.parametrize(
+    ("how", "workers"),
+    [
+        *((how, 0) for how in DAMAGES),
+        pytest.param("truncated", 1, marks=pytest.mark.process),
+    ],
+)
 def test_error_names_file_and_reason(
     how: str, workers: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -135,7 +141,7 @@ def test_sixteen_bit_images_keep_their_upper_byte(tmp_path: Path) -> None:
         assert np.array_equal(np.asarray(images.pixels(content, "RGB"))[..., 1], values >> 8)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.process)])
 def test_skipped_images_are_replaced_counted_and_listed(
     workers: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -184,7 +190,7 @@ def test_a_share_that_is_gone_is_no_damaged_file(tmp_path: Path) -> None:
         dataset[0]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.process)])
 def test_a_share_that_is_gone_ends_the_evaluation_too(workers: int, tmp_path: Path) -> None:
     from torch.utils.data import DataLoader
 
@@ -246,6 +252,7 @@ def test_evaluator_counts_padding_before_it_drops_unreadable_images() -> None:
         assert evaluator.compute()["top1"] == pytest.approx(100 * (seen - 1) / seen)
 
 
+@pytest.mark.process
 def test_journal_holds_lines_of_many_processes_whole(tmp_path: Path) -> None:
     """Processes that append at the same time, long and odd names included."""
     record = BadImages(skip=True)
@@ -305,7 +312,7 @@ def test_two_processes_list_together(tmp_path: Path) -> None:
     assert [row["bad_images"] for row in rows] == [6, 6]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.process)])
 def test_shards_leave_out_unreadable_images(workers: int, tmp_path: Path) -> None:
     pytest.importorskip("webdataset", reason="pip install 'vitlinear[data]'")
     from torch.utils.data import DataLoader

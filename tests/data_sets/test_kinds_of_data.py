@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from tests.data_sets.shards import write_shards
@@ -18,7 +19,7 @@ from vitlinear.checkpoints.card import read_card
 from vitlinear.checkpoints.load import read_weights
 from vitlinear.data import dataset as data
 from vitlinear.data.class_names import classes_of
-from vitlinear.errors import UserError
+from vitlinear.errors import UserError, pip_install
 from vitlinear.evaluation import validate
 from vitlinear.signals import Stopped, StopSignals
 from vitlinear.train import run
@@ -274,8 +275,8 @@ def test_hugging_face_data_without_images_labels_or_classes(folder: Path, tmp_pa
 @pytest.mark.parametrize(
     ("name", "package", "install"),
     [
-        ("wds/", "webdataset", "vitlinear[data]"),
-        ("hfds/x", "datasets", "vitlinear[data]"),
+        ("wds/", "webdataset", pip_install("data")),
+        ("hfds/x", "datasets", pip_install("data")),
         ("tfds/mnist", "tensorflow", "tensorflow-datasets"),
     ],
 )
@@ -296,6 +297,23 @@ def test_missing_packages_are_named(
 def test_data_that_torchvision_does_not_find(train: bool, flag: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"\({flag}.*use --dataset-download to download"):
         data.open_dataset("torch/cifar10", train=train, mode="RGB", data_dir=str(tmp_path))
+    with pytest.raises(UserError, match=rf"\({flag}"):  # in the order of check-data
+        data.open_source(
+            "torch/cifar10", train=train, mode="RGB", data_dir=str(tmp_path), is_training=False
+        )
+
+
+def test_imagenet_without_the_archives_that_torchvision_wants(tmp_path: Path) -> None:
+    """Its images alone, in folders of classes, are read without the name."""
+    with pytest.raises(UserError) as error:
+        data.open_dataset("torch/imagenet", train=False, mode="RGB", data_dir=str(tmp_path))
+    assert "leave --dataset" not in str(error.value)
+    folder = tmp_path / "val" / "n01440764"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(folder / "a.JPEG")
+    with pytest.raises(UserError, match=r"devkit.* leave --dataset torch/imagenet out\.$"):
+        data.open_dataset("torch/imagenet", train=False, mode="RGB", data_dir=str(tmp_path))
+    assert len(data.open_dataset(None, train=False, mode="RGB", data_dir=str(tmp_path))) == 1
 
 
 def test_unknown_prefix_and_misplaced_keys(folder: Path) -> None:

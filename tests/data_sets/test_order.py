@@ -200,6 +200,7 @@ raise RuntimeError("not a mistake of the user's")
 
 
 @pytest.mark.process
+@pytest.mark.slow
 def test_a_process_that_fails_does_not_wait_for_its_workers(folder: Path) -> None:
     """They do not heed a first SIGTERM, and at its exit Python sends but one."""
     code, text = finish(start([sys.executable, "-c", FAILS, folder]), timeout=120)

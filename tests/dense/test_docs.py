@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 PAGE = Path(__file__).parents[2] / "docs" / "dense.md"
 
 
+@pytest.mark.slow
 def test_code_of_the_page(capsys):
     """All of it, in order; it prints what its comments say."""
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)

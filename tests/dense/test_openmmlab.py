@@ -19,7 +19,7 @@ from tests.parallel.ranks import Ranks
 from vitlinear.checkpoints.card import Card, save_weights
 from vitlinear.checkpoints.read import CheckpointError
 from vitlinear.create import data_config
-from vitlinear.errors import Notice, UserError
+from vitlinear.errors import Notice, UserError, pip_install
 
 pytestmark = packages()
 
@@ -46,6 +46,7 @@ def test_nothing_of_openmmlab_is_imported_unasked(modules: dict[str, set[str]]) 
 
 
 @pytest.mark.process
+@pytest.mark.slow
 @pytest.mark.parametrize("scope, package", [("mmdet", "detection"), ("mmseg", "segmentation")])
 def test_custom_imports_are_enough(tmp_path: Path, scope: str, package: str) -> None:
     """And mmengine has nothing to say about it."""
@@ -124,7 +125,7 @@ def test_packages_that_do_not_work(tmp_path: Path) -> None:
         error = output.splitlines()[-1]
         assert "Traceback" not in output, output
         assert error.startswith("error: ") and says in error and error.count("\n") == 0
-        assert "pip install --no-build-isolation 'vitlinear[openmmlab]'" in error
+        assert f"{pip_install('openmmlab')} --no-build-isolation" in error
 
 
 @pytest.mark.parametrize(

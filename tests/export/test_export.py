@@ -22,7 +22,7 @@ from torch import nn
 
 from vitlinear.checkpoints.card import Card
 from vitlinear.create import data_config
-from vitlinear.errors import UserError
+from vitlinear.errors import UserError, pip_install
 from vitlinear.export import Shapes, write
 from vitlinear.export import command as export_command
 from vitlinear.export.shapes import Range
@@ -398,7 +398,7 @@ def test_missing_packages(command, tmp_path, monkeypatch):
     )
     result = command("export", MODEL, tmp_path / "o.onnx")
     assert result.code == 2
-    assert result.err == "error: --format onnx needs onnx: pip install 'vitlinear[export]'\n"
+    assert result.err == f"error: --format onnx needs onnx: {pip_install('export')}\n"
 
 
 def test_program_that_needs_this_package(command, tmp_path):

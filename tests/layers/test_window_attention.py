@@ -62,8 +62,12 @@ def test_compiled_windows_give_the_same_gradients():
 @pytest.mark.compile
 @pytest.mark.parametrize(
     "layer",
-    [ShiftedWindowAttention(8, 2, 4, shift=True), CrossShapedAttention(8, 2, "softmax", 4)],
-    ids=["shifted", "cross-shaped"],
+    [
+        pytest.param(ShiftedWindowAttention(8, 2, 4, shift=True), id="shifted"),
+        pytest.param(
+            CrossShapedAttention(8, 2, "softmax", 4), id="cross-shaped", marks=pytest.mark.slow
+        ),
+    ],
 )
 @torch.no_grad()
 def test_compiled_once_for_all_sizes(layer):

@@ -11,7 +11,7 @@ import torch
 import vitlinear
 from vitlinear.errors import UserError
 from vitlinear.ops.attention_state import LinearAttentionState
-from vitlinear.streaming import PCA
+from vitlinear.streaming import PCA, maps
 from vitlinear.streaming import run as running
 from vitlinear.streaming.peers import moved
 from vitlinear.streaming.record import sole_use
@@ -114,6 +114,14 @@ def test_a_map_that_is_gone(model, image, tmp_path):
         path.unlink()
     with pytest.raises(UserError, match=r"map-\d+.bin is not there: delete"):
         vitlinear.stream(model, image, output=1, band_rows=3, workdir=tmp_path)
+
+
+def test_a_map_that_goes_while_it_is_made(tmp_path):
+    made = maps.FileMap((2, 3, 4), torch.float32, tmp_path / "map-0.bin")
+    made.write(0, torch.ones(1, 2, 3, 4))
+    made.path.unlink()
+    with pytest.raises(UserError, match=r"cannot read .*map-0.bin, which was there: delete"):
+        made.whole()
 
 
 def test_a_work_directory_is_used_by_one_call(model, image, tmp_path):

@@ -208,6 +208,7 @@ def test_compiled_extra_comes_last_without_isolation(
     assert asked == [[*pins, "-e", ".[train]"]]
 
 
+@pytest.mark.process
 def test_other_versions_do_without_what_cannot_be_compiled(
     tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from tests.train.helpers import (
     two_processes,
 )
 from vitlinear.checkpoints.load import load_model
+from vitlinear.create import build_model
 from vitlinear.errors import UserError
 from vitlinear.evaluation.evaluate import Evaluator
 from vitlinear.processes import Processes, join_processes
@@ -210,6 +212,25 @@ def test_states_of_an_epochs_end_have_the_statistics_of_all_processes(
         (3, True),
         (3, True),
     ]
+
+
+@pytest.mark.parametrize(("how", "value"), [("reduce", 2.0), ("broadcast", 5.0), ("", 1.0)])
+def test_centroids_are_the_same_in_all_processes_too(
+    monkeypatch: pytest.MonkeyPatch, how: str, value: float
+) -> None:
+    """As ``--dist-bn`` says, like batch norm statistics."""
+    model = build_model("test_linear_deit", num_classes=3, attention="routing")
+    moved = [buffer.fill_(1) for name, buffer in model.named_buffers() if "centroids" in name]
+    monkeypatch.setattr(distributed, "all_reduce", lambda tensor: tensor.add_(3))
+    monkeypatch.setattr(distributed, "broadcast", lambda tensor, source: tensor.fill_(5))
+    run: Any = SimpleNamespace(
+        processes=Processes(world_size=2),
+        config=parse_arguments(["--dist-bn", how]),
+        updater=SimpleNamespace(ema=False),
+        task=SimpleNamespace(get_eval_model=lambda ema: model),
+    )
+    epochs._distribute_statistics(run)
+    assert moved and {float(buffer.mean()) for buffer in moved} == {value}
 
 
 def test_joining_without_an_address(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ import torch
 
 from vitlinear.cli.flags import COUNT, POSITIVE, from_arguments, path
 from vitlinear.cli.parser import Parser
-from vitlinear.errors import UserError, did_you_mean
+from vitlinear.errors import UserError, did_you_mean, pip_install
 from vitlinear.files import check_new_file, check_no_input, write_text
 from vitlinear.processor import cpu_model
 from vitlinear.revision import source_commit, versions
@@ -119,7 +119,7 @@ def _check(config: BenchmarkConfig, sizes: Sequence[Size]) -> None:
     if config.plot and config.plot.suffix not in PICTURES:
         raise UserError(f"--plot {config.plot}: its name has to end with {' or '.join(PICTURES)}")
     if config.plot and importlib.util.find_spec("matplotlib") is None:
-        raise UserError("--plot needs matplotlib: pip install 'vitlinear[train]'")
+        raise UserError(f"--plot needs matplotlib: {pip_install('train')}")
 
 
 def _rows(config: BenchmarkConfig, size: Size) -> list[dict[str, Any]]:

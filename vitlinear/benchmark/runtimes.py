@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vitlinear.errors import UserError
+from vitlinear.errors import UserError, pip_install
 from vitlinear.layers.layout import KEEP_LAYOUT
 
 from .programs import Size, fused, images
@@ -192,7 +192,7 @@ def check_runtime(name: str) -> None:
     missing = [each for each in runtime.packages if importlib.util.find_spec(each) is None]
     if missing:
         raise UserError(
-            f"--runtime {name} needs {', '.join(missing)}: pip install 'vitlinear[{runtime.extra}]'"
+            f"--runtime {name} needs {', '.join(missing)}: {pip_install(runtime.extra)}"
         )
 
 

@@ -66,17 +66,30 @@ def answer_orders(
         connection.send(("error", reason(error)))
 
 
-def available_memory() -> float:
-    """Bytes of the machine that processes can still take; infinite if it does not say.
+def available_memory(
+    meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")
+) -> float:
+    """Bytes that processes can still take, of the machine and of the limit of a container.
 
-    The limit of a container is not looked at.
+    Args:
+        meminfo: What the system says of its memory; infinite without.
+        cgroup: Where a container sees its control group, of version 2 or 1.
     """
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return math.inf
-    kib = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
-    return math.inf if kib is None else 1024 * float(kib)
+    least = math.inf
+    with contextlib.suppress(OSError, KeyError):
+        of_machine = dict(line.split()[:2] for line in meminfo.read_text().splitlines())
+        least = 1024 * float(of_machine["MemAvailable:"])
+    for limit, used, unused_files in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        with contextlib.suppress(OSError, KeyError, ValueError):  # "max" where there is none
+            most, now = (int((cgroup / name).read_text()) for name in (limit, used))
+            stat = (cgroup / limit).with_name("memory.stat").read_text().split()
+            # Pages of files that nothing uses are given back where memory runs short.
+            cached = int(stat[stat.index(unused_files) + 1])
+            least = min(least, float(most - now + cached))
+    return least
 
 
 class FailedError(Exception):

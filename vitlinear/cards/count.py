@@ -59,8 +59,7 @@ def count(model: nn.Module, input_size: tuple[int, int, int]) -> Cost:
         from fvcore.nn import FlopCountAnalysis  # type: ignore[import-untyped]
     except ImportError as error:
         raise UserError(
-            "counting multiply-adds needs fvcore, which is missing: pip install fvcore "
-            "(or pip install 'vitlinear[analysis]')"
+            "counting multiply-adds needs fvcore, which is missing: pip install fvcore"
         ) from error
     training = model.training
     model.eval()

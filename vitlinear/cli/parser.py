@@ -28,14 +28,16 @@ class Parser(argparse.ArgumentParser):
         kwargs.setdefault("allow_abbrev", False)
         kwargs.setdefault("formatter_class", HelpFormatter)
         super().__init__(**kwargs)
-        self._needs: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = []
+        self._needs: list[tuple[str, tuple[str, ...], tuple[str, ...], str]] = []
 
     def group(self, title: str) -> argparse._ArgumentGroup:
         """Returns the group of ``--help`` with a title: the same one at each call."""
         found = (group for group in self._action_groups if group.title == title)
         return next(found, None) or self.add_argument_group(title)
 
-    def needs(self, flag: str, *others: str, values: tuple[str, ...] = ()) -> None:
+    def needs(
+        self, flag: str, *others: str, values: tuple[str, ...] = (), beside: str = ""
+    ) -> None:
         """Refuses a flag on a command line where nothing heeds it.
 
         A ``--config`` may hold it all the same: recipes have values for what is switched on later,
@@ -45,20 +47,24 @@ class Parser(argparse.ArgumentParser):
             flag: Its name, as in a ``--config``.
             *others: Flags of which one has to be given.
             values: Of which it has to have one; by default any.
+            beside: Flag without which it needs none of them.
         """
-        self._needs.append((flag, others, values))
+        self._needs.append((flag, others, values, beside))
 
     def _check_needs(self, parsed: argparse.Namespace) -> None:
-        for flag, others, values in self._needs:
+        for flag, others, values, beside in self._needs:
             given = getattr(parsed, flag)
             if given is None or given is False or given == self.get_default(flag):
+                continue
+            if beside and getattr(parsed, beside) is None:
                 continue
             found = [getattr(parsed, other) for other in others]
             if not (any(one in values for one in found) if values else any(found)):
                 what = f" {', '.join(values)}" if values else ""
                 wanted = " or ".join(_option(other) + what for other in others)
+                by = f" beside {_option(beside)} {getattr(parsed, beside)}" if beside else ""
                 self.error(
-                    f"{_option(flag)} has no effect without {wanted}: add that, or leave it out"
+                    f"{_option(flag)} has no effect{by} without {wanted}: add that, or leave it out"
                 )
 
     def error(self, message: str) -> NoReturn:

@@ -150,7 +150,8 @@ def open_source(
         return digits(train) if name == "digits" else fashion_mnist(train, path)
     if split is None:
         split = "train" if train else "validation"
-    return open_other(name or "", path, split, mode, **({"is_training": train} | options))
+    options = {"is_training": train} | options
+    return open_other(name or "", path, split, mode, train=train, **options)
 
 
 def open_dataset(

@@ -9,18 +9,18 @@ from PIL import Image
 from timm.data import IterableImageDataset, create_dataset
 from torchvision.datasets import DatasetFolder
 
-from vitlinear.errors import UserError, one_line
+from vitlinear.errors import UserError, one_line, pip_install
 
-from .class_folders import ClassFolders, ClassTar, find_split
+from .class_folders import ClassFolders, ClassTar, find_split, split_in
 from .class_names import names_in_order, read_class_map
 from .sources import OPENING, Source
 
 # What each prefix needs besides what vitlinear itself does: module, how to install it.
 PACKAGES = {
-    "wds": ("webdataset", "'vitlinear[data]'"),
-    "hfds": ("datasets", "'vitlinear[data]'"),
-    "hfids": ("datasets", "'vitlinear[data]'"),
-    "tfds": ("tensorflow", "tensorflow tensorflow-datasets"),
+    "wds": ("webdataset", pip_install("data")),
+    "hfds": ("datasets", pip_install("data")),
+    "hfids": ("datasets", pip_install("data")),
+    "tfds": ("tensorflow", "pip install tensorflow tensorflow-datasets"),
 }
 # Prefixes of data sets that their libraries fetch.
 DOWNLOADED = ("torch", "hfds", "hfids", "tfds")
@@ -106,7 +106,7 @@ def refuse_keys(name: str, options: dict[str, Any]) -> None:
 
 
 def open_other(
-    name: str, data_dir: Path | None, split: str, image_mode: str, **options: Any
+    name: str, data_dir: Path | None, split: str, image_mode: str, *, train: bool, **options: Any
 ) -> Any:
     """Opens anything that timm's ``create_dataset`` knows.
 
@@ -115,6 +115,7 @@ def open_other(
         data_dir: Root folder, or a tar file.
         split: Name of the split; for folders, of a sub-folder (with timm's synonyms).
         image_mode: PIL mode for tfds; others convert later.
+        train: Whether it is the training part: errors name its flag.
         **options: Passed on to ``create_dataset``.
 
     Returns:
@@ -127,10 +128,10 @@ def open_other(
         raise UserError(f"data folder {data_dir} does not exist")
     if prefix in ("torch", "wds") and data_dir is None:
         raise UserError(f"data set {name} needs its folder: --dataset {name} --data-dir FOLDER")
-    module, install = PACKAGES.get(prefix, ("torchvision", "torchvision"))
+    module, install = PACKAGES.get(prefix, ("torchvision", "pip install torchvision"))
     if importlib.util.find_spec(module) is None:
-        raise UserError(f"data set {name} needs the package {module}: pip install {install}")
-    flag = "--train-split" if options.get("is_training") else "--val-split"
+        raise UserError(f"data set {name} needs the package {module}: {install}")
+    flag = "--train-split" if train else "--val-split"
     if prefix == "torch":  # hands what it does not know to torchvision, which refuses it
         options = {key: value for key, value in options.items() if key == "download"}
     elif prefix not in PACKAGES:
@@ -149,6 +150,8 @@ def open_other(
     except OPENING as error:
         where = f"{name} in {root}" if root else name
         reason = one_line(error).replace("download=True", "--dataset-download")  # torchvision's
+        if prefix == "torch" and split and data_dir is not None and split_in(data_dir, split):
+            reason += f" To read the folders that are there, leave --dataset {name} out."
         raise UserError(f"cannot open data set {where} ({flag} {split}): {reason}") from error
     if isinstance(dataset, IterableImageDataset):
         return dataset

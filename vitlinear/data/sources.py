@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from vitlinear.errors import UserError
+from vitlinear.errors import UserError, pip_install
 
 # What libraries raise when a data set is not there, not whole, or not what it was said to be.
 OPENING = (
@@ -89,7 +89,7 @@ def digits(train: bool) -> ArraySource:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise UserError(
-            "the digits data set comes with scikit-learn: pip install 'vitlinear[train]'"
+            f"the digits data set comes with scikit-learn: {pip_install('train')}"
         ) from error
     data = load_digits()
     images = np.round(data.images * (255 / 16)).astype(np.uint8)

@@ -27,7 +27,7 @@ from timm.models import get_model_args
 from torch import Tensor, nn
 
 from vitlinear.checkpoints.card import Card, read_card, save_weights
-from vitlinear.errors import UserError, one_line
+from vitlinear.errors import UserError, one_line, pip_install
 from vitlinear.files import check_new_file, write_atomically
 
 from . import onnx_file
@@ -127,9 +127,7 @@ def check_onnx_packages() -> None:
     """Raises `UserError` if what writes, checks or runs ONNX is not installed."""
     missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(
-            f"--format onnx needs {', '.join(missing)}: pip install 'vitlinear[export]'"
-        )
+        raise UserError(f"--format onnx needs {', '.join(missing)}: {pip_install('export')}")
 
 
 def _write_onnx(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from vitlinear.errors import UserError
+from vitlinear.errors import UserError, pip_install
 
 
 def load_library(name: str, extra: str) -> Any:
@@ -22,5 +22,5 @@ def load_library(name: str, extra: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise UserError(
-            f"this needs {error.name or name}, which is missing: pip install 'vitlinear[{extra}]'"
+            f"this needs {error.name or name}, which is missing: {pip_install(extra)}"
         ) from error

@@ -145,9 +145,19 @@ class FileMap(RowMap):
             raise self._refused(error) from error
 
     def whole(self) -> Tensor:
-        """See `RowMap`; in the file, which has to stay."""
+        """See `RowMap`; in the file, which has to stay.
+
+        Raises:
+            UserError: It did not stay, or was cut short.
+        """
         count = math.prod(self.shape)
-        values = torch.from_file(str(self.path), shared=False, size=count, dtype=self.dtype)
+        try:
+            values = torch.from_file(str(self.path), shared=False, size=count, dtype=self.dtype)
+        except RuntimeError as error:
+            raise UserError(
+                f"cannot read {self.path}, which was there: delete {self.path.parent}, and the "
+                "call begins anew"
+            ) from error
         return values.unflatten(0, (1, *self.shape))
 
     def delete(self) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitlinear.errors import Notice, UserError, one_line
+from vitlinear.errors import Notice, UserError, one_line, pip_install
 
 from .libraries import load_library
 
@@ -350,7 +350,7 @@ def _check_tags(tifffile: Any, path: Path, kind: str) -> None:
     if on_earth and kind in (".tif", ".tiff") and importlib.util.find_spec("rasterio") is None:
         warnings.warn(
             f"{path} has a place on the earth, which maps of it will not have: that needs rasterio "
-            "(pip install 'vitlinear[geo]')",
+            f"({pip_install('geo')})",
             Notice,
             stacklevel=2,
         )

@@ -6,7 +6,8 @@ import time
 from typing import Any
 
 from timm.data import IterableImageDataset
-from timm.utils import distribute_bn
+from timm.utils import distribute_bn, unwrap_model
+from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from vitlinear.data.loader import start_epoch
@@ -130,13 +131,22 @@ def _train(
 
 
 def _distribute_statistics(run: Run) -> None:
-    """Gives all processes the same batch norm statistics, as ``--dist-bn`` says."""
+    """Gives all processes the same batch norm statistics and centroids, as ``--dist-bn`` says."""
     processes, dist_bn = run.processes, run.config.parallel.dist_bn
     if processes.distributed and dist_bn:
         for ema in (False, True) if run.updater.ema else (False,):
             model = run.task.get_eval_model(ema=ema)
             # Of the average a state holds the statistics of the first process alone.
-            distribute_bn(model, processes.world_size, dist_bn == "reduce" and not ema)
+            reduce = dist_bn == "reduce" and not ema
+            distribute_bn(model, processes.world_size, reduce)
+            for module in unwrap_model(model).modules():
+                for name in getattr(module, "moves_in_training", ()):
+                    moved = module.get_buffer(name)
+                    if reduce:
+                        distributed.all_reduce(moved)
+                        moved /= processes.world_size
+                    else:
+                        distributed.broadcast(moved, 0)
 
 
 def _evaluate_all(run: Run) -> dict[str, dict[str, float]]:

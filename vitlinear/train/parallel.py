@@ -63,7 +63,8 @@ def add_parallel_flags(parser: Parser) -> None:
         "--dist-bn",
         default="reduce",
         choices=("", "broadcast", "reduce"),
-        help="BatchNorm statistics after an epoch: '' leaves each process its own",
+        help="BatchNorm statistics, and centroids of routing, after an epoch: '' leaves each "
+        "process its own",
     )
     group.add_argument(
         "--fsdp", action=BooleanOptionalAction, default=False, help="split the model over them"

@@ -147,7 +147,10 @@ def add_schedule_flags(parser: Parser) -> None:
         help="of --sched step and multistep: factor of a step (default: 0.1); of poly: power "
         "(default: 1)",
     )
+    for flag in ("lr_base_size", "lr_base_scale"):
+        parser.needs(flag, "lr_base_all", beside="lr")
     parser.needs("warmup_lr", "warmup_epochs")
+    parser.needs("min_lr", "sched", values=("cosine", "tanh", "poly", "wsd", "rsqrt"))
     parser.needs("decay_epochs", "sched", values=("step", "wsd", "rsqrt"))
     parser.needs("decay_milestones", "sched", values=("multistep",))
     parser.needs("decay_rate", "sched", values=("step", "multistep", "poly"))

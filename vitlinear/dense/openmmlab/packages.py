@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-from vitlinear.errors import UserError, one_line
+from vitlinear.errors import UserError, one_line, pip_install
 
 INSTALL = (
     "pip install 'setuptools>=80,<82' wheel packaging ninja psutil && "
-    "pip install --no-build-isolation 'vitlinear[openmmlab]'"
+    f"{pip_install('openmmlab')} --no-build-isolation"
 )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vitlinear.errors import UserError
+from vitlinear.errors import UserError, pip_install
 from vitlinear.files import write_atomically
 
 PANELS = (
@@ -19,7 +19,7 @@ PANELS = (
 def check_plotting(what: str = "curves.png", instead: str = ", or add --no-plot") -> None:
     """Raises `UserError` if ``what`` could not be drawn."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise UserError(f"{what} needs matplotlib: pip install 'vitlinear[train]'{instead}")
+        raise UserError(f"{what} needs matplotlib: {pip_install('train')}{instead}")
 
 
 def plot_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
