@@ -58,7 +58,7 @@ def copies_of(
 
 
 def _unbind(projection: Tensor) -> tuple[Tensor, ...]:
-    """What `packed.unpack` returns, taken apart so that autograd stacks the gradients."""
+    """Returns the parts that `packed.unpack` does; autograd stacks their gradients."""
     parts = projection.unbind(2)
     return (*parts, *parts[2:3])
 
