@@ -2,7 +2,7 @@
 
     python benchmarks/copies.py ravlt_t l2vit_tiny swin_tiny_patch4_window7_224
     python benchmarks/copies.py ravlt_t --train --backend library
-    python benchmarks/copies.py ravlt_t --train --turns 20   # its time, against stacked gradients
+    python benchmarks/copies.py ravlt_t --turns 20   # time of a step, against stacked gradients
 
 Counts and MiB are the same on every run and machine with one version of PyTorch; the share of time
 is not. Reorderings inside oneDNN's convolutions and products are theirs, and not seen.
@@ -99,7 +99,9 @@ def main() -> None:
     parser.add_argument("--batch-size", "-b", type=int, default=1)
     parser.add_argument("--train", action="store_true", help="a training step instead")
     parser.add_argument("--backend", help="attn_backend of the models; default: their own")
-    parser.add_argument("--turns", type=int, help="time so many steps, and likewise unbound")
+    parser.add_argument(
+        "--turns", type=int, help="time so many training steps, and likewise unbound, instead"
+    )
     args = parser.parse_args()
     options = {"attn_backend": args.backend} if args.backend else {}
     torch.set_num_threads(1)

@@ -192,9 +192,11 @@ def add_aims(rows: list[dict[str, Any]]) -> None:
 
 
 def verdict(aims: dict[str, bool]) -> str:
-    """The aims of a row for people; nothing where none was measured."""
-    missed = ", ".join(name for name, met in aims.items() if not met)
-    return f"misses {missed}" if missed else "met" if aims else ""
+    """The aims of a row for people: those that it misses, or else meets; none was measured: ''."""
+    missed = [name for name, met in aims.items() if not met]
+    if missed:
+        return f"misses {', '.join(missed)}"
+    return f"meets {', '.join(aims)}" if aims else ""
 
 
 def machine(device: torch.device) -> dict[str, Any]:

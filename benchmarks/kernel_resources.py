@@ -178,14 +178,14 @@ def call(kind: Kind, grid: tuple[int, int], dtype: torch.dtype) -> None:
 
 
 def _call_of_states(kind: Kind, grid: tuple[int, int], dtype: torch.dtype) -> None:
-    """A read of a state, and a state by itself: ViT³ turns the keys of those before."""
+    """A read of a state, and a state by itself: ViT³ turns the keys of states beforehand."""
     row, length, heads = ops.get_mechanism(kind.mechanism), grid[0] * grid[1], 2
     q, k = torch.zeros(2, 2, length, heads, kind.head_dim, dtype=dtype)
     v = torch.zeros(2, length, heads, kind.value_dim, dtype=dtype)
     terms = Terms(rotary=tables_of(kind, heads, grid, dtype))
-    given = ops.LinearAttentionState(torch.zeros(2, heads, kind.head_dim, kind.value_dim))
-    out = state_launch.read_forward(q, given, row, terms)
-    state_launch.read_backward(out, q, given, row, terms)
+    of_others = ops.LinearAttentionState(torch.zeros(2, heads, kind.head_dim, kind.value_dim))
+    out = state_launch.read_forward(q, of_others, row, terms)
+    state_launch.read_backward(out, q, of_others, row, terms)
     if terms.rotary is None:
         state = state_launch.state_forward(k, v, row, terms)
         state_launch.state_backward(state, k, v, row, terms, None)
@@ -294,14 +294,14 @@ def published() -> dict[Kind, list[tuple[int, int]]]:
             work = attention.work
             if work is None:
                 continue  # softmax
-            given = zip(Terms._fields, work.given, strict=True)
-            terms = tuple(term for term, there in given if there)
+            pairs = zip(Terms._fields, work.given, strict=True)
+            terms = tuple(term for term, there in pairs if there)
             kind = Kind(work.mechanism, work.head_dim, terms, work.full_width, work.value_dim)
             found.setdefault(kind, set()).add((work.length, work.heads))
     return {kind: sorted(found[kind]) for kind in sorted(found)}
 
 
-def given(kind: Kind, heads: int) -> Terms:
+def terms_of(kind: Kind, heads: int) -> Terms:
     """Terms that a plan is made of: which there are, without numbers."""
     terms = Terms(
         *(torch.empty(0) if term in kind.terms else None for term in Terms._fields)  # type: ignore[arg-type]
@@ -314,7 +314,7 @@ def programs(kind: Kind, length: int, heads: int, capability: int) -> dict[str, 
     row = ops.get_mechanism(kind.mechanism)
     with only_compiling(capability):
         plan = make_plan(
-            row, torch.bfloat16, kind.head_dim, given(kind, heads), kind.value_dim or None
+            row, torch.bfloat16, kind.head_dim, terms_of(kind, heads), kind.value_dim or None
         )
         cuts = calls.cuts(plan, heads, length, ITEM_SIZE, torch.device("cuda"))
     summing, wide = (cut.splits * heads for cut in cuts)
@@ -350,8 +350,8 @@ def render(record: dict[str, Any]) -> str:
     ]
     types: dict[str, dict[Any, Any]] = {dtype: {} for dtype in DTYPES}
     for row in record["kernels"]:
-        call = label(Kind(*(row[field] for field in Kind._fields)))
-        types[row["dtype"]][call, row["kernel"], row["capability"]] = [
+        of_call = label(Kind(*(row[field] for field in Kind._fields)))
+        types[row["dtype"]][of_call, row["kernel"], row["capability"]] = [
             f"{row['block_tokens']}, {row['num_warps']}, {row['num_stages']}",
             row["registers"],
             row["spilled_bytes"],
@@ -361,10 +361,10 @@ def render(record: dict[str, Any]) -> str:
             row["tensors"],
         ]
     for key in dict.fromkeys([*types["bfloat16"], *types["float16"]]):
-        call, kernel, capability = key
+        of_call, kernel, capability = key
         of_types = [types[dtype].get(key, ["none"] * 7) for dtype in DTYPES]
         cells = [" / ".join(dict.fromkeys(map(str, both))) for both in zip(*of_types, strict=True)]
-        lines.append(f"| {' | '.join([call, kernel, f'sm_{capability}', *cells])} |")
+        lines.append(f"| {' | '.join([of_call, kernel, f'sm_{capability}', *cells])} |")
     lines += [
         "",
         "| mechanism, D, terms | forward, tensors moved / least | backward, moved / least |",
@@ -385,8 +385,8 @@ def render(record: dict[str, Any]) -> str:
     for row in record["grids"]:
         cells = of_gpus.setdefault((row["call"], row["tokens"], row["heads"]), [])
         cells += [f"{row[each]} / {row['processors']}" for each in ("programs_summing", "programs")]
-    for (call, tokens, heads), cells in of_gpus.items():
-        lines.append(f"| {call} | {tokens}, {heads} | {' | '.join(cells)} |")
+    for (of_call, tokens, heads), cells in of_gpus.items():
+        lines.append(f"| {of_call} | {tokens}, {heads} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -98,9 +98,9 @@ def test_registers_of_the_pass_over_queries():
 
 
 def test_grids_count_with_the_programs_that_share_a_processor():
-    """One number for a plan, near the median of its kernels: of 4 where two let 3 in, and two 7."""
+    """One number for a plan: between two fifths of the median of its kernels and half above it."""
     for kind in KINDS:
-        row, terms = ops.get_mechanism(kind.mechanism), resources.given(kind, 2)
+        row, terms = ops.get_mechanism(kind.mechanism), resources.terms_of(kind, 2)
         for capability, dtype in itertools.product(resources.PROCESSORS, resources.DTYPES):
             with resources.only_compiling(capability):
                 plan = make_plan(

@@ -31,9 +31,12 @@ class Config(NamedTuple):
     max_registers: int = 0
 
 
-# Registers of a thread of so many programs that share a processor: of eight warps, and of four.
-TWO_PROGRAMS = 65536 // (2 * 8 * 32)
-SEVEN_PROGRAMS = 65536 // (7 * 4 * 32) // 8 * 8
+TWO_PROGRAMS = 65536 // (2 * 8 * 32)  # registers of a thread of two programs of eight warps
+
+# Passes over keys with sums in TF32, by key map and head size, that Triton's compiler gives 64
+# registers before Hopper, where they spill two; with this limit they do not.
+SPILLING = {("elu+1", 64), ("identity", 32)}
+WITHOUT_SPILLS = 72
 
 _chosen: dict[object, Config] = {}
 
@@ -52,9 +55,7 @@ def candidates(plan: Plan, kernel: str = "") -> list[Config]:
     the registers of sixteen warps; for Hopper it spills there.
 
     With 128 registers a thread two programs of eight warps share a processor. Those kernels have
-    that limit that the compiler would give a few more, and that spill nothing without them. A pass
-    over keys with sums in TF32 has a higher limit than the compiler chooses by itself before
-    Hopper: it would rather spill than let one program less share a processor.
+    that limit that the compiler would give a few more, and that spill nothing without them.
     """
     if INTERPRETING:
         return [Config(plan.window or 32, 4, 1)]
@@ -82,8 +83,8 @@ def candidates(plan: Plan, kernel: str = "") -> list[Config]:
     elif plan.sums == "tf32":
         if kernel == "query_kernel":
             sizes = [(16, sizes[0][1], 3), *sizes]
-        elif kernel == "state_kernel" and plan.positions == "none" and _before_hopper():
-            sizes = [(*sizes[0], SEVEN_PROGRAMS), *sizes]
+        elif kernel == "state_kernel" and _spills(plan):
+            sizes = [(*sizes[0], WITHOUT_SPILLS), *sizes]
     elif not plan.is_small and plan.sums == "bf16":
         if kernel == "query_kernel" and plan.has_gate:
             sizes = [(16, 8, 3, TWO_PROGRAMS), *sizes]
@@ -92,6 +93,12 @@ def candidates(plan: Plan, kernel: str = "") -> list[Config]:
         ):
             sizes = [(32, 8, 3, TWO_PROGRAMS), *sizes]
     return [Config(*size) for size in sizes]
+
+
+def _spills(plan: Plan) -> bool:
+    """Whether a pass over keys, with sums in TF32, is one of `SPILLING`."""
+    plain = plan.uses_norm and plan.positions == "none" and not plan.has_mask
+    return plain and (plan.key_map, plan.head_dim) in SPILLING and _before_hopper()
 
 
 def _before_hopper() -> bool:
