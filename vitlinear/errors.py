@@ -1,7 +1,7 @@
 """The exception and the warning that command-line tools turn into one line, and that line."""
 
 import difflib
-import importlib.metadata
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -32,14 +32,12 @@ def one_line(error: BaseException) -> str:
 def pip_install(extra: str) -> str:
     """Returns the command that installs what an extra of this package brings.
 
-    Of a package that is installed, pip takes the extra from there; of a checkout that is only on
-    the path it needs the folder.
+    Of a checkout pip needs the folder: it would look for the name in an index.
     """
-    try:
-        importlib.metadata.version("vitlinear")
-    except importlib.metadata.PackageNotFoundError:
-        return f"pip install '{Path(__file__).parents[1]}[{extra}]'"
-    return f"pip install 'vitlinear[{extra}]'"
+    folder = Path(__file__).parents[1]
+    if (folder / "pyproject.toml").is_file():
+        return f"pip install -e {shlex.quote(f'{folder}[{extra}]')}"
+    return f"pip install {shlex.quote(f'vitlinear[{extra}]')}"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

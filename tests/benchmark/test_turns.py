@@ -7,25 +7,40 @@ import pytest
 
 from vitlinear.benchmark.turns import available_memory
 
+V2 = ("0::/a/b\n", "", ("memory.max", "memory.current"), "")
+V1_NAMES = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+V1 = ("5:cpu:/c\n4:memory,pids:/a/b\n0::/\n", "memory", V1_NAMES, "total_")
 
-@pytest.mark.parametrize(
-    ("limit", "used", "unused_files"),
-    [
-        ("memory.max", "memory.current", "inactive_file"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
-    ],
-    ids=["v2", "v1"],
-)
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+@pytest.mark.parametrize("version", [V2, V1], ids=["v2", "v1"])
+@pytest.mark.parametrize("group", ["", "a", "a/b"])
 def test_memory_ends_at_the_limit_of_a_container(
-    tmp_path: Path, limit: str, used: str, unused_files: str
+    tmp_path: Path, version: tuple[str, str, tuple[str, str], str], group: str
 ) -> None:
-    meminfo = tmp_path / "meminfo"
-    assert available_memory(meminfo, tmp_path) == math.inf
-    meminfo.write_text("MemTotal:  9 kB\nMemAvailable:  8 kB\nHugePages_Total: 0\n")
-    assert available_memory(meminfo, tmp_path) == 8192
-    (tmp_path / limit).parent.mkdir(exist_ok=True)
-    (tmp_path / used).write_text("3000\n")
-    (tmp_path / limit).with_name("memory.stat").write_text(f"anon 2000\n{unused_files} 500\n")
-    for text, left in (("max\n", 8192), ("9223372036854771712\n", 8192), ("4000\n", 1500)):
-        (tmp_path / limit).write_text(text)
-        assert available_memory(meminfo, tmp_path) == left
+    own, top, (limit, used), prefix = version
+    assert available_memory(tmp_path) == math.inf
+    write(tmp_path / "proc/meminfo", "MemTotal:  9 kB\nMemAvailable:  8 kB\nOdd:\n\n")
+    write(tmp_path / "proc/self/cgroup", own)
+    assert available_memory(tmp_path) == 8192
+    folder = tmp_path / "sys/fs/cgroup" / top / group
+    write(folder / used, "3000\n")
+    for text, left in (("max\n", 8192), ("9223372036854771712\n", 8192), ("4000\n", 1000)):
+        write(folder / limit, text)
+        assert available_memory(tmp_path) == left
+    write(folder / "memory.stat", f"anon 2\n{prefix}active_file 20\n{prefix}inactive_file 500\n")
+    assert available_memory(tmp_path) == 1520
+    write(folder / "memory.stat", f"{prefix}inactive_file 500\n")
+    assert available_memory(tmp_path) == 1500
+
+
+def test_the_least_limit_of_all_groups_counts(tmp_path: Path) -> None:
+    write(tmp_path / "proc/self/cgroup", "0::/a/b\n")
+    for group, most in (("", 9000), ("a", 5000), ("a/b", 7000), ("a/b/below", 1), ("beside", 1)):
+        write(tmp_path / "sys/fs/cgroup" / group / "memory.max", f"{most}\n")
+        write(tmp_path / "sys/fs/cgroup" / group / "memory.current", "3000\n")
+    assert available_memory(tmp_path) == 2000

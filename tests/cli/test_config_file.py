@@ -54,7 +54,9 @@ def test_a_peak_rate_goes_over_one_of_the_other_kind(tmp_path: Path) -> None:
 @pytest.mark.parametrize("flag", [["--lr-base-size", "1024"], ["--lr-base-scale", "sqrt"]])
 def test_scaling_of_a_rate_that_is_not_scaled(tmp_path: Path, flag: list[str]) -> None:
     recipe = ["--config", written(tmp_path, "lr: 4e-3\n")]
-    with pytest.raises(UserError, match=f"{flag[0]} has no effect beside --lr 0.004 without"):
+    with pytest.raises(
+        UserError, match=f"--lr is absolute: give --lr-base .* leave {flag[0]} out;"
+    ):
         parse_arguments([*recipe, *flag])
     for more in (["--lr-base", "1e-3"], ["--lr-base-all"]):
         parse_arguments([*recipe, *flag, *more])

@@ -48,7 +48,7 @@ def refused(command: Command, tmp_path: Path) -> Iterator[Any]:
         (["--device", "warp"], ["--device warp cannot be used here"]),
         (["--device", "cuda:99"], ["--device cuda:99 cannot be used here"]),
         (["--opt", "adamx"], ["--opt adamx"]),
-        (["--sched", "cosinus"], ["--sched cosinus"]),
+        (["--sched", "cosin", "--min-lr", "0"], ["--sched", "'cosin' (did you mean cosine?)"]),
         (["--sched", "plateau"], ["plateau", "use cosine"]),
         (["-b", "64"], ["24 images, fewer than one batch of 64", "lower --batch-size"]),
         (["--initial-checkpoint", "none.safetensors"], ["none.safetensors does not exist"]),

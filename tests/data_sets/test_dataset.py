@@ -166,8 +166,15 @@ def test_torchvision_data_sets_come_in_the_mode_asked_for(tmp_path: Path) -> Non
         "torch/fashion_mnist", train=True, mode="RGB", data_dir=str(tmp_path)
     )
     assert dataset[0][0].mode == "RGB" and len(classes_of(dataset) or ()) == 10
-    with pytest.raises(UserError, match="cannot open data set torch/cifar10"):
-        data.open_dataset("torch/cifar10", train=True, mode="RGB", data_dir=str(tmp_path))
+
+
+def test_class_folders_where_a_torchvision_data_set_was_asked_for(tmp_path: Path) -> None:
+    """Only where the split has some is reading them the way out."""
+    for folder, more in (("train", ""), ("train/ant", ". To read the folders there, leave --da")):
+        (tmp_path / folder).mkdir()
+        with pytest.raises(UserError, match="cannot open data set torch/cifar10") as error:
+            data.open_dataset("torch/cifar10", train=True, mode="RGB", data_dir=str(tmp_path))
+        assert ("To read" in str(error.value)) == bool(more) and more in str(error.value)
 
 
 @pytest.mark.quick("data")

@@ -116,11 +116,24 @@ def test_a_map_that_is_gone(model, image, tmp_path):
         vitlinear.stream(model, image, output=1, band_rows=3, workdir=tmp_path)
 
 
-def test_a_map_that_goes_while_it_is_made(tmp_path):
-    made = maps.FileMap((2, 3, 4), torch.float32, tmp_path / "map-0.bin")
+@pytest.mark.parametrize("owned", [True, False])
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_map_that_goes_while_it_is_made(tmp_path, owned, gone):
+    made = maps.FileMap((2, 3, 4), torch.float32, tmp_path / "map-0.bin", owned=owned)
     made.write(0, torch.ones(1, 2, 3, 4))
-    made.path.unlink()
-    with pytest.raises(UserError, match=r"cannot read .*map-0.bin, which was there: delete"):
+    made.path.unlink() if gone else os.truncate(made.path, 5)
+    what = "delete .*, and the call begins anew" if owned else "all processes need to see"
+    with pytest.raises(UserError, match=f"map-0.bin was deleted or cut short while .*: {what}"):
+        made.whole()
+
+
+def test_a_map_that_is_there_and_cannot_be_mapped(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise RuntimeError("unable to mmap: Cannot allocate memory")
+
+    made = maps.FileMap((2, 3, 4), torch.float32, tmp_path / "map-0.bin")
+    monkeypatch.setattr(torch, "from_file", full)
+    with pytest.raises(RuntimeError, match="Cannot allocate memory"):
         made.whole()
 
 

@@ -66,30 +66,48 @@ def answer_orders(
         connection.send(("error", reason(error)))
 
 
-def available_memory(
-    meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")
-) -> float:
-    """Bytes that processes can still take, of the machine and of the limit of a container.
+def available_memory(root: Path = Path("/")) -> float:
+    """Bytes that processes can still take, of the machine and of every limit around this one.
+
+    Infinite where the system says nothing.
 
     Args:
-        meminfo: What the system says of its memory; infinite without.
-        cgroup: Where a container sees its control group, of version 2 or 1.
+        root: Where the file systems proc and cgroup, of version 2 or 1, are mounted.
     """
-    least = math.inf
-    with contextlib.suppress(OSError, KeyError):
-        of_machine = dict(line.split()[:2] for line in meminfo.read_text().splitlines())
-        least = 1024 * float(of_machine["MemAvailable:"])
-    for limit, used, unused_files in (
-        ("memory.max", "memory.current", "inactive_file"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
-    ):
-        with contextlib.suppress(OSError, KeyError, ValueError):  # "max" where there is none
-            most, now = (int((cgroup / name).read_text()) for name in (limit, used))
-            stat = (cgroup / limit).with_name("memory.stat").read_text().split()
-            # Pages of files that nothing uses are given back where memory runs short.
-            cached = int(stat[stat.index(unused_files) + 1])
-            least = min(least, float(most - now + cached))
+    least = 1024 * _counts(root / "proc/meminfo").get("MemAvailable:", math.inf)
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            top, names, prefix = "", ("memory.max", "memory.current"), ""
+        elif "memory" in controllers.split(","):
+            top, names = "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            prefix = "total_"  # with the groups below, as the usage is
+        else:
+            continue
+        mount = root / "sys/fs/cgroup" / top
+        group = mount / path.strip("/")
+        for folder in (group, *group.parents[: len(group.parts) - len(mount.parts)]):
+            with contextlib.suppress(OSError, ValueError):  # no such group; "max": no limit
+                most, now = (int((folder / name).read_text()) for name in names)
+                stat = _counts(folder / "memory.stat")
+                # Pages of files are given back where memory runs short.
+                files = sum(stat.get(f"{prefix}{kind}active_file", 0) for kind in ("", "in"))
+                least = min(least, float(most - now + files))
     return least
+
+
+def _lines(path: Path) -> list[str]:
+    """Lines of a file; none where it cannot be read."""
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _counts(path: Path) -> dict[str, int]:
+    """The numbers that stand behind the first words of lines."""
+    rows = [line.split() for line in _lines(path)]
+    return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdecimal()}
 
 
 class FailedError(Exception):

@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
         kwargs.setdefault("allow_abbrev", False)
         kwargs.setdefault("formatter_class", HelpFormatter)
         super().__init__(**kwargs)
-        self._needs: list[tuple[str, tuple[str, ...], tuple[str, ...], str]] = []
+        self._needs: list[tuple[str, tuple[str, ...], tuple[str, ...], str, str]] = []
 
     def group(self, title: str) -> argparse._ArgumentGroup:
         """Returns the group of ``--help`` with a title: the same one at each call."""
@@ -36,7 +36,12 @@ class Parser(argparse.ArgumentParser):
         return next(found, None) or self.add_argument_group(title)
 
     def needs(
-        self, flag: str, *others: str, values: tuple[str, ...] = (), beside: str = ""
+        self,
+        flag: str,
+        *others: str,
+        values: tuple[str, ...] = (),
+        beside: str = "",
+        instead: str = "",
     ) -> None:
         """Refuses a flag on a command line where nothing heeds it.
 
@@ -48,11 +53,12 @@ class Parser(argparse.ArgumentParser):
             *others: Flags of which one has to be given.
             values: Of which it has to have one; by default any.
             beside: Flag without which it needs none of them.
+            instead: Says what to do, in place of giving one of the others.
         """
-        self._needs.append((flag, others, values, beside))
+        self._needs.append((flag, others, values, beside, instead))
 
     def _check_needs(self, parsed: argparse.Namespace) -> None:
-        for flag, others, values, beside in self._needs:
+        for flag, others, values, beside, instead in self._needs:
             given = getattr(parsed, flag)
             if given is None or given is False or given == self.get_default(flag):
                 continue
@@ -62,9 +68,9 @@ class Parser(argparse.ArgumentParser):
             if not (any(one in values for one in found) if values else any(found)):
                 what = f" {', '.join(values)}" if values else ""
                 wanted = " or ".join(_option(other) + what for other in others)
-                by = f" beside {_option(beside)} {getattr(parsed, beside)}" if beside else ""
                 self.error(
-                    f"{_option(flag)} has no effect{by} without {wanted}: add that, or leave it out"
+                    instead
+                    or f"{_option(flag)} has no effect without {wanted}: add that, or leave it out"
                 )
 
     def error(self, message: str) -> NoReturn:

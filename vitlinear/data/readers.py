@@ -13,6 +13,7 @@ from vitlinear.errors import UserError, one_line, pip_install
 
 from .class_folders import ClassFolders, ClassTar, find_split, split_in
 from .class_names import names_in_order, read_class_map
+from .listing import entries_of, is_folder
 from .sources import OPENING, Source
 
 # What each prefix needs besides what vitlinear itself does: module, how to install it.
@@ -150,8 +151,8 @@ def open_other(
     except OPENING as error:
         where = f"{name} in {root}" if root else name
         reason = one_line(error).replace("download=True", "--dataset-download")  # torchvision's
-        if prefix == "torch" and split and data_dir is not None and split_in(data_dir, split):
-            reason += f" To read the folders that are there, leave --dataset {name} out."
+        if prefix == "torch" and split and data_dir is not None and _has_classes(data_dir, split):
+            reason = f"{reason.rstrip('.')}. To read the folders there, leave --dataset {name} out."
         raise UserError(f"cannot open data set {where} ({flag} {split}): {reason}") from error
     if isinstance(dataset, IterableImageDataset):
         return dataset
@@ -160,6 +161,14 @@ def open_other(
         return TorchvisionSource(dataset)
     _check_columns(reader, name)
     return ReaderSource(reader, _class_names(reader))
+
+
+def _has_classes(root: Path, split: str) -> bool:
+    """Whether the folder of a split is there and holds folders, as those of classes."""
+    path = split_in(root, split)
+    if path is None or not path.is_dir():
+        return False
+    return any(is_folder(entry) and entry.name[0] != "." for entry in entries_of(str(path)))
 
 
 def _check_columns(reader: Any, name: str) -> None:

@@ -94,14 +94,17 @@ class FileMap(RowMap):
             if not self.keep:
                 reserve(file, self.nbytes)
         except FileNotFoundError as error:
-            raise UserError(
-                f"{self.path} is not there: delete {self.path.parent}, and the call begins anew"
-                if self.owned
-                else f"{self.path} is not there: all processes need to see the workdir"
-            ) from error
+            raise self._gone("is not there") from error
         except OSError as error:
             raise self._refused(error) from error
         return file
+
+    def _gone(self, how: str) -> UserError:
+        if self.owned:
+            advice = f"delete {self.path.parent}, and the call begins anew"
+        else:
+            advice = "all processes need to see the workdir"
+        return UserError(f"{self.path} {how}: {advice}")
 
     def _refused(self, error: OSError) -> UserError:
         return UserError(
@@ -154,10 +157,9 @@ class FileMap(RowMap):
         try:
             values = torch.from_file(str(self.path), shared=False, size=count, dtype=self.dtype)
         except RuntimeError as error:
-            raise UserError(
-                f"cannot read {self.path}, which was there: delete {self.path.parent}, and the "
-                "call begins anew"
-            ) from error
+            if self.path.is_file() and self.path.stat().st_size >= self.nbytes:
+                raise
+            raise self._gone("was deleted or cut short while the call ran") from error
         return values.unflatten(0, (1, *self.shape))
 
     def delete(self) -> None:

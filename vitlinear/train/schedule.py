@@ -6,7 +6,7 @@ the run's own: batch x accumulated steps x processes.
 
 import dataclasses
 import math
-from argparse import BooleanOptionalAction
+from argparse import ArgumentTypeError, BooleanOptionalAction
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -16,7 +16,9 @@ from timm.scheduler.scheduler import Scheduler
 
 from vitlinear.cli.flags import COUNT, NATURAL, POSITIVE, RATE
 from vitlinear.cli.parser import Instead, Parser
-from vitlinear.errors import UserError, one_line
+from vitlinear.errors import UserError, did_you_mean, one_line
+
+SCHEDULES = ("cosine", "tanh", "step", "multistep", "constant", "poly", "wsd", "rsqrt")
 
 
 @dataclass(frozen=True)
@@ -100,9 +102,10 @@ def add_schedule_flags(parser: Parser) -> None:
     )
     group.add_argument(
         "--sched",
+        type=_schedule,
         default="cosine",
         metavar="NAME",
-        help="any timm schedule; constant: --lr throughout",
+        help=f"{', '.join(SCHEDULES)}; constant: --lr throughout",
     )
     group.add_argument(
         "--sched-on-updates",
@@ -147,13 +150,31 @@ def add_schedule_flags(parser: Parser) -> None:
         help="of --sched step and multistep: factor of a step (default: 0.1); of poly: power "
         "(default: 1)",
     )
-    for flag in ("lr_base_size", "lr_base_scale"):
-        parser.needs(flag, "lr_base_all", beside="lr")
+    for flag, option in (("lr_base_size", "--lr-base-size"), ("lr_base_scale", "--lr-base-scale")):
+        what = f"--lr is absolute: give --lr-base instead of it, or leave {option} out"
+        parser.needs(flag, "lr_base_all", beside="lr", instead=what)
     parser.needs("warmup_lr", "warmup_epochs")
     parser.needs("min_lr", "sched", values=("cosine", "tanh", "poly", "wsd", "rsqrt"))
     parser.needs("decay_epochs", "sched", values=("step", "wsd", "rsqrt"))
     parser.needs("decay_milestones", "sched", values=("multistep",))
     parser.needs("decay_rate", "sched", values=("step", "multistep", "poly"))
+
+
+def _schedule(name: str) -> str:
+    """Returns the name of a schedule; an argparse type."""
+    if name == "plateau":
+        raise ArgumentTypeError("plateau is deprecated in timm and not offered: use cosine")
+    if name == "none":  # timm's schedules are what applies both
+        raise ArgumentTypeError(
+            "none would leave --warmup-epochs and --layer-decay out without a word: use "
+            "--sched constant, which applies them (--warmup-epochs 0 for no warm-up)"
+        )
+    if name not in SCHEDULES:
+        raise ArgumentTypeError(
+            f"unknown schedule '{name}'{did_you_mean(name, SCHEDULES)}: use one of "
+            f"{', '.join(SCHEDULES)}"
+        )
+    return name
 
 
 def learning_rate(config: ScheduleConfig, images: int) -> float:
@@ -249,15 +270,8 @@ def make_schedule(
         The schedule, and the number of epochs with the cool-down.
 
     Raises:
-        UserError: There is no such schedule, or it does not take these values.
+        UserError: The schedule does not take these values.
     """
-    if config.sched == "plateau":
-        raise UserError("--sched plateau is deprecated in timm and not offered: use cosine")
-    if config.sched == "none":  # timm's schedules are what applies both
-        raise UserError(
-            "--sched none would leave --warmup-epochs and --layer-decay out without a word: use "
-            "--sched constant, which applies them (--warmup-epochs 0 for no warm-up)"
-        )
     first, last = warmup_and_min_rate(config, images)
     flags = dataclasses.asdict(config) | {"warmup_lr": first, "min_lr": last}
     if config.decay_rate is None:  # timm's default for steps is no power of a polynomial
