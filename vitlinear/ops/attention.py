@@ -58,8 +58,8 @@ def linear_attention(
         key_padding_mask: [B, N] bool, **True for padding**, as in `torch.nn.MultiheadAttention`.
             Padded tokens count nowhere, means divide by the number of the others, and their own
             output is 0. What they hold does not matter, NaN included. Or [B] integers from 0 to N:
-            the number of valid tokens, which then stand first. Only plain calls on CPUs
-            look at the values: elsewhere a number below 0 counts as 0, one above N as N.
+            the number of valid tokens, which then stand first. Only plain calls on CPUs look at the
+            values: elsewhere a number below 0 counts as 0, one above N as N.
         head_scale: tau, a factor of the state for each head, [h]; None for 1.
         lepe: Added to the output, like v; the name is that of the locally-enhanced position
             encoding, a depthwise convolution of the values.
