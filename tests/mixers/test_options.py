@@ -183,6 +183,8 @@ def test_centroids_outlast_half_types_and_bad_batches():
     assert torch.equal(mixer.centroids, narrow["centroids"].float())
     assert mixer.centroids.dtype == torch.float32
     assert mixer.double().centroids.dtype == torch.float64
+    mixer.load_state_dict(narrow, assign=True)
+    assert mixer.centroids.dtype == torch.float64
 
 
 def test_robust_memory_without_large_errors_is_the_plain_one():

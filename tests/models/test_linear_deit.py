@@ -165,6 +165,8 @@ def test_prune():
     features = tokens[:, 1:].transpose(1, 2).reshape(expected.shape)
     torch.testing.assert_close(features, expected)
     assert torch.equal(model(x), tokens)  # not pooled, as of timm's hosts
+    model.reset_classifier(10, global_pool="avg")
+    assert model(x).shape == (2, 10)
 
 
 @pytest.mark.parametrize("pool", ["token", "avg", "max", "avgmax", ""])

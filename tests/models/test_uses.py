@@ -104,6 +104,8 @@ def test_pruning_takes_what_it_is_told(name):
     assert torch.equal(model(x), model.forward_features(x))  # not pooled, as of timm's hosts
     if not projects:
         assert torch.equal(model.forward_features(x), features)
+    model.reset_classifier(10, global_pool="avg")
+    assert model(x).shape == (1, 10)
     pruned = make(name)
     pruned.prune_intermediate_layers(1, prune_norm=True, prune_head=False)
     assert isinstance(pruned.final, nn.Identity)

@@ -49,6 +49,19 @@ def test_gradients_of_gradients():
     assert torch.autograd.gradgradcheck(_DepthwiseConv.apply, tensors)
 
 
+def test_many_gradients_at_once_of_a_forward_pass_outside():
+    x, weight, bias = inputs(5, (1, 2, 4, 3))
+    out = depthwise_conv(x, weight, bias)
+
+    def gradients_of(grad):
+        return torch.autograd.grad(out, (x, weight), grad, retain_graph=True)
+
+    grads = torch.randn(3, *out.shape)
+    found, expected = torch.func.vmap(gradients_of)(grads), gradients_of(grads[2])
+    for several, one in zip(found, expected, strict=True):
+        torch.testing.assert_close(several[2], one)
+
+
 @pytest.mark.parametrize("side", [3, 5])
 def test_residual(side):
     tensors = inputs(side, (2, 6, 9, 11))

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
@@ -501,10 +502,24 @@ def test_programs_for_other_places_have_common_operators_only():
     for mode in ("real", "fake"):
         noted = make_fx(ours, tracing_mode=mode, _allow_non_fake_inputs=True)(x)
         assert "mkldnn" not in str(noted.graph)
+    assert not runs_on_onednn(FakeTensorMode().from_tensor(x), ours.weight)
     torch.testing.assert_close(torch.jit.script(ours)(x), ours(x))
     assert ours(x[0]).shape == (40,)
     batched = torch.func.vmap(lambda w: linear(x, w))(torch.randn(3, 40, 24))
     assert batched.shape == (3, 7, 40)
+
+
+def test_gradients_of_a_forward_pass_that_nobody_saw():
+    """In programs, and for many gradients at once, they are of common operators too."""
+    x, weight = torch.randn(7, 24, requires_grad=True), torch.randn(40, 24, requires_grad=True)
+    out, grads = linear(x, weight), torch.randn(3, 7, 40)
+
+    def gradients(grad):
+        return torch.autograd.grad(out, (x, weight), grad, retain_graph=True)
+
+    assert "mkldnn" not in str(make_fx(gradients)(grads[0]).graph)
+    for several, one in zip(torch.func.vmap(gradients)(grads), gradients(grads[2]), strict=True):
+        torch.testing.assert_close(several[2], one)
 
 
 @pytest.mark.parametrize("grad", [True, False])

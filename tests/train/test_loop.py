@@ -3,6 +3,7 @@
 import contextlib
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -152,10 +153,31 @@ def test_an_update_that_is_not_finite_leaves_no_trace(bad: float, accumulate: in
         assert all(metrics[name] == expected[name] for name in ("train_loss", "train_top1"))
 
 
-def test_an_update_that_is_not_finite_moves_no_centroids() -> None:
+class Wrapped(nn.Module):
+    """Shows the attributes of the module inside, as adapters do."""
+
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self.inside = inside
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inside"), name)
+
+    def forward(self, *args: Any) -> Any:
+        return self.inside(*args)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_an_update_that_is_not_finite_moves_no_centroids(wrapped: bool) -> None:
     """Nor any other buffer that a module names in ``moves_in_training``."""
     torch.manual_seed(0)
     net = build_model("test_linear_deit", num_classes=3, attention="routing").train()
+    if wrapped:
+        for module in [m for m in net.modules() if hasattr(m, "mixer")]:
+            module.mixer = Wrapped(module.mixer)
     up = updater(net)
     before = {name: value.clone() for name, value in net.state_dict().items()}
     images = torch.randn(2, *net.default_cfg["input_size"])

@@ -214,11 +214,19 @@ def test_states_of_an_epochs_end_have_the_statistics_of_all_processes(
     ]
 
 
-@pytest.mark.parametrize(("how", "value"), [("reduce", 2.0), ("broadcast", 5.0), ("", 1.0)])
+@pytest.mark.parametrize(
+    ("how", "value", "ema"),
+    [
+        ("reduce", 2.0, False),
+        ("broadcast", 5.0, False),
+        ("", 1.0, False),
+        ("reduce", 5.0, True),
+    ],
+)
 def test_centroids_are_the_same_in_all_processes_too(
-    monkeypatch: pytest.MonkeyPatch, how: str, value: float
+    monkeypatch: pytest.MonkeyPatch, how: str, value: float, ema: bool
 ) -> None:
-    """As ``--dist-bn`` says, like batch norm statistics."""
+    """As ``--dist-bn`` says, like batch norm statistics; of averages those of the first process."""
     model = build_model("test_linear_deit", num_classes=3, attention="routing")
     moved = [buffer.fill_(1) for name, buffer in model.named_buffers() if "centroids" in name]
     monkeypatch.setattr(distributed, "all_reduce", lambda tensor: tensor.add_(3))
@@ -226,7 +234,7 @@ def test_centroids_are_the_same_in_all_processes_too(
     run: Any = SimpleNamespace(
         processes=Processes(world_size=2),
         config=parse_arguments(["--dist-bn", how]),
-        updater=SimpleNamespace(ema=False),
+        updater=SimpleNamespace(ema=ema),
         task=SimpleNamespace(get_eval_model=lambda ema: model),
     )
     epochs._distribute_statistics(run)

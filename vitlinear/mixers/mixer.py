@@ -32,7 +32,8 @@ class Mixer(nn.Module):
         resets_parts: Class attribute: whether `reset_parameters` gives linear layers and
             convolutions inside other values than those that a model gives all of them.
         moves_in_training: Class attribute: names of buffers that a forward pass in training
-            changes; recomputing has to take them as they were.
+            changes. Recomputing has to take them as they were, an update that is skipped puts them
+            back, and processes that train together exchange them.
         recomputed_as_it_was: Whether a recomputation that runs now has these buffers as they were;
             who checkpoints sets it.
     """

@@ -84,8 +84,10 @@ class Routing(Mixer):
 
     def _load_from_state_dict(self, *args: Any) -> None:
         """Load, with ``assign=True`` too, which would take centroids of a half type as they are."""
+        before = self.centroids.dtype
         super()._load_from_state_dict(*args)
-        self.centroids = self.centroids.to(accumulation_dtype(self.centroids.dtype))
+        wide = torch.promote_types(before, self.centroids.dtype)
+        self.centroids = self.centroids.to(wide)
 
     def reset_parameters(self) -> None:
         """Random directions of the length of tokens."""

@@ -49,6 +49,7 @@ def _checkpoint(block: nn.Module, run: Callable[..., Any], *args: Any, **kwargs:
         for module in block.modules()
         if module.training
         for name in getattr(module, "moves_in_training", ())
+        if name in module._buffers  # not a wrapper's that shows the attributes of its module
     ]
 
     def run_in_region(*args: Any, **kwargs: Any) -> Any:

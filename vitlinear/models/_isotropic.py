@@ -336,7 +336,8 @@ class IsotropicBackbone(TimmBackbone):
         Args:
             indices: The last n blocks if an int, else these.
             prune_norm: Remove the final norm.
-            prune_head: Remove the classifier and its pooling.
+            prune_head: Remove the classifier and its pooling. A new classifier needs a pooling too:
+                `reset_classifier(classes, global_pool=...)`.
 
         Returns:
             Indices of the blocks kept.

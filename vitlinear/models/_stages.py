@@ -230,7 +230,8 @@ class StagedBackbone(TimmBackbone):
         Args:
             indices: The last n stages if an int, else these.
             prune_norm: Remove what stands between the last stage and the head.
-            prune_head: Remove the classifier and its pooling, and what only the classifier uses.
+            prune_head: Remove the classifier and its pooling, and what only the classifier uses. A
+                new classifier needs a pooling too: `reset_classifier(classes, global_pool=...)`.
 
         Returns:
             Indices of the stages kept.

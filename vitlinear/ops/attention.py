@@ -17,7 +17,7 @@ from .mechanisms import Mechanism, get_mechanism
 from .precision import in_tf32
 from .rotary import TABLE_DTYPES, RotaryTables
 from .terms import Terms
-from .tracing import is_looked_at
+from .tracing import is_looked_at, is_watched
 from .workload import Workload
 
 
@@ -58,8 +58,8 @@ def linear_attention(
         key_padding_mask: [B, N] bool, **True for padding**, as in `torch.nn.MultiheadAttention`.
             Padded tokens count nowhere, means divide by the number of the others, and their own
             output is 0. What they hold does not matter, NaN included. Or [B] integers from 0 to N:
-            the number of valid tokens, which then stand first. On a GPU, and in compiled programs,
-            they are not checked: a number below 0 counts as 0, one above N as N.
+            the number of valid tokens, which then stand first. Only plain calls on CPUs look at the
+            values: elsewhere a number below 0 counts as 0, one above N as N.
         head_scale: tau, a factor of the state for each head, [h]; None for 1.
         lepe: Added to the output, like v; the name is that of the locally-enhanced position
             encoding, a depthwise convolution of the values.
@@ -308,13 +308,14 @@ def mask_of_lengths(mask: Tensor | None, q: Tensor) -> Tensor | None:
     """The padding mask, [B, N] bool, of a mask or of valid lengths, [B] integers.
 
     Raises:
-        ValueError: A length is below 0 or above N, and it costs no wait for a GPU to see that.
+        ValueError: A length is below 0 or above N, in a plain call on a CPU.
     """
     if mask is None or mask.dim() != 1 or mask.dtype not in (torch.int32, torch.int64):
         return mask
     number = q.shape[1]
-    watched = torch.compiler.is_compiling() or is_looked_at()
-    if not watched and type(mask) in PLAIN and mask.device.type == "cpu":
+    # A wrong number of lengths is left to the check of the mask's shape.
+    fits = mask.shape[0] == q.shape[0]
+    if fits and mask.device.type == "cpu" and type(mask) in PLAIN and not is_watched():
         for image, length in enumerate(mask.tolist()):
             if not 0 <= length <= number:
                 raise ValueError(

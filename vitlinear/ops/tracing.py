@@ -27,13 +27,15 @@ def under_transforms() -> bool:
 def wants_common_operators() -> bool:
     """Whether operators must be common ones: programs for other places, transformed functions.
 
-    Evaluated when Dynamo traces, which by itself would take every program for an exported one.
+    So must those that a mode notes. Evaluated when Dynamo traces, which by itself would take every
+    program for an exported one.
     """
     return (
         torch.compiler.is_exporting()
-        or torch.jit.is_tracing()
-        or under_transforms()
+        or _is_tracing()
+        or _transforms()
         or forward_ad._current_level >= 0
+        or notes_operators()
     )
 
 

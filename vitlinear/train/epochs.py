@@ -21,6 +21,7 @@ from .recorder import Recorder
 from .resume import Start
 from .schedule import set_schedule
 from .setup import Run
+from .updater import moved_buffers
 
 
 def run_epochs(run: Run, recorder: Recorder, start: Start, signals: StopSignals) -> dict[str, Any]:
@@ -140,8 +141,7 @@ def _distribute_statistics(run: Run) -> None:
             reduce = dist_bn == "reduce" and not ema
             distribute_bn(model, processes.world_size, reduce)
             for module in unwrap_model(model).modules():
-                for name in getattr(module, "moves_in_training", ()):
-                    moved = module.get_buffer(name)
+                for moved in moved_buffers(module):
                     if reduce:
                         distributed.all_reduce(moved)
                         moved /= processes.world_size

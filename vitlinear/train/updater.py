@@ -139,5 +139,14 @@ def _moving(module: nn.Module) -> Iterator[torch.Tensor]:
     """Yields the buffers of a module itself that a forward pass in training changes."""
     if isinstance(module, nn.modules.batchnorm._NormBase):
         yield from module.buffers(recurse=False)
+    yield from moved_buffers(module)
+
+
+def moved_buffers(module: nn.Module) -> Iterator[torch.Tensor]:
+    """Yields the buffers of a module itself that its ``moves_in_training`` names.
+
+    A wrapper that passes attributes on shows the names of the module inside, and holds no buffers.
+    """
     for name in getattr(module, "moves_in_training", ()):
-        yield module.get_buffer(name)
+        if (buffer := module._buffers.get(name)) is not None:
+            yield buffer

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
-from ..tracing import stands_for_many
+from ..tracing import stands_for_many, wants_common_operators
 from .products import runs_on_onednn
 
 PIECE = 3  # the kernel that is fast
@@ -83,7 +83,7 @@ class _DepthwiseConv(torch.autograd.Function):
         grad_x = grad_weight = None
         if needs_x:
             grad_x = _gradients(grad, x, weight, side, [True, False, False])[0]
-        if needs_weight and stands_for_many(grad):
+        if needs_weight and (stands_for_many(grad) or wants_common_operators()):
             grad_weight = _gradients(grad, x, weight, side, [False, True, False])[1]
         elif needs_weight and torch.compiler.is_compiling():
             grad_weight = torch.ops.vitlinear.depthwise_weight_gradient(grad, x, weight)

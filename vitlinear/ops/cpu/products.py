@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
-from ..tracing import notes_operators, stands_for_many, wants_common_operators
+from ..tracing import stands_for_many, wants_common_operators
 
 
 def onednn_available() -> bool:
@@ -44,6 +44,7 @@ def mkl_keeps_up() -> bool:
 
 
 _AVAILABLE = onednn_available()
+_PLAIN = Tensor, nn.Parameter
 MKL_KEEPS_UP = mkl_keeps_up()
 
 # From so many rows on, oneDNN's own layout of a weight that widens is worth making in each call:
@@ -64,10 +65,10 @@ def runs_on_onednn(x: Tensor, weight: Tensor) -> bool:
         and bool(torch.backends.mkldnn.enabled)
         and x.device.type == weight.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and type(weight) in (Tensor, nn.Parameter)
+        and type(x) in _PLAIN
+        and type(weight) in _PLAIN
         and not torch.is_autocast_enabled("cpu")
         and not wants_common_operators()
-        and (torch.compiler.is_compiling() or not notes_operators())
         and x.dim() > 1
         and x.numel() > 0
     )
@@ -275,7 +276,8 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        plain = stands_for_many(grad)
+        # Others may look now than in the forward pass.
+        plain = stands_for_many(grad) or wants_common_operators()
         rows = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_weight = None
         if needs_x:

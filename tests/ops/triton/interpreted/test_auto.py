@@ -258,6 +258,13 @@ def test_tensors_of_a_gpu_that_is_not_there(monkeypatch):
     assert found.backend == "eager" and "there is no GPU here" in found.reason
 
 
+def test_what_a_mode_notes_has_common_operators_only(device):
+    attend(call(32))
+    assert choice().backend == "triton"
+    with FakeTensorMode():  # as for a program of `make_fx`
+        assert choice().backend == "eager"
+
+
 def test_a_default_device_is_no_mode(device):
     """Which `torch.set_default_device` looks like."""
     attend(call(32))
