@@ -16,6 +16,9 @@ import pytest  # noqa: E402  (the thread counts come first)
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+# The first backward pass of a process starts a thread for each device, and no process that is
+# forked after that can run one. Fake tensors count as a GPU where there is none: before them.
+torch.ones(1, requires_grad=True).sum().backward()
 
 # Held to the end: see `vitlinear.processes`. The destructor of a group whose last reference is
 # that of DDP can wait for ever, and no timeout reaches it.

@@ -213,6 +213,9 @@ def test_other_versions_do_without_what_cannot_be_compiled(
     tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[list[str]] = []
+    python = tool.ROOT / "python"  # which is asked to uninstall: none that anybody uses
+    python.write_text("#!/bin/sh\n")
+    python.chmod(0o755)
 
     def pip(python: Path, log: Path, arguments: list[str]) -> None:
         asked.append(arguments)
@@ -228,14 +231,14 @@ def test_other_versions_do_without_what_cannot_be_compiled(
     ):
         tool.venv_dir(versions).mkdir()
         monkeypatch.setattr(tool, "COMPILED", "dependencies")  # the one list of this pyproject.toml
-        tool._pip_install(Path("python"), ["dependencies"], versions)
+        tool._pip_install(python, ["dependencies"], versions)
         assert "its tests will skip: no compiler" in capsys.readouterr().out
         assert all(arguments[: len(chosen)] == chosen for arguments in asked)
         asked.clear()
     assert bounds.read_text() == "a==1.0\n" * 2
     with pytest.raises(tool.SetupError, match="no compiler"):
         tool.venv_dir().mkdir()
-        tool._pip_install(Path("python"), ["dependencies"], tool.PINNED)
+        tool._pip_install(python, ["dependencies"], tool.PINNED)
 
 
 @pytest.mark.quick("tools")
