@@ -57,7 +57,7 @@ def copies_of(
     return len(copied), len(others), size * 4 / 2**20, (first, second)
 
 
-def _unbind(projection: Tensor) -> tuple[Tensor, ...]:
+def unbind(projection: Tensor) -> tuple[Tensor, ...]:
     """Returns the parts that `packed.unpack` does; autograd stacks their gradients."""
     parts = projection.unbind(2)
     return (*parts, *parts[2:3])
@@ -77,7 +77,7 @@ def times_of_steps(model: nn.Module, images: Tensor, turns: int) -> tuple[float,
         return time.perf_counter() - began
 
     def other() -> float:
-        with mock.patch.object(packed, "unpack", _unbind):
+        with mock.patch.object(packed, "unpack", unbind):
             return step()
 
     step(), other()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.copies import unbind
 from benchmarks.saved import saved_bytes
 from tests.models.test_contract import TEST_MODELS
 from tests.pairwise import pairwise, some_by_night
@@ -33,11 +34,6 @@ def gradients(model: nn.Module, images: Tensor) -> tuple[list[Tensor], int]:
                 ahead.append(node)
     stacking = sum(node.name() == "UnbindBackward0" for node in nodes)
     return list(torch.autograd.grad(loss, parameters)), stacking
-
-
-def unbind(projection: Tensor) -> tuple[Tensor, ...]:
-    parts = projection.unbind(2)
-    return (*parts, *parts[2:3])
 
 
 @pairwise(every=2, name=TEST_MODELS, backend=["eager", "library"])

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from vitlinear.layers.band import rows_in_use, use_rows
+from vitlinear.layers.moved_buffers import moved_buffers
 
 from ._valid_region import use_valid_region, valid_region
 
@@ -45,11 +46,10 @@ def _checkpoint(block: nn.Module, run: Callable[..., Any], *args: Any, **kwargs:
         return timm.models.checkpoint(run, *args, **kwargs)
     region, rows, again = valid_region(), rows_in_use(), False
     moving: list[tuple[Any, str, torch.Tensor]] = [
-        (module, name, module.get_buffer(name).clone())
+        (module, name, buffer.clone())
         for module in block.modules()
         if module.training
-        for name in getattr(module, "moves_in_training", ())
-        if name in module._buffers  # not a wrapper's that shows the attributes of its module
+        for name, buffer in moved_buffers(module)
     ]
 
     def run_in_region(*args: Any, **kwargs: Any) -> Any:

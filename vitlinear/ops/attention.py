@@ -17,7 +17,7 @@ from .mechanisms import Mechanism, get_mechanism
 from .precision import in_tf32
 from .rotary import TABLE_DTYPES, RotaryTables
 from .terms import Terms
-from .tracing import is_looked_at, is_watched
+from .tracing import PLAIN, is_looked_at, is_watched
 from .workload import Workload
 
 
@@ -181,10 +181,6 @@ def is_training(terms: Terms, *others: Tensor | None) -> bool:
 
 _known: dict[tuple[Any, ...], Examined] = {}
 MOST_KNOWN = 4096
-
-
-# Of the arguments of a plain call; others see more than their values.
-PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
 
 def known(q: Tensor, k: Tensor, v: Tensor, mechanism: str, terms: Terms) -> Examined | None:

@@ -16,7 +16,6 @@ from . import autograd_states, eager
 from . import registered_states as registered_states  # registers torch.ops.vitlinear.*
 from .attention import (
     MOST_KNOWN,
-    PLAIN,
     Examined,
     check_derivatives,
     check_device,
@@ -36,7 +35,7 @@ from .mechanisms import Mechanism, get_mechanism
 from .precision import accumulation_dtype, in_tf32
 from .rotary import RotaryTables
 from .terms import Terms
-from .tracing import is_looked_at
+from .tracing import PLAIN, is_looked_at
 from .workload import Workload
 
 

@@ -16,11 +16,14 @@ _is_tracing = torch._C._is_tracing
 _transforms = torch._C._are_functorch_transforms_active
 _stands_for_many = torch._C._functorch.is_legacy_batchedtensor
 
+# Types of the tensors of a plain call; others see more than their values.
+PLAIN = frozenset({Tensor, torch.nn.Parameter})
+
 
 @torch.compiler.assume_constant_result
 def under_transforms() -> bool:
     """Whether transforms of `torch.func` are at work, such as vmap."""
-    return bool(torch._C._are_functorch_transforms_active())
+    return bool(_transforms())
 
 
 @torch.compiler.assume_constant_result
@@ -60,7 +63,7 @@ def stands_for_many(grad: Tensor) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    return torch._C._functorch.is_legacy_batchedtensor(grad)
+    return _stands_for_many(grad)
 
 
 def notes_operators() -> bool:

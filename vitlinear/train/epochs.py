@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vitlinear.data.loader import start_epoch
 from vitlinear.evaluation.evaluate import evaluate
+from vitlinear.layers.moved_buffers import moved_buffers
 from vitlinear.signals import Stopped, StopSignals
 
 from .loop import train_one_epoch
@@ -21,7 +22,6 @@ from .recorder import Recorder
 from .resume import Start
 from .schedule import set_schedule
 from .setup import Run
-from .updater import moved_buffers
 
 
 def run_epochs(run: Run, recorder: Recorder, start: Start, signals: StopSignals) -> dict[str, Any]:
@@ -141,7 +141,7 @@ def _distribute_statistics(run: Run) -> None:
             reduce = dist_bn == "reduce" and not ema
             distribute_bn(model, processes.world_size, reduce)
             for module in unwrap_model(model).modules():
-                for moved in moved_buffers(module):
+                for _, moved in moved_buffers(module):
                     if reduce:
                         distributed.all_reduce(moved)
                         moved /= processes.world_size

@@ -10,6 +10,8 @@ from torch import distributed, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from vitlinear.layers.moved_buffers import moved_buffers
+
 
 class Updater:
     """Turns losses into optimiser updates: scaling, clipping, accumulation, schedule, average.
@@ -139,14 +141,4 @@ def _moving(module: nn.Module) -> Iterator[torch.Tensor]:
     """Yields the buffers of a module itself that a forward pass in training changes."""
     if isinstance(module, nn.modules.batchnorm._NormBase):
         yield from module.buffers(recurse=False)
-    yield from moved_buffers(module)
-
-
-def moved_buffers(module: nn.Module) -> Iterator[torch.Tensor]:
-    """Yields the buffers of a module itself that its ``moves_in_training`` names.
-
-    A wrapper that passes attributes on shows the names of the module inside, and holds no buffers.
-    """
-    for name in getattr(module, "moves_in_training", ()):
-        if (buffer := module._buffers.get(name)) is not None:
-            yield buffer
+    yield from (buffer for _, buffer in moved_buffers(module))

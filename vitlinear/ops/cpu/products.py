@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
-from ..tracing import stands_for_many, wants_common_operators
+from ..tracing import PLAIN, stands_for_many, wants_common_operators
 
 
 def onednn_available() -> bool:
@@ -44,7 +44,6 @@ def mkl_keeps_up() -> bool:
 
 
 _AVAILABLE = onednn_available()
-_PLAIN = Tensor, nn.Parameter
 MKL_KEEPS_UP = mkl_keeps_up()
 
 # From so many rows on, oneDNN's own layout of a weight that widens is worth making in each call:
@@ -65,8 +64,8 @@ def runs_on_onednn(x: Tensor, weight: Tensor) -> bool:
         and bool(torch.backends.mkldnn.enabled)
         and x.device.type == weight.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and type(x) in _PLAIN
-        and type(weight) in _PLAIN
+        and type(x) in PLAIN
+        and type(weight) in PLAIN
         and not torch.is_autocast_enabled("cpu")
         and not wants_common_operators()
         and x.dim() > 1

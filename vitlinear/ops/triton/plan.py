@@ -158,9 +158,8 @@ class Plan:
         """
         if self.window:
             return 16 // self.window_warps
-        wide_tables = (
-            self.positions == "cosine" and self.sums == "tf32"
-        )  # float32: twice the memory
+        # Two numbers for each channel of a token, and in float32 there.
+        wide_tables = self.positions == "cosine" and self.sums == "tf32"
         if self.entries > 128 * 64 or self.reads_opposite or wide_tables:
             return 1
         return 4 if self.is_small else 2
