@@ -1,8 +1,10 @@
 """Shared by the training tests: a small image folder, and flags of a run that takes a second."""
 
+import contextlib
 import faulthandler
 import multiprocessing
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -115,9 +117,16 @@ def finish(process: subprocess.Popen, timeout: float = 300) -> tuple[int, str]:
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    """A port that is free, and still is when a run listens on it some seconds later.
+
+    The system gives its own choice, which is from 32768 on, to every connection that opens
+    meanwhile: those of other tests too.
+    """
+    while True:
+        port = 10000 + secrets.randbelow(20000)
+        with socket.socket() as found, contextlib.suppress(OSError):
+            found.bind(("", port))
+            return port
 
 
 def fork_two(function: Callable[..., Any], *arguments: Any, timeout: float = 300) -> str:
