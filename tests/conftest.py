@@ -53,10 +53,15 @@ def process_group(tmp_path: Path) -> Iterator[None]:
         distributed.destroy_process_group()
 
 
-@pytest.fixture
-def all_memory_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For `vitlinear.stream`, whose bound counts what this process holds: other tests left it."""
-    monkeypatch.setattr("vitlinear.streaming.run.resident", lambda: 0)
+@pytest.fixture(scope="module")
+def all_memory_free() -> Iterator[None]:
+    """For `vitlinear.stream`, whose bound counts what this process holds: other tests left it.
+
+    In processes that fork from this one for a file, too.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vitlinear.streaming.run.resident", lambda: 0)
+        yield
 
 
 @pytest.fixture(autouse=True)

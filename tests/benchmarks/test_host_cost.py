@@ -1,4 +1,11 @@
-"""The time before the kernels stays near that of an empty autograd function."""
+"""What comes before the kernels stays near what an empty autograd function does.
+
+By the number of calls, which is the same on every machine; by night in time as well.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -16,7 +23,10 @@ from vitlinear.ops.triton import INTERPRETING  # noqa: E402
 
 pytestmark = pytest.mark.skipif(INTERPRETING, reason="the interpreter launches nothing")
 
-# Of the empty function's time. A custom operator alone, without kernels, takes seven times it.
+# Of the empty function's calls, forward and backward. Checks of a call weigh more where there is
+# less to do than in an attention: a state saves no query, and a read launches one kernel.
+MOST_CALLS = {Subject: (2.0, 1.75), StateSubject: (3.25, 2.0), ReadSubject: (2.5, 2.25)}
+# Of its time. A custom operator alone, without kernels, takes seven times it.
 MOST = 2.0
 # A read launches one kernel and allocates one tensor: what checks of a call take weighs more.
 MOST_OF_READ = 2.5
@@ -25,6 +35,40 @@ ROUNDS = 20  # until one is quiet enough: other work on the machine only adds
 
 def least(a: Cost, b: Cost) -> Cost:
     return a._replace(ours=min(a.ours, b.ours), empty=min(a.empty, b.empty))
+
+
+def count_calls(step: Callable[[], Any]) -> tuple[Any, int]:
+    """What a step returns, and how many functions it calls, of Python and of C."""
+    count = 0
+
+    def note(frame: Any, event: str, argument: Any) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(note)
+    try:
+        result = step()
+    finally:
+        sys.setprofile(None)
+    return result, count
+
+
+@pytest.mark.parametrize("mechanism", ops.MECHANISMS)
+@pytest.mark.parametrize("kind", MOST_CALLS)
+def test_calls(kind: type[Subject], mechanism: str) -> None:
+    if kind is StateSubject and ops.get_mechanism(mechanism).has_global_query:
+        pytest.skip("has no state without queries")
+    with without_launches() as launched:
+        subject = kind(mechanism, launched)
+        assert all(number >= 1 for number in subject.launches())
+        subject.differentiate(subject.call())
+        found = {}
+        for who, run in (("ours", subject.call), ("empty", subject.empty)):
+            out, forward = count_calls(run)
+            _, backward = count_calls(lambda out=out: subject.differentiate(out))
+            found[who] = (forward, backward)
+    for ours, empty, most in zip(found["ours"], found["empty"], MOST_CALLS[kind], strict=True):
+        assert ours <= most * empty, found
 
 
 def check(kind: type[Subject], mechanism: str) -> None:
@@ -41,11 +85,13 @@ def check(kind: type[Subject], mechanism: str) -> None:
         assert cost.ratio <= limit, cost
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("mechanism", ops.MECHANISMS)
 def test_attention(mechanism: str) -> None:
     check(Subject, mechanism)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("mechanism", ["mala", "elu"])
 @pytest.mark.parametrize("kind", [StateSubject, ReadSubject])
 def test_states(kind: type[Subject], mechanism: str) -> None:

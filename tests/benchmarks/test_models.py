@@ -77,7 +77,7 @@ def test_nothing_measured(capsys):
 
 
 def test_a_process_that_is_killed_or_silent():
-    process = Process(subject.serve, CASE, timeout=100)
+    process = Process(subject.serve, CASE, timeout=600)
     assert process.answer()["parameters"] > 0
     assert len(process.ask(1e-9)) == 1
     os.kill(process.process.pid, signal.SIGKILL)
@@ -89,7 +89,7 @@ def test_a_process_that_is_killed_or_silent():
     with pytest.raises(FailedError, match=r"gave up after 0 s \(--timeout\)"):
         process.answer()
     process.close()
-    process = Process(subject.serve, CASE, timeout=100)
+    process = Process(subject.serve, CASE, timeout=600)
     with pytest.raises(FailedError, match=r"gave up after 0 s \(no time left\)"):
         process.answer(deadline=0)
     process.process.join()

@@ -216,7 +216,7 @@ def test_a_whole_process_with_the_environment_of_a_mirror(server, tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     paths = [path for _, path in server.requests]

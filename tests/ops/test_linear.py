@@ -440,7 +440,8 @@ def test_weight_gradients(keeps_up):
 def test_derivatives_of_higher_order():
     ours = layer()
     theirs = copy.deepcopy(ours).double()
-    x, direction = torch.randn(2, 6, 24)
+    # Small: of a saturated tanh little more than rounding is left in second derivatives.
+    x, direction = torch.randn(2, 6, 24) / 4
 
     def second(module, dtype):
         y = x.to(dtype).requires_grad_()

@@ -10,6 +10,8 @@ import vitlinear
 from vitlinear.errors import UserError
 from vitlinear.streaming import PCA, Head, maps, memory, run, sinks
 
+pytestmark = pytest.mark.usefixtures("all_memory_free")
+
 
 @pytest.fixture(scope="module")
 def model():

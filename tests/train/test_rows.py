@@ -21,7 +21,7 @@ from vitlinear.train.tasks import check_task
 FLAGS = ["--model", "test_ravlt_linear", "--img-size", "64", "-b", "6", "--epochs", "2"]
 FLAGS += ["--mixup", "0.8", "--cutmix", "1", "--reprob", "0.3", "--drop-path", "0.2"]
 FLAGS += ["--drop", "0.1", "--model-ema", "--model-ema-decay", "0.9", "--clip-grad", "1"]
-FLAGS += ["--aa", "rand-m9-mstd0.5-inc1", "--dist-timeout", "60", "--log-interval", "1"]
+FLAGS += ["--aa", "rand-m9-mstd0.5-inc1", "--dist-timeout", "300", "--log-interval", "1"]
 FLAGS += ["--opt", "momentum", "--lr", "0.05", "--warmup-epochs", "0"]
 
 

@@ -97,7 +97,7 @@ if [[ -n $output ]]; then echo ended >"$output"; fi
 """
 # Called as timeout -s INT -k 10 SECONDS COMMAND...; the time is up at once.
 TIMEOUT = """#!/usr/bin/env bash
-exec {timeout} "${{@:1:4}}" 3 "${{@:6}}"
+exec {timeout} "${{@:1:4}}" 6 "${{@:6}}"
 """
 
 
