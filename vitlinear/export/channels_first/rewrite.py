@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,7 +11,6 @@ import torch
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from vitlinear.layers import is_plain
 from vitlinear.models._isotropic import IsotropicBackbone
 from vitlinear.models._stages import StagedBackbone
 
@@ -121,8 +121,9 @@ def rewrite(
         made.stages = nn.Sequential(*stages)
         for module in list(made.modules()):
             for name, child in module.named_children():
-                if is_plain(child, LayerNorm2d):
-                    setattr(module, name, affine_channel_norm(child))
+                if isinstance(child, LayerNorm2d):
+                    with contextlib.suppress(NoForm):
+                        setattr(module, name, affine_channel_norm(child))
     if runtime is not None:
         choose_steps(made, runtime, fixed=size is not None)
     return made, rewritten
