@@ -12,12 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.as_trained import make
 from tests.pairwise import some_by_night
+from vitlinear.errors import UserError
 from vitlinear.export.channels_first import (
     ONNXRUNTIME,
     OPENVINO,
     RUNTIMES,
     InputSize,
     layers,
+    pays,
     rewrite,
 )
 from vitlinear.export.shapes import Range, Shapes
@@ -324,6 +326,7 @@ def test_command(sizes, command, tmp_path):
     assert "\nlayout        channels-first\n" in result.out and "classes, fused\n" in result.out
     metadata = onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map
     assert metadata["layout"] == "channels-first" and json.loads(metadata["fused"])
+    assert metadata["runtime"] == "onnxruntime"
 
 
 def test_openvino_keeps_models_of_products():
@@ -337,10 +340,18 @@ def test_openvino_keeps_models_of_products():
     assert layouts == {name: [True, name not in names] for name in layouts}
 
 
+def test_runtimes_that_there_are_not():
+    model = make("test_linear_deit", depth=1)
+    for call in (lambda: rewrite(model, None, "OpenVINO"), lambda: pays(model, "OpenVINO")):
+        with pytest.raises(UserError, match=r"unknown runtime 'OpenVINO'.*: use one of onnxr"):
+            call()
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
         (["test_ravlt", "o.pt2"], "--layout channels-first is for --format onnx"),
+        (["test_ravlt", "o.onnx", "--dtype", "float16"], "channels-first has no form in float16"),
         (
             ["test_l2vit", "o.onnx"],
             "be channels-last, as PaddedWindowAttention at any size has no other",
