@@ -265,9 +265,11 @@ class Moves(TorchDispatchMode):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", MODELS)
-def test_few_moves(name):
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_few_moves(runtime, name):
+    """Of small maps. How PyTorch multiplies a large map and a matrix is not what ONNX says."""
     size = size_of(name)
-    made, _ = rewrite(make(name, torch.float32, **MODELS[name]), size)
+    made, _ = rewrite(make(name, torch.float32, **MODELS[name]), size, runtime)
     moves = Moves()
     for block in made.modules():
         if type(block).__name__ == "ChannelsFirstBlock":
@@ -278,13 +280,16 @@ def test_few_moves(name):
 
 
 @pytest.mark.slow
-@pytest.mark.nightly
 @torch.no_grad()
-@pytest.mark.parametrize("name", MODELS)
-def test_few_nodes(name):
+@some_by_night("name", MODELS, every_run=("test_linear_deit",))
+@some_by_night("runtime", (None, *RUNTIMES), every_run=(ONNXRUNTIME,))
+def test_few_nodes(runtime, name, monkeypatch):
+    """All maps are large ones here, which are factors of matrix products for onnxruntime."""
+    monkeypatch.setattr(layers, "LARGE_MAP", 0)
+    monkeypatch.setattr(layers, "MANY_CHANNELS", 1)
     size = size_of(name)
     shapes = Shapes.of(name, 3, *(Range(n, n) for n in size))
-    made, _ = rewrite(make(name, torch.float32, **MODELS[name]), size)
+    made, _ = rewrite(make(name, torch.float32, **MODELS[name]), size, runtime)
     example = shapes.example()
     program = torch.onnx.export(
         _trace(made, shapes, example), (example,), dynamo=True, verbose=False
@@ -294,7 +299,10 @@ def test_few_nodes(name):
         scopes = next(x.value for x in node.metadata_props if x.key == "pkg.torch.onnx.name_scopes")
         if "blocks." in scopes and node.op_type in NODES:
             counts[node.op_type] += 1
-    assert dict(counts) == COUNTS[name]
+    expected = Counter(COUNTS[name])
+    if runtime is not None:  # steps of a runtime name maps anew, or need not, and move no more
+        del counts["Reshape"], expected["Reshape"]
+    assert counts == expected
 
 
 @pytest.mark.slow
