@@ -12,6 +12,7 @@ from tests.commands import Command
 from vitlinear.errors import UserError
 from vitlinear.files import (
     ResultPaths,
+    check_apart,
     check_no_input_folder,
     check_parent,
     write_atomically,
@@ -69,6 +70,15 @@ def test_folders_and_files_that_are_read(tmp_path: Path) -> None:
     check_parent(str(images / "b.json"), [images / "a.png", None])
     with pytest.raises(UserError, match="the command reads it"):
         check_parent(str(tmp_path / "link" / "a.png"), [images / "a.png"])
+
+
+def test_two_results_are_two_files(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "a.json")
+    check_apart({"--a": tmp_path / "a.json", "--b": str(tmp_path / "b.json"), "--c": None})
+    check_apart({"--a": "", "--b": ""})
+    for other in ("a.json", "A.json", "../" + tmp_path.name + "/a.json", "link"):
+        with pytest.raises(UserError, match="^--a and --c are both .*: give each its own$"):
+            check_apart({"--a": tmp_path / "a.json", "--b": "b", "--c": f"{tmp_path}/{other}"})
 
 
 @pytest.mark.parametrize("name", ["image", "checkpoint"])

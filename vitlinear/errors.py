@@ -40,6 +40,22 @@ def pip_install(extra: str) -> str:
     return f"pip install {shlex.quote(f'vitlinear[{extra}]')}"
 
 
+def check_choice(what: str, name: str, choices: Iterable[str]) -> None:
+    """Raises `UserError` if a name is none of those that there are.
+
+    Args:
+        what: It names, such as ``"layout"``.
+        name: What was given.
+        choices: The names that there are.
+    """
+    choices = list(choices)
+    if name not in choices:
+        raise UserError(
+            f"unknown {what} {name!r}{did_you_mean(str(name), choices)}: "
+            f"use one of {', '.join(choices)}"
+        )
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns ``" (did you mean a, b?)"`` for near misses of ``name``, or an empty string."""
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)

@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from vitlinear.errors import UserError, one_line
@@ -136,6 +136,19 @@ def check_no_input(path: str | Path, inputs: Iterable[str | Path | None]) -> Non
     """Raises `UserError` if a file that is to be written is one that the command reads."""
     if _names(Path(path).expanduser()) & {name for file in inputs if file for name in _names(file)}:
         raise UserError(f"cannot write {path}: the command reads it; give another name")
+
+
+def check_apart(files: Mapping[str, str | Path | None]) -> None:
+    """Raises `UserError` if two files that a command is to write are one.
+
+    Args:
+        files: The file of each flag; None or empty for none.
+    """
+    taken: dict[str, str] = {}
+    for flag, file in files.items():
+        for name in _names(Path(file).expanduser()) if file else ():
+            if taken.setdefault(name, flag) != flag:
+                raise UserError(f"{taken[name]} and {flag} are both {file}: give each its own")
 
 
 def check_no_input_folder(folder: Path, inputs: Iterable[Path]) -> None:

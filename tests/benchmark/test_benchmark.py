@@ -218,6 +218,11 @@ def test_multiply_adds_of_a_linear_model() -> None:
         ([MODEL, "--reference", "test_vi"], ["--reference test_vi is not among"]),
         ([MODEL, "--plot", "a.bmp"], ["--plot a.bmp", ".png or .svg"]),
         ([MODEL, "--output", "none/a.json"], ["cannot write none/a.json"]),
+        (
+            [MODEL, "--output", "a.svg", "--plot", "./A.svg"],
+            ["--output and --plot are both A.svg: g"],
+        ),
+        (["{shapeless}"], ["shapeless.onnx does not say which images it takes"]),
         (["none.onnx"], ["none.onnx does not exist"]),
         (["none.onnx", "--runtime", "pytorch"], ["none.onnx is a file", "openvino"]),
         (["README.onnx"], ["README.onnx is no ONNX program"]),
@@ -236,6 +241,10 @@ def test_mistakes(
     monkeypatch.chdir(tmp_path)
     Path("README.onnx").write_text("no program")
     files = {"means": means, "bytes": write_means(means.with_name("bytes.onnx"), "uint8")}
+    files["shapeless"] = means.with_name("shapeless.onnx")
+    shapeless = onnx.load(means)
+    shapeless.graph.input[0].type.tensor_type.ClearField("shape")
+    onnx.save(shapeless, files["shapeless"])
     result = command("benchmark", *(flag.format(**files) for flag in flags))
     assert result.code == 2 and result.err.count("\n") == 1, result.err
     assert result.err.startswith("error: ") and all(part in result.err for part in says), result.err
@@ -259,6 +268,27 @@ def test_what_is_not_installed(
     )
     result = command("benchmark", MODEL, "--sizes", 32, *flags)
     assert result.code == 2 and says in result.err, result.err
+
+
+@pytest.mark.parametrize(
+    ("runtime", "kind", "multiplies"),
+    [
+        ("pytorch", "aten::linear", True),
+        ("pytorch", "mkldnn::_linear_pointwise", True),
+        ("pytorch", "aten::mkldnn_convolution", True),
+        ("pytorch-compiled", "aten::addmm", True),
+        ("pytorch", "vitlinear::linear", True),
+        ("pytorch", "vitlinear::rotate", False),
+        ("pytorch", "vitlinear::matmul", True),
+        ("pytorch", "vitlinear::sdpa", True),
+        ("onnxruntime", "FusedMatMul", True),
+        ("onnxruntime", "Softmax", False),
+        ("openvino", "FullyConnected", True),
+    ],
+)
+def test_what_multiplies(runtime: str, kind: str, multiplies: bool) -> None:
+    """The part before ``::`` is a library's name, and says nothing."""
+    assert runtimes.multiplying(runtime, {kind: 2.0}) == 2.0 * multiplies
 
 
 def test_sizes() -> None:

@@ -25,6 +25,7 @@ from vitlinear.create import data_config
 from vitlinear.errors import UserError, pip_install
 from vitlinear.export import Shapes, write
 from vitlinear.export import command as export_command
+from vitlinear.export.calibration import Calibration
 from vitlinear.export.shapes import Range
 
 MODEL = "test_linear_deit"  # the quickest to trace
@@ -226,14 +227,12 @@ def test_full_disk(kind, tmp_path):
     if kind == "onnx":
         pytest.importorskip("onnxruntime")
     model = timm.create_model(MODEL, depth=1, num_classes=5).eval()
-    shapes = Shapes.of(MODEL, 3, Range(1, 1), Range(64, 64), Range(64, 64))
-    card = Card(MODEL, {"depth": 1}, 5, 3, data_config(model, {}), "RGB")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
     try:
         with pytest.raises(UserError, match=r"^cannot write .*: File too large$"):
             suffix = write.FORMATS[kind].suffix
-            write.export(model, tmp_path / f"o{suffix}", kind, shapes, card, {})
+            export_small(tmp_path / f"o{suffix}", kind, model)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []
@@ -373,14 +372,69 @@ def test_published_weights_with_another_classifier(monkeypatch):
     assert export_command._origin(source, model)["weights"] == f"{MODEL}.in1k"
 
 
+def export_small(path, kind="onnx", model=None, **kwargs):
+    """From Python, of images of 64 x 64."""
+    model = model or timm.create_model(MODEL, num_classes=5, depth=1).eval()
+    shapes = Shapes.of(MODEL, 3, Range(1, 1), Range(64, 64), Range(64, 64))
+    card = Card(MODEL, {"depth": 1}, 5, 3, data_config(model, {}), "RGB")
+    return write.export(model, path, kind, shapes, card, {}, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"runtime": "OpenVINO"}, "unknown runtime 'OpenVINO'"),
+        ({"runtime": None}, "unknown runtime None: use one of onnxruntime, openvino"),
+        ({"layout": "channel-first"}, r"'channel-first' \(did you mean channels-first"),
+        ({"kind": "onx"}, r"unknown format 'onx' \(did you mean onnx\?\): use one of onnx, torch-"),
+        ({"dtype": torch.bfloat16}, "unknown dtype 'torch.bfloat16'.*: use one of float32, float1"),
+        ({"kind": "torch-export", "dtype": torch.float16}, "float16 is for --format onnx"),
+        ({"kind": "torch-export", "layout": "channels-first"}, "is for --format onnx"),
+        ({"dtype": torch.float16, "layout": "channels-first"}, "has no form in float16"),
+        ({"dtype": torch.int8}, "torch.int8 needs it"),
+    ],
+)
+def test_arguments_that_there_are_not(arguments, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        export_small(tmp_path / "o.onnx", **arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "dtype, layout, runtime, said",
+    [
+        (torch.float32, "auto", "onnxruntime", ("channels-first", "onnxruntime")),
+        (torch.float32, "auto", "openvino", ("channels-last", "openvino")),
+        (torch.float32, "channels-first", "openvino", ("channels-first", "openvino")),
+        (torch.float32, "channels-last", "openvino", ("channels-last", None)),
+        (torch.float16, "auto", "openvino", ("channels-last", None)),
+        (torch.int8, "auto", "openvino", ("channels-first", None)),
+    ],
+)
+def test_the_file_names_the_runtime_that_chose(dtype, layout, runtime, said, tmp_path, monkeypatch):
+    noted = {}
+
+    def note(model, shapes, card, metadata, path):
+        noted.update(metadata)
+        raise UserError("noted")
+
+    kind = dataclasses.replace(write.FORMATS["onnx"], write=note)
+    monkeypatch.setitem(write.FORMATS, "onnx", kind)
+    x = torch.zeros(2, 3, 64, 64)
+    images = Calibration(x, x, "nowhere") if dtype == torch.int8 else None
+    with pytest.raises(UserError, match="noted"):
+        export_small(
+            tmp_path / "o.onnx", dtype=dtype, calibration=images, layout=layout, runtime=runtime
+        )
+    assert (noted["layout"], noted.get("runtime")) == said
+
+
 def test_what_onnx_has_no_form_for(tmp_path):
     """An operator that torch.onnx does not know: one line, and no file."""
     model = timm.create_model(MODEL, num_classes=5, depth=1).eval()
     model.head = nn.Sequential(model.head, Unknown())
-    shapes = Shapes.of(MODEL, 3, Range(1, 1), Range(96, 96), Range(96, 96))
-    card = Card(MODEL, {"depth": 1}, 5, 3, data_config(model, {}), "RGB")
     with pytest.raises(UserError, match=r"torch.onnx makes no ONNX of this model"):
-        write.export(model, tmp_path / "o.onnx", "onnx", shapes, card, {}, layout="channels-last")
+        export_small(tmp_path / "o.onnx", model=model, layout="channels-last")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -156,6 +156,7 @@ def test_mistakes(command: Command, tmp_path: Path) -> None:
         ([good, "--output", tmp_path / "x.doc"], "must end in .png, .pdf or .svg"),
         ([good, "--csv", tmp_path / "no" / "x.csv"], "its folder does not exist"),
         ([good, "--csv", good / "summary.csv"], "the command reads it"),
+        ([good, "--csv", tmp_path / "x.png"], "--output and --csv are both "),
         ([], "required: RUN"),
     ):  # fmt: skip
         output = [] if "--output" in flags else ["--output", tmp_path / "x.png"]

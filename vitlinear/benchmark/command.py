@@ -19,7 +19,7 @@ import torch
 from vitlinear.cli.flags import COUNT, POSITIVE, from_arguments, path
 from vitlinear.cli.parser import Parser
 from vitlinear.errors import UserError, did_you_mean, pip_install
-from vitlinear.files import check_new_file, check_no_input, write_text
+from vitlinear.files import check_apart, check_new_file, check_no_input, write_text
 from vitlinear.processor import cpu_model
 from vitlinear.revision import source_commit, versions
 
@@ -116,6 +116,7 @@ def _check(config: BenchmarkConfig, sizes: Sequence[Size]) -> None:
     for target in filter(None, (config.output, config.plot)):
         check_new_file(target, overwrite=True)
         check_no_input(target, config.models)
+    check_apart({"--output": config.output, "--plot": config.plot})
     if config.plot and config.plot.suffix not in PICTURES:
         raise UserError(f"--plot {config.plot}: its name has to end with {' or '.join(PICTURES)}")
     if config.plot and importlib.util.find_spec("matplotlib") is None:

@@ -156,11 +156,17 @@ def check_file(path: str, size: Size) -> str:
         program = onnx.load(Path(path).expanduser(), load_external_data=False)
         images = program.graph.input[0].type.tensor_type
         takes, kind = images.shape.dim, onnx.TensorProto.DataType.Name(images.elem_type)
+        shaped = images.HasField("shape")
     except Exception as error:  # protobuf's own classes
         raise UserError(f"{path} is no ONNX program: {one_line(error)}") from error
     if kind not in ("FLOAT", "FLOAT16", "DOUBLE"):
         raise UserError(
             f"{path} takes {kind.lower()}: its images have to be normalised, in floating point"
+        )
+    if not shaped:
+        raise UserError(
+            f"{path} does not say which images it takes: its first input needs a shape, such as "
+            "batch x 3 x height x width"
         )
     wanted = (size.batch, 3, size.height, size.width)
     fits = len(takes) == 4 and all(

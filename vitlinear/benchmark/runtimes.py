@@ -25,7 +25,15 @@ ONNX_TYPES = {"tensor(float)": "f4", "tensor(float16)": "f2", "tensor(double)": 
 PROFILED = 3  # calls, of which the fastest counts
 # How runtimes name what multiplies: products of matrices, convolutions, softmax attention.
 MULTIPLIES = {
-    "pytorch": ("mm", "linear", "convolution", "scaled_dot_product", "flash_attention"),
+    "pytorch": (
+        "mm",
+        "matmul",
+        "linear",
+        "convolution",
+        "scaled_dot_product",
+        "flash_attention",
+        "sdpa",
+    ),
     "onnxruntime": ("MatMul", "Gemm", "Conv", "Attention"),
     "openvino": ("FullyConnected", "MatMul", "Convolution", "ScaledDotProductAttention"),
 }
@@ -199,4 +207,6 @@ def check_runtime(name: str) -> None:
 def multiplying(runtime: str, kinds: Mapping[str, float]) -> float:
     """Milliseconds of a profile in products, convolutions and softmax attention."""
     marks = MULTIPLIES[runtime.partition("-")[0]]
-    return sum(ms for kind, ms in kinds.items() if any(mark in kind for mark in marks))
+    # Of an operator of PyTorch, the part before :: is the library that it is from.
+    names = {kind: kind.rpartition("::")[2] for kind in kinds}
+    return sum(ms for kind, ms in kinds.items() if any(mark in names[kind] for mark in marks))

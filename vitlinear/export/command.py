@@ -34,7 +34,7 @@ from .write import (
     AUTO,
     FORMATS,
     LAYOUTS,
-    check_layout,
+    check_form,
     check_onnx_packages,
     check_target,
     export,
@@ -186,13 +186,11 @@ def _kind(config: ExportConfig) -> str:
                     f"--{flag} is for onnx and torch-export: safetensors hold the weights of the "
                     "model as timm builds it"
                 )
-    if config.dtype != "float32" and kind != "onnx":
-        raise UserError(f"--dtype {config.dtype} is for --format onnx")
+    check_form(kind, DTYPES[config.dtype], config.program.layout)
     if config.dtype != "int8":
         for flag, value in values_by_flag(config.calibration).items():
             if value is not None:
                 raise UserError(f"--{flag.replace('_', '-')} is for --dtype int8")
-    check_layout(config.program.layout, kind)
     chooses = kind == "onnx" and config.dtype == "float32" and config.program.layout == AUTO
     if config.program.runtime and not chooses:
         raise UserError(

@@ -145,6 +145,51 @@ def biases_into_products(graph: Any) -> None:
     graph.node.extend(nodes)
 
 
+class _Norms:
+    """Tells the steps of norms from others in an ONNX graph.
+
+    Few norms are one node. Others are a mean of squares, to which something is added before the
+    root is taken; and layer norms first take away a mean. A mean is a ReduceMean, or a product with
+    equal weights, as channels-first programs have it.
+    """
+
+    def __init__(self, graph: Any) -> None:
+        from onnx import numpy_helper
+
+        self.constants = {each.name: numpy_helper.to_array(each) for each in graph.initializer}
+        self.made_by = {name: node for node in graph.node for name in node.output}
+        self.users: dict[str, list[Any]] = {}
+        for node in graph.node:
+            for name in node.input:
+                self.users.setdefault(name, []).append(node)
+
+    def is_mean(self, node: Any) -> bool:
+        if node.op_type != "MatMul":
+            return bool(node.op_type == "ReduceMean")
+        factor, maker = self.constants.get(node.input[0]), self.made_by.get(node.input[0])
+        if factor is None and maker is not None and maker.op_type == "Expand":  # at any size
+            factor = self.constants.get(maker.input[0])
+        return factor is not None and bool((factor == factor.flat[0]).all())
+
+    def ends(self, node: Any) -> bool:
+        """Whether a norm's root is taken of what this node gives; each norm has one such mean."""
+        if node.op_type in ("LayerNormalization", "RMSNormalization"):
+            return True
+        sums = [user for user in self._users(node) if user.op_type == "Add"]
+        return self.is_mean(node) and any(
+            user.op_type == "Sqrt" for each in sums for user in self._users(each)
+        )
+
+    def begins(self, node: Any) -> bool:
+        """Whether this is the mean that a layer norm takes away before."""
+        return self.is_mean(node) and any(
+            user.op_type == "Sub" and user.input[0] == node.input[-1] for user in self._users(node)
+        )
+
+    def _users(self, node: Any) -> list[Any]:
+        return self.users.get(node.output[0], [])
+
+
 def left_in_float32(graph: Any, quantised: set[str]) -> str:
     """Names, for people, the products, norms, means and softmaxes that are not quantised.
 
@@ -152,25 +197,23 @@ def left_in_float32(graph: Any, quantised: set[str]) -> str:
         graph: Of the program in float32.
         quantised: Names of the nodes that are not.
     """
-    constants = {tensor.name for tensor in graph.initializer}
-    names = {
-        "Softmax": "softmaxes",
-        "LayerNormalization": "norms",
-        "RMSNormalization": "norms",
-        "ReduceMean": "means",
-    }
+    norms = _Norms(graph)
     counts: Counter[str] = Counter()
     for node in graph.node:
-        if node.name in quantised:
+        if node.name in quantised or norms.begins(node):
             continue
-        if node.op_type == "Conv":
-            made = node.input[1] not in constants
+        if norms.ends(node):
+            counts["norms"] += 1
+        elif norms.is_mean(node):
+            counts["means"] += 1
+        elif node.op_type == "Softmax":
+            counts["softmaxes"] += 1
+        elif node.op_type == "Conv":
+            made = node.input[1] not in norms.constants
             counts["convolutions with computed kernels" if made else "convolution of images"] += 1
         elif node.op_type in ("MatMul", "Gemm"):
-            both = not constants.intersection(node.input[:2])
+            both = not norms.constants.keys() & set(node.input[:2])
             counts["products of two activations" if both else "other products"] += 1
-        elif node.op_type in names:
-            counts[names[node.op_type]] += 1
     return ", ".join(
         [*(f"{count} {kind}" for kind, count in counts.items()), "sums and activations"]
     )

@@ -27,12 +27,20 @@ from timm.models import get_model_args
 from torch import Tensor, nn
 
 from vitlinear.checkpoints.card import Card, read_card, save_weights
-from vitlinear.errors import UserError, one_line, pip_install
+from vitlinear.errors import UserError, check_choice, one_line, pip_install
 from vitlinear.files import check_new_file, write_atomically
 
 from . import onnx_file
 from .calibration import Calibration
-from .channels_first import CHANNELS_FIRST, CHANNELS_LAST, ONNXRUNTIME, InputSize, pays, rewrite
+from .channels_first import (
+    CHANNELS_FIRST,
+    CHANNELS_LAST,
+    ONNXRUNTIME,
+    RUNTIMES,
+    InputSize,
+    pays,
+    rewrite,
+)
 from .quantise import quantise
 from .shapes import Shapes
 
@@ -263,14 +271,18 @@ def export(
             be faster, which is ONNX in float32 and int8.
         runtime: One of `channels_first.RUNTIMES`, for whose speed ``'auto'`` chooses the layout in
             float32, and ``'channels-first'`` the steps; other types have one program for all. The
-            program runs in any.
+            program runs in any, and its metadata name the runtime where it chose.
 
     Raises:
         UserError: What is written computes something else, or cannot be written; or the model has
-            not the layout asked for. Nothing is left.
+            not the layout asked for; or an argument is none of those there are, or does not go
+            with the others. Nothing is left.
     """
+    check_form(kind, dtype, layout)
+    check_choice("runtime", runtime, RUNTIMES)
+    if (dtype == torch.int8) != (calibration is not None):
+        raise UserError("calibration is for torch.int8, and torch.int8 needs it: give both or none")
     check_target(path, kind, overwrite)
-    check_layout(layout, kind)
     generator = torch.Generator().manual_seed(0)
     sizes = shapes.checked(*card.data_config.input_size[1:])
     try:
@@ -288,14 +300,17 @@ def export(
         ) from error
     laid_out = left = ""
     if kind != "safetensors":
+        chooses = kind == "onnx" and dtype == torch.float32
+        chose = chooses and layout == AUTO and not pays(model, runtime)
         if layout == AUTO and not takes_channels_first(model, kind, dtype, runtime):
             layout = CHANNELS_LAST
-        model, laid_out = _lay_out(
-            model, shapes, layout, runtime if dtype == torch.float32 else None
-        )
+        model, laid_out = _lay_out(model, shapes, layout, runtime if chooses else None)
         metadata = {**metadata, "layout": laid_out}
         if laid_out.startswith(CHANNELS_FIRST):
             metadata["fused"] = json.dumps(True)
+            chose = chooses
+        if chose:
+            metadata["runtime"] = runtime
     try:
         with _scratch_folder(path) as folder:
             temporary = folder / path.name
@@ -347,10 +362,25 @@ def _lay_out(
     return model, str(rewritten)
 
 
-def check_layout(layout: str, kind: str) -> None:
-    """Raises `UserError` if files of a kind do not come in a layout of `LAYOUTS`."""
+def check_form(kind: str, dtype: torch.dtype, layout: str) -> None:
+    """Raises `UserError` if files of a kind do not come in a type, or not in a layout of `LAYOUTS`.
+
+    States of channels-first programs are sums over all tokens, which are divided afterwards: a
+    large map has more of them than float16 can hold.
+    """
+    check_choice("format", kind, FORMATS)
+    check_choice("layout", layout, LAYOUTS)
+    names = {each: str(each).removeprefix("torch.") for each in TOLERANCES}
+    check_choice("dtype", names.get(dtype, str(dtype)), names.values())
+    if dtype != torch.float32 and kind != "onnx":
+        raise UserError(f"--dtype {names[dtype]} is for --format onnx")
     if layout == CHANNELS_FIRST and kind != "onnx":
         raise UserError(f"--layout {CHANNELS_FIRST} is for --format onnx")
+    if layout == CHANNELS_FIRST and dtype == torch.float16:
+        raise UserError(
+            f"--layout {CHANNELS_FIRST} has no form in float16, which its sums over all tokens "
+            f"could overflow: take --dtype float32, or --layout {CHANNELS_LAST}"
+        )
 
 
 def _times(size: Sequence[int]) -> str:

@@ -21,7 +21,7 @@ from .fold import fold_scale
 from .layout import known_layout
 from .linear import Linear
 from .mlp import ConvMlp, Mlp, SwiGlu
-from .plain import is_plain
+from .plain import is_exact_gelu, is_plain
 from .positions.learned import AddMapPositions, AddTokenPositions
 from .positions.map_rotary import MapFullWidthRotaryTables, MapRotaryTables
 from .positions.md_tpe import AxisTpe, MdTpe
@@ -67,6 +67,7 @@ __all__ = [
     "check_attn_type",
     "check_images",
     "fold_scale",
+    "is_exact_gelu",
     "is_plain",
     "known_layout",
     "learns_temperature",

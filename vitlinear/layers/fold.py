@@ -16,7 +16,7 @@ from timm.layers import LayerScale
 from torch import Tensor, nn
 
 from .linear import Linear
-from .plain import is_plain
+from .plain import is_exact_gelu, is_plain
 
 T = TypeVar("T", bound=nn.Module)
 
@@ -71,8 +71,7 @@ def fold_gelu(linear: nn.Module, act: nn.Module) -> tuple[nn.Module, nn.Module]:
     Returns:
         What replaces the two: they themselves, if one of them is not plain, or another activation.
     """
-    exact = is_plain(act, nn.GELU) and act.approximate == "none"
-    if not exact or not is_product(linear) or not is_plain(linear, Linear):
+    if not is_exact_gelu(act) or not is_product(linear) or not is_plain(linear, Linear):
         return linear, act
     both = shared_copy(linear)
     both.activation = "gelu"

@@ -31,6 +31,11 @@ def does_nothing(dropout: nn.Module) -> bool:
     return type(dropout) is nn.Dropout and dropout.p == 0 and not has_forward_hooks(dropout)
 
 
+def is_exact_gelu(module: nn.Module) -> bool:
+    """Whether a module is a plain GELU, and not an approximation of it."""
+    return is_plain(module, nn.GELU) and module.approximate == "none"
+
+
 def _has_backward_hooks(module: nn.Module) -> bool:
     return bool(
         module._backward_hooks

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from timm.layers import LayerNorm
 from torch import Tensor, nn
 
 from vitlinear.layers import (
@@ -19,7 +18,6 @@ from vitlinear.layers import (
     Mlp,
     NormGatedAttention,
     PaddedWindowAttention,
-    RmsNorm,
     SwiGlu,
 )
 from vitlinear.layers.attention.cross_shaped_attention import CrossShapedAttention
@@ -47,8 +45,6 @@ from .attention import (
 from .cross_shaped import ChannelsFirstCrossShapedAttention
 from .inline import ChannelsFirstInLineAttention, ChannelsFirstInLineTokenAttention
 from .layers import (
-    ChannelNorm,
-    ChannelRmsNorm,
     ChannelsFirstConcentration,
     ChannelsFirstMerging,
     ChannelsFirstMlp,
@@ -57,6 +53,7 @@ from .layers import (
     NoForm,
     affine_channel_norm,
     convolution,
+    norm_of,
     require,
     require_nothing,
 )
@@ -94,14 +91,6 @@ def _rule(rules: dict[type[nn.Module], Any], module: nn.Module) -> Any:
     return rules[type(module)]
 
 
-def norm_of(norm: nn.Module) -> nn.Module:
-    """A norm over channels without weight and bias, which the next products take."""
-    require(norm, LayerNorm, RmsNorm)
-    if isinstance(norm, RmsNorm):
-        return ChannelRmsNorm(norm.eps)
-    return ChannelNorm(norm.eps)
-
-
 class ChannelsFirstBlock(nn.Module):
     """Attention and feed-forward network with norms, residuals and convolutions between.
 
@@ -132,7 +121,6 @@ class ChannelsFirstBlock(nn.Module):
         self.pos2 = convolution(block.get_submodule(pos2)) if pos2 else nn.Identity()
         self.local: nn.Module | None = None
         if hasattr(block, "lcm"):
-            norm_of(block.norm3)
             self.local = nn.Sequential(
                 affine_channel_norm(block.norm3), ChannelsFirstConcentration(block.lcm)
             )

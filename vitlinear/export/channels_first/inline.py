@@ -15,7 +15,7 @@ from vitlinear.ops.mechanisms import MECHANISMS
 from .attention import Slots, heads_of
 from .conv import conv_per_sample
 from .formula import linear_attention
-from .layers import MapSize, NoForm, linear, require, require_nothing
+from .layers import MapSize, NoForm, linear, require, require_gelu, require_nothing
 from .windows import Windows
 
 
@@ -36,7 +36,7 @@ class ChannelsFirstDynamicConv(nn.Module):
         assert isinstance(conv, DynamicConv)
         for part in (conv.fc1, conv.fc2):
             require(part, TokenConv)
-        require(conv.act, nn.GELU)
+        require_gelu(conv.act)
         self.batch = batch
         groups, dtype = conv.fc1.groups, conv.fc1.weight.dtype
         weight = conv.fc1.weight.detach()[:, :, 0].unflatten(0, (groups, -1)).double()

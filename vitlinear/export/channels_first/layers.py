@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerNorm
+from timm.layers import DropPath, LayerNorm, LayerNorm2d
 from torch import Tensor, nn
 
 from vitlinear.layers import (
@@ -17,7 +17,9 @@ from vitlinear.layers import (
     LocalConcentration,
     Mlp,
     ResidualDepthwiseConv,
+    RmsNorm,
     SwiGlu,
+    is_exact_gelu,
     is_plain,
 )
 from vitlinear.layers.attention.cross_shaped_attention import WindowConv
@@ -55,6 +57,22 @@ def require(module: nn.Module, *kinds: type[nn.Module]) -> None:
     """Raises `NoForm` unless the module is of exactly one of these classes, and plain."""
     if not is_plain(module, *kinds):
         raise NoForm(type(module).__name__)
+
+
+def require_gelu(module: nn.Module) -> None:
+    """Raises `NoForm` unless the module is the exact GELU."""
+    if not is_exact_gelu(module):
+        raise NoForm(f"{type(module).__name__} that is not the exact GELU")
+
+
+def require_norm(norm: nn.Module, *kinds: type[nn.Module]) -> None:
+    """Raises `NoForm` unless `require` lets the norm pass, and it has all that its class may have.
+
+    What a norm multiplies and adds becomes part of other layers.
+    """
+    require(norm, *kinds)
+    if norm.weight is None or getattr(norm, "bias", norm.weight) is None:
+        raise NoForm(f"{type(norm).__name__} without weight or bias")
 
 
 def require_nothing(*modules: nn.Module) -> None:
@@ -135,8 +153,18 @@ class Affine(nn.Module):
         return x * self.weight + self.bias
 
 
-def affine_channel_norm(norm: nn.LayerNorm) -> nn.Module:
+def norm_of(norm: nn.Module) -> nn.Module:
+    """A norm over channels without weight and bias, which the next products take."""
+    require_norm(norm, LayerNorm, RmsNorm)
+    if isinstance(norm, RmsNorm):
+        return ChannelRmsNorm(norm.eps)
+    return ChannelNorm(norm.eps)
+
+
+def affine_channel_norm(norm: nn.Module) -> nn.Module:
     """Layer norm over the channels of a map [B, C, H, W], with weight and bias."""
+    require_norm(norm, LayerNorm, LayerNorm2d)
+    assert isinstance(norm, nn.LayerNorm)
     return nn.Sequential(ChannelNorm(norm.eps), Affine(norm))
 
 
@@ -234,7 +262,9 @@ class ChannelsFirstMlp(nn.Module):
         require(mlp, ConvMlp, Mlp)
         self.fc1 = linear(mlp.fc1, norm)
         if getattr(mlp.fc1, "activation", "none") == "none":
-            require(mlp.act, nn.GELU)
+            require_gelu(mlp.act)
+        else:
+            require_nothing(mlp.act)
         self.act = nn.GELU()
         self.dwconv: nn.Module = nn.Identity()
         self.second_act: nn.Module = nn.Identity()
@@ -242,7 +272,7 @@ class ChannelsFirstMlp(nn.Module):
             require_nothing(mlp.drop)
             self.dwconv = convolution(mlp.dwconv)
             if mlp.act2 is not None:
-                require(mlp.act2, nn.GELU)
+                require_gelu(mlp.act2)
                 self.second_act = nn.GELU()
         else:
             require_nothing(mlp.drop1, mlp.drop2)
@@ -277,7 +307,7 @@ class ChannelsFirstConcentration(nn.Module):
         """Take the parameters over."""
         super().__init__()
         require(lcm, LocalConcentration)
-        require(lcm.act, nn.GELU)
+        require_gelu(lcm.act)
         require(lcm.bn, nn.BatchNorm2d)
         self.steps = nn.Sequential(
             convolution(lcm.conv1), nn.GELU(), lcm.bn, convolution(lcm.conv2)
@@ -296,8 +326,7 @@ class ChannelsFirstMerging(nn.Module):
         super().__init__()
         require(merging, MapMerging)
         assert isinstance(merging, MapMerging)
-        require(merging.norm, LayerNorm)
-        self.norm = ChannelNorm(merging.norm.eps)
+        self.norm = norm_of(merging.norm)
         self.reduction = linear(merging.reduction, merging.norm)
 
     def forward(self, x: Tensor) -> Tensor:

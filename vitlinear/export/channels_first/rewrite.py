@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,13 +11,13 @@ import torch
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from vitlinear.layers import is_plain
+from vitlinear.errors import check_choice
 from vitlinear.models._isotropic import IsotropicBackbone
 from vitlinear.models._stages import StagedBackbone
 
 from .blocks import ChannelsFirstStage, ChannelsFirstTokens
 from .layers import MapSize, NoForm, affine_channel_norm
-from .runtimes import choose_steps
+from .runtimes import RUNTIMES, choose_steps
 
 CHANNELS_FIRST, CHANNELS_LAST = "channels-first", "channels-last"
 
@@ -103,7 +104,10 @@ def rewrite(
 
     Raises:
         ValueError: The model is in training mode.
+        UserError: There is no such runtime.
     """
+    if runtime is not None:
+        check_choice("runtime", runtime, RUNTIMES)
     if not is_rewritable(model):
         return model, Rewritten(0, 1, (type(model).__name__,))
     made = copy.deepcopy(model)
@@ -121,8 +125,9 @@ def rewrite(
         made.stages = nn.Sequential(*stages)
         for module in list(made.modules()):
             for name, child in module.named_children():
-                if is_plain(child, LayerNorm2d):
-                    setattr(module, name, affine_channel_norm(child))
+                if isinstance(child, LayerNorm2d):
+                    with contextlib.suppress(NoForm):
+                        setattr(module, name, affine_channel_norm(child))
     if runtime is not None:
         choose_steps(made, runtime, fixed=size is not None)
     return made, rewritten

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from vitlinear.errors import check_choice
 from vitlinear.models._isotropic import IsotropicBackbone
 from vitlinear.models.inline_cswin import InLineCSwin
 from vitlinear.models.inline_swin import InLineSwin
@@ -23,7 +24,11 @@ def pays(model: nn.Module, runtime: str) -> bool:
 
     Measured in float32 (docs/export.md). OpenVINO keeps [B, N, C] as it is from product to product,
     so the own steps of models that have little else are faster there.
+
+    Raises:
+        UserError: There is no such runtime.
     """
+    check_choice("runtime", runtime, RUNTIMES)
     return runtime != OPENVINO or not isinstance(model, OF_PRODUCTS)
 
 
