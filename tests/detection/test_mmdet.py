@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
+import os
 import pickle
-import runpy
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 
 from tests.dense.openmmlab import build, detector, packages
-from tests.train.helpers import fork_ranks
 from vitlinear.dense import coco
 from vitlinear_cli import main
 
@@ -282,22 +281,6 @@ class SizesHook(Hook):
 """
 
 
-def test_the_script_is_the_command(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["train_detector.py"])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(ROOT / "tools" / "train_detector.py"), run_name="__main__")
-    assert stop.value.code == 2
-    assert "usage: vitlinear train-detector" in capsys.readouterr().err
-
-
-def main_beside(folder: Path, words: list[str]) -> int:
-    """The command, in a process that finds the modules of a folder."""
-    sys.path.insert(0, str(folder))
-    return main(words)
-
-
 @pytest.mark.process
 @pytest.mark.slow
 def test_two_processes(data: Path, tmp_path: Path) -> None:
@@ -306,11 +289,20 @@ def test_two_processes(data: Path, tmp_path: Path) -> None:
     if not torch.cuda.is_available():  # which is told, and batch norms are those of each process
         more += "\nsync_bn = 'torch'\nmodel['neck']['norm_cfg'] = dict(type='SyncBN')"
     config = detector(tmp_path / "two.py", data, more)
-    words = ["train-detector", str(config), "--launcher", "pytorch"]
-    words += ["--work-dir", str(tmp_path / "work")]
-    fork = multiprocessing.get_context("fork")  # this process has imported mmdet
-    codes, text = fork_ranks(2, main_beside, tmp_path, words, context=fork)
-    assert codes == [0, 0], text[-3000:]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["tools/train_detector.py", config, "--launcher", "pytorch"]
+    command += ["--work-dir", tmp_path / "work"]
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = subprocess.run(
+        [str(word) for word in command],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
     rows = [json.loads((tmp_path / f"work/sizes{rank}.json").read_text()) for rank in (0, 1)]
     assert {row["wrapper"] for row in rows} == {"MMDistributedDataParallel"}
     assert all(sizes for row in rows for sizes in row["sizes"])

@@ -140,16 +140,9 @@ def fork_two(function: Callable[..., Any], *arguments: Any, timeout: float = 300
 
 
 def fork_ranks(
-    count: int,
-    function: Callable[..., Any],
-    *arguments: Any,
-    timeout: float = 300,
-    context: Any = FORKS,
+    count: int, function: Callable[..., Any], *arguments: Any, timeout: float = 300
 ) -> tuple[list[int | None], str]:
-    """The same in any number of processes; returns their exit codes and output.
-
-    The context `fork` is for what this process has imported and the server has not.
-    """
+    """The same in any number of processes; returns their exit codes and output."""
     environment = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
@@ -157,7 +150,7 @@ def fork_ranks(
     }
     with tempfile.NamedTemporaryFile("r") as output:
         call = (environment, output.name, function, *arguments)
-        processes = [context.Process(target=_run_rank, args=(rank, *call)) for rank in range(count)]
+        processes = [FORKS.Process(target=_run_rank, args=(rank, *call)) for rank in range(count)]
         for process in processes:
             process.start()
         try:
@@ -181,8 +174,6 @@ def _run_rank(
     file = os.open(output, os.O_WRONLY | os.O_APPEND)
     for standard in (1, 2):
         os.dup2(file, standard)
-    # A fork of this process has the streams that pytest holds.
-    sys.stdout, sys.stderr = (os.fdopen(standard, "w", 1, closefd=False) for standard in (1, 2))
     faulthandler.enable(file)  # a crash would leave nothing else to look at
     sys.exit(function(*arguments))
 
