@@ -29,7 +29,7 @@ from vitlinear.benchmark.turns import measure
 from vitlinear.cli.device import choose_device
 from vitlinear.cli.parser import Parser
 from vitlinear.errors import UserError, did_you_mean
-from vitlinear.files import check_apart, write_text
+from vitlinear.files import check_apart, check_no_input, write_text
 from vitlinear.train.record.curves import check_plotting
 
 
@@ -136,12 +136,14 @@ def main(argv: Sequence[str] | None = None, prog: str = "benchmark_models.py") -
     args = parser(prog).parse_args(argv)
     if args.plot:
         check_plotting("--plot", instead="")
-    check_apart({"--output": args.output, "--plot": args.plot, "--report": args.report})
+    check_apart({"--output": args.output, "--plot": args.plot})
     for path in (args.output, args.plot):
         if path and not path.resolve().parent.is_dir():
             raise UserError(f"{path}: its folder does not exist")
         if path and path.is_dir():
             raise UserError(f"{path} is a folder: name a file")
+        if path:
+            check_no_input(path, [args.report])
     if args.report:
         record = read(args.report)
     else:

@@ -76,6 +76,7 @@ def test_two_results_are_two_files(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "a.json")
     check_apart({"--a": tmp_path / "a.json", "--b": str(tmp_path / "b.json"), "--c": None})
     check_apart({"--a": "", "--b": ""})
+    check_apart({"--a": "/dev/null", "--b": "/dev/null"})
     for other in ("a.json", "A.json", "../" + tmp_path.name + "/a.json", "link"):
         with pytest.raises(UserError, match="^--a and --c are both .*: give each its own$"):
             check_apart({"--a": tmp_path / "a.json", "--b": "b", "--c": f"{tmp_path}/{other}"})

@@ -44,7 +44,7 @@ def check_choice(what: str, name: str, choices: Iterable[str]) -> None:
     """Raises `UserError` if a name is none of those that there are.
 
     Args:
-        what: It names, such as ``"layout"``.
+        what: The kind of thing, such as ``"layout"``.
         name: What was given.
         choices: The names that there are.
     """

@@ -141,14 +141,19 @@ def check_no_input(path: str | Path, inputs: Iterable[str | Path | None]) -> Non
 def check_apart(files: Mapping[str, str | Path | None]) -> None:
     """Raises `UserError` if two files that a command is to write are one.
 
+    Devices and pipes may be: the second result replaces nothing there.
+
     Args:
         files: The file of each flag; None or empty for none.
     """
     taken: dict[str, str] = {}
-    for flag, file in files.items():
-        for name in _names(Path(file).expanduser()) if file else ():
+    for flag, given in files.items():
+        file = Path(given).expanduser() if given else None
+        if file is None or (file.exists() and not file.is_file()):
+            continue
+        for name in _names(file):
             if taken.setdefault(name, flag) != flag:
-                raise UserError(f"{taken[name]} and {flag} are both {file}: give each its own")
+                raise UserError(f"{taken[name]} and {flag} are both {given}: give each its own")
 
 
 def check_no_input_folder(folder: Path, inputs: Iterable[Path]) -> None:

@@ -387,6 +387,8 @@ def export_small(path, kind="onnx", model=None, **kwargs):
         ({"runtime": None}, "unknown runtime None: use one of onnxruntime, openvino"),
         ({"layout": "channel-first"}, r"'channel-first' \(did you mean channels-first"),
         ({"kind": "onx"}, r"unknown format 'onx' \(did you mean onnx\?\): use one of onnx, torch-"),
+        ({"dtype": "float16"}, "unknown dtype"),
+        ({"dtype": "int8"}, "unknown dtype"),
         ({"dtype": torch.bfloat16}, "unknown dtype 'torch.bfloat16'.*: use one of float32, float1"),
         ({"kind": "torch-export", "dtype": torch.float16}, "float16 is for --format onnx"),
         ({"kind": "torch-export", "layout": "channels-first"}, "is for --format onnx"),

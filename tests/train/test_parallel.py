@@ -307,7 +307,7 @@ def test_compiled(images: Path, tmp_path: Path) -> None:
     "death", [pytest.param("unreadable", marks=pytest.mark.nightly), "SIGKILL"]
 )
 def test_a_process_that_dies_ends_the_run(tmp_path: Path, death: str) -> None:
-    """The launcher ends, soon, with the cause, once."""
+    """The launcher ends before the others give up waiting, with the cause, once."""
     data = image_folder(tmp_path / "data", train=24)
     if death == "unreadable":
         victim = data / "train" / "ant" / "3.png"

@@ -43,6 +43,7 @@ from .shapes import Shapes
 
 KINDS = ("MatMul", "Gemm", "Conv")
 BATCH = 8  # images that are calibrated on at a time, for the sake of memory
+NORMS = ("LayerNormalization", "RMSNormalization", "InstanceNormalization")
 LEFT = "float32"  # key of the file's metadata: what stays so
 
 
@@ -169,11 +170,11 @@ class _Norms:
         factor, maker = self.constants.get(node.input[0]), self.made_by.get(node.input[0])
         if factor is None and maker is not None and maker.op_type == "Expand":  # at any size
             factor = self.constants.get(maker.input[0])
-        return factor is not None and bool((factor == factor.flat[0]).all())
+        return factor is not None and bool((factor == factor.flat[0]).all() and factor.flat[0] != 0)
 
     def ends(self, node: Any) -> bool:
         """Whether a norm's root is taken of what this node gives; each norm has one such mean."""
-        if node.op_type in ("LayerNormalization", "RMSNormalization"):
+        if node.op_type in NORMS:
             return True
         sums = [user for user in self._users(node) if user.op_type == "Add"]
         return self.is_mean(node) and any(
@@ -182,9 +183,10 @@ class _Norms:
 
     def begins(self, node: Any) -> bool:
         """Whether this is the mean that a layer norm takes away before."""
-        return self.is_mean(node) and any(
-            user.op_type == "Sub" and user.input[0] == node.input[-1] for user in self._users(node)
-        )
+        if not self.is_mean(node):
+            return False
+        x = node.input[1 if node.op_type == "MatMul" else 0]  # of a ReduceMean, axes come second
+        return any(user.op_type == "Sub" and user.input[0] == x for user in self._users(node))
 
     def _users(self, node: Any) -> list[Any]:
         return self.users.get(node.output[0], [])

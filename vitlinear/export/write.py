@@ -371,7 +371,7 @@ def check_form(kind: str, dtype: torch.dtype, layout: str) -> None:
     check_choice("format", kind, FORMATS)
     check_choice("layout", layout, LAYOUTS)
     names = {each: str(each).removeprefix("torch.") for each in TOLERANCES}
-    check_choice("dtype", names.get(dtype, str(dtype)), names.values())
+    check_choice("dtype", names.get(dtype, repr(dtype)), names.values())
     if dtype != torch.float32 and kind != "onnx":
         raise UserError(f"--dtype {names[dtype]} is for --format onnx")
     if layout == CHANNELS_FIRST and kind != "onnx":

@@ -36,6 +36,8 @@ class ChannelsFirstDynamicConv(nn.Module):
         assert isinstance(conv, DynamicConv)
         for part in (conv.fc1, conv.fc2):
             require(part, TokenConv)
+            if part.bias is None:
+                raise NoForm("TokenConv without bias")
         require_gelu(conv.act)
         self.batch = batch
         groups, dtype = conv.fc1.groups, conv.fc1.weight.dtype

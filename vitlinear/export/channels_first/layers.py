@@ -60,9 +60,10 @@ def require(module: nn.Module, *kinds: type[nn.Module]) -> None:
 
 
 def require_gelu(module: nn.Module) -> None:
-    """Raises `NoForm` unless the module is the exact GELU."""
+    """Raises `NoForm` unless the module is a GELU, and the exact one."""
+    require(module, nn.GELU)
     if not is_exact_gelu(module):
-        raise NoForm(f"{type(module).__name__} that is not the exact GELU")
+        raise NoForm("GELU that is approximated")
 
 
 def require_norm(norm: nn.Module, *kinds: type[nn.Module]) -> None:
