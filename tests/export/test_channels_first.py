@@ -18,9 +18,9 @@ from vitlinear.export.channels_first import (
     OPENVINO,
     RUNTIMES,
     InputSize,
-    layers,
     pays,
     rewrite,
+    runtimes,
 )
 from vitlinear.export.shapes import Range, Shapes
 from vitlinear.export.write import _trace, takes_channels_first
@@ -88,8 +88,8 @@ def test_same_outputs_of_mechanisms(mechanism):
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_same_outputs_of_the_steps_of_a_runtime(runtime, name, monkeypatch):
     """All maps are large ones here, and all products of many channels."""
-    monkeypatch.setattr(layers, "LARGE_MAP", 0)
-    monkeypatch.setattr(layers, "MANY_CHANNELS", 1)
+    monkeypatch.setattr(runtimes, "LARGE_MAP", 0)
+    monkeypatch.setattr(runtimes, "MANY_CHANNELS", 1)
     model, size = make(name, **MODELS[name]), size_of(name)
     x = torch.randn(size.batch, 3, *size[1:], dtype=torch.float64)
     made, _ = rewrite(model, size, runtime)
@@ -116,13 +116,13 @@ class Steps(TorchDispatchMode):
 
 @torch.no_grad()
 def test_steps_by_runtime(monkeypatch):
-    """Products of large maps and means by products for onnxruntime, neither for OpenVINO."""
+    """Means by products for onnxruntime alone; products of large maps, in OpenVINO some of them."""
     model = make("test_ravlt", torch.float32, **SHALLOW)
     # Of the four stages, each with the map before the last product of its feed-forward network.
     maps = [(24, 32, 48), (48, 16, 24), (64, 8, 12), (96, 4, 6)]
     hidden = [(72, 32, 48), (144, 16, 24), (192, 8, 12), (288, 4, 6)]
-    monkeypatch.setattr(layers, "LARGE_MAP", 4 * math.prod(maps[1]) - 1)
-    monkeypatch.setattr(layers, "MANY_CHANNELS", 48)
+    monkeypatch.setattr(runtimes, "LARGE_MAP", 4 * math.prod(maps[1]) - 1)
+    monkeypatch.setattr(runtimes, "MANY_CHANNELS", 48)
     size = InputSize(1, 128, 192)
 
     def steps(size, runtime):
@@ -140,7 +140,10 @@ def test_steps_by_runtime(monkeypatch):
     assert steps(None, ONNXRUNTIME).pointwise == plain.pointwise  # maps of sizes not known
 
     norms = 2 * len(maps)
-    assert means.pointwise == plain.pointwise
+    of_attention = Counter(dict.fromkeys(maps[:2], 6))  # two of q and of k, one of v and gate
+    assert plain.pointwise - means.pointwise == of_attention
+    assert means.counts["mm"] == of_attention.total()
+    assert steps(None, OPENVINO).pointwise == plain.pointwise
     assert means.counts["mean"] - plain.counts["mean"] == 2 * norms
     assert plain.counts["bmm"] - means.counts["bmm"] == 2 * norms
 
@@ -284,9 +287,9 @@ def test_few_moves(runtime, name):
 @some_by_night("name", MODELS, every_run=("test_linear_deit",))
 @some_by_night("runtime", (None, *RUNTIMES), every_run=(ONNXRUNTIME,))
 def test_few_nodes(runtime, name, monkeypatch):
-    """All maps are large ones here, which are factors of matrix products for onnxruntime."""
-    monkeypatch.setattr(layers, "LARGE_MAP", 0)
-    monkeypatch.setattr(layers, "MANY_CHANNELS", 1)
+    """All maps are large ones here, which are factors of matrix products."""
+    monkeypatch.setattr(runtimes, "LARGE_MAP", 0)
+    monkeypatch.setattr(runtimes, "MANY_CHANNELS", 1)
     size = size_of(name)
     shapes = Shapes.of(name, 3, *(Range(n, n) for n in size))
     made, _ = rewrite(make(name, torch.float32, **MODELS[name]), size, runtime)

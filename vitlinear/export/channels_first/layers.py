@@ -169,26 +169,20 @@ def affine_channel_norm(norm: nn.Module) -> nn.Module:
     return nn.Sequential(ChannelNorm(norm.eps), Affine(norm))
 
 
-# Bytes of the map of one image. A larger one was measured not to stay in cache (docs/export.md).
-LARGE_MAP = 8 * 2**20
-MANY_CHANNELS = 128  # of fewer a convolution reads few bytes again
-
-
 class Pointwise(nn.Conv2d):
     """A 1x1 convolution that is a product with weights, and can be traced as one.
 
     Attributes:
-        as_convolution: Whatever the size of the map. Without it a large map of many channels is
-            a factor of a matrix product, for runtimes whose convolutions are slower there.
+        large_map: Bytes of the map of one image from which on the map is a factor of a matrix
+            product; None for a convolution whatever the size.
     """
 
-    as_convolution = True
+    large_map: int | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C_in, H, W] -> [B, C_out, H, W]."""
-        if self.as_convolution or self.in_channels < MANY_CHANNELS:
-            return super().forward(x)
-        if math.prod(x.shape[1:]) * x.element_size() <= LARGE_MAP:
+        large = self.large_map
+        if large is None or math.prod(x.shape[1:]) * x.element_size() < large:
             return super().forward(x)
         out = self.weight.flatten(1) @ x.flatten(2)
         if self.bias is not None:

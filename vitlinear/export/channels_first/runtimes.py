@@ -11,10 +11,14 @@ from vitlinear.models.inline_swin import InLineSwin
 from vitlinear.models.pola_pvt import PolaPVT
 from vitlinear.models.pola_swin import PolaSwin
 
+from .attention import ChannelsFirstGatedAttention
 from .layers import ChannelNorm, ChannelRmsNorm, Pointwise
 
 ONNXRUNTIME, OPENVINO = "onnxruntime", "openvino"
 RUNTIMES = (ONNXRUNTIME, OPENVINO)
+# Bytes of the map of one image. A larger one was measured not to stay in cache (docs/export.md).
+LARGE_MAP = 8 * 2**20
+MANY_CHANNELS = 128  # of fewer a convolution reads few bytes again
 # Models whose blocks have no convolution but in their attention.
 OF_PRODUCTS = (IsotropicBackbone, InLineCSwin, InLineSwin, PolaPVT, PolaSwin)
 
@@ -43,6 +47,9 @@ def choose_steps(model: nn.Module, runtime: str, fixed: bool) -> None:
     - Products with weights. 1x1 convolutions of onnxruntime take up to twice as long as matrix
       products where the map is too large for the cache: they seem to read all of it anew for each
       group of channels that they put out. On smaller maps they are faster.
+    - Products with queries, keys, values and gates. OpenVINO copies what its 1x1 convolutions put
+      out to other places in memory, before attention can read it. A matrix product needs no copy,
+      which pays on large maps.
 
     Args:
         model: Made by `rewrite`; changed in place.
@@ -52,5 +59,12 @@ def choose_steps(model: nn.Module, runtime: str, fixed: bool) -> None:
     for module in model.modules():
         if isinstance(module, ChannelNorm | ChannelRmsNorm):
             module.by_products = runtime != OPENVINO
-        elif isinstance(module, Pointwise):
-            module.as_convolution = runtime != ONNXRUNTIME or not fixed
+    if not fixed:
+        return
+    for module in model.modules():
+        if runtime == OPENVINO and isinstance(module, ChannelsFirstGatedAttention):
+            for product in (*module.q, *module.k, module.v, module.o):
+                product.large_map = LARGE_MAP
+        of_many = isinstance(module, Pointwise) and module.in_channels >= MANY_CHANNELS
+        if runtime == ONNXRUNTIME and of_many:
+            module.large_map = LARGE_MAP + 1
