@@ -131,6 +131,7 @@ def call(
     launch.backward(out, q, k, v, row, terms, state, grads)
 
 
+@pytest.mark.slow
 def test_another_resolution_compiles_nothing(kernels):
     for grid in (GRIDS[1], GRIDS[17], GRIDS[49], SHORT, LONG):  # blocks of windows, and the rest
         call("mala", grid, dim=16)
