@@ -155,9 +155,7 @@ class _Norms:
     """
 
     def __init__(self, graph: Any) -> None:
-        from onnx import numpy_helper
-
-        self.constants = {each.name: numpy_helper.to_array(each) for each in graph.initializer}
+        self.constants = {each.name: each for each in graph.initializer}
         self.made_by = {name: node for node in graph.node for name in node.output}
         self.users: dict[str, list[Any]] = {}
         for node in graph.node:
@@ -165,12 +163,17 @@ class _Norms:
                 self.users.setdefault(name, []).append(node)
 
     def is_mean(self, node: Any) -> bool:
+        from onnx import numpy_helper
+
         if node.op_type != "MatMul":
             return bool(node.op_type == "ReduceMean")
         factor, maker = self.constants.get(node.input[0]), self.made_by.get(node.input[0])
         if factor is None and maker is not None and maker.op_type == "Expand":  # at any size
             factor = self.constants.get(maker.input[0])
-        return factor is not None and bool((factor == factor.flat[0]).all() and factor.flat[0] != 0)
+        if factor is None:
+            return False
+        weights = numpy_helper.to_array(factor)
+        return bool((weights == weights.flat[0]).all() and weights.flat[0] != 0)
 
     def ends(self, node: Any) -> bool:
         """Whether a norm's root is taken of what this node gives; each norm has one such mean."""

@@ -300,17 +300,15 @@ def export(
         ) from error
     laid_out = left = ""
     if kind != "safetensors":
-        chooses = kind == "onnx" and dtype == torch.float32
-        chose = chooses and layout == AUTO and not pays(model, runtime)
+        chooses, asked = kind == "onnx" and dtype == torch.float32, layout
         if layout == AUTO and not takes_channels_first(model, kind, dtype, runtime):
             layout = CHANNELS_LAST
         model, laid_out = _lay_out(model, shapes, layout, runtime if chooses else None)
         metadata = {**metadata, "layout": laid_out}
         if laid_out.startswith(CHANNELS_FIRST):
             metadata["fused"] = json.dumps(True)
-            chose = chooses
-        if chose:
-            metadata["runtime"] = runtime
+        if chooses and (laid_out.startswith(CHANNELS_FIRST) or layout != asked):
+            metadata["runtime"] = runtime  # which chose the steps, or the layout
     try:
         with _scratch_folder(path) as folder:
             temporary = folder / path.name

@@ -59,12 +59,11 @@ def choose_steps(model: nn.Module, runtime: str, fixed: bool) -> None:
     for module in model.modules():
         if isinstance(module, ChannelNorm | ChannelRmsNorm):
             module.by_products = runtime != OPENVINO
-    if not fixed:
-        return
-    for module in model.modules():
-        if runtime == OPENVINO and isinstance(module, ChannelsFirstGatedAttention):
+        elif not fixed:
+            continue
+        elif runtime == OPENVINO and isinstance(module, ChannelsFirstGatedAttention):
             for product in (*module.q, *module.k, module.v, module.o):
                 product.large_map = LARGE_MAP
-        of_many = isinstance(module, Pointwise) and module.in_channels >= MANY_CHANNELS
-        if runtime == ONNXRUNTIME and of_many:
-            module.large_map = LARGE_MAP + 1
+        elif runtime == ONNXRUNTIME and isinstance(module, Pointwise):
+            # A map of just that size was faster in a convolution.
+            module.large_map = LARGE_MAP + 1 if module.in_channels >= MANY_CHANNELS else None
