@@ -76,7 +76,11 @@ def fetch_suite(version: str = timm.__version__, cache: Path = CACHE) -> Path:
 
 
 def run_suite(
-    suite: Path, models: str, package: str = "vitlinear", timeout: float = 3600
+    suite: Path,
+    models: str,
+    package: str = "vitlinear",
+    timeout: float = 3600,
+    in_turn: bool = False,
 ) -> PeerRun:
     """Runs timm's ``tests/test_models.py`` on some models, in a process of its own.
 
@@ -85,6 +89,7 @@ def run_suite(
         models: names or wildcards, comma separated.
         package: the package that registers them, importable or beside this file.
         timeout: seconds for the whole run; timm gives each test its own limit besides.
+        in_turn: whether the models take turns with the tests of ``timm_peer.IN_TURN``.
     """
     with tempfile.TemporaryDirectory(prefix="timm-peer-") as folder:
         report = Path(folder) / "report.json"
@@ -98,6 +103,7 @@ def run_suite(
             PYTHONPATH=os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")])),
             VITLINEAR_PEER_PACKAGE=package,
             VITLINEAR_PEER_MODELS=models,
+            VITLINEAR_PEER_IN_TURN="1" if in_turn else "",
             VITLINEAR_PEER_REPORT=str(report),
         )
         command = [sys.executable, "-m", "pytest", "-p", "timm_peer", "-p", "no:cacheprovider"]

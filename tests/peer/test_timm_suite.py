@@ -1,8 +1,9 @@
 """timm's own test suite, unmodified, on our models: a few of them in each test here.
 
 ``VITLINEAR_PEER_MODELS`` chooses the models: names or wildcards, comma separated, or ``all``; by
-default the ``test_*`` ones, which exist so that this is quick. What ran inside is listed at the end
-of pytest's output, a line for each model.
+default the ``test_*`` ones, which exist so that this is quick. Those take turns with a few costly
+tests (``timm_peer.IN_TURN``), except in nightly runs. What ran inside is listed at the end of
+pytest's output, a line for each model.
 """
 
 from __future__ import annotations
@@ -89,14 +90,20 @@ def test_the_selection_names_models() -> None:
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("models", GROUPS)
 def test_timm_suite(
-    models: list[str], suite: Path, record_property: Callable[[str, object], None]
+    models: list[str],
+    suite: Path,
+    record_property: Callable[[str, object], None],
+    pytestconfig: pytest.Config,
 ) -> None:
-    run = peer.run_suite(suite, ",".join(models))
+    in_turn = not (pytestconfig.getoption("nightly") or os.environ.get("VITLINEAR_PEER_MODELS"))
+    run = peer.run_suite(suite, ",".join(models), in_turn=in_turn)
     for model in models:
         record_property(PEER_RESULT, summarise(run, model))
     print(run.output)
+    left_out = timm_peer.left_out(models) if in_turn else frozenset()
     for model in models:
-        check(run, model, timm_peer.required_tests(model in run.report["token_models"]))
+        required = timm_peer.required_tests(model in run.report["token_models"])
+        check(run, model, required - {test for test, name in left_out if name == model})
     assert run.exit_status == 0
 
 
@@ -176,9 +183,21 @@ class TestHarness:
         with pytest.raises(AssertionError, match=complaint):
             check(peer.PeerRun(report, "", 0), model, frozenset({name}))
 
+    @pytest.mark.parametrize("models", [group.values[0] for group in GROUPS if not group.marks])
+    def test_models_take_turns(self, models: list[str]) -> None:
+        """Each lacks one test of every pair, and another model of its run has that."""
+        left_out = timm_peer.left_out(models)
+        for pair in timm_peer.IN_TURN:
+            lacking = [[model for model in models if (test, model) in left_out] for test in pair]
+            assert sorted(sum(lacking, [])) == sorted(models)
+            assert all(lacking) or len(models) == 1
+
     def test_lists_each_test_once(self) -> None:
         listed = [name for names in timm_peer.DESELECTED.values() for name in names]
         ran = timm_peer.CONTRACT | timm_peer.CONTRACT_TOKEN
         ran |= timm_peer.REPOINTED.keys() | timm_peer.REPOINTED_MAPS.keys()
         assert len(listed) == len(set(listed))
         assert not ran & set(listed)
+        assert {test for pair in timm_peer.IN_TURN for test in pair} <= (
+            timm_peer.required_tests(tokens=True) & timm_peer.required_tests(tokens=False)
+        )

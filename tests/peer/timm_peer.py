@@ -10,6 +10,7 @@ looked at instead of being passed over.
 Environment:
     VITLINEAR_PEER_PACKAGE: the package whose models are tested, imported here (``vitlinear``).
     VITLINEAR_PEER_MODELS: names or wildcards of models, comma separated, or ``all`` (``test_*``).
+    VITLINEAR_PEER_IN_TURN: if set, models take turns with the tests of `IN_TURN`.
     VITLINEAR_PEER_REPORT: where to write what happened, as JSON; see :func:`pytest_sessionfinish`.
 """
 
@@ -69,6 +70,13 @@ REPOINTED_MAPS: dict[str, tuple[Any, ...]] = {
     "test_head_hidden_size": ({},),
     "test_reset_classifier_keeps_pool": (),
 }
+
+# Pairs of tests that take half of the time: both of a pair trace with torch.fx, or cut off layers.
+# Where models take turns, each runs one of every pair, and its neighbours in the list the other.
+IN_TURN = (
+    ("test_model_forward_fx_torchscript", "test_model_backward_fx"),
+    ("test_prune_intermediate_layers_contract", "test_prune_intermediate_layers_params_used"),
+)
 
 # Why a test is not run: it checks something that only timm has.
 DESELECTED: dict[str, tuple[str, ...]] = {
@@ -194,6 +202,13 @@ def required_tests(tokens: bool) -> frozenset[str]:
     return CONTRACT | REPOINTED.keys() | REPOINTED_MAPS.keys()
 
 
+def left_out(models: Iterable[str]) -> frozenset[tuple[str, str]]:
+    """Which tests of which models do not run where they take turns; see `IN_TURN`."""
+    return frozenset(
+        (pair[place % 2], model) for place, model in enumerate(sorted(models)) for pair in IN_TURN
+    )
+
+
 def _as_list(value: str | Iterable[str]) -> list[str]:
     return [value] if isinstance(value, str) and value else list(value)
 
@@ -272,13 +287,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keeps the tests that run on our models, and notes why each of the others does not."""
     kept, dropped = [], []
+    others = left_out(_ours) if os.environ.get("VITLINEAR_PEER_IN_TURN") else frozenset()
     for item in items:
         name = getattr(item, "originalname", item.name)
         if name in _REASON:
             _deselected[name] = _REASON[name]
         elif name not in _RUN:
             _unknown.add(name)
-        if name in _RUN and _model_of(item):
+        if name in _RUN and _model_of(item) and (name, _model_of(item)) not in others:
             kept.append(item)
         else:
             dropped.append(item)
