@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitlinear import ops
+from vitlinear.checkpoints import checkpoint_filter_fn
 
 FOLDER = Path(__file__).parent / "data" / "golden"
 BACKENDS = ("eager", "library")
@@ -80,6 +82,20 @@ def upstream_state_dict(entries: list[list[Any]], family: str = "") -> dict[str,
         else:
             state_dict[key] = weight(key, shape, family)
     return state_dict
+
+
+def loaded(name: str, released: dict[str, Tensor], dtype: torch.dtype = torch.float64) -> nn.Module:
+    """A model of ours with weights in the authors' keys or in ours, in evaluation.
+
+    Made without memory: random weights for a model of a whole size take a second.
+    """
+    model = timm.create_model(name, device="meta")
+    weights = {
+        key: value.to(dtype) if value.is_floating_point() else value
+        for key, value in checkpoint_filter_fn(released, model).items()
+    }
+    model.load_state_dict(weights, assign=True)
+    return model.eval()
 
 
 def variants(family: str) -> dict[str, Any]:

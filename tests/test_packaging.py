@@ -229,6 +229,7 @@ def test_an_installed_wheel_finds_recipes_by_name(installed: Path, tmp_path: Pat
         ["train", "--config", "digits_test_ravlt", "--epochs", "1", "--batch-size", "719"],
     ]
     commands[-1] += ["--no-plot", "--output", "run"]
+    commands[-1] += ["--img-size", "16", "--model-kwargs", "depths=(1,0,0,0)"]  # a smaller model
     listed, values, *_ = run(installed, tmp_path, "-c", COMMANDS, json.dumps(commands)).split("\0")
     configs = json.loads(listed)
     assert all(Path(config["path"]).is_relative_to(installed) for config in configs)

@@ -332,9 +332,12 @@ def test_weight_decay_elsewhere(name):
 
 
 def shrink(settings: ConfigDict) -> ConfigDict:
-    """A model's config with few proposals and small batches, for a CPU."""
+    """A model's config with few blocks and proposals and small batches, for a CPU."""
     settings = deepcopy(settings)
     settings.backbone.pretrained = False
+    # Of each kind of block that a stage has, one: L2ViT's and Swin's alternate.
+    isotropic = settings.backbone.model.startswith("lightnet")
+    settings.backbone |= {"depth": 2} if isotropic else {"depths": (2, 2, 2, 2)}
     if "size" in settings.data_preprocessor:
         settings.data_preprocessor.size = (64, 64)
     if "roi_head" in settings:

@@ -45,53 +45,82 @@ def test_nothing_of_openmmlab_is_imported_unasked(modules: dict[str, set[str]]) 
     assert "vitlinear" in loaded and not loaded & {"mmengine", "mmcv", "mmdet", "mmseg"}
 
 
-@pytest.mark.process
-@pytest.mark.slow
-@pytest.mark.parametrize("scope, package", [("mmdet", "detection"), ("mmseg", "segmentation")])
-def test_custom_imports_are_enough(tmp_path: Path, scope: str, package: str) -> None:
-    """And mmengine has nothing to say about it."""
-    config = tmp_path / "config.py"
-    config.write_text(
-        f"custom_imports = dict(imports=['vitlinear.{package}'], allow_failed_imports=False)\n"
-        "model = dict(type='vitlinear.Backbone', model='test_mavit', out_norms=True)\n"
-    )
-    code = f"""
-import logging, warnings
-warnings.filterwarnings("ignore", category=DeprecationWarning)
-from mmengine.config import Config
-config = Config.fromfile({str(config)!r})
-from {scope}.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS
-backbone = MODELS.build(config.model)
-OPTIM_WRAPPER_CONSTRUCTORS.get("vitlinear.LayerDecayOptimWrapperConstructor").__name__
-print("channels", backbone.channels)
-"""
-    status, output = python(code)
-    lines = [line for line in output.splitlines() if "import OneDL" not in line]
-    assert (status, lines) == (0, ["channels (24, 48, 64, 96)"]), output
-
-
-# Imports what calls share, mmengine once nobody is to miss it, and forks for each: its status is
-# printed, its output goes to a file.
-FORKED = """
+# Forks for each call, of a process that has imported what calls share: the status is printed, all
+# output goes to a file.
+FORKS = """
 import importlib, os, traceback
-import timm, torch, vitlinear
-from vitlinear_cli import main
-for folder in FOLDERS:
+import timm, torch
+
+def forked(folder, call):
     child = os.fork()
     if not child:
         output, status = os.open(folder + "/output", os.O_WRONLY | os.O_CREAT), 1
         for standard in (1, 2):
             os.dup2(output, standard)
-        sys.path.insert(0, folder)
-        importlib.invalidate_caches()
         try:
-            status = main(["train-detector", "none.py"])
+            status = call()
         except BaseException:
             traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+CUSTOM_IMPORTS = """
+import warnings
+warnings.filterwarnings("ignore", category=DeprecationWarning)
+from mmengine.config import Config
+
+def build(path, scope):
+    config = Config.fromfile(path)
+    registry = importlib.import_module(f"{scope}.registry")
+    backbone = registry.MODELS.build(config.model)
+    constructors = registry.OPTIM_WRAPPER_CONSTRUCTORS
+    constructors.get("vitlinear.LayerDecayOptimWrapperConstructor").__name__
+    print("channels", backbone.channels)
+    return 0
+
+for scope, folder in FOLDERS.items():
+    forked(folder, lambda: build(folder + "/config.py", scope))
+loaded = {name.split(".")[0] for name in sys.modules}
+assert not loaded & {"vitlinear", "mmcv", "mmdet", "mmseg"}, "of these, a config imports all"
+"""
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_custom_imports_are_enough(tmp_path: Path) -> None:
+    """And mmengine has nothing to say about it."""
+    folders = {}
+    for scope, package in (("mmdet", "detection"), ("mmseg", "segmentation")):
+        folder = tmp_path / scope
+        folder.mkdir()
+        folders[scope] = str(folder)
+        (folder / "config.py").write_text(
+            f"custom_imports = dict(imports=['vitlinear.{package}'], allow_failed_imports=False)\n"
+            "model = dict(type='vitlinear.Backbone', model='test_mavit', out_norms=True)\n"
+        )
+    status, printed = python(FORKS + CUSTOM_IMPORTS.replace("FOLDERS", repr(folders)))
+    said = {scope: (tmp_path / scope / "output").read_text() for scope in folders}
+    assert (status, printed.split()) == (0, ["0", "0"]), (printed, said)
+    for output in said.values():
+        lines = [line for line in output.splitlines() if "import OneDL" not in line]
+        assert lines == ["channels (24, 48, 64, 96)"], output
+
+
+# mmengine is imported once nobody is to miss it.
+BROKEN_PACKAGES = """
+import vitlinear
+from vitlinear_cli import main
+
+def train(folder):
+    sys.path.insert(0, folder)
+    importlib.invalidate_caches()
+    return main(["train-detector", "none.py"])
+
+for folder in FOLDERS:
+    forked(folder, lambda: train(folder))
     import mmengine.runner
 loaded = {name.split(".")[0] for name in sys.modules} & {"mmengine", "mmcv", "mmdet", "mmseg"}
 assert loaded == {"mmengine"}, loaded
@@ -117,8 +146,8 @@ def test_packages_that_do_not_work(tmp_path: Path) -> None:
         for name, content in files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(content + "\n")
-    code = FORKED.replace("FOLDERS", repr([str(folder) for folder in folders]))
-    status, printed = python(code)
+    code = BROKEN_PACKAGES.replace("FOLDERS", repr([str(folder) for folder in folders]))
+    status, printed = python(FORKS + code)
     assert (status, printed.split()) == (0, ["2"] * len(BROKEN)), printed
     for folder, (_, says) in zip(folders, BROKEN, strict=True):
         output = (folder / "output").read_text()

@@ -7,6 +7,7 @@ import timm
 import torch
 
 from tests.ops.inputs import ANY_LAYER
+from tests.pairwise import pairwise
 from vitlinear import ops
 from vitlinear.layers import MapRotaryTables
 from vitlinear.report import backend_report
@@ -19,8 +20,7 @@ def make(name: str, attn_type: str, **kwargs) -> torch.nn.Module:
     return timm.create_model(name, num_classes=7, attn_types=(attn_type,) * 4, **kwargs).eval()
 
 
-@pytest.mark.parametrize("attn_type", [*ANY_LAYER, "softmax"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pairwise(every=2, name=FAMILIES, attn_type=[*ANY_LAYER, "softmax"])
 def test_every_attention_trains(name, attn_type):
     """All attentions have the same parameters, but for the temperature of l2."""
     model, x = make(name, attn_type).train(), torch.randn(2, 3, 64, 96)

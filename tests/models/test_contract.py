@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vitlinear
 from tests.golden import relative_error
-from tests.pairwise import some_by_night
+from tests.pairwise import label, some_by_night
 from vitlinear.export.shapes import shortest_side
 from vitlinear.layers import MapRotaryTables
 from vitlinear.models import our_models
@@ -48,6 +48,29 @@ each_model = pytest.mark.parametrize(
         for name in TEST_MODELS
     ],
 )
+
+
+def each_model_in_turn(argument: str, first: object, second: object) -> pytest.MarkDecorator:
+    """Parametrises with each model and one of two values in turn; the others run by night."""
+    return pytest.mark.parametrize(
+        ["name", argument],
+        [
+            pytest.param(
+                name,
+                value,
+                marks=pytest.mark.nightly
+                if (i + j) % 2 or name not in PROGRAMS
+                else pytest.mark.quick
+                if name in QUICK
+                else (),
+                id=f"{name}-{label(argument, value)}",
+            )
+            for i, name in enumerate(TEST_MODELS)
+            for j, value in enumerate((first, second))
+        ],
+    )
+
+
 # Of those, one of each skeleton in every run of the slow tests; the others in nightly runs.
 EVERY_RUN = ("test_inline_deit", "test_l2vit", "test_ravlt")
 # Windows are compiled and exported by night: of all, they take Dynamo the longest.
@@ -175,8 +198,7 @@ def test_backends_agree(name):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-6, msg=lambda m, k=key: k + m)
 
 
-@each_model
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@each_model_in_turn("dtype", torch.bfloat16, torch.float16)
 def test_half_precision(name, dtype):
     """Arithmetic in half precision adds little to what rounding the weights does already."""
     model, x = make(name), torch.randn(2, 3, 64, 64)
@@ -188,8 +210,7 @@ def test_half_precision(name, dtype):
     assert error < 4 * rounding
 
 
-@each_model
-@pytest.mark.parametrize("backend", ["eager", "library"])
+@each_model_in_turn("backend", "eager", "library")
 def test_autocast_training_step(name, backend):
     model = make(name, attn_backend=backend, drop_path_rate=0.1).train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -293,7 +314,8 @@ def test_training_compiles_for_sizes_that_change(name):
     """PyTorch's own gradient of resized positions fails in programs for any size."""
     model = make_program(name)
     compiled = torch.compile(model, backend="aot_eager")
-    for size in ((64, 64), (96, 64), (128, 96)):
+    # Both sides change at once: a program for the first size, and one for all others.
+    for size in ((64, 64), (96, 128), (128, 96)):
         x = torch.randn(2, 3, *size)
         found, expected = (
             torch.autograd.grad(f(x).square().sum(), model.parameters()) for f in (compiled, model)
@@ -356,23 +378,7 @@ def test_compile_fullgraph(name, backend):
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "name, backend",
-    # Each model with the backends in turn, and with both by night.
-    [
-        pytest.param(
-            name,
-            backend,
-            marks=pytest.mark.nightly
-            if (i + j) % 2
-            else pytest.mark.quick
-            if name in QUICK
-            else (),
-        )
-        for i, name in enumerate(TEST_MODELS)
-        for j, backend in enumerate(["eager", "library"])
-    ],
-)
+@each_model_in_turn("backend", "eager", "library")
 def test_fx_is_bit_equal(name, backend):
     model, x = make(name, attn_backend=backend), torch.randn(2, 3, 64, 96)
     traced = create_feature_extractor(model, ["head"])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests import golden
+from tests.pairwise import pairwise
 from vitlinear.checkpoints import checkpoint_filter_fn
 from vitlinear.layers.attention.inline_attention import InjectiveAttention, InLineTokenAttention
 from vitlinear.report import backend_report
@@ -19,15 +22,14 @@ RELEASED = {
 }
 
 
+@functools.cache
 def released_weights() -> dict[str, torch.Tensor]:
     return golden.upstream_state_dict(golden.variants("inline")["inline_deit_tiny"]["state_dict"])
 
 
 @pytest.fixture(scope="module")
 def inline_deit_tiny():
-    model = timm.create_model("inline_deit_tiny").double().eval()
-    model.load_state_dict(checkpoint_filter_fn(released_weights(), model))
-    return model
+    return golden.loaded("inline_deit_tiny", released_weights())
 
 
 @pytest.mark.parametrize("backend", ["eager", "library"])
@@ -81,16 +83,17 @@ def test_parameters_and_keys_of_every_variant(name):
     }
 
 
-@pytest.mark.parametrize(
-    "name, size, projections, attention",
-    [
-        ("inline_deit_tiny", 224, 1.080, 0.030),
-        ("inline_deit_small", 288, 4.885, 0.081),
-        ("inline_deit_base", 448, 16.934, 0.235),
-    ],
-)
-@pytest.mark.parametrize("backend", ["eager", "library"])
-def test_multiply_adds_of_released_code(name, size, projections, attention, backend):
+# Giga multiply-adds of convolutions and linear layers and of attention, at an image's side.
+COUNTED = {
+    "inline_deit_tiny": (224, 1.080, 0.030),
+    "inline_deit_small": (288, 4.885, 0.081),
+    "inline_deit_base": (448, 16.934, 0.235),
+}
+
+
+@pairwise(every=2, name=COUNTED, backend=["eager", "library"])
+def test_multiply_adds_of_released_code(name, backend):
+    size, projections, attention = COUNTED[name]
     model = timm.create_model(name, device="meta", attn_backend=backend).eval()
     with FlopCounterMode(display=False) as counter:
         model(torch.empty(1, 3, size, size, device="meta"))

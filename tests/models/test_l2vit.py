@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import timm
 import torch
@@ -21,15 +23,14 @@ RELEASED = {
 }
 
 
+@functools.cache
 def released_weights() -> dict[str, torch.Tensor]:
     return golden.upstream_state_dict(golden.variants("l2vit")["L2ViT_Tiny"]["state_dict"])
 
 
 @pytest.fixture(scope="module")
 def l2vit_tiny():
-    model = timm.create_model("l2vit_tiny").double().eval()
-    model.load_state_dict(checkpoint_filter_fn(released_weights(), model))
-    return model
+    return golden.loaded("l2vit_tiny", released_weights())
 
 
 @diagonal(backend=golden.BACKENDS, size=golden.SIZES)

@@ -50,10 +50,8 @@ def loaded():
     def load(name: str) -> torch.nn.Module:
         if name not in models:
             entries = golden.variants("polaformer")[RELEASED[name].name]["state_dict"]
-            model = timm.create_model(name).double().eval()
             weights = golden.upstream_state_dict(entries, "polaformer")
-            model.load_state_dict(checkpoint_filter_fn(weights, model))
-            models[name] = model
+            models[name] = golden.loaded(name, weights)
         return models[name]
 
     return load

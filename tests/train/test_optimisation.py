@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from tests.pairwise import pairwise
 from tests.train.helpers import tiny_flags
 from vitlinear.errors import Notice, UserError
 from vitlinear.train import epochs as epochs_of_a_run
@@ -75,14 +76,13 @@ def rates() -> Iterator[list[float]]:
     handle.remove()
 
 
-@pytest.mark.parametrize("flags", RATES.values(), ids=RATES)
-@pytest.mark.parametrize("by", ["epoch", "update"])
+@pairwise(every=2, given=RATES, by=["epoch", "update"])
 def test_every_update_of_a_run_uses_the_rate_worked_out_by_hand(
-    folder: Path, tmp_path: Path, rates: list[float], flags: list[Any], by: str
+    folder: Path, tmp_path: Path, rates: list[float], given: str, by: str
 ) -> None:
     """The first one too: it must not see the peak."""
     stepping = ["--sched-on-updates"] if by == "update" else []
-    config = tiny_run(folder, tmp_path / "run", *SCHEDULE, *flags, *stepping)
+    config = tiny_run(folder, tmp_path / "run", *SCHEDULE, *RATES[given], *stepping)
     assert run.train(config)["epoch"] == 5
     expected = BY_UPDATE if by == "update" else [rate for rate in BY_EPOCH for _ in range(2)]
     assert rates == pytest.approx([1e-3 * rate for rate in expected], rel=1e-9)
