@@ -305,6 +305,14 @@ def test_what_multiplies(runtime: str, kind: str, multiplies: bool) -> None:
     assert runtimes.multiplying(runtime, {kind: 2.0}) == 2.0 * multiplies
 
 
+def test_softmax_attention_counts_where_it_is_one_step_with_others(tmp_path: Path) -> None:
+    """OpenVINO makes one of them on x86, of the kind that steps without products have too."""
+    size = Size(1, 64, 64)
+    program = programs.of_model("test_vit", size, tmp_path, ["openvino"])
+    run = runtimes.RUNTIMES["openvino"].prepare("test_vit", program.files["openvino"], size, 1)
+    assert any("MatMul" in kind for kind in run.profile())
+
+
 def test_sizes() -> None:
     assert parse_sides("224") == (224, 224) and parse_sides("480x640")[1] == 640
 
