@@ -11,10 +11,10 @@ detector finds.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import mmdet
@@ -25,7 +25,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs from a checkout
 
 from benchmarks.attention import commit, machine  # noqa: E402
+from vitlinear.cli.flags import path  # noqa: E402
+from vitlinear.cli.parser import Parser  # noqa: E402
+from vitlinear.files import check_results  # noqa: E402
 from vitlinear_cli import main as vitlinear  # noqa: E402
+from vitlinear_cli import run as run_script  # noqa: E402
 
 CONFIG = "configs/detection/retinanet_test-ravlt_fpn_deepforest.py"
 DATA = Path("data/deepforest")
@@ -59,14 +63,16 @@ def draw(boxes: list[list[float]], color: str) -> Image.Image:
     return drawn
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Trains what is left to train, tests, draws and writes."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="JSON; a JPEG goes beside it")
-    parser.add_argument("--work-dir", type=Path, default=Path("output/deepforest"))
-    args = parser.parse_args()
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=path, required=True, help="JSON; a JPEG goes beside it")
+    parser.add_argument("--work-dir", type=path, default=Path("output/deepforest"))
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
     os.chdir(ROOT)
+    beside = args.output.with_suffix(".jpg")
+    check_results({"--output": args.output, "the JPEG beside it": beside})
     last = args.work_dir / "last_checkpoint"
     run("train-detector", CONFIG, "--work-dir", args.work_dir, "--resume")
     checkpoint = Path(last.read_text())
@@ -84,7 +90,7 @@ def main() -> None:
     picture = Image.new("RGB", (2 * truth.width + 4, truth.height), "white")
     picture.paste(truth, (0, 0))
     picture.paste(right, (truth.width + 4, 0))
-    picture.save(args.output.with_suffix(".jpg"), quality=85)
+    picture.save(beside, quality=85)
     record = {
         "command": f"python benchmarks/deepforest.py --output {args.output}",
         "machine": f"{machine()}, 1 thread used",
@@ -103,4 +109,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script(main))

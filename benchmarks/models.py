@@ -27,9 +27,10 @@ from benchmarks.transcription import SUFFIX
 from vitlinear.benchmark.programs import parse_sides
 from vitlinear.benchmark.turns import measure
 from vitlinear.cli.device import choose_device
+from vitlinear.cli.flags import path
 from vitlinear.cli.parser import Parser
 from vitlinear.errors import UserError, did_you_mean
-from vitlinear.files import check_apart, check_no_input, write_text
+from vitlinear.files import check_results, write_text
 from vitlinear.train.record.curves import check_plotting
 
 
@@ -54,9 +55,9 @@ def parser(prog: str) -> Parser:
     flags.add_argument("--timeout", type=float, default=600, help="seconds to prepare or answer in")
     flags.add_argument("--malloc", choices=("keep", "default"), default="keep",
                        help="on CPUs keep freed pages, as a caching allocator would")  # fmt: skip
-    flags.add_argument("--output", type=Path, metavar="FILE.json")
-    flags.add_argument("--plot", type=Path, metavar="FILE.png", help="against the resolution")
-    flags.add_argument("--report", type=Path, metavar="FILE.json",
+    flags.add_argument("--output", type=path, metavar="FILE.json")
+    flags.add_argument("--plot", type=path, metavar="FILE.png", help="against the resolution")
+    flags.add_argument("--report", type=path, metavar="FILE.json",
                        help="measure nothing: table and plot of an earlier --output")  # fmt: skip
     return flags
 
@@ -120,13 +121,13 @@ def described(args: Any, argv: Sequence[str], device: str) -> dict[str, Any]:
     }
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(file: Path) -> dict[str, Any]:
     """A file that ``--output`` wrote."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(file.read_text(encoding="utf-8"))
         record["rows"][0]["model"], record["reference"]
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"--report {path} is no result of this tool: {error}") from error
+        raise UserError(f"--report {file} is no result of this tool: {error}") from error
     return record
 
 
@@ -136,14 +137,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "benchmark_models.py") -
     args = parser(prog).parse_args(argv)
     if args.plot:
         check_plotting("--plot", instead="")
-    check_apart({"--output": args.output, "--plot": args.plot})
-    for path in (args.output, args.plot):
-        if path and not path.resolve().parent.is_dir():
-            raise UserError(f"{path}: its folder does not exist")
-        if path and path.is_dir():
-            raise UserError(f"{path} is a folder: name a file")
-        if path:
-            check_no_input(path, [args.report])
+    check_results({"--output": args.output, "--plot": args.plot}, [args.report])
     if args.report:
         record = read(args.report)
     else:

@@ -11,11 +11,11 @@ beside the JSON shows both and their difference.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +30,12 @@ sys.path.insert(0, str(ROOT))  # runs from a checkout
 
 import vitlinear  # noqa: E402
 from benchmarks.attention import commit, machine  # noqa: E402
+from vitlinear.cli.flags import path  # noqa: E402
+from vitlinear.cli.parser import Parser  # noqa: E402
 from vitlinear.dense.deepforest import _unpack, read_annotations  # noqa: E402
+from vitlinear.files import check_results  # noqa: E402
 from vitlinear.streaming import Head  # noqa: E402
+from vitlinear_cli import run  # noqa: E402
 
 LARGE = "2019_YELL_2_528000_4978000_image_crop2"
 MODEL = "test_ravlt_linear"
@@ -165,13 +169,15 @@ def draw(pixels: np.ndarray, whole: Tensor, tiles: Tensor, path: Path) -> float:
     return white
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Trains, runs both ways, compares, draws and writes."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("wheel", type=Path, help="deepforest's, from pip download --no-deps")
-    parser.add_argument("--output", type=Path, required=True, help="JSON; a PNG goes beside it")
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("wheel", type=path, help="deepforest's, from pip download --no-deps")
+    parser.add_argument("--output", type=path, required=True, help="JSON; a PNG goes beside it")
     parser.add_argument("--steps", type=int, default=300)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    picture = args.output.with_suffix(".png")
+    check_results({"--output": args.output, "the PNG beside it": picture}, [args.wheel])
     torch.manual_seed(0)
     torch.set_num_threads(1)
     pictures = photographs(args.wheel)
@@ -191,7 +197,7 @@ def main() -> None:
     )[0, 0]
     whole = direct(model, head, pixels)
     tiles = tiled(model, head, pixels)
-    white = draw(pixels, streamed, tiles, args.output.with_suffix(".png"))
+    white = draw(pixels, streamed, tiles, picture)
 
     target = F.avg_pool2d(torch.from_numpy(trees)[None, None].float(), STRIDE)[0, 0] > 0.5
     difference = (streamed.sigmoid() - tiles.sigmoid()).abs()
@@ -243,4 +249,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

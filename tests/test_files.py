@@ -15,6 +15,7 @@ from vitlinear.files import (
     check_apart,
     check_no_input_folder,
     check_parent,
+    check_results,
     write_atomically,
     write_text,
 )
@@ -80,6 +81,22 @@ def test_two_results_are_two_files(tmp_path: Path) -> None:
     for other in ("a.json", "A.json", "../" + tmp_path.name + "/a.json", "link"):
         with pytest.raises(UserError, match="^--a and --c are both .*: give each its own$"):
             check_apart({"--a": tmp_path / "a.json", "--b": "b", "--c": f"{tmp_path}/{other}"})
+
+
+def test_results_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "gone" / "a.json")
+    (tmp_path / "read.json").touch()
+    good = tmp_path / "a.json"
+    check_results({"--a": good, "--b": None, "--c": "", "--d": tmp_path / "read.json"}, [None])
+    for name, says in (
+        ("gone/a.json", "its folder does not exist"),
+        ("link", "its folder does not exist"),
+        ("../" + tmp_path.name, "it is a folder"),
+        ("read.json", "the command reads it"),
+        ("a.json", "--a and --b are both"),
+    ):
+        with pytest.raises(UserError, match=says):
+            check_results({"--a": good, "--b": tmp_path / name}, [tmp_path / "read.json"])
 
 
 @pytest.mark.parametrize("name", ["image", "checkpoint"])

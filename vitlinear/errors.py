@@ -50,10 +50,14 @@ def check_choice(what: str, name: str, choices: Iterable[str]) -> None:
     """
     choices = list(choices)
     if name not in choices:
-        raise UserError(
-            f"unknown {what} {name!r}{did_you_mean(str(name), choices)}: "
-            f"use one of {', '.join(choices)}"
-        )
+        raise UserError(unknown_choice(what, name, choices))
+
+
+def unknown_choice(what: str, name: str, choices: Iterable[str]) -> str:
+    """Returns the sentence on a name that is none of those that there are; as `check_choice`."""
+    choices = list(choices)
+    near = did_you_mean(str(name), choices)
+    return f"unknown {what} {name!r}{near}: use one of {', '.join(choices)}"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -116,7 +116,7 @@ def check_parent(path: str | None, inputs: Iterable[str | Path | None] = ()) -> 
         path: The file; None if none is asked for.
         inputs: Files that the command reads.
     """
-    if path and not Path(path).expanduser().parent.is_dir():
+    if path and not Path(os.path.realpath(Path(path).expanduser())).parent.is_dir():
         raise UserError(f"cannot write {path}: its folder does not exist")
     if path:
         check_no_input(path, inputs)
@@ -154,6 +154,25 @@ def check_apart(files: Mapping[str, str | Path | None]) -> None:
         for name in _names(file):
             if taken.setdefault(name, flag) != flag:
                 raise UserError(f"{taken[name]} and {flag} are both {given}: give each its own")
+
+
+def check_results(
+    files: Mapping[str, str | Path | None], inputs: Iterable[str | Path | None] = ()
+) -> None:
+    """Raises `UserError` if a command cannot write its files, each in a place of its own.
+
+    Files that are there will be replaced, but for those that the command reads.
+
+    Args:
+        files: The file of each flag; None or empty for none.
+        inputs: Files that the command reads.
+    """
+    inputs = list(inputs)
+    for file in files.values():
+        if file:
+            check_new_file(file, overwrite=True)
+            check_no_input(file, inputs)
+    check_apart(files)
 
 
 def check_no_input_folder(folder: Path, inputs: Iterable[Path]) -> None:

@@ -281,7 +281,21 @@ def test_what_is_not_installed(
         ("pytorch", "vitlinear::rotate", False),
         ("pytorch", "vitlinear::matmul", True),
         ("pytorch", "vitlinear::sdpa", True),
+        ("pytorch", "aten::_scaled_dot_product_flash_attention_for_cpu", True),
+        ("pytorch", "aten::_slow_conv2d_forward", True),
+        ("pytorch", "aten::conv_transpose2d", True),
+        ("pytorch", "aten::addmv_", True),
+        ("pytorch", "aten::upsample_bilinear2d", False),
+        ("pytorch", "aten::_upsample_bilinear2d_aa", False),
+        ("pytorch", "aten::upsample_linear1d", False),
+        ("pytorch", "aten::upsample_trilinear3d", False),
+        ("pytorch", "aten::_cummax_helper", False),
+        ("pytorch", "aten::digamma", False),
+        ("pytorch", "mkldnn::_reorder_linear_weight", False),
         ("onnxruntime", "FusedMatMul", True),
+        ("onnxruntime", "GemmaRotaryEmbedding", False),
+        ("onnxruntime", "NhwcFusedConv", True),
+        ("onnxruntime", "Einsum", True),
         ("onnxruntime", "Softmax", False),
         ("openvino", "FullyConnected", True),
     ],
@@ -289,6 +303,14 @@ def test_what_is_not_installed(
 def test_what_multiplies(runtime: str, kind: str, multiplies: bool) -> None:
     """The part before ``::`` is a library's name, and says nothing."""
     assert runtimes.multiplying(runtime, {kind: 2.0}) == 2.0 * multiplies
+
+
+def test_softmax_attention_counts_where_it_is_one_step_with_others(tmp_path: Path) -> None:
+    """OpenVINO makes one of them on x86, of the kind that steps without products have too."""
+    size = Size(1, 64, 64)
+    program = programs.of_model("test_vit", size, tmp_path, ["openvino"])
+    run = runtimes.RUNTIMES["openvino"].prepare("test_vit", program.files["openvino"], size, 1)
+    assert any("MatMul" in kind for kind in run.profile())
 
 
 def test_sizes() -> None:

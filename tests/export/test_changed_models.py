@@ -6,6 +6,7 @@ import pytest
 import torch
 from timm.layers import LayerNorm
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from tests.as_trained import make
 from tests.export.test_channels_first import MODELS, size_of
@@ -51,6 +52,17 @@ def test_an_activation_behind_one_that_was_folded():
         model.fuse().stages[1].blocks[0].mlp.act = nn.SiLU()
 
     assert check("test_mavit", change) == "channels-first in 3 of 4 stages, not in those of SiLU"
+
+
+@pytest.mark.parametrize("name", (*NAMES, "test_pola_pvt"))
+def test_layers_that_lost_their_bias(name):
+    def change(model):
+        for module in model.modules():
+            if isinstance(module, nn.Linear | _ConvNd):
+                module.bias = None
+
+    left = "not in those of TokenConv without bias" in check(name, change)
+    assert left == (name == "test_inline_swin")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, LayerNorm2d, LayerScale
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -212,6 +213,22 @@ SCALES = ("subclass of LayerScale", "scales by a linear layer")
 def test_changed_models(name, change):
     model = small(name)
     CHANGES[change](model)
+    assert_fuses(model)
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [(nn.Linear, _ConvNd), (nn.BatchNorm2d,), (nn.Linear, _ConvNd, nn.BatchNorm2d)],
+    ids=["layers", "norms", "both"],
+)
+@pytest.mark.parametrize("name", TEST_MODELS)
+@torch.no_grad()
+def test_biases_that_were_taken_away(name, kinds):
+    """One that is missing is zeros."""
+    model = small(name)
+    for module in model.modules():
+        if isinstance(module, kinds):
+            module.bias = None
     assert_fuses(model)
 
 

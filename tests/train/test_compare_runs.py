@@ -155,6 +155,8 @@ def test_mistakes(command: Command, tmp_path: Path) -> None:
         ([good, "--output", tmp_path / "no" / "x.png"], "its folder does not exist"),
         ([good, "--output", tmp_path / "x.doc"], "must end in .png, .pdf or .svg"),
         ([good, "--csv", tmp_path / "no" / "x.csv"], "its folder does not exist"),
+        ([good, "--csv", tmp_path], "it is a folder"),
+        ([good, "--output", tmp_path], "it is a folder"),
         ([good, "--csv", good / "summary.csv"], "the command reads it"),
         ([good, "--csv", tmp_path / "x.png"], "--output and --csv are both "),
         ([], "required: RUN"),

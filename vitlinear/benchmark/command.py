@@ -19,7 +19,7 @@ import torch
 from vitlinear.cli.flags import COUNT, POSITIVE, from_arguments, path
 from vitlinear.cli.parser import Parser
 from vitlinear.errors import UserError, did_you_mean, pip_install
-from vitlinear.files import check_apart, check_new_file, check_no_input, write_text
+from vitlinear.files import check_results, write_text
 from vitlinear.processor import cpu_model
 from vitlinear.revision import source_commit, versions
 
@@ -113,10 +113,7 @@ def _check(config: BenchmarkConfig, sizes: Sequence[Size]) -> None:
     if config.reference not in (None, *names):
         hint = did_you_mean(str(config.reference), names)
         raise UserError(f"--reference {config.reference} is not among the models{hint}")
-    for target in filter(None, (config.output, config.plot)):
-        check_new_file(target, overwrite=True)
-        check_no_input(target, config.models)
-    check_apart({"--output": config.output, "--plot": config.plot})
+    check_results({"--output": config.output, "--plot": config.plot}, config.models)
     if config.plot and config.plot.suffix not in PICTURES:
         raise UserError(f"--plot {config.plot}: its name has to end with {' or '.join(PICTURES)}")
     if config.plot and importlib.util.find_spec("matplotlib") is None:

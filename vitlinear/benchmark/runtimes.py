@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import re
 import tempfile
 import warnings
 from collections import defaultdict
@@ -25,17 +26,11 @@ ONNX_TYPES = {"tensor(float)": "f4", "tensor(float16)": "f2", "tensor(double)": 
 PROFILED = 3  # calls, of which the fastest counts
 # How runtimes name what multiplies: products of matrices, convolutions, softmax attention.
 MULTIPLIES = {
-    "pytorch": (
-        "mm",
-        "matmul",
-        "linear",
-        "convolution",
-        "scaled_dot_product",
-        "flash_attention",
-        "sdpa",
-    ),
-    "onnxruntime": ("MatMul", "Gemm", "Conv", "Attention"),
-    "openvino": ("FullyConnected", "MatMul", "Convolution", "ScaledDotProductAttention"),
+    # Whole words of a name: `upsample_bilinear2d` and `cummax` are no products.
+    "pytorch": r"^(?!.*reorder).*(?<![a-z\d])([a-z]*mm|[a-z]*mv|v?dot|matmul|einsum|q?linear|"
+    r"conv|conv[123]d|convolution|attention|sdpa)(?![a-z\d])",
+    "onnxruntime": r"MatMul|Gemm(?!a)|Conv|Einsum|Attention(?!Gate)",
+    "openvino": r"FullyConnected|MatMul|Convolution|ScaledDotProductAttention",
 }
 
 
@@ -144,12 +139,30 @@ def _onnxruntime(name: str, file: str, size: Size, threads: int) -> Ready:
     return Ready(run, profile)
 
 
+def _kinds_of_subgraphs(file: Any, compiled: Any) -> dict[str, str]:
+    """The kind of each step that OpenVINO made of several, by its name: with a product or not.
+
+    It puts a softmax attention into one step, and chains of steps that multiply nothing too.
+
+    Args:
+        file: The model as it was read.
+        compiled: What was made of it.
+    """
+    products = {op.get_friendly_name() for op in file.get_ops() if op.get_type_name() == "MatMul"}
+    kinds = {}
+    for step in compiled.get_runtime_model().get_ops():
+        made_of = step.get_rt_info()["originalLayersNames"].astype(str).split(",")
+        if products.intersection(made_of):
+            kinds[step.get_friendly_name()] = "Subgraph with MatMul"
+    return kinds
+
+
 def _openvino(name: str, file: str, size: Size, threads: int) -> Ready:
     import openvino
 
     x = images(size).numpy()
 
-    def request(**options: Any) -> Any:
+    def compiled(**options: Any) -> tuple[Any, Any]:
         core = openvino.Core()
         model = core.read_model(file)
         if model.is_dynamic():
@@ -161,9 +174,9 @@ def _openvino(name: str, file: str, size: Size, threads: int) -> Ready:
             "INFERENCE_PRECISION_HINT": "f32",
             **options,
         }
-        return core.compile_model(model, "CPU", settings).create_infer_request()
+        return model, core.compile_model(model, "CPU", settings)
 
-    plain = request()
+    plain = compiled()[1].create_infer_request()
     x = x.astype(plain.model_inputs[0].element_type.to_dtype())
 
     def run() -> np.ndarray:
@@ -171,14 +184,19 @@ def _openvino(name: str, file: str, size: Size, threads: int) -> Ready:
         return logits
 
     def profile() -> Mapping[str, float]:
-        measured, calls = request(PERF_COUNT=True), []
+        model, program = compiled(PERF_COUNT=True)
+        subgraphs = _kinds_of_subgraphs(model, program)
+        measured, calls = program.create_infer_request(), []
         measured.infer({0: x})  # allocates
         for _ in range(PROFILED):
             measured.infer({0: x})
             kinds: dict[str, float] = defaultdict(float)
             for node in measured.profiling_info:
                 if node.status == node.Status.EXECUTED:
-                    kinds[node.node_type] += node.real_time.total_seconds() * 1e3
+                    kind = node.node_type
+                    if kind == "Subgraph":
+                        kind = subgraphs.get(node.node_name, kind)
+                    kinds[kind] += node.real_time.total_seconds() * 1e3
             calls.append(kinds)
         return _fastest(calls)
 
@@ -206,7 +224,7 @@ def check_runtime(name: str) -> None:
 
 def multiplying(runtime: str, kinds: Mapping[str, float]) -> float:
     """Milliseconds of a profile in products, convolutions and softmax attention."""
-    marks = MULTIPLIES[runtime.partition("-")[0]]
+    pattern = MULTIPLIES[runtime.partition("-")[0]]
     # Of an operator of PyTorch, the part before :: is the library that it is from.
     names = {kind: kind.rpartition("::")[2] for kind in kinds}
-    return sum(ms for kind, ms in kinds.items() if any(mark in names[kind] for mark in marks))
+    return sum(ms for kind, ms in kinds.items() if re.search(pattern, names[kind]))

@@ -19,6 +19,7 @@ from vitlinear.ops import accumulation_dtype
 from vitlinear.ops.eager import widen
 from vitlinear.ops.inner_step import gated, inner_values, stepped
 
+from .convolution import naive_convolution
 from .description import AttentionDescription
 from .grid import Grid
 from .mixer import Mixer
@@ -355,14 +356,7 @@ class Mila(Mixer):
         rotary = grid.rotary
         out = naive.linear_attention(q, k, v, "elu", rotary)
         prefix, values = grid.split(v)
-        padded = nn.functional.pad(values, (0, 0, 0, 0, 1, 1, 1, 1))
-        weight = self.lepe.weight.reshape(self.num_heads, self.head_dim, 3, 3)
-        assert self.lepe.bias is not None
-        local = self.lepe.bias.reshape(self.num_heads, self.head_dim).expand(values.shape)
-        for row in range(3):
-            for col in range(3):
-                moved = padded[:, row : row + grid.height, col : col + grid.width]
-                local = local + moved * weight[:, :, row, col]
+        local = naive_convolution(self.lepe, values)
         return out + grid.join(torch.zeros_like(prefix), local)
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitlinear.errors import UserError, one_line
+from vitlinear.files import check_parent
 
 from .libraries import load_library
 from .maps import reserve, write_at
@@ -56,8 +57,7 @@ def check_sink(sink: Any, overwrite: bool) -> None:
     kind = path.suffix.lower()
     if kind not in (".npy", ".zarr", ".tif", ".tiff"):
         raise UserError(f"cannot write {path}: maps are written as {KINDS}")
-    if not path.parent.is_dir():
-        raise UserError(f"cannot write {path}: its folder does not exist")
+    check_parent(str(path))
     if path.exists() and not overwrite:
         raise UserError(f"cannot write {path}: it exists")
     if path.exists() and not (path.is_dir() if kind == ".zarr" else path.is_file()):

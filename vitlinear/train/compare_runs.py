@@ -9,7 +9,7 @@ from typing import Any
 from vitlinear.cli.flags import file_name, from_arguments
 from vitlinear.cli.parser import Parser
 from vitlinear.errors import UserError, did_you_mean
-from vitlinear.files import check_apart, check_parent, write_text
+from vitlinear.files import check_results, write_text
 
 from .compare_curves import check_format, curves, mean_and_spread, plot
 from .progress import clock
@@ -70,10 +70,8 @@ def compare(config: CompareConfig) -> None:
         UserError: A run or a metric is not there, or a file cannot be written.
     """
     read = [Path(run).expanduser() / name for run in config.runs for name in FILES]
-    check_parent(config.csv, read)
-    check_apart({"--output": config.output, "--csv": config.csv})
+    check_results({"--output": config.output, "--csv": config.csv}, read)
     if config.output:
-        check_parent(config.output, read)
         check_plotting(config.output, ", or give --output ''")
         check_format(Path(config.output))
     runs = read_runs(config.runs)

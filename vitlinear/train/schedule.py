@@ -16,7 +16,7 @@ from timm.scheduler.scheduler import Scheduler
 
 from vitlinear.cli.flags import COUNT, NATURAL, POSITIVE, RATE
 from vitlinear.cli.parser import Instead, Parser
-from vitlinear.errors import UserError, did_you_mean, one_line
+from vitlinear.errors import UserError, one_line, unknown_choice
 
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "constant", "poly", "wsd", "rsqrt")
 
@@ -170,10 +170,7 @@ def _schedule(name: str) -> str:
             "--sched constant, which applies them (--warmup-epochs 0 for no warm-up)"
         )
     if name not in SCHEDULES:
-        raise ArgumentTypeError(
-            f"unknown schedule '{name}'{did_you_mean(name, SCHEDULES)}: use one of "
-            f"{', '.join(SCHEDULES)}"
-        )
+        raise ArgumentTypeError(unknown_choice("schedule", name, SCHEDULES))
     return name
 
 

@@ -109,15 +109,19 @@ class ChannelsFirstPolaAttention(nn.Module):
 
 def _some_channels(conv: nn.Module, num_heads: int, channels: slice) -> nn.Conv2d:
     """A depthwise convolution of some channels of each head."""
-    assert isinstance(conv, nn.Conv2d) and conv.bias is not None
-    weight = conv.weight.unflatten(0, (num_heads, -1))[:, channels].flatten(0, 1)
-    bias = conv.bias.unflatten(0, (num_heads, -1))[:, channels].flatten()
+    assert isinstance(conv, nn.Conv2d)
+
+    def some(parameter: Tensor) -> Tensor:
+        return parameter.unflatten(0, (num_heads, -1))[:, channels].flatten(0, 1)
+
+    weight = some(conv.weight)
     made = nn.Conv2d(
         len(weight), len(weight), conv.kernel_size, padding=conv.padding, groups=len(weight),
-        dtype=weight.dtype,
+        bias=conv.bias is not None, dtype=weight.dtype,
     )  # fmt: skip
     with torch.no_grad():
         made.weight.copy_(weight)
-        assert made.bias is not None
-        made.bias.copy_(bias)
+        if conv.bias is not None:
+            assert made.bias is not None
+            made.bias.copy_(some(conv.bias))
     return made.eval()

@@ -435,16 +435,16 @@ class PolaAttention(nn.Module):
             return self
         scale = divisor(self.scale).flatten()
         of_outputs = torch.cat((scale, scale, torch.ones_like(scale).repeat(2)))
-        old = (self.qkvg.weight, self.qkvg.bias, self.positional_encoding)
-        divisors = (of_outputs[:, None], of_outputs, scale)
-        new = [(x / y).to(x.dtype) for x, y in zip(old, divisors, strict=True)]
+        old = [(self.qkvg.weight, of_outputs[:, None]), (self.positional_encoding, scale)]
+        if self.qkvg.bias is not None:
+            old.append((self.qkvg.bias, of_outputs))
+        new = [nn.Parameter((x / y).to(x.dtype), x.requires_grad) for x, y in old]
         if not all(x.isfinite().all() for x in new):
             return self
         fused, projection = shared_copy(self), shared_copy(self.qkvg)
-        weight, bias, positions = (
-            nn.Parameter(x, y.requires_grad) for x, y in zip(new, old, strict=True)
-        )
-        projection.weight, projection.bias = weight, bias
-        fused.qkvg, fused.positional_encoding = projection, positions
+        projection.weight, fused.positional_encoding, *bias = new
+        if bias:
+            (projection.bias,) = bias
+        fused.qkvg = projection
         fused.register_parameter("scale", None)
         return fused

@@ -75,5 +75,5 @@ class ConvNormAct(nn.Module):
         had_bias = conv.bias is not None
         conv = fuse_conv_bn_eval(conv, bn)
         if not had_bias and conv.bias is not None:  # then it is frozen, as made of nothing learned
-            conv.bias.requires_grad_(bn.bias.requires_grad)
+            conv.bias.requires_grad_(bn.bias is not None and bn.bias.requires_grad)
         return conv if is_plain(self.act, nn.Identity) else nn.Sequential(conv, self.act)

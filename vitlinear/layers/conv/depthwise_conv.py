@@ -90,6 +90,8 @@ class ResidualDepthwiseConv(DepthwiseConv):
             device=self.weight.device,
             dtype=self.weight.dtype,
         )
+        if self.bias is None:
+            fused.bias = None
         fused.load_state_dict(self.state_dict())
         fused.weight += cpu.identity_kernel(self.weight)
         for ours, theirs in zip(fused.parameters(), self.parameters(), strict=True):

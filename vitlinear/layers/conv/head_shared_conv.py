@@ -62,8 +62,8 @@ class HeadSharedConv(nn.Conv2d):
         x = known_layout(x.permute(0, 3, 1, 2))
         weight = self.weight.repeat(self.num_heads, 1, 1, 1)
         bias = self.bias
-        assert bias is not None
-        bias = bias.repeat(self.num_heads)
+        if bias is not None:
+            bias = bias.repeat(self.num_heads)
         if torch.jit.is_scripting():
             x = F.conv2d(x, weight, bias, padding=self.side, groups=weight.shape[0])
         else:
@@ -82,9 +82,12 @@ class HeadSharedConv(nn.Conv2d):
             device=self.weight.device,
             dtype=self.weight.dtype,
         )
-        assert self.bias is not None and fused.bias is not None
         fused.weight.copy_(self.weight.repeat(self.num_heads, 1, 1, 1))
-        fused.bias.copy_(self.bias.repeat(self.num_heads))
+        if self.bias is None:
+            fused.bias = None
+        else:
+            assert fused.bias is not None
+            fused.bias.copy_(self.bias.repeat(self.num_heads))
         for ours, theirs in zip(fused.parameters(), self.parameters(), strict=True):
             ours.requires_grad_(theirs.requires_grad)
         return fused.train(self.training)
