@@ -91,7 +91,7 @@ def loaded(name: str, released: dict[str, Tensor], dtype: torch.dtype = torch.fl
     """
     model = timm.create_model(name, device="meta")
     weights = {
-        key: value.to(dtype) if value.is_floating_point() else value
+        key: value.to(dtype, copy=True) if value.is_floating_point() else value
         for key, value in checkpoint_filter_fn(released, model).items()
     }
     model.load_state_dict(weights, assign=True)

@@ -116,9 +116,11 @@ def check_parent(path: str | None, inputs: Iterable[str | Path | None] = ()) -> 
         path: The file; None if none is asked for.
         inputs: Files that the command reads.
     """
-    if path and not Path(os.path.realpath(Path(path).expanduser())).parent.is_dir():
-        raise UserError(f"cannot write {path}: its folder does not exist")
     if path:
+        file = Path(path).expanduser()
+        target = Path(os.path.realpath(file))  # of links, and without the `..` of missing folders
+        if not (file.parent.is_dir() and target.parent.is_dir()):
+            raise UserError(f"cannot write {path}: its folder does not exist")
         check_no_input(path, inputs)
 
 

@@ -305,6 +305,62 @@ def test_what_multiplies(runtime: str, kind: str, multiplies: bool) -> None:
     assert runtimes.multiplying(runtime, {kind: 2.0}) == 2.0 * multiplies
 
 
+TRANSPOSED = onnx.helper.make_node("Transpose", ["x"], ["t"], perm=[0, 1, 3, 2])
+SOFTMAX = onnx.helper.make_node("Softmax", ["scores"], ["p"], axis=-1, name="softmax")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "multiplies"),
+    [
+        (
+            [
+                TRANSPOSED,
+                onnx.helper.make_node("MatMul", ["x", "t"], ["a"], name="qk"),
+                onnx.helper.make_node("Mul", ["a", "half"], ["scores"], name="scale"),
+                SOFTMAX,
+                onnx.helper.make_node("MatMul", ["p", "x"], ["b"], name="pv"),
+                onnx.helper.make_node("Mul", ["b", "half"], ["y"], name="other_scale"),
+            ],
+            True,
+        ),
+        (
+            [
+                onnx.helper.make_node("Einsum", ["x", "x"], ["scores"], equation="bhnd,bhmd->bhnm"),
+                SOFTMAX,
+                onnx.helper.make_node("Einsum", ["p", "x"], ["y"], equation="bhnm,bhmd->bhnd"),
+            ],
+            True,
+        ),
+        ([onnx.helper.make_node("Attention", ["x", "x", "x"], ["y"])], True),
+        (
+            [
+                onnx.helper.make_node("Neg", ["x"], ["scores"]),
+                SOFTMAX,
+                onnx.helper.make_node("Mul", ["p", "half"], ["b"]),
+                onnx.helper.make_node("Mul", ["b", "x"], ["y"]),
+            ],
+            False,
+        ),
+    ],
+    ids=["scaled", "einsum", "attention", "no product"],
+)
+def test_softmax_attention_of_a_file_counts(
+    nodes: list[onnx.NodeProto], multiplies: bool, tmp_path: Path
+) -> None:
+    """However it is written: OpenVINO makes one step of each on x86."""
+    shape = (1, 3, 64, 64)
+    x, y = (
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name in "xy"
+    )
+    half = onnx.helper.make_tensor("half", onnx.TensorProto.FLOAT, [], [0.5])
+    graph = onnx.helper.make_graph(nodes, "attention", [x], [y], [half])
+    opsets = [onnx.helper.make_opsetid("", 23)]
+    file = str(tmp_path / "attention.onnx")
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10), file)
+    run = runtimes.RUNTIMES["openvino"].prepare("attention", file, Size(1, 64, 64), 1)
+    assert (runtimes.multiplying("openvino", run.profile()) > 0) == multiplies
+
+
 def test_softmax_attention_counts_where_it_is_one_step_with_others(tmp_path: Path) -> None:
     """OpenVINO makes one of them on x86, of the kind that steps without products have too."""
     size = Size(1, 64, 64)

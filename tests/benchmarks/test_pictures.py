@@ -33,6 +33,8 @@ def test_a_picture_takes_no_other_files_place(
         (f"a.{ending.upper()}", " beside it are both "),
         ("link.json", " beside it are both "),
         ("none/a.json", "its folder does not exist"),
+        ("none/../a.json", "its folder does not exist"),
+        (".", "it is a folder"),
     ):
         assert run(main, [*inputs, "--output", str(tmp_path / file)]) == 2
         out, err = capsys.readouterr()

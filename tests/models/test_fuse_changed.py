@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
 import pytest
@@ -224,12 +225,14 @@ def test_changed_models(name, change):
 @pytest.mark.parametrize("name", TEST_MODELS)
 @torch.no_grad()
 def test_biases_that_were_taken_away(name, kinds):
-    """One that is missing is zeros."""
+    """One that is missing is zeros, and no fold is left out."""
     model = small(name)
+    folded = Counter(type(module) for module in small(name).fuse().modules())
     for module in model.modules():
         if isinstance(module, kinds):
             module.bias = None
     assert_fuses(model)
+    assert Counter(type(module) for module in model.fuse().modules()) == folded
 
 
 @pytest.mark.parametrize("name", TEST_MODELS)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import timm
 import torch
@@ -22,14 +20,14 @@ RELEASED = {
 }
 
 
-@functools.cache
+@pytest.fixture(scope="module")
 def released_weights() -> dict[str, torch.Tensor]:
     return golden.upstream_state_dict(golden.variants("inline")["inline_deit_tiny"]["state_dict"])
 
 
 @pytest.fixture(scope="module")
-def inline_deit_tiny():
-    return golden.loaded("inline_deit_tiny", released_weights())
+def inline_deit_tiny(released_weights):
+    return golden.loaded("inline_deit_tiny", released_weights)
 
 
 @pytest.mark.parametrize("backend", ["eager", "library"])
@@ -100,9 +98,9 @@ def test_multiply_adds_of_released_code(name, backend):
     assert counter.get_total_flops() / 2e9 == pytest.approx(projections + attention, rel=0.01)
 
 
-def test_published_checkpoint_file(tmp_path, inline_deit_tiny):
+def test_published_checkpoint_file(tmp_path, inline_deit_tiny, released_weights):
     path = tmp_path / "inline.pth"
-    torch.save({"model": released_weights()}, path)
+    torch.save({"model": released_weights}, path)
     overlay = {"file": str(path)}
     model = timm.create_model("inline_deit_tiny", pretrained=True, pretrained_cfg_overlay=overlay)
     for (key, value), expected in zip(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import timm
 import torch
@@ -23,14 +21,14 @@ RELEASED = {
 }
 
 
-@functools.cache
+@pytest.fixture(scope="module")
 def released_weights() -> dict[str, torch.Tensor]:
     return golden.upstream_state_dict(golden.variants("l2vit")["L2ViT_Tiny"]["state_dict"])
 
 
 @pytest.fixture(scope="module")
-def l2vit_tiny():
-    return golden.loaded("l2vit_tiny", released_weights())
+def l2vit_tiny(released_weights):
+    return golden.loaded("l2vit_tiny", released_weights)
 
 
 @diagonal(backend=golden.BACKENDS, size=golden.SIZES)
@@ -72,9 +70,9 @@ def test_parameters_and_keys_of_every_variant(released):
     }
 
 
-def test_published_checkpoint_file(tmp_path, l2vit_tiny):
+def test_published_checkpoint_file(tmp_path, l2vit_tiny, released_weights):
     path = tmp_path / "L2ViT.pth"
-    torch.save({"model": released_weights(), "epoch": 299}, path)
+    torch.save({"model": released_weights, "epoch": 299}, path)
     model = timm.create_model(
         "l2vit_tiny", pretrained=True, pretrained_cfg_overlay={"file": str(path)}
     )

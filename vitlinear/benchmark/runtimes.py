@@ -24,11 +24,13 @@ from .programs import Size, fused, images
 Run = Callable[[], np.ndarray]
 ONNX_TYPES = {"tensor(float)": "f4", "tensor(float16)": "f2", "tensor(double)": "f8"}
 PROFILED = 3  # calls, of which the fastest counts
+# Of a file that OpenVINO has read.
+OPENVINO_PRODUCTS = ("MatMul", "Einsum", "ScaledDotProductAttention")
 # How runtimes name what multiplies: products of matrices, convolutions, softmax attention.
 MULTIPLIES = {
     # Whole words of a name: `upsample_bilinear2d` and `cummax` are no products.
-    "pytorch": r"^(?!.*reorder).*(?<![a-z\d])([a-z]*mm|[a-z]*mv|v?dot|matmul|einsum|q?linear|"
-    r"conv|conv[123]d|convolution|attention|sdpa)(?![a-z\d])",
+    "pytorch": r"^(?!.*(?:reorder|pack(?!ed))).*(?<![a-z\d])([a-z]*mm|[a-z]*mv|v?dot|matmul|einsum|"
+    r"q?linear|q?conv(?:[123]d)?|convolution|attention|sdpa)(?![a-z\d])",
     "onnxruntime": r"MatMul|Gemm(?!a)|Conv|Einsum|Attention(?!Gate)",
     "openvino": r"FullyConnected|MatMul|Convolution|ScaledDotProductAttention",
 }
@@ -139,22 +141,30 @@ def _onnxruntime(name: str, file: str, size: Size, threads: int) -> Ready:
     return Ready(run, profile)
 
 
-def _kinds_of_subgraphs(file: Any, compiled: Any) -> dict[str, str]:
-    """The kind of each step that OpenVINO made of several, by its name: with a product or not.
+def _steps_with_products(file: Any, compiled: Any) -> set[str]:
+    """Names of the steps of OpenVINO that hold a product.
 
-    It puts a softmax attention into one step, and chains of steps that multiply nothing too.
+    It puts a softmax attention into one step, and chains of steps that multiply nothing too. What
+    it knows of a step are names of the file. A product that is scaled by a constant loses its name
+    to the scaling.
 
     Args:
         file: The model as it was read.
         compiled: What was made of it.
     """
-    products = {op.get_friendly_name() for op in file.get_ops() if op.get_type_name() == "MatMul"}
-    kinds = {}
-    for step in compiled.get_runtime_model().get_ops():
-        made_of = step.get_rt_info()["originalLayersNames"].astype(str).split(",")
-        if products.intersection(made_of):
-            kinds[step.get_friendly_name()] = "Subgraph with MatMul"
-    return kinds
+    products = set()
+    for op in file.get_ops():
+        if op.get_type_name() in OPENVINO_PRODUCTS:
+            products.add(op.get_friendly_name())
+            for after in (user.get_node() for user in op.output(0).get_target_inputs()):
+                read = {value.get_node().get_type_name() for value in after.input_values()}
+                if after.get_type_name() == "Multiply" and "Constant" in read:
+                    products.add(after.get_friendly_name())
+    return {
+        step.get_friendly_name()
+        for step in compiled.get_runtime_model().get_ops()
+        if products.intersection(step.get_rt_info()["originalLayersNames"].astype(str).split(","))
+    }
 
 
 def _openvino(name: str, file: str, size: Size, threads: int) -> Ready:
@@ -185,7 +195,7 @@ def _openvino(name: str, file: str, size: Size, threads: int) -> Ready:
 
     def profile() -> Mapping[str, float]:
         model, program = compiled(PERF_COUNT=True)
-        subgraphs = _kinds_of_subgraphs(model, program)
+        multiply = _steps_with_products(model, program)
         measured, calls = program.create_infer_request(), []
         measured.infer({0: x})  # allocates
         for _ in range(PROFILED):
@@ -194,8 +204,8 @@ def _openvino(name: str, file: str, size: Size, threads: int) -> Ready:
             for node in measured.profiling_info:
                 if node.status == node.Status.EXECUTED:
                     kind = node.node_type
-                    if kind == "Subgraph":
-                        kind = subgraphs.get(node.node_name, kind)
+                    if kind == "Subgraph" and node.node_name in multiply:
+                        kind = "Subgraph with MatMul"
                     kinds[kind] += node.real_time.total_seconds() * 1e3
             calls.append(kinds)
         return _fastest(calls)
