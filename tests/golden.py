@@ -14,6 +14,7 @@ import numpy as np
 import timm
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from vitlinear import ops
 from vitlinear.checkpoints import checkpoint_filter_fn
@@ -96,6 +97,20 @@ def loaded(name: str, released: dict[str, Tensor], dtype: torch.dtype = torch.fl
     }
     model.load_state_dict(weights, assign=True)
     return model.eval()
+
+
+def giga_multiply_adds(name: str, size: int = 224, **options: Any) -> float:
+    """Of a model of ours on one square image, in evaluation; made without memory.
+
+    Args:
+        name: Registered name.
+        size: Side of the image.
+        options: Of the model.
+    """
+    model = timm.create_model(name, device="meta", **options).eval()
+    with FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, 3, size, size, device="meta"))
+    return counter.get_total_flops() / 2e9
 
 
 def variants(family: str) -> dict[str, Any]:
