@@ -71,8 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     os.chdir(ROOT)
-    check_results({"--output": args.output})
-    beside = args.output.with_suffix(".jpg")
+    beside = args.output.parent / f"{args.output.stem}.jpg"
     check_results({"--output": args.output, "the JPEG beside it": beside})
     last = args.work_dir / "last_checkpoint"
     run("train-detector", CONFIG, "--work-dir", args.work_dir, "--resume")

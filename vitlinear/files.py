@@ -124,8 +124,17 @@ def check_parent(path: str | None, inputs: Iterable[str | Path | None] = ()) -> 
         check_no_input(path, inputs)
 
 
-def check_new_file(path: str | Path, overwrite: bool) -> None:
-    """Raises `UserError` if a file of this name cannot be, or would replace one unasked."""
+def check_new_file(
+    path: str | Path, overwrite: bool, inputs: Iterable[str | Path | None] = ()
+) -> None:
+    """Raises `UserError` if a file of this name cannot be, or replaces an input, or one unasked.
+
+    Args:
+        path: The file.
+        overwrite: Whether it may replace one that is no input.
+        inputs: Files that the command reads.
+    """
+    check_no_input(path, inputs)
     file = Path(path).expanduser()
     if file.is_dir():
         raise UserError(f"cannot write {path}: it is a folder")
@@ -172,8 +181,7 @@ def check_results(
     inputs = list(inputs)
     for file in files.values():
         if file:
-            check_new_file(file, overwrite=True)
-            check_no_input(file, inputs)
+            check_new_file(file, True, inputs)
     check_apart(files)
 
 

@@ -20,7 +20,7 @@ from vitlinear.cli.parser import Parser
 from vitlinear.create import data_config
 from vitlinear.errors import UserError, did_you_mean
 from vitlinear.facts import BY_HASH, PublishedFile
-from vitlinear.files import check_new_file, check_no_input
+from vitlinear.files import check_new_file
 
 from .detectors import convert_detector
 from .original import OriginalFile, local_file
@@ -69,8 +69,7 @@ def convert(
     Raises:
         UserError: See its messages.
     """
-    check_no_input(target, (path,))
-    check_new_file(target, overwrite)
+    check_new_file(target, overwrite, (path,))
     if model is not None and model not in registry.our_models():
         raise UserError(f"unknown model '{model}'{did_you_mean(model, registry.our_models())}")
     source = OriginalFile.read(path)

@@ -14,7 +14,7 @@ from mmengine.runner import Runner
 from vitlinear.cli.flags import file_name, from_arguments
 from vitlinear.cli.parser import Parser
 from vitlinear.errors import UserError
-from vitlinear.files import check_new_file, check_no_input
+from vitlinear.files import check_new_file
 
 from .annotations import check_annotations_once
 from .checks import (
@@ -80,8 +80,8 @@ def test_detector(argv: Sequence[str] | None, prog: str = "vitlinear test-detect
     if arguments.out:
         if not arguments.out.endswith((".pkl", ".pickle")):
             raise UserError(f"--out {arguments.out}: the name has to end with .pkl")
-        check_no_input(arguments.out, (arguments.checkpoint, arguments.run.config.config))
-        check_new_file(arguments.out, arguments.overwrite)
+        inputs = (arguments.checkpoint, arguments.run.config.config)
+        check_new_file(arguments.out, arguments.overwrite, inputs)
     _test(arguments, "mmdet")
 
 
